@@ -1,0 +1,68 @@
+"""Surgery on mixture-of-experts checkpoints: remove experts without ever loading the model.
+
+    from moe_surgery import load_ranking, plan_from_ranking, prune, verify
+
+    plan = plan_from_ranking(load_ranking("law.json"), 8, model_type="gpt_oss")
+    prune("openai/gpt-oss-20b", "gpt-oss-20b-law-8", plan)
+    verify("gpt-oss-20b-law-8")
+
+Names are imported when they are first used, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from moe_surgery.version import __version__
+
+if TYPE_CHECKING:
+    from moe_surgery.checkpoint.checkpoint import Checkpoint
+    from moe_surgery.families import describe
+    from moe_surgery.pipeline import inspect, make_plan, prune
+    from moe_surgery.selection.plan import Plan, load_plan, plan_from_ranking, plan_keeping, plan_random
+    from moe_surgery.selection.ranking import Ranking, load_ranking
+    from moe_surgery.surgery.verify import verify_checkpoint as verify
+
+__all__ = [
+    "Checkpoint",
+    "Plan",
+    "Ranking",
+    "__version__",
+    "describe",
+    "inspect",
+    "load_plan",
+    "load_ranking",
+    "make_plan",
+    "plan_from_ranking",
+    "plan_keeping",
+    "plan_random",
+    "prune",
+    "verify",
+]
+
+_HOMES = {
+    "Checkpoint": ("moe_surgery.checkpoint.checkpoint", "Checkpoint"),
+    "Plan": ("moe_surgery.selection.plan", "Plan"),
+    "Ranking": ("moe_surgery.selection.ranking", "Ranking"),
+    "describe": ("moe_surgery.families", "describe"),
+    "inspect": ("moe_surgery.pipeline", "inspect"),
+    "load_plan": ("moe_surgery.selection.plan", "load_plan"),
+    "load_ranking": ("moe_surgery.selection.ranking", "load_ranking"),
+    "make_plan": ("moe_surgery.pipeline", "make_plan"),
+    "plan_from_ranking": ("moe_surgery.selection.plan", "plan_from_ranking"),
+    "plan_keeping": ("moe_surgery.selection.plan", "plan_keeping"),
+    "plan_random": ("moe_surgery.selection.plan", "plan_random"),
+    "prune": ("moe_surgery.pipeline", "prune"),
+    "verify": ("moe_surgery.surgery.verify", "verify_checkpoint"),
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'moe_surgery' has no attribute {name!r}")
+    from importlib import import_module
+
+    module, attribute = _HOMES[name]
+    value = getattr(import_module(module), attribute)
+    globals()[name] = value
+    return value

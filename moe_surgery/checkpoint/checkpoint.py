@@ -1,0 +1,201 @@
+"""A checkpoint as bytes: config, index, shards, and where each tensor lies. Knows nothing of models."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+
+from moe_surgery.checkpoint.fileops import FileOps
+from moe_surgery.checkpoint.files import printable_path, read_small_file
+from moe_surgery.checkpoint.index import MAX_INDEX_BYTES, Index, parse_index
+from moe_surgery.checkpoint.locate import locate
+from moe_surgery.checkpoint.shard import Shard
+from moe_surgery.checkpoint.strict_json import parse_json
+from moe_surgery.checkpoint.text import printable
+from moe_surgery.errors import InvalidInputError, OutputError
+
+__all__ = ["CONFIG_NAME", "INDEX_NAME", "Checkpoint", "TensorRef"]
+
+CONFIG_NAME = "config.json"
+INDEX_NAME = "model.safetensors.index.json"
+MAX_CONFIG_BYTES = 10_000_000
+# Weights in other formats hold all experts: they are no part of a smaller checkpoint.
+OTHER_WEIGHTS = (".bin", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".pt", ".pth", ".safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """Where a tensor's bytes lie: `nbytes` bytes at `offset` of the shard file `shard`."""
+
+    name: str
+    shard: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    def rows(self, start: int, count: int) -> TensorRef:
+        """Rows [start, start + count) along axis 0, under the same name."""
+        step = self.nbytes // self.shape[0]
+        return replace(
+            self, shape=(count, *self.shape[1:]), offset=self.offset + start * step, nbytes=count * step
+        )
+
+
+class Checkpoint:
+    """An open checkpoint: headers are read and validated, weights are not.
+
+    `config` is the parsed config.json, `tensors` maps names to `TensorRef`s, `shards` maps file
+    names to open `Shard`s. Close it, or use it as a context manager.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        config: dict[str, object],
+        shards: dict[str, Shard],
+        tensors: dict[str, TensorRef],
+        side_files: tuple[str, ...],
+        index: Index | None,
+    ) -> None:
+        self.path = path
+        self.config: Mapping[str, object] = MappingProxyType(config)
+        self.shards = shards
+        self.tensors = tensors
+        self.side_files = side_files
+        self.index = index
+
+    @classmethod
+    def open(
+        cls, path: str | os.PathLike[str], *, ignore_unlisted: bool = False, ops: FileOps | None = None
+    ) -> Checkpoint:
+        """Open a folder, one .safetensors file, `example:tiny`, or a hub id in the local hub cache.
+
+        `ignore_unlisted` skips shards and tensors that the index does not name instead of refusing
+        them. Raises InvalidInputError for malformed files, OutputError for unreadable ones.
+        """
+        place = locate(path)
+        folder, only = (place, None) if place.is_dir() else (place.parent, place.name)
+        config = _read_config(folder / CONFIG_NAME)
+        index = _read_index(folder) if only is None else None
+        names = [only] if only is not None else _shard_names(folder, index, ignore_unlisted)
+        with ExitStack() as stack:
+            shards = {n: stack.enter_context(Shard(folder / n, ops or FileOps())) for n in names}
+            tensors = _collect(folder, shards, index, ignore_unlisted)
+            sides = tuple(sorted(_side_files(folder)))
+            stack.pop_all()
+        return cls(folder, config, shards, tensors, sides, index)
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / CONFIG_NAME
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.nbytes for t in self.tensors.values())
+
+    def where(self, tensor: str) -> str:
+        """`file: tensor 'name'`, for messages."""
+        ref = self.tensors.get(tensor)
+        file = self.path / ref.shard if ref else self.path
+        return f"{printable_path(file)}: tensor {printable(tensor)!r}"
+
+    def check_unchanged(self) -> None:
+        """Raise InvalidInputError if any shard was replaced or written to since it was opened."""
+        for shard in self.shards.values():
+            shard.check_unchanged()
+
+    def close(self) -> None:
+        for shard in self.shards.values():
+            shard.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _read_config(path: Path) -> dict[str, object]:
+    if not path.exists():
+        raise OutputError(
+            f"{printable_path(path)}: not found; a checkpoint needs its config.json beside the shards"
+        )
+    raw = read_small_file(path, limit=MAX_CONFIG_BYTES, what="a model config")
+    config = parse_json(raw, where=printable_path(path), allow_floats=True)
+    if not isinstance(config, dict):
+        raise InvalidInputError(f"{printable_path(path)}: not a JSON object")
+    return config
+
+
+def _read_index(folder: Path) -> Index | None:
+    path = folder / INDEX_NAME
+    if not os.path.lexists(path):
+        return None
+    raw = read_small_file(path, limit=MAX_INDEX_BYTES, what="a shard index")
+    return parse_index(raw, file=printable_path(path))
+
+
+def _shard_names(folder: Path, index: Index | None, ignore_unlisted: bool) -> list[str]:
+    present = {e.name for e in os.scandir(folder) if e.name.endswith(".safetensors")}
+    if index is None:
+        if not present:
+            raise OutputError(f"{printable_path(folder)}: holds no .safetensors file")
+        return sorted(present)
+    listed = set(index.weight_map.values())
+    if missing := sorted(listed - present):
+        raise OutputError(
+            f"{printable_path(folder / missing[0])}: listed in {INDEX_NAME} but missing "
+            f"({len(missing)} of {len(listed)} shards); download the rest of the checkpoint"
+        )
+    if (surplus := sorted(present - listed)) and not ignore_unlisted:
+        raise InvalidInputError(
+            f"{printable_path(folder / surplus[0])}: not listed in {INDEX_NAME}; "
+            "remove it, or pass --ignore-unlisted"
+        )
+    return sorted(listed)
+
+
+def _collect(
+    folder: Path, shards: Mapping[str, Shard], index: Index | None, ignore_unlisted: bool
+) -> dict[str, TensorRef]:
+    """All tensors by name, each in exactly one shard and where the index says it is."""
+    tensors: dict[str, TensorRef] = {}
+    for ref in _refs(shards):
+        file = printable_path(folder / ref.shard)
+        if index is not None and (listed := index.weight_map.get(ref.name)) != ref.shard:
+            if listed is None and ignore_unlisted:
+                continue
+            told = f"says it is in {printable(listed)}" if listed else "does not list it"
+            raise InvalidInputError(f"{file}: tensor {printable(ref.name)!r}: {INDEX_NAME} {told}")
+        if ref.name in tensors:
+            raise InvalidInputError(
+                f"{file}: tensor {printable(ref.name)!r} is also in {printable(tensors[ref.name].shard)}"
+            )
+        tensors[ref.name] = ref
+    if index is not None and (lost := sorted(set(index.weight_map) - set(tensors))):
+        raise InvalidInputError(
+            f"{printable_path(folder / index.weight_map[lost[0]])}: lacks tensor {printable(lost[0])!r} "
+            f"that {INDEX_NAME} says is there"
+        )
+    return tensors
+
+
+def _refs(shards: Mapping[str, Shard]) -> Iterator[TensorRef]:
+    for name, shard in shards.items():
+        start = shard.header.data_start
+        for info in shard.header.tensors.values():
+            yield TensorRef(info.name, name, info.dtype, info.shape, start + info.begin, info.nbytes)
+
+
+def _side_files(folder: Path) -> Iterator[str]:
+    """Regular files that travel with a checkpoint: not weights, config or index, not hidden."""
+    for entry in os.scandir(folder):
+        skipped = entry.name.startswith(".") or entry.name in (CONFIG_NAME, INDEX_NAME)
+        if not skipped and not entry.name.endswith(OTHER_WEIGHTS) and entry.is_file():
+            yield entry.name

@@ -1,0 +1,139 @@
+"""The one table of system calls through which the engine reads sources and writes output.
+
+Everything that moves bytes or changes a directory goes through a `FileOps`, so that there is one
+place to look for what the engine asks of an operating system, and one seam at which a test can
+make any of it fail. Nothing here interprets an error: `OSError` passes through.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import struct
+import sys
+from typing import Final
+
+FICLONERANGE: Final = 0x4020940D  # linux/fs.h: _IOW(0x94, 13, struct file_clone_range)
+F_FULLFSYNC: Final = 51  # <sys/fcntl.h> on macOS: flush the drive's own cache as well
+AT_FDCWD: Final = -100 if sys.platform == "linux" else -2
+RENAME_NOREPLACE: Final = 1  # linux/fs.h
+RENAME_EXCHANGE: Final = 2
+RENAME_SWAP: Final = 2  # <sys/stdio.h> on macOS
+RENAME_EXCL: Final = 4
+
+UNSUPPORTED: Final = frozenset(
+    {errno.ENOSYS, errno.EINVAL, errno.ENOTTY, errno.EXDEV, errno.EOPNOTSUPP, errno.ENOTSUP}
+)
+
+
+class FileOps:
+    """System calls of the engine; subclass to inject faults. EINTR is retried by Python (PEP 475)."""
+
+    def open(self, path: str | os.PathLike[str], flags: int, mode: int = 0o666) -> int:
+        return os.open(path, flags | os.O_CLOEXEC, mode)
+
+    def close(self, fd: int) -> None:
+        os.close(fd)
+
+    def pread_into(self, fd: int, buffer: memoryview, offset: int) -> int:
+        """Read at `offset` into `buffer`; returns the bytes read, which may be fewer (0 at the end)."""
+        return os.preadv(fd, [buffer], offset)
+
+    def pwrite(self, fd: int, data: memoryview | bytes, offset: int) -> int:
+        """Write at `offset`; returns the bytes written, which may be fewer."""
+        return os.pwrite(fd, data, offset)
+
+    def clone_range(self, source: int, source_offset: int, nbytes: int, target: int, offset: int) -> None:
+        """Share the extents of `source` with `target` (reflink); all three numbers block-aligned.
+
+        Raises OSError with an errno in `UNSUPPORTED` where the file system, or the pair of files,
+        cannot.
+        """
+        if sys.platform != "linux":
+            raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+        fcntl.ioctl(target, FICLONERANGE, struct.pack("=qQQQ", source, source_offset, nbytes, offset))
+
+    def set_direct(self, fd: int, direct: bool) -> bool:
+        """Make writes to `fd` bypass the page cache (O_DIRECT), or not; False where that cannot be.
+
+        Direct writes need buffer, offset and length to be multiples of the device's block size.
+        """
+        if not hasattr(os, "O_DIRECT"):
+            return False
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+        wanted = flags | os.O_DIRECT if direct else flags & ~os.O_DIRECT
+        try:
+            fcntl.fcntl(fd, fcntl.F_SETFL, wanted)
+        except OSError as error:
+            if error.errno in UNSUPPORTED:
+                return False
+            raise
+        return True
+
+    def start_writeback(self, fd: int, offset: int, nbytes: int) -> None:
+        """Ask the kernel to begin writing a range out, so that the flush at the end finds little left."""
+        if sys.platform == "linux":
+            os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
+
+    def fsync(self, fd: int) -> None:
+        if sys.platform == "darwin":
+            fcntl.fcntl(fd, F_FULLFSYNC)
+        else:
+            os.fsync(fd)
+
+    def fsync_dir(self, path: str | os.PathLike[str]) -> None:
+        fd = self.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            self.fsync(fd)
+        finally:
+            self.close(fd)
+
+    def mkdir(self, path: str | os.PathLike[str]) -> None:
+        os.mkdir(path)
+
+    def unlink(self, path: str | os.PathLike[str]) -> None:
+        os.unlink(path)
+
+    def rmdir(self, path: str | os.PathLike[str]) -> None:
+        os.rmdir(path)
+
+    def rename(self, old: str | os.PathLike[str], new: str | os.PathLike[str]) -> None:
+        """Rename, replacing `new` if it is there (a file over a file)."""
+        os.rename(old, new)
+
+    def rename_new(self, old: str | os.PathLike[str], new: str | os.PathLike[str]) -> None:
+        """Rename; FileExistsError if `new` is there, decided by the kernel where it can."""
+        if not _rename_flags(old, new, RENAME_NOREPLACE if sys.platform == "linux" else RENAME_EXCL):
+            if os.path.lexists(new):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(new))
+            os.rename(old, new)
+
+    def exchange(self, one: str | os.PathLike[str], other: str | os.PathLike[str]) -> None:
+        """Swap two names in one step. OSError(ENOTSUP) where the file system cannot."""
+        if not _rename_flags(one, other, RENAME_EXCHANGE if sys.platform == "linux" else RENAME_SWAP):
+            raise OSError(errno.ENOTSUP, "this file system cannot exchange two names", os.fspath(other))
+
+    def free_bytes(self, path: str | os.PathLike[str]) -> int:
+        """Bytes that this user may still write on the file system of `path`."""
+        stat = os.statvfs(path)
+        return stat.f_bavail * stat.f_frsize
+
+
+def _rename_flags(old: str | os.PathLike[str], new: str | os.PathLike[str], flags: int) -> bool:
+    """renameat2 (Linux) or renamex_np (macOS); False where kernel or file system lacks the flag."""
+    library = ctypes.CDLL(None, use_errno=True)
+    source, target = os.fsencode(old), os.fsencode(new)
+    if hasattr(library, "renameat2"):
+        failed = library.renameat2(AT_FDCWD, source, AT_FDCWD, target, flags)
+    elif hasattr(library, "renamex_np"):
+        failed = library.renamex_np(source, target, flags)
+    else:
+        return False
+    if not failed:
+        return True
+    code = ctypes.get_errno()
+    if code in UNSUPPORTED - {errno.EXDEV}:
+        return False
+    raise OSError(code, os.strerror(code), os.fspath(old), None, os.fspath(new))

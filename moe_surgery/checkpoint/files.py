@@ -1,0 +1,138 @@
+"""Opening and reading input files by position, without ever waiting on what is no file.
+
+Interrupted system calls (EINTR) are retried by Python itself; short reads are continued here.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+from moe_surgery.checkpoint.text import printable
+from moe_surgery.errors import InvalidInputError, OutputError
+
+__all__ = ["open_regular", "pread_exact", "printable_path", "read_small_file"]
+
+_PATH_LIMIT = 1024
+_READ_BYTES = 1 << 20
+_OPEN_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+_KINDS = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a character device"),
+    (stat.S_ISBLK, "a block device"),
+)
+
+
+def printable_path(path: str | os.PathLike[str]) -> str:
+    """`path` for a message: unprintable characters escaped, only absurd lengths shortened."""
+    return printable(os.fspath(path), limit=_PATH_LIMIT)
+
+
+def open_regular(path: str | os.PathLike[str], *, dir_fd: int | None = None) -> int:
+    """A read-only descriptor of a regular file, or of the one a symbolic link leads to.
+
+    A relative `path` is taken from the directory `dir_fd` when that is given. Never blocks: a FIFO
+    without a writer is refused like any other thing that is not a regular file. The caller closes
+    the descriptor.
+
+    Raises InvalidInputError for a directory, FIFO, socket or device, OutputError for a missing
+    file, a dangling symbolic link, missing permission or any other refusal of the system.
+    """
+    try:
+        fd = os.open(path, _OPEN_FLAGS, dir_fd=dir_fd)
+    except OSError as error:
+        raise _open_failure(path, dir_fd, error) from None
+    except ValueError as error:
+        raise OutputError(f"{printable_path(path)}: not a usable path: {error}") from None
+    try:
+        mode = os.fstat(fd).st_mode
+    except OSError as error:
+        os.close(fd)
+        raise OutputError(f"{printable_path(path)}: {error.strerror}") from None
+    if not stat.S_ISREG(mode):
+        os.close(fd)
+        raise InvalidInputError(f"{printable_path(path)}: is {_kind(mode)}, not a regular file")
+    return fd
+
+
+def read_small_file(path: str | os.PathLike[str], *, limit: int, what: str) -> bytes:
+    """All bytes of a regular file that may hold at most `limit`; `what` names its role in errors.
+
+    Raises as `open_regular`, InvalidInputError for more than `limit` bytes (before reading them,
+    and also if the file grows meanwhile), OutputError for a read that fails.
+    """
+    fd = open_regular(path)
+    try:
+        if os.fstat(fd).st_size > limit:
+            raise _too_large(path, limit, what)
+        return _read_to_end(fd, path, limit, what)
+    except OSError as error:
+        raise OutputError(f"{printable_path(path)}: cannot read {what}: {error.strerror}") from None
+    finally:
+        os.close(fd)
+
+
+def pread_exact(fd: int, n: int, offset: int, file: str) -> bytes:
+    """The `n` bytes at `offset` of `fd`; `file` names it in errors.
+
+    Raises InvalidInputError if the file ends before them (it was cut after its size was taken),
+    OutputError for a read that fails.
+    """
+    pieces: list[bytes] = []
+    missing = n
+    while missing:
+        try:
+            piece = os.pread(fd, missing, offset + n - missing)
+        except OSError as error:
+            raise OutputError(
+                f"{printable_path(file)}: cannot read {n} bytes at {offset}: {error.strerror}"
+            ) from None
+        if not piece:
+            raise InvalidInputError(
+                f"{printable_path(file)}: ends at byte {offset + n - missing}, "
+                f"expected {n} bytes at {offset}; the file was cut while it was read"
+            )
+        pieces.append(piece)
+        missing -= len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _read_to_end(fd: int, path: str | os.PathLike[str], limit: int, what: str) -> bytes:
+    pieces: list[bytes] = []
+    size = 0
+    while piece := os.pread(fd, min(_READ_BYTES, limit + 1 - size), size):
+        pieces.append(piece)
+        size += len(piece)
+        if size > limit:
+            raise _too_large(path, limit, what)
+    return b"".join(pieces)
+
+
+def _too_large(path: str | os.PathLike[str], limit: int, what: str) -> InvalidInputError:
+    return InvalidInputError(f"{printable_path(path)}: larger than the {limit} bytes allowed for {what}")
+
+
+def _open_failure(
+    path: str | os.PathLike[str], dir_fd: int | None, error: OSError
+) -> InvalidInputError | OutputError:
+    name = printable_path(path)
+    if error.errno == errno.ENOENT and _is_link(path, dir_fd):
+        return OutputError(f"{name}: is a symbolic link to a file that does not exist")
+    if error.errno in (errno.ENXIO, errno.ENODEV, errno.EOPNOTSUPP):
+        # What a socket, or a device without a driver, answers to open.
+        return InvalidInputError(f"{name}: is a socket or device, not a regular file")
+    return OutputError(f"{name}: cannot open: {error.strerror}")
+
+
+def _is_link(path: str | os.PathLike[str], dir_fd: int | None) -> bool:
+    try:
+        return stat.S_ISLNK(os.stat(path, dir_fd=dir_fd, follow_symlinks=False).st_mode)
+    except OSError:
+        return False
+
+
+def _kind(mode: int) -> str:
+    return next((kind for test, kind in _KINDS if test(mode)), "special")

@@ -1,0 +1,67 @@
+"""From what a user calls a checkpoint to the folder or file that holds it."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from moe_surgery.checkpoint.files import printable_path
+from moe_surgery.errors import OutputError, UsageError
+
+__all__ = ["EXAMPLES", "locate"]
+
+EXAMPLES = {"tiny": "tiny-gpt-oss"}
+_EXAMPLES_FOLDER = Path(__file__).parent.parent / "examples"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", re.ASCII)
+
+
+def locate(name: str | os.PathLike[str]) -> Path:
+    """The folder or .safetensors file that `name` means.
+
+    `name` is a path, `example:tiny` (the embedded checkpoint), or a hub id `owner/model[@revision]`
+    whose snapshot lies in the local hub cache; nothing is downloaded. A path that exists wins.
+
+    Raises UsageError for an unknown example, OutputError where nothing is found.
+    """
+    text = os.fspath(name)
+    if text.startswith("example:"):
+        return _example(text.removeprefix("example:"))
+    path = Path(text)
+    if path.is_dir():
+        return path
+    if path.exists():
+        if path.suffix != ".safetensors":
+            raise UsageError(
+                f"{printable_path(path)}: is neither a folder nor a .safetensors file; "
+                "name the checkpoint's folder"
+            )
+        return path
+    if _HUB_ID.fullmatch(text) and not text.startswith("."):
+        return _from_hub_cache(text)
+    raise OutputError(f"{printable_path(path)}: no such checkpoint folder or file")
+
+
+def _example(name: str) -> Path:
+    if name not in EXAMPLES:
+        raise UsageError(f"example:{name}: unknown example; known: {', '.join(EXAMPLES)}")
+    return _EXAMPLES_FOLDER / EXAMPLES[name]
+
+
+def _from_hub_cache(hub_id: str) -> Path:
+    repository, _, revision = hub_id.partition("@")
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    except ImportError:
+        raise OutputError(
+            f"{hub_id}: no such folder; to look in the hub cache install huggingface_hub "
+            "(pip install 'moe-surgery[hub]')"
+        ) from None
+    try:
+        return Path(snapshot_download(repository, revision=revision or None, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        raise OutputError(
+            f"{hub_id}: no such folder, and not in the local hub cache; "
+            f"download it first (hf download {repository})"
+        ) from None

@@ -1,0 +1,192 @@
+"""An output folder that appears whole or not at all, and a partial one that can be taken up again.
+
+Everything is written under the sibling `.OUT.partial-DIGEST` and renamed to OUT as the last act.
+DIGEST is that of the job, so the same command finds its own partial folder; which of its files are
+finished is what its journal says and their bytes confirm, never what merely exists.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+
+import xxhash
+
+from moe_surgery.checkpoint.fileops import FileOps
+from moe_surgery.checkpoint.files import printable_path
+from moe_surgery.checkpoint.writer import output_failure
+from moe_surgery.errors import OutputError
+
+__all__ = ["Staging", "stale_partials"]
+
+_JOURNAL = ".journal"
+
+
+class Staging:
+    """The folder in which the output `out` is built, locked against a second run.
+
+    Use as a context manager: leaving it releases the lock; the folder stays unless it was published
+    or discarded, and the next run with the same digest goes on from it. `finished` holds what earlier
+    runs recorded, oldest first.
+    """
+
+    def __init__(self, out: Path, digest: str, ops: FileOps) -> None:
+        """Lock `out` and create or take up its partial folder.
+
+        Raises OutputError where another run holds the lock or the folder cannot be made.
+        """
+        self.out = out
+        self._ops = ops
+        self.folder = out.with_name(f".{out.name}.partial-{digest}")
+        self._lock_path = out.with_name(f".{out.name}.lock")
+        self._lock = _locked(self._lock_path, out)
+        try:
+            self._prepare()
+        except OSError as error:
+            self._release()
+            raise output_failure(error, self.folder, "create") from error
+        except BaseException:
+            self._release()
+            raise
+
+    def _prepare(self) -> None:
+        try:
+            self._ops.mkdir(self.folder)
+        except FileExistsError:
+            if self.folder.is_symlink() or not self.folder.is_dir():
+                raise OutputError(f"{printable_path(self.folder)}: in the way; remove it") from None
+        for entry in list(os.scandir(self.folder)):  # of a run that was killed
+            if entry.name.endswith(".tmp"):
+                self._ops.unlink(entry.path)
+        self.finished = self._read_journal()
+
+    def _read_journal(self) -> list[dict[str, object]]:
+        """The journal's entries; a torn line at its end is cut off."""
+        path = self.folder / _JOURNAL
+        entries: list[dict[str, object]] = []
+        self._journal_end = 0
+        raw = path.read_bytes() if path.exists() else b""
+        for line in raw.splitlines(keepends=True):
+            body, _, check = line.rpartition(b" ")
+            if not line.endswith(b"\n") or xxhash.xxh3_64_hexdigest(body).encode() != check[:-1]:
+                os.truncate(path, self._journal_end)
+                break
+            entries.append(json.loads(body))
+            self._journal_end += len(line)
+        return entries
+
+    def record(self, entry: dict[str, object]) -> None:
+        """Append `entry` to the journal and flush it: the file it tells of is finished."""
+        path = self.folder / _JOURNAL
+        body = json.dumps(entry).encode()
+        line = body + b" " + xxhash.xxh3_64_hexdigest(body).encode() + b"\n"
+        try:
+            fd = self._ops.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW)
+            try:
+                done = 0
+                while done < len(line):
+                    done += self._ops.pwrite(fd, line[done:], self._journal_end + done)
+                self._ops.fsync(fd)
+            finally:
+                self._ops.close(fd)
+        except OSError as error:
+            raise output_failure(error, path, "write") from error
+        self._journal_end += len(line)
+
+    def publish(self, *, overwrite: bool) -> None:
+        """Give the folder its name. With `overwrite` an existing folder is exchanged and removed.
+
+        Raises OutputError where something of that name appeared meanwhile.
+        """
+        try:
+            if (journal := self.folder / _JOURNAL).exists():
+                self._ops.unlink(journal)
+            self._ops.fsync_dir(self.folder)
+            if overwrite and os.path.lexists(self.out):
+                self._exchange()
+            else:
+                self._ops.rename_new(self.folder, self.out)
+            self._ops.fsync_dir(self.out.parent)
+        except FileExistsError:
+            raise OutputError(
+                f"{printable_path(self.out)}: appeared while this run was writing; nothing of it was touched"
+            ) from None
+        except OSError as error:
+            raise output_failure(error, self.out, "rename into place") from error
+
+    def _exchange(self) -> None:
+        try:
+            self._ops.exchange(self.folder, self.out)
+        except OSError as error:
+            if error.errno != errno.ENOTSUP:
+                raise
+            old = self.out.with_name(f".{self.out.name}.old")
+            self._ops.rename_new(self.out, old)
+            try:
+                self._ops.rename_new(self.folder, self.out)
+            except BaseException:
+                self._ops.rename(old, self.out)
+                raise
+            self._ops.rename(old, self.folder)
+        shutil.rmtree(self.folder)
+
+    def discard(self) -> None:
+        """Remove the partial folder. Never raises."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def __enter__(self) -> Staging:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        if self._lock >= 0:
+            try:
+                os.unlink(self._lock_path)  # while still held: see `_locked`
+            except OSError:
+                pass
+            os.close(self._lock)
+            self._lock = -1
+
+
+def stale_partials(out: Path) -> list[Path]:
+    """Partial folders that other jobs left beside `out`."""
+    prefix = f".{out.name}.partial-"
+    try:
+        return sorted(Path(e.path) for e in os.scandir(out.parent) if e.name.startswith(prefix))
+    except OSError:
+        return []
+
+
+def _locked(path: Path, out: Path) -> int:
+    """A descriptor that holds the advisory lock on `path`, which is created.
+
+    The holder removes the file before it lets go, so a lock that was got on a file no longer there
+    protects nothing, and another is tried for. Where the file system has no locks, the exclusive
+    creation of every file and the final rename still decide between two runs.
+    """
+    while True:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise output_failure(error, path, "create") from error
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            raise OutputError(
+                f"{printable_path(out)}: another run is writing it; wait until it ends"
+            ) from None
+        except OSError:
+            return fd
+        try:
+            if os.path.samestat(os.fstat(fd), os.stat(path)):
+                return fd
+        except FileNotFoundError:
+            pass
+        os.close(fd)

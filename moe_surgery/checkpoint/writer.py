@@ -1,0 +1,132 @@
+"""Writing one output file: under a temporary name, by position, flushed, then renamed."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Final, NoReturn
+
+from moe_surgery.checkpoint.fileops import UNSUPPORTED, FileOps
+from moe_surgery.checkpoint.files import printable_path
+from moe_surgery.errors import DiskFullError, OutputError
+
+__all__ = ["OutputFile", "output_failure", "write_file"]
+
+DIRECT_BLOCK: Final = 4096
+WRITEBACK_BYTES: Final = 32 << 20
+_NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+def output_failure(error: OSError, path: str | os.PathLike[str], doing: str) -> OutputError:
+    """The error to raise for a failed system call on an output file, one line."""
+    reason = error.strerror or str(error)
+    if error.errno in _NO_SPACE:
+        return DiskFullError(
+            f"{printable_path(path)}: cannot {doing}: {reason}; free some space and run again"
+        )
+    return OutputError(f"{printable_path(path)}: cannot {doing}: {reason}")
+
+
+class OutputFile:
+    """A file that appears under its name only when whole and flushed.
+
+    Until `publish` it is called `.NAME.tmp` in the same folder. Writes bypass the page cache where
+    the file system can (measured a quarter faster than through it on ext4, and no dirty pages count
+    against a memory limit); elsewhere write-back is started early, so that the flush is short.
+    """
+
+    def __init__(self, path: Path, ops: FileOps, *, direct: bool = True) -> None:
+        """Create the temporary file; OutputError where one is already there or it cannot be.
+
+        `direct` False keeps writes in the page cache, which small files want.
+        """
+        self.path = path
+        self._temporary = path.with_name(f".{path.name}.tmp")
+        self._ops = ops
+        self._direct: bool | None = None if direct else False
+        self._cloned = False
+        self._flushing_from = 0
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        try:
+            self._fd = ops.open(self._temporary, flags)
+        except OSError as error:
+            raise output_failure(error, self._temporary, "create") from error
+
+    def clone(self, source: int, source_offset: int, nbytes: int, offset: int) -> bool:
+        """Share extents of the file `source` instead of writing; False where that cannot be."""
+        try:
+            self._ops.clone_range(source, source_offset, nbytes, self._fd, offset)
+        except OSError as error:
+            if error.errno in UNSUPPORTED:
+                return False
+            self._fail(error, "share blocks with the source")
+        self._cloned = True
+        return True
+
+    def write(self, data: memoryview, offset: int) -> None:
+        """Write all of `data` at `offset`."""
+        if self._direct is None:
+            self._direct = not self._cloned and self._ops.set_direct(self._fd, True)
+        done, total = 0, len(data)
+        while done < total:
+            count = total - done
+            if self._direct and (count % DIRECT_BLOCK or (offset + done) % DIRECT_BLOCK):
+                if (offset + done) % DIRECT_BLOCK or count < DIRECT_BLOCK:
+                    self._leave_direct()
+                else:
+                    count -= count % DIRECT_BLOCK
+            try:
+                done += self._ops.pwrite(self._fd, data[done : done + count], offset + done)
+            except OSError as error:
+                if self._direct and error.errno == errno.EINVAL:
+                    self._leave_direct()
+                    continue
+                self._fail(error, f"write {total} bytes at {offset}")
+        if not self._direct:
+            self._start_writeback(offset + total)
+
+    def publish(self) -> None:
+        """Flush, close, and give the file its name."""
+        fd, self._fd = self._fd, -1
+        try:
+            try:
+                self._ops.fsync(fd)
+            finally:
+                self._ops.close(fd)
+            self._ops.rename(self._temporary, self.path)
+        except OSError as error:
+            # A failed flush says that data is lost, and says it only once: never try again.
+            self._fail(error, "flush")
+
+    def discard(self) -> None:
+        """Close and remove whatever was written. Never raises."""
+        fd, self._fd = self._fd, -1
+        for undo in (lambda: fd >= 0 and self._ops.close(fd), lambda: self._ops.unlink(self._temporary)):
+            try:
+                undo()
+            except OSError:
+                pass
+
+    def _leave_direct(self) -> None:
+        self._ops.set_direct(self._fd, False)
+        self._direct = False
+
+    def _start_writeback(self, end: int) -> None:
+        if end - self._flushing_from >= WRITEBACK_BYTES:
+            self._ops.start_writeback(self._fd, self._flushing_from, end - self._flushing_from)
+            self._flushing_from = end
+
+    def _fail(self, error: OSError, doing: str) -> NoReturn:
+        raise output_failure(error, self.path, doing) from error
+
+
+def write_file(path: Path, content: bytes, ops: FileOps) -> None:
+    """Write a small file whole: temporary name, flush, rename."""
+    file = OutputFile(path, ops, direct=False)
+    try:
+        file.write(memoryview(content), 0)
+        file.publish()
+    except BaseException:
+        file.discard()
+        raise

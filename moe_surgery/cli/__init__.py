@@ -1,0 +1,75 @@
+"""The `moe-surgery` command: parse, call the library, print. Library imports happen inside commands."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import NoReturn
+
+import click
+
+from moe_surgery.cli.terminal import Terminal
+from moe_surgery.errors import MoeSurgeryError
+from moe_surgery.version import __version__
+
+__all__ = ["main"]
+
+COMMANDS = ("inspect", "plan", "prune", "verify", "demo", "doctor")
+INTERRUPTED = 130
+IO_ERROR = 5
+
+
+class _Commands(click.Group):
+    """Loads a command's module only when the command is named or help lists them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command = importlib.import_module(f"moe_surgery.cli.{cmd_name}").command
+        assert isinstance(command, click.Command)
+        return command
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="moe-surgery")
+def cli() -> None:
+    """Remove experts from mixture-of-experts checkpoints without loading the model.
+
+    CKPT is a folder, one .safetensors file, example:tiny (an embedded model to try things on), or a
+    hub id such as openai/gpt-oss-20b that is in the local hub cache.
+
+    \b
+    moe-surgery inspect openai/gpt-oss-20b
+    moe-surgery plan law.json --experts 8 --model-type gpt_oss -o law-8.json
+    moe-surgery prune openai/gpt-oss-20b gpt-oss-law-8 --plan law-8.json
+    moe-surgery verify gpt-oss-law-8 --source openai/gpt-oss-20b
+
+    Results go to stdout, everything else to stderr. Exit codes: 0 done, 2 usage, 3 malformed input,
+    4 plan and checkpoint disagree, 5 input/output, 6 no space, 8 verification failed, 130 interrupted.
+    """
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Entry point: runs a command and exits with its code; one line instead of a traceback."""
+    terminal = Terminal()
+    try:
+        code = cli.main(arguments, prog_name="moe-surgery", standalone_mode=False, obj=terminal)
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        terminal.error("interrupted; the same command goes on where it stopped")
+        code = INTERRUPTED
+    except MoeSurgeryError as error:
+        terminal.failed(error)
+        code = error.exit_code
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader has gone: nobody is left to tell
+        code = IO_ERROR
+    except OSError as error:
+        terminal.failed(error)
+        code = IO_ERROR
+    sys.exit(code if isinstance(code, int) else 0)

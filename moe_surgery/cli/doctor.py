@@ -1,0 +1,32 @@
+"""moe-surgery doctor."""
+
+from __future__ import annotations
+
+import click
+
+from moe_surgery.cli.options import common, terminal_of
+
+
+@click.command("doctor")
+@common
+@click.pass_context
+def command(context: click.Context) -> None:
+    """Show versions, instruction sets and devices, and what works here.
+
+    For everything that does not work the reason is given. Put this output in a bug report.
+
+    \b
+    moe-surgery doctor
+    moe-surgery doctor --json
+    """
+    from moe_surgery.doctor import examine
+
+    terminal = terminal_of(context)
+    found = examine()
+    if terminal.json:
+        terminal.data(found)
+        return
+    for section, entries in found.items():
+        terminal.result(section)
+        for name, value in entries.items():
+            terminal.result(f"  {name:<24} {value}")

@@ -1,0 +1,79 @@
+"""moe-surgery inspect."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from moe_surgery.cli.options import common, terminal_of
+from moe_surgery.cli.terminal import Terminal, count, size
+
+if TYPE_CHECKING:
+    from moe_surgery.surgery.inspect import Inspection
+
+ROWS_SHOWN = 40
+
+
+@click.command("inspect")
+@click.argument("ckpt")
+@click.option("--all-sizes", is_flag=True, help="List every expert count, also of models with many.")
+@click.option("--ignore-unlisted", is_flag=True, help="Skip shards and tensors that the index does not list.")
+@common
+@click.pass_context
+def command(context: click.Context, ckpt: str, all_sizes: bool, ignore_unlisted: bool) -> None:
+    """Show what a checkpoint is and what fewer experts would make of it.
+
+    Reads headers only, so it is instant at any size. The table says for n = 1..E kept experts how
+    many parameters remain and how many bytes they take in MXFP4 and BF16.
+
+    \b
+    moe-surgery inspect example:tiny
+    moe-surgery inspect openai/gpt-oss-20b --json
+    """
+    from moe_surgery.pipeline import inspect
+
+    terminal = terminal_of(context)
+    found = inspect(ckpt, ignore_unlisted=ignore_unlisted)
+    if terminal.json:
+        terminal.data(found.as_dict())
+        return
+    _summary(terminal, found)
+    _sizes(terminal, found, all_sizes)
+
+
+def _summary(terminal: Terminal, found: Inspection) -> None:
+    lines = {
+        "checkpoint": found.path,
+        "family": f"{found.family} ({found.model_type}, {found.layout} layout)",
+        "experts": f"{found.experts} in each of {found.layers} layers, top-{found.top_k}, "
+        f"stored as {found.expert_storage.upper()}",
+        "parameters": f"{count(found.parameters)} total, {count(found.active_parameters)} active, "
+        f"{count(found.parameters_per_expert)} per expert",
+        "bytes": f"{size(found.nbytes)} in {found.tensors} tensors: "
+        + ", ".join(f"{part} {size(nbytes)}" for part, nbytes in found.parts.items()),
+        "dtypes": ", ".join(f"{dtype} {size(nbytes)}" for dtype, nbytes in found.dtypes.items()),
+        "shards": ", ".join(f"{name} ({size(nbytes)})" for name, nbytes in found.shards.items()),
+    }
+    for name, text in lines.items():
+        terminal.result(f"{name:<11} {text}")
+
+
+def _sizes(terminal: Terminal, found: Inspection, all_sizes: bool) -> None:
+    step = 1 if all_sizes else -(-len(found.sizes) // ROWS_SHOWN)
+    shown = [s for s in found.sizes if s.experts % step == 0 or s.experts == 1]
+    rows = [
+        [
+            str(s.experts),
+            count(s.parameters),
+            count(s.active_parameters),
+            size(s.mxfp4_bytes),
+            size(s.bf16_bytes),
+        ]
+        for s in shown
+    ]
+    terminal.result("")
+    terminal.table("kept experts", ["n", "parameters", "active", "MXFP4", "BF16"], rows)
+    for memory, fits in found.fits.items():
+        most = ", ".join(f"{n or 'none'} in {storage.upper()}" for storage, n in fits.items())
+        terminal.result(f"most experts whose weights fit {memory} GB: {most}")

@@ -1,0 +1,197 @@
+"""moe-surgery prune."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from moe_surgery.cli.options import EXPERT_LIST, SIZE, common, terminal_of
+from moe_surgery.cli.terminal import Advance, Terminal, count, size
+from moe_surgery.errors import UsageError
+
+if TYPE_CHECKING:
+    from moe_surgery.families.model import Model
+    from moe_surgery.pipeline import PruneResult
+    from moe_surgery.selection.plan import Plan
+    from moe_surgery.surgery.program import Program
+
+
+@click.command("prune")
+@click.argument("ckpt")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--plan", "plan_file", type=click.Path(path_type=Path), help="A plan file of `moe-surgery plan`."
+)
+@click.option("--ranking", type=click.Path(path_type=Path), help="A ranking file; needs --experts.")
+@click.option("--experts", "-n", type=int, help="How many experts of --ranking each layer keeps.")
+@click.option("--keep", type=EXPERT_LIST, help="Keep these experts in every layer: 0,3,8-11, or all.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["keep", "bf16", "mxfp4"]),
+    default="keep",
+    show_default=True,
+    help="How expert weights are stored. MXFP4 to BF16 is exact; BF16 to MXFP4 is exact for weights that came from MXFP4.",
+)
+@click.option(
+    "--max-shard-size", type=SIZE, default="5GB", show_default=True, help="Most tensor bytes in a file."
+)
+@click.option(
+    "--order",
+    type=click.Choice(["ascending", "ranking"]),
+    default="ascending",
+    show_default=True,
+    help="Order of the experts of --ranking in the output.",
+)
+@click.option("--dry-run", is_flag=True, help="Print what would be read and written, and stop.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it is a checkpoint that moe-surgery wrote.")
+@click.option("--ignore-free-space", is_flag=True, help="Start even if the output seems not to fit the disk.")
+@click.option("--ignore-unlisted", is_flag=True, help="Skip shards and tensors that the index does not list.")
+@common
+@click.pass_context
+def command(
+    context: click.Context,
+    ckpt: str,
+    out: Path,
+    plan_file: Path | None,
+    ranking: Path | None,
+    experts: int | None,
+    keep: list[int] | str | None,
+    dtype: str,
+    max_shard_size: int,
+    order: str,
+    dry_run: bool,
+    overwrite: bool,
+    ignore_free_space: bool,
+    ignore_unlisted: bool,
+) -> None:
+    """Write a smaller checkpoint with the kept experts only.
+
+    CKPT is only read, and never loaded: bytes go from its files straight to OUT, in some 60 MB of
+    memory whatever its size. OUT appears whole or not at all. Stop it at any time; the same command
+    goes on where it stopped. Say which experts stay by exactly one of --plan, --ranking and --keep;
+    `--keep all` with --dtype converts.
+
+    \b
+    moe-surgery prune example:tiny /tmp/tiny-8 --keep 0-7
+    moe-surgery prune openai/gpt-oss-20b law-8 --ranking law.json --experts 8
+    moe-surgery prune some/pruned-bf16-model smaller --keep all --dtype mxfp4
+    """
+    from moe_surgery.pipeline import prune
+
+    terminal = terminal_of(context)
+    plan = _plan_maker(plan_file, ranking, experts, keep, order)
+    start = time.perf_counter()
+    with ExitStack() as stack:
+        advance: list[Advance] = []
+
+        def on_start(program: Program) -> None:
+            terminal.detail(f"reading {size(program.reads)} from {len(program.sources)} shards")
+            if not dry_run:
+                advance.append(stack.enter_context(terminal.progress("pruning", program.nbytes)))
+
+        result = prune(
+            ckpt,
+            out,
+            plan,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            dry_run=dry_run,
+            overwrite=overwrite,
+            ignore_free_space=ignore_free_space,
+            ignore_unlisted=ignore_unlisted,
+            on_start=on_start,
+            progress=lambda nbytes: advance[0](nbytes),
+        )
+    seconds = time.perf_counter() - start
+    if terminal.json:
+        terminal.data(_as_dict(result, seconds))
+        return
+    if result.outcome is None:
+        _print_program(terminal, result)
+    else:
+        _print_outcome(terminal, result, seconds)
+    for note in result.notes:
+        terminal.say(f"note: {note}")
+    for stale in result.stale:
+        held = sum(f.stat().st_size for f in stale.iterdir() if f.is_file()) if stale.is_dir() else 0
+        terminal.say(
+            f"note: {stale} holds {size(held)} of another, unfinished run; remove it if it is not wanted"
+        )
+
+
+def _plan_maker(
+    plan_file: Path | None,
+    ranking: Path | None,
+    experts: int | None,
+    keep: list[int] | str | None,
+    order: str,
+) -> Plan | Callable[[Model], Plan]:
+    from moe_surgery.selection.plan import load_plan, plan_from_ranking, plan_keeping
+    from moe_surgery.selection.ranking import load_ranking
+
+    if (plan_file is not None) + (ranking is not None) + (keep is not None) != 1:
+        raise UsageError("say which experts stay by exactly one of --plan, --ranking and --keep")
+    if (ranking is None) != (experts is None):
+        raise UsageError("--ranking and --experts go together: the first N of every layer are kept")
+    if plan_file is not None:
+        return load_plan(plan_file)
+    if keep is not None:
+        kept = None if isinstance(keep, str) else keep
+        return lambda model: plan_keeping(kept, model)
+    assert ranking is not None
+    assert experts is not None
+    loaded = load_ranking(ranking)
+
+    def choose(model: Model) -> Plan:
+        return plan_from_ranking(loaded, experts, model_type=model.model_type, order=order)
+
+    return choose
+
+
+def _as_dict(result: PruneResult, seconds: float) -> dict[str, object]:
+    from dataclasses import asdict
+
+    return {
+        "output": str(result.out),
+        "seconds": seconds,
+        **result.program.as_dict(),
+        "outcome": asdict(result.outcome) if result.outcome else None,
+        "notes": result.notes,
+        "stale_partial_folders": [str(p) for p in result.stale],
+    }
+
+
+def _print_program(terminal: Terminal, result: PruneResult) -> None:
+    program = result.program
+    rows = [[s.name, str(len(s.tensors)), size(s.reads), size(s.nbytes)] for s in program.shards]
+    rows.append(["total", "", size(program.reads), size(program.nbytes)])
+    terminal.table(f"would write {result.out}", ["shard", "tensors", "read", "written"], rows)
+    terminal.result("beside them: " + ", ".join([*program.texts, *program.copies, "surgery.json"]))
+
+
+def _print_outcome(terminal: Terminal, result: PruneResult, seconds: float) -> None:
+    program, outcome = result.program, result.outcome
+    assert outcome is not None
+    kept = program.plan.uniform_experts
+    terminal.result(
+        f"{result.out}: {kept} of {program.plan.num_source_experts} experts, top-{program.top_k}, "
+        f"{count(program.parameters)} parameters, {size(program.nbytes)} in {len(program.shards)} "
+        f"{'shard' if len(program.shards) == 1 else 'shards'} ({program.storage.upper()} experts), {seconds:.1f} s"
+    )
+    if outcome.shards_resumed:
+        terminal.say(
+            f"kept {len(outcome.shards_resumed)} finished shards ({size(outcome.bytes_resumed)}) of an earlier run"
+        )
+    if outcome.bytes_shared:
+        terminal.say(f"{size(outcome.bytes_shared)} share their disk blocks with the source (reflink)")
+    if outcome.conversion:
+        said = outcome.conversion
+        terminal.say(
+            f"MXFP4: {said['inexact_blocks']:,} of {said['blocks']:,} blocks inexact, "
+            f"relative error {said['relative_error']:.3g}"
+        )

@@ -1,0 +1,147 @@
+"""The one place that prints: results on stdout, everything for people's eyes on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["Terminal", "count", "size"]
+
+PLAIN_PROGRESS_SECONDS = 10.0
+Advance = Callable[[int], None]
+
+
+class Terminal:
+    """Owns the consoles. Everything printed is escaped: names come from strangers' files."""
+
+    def __init__(self) -> None:
+        self.verbosity = 0
+        self.debug = False
+        self.json = False
+
+    def say(self, text: str) -> None:
+        """A line on stderr, unless -q."""
+        if self.verbosity >= 0:
+            click.echo(_safe(text), err=True)
+
+    def detail(self, text: str) -> None:
+        """A line on stderr with -v."""
+        if self.verbosity > 0:
+            click.echo(_safe(text), err=True)
+
+    def error(self, text: str) -> None:
+        click.echo(f"moe-surgery: {_safe(text)}", err=True)
+
+    def failed(self, error: BaseException) -> None:
+        """One line for an error; the traceback as well with --debug."""
+        if self.debug:
+            traceback.print_exception(error)
+        self.error(str(error))
+
+    def result(self, text: str) -> None:
+        """A line of the command's result, on stdout."""
+        click.echo(_safe(text))
+
+    def data(self, value: object) -> None:
+        """The command's result as JSON, on stdout."""
+        click.echo(json.dumps(value, indent=2, default=str))
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A table on stdout; the first column is left-aligned, the others right."""
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
+
+        table = Table(title=_safe(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        for number, column in enumerate(columns):
+            table.add_column(column, justify="right" if number else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*map(_safe, row))
+        _console(sys.stdout).print(table)
+
+    @contextmanager
+    def progress(self, title: str, total: int) -> Iterator[Advance]:
+        """Show bytes, rate and time left while the block runs; yields what to call with bytes done."""
+        if self.verbosity < 0 or total <= 0:
+            yield lambda _: None
+        elif sys.stderr.isatty():
+            yield from self._bar(title, total)
+        else:
+            yield _plain(title, total, self.say)
+
+    def _bar(self, title: str, total: int) -> Iterator[Advance]:
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+
+        columns = (
+            TextColumn(title, markup=False),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=_console(sys.stderr), transient=True) as bar:
+            task = bar.add_task(title, total=total)
+            yield lambda nbytes: bar.update(task, advance=nbytes)
+
+
+def _safe(text: str) -> str:
+    """`text` with whatever a terminal might obey, line breaks included, as visible escapes."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _plain(title: str, total: int, say: Callable[[str], None]) -> Advance:
+    """Progress for logs: a line every few seconds."""
+    done, start = 0, time.monotonic()
+    last = start
+
+    def advance(nbytes: int) -> None:
+        nonlocal done, last
+        done += nbytes
+        now = time.monotonic()
+        if now - last >= PLAIN_PROGRESS_SECONDS:
+            last = now
+            rate = done / (now - start)
+            left = (total - done) / rate if rate else 0
+            say(f"{title}: {size(done)} of {size(total)}, {size(rate)}/s, {left:.0f} s left")
+
+    return advance
+
+
+def _console(file: object) -> Console:
+    from rich.console import Console
+
+    return Console(file=file, markup=False, emoji=False, highlight=False)  # type: ignore[arg-type]
+
+
+def size(nbytes: float) -> str:
+    """Bytes in decimal units: 13.76 GB."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= factor:
+            return f"{nbytes / factor:.2f} {unit}"
+    return f"{nbytes:.0f} B"
+
+
+def count(number: float) -> str:
+    """A number of parameters: 20.9B, 597.4M."""
+    for unit, factor in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= factor:
+            return f"{number / factor:.1f}{unit}"
+    return f"{number:.0f}"

@@ -1,0 +1,54 @@
+"""moe-surgery verify."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import click
+
+from moe_surgery.cli.options import common, terminal_of
+from moe_surgery.cli.terminal import size
+from moe_surgery.errors import VerificationError
+
+
+@click.command("verify")
+@click.argument("out")
+@click.option("--source", metavar="CKPT", help="Also compare every kept slice with this checkpoint's bytes.")
+@click.option("--structure-only", is_flag=True, help="Headers, index, config and sizes only: no digests.")
+@common
+@click.pass_context
+def command(context: click.Context, out: str, source: str | None, structure_only: bool) -> None:
+    """Check that a checkpoint is whole.
+
+    Compares headers, index and config with one another, and the digest of every file and tensor
+    with the manifest (surgery.json): one flipped byte anywhere is found and named. Damage that was
+    in the source before the surgery cannot be seen. Exit code 8 if anything is wrong.
+
+    \b
+    moe-surgery verify law-8
+    moe-surgery verify law-8 --source openai/gpt-oss-20b
+    moe-surgery verify some-downloaded-model --structure-only
+    """
+    from moe_surgery.checkpoint.locate import locate
+    from moe_surgery.surgery.verify import verify_checkpoint
+
+    terminal = terminal_of(context)
+    if structure_only and source:
+        raise click.UsageError("--source compares bytes, --structure-only reads none; choose one")
+    folder = locate(out)
+    total = sum(f.stat().st_size for f in folder.iterdir() if f.is_file()) if folder.is_dir() else 0
+    total *= 0 if structure_only else 2 if source else 1
+    with terminal.progress("verifying", total) as advance:
+        found = verify_checkpoint(out, source=source, structure_only=structure_only, progress=advance)
+    if terminal.json:
+        terminal.data({"output": out, "ok": found.ok, **asdict(found)})
+    for note in found.notes:
+        terminal.say(f"note: {note}")
+    if not found.ok:
+        *others, last = found.problems
+        for problem in others:
+            terminal.error(problem)
+        raise VerificationError(last)
+    if not terminal.json:
+        read = "structure only" if structure_only else f"{size(found.bytes_read)} read"
+        terminal.result(f"{out}: sound ({found.files} files, {found.tensors} tensors, {read})")

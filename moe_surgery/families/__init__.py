@@ -1,0 +1,21 @@
+"""What model families call their tensors, where experts lie in them, and which config keys count them."""
+
+from __future__ import annotations
+
+from moe_surgery.checkpoint.checkpoint import Checkpoint
+from moe_surgery.families import model as _model
+from moe_surgery.families.base import Family
+from moe_surgery.families.gpt_oss import GPT_OSS
+from moe_surgery.families.model import Model, ModelTensor
+
+__all__ = ["FAMILIES", "Family", "Model", "ModelTensor", "describe"]
+
+FAMILIES: tuple[Family, ...] = (GPT_OSS,)
+
+
+def describe(checkpoint: Checkpoint) -> Model:
+    """The `Model` that `checkpoint` holds, every tensor's presence, shape and dtype checked.
+
+    Raises InvalidInputError where the model type is unknown or config and tensors disagree.
+    """
+    return _model.describe(checkpoint, FAMILIES)

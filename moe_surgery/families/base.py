@@ -1,0 +1,89 @@
+"""What a model family is to the engine: a table of tensors, their axes and config keys.
+
+A family says nothing about a particular checkpoint. `families.describe` holds it against one and
+returns a `Model`: every tensor found, its shape and dtype checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+__all__ = ["ConfigKey", "Family", "Layout", "Slice", "Tensor"]
+
+DENSE, PER_EXPERT, EXPERT_WEIGHT = "dense", "per_expert", "expert_weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One tensor of the output layout.
+
+    `name` may hold `{layer}`. `shape` is written in dimension names, each a product such as
+    "heads*head_dim". `kind`: "dense" is copied whole; "per_expert" has experts along axis 0 and is
+    copied slice by slice; "expert_weight" has them along axis 0 too but is stored either as MXFP4
+    (`name` + "_blocks" and "_scales", [experts, rows, columns/32, 16]) or as BF16
+    ([experts, columns, rows], transposed), where `shape` gives ("experts", rows, columns).
+    `present_if` is a config key (with its default) that says whether the tensor exists.
+    """
+
+    name: str
+    shape: tuple[str, ...]
+    kind: str = DENSE
+    present_if: tuple[str, bool] | None = None
+
+    @property
+    def per_layer(self) -> bool:
+        return "{layer}" in self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Where a layout keeps a tensor: under `name`, whole, or rows [start, start + own rows) of it.
+
+    `start` and `rows` are dimension expressions; `rows` is the row count of the fused tensor.
+    """
+
+    name: str
+    start: str = ""
+    rows: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigKey:
+    """A dimension in config.json: the first of `keys` that is there, else `default`."""
+
+    keys: tuple[str, ...]
+    default: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How one way of storing a family names its tensors.
+
+    `names` maps an output name to its `Slice`; names not in it are the same. `blocks` and `scales`
+    are the two suffixes of an MXFP4 tensor. `side_files_dropped` are files that only make sense in
+    this layout; `parent_side_files` are taken from the folder above when that holds the tokenizer.
+    """
+
+    name: str
+    names: Mapping[str, Slice] = field(default_factory=dict)
+    blocks: str = "_blocks"
+    scales: str = "_scales"
+    side_files_dropped: frozenset[str] = frozenset()
+    parent_side_files: tuple[str, ...] = ()
+    hub_config: Callable[[Mapping[str, object]], dict[str, object]] | None = None
+
+    def find(self, name: str) -> Slice:
+        return self.names.get(name, Slice(name))
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A model family: its dimensions, tensors, and the config keys that surgery changes."""
+
+    model_type: str
+    title: str
+    dimensions: Mapping[str, ConfigKey]
+    tensors: tuple[Tensor, ...]
+    layouts: tuple[Layout, ...]
+    quantization_config: Mapping[str, object]

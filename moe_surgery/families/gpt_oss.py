@@ -1,0 +1,180 @@
+"""gpt-oss (20b, 120b) in the hub's layout and in OpenAI's own (`original/`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
+
+from moe_surgery.families.base import (
+    EXPERT_WEIGHT,
+    PER_EXPERT,
+    ConfigKey,
+    Family,
+    Layout,
+    Slice,
+    Tensor,
+)
+
+_ATTENTION: Final = "model.layers.{layer}.self_attn."
+_MLP: Final = "model.layers.{layer}.mlp."
+_BIAS: Final = ("attention_bias", True)
+
+TENSORS: Final = (
+    Tensor("model.embed_tokens.weight", ("vocabulary", "hidden")),
+    Tensor("model.layers.{layer}.input_layernorm.weight", ("hidden",)),
+    Tensor(_ATTENTION + "q_proj.weight", ("heads*head_dim", "hidden")),
+    Tensor(_ATTENTION + "q_proj.bias", ("heads*head_dim",), present_if=_BIAS),
+    Tensor(_ATTENTION + "k_proj.weight", ("kv_heads*head_dim", "hidden")),
+    Tensor(_ATTENTION + "k_proj.bias", ("kv_heads*head_dim",), present_if=_BIAS),
+    Tensor(_ATTENTION + "v_proj.weight", ("kv_heads*head_dim", "hidden")),
+    Tensor(_ATTENTION + "v_proj.bias", ("kv_heads*head_dim",), present_if=_BIAS),
+    Tensor(_ATTENTION + "o_proj.weight", ("hidden", "heads*head_dim")),
+    Tensor(_ATTENTION + "o_proj.bias", ("hidden",), present_if=_BIAS),
+    Tensor(_ATTENTION + "sinks", ("heads",)),
+    Tensor("model.layers.{layer}.post_attention_layernorm.weight", ("hidden",)),
+    Tensor(_MLP + "router.weight", ("experts", "hidden"), PER_EXPERT),
+    Tensor(_MLP + "router.bias", ("experts",), PER_EXPERT),
+    Tensor(_MLP + "experts.gate_up_proj", ("experts", "2*intermediate", "hidden"), EXPERT_WEIGHT),
+    Tensor(_MLP + "experts.gate_up_proj_bias", ("experts", "2*intermediate"), PER_EXPERT),
+    Tensor(_MLP + "experts.down_proj", ("experts", "hidden", "intermediate"), EXPERT_WEIGHT),
+    Tensor(_MLP + "experts.down_proj_bias", ("experts", "hidden"), PER_EXPERT),
+    Tensor("model.norm.weight", ("hidden",)),
+    Tensor("lm_head.weight", ("vocabulary", "hidden"), present_if=("!tie_word_embeddings", True)),
+)
+
+_BLOCK: Final = "block.{layer}."
+_QKV_ROWS: Final = "heads*head_dim+2*kv_heads*head_dim"
+_ORIGINAL_NAMES: Final = {
+    "model.embed_tokens.weight": Slice("embedding.weight"),
+    "model.norm.weight": Slice("norm.scale"),
+    "lm_head.weight": Slice("unembedding.weight"),
+    "model.layers.{layer}.input_layernorm.weight": Slice(_BLOCK + "attn.norm.scale"),
+    "model.layers.{layer}.post_attention_layernorm.weight": Slice(_BLOCK + "mlp.norm.scale"),
+    _ATTENTION + "sinks": Slice(_BLOCK + "attn.sinks"),
+    _ATTENTION + "o_proj.weight": Slice(_BLOCK + "attn.out.weight"),
+    _ATTENTION + "o_proj.bias": Slice(_BLOCK + "attn.out.bias"),
+    _MLP + "router.weight": Slice(_BLOCK + "mlp.gate.weight"),
+    _MLP + "router.bias": Slice(_BLOCK + "mlp.gate.bias"),
+    _MLP + "experts.gate_up_proj": Slice(_BLOCK + "mlp.mlp1_weight"),
+    _MLP + "experts.gate_up_proj_bias": Slice(_BLOCK + "mlp.mlp1_bias"),
+    _MLP + "experts.down_proj": Slice(_BLOCK + "mlp.mlp2_weight"),
+    _MLP + "experts.down_proj_bias": Slice(_BLOCK + "mlp.mlp2_bias"),
+} | {
+    f"{_ATTENTION}{part}_proj.{leaf}": Slice(_BLOCK + f"attn.qkv.{leaf}", start, _QKV_ROWS)
+    for leaf in ("weight", "bias")
+    for part, start in (
+        ("q", "0"),
+        ("k", "heads*head_dim"),
+        ("v", "heads*head_dim+kv_heads*head_dim"),
+    )
+}
+
+QUANTIZATION_CONFIG: Final = MappingProxyType(
+    {
+        "modules_to_not_convert": [
+            "model.layers.*.self_attn",
+            "model.layers.*.mlp.router",
+            "model.embed_tokens",
+            "lm_head",
+        ],
+        "quant_method": "mxfp4",
+    }
+)
+
+# The original layout's config.json leaves out what every gpt-oss shares; these are the values of
+# openai/gpt-oss-20b's own config.json on the hub.
+_YARN_ORIGINAL_LENGTH: Final = 4096
+_PAD_TOKEN: Final = 199999
+_END_TOKEN: Final = 200002
+
+
+def hub_config(original: Mapping[str, object]) -> dict[str, object]:
+    """config.json of the hub layout for a config.json of OpenAI's own layout."""
+    layers = int(str(original["num_hidden_layers"]))
+    length = int(str(original.get("initial_context_length", _YARN_ORIGINAL_LENGTH)))
+    factor = float(str(original.get("rope_scaling_factor", 32.0)))
+    vocabulary = int(str(original["vocab_size"]))
+    return {
+        "architectures": ["GptOssForCausalLM"],
+        "attention_bias": True,
+        "attention_dropout": 0.0,
+        "eos_token_id": original.get("eos_token_id", _END_TOKEN if vocabulary > _END_TOKEN else None),
+        "experts_per_token": original["experts_per_token"],
+        "head_dim": original["head_dim"],
+        "hidden_act": "silu",
+        "hidden_size": original["hidden_size"],
+        "initial_context_length": length,
+        "initializer_range": 0.02,
+        "intermediate_size": original["intermediate_size"],
+        "layer_types": [("sliding_attention", "full_attention")[i % 2] for i in range(layers)],
+        "max_position_embeddings": int(length * factor),
+        "model_type": "gpt_oss",
+        "num_attention_heads": original["num_attention_heads"],
+        "num_experts_per_tok": original["experts_per_token"],
+        "num_hidden_layers": layers,
+        "num_key_value_heads": original["num_key_value_heads"],
+        "num_local_experts": original["num_experts"],
+        "output_router_logits": False,
+        "pad_token_id": original.get("pad_token_id", _PAD_TOKEN if vocabulary > _PAD_TOKEN else None),
+        "quantization_config": dict(QUANTIZATION_CONFIG),
+        "rms_norm_eps": original.get("rms_norm_eps", 1e-05),
+        "rope_scaling": {
+            "beta_fast": float(str(original.get("rope_ntk_beta", 32.0))),
+            "beta_slow": float(str(original.get("rope_ntk_alpha", 1.0))),
+            "factor": factor,
+            "original_max_position_embeddings": length,
+            "rope_type": "yarn",
+            "truncate": False,
+        },
+        "rope_theta": original.get("rope_theta", 150000),
+        "router_aux_loss_coef": 0.9,
+        "sliding_window": original.get("sliding_window", 128),
+        "swiglu_limit": original.get("swiglu_limit", 7.0),
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": vocabulary,
+    }
+
+
+HUB: Final = Layout("hub")
+ORIGINAL: Final = Layout(
+    "original",
+    names=MappingProxyType(_ORIGINAL_NAMES),
+    blocks=".blocks",
+    scales=".scales",
+    side_files_dropped=frozenset({"dtypes.json"}),
+    parent_side_files=(
+        "LICENSE",
+        "README.md",
+        "USAGE_POLICY",
+        "chat_template.jinja",
+        "generation_config.json",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ),
+    hub_config=hub_config,
+)
+
+GPT_OSS: Final = Family(
+    model_type="gpt_oss",
+    title="gpt-oss",
+    dimensions=MappingProxyType(
+        {
+            "layers": ConfigKey(("num_hidden_layers",)),
+            "experts": ConfigKey(("num_local_experts", "num_experts")),
+            "top_k": ConfigKey(("num_experts_per_tok", "experts_per_token")),
+            "hidden": ConfigKey(("hidden_size",)),
+            "intermediate": ConfigKey(("intermediate_size",)),
+            "heads": ConfigKey(("num_attention_heads",)),
+            "kv_heads": ConfigKey(("num_key_value_heads",)),
+            "head_dim": ConfigKey(("head_dim",), default=64),
+            "vocabulary": ConfigKey(("vocab_size",)),
+        }
+    ),
+    tensors=TENSORS,
+    layouts=(HUB, ORIGINAL),
+    quantization_config=QUANTIZATION_CONFIG,
+)

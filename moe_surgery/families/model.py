@@ -1,0 +1,270 @@
+"""A family held against a checkpoint: every tensor found, its shape and dtype checked once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+
+from moe_surgery.checkpoint.checkpoint import Checkpoint, TensorRef
+from moe_surgery.errors import InvalidInputError
+from moe_surgery.families.base import DENSE, EXPERT_WEIGHT, Family, Layout, Slice, Tensor
+
+__all__ = ["Model", "ModelTensor", "describe"]
+
+FLOATS = frozenset({"BF16", "F16", "F32"})
+MAX_EXPERTS = 1024
+MAX_LAYERS = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class ModelTensor:
+    """One tensor of the output layout and where the source keeps it.
+
+    `shape` is the logical shape with all source experts: for an expert weight (experts, rows,
+    columns). `stored` is the source tensor (for MXFP4 its blocks), `scales` the MXFP4 scales.
+    """
+
+    name: str
+    kind: str
+    layer: int | None
+    shape: tuple[int, ...]
+    stored: TensorRef
+    scales: TensorRef | None = None
+
+    @property
+    def parameters(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def has_experts(self) -> bool:
+        return self.kind != DENSE
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A checkpoint understood: family, layout, dimensions and all tensors in output order.
+
+    `storage` says how expert weights are stored: "mxfp4" or "bf16".
+    """
+
+    family: Family
+    layout: Layout
+    config: Mapping[str, object]
+    dimensions: Mapping[str, int]
+    tensors: tuple[ModelTensor, ...]
+    storage: str
+
+    @property
+    def model_type(self) -> str:
+        return self.family.model_type
+
+    @property
+    def layers(self) -> int:
+        return self.dimensions["layers"]
+
+    @property
+    def experts(self) -> int:
+        return self.dimensions["experts"]
+
+    @property
+    def top_k(self) -> int:
+        return self.dimensions["top_k"]
+
+    def parameters(self, experts: int | None = None) -> int:
+        """Number of weights with `experts` kept in every layer (default: all), router rows included."""
+        kept = self.experts if experts is None else experts
+        return sum(
+            t.parameters // self.experts * kept if t.has_experts else t.parameters for t in self.tensors
+        )
+
+    def active_parameters(self, experts: int | None = None) -> int:
+        """Weights that one token uses: all but the experts the router did not choose."""
+        kept = self.experts if experts is None else experts
+        return self.parameters(kept) - (kept - min(self.top_k, kept)) * self.expert_parameters()
+
+    def expert_parameters(self) -> int:
+        """Weights of one expert over all layers, without its router rows."""
+        return sum(
+            t.parameters // self.experts for t in self.tensors if t.has_experts and ".router." not in t.name
+        )
+
+
+def describe(checkpoint: Checkpoint, families: tuple[Family, ...]) -> Model:
+    """Recognise `checkpoint` as one of `families` and check it whole.
+
+    Raises InvalidInputError for an unknown model type, a missing, surplus or misshapen tensor, and
+    configuration that contradicts the tensors; one line, naming file and tensor.
+    """
+    family, layout = _recognise(checkpoint, families)
+    dimensions = _dimensions(checkpoint, family)
+    tensors: list[ModelTensor] = []
+    used: set[str] = set()
+    for layer, tensor in _expand(family, dimensions["layers"]):
+        if _present(tensor, checkpoint.config):
+            tensors.append(_locate(checkpoint, layout, tensor, layer, dimensions, used))
+    if surplus := sorted(set(checkpoint.tensors) - used):
+        raise InvalidInputError(
+            f"{checkpoint.where(surplus[0])}: a {family.model_type} model of {dimensions['layers']} layers has no "
+            f"such tensor ({len(surplus)} surplus in all); {checkpoint.config_path} and the shards disagree"
+        )
+    storages = {("mxfp4" if t.scales else "bf16"): t for t in tensors if t.kind == EXPERT_WEIGHT}
+    if len(storages) > 1:
+        one, other = (checkpoint.where(t.stored.name) for t in storages.values())
+        raise InvalidInputError(
+            f"{one} is stored otherwise than {other}: expert weights must be all MXFP4 or all BF16"
+        )
+    return Model(family, layout, checkpoint.config, dimensions, tuple(tensors), next(iter(storages)))
+
+
+def _recognise(checkpoint: Checkpoint, families: tuple[Family, ...]) -> tuple[Family, Layout]:
+    known = ", ".join(f.model_type for f in families)
+    model_type = checkpoint.config.get("model_type")
+    for family in families:
+        if model_type is not None and model_type != family.model_type:
+            continue
+        for layout in family.layouts:
+            first = layout.find(family.tensors[0].name).name
+            if first in checkpoint.tensors:
+                return family, layout
+        if model_type == family.model_type:
+            raise InvalidInputError(
+                f"{checkpoint.path}: tensor {family.tensors[0].name!r} is in no shard; "
+                f"download the missing files of this {family.title} checkpoint"
+            )
+    raise InvalidInputError(
+        f"{checkpoint.config_path}: model_type {str(model_type)[:80]!r} is not supported; known: {known}"
+    )
+
+
+def _dimensions(checkpoint: Checkpoint, family: Family) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for dimension, key in family.dimensions.items():
+        said = {k: checkpoint.config[k] for k in key.keys if k in checkpoint.config}
+        values = list(said.values()) or ([key.default] if key.default is not None else [])
+        if not values:
+            raise InvalidInputError(f"{checkpoint.config_path}: key {key.keys[0]!r} is missing")
+        value = values[0]
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InvalidInputError(
+                f"{checkpoint.config_path}: {next(iter(said))} is {str(value)[:40]!r}, not a positive integer"
+            )
+        if any(v != value for v in values):
+            raise InvalidInputError(
+                f"{checkpoint.config_path}: "
+                + " but ".join(f"{k} is {str(v)[:40]}" for k, v in said.items())
+                + "; they must be equal"
+            )
+        found[dimension] = value
+    for dimension, most in (("experts", MAX_EXPERTS), ("layers", MAX_LAYERS)):
+        if found[dimension] > most:
+            raise InvalidInputError(
+                f"{checkpoint.config_path}: {found[dimension]} {dimension}; at most {most} are supported"
+            )
+    if found["top_k"] > found["experts"]:
+        raise InvalidInputError(
+            f"{checkpoint.config_path}: top-k {found['top_k']} is more than the {found['experts']} experts"
+        )
+    return found
+
+
+def _expand(family: Family, layers: int) -> Iterator[tuple[int | None, Tensor]]:
+    """The family's tensors in order, those between the first and last per-layer one once a layer."""
+    per_layer = [t for t in family.tensors if t.per_layer]
+    first = family.tensors.index(per_layer[0])
+    yield from ((None, t) for t in family.tensors[:first])
+    for layer in range(layers):
+        yield from ((layer, t) for t in per_layer)
+    yield from ((None, t) for t in family.tensors[first:] if not t.per_layer)
+
+
+def _present(tensor: Tensor, config: Mapping[str, object]) -> bool:
+    if tensor.present_if is None:
+        return True
+    key, default = tensor.present_if
+    if key.startswith("!"):
+        return not config.get(key[1:], not default)
+    return bool(config.get(key, default))
+
+
+def _evaluate(expression: str, dimensions: Mapping[str, int]) -> int:
+    """The value of a sum of products of dimension names and numbers, such as "2*kv_heads*head_dim"."""
+    return sum(
+        prod(int(f) if f.isdigit() else dimensions[f] for f in term.split("*"))
+        for term in expression.split("+")
+    )
+
+
+def _locate(
+    checkpoint: Checkpoint,
+    layout: Layout,
+    tensor: Tensor,
+    layer: int | None,
+    dimensions: Mapping[str, int],
+    used: set[str],
+) -> ModelTensor:
+    shape = tuple(_evaluate(e, dimensions) for e in tensor.shape)
+    where = layout.find(tensor.name)
+    where = replace(where, name=where.name.replace("{layer}", str(layer)))
+    name = tensor.name.replace("{layer}", str(layer))
+    if tensor.kind == EXPERT_WEIGHT:
+        stored, scales = _find_expert_weight(checkpoint, layout, where.name, shape)
+    else:
+        stored, scales = _find_plain(checkpoint, where, shape, dimensions), None
+    used.update(ref.name for ref in (stored, scales) if ref)
+    return ModelTensor(name, tensor.kind, layer, shape, stored, scales)
+
+
+def _find_plain(
+    checkpoint: Checkpoint, where: Slice, shape: tuple[int, ...], dimensions: Mapping[str, int]
+) -> TensorRef:
+    ref = _get(checkpoint, where.name)
+    whole = shape if not where.rows else (_evaluate(where.rows, dimensions), *shape[1:])
+    _expect(checkpoint, ref, whole, FLOATS)
+    return ref if not where.rows else ref.rows(_evaluate(where.start, dimensions), shape[0])
+
+
+def _find_expert_weight(
+    checkpoint: Checkpoint, layout: Layout, name: str, shape: tuple[int, ...]
+) -> tuple[TensorRef, TensorRef | None]:
+    """MXFP4 blocks with their scales, or a BF16 tensor: told apart by dtype and rank, not by name.
+
+    (transformers saves a dequantised model's BF16 weights under the name of the blocks.)
+    """
+    experts, rows, columns = shape
+    blocks = checkpoint.tensors.get(name + layout.blocks)
+    if blocks is not None and blocks.dtype == "U8":
+        if columns % 32:
+            raise InvalidInputError(
+                f"{checkpoint.where(blocks.name)}: {columns} columns are not whole MXFP4 blocks of 32"
+            )
+        scales = _get(checkpoint, name + layout.scales)
+        _expect(checkpoint, blocks, (experts, rows, columns // 32, 16), frozenset({"U8"}))
+        _expect(checkpoint, scales, (experts, rows, columns // 32), frozenset({"U8"}))
+        return blocks, scales
+    ref = blocks if blocks is not None else checkpoint.tensors.get(name)
+    if ref is None:
+        ref = _get(checkpoint, name + layout.blocks)
+    _expect(checkpoint, ref, (experts, columns, rows), frozenset({"BF16"}))
+    return ref, None
+
+
+def _get(checkpoint: Checkpoint, name: str) -> TensorRef:
+    ref = checkpoint.tensors.get(name)
+    if ref is None:
+        raise InvalidInputError(
+            f"{checkpoint.path}: tensor {name!r} is in no shard; a shard is missing or the file was cut"
+        )
+    return ref
+
+
+def _expect(checkpoint: Checkpoint, ref: TensorRef, shape: tuple[int, ...], dtypes: frozenset[str]) -> None:
+    if ref.dtype not in dtypes:
+        raise InvalidInputError(
+            f"{checkpoint.where(ref.name)}: dtype {ref.dtype}, expected {' or '.join(sorted(dtypes))}"
+        )
+    if ref.shape != shape:
+        raise InvalidInputError(
+            f"{checkpoint.where(ref.name)}: shape {list(ref.shape)}, expected {list(shape)} "
+            f"from {checkpoint.config_path.name}"
+        )

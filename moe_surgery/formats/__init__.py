@@ -1,0 +1,1 @@
+"""Number formats of checkpoint tensors: exact conversions on numpy arrays, without torch."""

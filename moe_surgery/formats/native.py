@@ -1,0 +1,45 @@
+"""The one place that finds the compiled extension, or knows why it is not there.
+
+The environment variable `MOE_SURGERY_NATIVE=0` disables the extension, so that everything runs on
+numpy. It is read at every call; the extension itself is imported once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from functools import cache
+from types import ModuleType
+
+__all__ = ["NATIVE_VARIABLE", "native_module", "native_status"]
+
+NATIVE_VARIABLE = "MOE_SURGERY_NATIVE"
+
+
+def native_module() -> ModuleType | None:
+    """Return the module `moe_surgery._native`, or None when it is disabled or cannot be imported."""
+    return None if _disabled() else _load()[0]
+
+
+def native_status() -> str:
+    """Return one line that says which instruction sets are in use, or why there is no extension."""
+    if _disabled():
+        return f"disabled by {NATIVE_VARIABLE}={os.environ[NATIVE_VARIABLE]}; numpy is used"
+    module, reason = _load()
+    if module is None:
+        return f"not available ({reason}); numpy is used"
+    names: list[str] = module.instruction_sets()
+    return f"{names[0]} (available: {', '.join(names)})"
+
+
+def _disabled() -> bool:
+    return os.environ.get(NATIVE_VARIABLE, "1").strip() == "0"
+
+
+@cache
+def _load() -> tuple[ModuleType | None, str]:
+    # Only ImportError means "not there"; a broken extension that fails otherwise should be seen.
+    try:
+        return importlib.import_module("moe_surgery._native"), ""
+    except ImportError as error:
+        return None, " ".join(str(error).split())

@@ -1,0 +1,108 @@
+"""Whole jobs over the rooms below: each is one documented call, and one command line on top of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_surgery import families
+from moe_surgery.checkpoint.checkpoint import Checkpoint
+from moe_surgery.checkpoint.fileops import FileOps
+from moe_surgery.checkpoint.staging import stale_partials
+from moe_surgery.families.model import Model
+from moe_surgery.selection.plan import Plan
+from moe_surgery.surgery.compiler import DEFAULT_SHARD_SIZE, compile_program
+from moe_surgery.surgery.inspect import Inspection, inspect_checkpoint
+from moe_surgery.surgery.preflight import check_output
+from moe_surgery.surgery.program import Program
+from moe_surgery.surgery.run import Outcome, run_program
+from moe_surgery.surgery.serving import serving_notes
+
+__all__ = ["PruneResult", "inspect", "make_plan", "prune"]
+
+PathLike = str | os.PathLike[str]
+PlanMaker = Callable[[Model], Plan]
+
+
+@dataclass(frozen=True, slots=True)
+class PruneResult:
+    """What `prune` did. `outcome` is None for a dry run; `notes` say what serving engines make of
+    the result; `stale` are partial folders of other jobs, left where they are."""
+
+    out: Path
+    program: Program
+    outcome: Outcome | None
+    notes: tuple[str, ...]
+    stale: tuple[Path, ...]
+
+
+def inspect(checkpoint: PathLike, *, ignore_unlisted: bool = False) -> Inspection:
+    """Family, sizes and bytes of `checkpoint`, and of what n = 1..E kept experts would make of it.
+
+    Reads headers only. Raises InvalidInputError or OutputError.
+    """
+    with Checkpoint.open(checkpoint, ignore_unlisted=ignore_unlisted) as opened:
+        return inspect_checkpoint(opened, families.describe(opened))
+
+
+def make_plan(checkpoint: PathLike, choose: PlanMaker) -> Plan:
+    """The plan that `choose` makes of the model in `checkpoint`, checked to fit it.
+
+    Raises PlanMismatchError where it does not, and any error of opening the checkpoint.
+    """
+    with Checkpoint.open(checkpoint) as opened:
+        model = families.describe(opened)
+    plan = choose(model)
+    plan.check_fits(model.model_type, model.experts, model.layers, str(checkpoint))
+    return plan
+
+
+def prune(
+    checkpoint: PathLike,
+    out: PathLike,
+    plan: Plan | PlanMaker,
+    *,
+    dtype: str = "keep",
+    max_shard_size: int = DEFAULT_SHARD_SIZE,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    ignore_free_space: bool = False,
+    ignore_unlisted: bool = False,
+    on_start: Callable[[Program], None] | None = None,
+    progress: Callable[[int], None] | None = None,
+    ops: FileOps | None = None,
+) -> PruneResult:
+    """Write the experts of `checkpoint` that `plan` keeps as the new checkpoint folder `out`.
+
+    `plan` is a `Plan`, or makes one of the described model. `dtype`: "keep" moves expert weights as
+    they are stored, "bf16" and "mxfp4" convert them. `max_shard_size` in bytes of tensors.
+    `dry_run` stops before anything is written. `on_start` is told the program, `progress` the bytes
+    of shards as they pass (written, or re-checked from an interrupted run). `ops` is the table of
+    system calls.
+
+    `out` appears whole or not at all, and the source is only ever read. Raises UsageError,
+    InvalidInputError, PlanMismatchError, OutputError or DiskFullError, each with one line that says
+    what to do; interrupted (KeyboardInterrupt or a kill), the same call goes on where it stopped.
+    """
+    with Checkpoint.open(checkpoint, ignore_unlisted=ignore_unlisted, ops=ops) as opened:
+        model = families.describe(opened)
+        chosen = plan if isinstance(plan, Plan) else plan(model)
+        program = compile_program(opened, model, chosen, dtype=dtype, max_shard_size=max_shard_size)
+        target = check_output(opened, out, overwrite=overwrite)
+        if on_start:
+            on_start(program)
+        outcome = None
+        if not dry_run:
+            outcome = run_program(
+                program,
+                opened,
+                target,
+                overwrite=overwrite,
+                ignore_free_space=ignore_free_space,
+                progress=progress,
+                ops=ops,
+            )
+    notes = serving_notes(chosen.uniform_experts or 0, program.top_k, model.top_k)
+    return PruneResult(target, program, outcome, tuple(notes), tuple(stale_partials(target)))

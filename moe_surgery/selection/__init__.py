@@ -1,0 +1,1 @@
+"""Which experts stay: rankings (ours and published ones) and plans."""

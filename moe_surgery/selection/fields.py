@@ -1,0 +1,55 @@
+"""Checks on values read from plan and ranking files. Each raises InvalidInputError naming `where`."""
+
+from __future__ import annotations
+
+import math
+
+from moe_surgery.errors import InvalidInputError
+
+__all__ = ["integer_rows", "number_rows", "optional_text", "positive"]
+
+MAX_ROWS = 10_000
+MAX_COLUMNS = 65_536
+
+
+def positive(value: object, where: str) -> int:
+    """`value` as a positive integer."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InvalidInputError(f"{where} is {str(value)[:40]!r}, not a positive integer")
+    return value
+
+
+def optional_text(value: object, where: str) -> str | None:
+    """`value` as a string or None."""
+    if value is not None and not isinstance(value, str):
+        raise InvalidInputError(f"{where} is {str(value)[:40]!r}, not a string")
+    return value
+
+
+def integer_rows(value: object, where: str) -> list[tuple[int, ...]]:
+    """`value` as a non-empty list with one non-empty list of non-negative integers a layer."""
+    rows = []
+    for number, row in enumerate(_rows(value, where)):
+        if any(isinstance(e, bool) or not isinstance(e, int) or e < 0 for e in row):
+            raise InvalidInputError(f"{where}: layer {number} holds something that is not an expert number")
+        rows.append(tuple(row))
+    return rows
+
+
+def number_rows(value: object, where: str) -> tuple[tuple[float, ...], ...]:
+    """`value` as one list of finite numbers a layer."""
+    rows = []
+    for number, row in enumerate(_rows(value, where)):
+        if any(isinstance(x, bool) or not isinstance(x, (int, float)) or not math.isfinite(x) for x in row):
+            raise InvalidInputError(f"{where}: layer {number} holds something that is not a finite number")
+        rows.append(tuple(float(x) for x in row))
+    return tuple(rows)
+
+
+def _rows(value: object, where: str) -> list[list]:  # type: ignore[type-arg]
+    if not isinstance(value, list) or not 1 <= len(value) <= MAX_ROWS:
+        raise InvalidInputError(f"{where}: expected a list with one entry a layer (1 to {MAX_ROWS})")
+    for number, row in enumerate(value):
+        if not isinstance(row, list) or not 1 <= len(row) <= MAX_COLUMNS:
+            raise InvalidInputError(f"{where}: layer {number} is not a list of 1 to {MAX_COLUMNS} entries")
+    return value

@@ -1,0 +1,219 @@
+"""A plan: which experts of which layer are kept, and in which order they come out."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from moe_surgery.checkpoint.files import printable_path, read_small_file
+from moe_surgery.checkpoint.strict_json import parse_json
+from moe_surgery.errors import InvalidInputError, PlanMismatchError, UsageError
+from moe_surgery.selection.fields import integer_rows, optional_text, positive
+from moe_surgery.selection.ranking import RANKING_FORMAT, Ranking
+
+__all__ = ["ORDERS", "PLAN_FORMAT", "Plan", "load_plan", "plan_from_ranking", "plan_keeping", "plan_random"]
+
+PLAN_FORMAT = "moe-surgery.plan"
+VERSION = 1
+MAX_BYTES = 100_000_000
+ORDERS = ("ascending", "ranking")
+_KEYS = frozenset(
+    {"format", "version", "model_type", "num_source_experts", "num_layers", "top_k", "layers", "provenance"}
+)
+
+
+class HasExperts(Protocol):
+    """What a plan must know of a model: a described `Model`, or the result of `inspect`."""
+
+    @property
+    def model_type(self) -> str: ...
+    @property
+    def experts(self) -> int: ...
+    @property
+    def layers(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """`layers[i]` lists the kept source experts of layer i in output order, at least one.
+
+    `top_k` None means the model's; it is min(top_k, kept) in any case. `extra` holds keys of the
+    file that this version does not know; they are written back.
+    """
+
+    model_type: str
+    num_source_experts: int
+    layers: tuple[tuple[int, ...], ...]
+    top_k: int | None = None
+    provenance: Mapping[str, object] = field(default_factory=dict)
+    extra: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def uniform_experts(self) -> int | None:
+        """The number of experts that every layer keeps, or None where layers differ."""
+        counts = {len(kept) for kept in self.layers}
+        return counts.pop() if len(counts) == 1 else None
+
+    def as_dict(self) -> dict[str, object]:
+        """The plan as the JSON object of its file form (version 1)."""
+        return {
+            "format": PLAN_FORMAT,
+            "version": VERSION,
+            "model_type": self.model_type,
+            "num_source_experts": self.num_source_experts,
+            "num_layers": self.num_layers,
+            "top_k": self.top_k,
+            "layers": [list(kept) for kept in self.layers],
+            "provenance": dict(self.provenance),
+            **self.extra,
+        }
+
+    def to_json(self) -> str:
+        """File form: one line a layer, so that plans can be read and compared by eye."""
+        head = {k: v for k, v in self.as_dict().items() if k != "layers"}
+        rows = ",\n".join(f"    {json.dumps(list(kept))}" for kept in self.layers)
+        lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
+        return "{\n" + ",\n".join([*lines, f'  "layers": [\n{rows}\n  ]']) + "\n}\n"
+
+    def check_fits(self, model_type: str, experts: int, layers: int, checkpoint: str) -> None:
+        """Raise PlanMismatchError unless the plan is for such a model; `checkpoint` names it."""
+        mine = (self.model_type, self.num_source_experts, self.num_layers)
+        if mine != (model_type, experts, layers):
+            raise PlanMismatchError(
+                f"the plan is for {mine[0]} with {mine[2]} layers of {mine[1]} experts, but {checkpoint} is "
+                f"{model_type} with {layers} layers of {experts}; make a plan for this checkpoint"
+            )
+
+
+def load_plan(path: str | os.PathLike[str]) -> Plan:
+    """Read a plan file.
+
+    Raises InvalidInputError for another format, an unknown version, or experts out of range, twice
+    or none in a layer; OutputError where the file cannot be read.
+    """
+    where = printable_path(path)
+    raw = read_small_file(path, limit=MAX_BYTES, what="a plan")
+    root = parse_json(raw, where=where, allow_floats=True)
+    if isinstance(root, dict) and (root.get("format") == RANKING_FORMAT or "layer_0" in root):
+        raise InvalidInputError(f"{where}: is a ranking, not a plan; pass it with --ranking and --experts")
+    if not isinstance(root, dict) or root.get("format") != PLAN_FORMAT:
+        raise InvalidInputError(f'{where}: not a plan: expected a JSON object with "format": "{PLAN_FORMAT}"')
+    return plan_from_dict(root, where)
+
+
+def plan_from_dict(root: Mapping[str, object], where: str) -> Plan:
+    """The plan in a parsed JSON object; `where` names its file. Raises as `load_plan`."""
+    if root.get("version") != VERSION:
+        raise InvalidInputError(
+            f"{where}: plan version {str(root.get('version'))[:20]} is not known here (this reads version {VERSION}); "
+            "upgrade moe-surgery"
+        )
+    experts = positive(root.get("num_source_experts"), f"{where}: num_source_experts")
+    layers = integer_rows(root.get("layers"), f"{where}: layers")
+    if root.get("num_layers") != len(layers):
+        raise InvalidInputError(
+            f"{where}: num_layers is {str(root.get('num_layers'))[:20]}, but layers has {len(layers)}"
+        )
+    for number, kept in enumerate(layers):
+        check_kept(kept, experts, f"{where}: layer {number}", InvalidInputError)
+    top_k = root.get("top_k")
+    model_type = optional_text(root.get("model_type"), f"{where}: model_type")
+    if model_type is None:
+        raise InvalidInputError(f"{where}: model_type is missing")
+    provenance = root.get("provenance", {})
+    return Plan(
+        model_type,
+        experts,
+        tuple(layers),
+        None if top_k is None else positive(top_k, f"{where}: top_k"),
+        provenance if isinstance(provenance, dict) else {},
+        {k: v for k, v in root.items() if k not in _KEYS},
+    )
+
+
+def check_kept(
+    kept: Sequence[int], experts: int, where: str, error: type[InvalidInputError] | type[UsageError]
+) -> None:
+    """Raise `error` unless `kept` names at least one expert, each once and below `experts`."""
+    if not kept:
+        raise error(f"{where} keeps no expert; at least one must stay")
+    if (largest := max(kept)) >= experts:
+        raise error(f"{where} keeps expert {largest}, but experts are 0 to {experts - 1}")
+    if len(set(kept)) != len(kept):
+        twice = next(e for i, e in enumerate(kept) if e in kept[:i])
+        raise error(f"{where} keeps expert {twice} twice")
+
+
+def check_count(count: int, experts: int) -> None:
+    """Raise UsageError unless 1 <= count <= experts."""
+    if not 1 <= count <= experts:
+        raise UsageError(f"--experts {count}: the model has {experts} experts; choose 1 to {experts}")
+
+
+def plan_from_ranking(
+    ranking: Ranking, experts: int, *, model_type: str | None = None, order: str = "ascending"
+) -> Plan:
+    """Keep the first `experts` of every layer of `ranking`.
+
+    `model_type` is needed where the ranking does not say, and must agree where it does. `order`:
+    "ascending" (by source number) or "ranking" (best first, as the published models have them).
+    """
+    check_count(experts, ranking.num_experts)
+    if order not in ORDERS:
+        raise UsageError(f"--order {order}: choose one of {', '.join(ORDERS)}")
+    if ranking.model_type and model_type and ranking.model_type != model_type:
+        raise PlanMismatchError(f"the ranking is for {ranking.model_type}, not for {model_type}")
+    known = ranking.model_type or model_type
+    if known is None:
+        raise UsageError("the ranking does not say which model it is for; pass --checkpoint or --model-type")
+    layers = tuple(
+        tuple(sorted(r[:experts]) if order == "ascending" else r[:experts]) for r in ranking.layers
+    )
+    return Plan(
+        known,
+        ranking.num_experts,
+        layers,
+        provenance={"method": "ranking", **ranking.provenance, "experts": experts, "order": order},
+    )
+
+
+def plan_keeping(kept: Sequence[int] | None, model: HasExperts) -> Plan:
+    """Keep the same experts in every layer of `model`, in the order given (None: all of them).
+
+    Raises UsageError for an expert out of range or named twice.
+    """
+    chosen = tuple(range(model.experts)) if kept is None else tuple(kept)
+    check_kept(chosen, model.experts, "--keep", UsageError)
+    provenance = {"method": "keep", "experts": len(chosen)}
+    return Plan(model.model_type, model.experts, (chosen,) * model.layers, provenance=provenance)
+
+
+def plan_random(count: int, seed: int, model: HasExperts) -> Plan:
+    """Keep `count` experts in each layer of `model`, drawn without replacement, ascending.
+
+    Layer i draws from numpy's PCG64 seeded with [seed, i], so a layer's draw depends on nothing else.
+    Raises UsageError for a count or seed out of range.
+    """
+    import numpy as np
+
+    experts = model.experts
+    check_count(count, experts)
+    if seed < 0:
+        raise UsageError(f"--seed {seed}: must not be negative")
+    drawn = (
+        np.random.Generator(np.random.PCG64([seed, layer])).choice(experts, count, replace=False)
+        for layer in range(model.layers)
+    )
+    return Plan(
+        model.model_type,
+        experts,
+        tuple(tuple(sorted(int(e) for e in row)) for row in drawn),
+        provenance={"method": "random", "experts": count, "seed": seed, "generator": "PCG64([seed, layer])"},
+    )

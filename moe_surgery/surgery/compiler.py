@@ -1,0 +1,248 @@
+"""Plan x checkpoint -> `Program`: which source bytes make up each output tensor, in which shard."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from moe_surgery.checkpoint.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, TensorRef
+from moe_surgery.checkpoint.dtypes import DTYPE_BITS
+from moe_surgery.checkpoint.header import build_header
+from moe_surgery.checkpoint.index import build_index
+from moe_surgery.errors import PlanMismatchError, UsageError
+from moe_surgery.families.base import DENSE, EXPERT_WEIGHT
+from moe_surgery.families.model import Model, ModelTensor
+from moe_surgery.selection.plan import Plan
+from moe_surgery.surgery.config import output_config
+from moe_surgery.surgery.names import MANIFEST_NAME, MAPPING_NAME, README_NAME, SOURCE_README_NAME
+from moe_surgery.surgery.program import (
+    Copy,
+    Decode,
+    Encode,
+    OutputShard,
+    OutputTensor,
+    Part,
+    Program,
+    SourceFile,
+    Span,
+)
+
+__all__ = ["DTYPES", "compile_program"]
+
+DTYPES = ("keep", "bf16", "mxfp4")
+DEFAULT_SHARD_SIZE = 5 * 10**9
+# Reflink needs source and target offsets equal modulo the block size of the file system: nearly
+# always 4096, and a header padded to that residue costs at most one block.
+BLOCK = 4096
+
+Group = tuple[OutputTensor, ...]
+
+
+def compile_program(
+    checkpoint: Checkpoint,
+    model: Model,
+    plan: Plan,
+    *,
+    dtype: str = "keep",
+    max_shard_size: int = DEFAULT_SHARD_SIZE,
+) -> Program:
+    """The program that writes `plan` applied to `checkpoint`.
+
+    `dtype`: "keep" copies expert weights as they are stored, "bf16" and "mxfp4" convert them where
+    they are stored otherwise. `max_shard_size` bounds the tensor bytes of a shard; a tensor larger
+    than that has a shard of its own.
+
+    Raises UsageError for an unknown dtype or size, PlanMismatchError for a plan of another model or
+    one whose layers keep different numbers of experts.
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
+    if max_shard_size < 1:
+        raise UsageError(f"--max-shard-size {max_shard_size}: must be at least one byte")
+    plan.check_fits(model.family.model_type, model.experts, model.layers, str(checkpoint.path))
+    kept = plan.uniform_experts
+    if kept is None:
+        counts = sorted({len(row) for row in plan.layers})
+        raise PlanMismatchError(
+            f"the plan keeps between {counts[0]} and {counts[-1]} experts per layer, and no runtime loads such a "
+            "checkpoint; keep the same number in every layer (a plan like this serves as a view only)"
+        )
+    storage = model.storage if dtype == "keep" else dtype
+    top_k = min(plan.top_k or model.top_k, kept)
+    dense = [(t,) for t in _outputs(model, plan, storage, dense=True)]
+    experts = list(_paired(_outputs(model, plan, storage, dense=False)))
+    shards = _shards(dense, experts, max_shard_size)
+    texts = {
+        CONFIG_NAME: _json(output_config(model, kept, top_k, storage)),
+        MAPPING_NAME: _json(expert_mapping(plan)),
+    }
+    if len(shards) > 1:
+        weight_map = {t.name: s.name for s in shards for t in s.tensors}
+        texts[INDEX_NAME] = build_index(weight_map, sum(t.nbytes for s in shards for t in s.tensors))
+    sources = tuple(
+        SourceFile(n, s.identity.size, s.header.digest) for n, s in sorted(checkpoint.shards.items())
+    )
+    return Program(
+        plan,
+        storage,
+        model.layout.name,
+        sources,
+        shards,
+        texts,
+        _side_files(checkpoint, model, set(texts)),
+        model.parameters(kept),
+        top_k,
+    )
+
+
+def expert_mapping(plan: Plan) -> dict[str, dict[str, int]]:
+    """Source expert -> output expert per layer, in the form the published pruned models carry."""
+    return {
+        str(layer): {str(old): new for new, old in enumerate(kept)} for layer, kept in enumerate(plan.layers)
+    }
+
+
+def _outputs(model: Model, plan: Plan, storage: str, *, dense: bool) -> Iterator[OutputTensor]:
+    for tensor in model.tensors:
+        if (tensor.kind == DENSE) is not dense:
+            continue
+        if tensor.kind == DENSE:
+            yield OutputTensor(tensor.name, tensor.stored.dtype, tensor.shape, (Copy(_whole(tensor.stored)),))
+        else:
+            assert tensor.layer is not None
+            yield from _expert_tensor(tensor, plan.layers[tensor.layer], storage)
+
+
+def _expert_tensor(tensor: ModelTensor, kept: Sequence[int], storage: str) -> Iterator[OutputTensor]:
+    stored, scales = tensor.stored, tensor.scales
+    if tensor.kind != EXPERT_WEIGHT:
+        yield _gathered(tensor.name, stored, kept)
+    elif storage == "mxfp4" and scales is not None:
+        yield _gathered(tensor.name + "_blocks", stored, kept)
+        yield _gathered(tensor.name + "_scales", scales, kept)
+    elif storage == "bf16" and scales is None:
+        yield _gathered(tensor.name, stored, kept)
+    elif scales is not None:
+        _, rows, columns = tensor.shape
+        decoded = [Decode(_slice(stored, e), _slice(scales, e), rows, columns) for e in kept]
+        yield OutputTensor(tensor.name, "BF16", (len(kept), columns, rows), tuple(decoded))
+    else:
+        _, rows, columns = tensor.shape
+        shape = (len(kept), rows, columns // 32)
+        if columns % 32:
+            raise UsageError(
+                f"--dtype mxfp4: tensor {tensor.name!r} has {columns} columns, not whole blocks of 32"
+            )
+        values = [_slice(stored, e) for e in kept]
+        for suffix, is_scales, dims in (("_blocks", False, (*shape, 16)), ("_scales", True, shape)):
+            parts = tuple(Encode(v, rows, columns, is_scales, stored.name) for v in values)
+            yield OutputTensor(tensor.name + suffix, "U8", dims, parts)
+
+
+def _gathered(name: str, ref: TensorRef, kept: Sequence[int]) -> OutputTensor:
+    spans = joined(_slice(ref, e) for e in kept)
+    return OutputTensor(name, ref.dtype, (len(kept), *ref.shape[1:]), tuple(map(Copy, spans)))
+
+
+def _whole(ref: TensorRef) -> Span:
+    return Span(ref.shard, ref.offset, ref.nbytes)
+
+
+def _slice(ref: TensorRef, expert: int) -> Span:
+    return _whole(ref.rows(expert, 1))
+
+
+def joined(spans: Iterator[Span]) -> Iterator[Span]:
+    """The same bytes in the same order, neighbours in one shard made one span."""
+    last: Span | None = None
+    for span in spans:
+        if last is not None and (last.shard, last.offset + last.nbytes) == (span.shard, span.offset):
+            last = Span(last.shard, last.offset, last.nbytes + span.nbytes)
+            continue
+        if last is not None:
+            yield last
+        last = span
+    if last is not None:
+        yield last
+
+
+def _paired(tensors: Iterator[OutputTensor]) -> Iterator[Group]:
+    """Tensors that must share a shard together: converted blocks with the scales found on the way."""
+    blocks: OutputTensor | None = None
+    for tensor in tensors:
+        first: Part = tensor.parts[0]
+        if isinstance(first, Encode) and not first.scales:
+            blocks = tensor
+        elif isinstance(first, Encode) and blocks is not None:
+            yield blocks, tensor
+        else:
+            yield (tensor,)
+
+
+def _shards(dense: list[Group], experts: list[Group], limit: int) -> tuple[OutputShard, ...]:
+    """One shard if everything fits, else dense tensors first in shards of their own."""
+    everything = [*dense, *experts]
+    whole = _packed(everything, limit)
+    packed = whole if len(whole) == 1 else [*_packed(dense, limit), *_packed(experts, limit)]
+    names = (
+        ["model.safetensors"]
+        if len(packed) == 1
+        else [f"model-{i:05d}-of-{len(packed):05d}.safetensors" for i in range(1, len(packed) + 1)]
+    )
+    return tuple(_shard(name, tensors) for name, tensors in zip(names, packed, strict=True))
+
+
+def _packed(groups: list[Group], limit: int) -> list[list[OutputTensor]]:
+    """Groups in order into as few runs of at most `limit` bytes as that order allows."""
+    runs: list[list[OutputTensor]] = []
+    filled = limit + 1
+    for group in groups:
+        size = sum(t.nbytes for t in group)
+        if filled + size > limit:
+            runs.append([])
+            filled = 0
+        runs[-1].extend(group)
+        filled += size
+    return runs
+
+
+def _shard(name: str, tensors: list[OutputTensor]) -> OutputShard:
+    # Widest dtype first, as safetensors' own writer has it, so that every tensor is aligned.
+    ordered = sorted(tensors, key=lambda t: -DTYPE_BITS[t.dtype])
+    described = [(t.name, t.dtype, t.shape) for t in ordered]
+    header = build_header(
+        described, metadata={"format": "pt"}, pad_to=BLOCK, residue=_reflink_residue(ordered)
+    )
+    return OutputShard(name, header, tuple(ordered))
+
+
+def _reflink_residue(tensors: list[OutputTensor]) -> int:
+    """The header length modulo `BLOCK` with which most copied bytes keep their place in a block."""
+    gains: Counter[int] = Counter()
+    position = 0
+    for part in (p for t in tensors for p in t.parts):
+        residue = (part.span.offset - position) % BLOCK if isinstance(part, Copy) else 0
+        if isinstance(part, Copy) and residue % 8 == 0:
+            gains[residue] += max(0, part.nbytes - BLOCK)
+        position += part.nbytes
+    best = max(gains, key=lambda r: (gains[r], -r), default=0)
+    return best if gains[best] else 0
+
+
+def _side_files(checkpoint: Checkpoint, model: Model, written: set[str]) -> dict[str, str]:
+    """Output name -> source path of every file that travels with the weights."""
+    own = {MANIFEST_NAME, MAPPING_NAME, SOURCE_README_NAME} | written | model.layout.side_files_dropped
+    found = {n: str(checkpoint.path / n) for n in checkpoint.side_files if n not in own}
+    parent = checkpoint.path.resolve().parent
+    if model.layout.parent_side_files and (parent / CONFIG_NAME).is_file():
+        for name in model.layout.parent_side_files:
+            if name not in found and (parent / name).is_file():
+                found[name] = str(parent / name)
+    if README_NAME in found:
+        found[SOURCE_README_NAME] = found.pop(README_NAME)
+    return dict(sorted(found.items()))
+
+
+def _json(value: object) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

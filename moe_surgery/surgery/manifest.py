@@ -1,0 +1,132 @@
+"""`surgery.json`: where an output came from and the digest of every byte it consists of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import xxhash
+
+from moe_surgery.checkpoint.files import printable_path, read_small_file
+from moe_surgery.checkpoint.strict_json import parse_json
+from moe_surgery.errors import InvalidInputError, VerificationError
+from moe_surgery.selection.plan import Plan, plan_from_dict
+from moe_surgery.surgery.names import MANIFEST_NAME
+from moe_surgery.surgery.program import Program
+from moe_surgery.version import __version__
+
+__all__ = ["FileRecord", "Manifest", "TensorRecord", "is_ours", "load_manifest", "manifest_bytes"]
+
+MANIFEST_FORMAT = "moe-surgery.manifest"
+VERSION = 1
+MAX_BYTES = 200_000_000
+_BLANK = "0" * 32
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRecord:
+    """One output tensor; `xxh3_128` is the digest of its bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    xxh3_128: str
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """One output file. `tensors` is empty for anything but a shard."""
+
+    size: int
+    xxh3_128: str
+    tensors: Mapping[str, TensorRecord] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The parsed manifest. `storage` is how expert weights are stored ("mxfp4" or "bf16")."""
+
+    plan: Plan
+    storage: str
+    sources: tuple[Mapping[str, object], ...]
+    files: Mapping[str, FileRecord]
+    tool: str
+
+
+def manifest_bytes(
+    program: Program, files: Mapping[str, FileRecord], conversion: Mapping[str, object] | None
+) -> bytes:
+    """The manifest of a finished output; the same program and bytes give the same manifest.
+
+    Its own digest covers every byte of it, with the digest's 32 digits read as zeros.
+    """
+    document = {
+        "format": MANIFEST_FORMAT,
+        "version": VERSION,
+        "tool": {"name": "moe-surgery", "version": __version__},
+        "source": {"layout": program.layout, "files": [asdict(s) for s in program.sources]},
+        "expert_storage": program.storage,
+        "conversion": conversion,
+        "plan": program.plan.as_dict(),
+        "files": {name: asdict(record) for name, record in sorted(files.items())},
+    }
+    body = json.dumps(document, indent=1, ensure_ascii=False)
+    blank = f'{{\n "digest": "{_BLANK}",' + body[1:] + "\n"
+    return blank.replace(_BLANK, xxhash.xxh3_128_hexdigest(blank.encode()), 1).encode()
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether `folder` holds a manifest of this tool (its digest need not hold)."""
+    try:
+        raw = read_small_file(folder / MANIFEST_NAME, limit=MAX_BYTES, what="a manifest")
+        root = parse_json(raw, where=MANIFEST_NAME, allow_floats=True)
+    except Exception:
+        return False
+    return isinstance(root, dict) and root.get("format") == MANIFEST_FORMAT
+
+
+def load_manifest(path: Path) -> Manifest:
+    """Read and check a manifest.
+
+    Raises VerificationError if its bytes do not have its digest, InvalidInputError if it is no
+    manifest or of an unknown version, OutputError if it cannot be read.
+    """
+    where = printable_path(path)
+    raw = read_small_file(path, limit=MAX_BYTES, what="a manifest")
+    root = parse_json(raw, where=where, allow_floats=True)
+    if not isinstance(root, dict) or root.get("format") != MANIFEST_FORMAT:
+        raise InvalidInputError(f"{where}: not a manifest of moe-surgery")
+    if root.get("version") != VERSION:
+        raise InvalidInputError(
+            f"{where}: manifest version {str(root.get('version'))[:20]} is not known here"
+        )
+    digest = str(root.get("digest"))
+    blank = raw.replace(digest.encode(), _BLANK.encode(), 1)
+    if xxhash.xxh3_128_hexdigest(blank) != digest:
+        raise VerificationError(f"{where}: the manifest was altered: its bytes do not have its own digest")
+    try:
+        return _parsed(root, where)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InvalidInputError(f"{where}: incomplete manifest: {error}") from None
+
+
+def _parsed(root: dict, where: str) -> Manifest:  # type: ignore[type-arg]
+    files = {
+        name: FileRecord(
+            record["size"],
+            record["xxh3_128"],
+            {
+                tensor: TensorRecord(t["dtype"], tuple(t["shape"]), t["xxh3_128"])
+                for tensor, t in record["tensors"].items()
+            },
+        )
+        for name, record in root["files"].items()
+    }
+    return Manifest(
+        plan_from_dict(root["plan"], where),
+        root["expert_storage"],
+        tuple(root["source"]["files"]),
+        files,
+        f"{root['tool']['name']} {root['tool']['version']}",
+    )

@@ -1,0 +1,69 @@
+"""What must hold before the first byte is written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from moe_surgery.checkpoint.checkpoint import Checkpoint
+from moe_surgery.checkpoint.files import printable_path
+from moe_surgery.errors import OutputError, UsageError
+from moe_surgery.surgery.manifest import is_ours
+from moe_surgery.surgery.names import MANIFEST_NAME
+
+__all__ = ["check_output"]
+
+
+def check_output(checkpoint: Checkpoint, out: str | os.PathLike[str], *, overwrite: bool) -> Path:
+    """The absolute output path, if writing there can harm nothing.
+
+    Raises UsageError where `out` is, holds or lies in the source; OutputError where it exists (or,
+    with `overwrite`, is no folder with a manifest of ours), or its parent cannot be written.
+    """
+    given = Path(out)
+    if not given.name or given.name == "..":
+        raise UsageError(f"{printable_path(out)}: name the new folder to write")
+    parent = given.parent
+    if not parent.is_dir():
+        raise OutputError(f"{printable_path(parent)}: no such folder; create it first")
+    target = parent.resolve() / given.name
+    for source in _source_folders(checkpoint):
+        _check_apart(target, source)
+    if os.path.lexists(target):
+        _check_replaceable(target, overwrite)
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{printable_path(parent)}: no permission to write there")
+    return target
+
+
+def _source_folders(checkpoint: Checkpoint) -> set[Path]:
+    """The source's folder and, where its files are links (the hub cache), the folders they lead to."""
+    files = [checkpoint.config_path, *(s.path for s in checkpoint.shards.values())]
+    return {checkpoint.path.resolve()} | {f.resolve().parent for f in files}
+
+
+def _check_apart(target: Path, source: Path) -> None:
+    real = target.resolve()
+    if real == source or (real.exists() and os.path.samefile(real, source)):
+        raise UsageError(f"{printable_path(target)}: is the source checkpoint; choose another output folder")
+    if source in real.parents:
+        raise UsageError(
+            f"{printable_path(target)}: lies inside the source checkpoint; choose a folder outside it"
+        )
+    if real in source.parents:
+        raise UsageError(
+            f"{printable_path(target)}: contains the source checkpoint; choose another output folder"
+        )
+
+
+def _check_replaceable(target: Path, overwrite: bool) -> None:
+    if not overwrite:
+        raise OutputError(
+            f"{printable_path(target)}: exists; choose another name, or pass --overwrite to replace a "
+            "checkpoint that moe-surgery wrote"
+        )
+    if target.is_symlink() or not target.is_dir() or not is_ours(target):
+        raise OutputError(
+            f"{printable_path(target)}: holds no {MANIFEST_NAME} of moe-surgery, so --overwrite will not "
+            "replace it; remove it yourself if it may go"
+        )

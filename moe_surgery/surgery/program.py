@@ -1,0 +1,196 @@
+"""A `Program`: everything surgery will write, as pure data.
+
+Each output shard is a header and a run of tensors; each tensor a run of parts, and each part says
+where its bytes come from: a copy of source bytes, or one expert's weights converted. A program can
+be printed, compared, resumed by its digest, executed (`run`) or held against its result (`verify`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import xxhash
+
+from moe_surgery.checkpoint.header import TensorInfo
+from moe_surgery.selection.plan import Plan
+
+__all__ = ["Copy", "Decode", "Encode", "OutputShard", "OutputTensor", "Part", "Program", "SourceFile", "Span"]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """`nbytes` bytes at file position `offset` of the source shard named `shard`."""
+
+    shard: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Source bytes as they are."""
+
+    span: Span
+
+    @property
+    def nbytes(self) -> int:
+        return self.span.nbytes
+
+    @property
+    def reads(self) -> int:
+        return self.span.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """One expert's MXFP4 weight [rows, columns] as BF16, transposed: [columns, rows]."""
+
+    blocks: Span
+    scales: Span
+    rows: int
+    columns: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows * self.columns * 2
+
+    @property
+    def reads(self) -> int:
+        return self.blocks.nbytes + self.scales.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Encode:
+    """One expert's BF16 weight [columns, rows] as MXFP4 of [rows, columns]: its blocks or its scales.
+
+    The scales are found while the blocks are made, so their part follows in the same shard.
+    """
+
+    values: Span
+    rows: int
+    columns: int
+    scales: bool
+    tensor: str
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows * self.columns // 32 * (1 if self.scales else 16)
+
+    @property
+    def reads(self) -> int:
+        return 0 if self.scales else self.values.nbytes
+
+
+Part = Copy | Decode | Encode
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """One tensor of the output; its parts follow one another without gap."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(p.nbytes for p in self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class OutputShard:
+    """One output file: `header` (length prefix included), then `tensors` in offset order."""
+
+    name: str
+    header: bytes
+    tensors: tuple[OutputTensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.header) + sum(t.nbytes for t in self.tensors)
+
+    @property
+    def reads(self) -> int:
+        return sum(p.reads for t in self.tensors for p in t.parts)
+
+    def infos(self) -> dict[str, TensorInfo]:
+        """What a reader of the finished file finds in its header."""
+        found, begin = {}, 0
+        for t in self.tensors:
+            found[t.name] = TensorInfo(t.name, t.dtype, t.shape, begin, begin + t.nbytes)
+            begin += t.nbytes
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A source shard as it was when the program was made."""
+
+    name: str
+    size: int
+    header_digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """The whole output. `texts` are small files with their content, `copies` maps output names of
+    side files to source paths. `storage` is how expert weights are stored in the output."""
+
+    plan: Plan
+    storage: str
+    layout: str
+    sources: tuple[SourceFile, ...]
+    shards: tuple[OutputShard, ...]
+    texts: Mapping[str, bytes]
+    copies: Mapping[str, str]
+    parameters: int
+    top_k: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all output shards."""
+        return sum(s.nbytes for s in self.shards)
+
+    @property
+    def reads(self) -> int:
+        """Bytes read from the source shards."""
+        return sum(s.reads for s in self.shards)
+
+    def digest(self, salt: str = "") -> str:
+        """xxh3_128 over every part of the program and `salt`, as 32 hexadecimal digits."""
+        state = xxhash.xxh3_128(salt.encode())
+        for source in self.sources:
+            state.update(repr(asdict(source)).encode())
+        for shard in self.shards:
+            state.update(shard.header)
+            for tensor in shard.tensors:
+                state.update(repr(tensor).encode())
+        for name, content in self.texts.items():
+            state.update(repr((name, content)).encode())
+        state.update(repr(sorted(self.copies.items())).encode())
+        state.update(json.dumps(self.plan.as_dict(), sort_keys=True).encode())
+        return state.hexdigest()
+
+    def as_dict(self) -> dict[str, object]:
+        """Summary for scripts: files with bytes read and written."""
+        return {
+            "experts": self.plan.uniform_experts,
+            "top_k": self.top_k,
+            "parameters": self.parameters,
+            "expert_storage": self.storage,
+            "bytes_read": self.reads,
+            "bytes_written": self.nbytes,
+            "shards": [
+                {
+                    "name": s.name,
+                    "tensors": len(s.tensors),
+                    "bytes_read": s.reads,
+                    "bytes_written": s.nbytes,
+                }
+                for s in self.shards
+            ],
+            "side_files": sorted([*self.texts, *self.copies]),
+        }

@@ -1,0 +1,37 @@
+"""What serving engines will make of a pruned checkpoint, as far as is known."""
+
+from __future__ import annotations
+
+__all__ = ["serving_notes"]
+
+# Expert counts for which vLLM and SGLang build their fused routers (vLLM issues 50982 and 51521,
+# SGLang issues 5461 and 6946); other counts take an unfused path or fail.
+FUSED_ROUTER_COUNTS = frozenset({1, 2, 4, 8, 16, 32, 64, 128, 256, 384, 512})
+PARALLEL_SIZES = (2, 4, 8)
+
+
+def serving_notes(experts: int, top_k: int, source_top_k: int) -> list[str]:
+    """One line for each thing a user of the checkpoint should know; empty where there is none."""
+    notes = []
+    if top_k & (top_k - 1):
+        notes.append(
+            f"top-k {top_k} is not a power of two: vLLM's gpt-oss kernels do not compile for it "
+            "(vLLM issue 46406); transformers and llama.cpp take it"
+        )
+    if top_k != source_top_k:
+        notes.append(
+            f"top-k is {top_k} instead of {source_top_k}: fewer experts are left than the router chose"
+        )
+    uneven = [size for size in PARALLEL_SIZES if experts % size]
+    if uneven:
+        sizes = ", ".join(map(str, uneven))
+        notes.append(
+            f"{experts} experts do not divide by {sizes}: expert-parallel serving over that many devices "
+            "refuses it (vLLM issue 52435); one device or tensor parallelism works"
+        )
+    if experts not in FUSED_ROUTER_COUNTS:
+        notes.append(
+            f"{experts} experts is no count that fused routers are built for: expect slower routing in vLLM and "
+            "SGLang, and llama.cpp leaves its fused top-k without saying so (llama.cpp issue 25267)"
+        )
+    return notes

@@ -1,0 +1,274 @@
+"""Holds a checkpoint against its manifest, its own config, and, if wanted, its source."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from moe_surgery import families
+from moe_surgery.checkpoint.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint
+from moe_surgery.checkpoint.files import open_regular, printable_path
+from moe_surgery.checkpoint.header import Header, read_header
+from moe_surgery.checkpoint.locate import locate
+from moe_surgery.checkpoint.text import printable
+from moe_surgery.errors import MoeSurgeryError, OutputError, VerificationError
+from moe_surgery.surgery.chunks import Chunk, Piece, chunks_of
+from moe_surgery.surgery.compiler import compile_program
+from moe_surgery.surgery.digest import read_chunk, windows
+from moe_surgery.surgery.manifest import FileRecord, Manifest, load_manifest
+from moe_surgery.surgery.names import MANIFEST_NAME
+from moe_surgery.surgery.producer import Producer
+from moe_surgery.surgery.program import Copy, OutputShard, OutputTensor, Span
+from moe_surgery.surgery.stream import stream
+
+__all__ = ["Verification", "verify_checkpoint"]
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What `verify_checkpoint` found. `problems` holds one line each, naming file and tensor.
+
+    `notes` are things worth knowing that are no fault, such as files the manifest does not list.
+    """
+
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+    files: int
+    tensors: int
+    bytes_read: int
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+def verify_checkpoint(
+    out: str | os.PathLike[str],
+    *,
+    source: str | os.PathLike[str] | None = None,
+    structure_only: bool = False,
+    progress: Progress | None = None,
+) -> Verification:
+    """Check the checkpoint folder `out`; every problem found is reported, not only the first.
+
+    Always: headers, index, and config against tensor shapes. Unless `structure_only`: the digest of
+    every file and tensor against the manifest. With `source`: every output byte against what the
+    manifest's plan makes of the source. Without upstream digests, damage that was in the source
+    before the surgery cannot be seen.
+
+    Raises OutputError where `out` is no folder, or holds no manifest and `structure_only` is off,
+    and any error of opening `source`.
+    """
+    folder = locate(out)
+    if not folder.is_dir():
+        raise OutputError(f"{printable_path(folder)}: no such folder")
+    return _Verifier(folder, progress or (lambda _: None)).run(source, structure_only)
+
+
+class _Verifier:
+    def __init__(self, folder: Path, progress: Progress) -> None:
+        self._folder = folder
+        self._progress = progress
+        self._problems: list[str] = []
+        self._notes: list[str] = []
+        self._bytes = 0
+        self._tensors = 0
+
+    def run(self, source: str | os.PathLike[str] | None, structure_only: bool) -> Verification:
+        manifest = self._manifest(needed=not structure_only or source is not None)
+        self._structure()
+        files = 0
+        if manifest is not None:
+            files = len(manifest.files)
+            for name, record in manifest.files.items():
+                self._attempt(lambda n=name, r=record: self._file(n, r, structure_only))  # type: ignore[misc]
+            self._unlisted(manifest)
+        if source is not None and manifest is not None and not self._problems:
+            self._against(source, manifest)
+        return Verification(tuple(self._problems), tuple(self._notes), files, self._tensors, self._bytes)
+
+    def _attempt(self, check: Callable[[], None]) -> None:
+        try:
+            check()
+        except MoeSurgeryError as error:
+            if str(error) not in self._problems:
+                self._problems.append(str(error))
+
+    def _manifest(self, *, needed: bool) -> Manifest | None:
+        path = self._folder / MANIFEST_NAME
+        if not os.path.lexists(path):
+            if needed:
+                raise OutputError(
+                    f"{printable_path(path)}: not found, so there are no digests to compare; "
+                    "--structure-only checks a checkpoint without one"
+                )
+            return None
+        try:
+            return load_manifest(path)
+        except MoeSurgeryError as error:
+            self._problems.append(str(error))
+            return None
+
+    def _structure(self) -> None:
+        def check() -> None:
+            with Checkpoint.open(self._folder) as checkpoint:
+                families.describe(checkpoint)
+                self._tensors = len(checkpoint.tensors)
+
+        self._attempt(check)
+
+    def _file(self, name: str, record: FileRecord, structure_only: bool) -> None:
+        path = self._folder / name
+        fd = open_regular(path)
+        try:
+            size = os.fstat(fd).st_size
+            if size != record.size:
+                self._problems.append(f"{printable_path(path)}: {size} bytes, expected {record.size}")
+                return
+            header = self._header(fd, path) if record.tensors else None
+            if header is not None:
+                self._compare_header(path, header, record)
+            if not structure_only:
+                self._digests(fd, path, record, header)
+        finally:
+            os.close(fd)
+
+    def _header(self, fd: int, path: Path) -> Header | None:
+        """The file's header, or None where it is damaged (which is reported)."""
+        try:
+            return read_header(fd, file=printable_path(path))
+        except MoeSurgeryError as error:
+            if str(error) not in self._problems:
+                self._problems.append(str(error))
+            return None
+
+    def _compare_header(self, path: Path, header: Header, record: FileRecord) -> None:
+        found = {n: (i.dtype, i.shape) for n, i in header.tensors.items()}
+        listed = {n: (t.dtype, t.shape) for n, t in record.tensors.items()}
+        for name in sorted(found.keys() | listed.keys()):
+            if found.get(name) != listed.get(name):
+                self._problems.append(
+                    f"{printable_path(path)}: tensor {printable(name)!r} is {_shown(found.get(name))} in the header, "
+                    f"{_shown(listed.get(name))} in {MANIFEST_NAME}"
+                )
+
+    def _digests(self, fd: int, path: Path, record: FileRecord, header: Header | None) -> None:
+        """One pass over the file: its own digest and, where the header can be read, its tensors'."""
+        whole = xxhash.xxh3_128()
+        states = {} if header is None else {n: xxhash.xxh3_128() for n in header.tensors}
+        chunks = windows(record.size) if header is None else chunks_of(as_shard(path.name, header))
+        names = list(states)
+
+        def take(chunk: Chunk, buffer: memoryview) -> None:
+            whole.update(buffer)
+            for piece in chunk.pieces:
+                if piece.tensor >= 0:
+                    states[names[piece.tensor]].update(_of(piece, buffer))
+            self._progress(len(buffer))
+
+        stream(chunks, lambda chunk, buffer: read_chunk(fd, path, chunk.offset, buffer), take)
+        self._bytes += record.size
+        damaged = [
+            n for n, t in record.tensors.items() if n in states and states[n].hexdigest() != t.xxh3_128
+        ]
+        for name in damaged:
+            self._problems.append(
+                f"{printable_path(path)}: tensor {printable(name)!r}: its bytes do not have the manifest's digest"
+            )
+        if whole.hexdigest() != record.xxh3_128 and not damaged:
+            part = (
+                "its header was altered" if record.tensors else "its bytes do not have the manifest's digest"
+            )
+            self._problems.append(f"{printable_path(path)}: {part}")
+
+    def _unlisted(self, manifest: Manifest) -> None:
+        known = {*manifest.files, MANIFEST_NAME}
+        for entry in sorted(os.scandir(self._folder), key=lambda e: e.name):
+            if entry.name in known:
+                continue
+            line = f"{printable_path(entry.path)}: not listed in {MANIFEST_NAME}"
+            fault = entry.name.endswith(".safetensors") or entry.name in (CONFIG_NAME, INDEX_NAME)
+            (self._problems if fault else self._notes).append(line)
+
+    def _against(self, source: str | os.PathLike[str], manifest: Manifest) -> None:
+        with Checkpoint.open(source) as checkpoint:
+            model = families.describe(checkpoint)
+            self._same_source(checkpoint, manifest)
+            program = compile_program(checkpoint, model, manifest.plan, dtype=manifest.storage)
+            tensors = {t.name: t for s in program.shards for t in s.tensors}
+            with Checkpoint.open(self._folder) as output:
+                for name, shard in output.shards.items():
+                    self._attempt(
+                        lambda n=name, h=shard.header: self._compare(n, h, tensors, checkpoint)  # type: ignore[misc]
+                    )
+            checkpoint.check_unchanged()
+
+    def _same_source(self, checkpoint: Checkpoint, manifest: Manifest) -> None:
+        recorded = {str(s["name"]): s["header_digest"] for s in manifest.sources}
+        found = {n: s.header.digest for n, s in checkpoint.shards.items()}
+        if recorded != found:
+            self._notes.append(
+                f"{printable_path(checkpoint.path)}: shards are not laid out as in the source that "
+                f"{MANIFEST_NAME} names; compared tensor by tensor"
+            )
+
+    def _compare(
+        self, name: str, header: Header, tensors: Mapping[str, OutputTensor], source: Checkpoint
+    ) -> None:
+        """Make the shard again from the source and compare with the bytes on disk."""
+        path = self._folder / name
+        for info in header.tensors.values():
+            made = tensors.get(info.name)
+            if made is None or (made.dtype, made.shape) != (info.dtype, info.shape):
+                raise VerificationError(
+                    f"{printable_path(path)}: tensor {printable(info.name)!r} is not what the plan makes of "
+                    f"{printable_path(source.path)}"
+                )
+        expected = OutputShard(name, bytes(header.data_start), tuple(tensors[n] for n in header.tensors))
+        producer = Producer(expected, source.shards)
+        different: dict[str, None] = {}
+        fd = open_regular(path)
+
+        def take(chunk: Chunk, buffer: memoryview) -> None:
+            found = bytearray(len(buffer))
+            read_chunk(fd, path, chunk.offset, memoryview(found))
+            if found != buffer:
+                for piece in chunk.pieces:
+                    if piece.tensor >= 0 and _of(piece, memoryview(found)) != _of(piece, buffer):
+                        different[expected.tensors[piece.tensor].name] = None
+            self._progress(len(buffer))
+
+        try:
+            stream(chunks_of(expected), producer.fill, take)
+        finally:
+            os.close(fd)
+        self._bytes += expected.nbytes
+        for tensor in different:
+            self._problems.append(
+                f"{printable_path(path)}: tensor {printable(tensor)!r}: differs from the kept experts of "
+                f"{printable_path(source.path)}"
+            )
+
+
+def as_shard(name: str, header: Header) -> OutputShard:
+    """A file that is already there, as a shard that copies itself."""
+    start = header.data_start
+    tensors = tuple(
+        OutputTensor(i.name, i.dtype, i.shape, (Copy(Span(name, start + i.begin, i.nbytes)),))
+        for i in header.tensors.values()
+    )
+    return OutputShard(name, bytes(start), tensors)
+
+
+def _of(piece: Piece, buffer: memoryview) -> memoryview:
+    return buffer[piece.position : piece.position + piece.nbytes]
+
+
+def _shown(described: tuple[str, tuple[int, ...]] | None) -> str:
+    return "absent" if described is None else f"{described[0]} {list(described[1])}"

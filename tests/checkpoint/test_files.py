@@ -1,0 +1,235 @@
+"""Inputs are regular files, read in full by position, and nothing else is ever waited on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from moe_surgery.checkpoint.files import open_regular, pread_exact, read_small_file
+from moe_surgery.checkpoint.header import build_header, frame_header, read_header
+from moe_surgery.errors import InvalidInputError, MoeSurgeryError, OutputError
+
+needs_permissions = pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"0123456789")
+    return path
+
+
+def descriptors() -> int:
+    return len(os.listdir("/dev/fd"))
+
+
+def refused(path: Path | str, kind: type[MoeSurgeryError], why: str) -> None:
+    """`path` is refused within a second, with one line that names it, and no descriptor stays open."""
+    before = descriptors()
+    begin = time.perf_counter()
+    with pytest.raises(kind, match=why) as caught:
+        open_regular(path)
+    assert time.perf_counter() - begin < 1
+    assert descriptors() == before
+    assert Path(path).name in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+def test_F22_directory_is_refused(tmp_path: Path) -> None:
+    refused(tmp_path, InvalidInputError, "is a directory, not a regular file")
+
+
+def test_F22_fifo_without_writer_is_refused_without_blocking(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.safetensors")
+    refused(tmp_path / "fifo.safetensors", InvalidInputError, "is a FIFO")
+
+
+def test_F22_device_is_refused() -> None:
+    refused("/dev/zero", InvalidInputError, "is a character device")
+
+
+def test_F22_socket_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("s.safetensors")
+        refused("s.safetensors", InvalidInputError, "socket")
+
+
+def test_F22_dangling_symlink_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "link.safetensors").symlink_to("nowhere")
+    refused(tmp_path / "link.safetensors", OutputError, "symbolic link to a file that does not exist")
+
+
+def test_F22_symlink_to_a_fifo_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link.safetensors").symlink_to("fifo")
+    refused(tmp_path / "link.safetensors", InvalidInputError, "is a FIFO")
+
+
+def test_symlink_loop_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "loop.safetensors").symlink_to("loop.safetensors")
+    refused(tmp_path / "loop.safetensors", OutputError, "cannot open: Too many levels")
+
+
+def test_missing_file_is_an_output_error(tmp_path: Path) -> None:
+    refused(tmp_path / "absent.safetensors", OutputError, "cannot open: No such file")
+
+
+def test_file_as_folder_is_an_output_error(file: Path) -> None:
+    refused(file / "inside", OutputError, "cannot open: Not a directory")
+
+
+@needs_permissions
+def test_unreadable_file_is_an_output_error(file: Path) -> None:
+    file.chmod(0)
+    refused(file, OutputError, "cannot open: Permission denied")
+
+
+@pytest.mark.parametrize("path", ["nul\0byte", "surrogate\ud800"])
+def test_path_the_system_cannot_take_is_an_output_error(path: str) -> None:
+    with pytest.raises(OutputError, match="not a usable path") as caught:
+        open_regular(path)
+    assert str(caught.value).isprintable()
+
+
+def test_regular_file_and_symlink_to_one_are_opened(file: Path, tmp_path: Path) -> None:
+    blobs = tmp_path / "snapshots"
+    blobs.mkdir()
+    (blobs / "link.safetensors").symlink_to(f"../{file.name}")
+    for path in (file, blobs / "link.safetensors", str(file)):
+        fd = open_regular(path)
+        try:
+            assert os.read(fd, 100) == b"0123456789"
+            assert not os.get_inheritable(fd)
+        finally:
+            os.close(fd)
+
+
+def test_relative_path_is_taken_from_the_folder_descriptor(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "dangling").symlink_to("nowhere")
+    folder = os.open(tmp_path, os.O_RDONLY)
+    try:
+        os.close(open_regular(file.name, dir_fd=folder))
+        with pytest.raises(OutputError, match="symbolic link to a file that does not exist"):
+            open_regular("dangling", dir_fd=folder)
+        with pytest.raises(OutputError, match="No such file"):
+            open_regular("absent", dir_fd=folder)
+    finally:
+        os.close(folder)
+
+
+def test_pread_exact_reads_by_position(file: Path) -> None:
+    fd = open_regular(file)
+    try:
+        assert pread_exact(fd, 4, 3, "f") == b"3456"
+        assert pread_exact(fd, 0, 3, "f") == b""
+        assert pread_exact(fd, 10, 0, "f") == b"0123456789"
+        assert os.lseek(fd, 0, os.SEEK_CUR) == 0
+    finally:
+        os.close(fd)
+
+
+def test_pread_exact_refuses_a_file_that_ends_early(file: Path) -> None:
+    fd = open_regular(file)
+    try:
+        with pytest.raises(InvalidInputError, match=r"f: ends at byte 10, expected 5 bytes at 8; .* cut"):
+            pread_exact(fd, 5, 8, "f")
+    finally:
+        os.close(fd)
+
+
+def test_pread_exact_reports_a_failing_read(tmp_path: Path) -> None:
+    fd = os.open(tmp_path, os.O_RDONLY)
+    try:
+        with pytest.raises(OutputError, match="f: cannot read 5 bytes at 8: Is a directory"):
+            pread_exact(fd, 5, 8, "f")
+    finally:
+        os.close(fd)
+
+
+def test_pread_exact_continues_short_reads() -> None:
+    path = Path("/proc/kallsyms")
+    if not os.access(path, os.R_OK):
+        pytest.skip("needs a file that the system hands out a page at a time")
+    with path.open("rb") as whole:
+        expected = whole.read(20_100)[100:]
+    fd = open_regular(path)
+    try:
+        assert len(os.pread(fd, 20_000, 100)) < 20_000
+        assert pread_exact(fd, 20_000, 100, "f") == expected
+    finally:
+        os.close(fd)
+
+
+def test_reads_go_on_through_signals(tmp_path: Path) -> None:
+    path = tmp_path / "big"
+    path.write_bytes(bytes(64 << 20))
+    hits = []
+    previous = signal.signal(signal.SIGALRM, lambda *_: hits.append(1))
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+    fd = open_regular(path)
+    try:
+        for _ in range(5):
+            assert len(pread_exact(fd, 64 << 20, 0, "big")) == 64 << 20
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+        os.close(fd)
+    assert hits
+
+
+def test_R1_header_of_a_file_that_shrinks_after_framing_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(build_header([("a", "U8", (4,))]) + b"abcd")
+    fd = open_regular(path)
+    try:
+        data_start = frame_header(pread_exact(fd, 8, 0, "f"), path.stat().st_size, file="f")
+        os.truncate(path, 20)
+        with pytest.raises(InvalidInputError, match=r"f: ends at byte 20, .* cut while it was read"):
+            pread_exact(fd, data_start, 0, "f")
+        with pytest.raises(InvalidInputError, match="does not fit a file of 20 bytes"):
+            read_header(fd, file="f")
+    finally:
+        os.close(fd)
+
+
+def test_read_small_file_up_to_its_limit(file: Path) -> None:
+    assert read_small_file(file, limit=10, what="config") == b"0123456789"
+    with pytest.raises(InvalidInputError, match="larger than the 9 bytes allowed for config"):
+        read_small_file(file, limit=9, what="config")
+
+
+def test_read_small_file_refuses_by_size_before_reading(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.touch()
+    os.truncate(path, 1 << 40)
+    with pytest.raises(InvalidInputError, match="larger than the 100 bytes"):
+        read_small_file(path, limit=100, what="config")
+
+
+def test_read_small_file_counts_what_it_reads_not_what_the_size_says() -> None:
+    path = Path("/proc/self/maps")
+    if not path.exists():
+        pytest.skip("needs a file whose size reads as 0")
+    assert read_small_file(path, limit=1 << 24, what="maps").count(b"\n") > 1
+    with pytest.raises(InvalidInputError, match="larger than the 10 bytes"):
+        read_small_file(path, limit=10, what="maps")
+
+
+def test_read_small_file_of_an_empty_file(tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    assert read_small_file(tmp_path / "empty", limit=0, what="config") == b""
+
+
+def test_no_descriptor_stays_open(file: Path) -> None:
+    before = descriptors()
+    read_small_file(file, limit=10, what="config")
+    for limit in (9, 0):
+        with pytest.raises(InvalidInputError):
+            read_small_file(file, limit=limit, what="config")
+    assert descriptors() == before

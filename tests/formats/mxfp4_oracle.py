@@ -1,0 +1,56 @@
+"""Slow, independent statements of what MXFP4 means; no table or threshold of the package is used."""
+
+from __future__ import annotations
+
+import numpy as np
+
+E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+
+
+def to_float(bits: np.ndarray) -> np.ndarray:
+    """BF16 bits to float64: BF16 is the upper half of a float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def to_bits(values: np.ndarray) -> np.ndarray:
+    """Float64 values that BF16 holds exactly (or that overflow) to BF16 bits."""
+    with np.errstate(over="ignore"):
+        wide = values.astype(np.float32).view(np.uint32)
+    assert not (wide & 0xFFFF).any()
+    return (wide >> 16).astype(np.uint16)
+
+
+def codes_of(blocks: np.ndarray) -> np.ndarray:
+    """Blocks u8 [..., 16] to codes u8 [..., 32]."""
+    return np.stack([blocks & 15, blocks >> 4], axis=-1).reshape(*blocks.shape[:-1], 32)
+
+
+def blocks_of(codes: np.ndarray) -> np.ndarray:
+    """Codes u8 [..., 32] to blocks u8 [..., 16]."""
+    return (codes[..., 0::2] | (codes[..., 1::2] << 4)).astype(np.uint8)
+
+
+def decoded(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Blocks u8 [R, G, 16] and scales u8 [R, G] to BF16 bits [R, 32 G], by the definition."""
+    codes = codes_of(blocks)
+    magnitude = np.ldexp(E2M1[codes & 7], scales.astype(np.int32)[..., None] - 127)
+    return to_bits(np.where(codes & 8, -magnitude, magnitude)).reshape(len(blocks), -1)
+
+
+def nearest(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Codes nearest to BF16 bits [...] under scales [...]: search over all eight, ties to even."""
+    grid = np.ldexp(E2M1, scales.astype(np.int32)[..., None] - 127)
+    magnitude = np.abs(to_float(values))
+    distance = np.abs(grid - magnitude[..., None])
+    closest = distance == distance.min(axis=-1, keepdims=True)
+    even_first = np.array([0, 2, 4, 6, 1, 3, 5, 7])
+    code = even_first[np.argmax(closest[..., even_first], axis=-1)]
+    return (code + 8 * (values >> 15)).astype(np.uint8)
+
+
+def random_packed(
+    rng: np.random.Generator, rows: int, groups: int, low: int = 0, high: int = 255
+) -> tuple[np.ndarray, np.ndarray]:
+    """Random blocks [rows, groups, 16] and scales [rows, groups] between low and high."""
+    blocks = rng.integers(0, 256, (rows, groups, 16), dtype=np.uint8)
+    return blocks, rng.integers(low, high + 1, (rows, groups), dtype=np.uint8)
