@@ -49,9 +49,7 @@ def run_demo(output: Path | None, say: Callable[[str], None]) -> list[DemoRow]:
         for experts, dtype in JOBS:
             name = f"tiny-{experts}-{dtype}"
             say(f"prune {SOURCE} {name}: {experts} of {full.experts} experts, {dtype}")
-            result = prune(
-                SOURCE, folder / name, lambda model, n=experts: plan_random(n, 0, model), dtype=dtype
-            )  # type: ignore[misc]
+            result = prune(SOURCE, folder / name, plan_random(experts, 0, full), dtype=dtype)
             say(f"verify {name} --source {SOURCE}")
             found = verify_checkpoint(folder / name, source=SOURCE)
             program = result.program

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,10 +52,8 @@ class Shard:
 
     def close(self) -> None:
         if self._map is not None:
-            try:
+            with suppress(BufferError):  # a view is still alive; the map goes with the last one
                 self._map.close()
-            except BufferError:  # a view is still alive; the map goes with the last one
-                pass
             self._map = None
         if self.fd >= 0:
             os.close(self.fd)

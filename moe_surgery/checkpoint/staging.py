@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import xxhash
@@ -146,10 +147,8 @@ class Staging:
 
     def _release(self) -> None:
         if self._lock >= 0:
-            try:
+            with suppress(OSError):
                 os.unlink(self._lock_path)  # while still held: see `_locked`
-            except OSError:
-                pass
             os.close(self._lock)
             self._lock = -1
 

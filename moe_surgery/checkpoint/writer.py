@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -102,11 +103,11 @@ class OutputFile:
     def discard(self) -> None:
         """Close and remove whatever was written. Never raises."""
         fd, self._fd = self._fd, -1
-        for undo in (lambda: fd >= 0 and self._ops.close(fd), lambda: self._ops.unlink(self._temporary)):
-            try:
-                undo()
-            except OSError:
-                pass
+        with suppress(OSError):
+            if fd >= 0:
+                self._ops.close(fd)
+        with suppress(OSError):
+            self._ops.unlink(self._temporary)
 
     def _leave_direct(self) -> None:
         self._ops.set_direct(self._fd, False)

@@ -54,7 +54,7 @@ def common(command: Command) -> Command:
     return command
 
 
-class _Size(click.ParamType):
+class _Size(click.ParamType):  # type: ignore[type-arg]  # generic only from click 8.2
     name = "SIZE"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
@@ -66,7 +66,7 @@ class _Size(click.ParamType):
         return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
-class _ExpertList(click.ParamType):
+class _ExpertList(click.ParamType):  # type: ignore[type-arg]
     """ "all" becomes None, "0,3,8-11" a list of numbers."""
 
     name = "LIST|all"

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     type=click.Choice(["keep", "bf16", "mxfp4"]),
     default="keep",
     show_default=True,
-    help="How expert weights are stored. MXFP4 to BF16 is exact; BF16 to MXFP4 is exact for weights that came from MXFP4.",
+    help="How expert weights are stored. MXFP4 to BF16 is exact, and so is the way back.",
 )
 @click.option(
     "--max-shard-size", type=SIZE, default="5GB", show_default=True, help="Most tensor bytes in a file."

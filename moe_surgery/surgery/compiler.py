@@ -70,7 +70,7 @@ def compile_program(
         )
     storage = model.storage if dtype == "keep" else dtype
     top_k = min(plan.top_k or model.top_k, kept)
-    dense = [(t,) for t in _outputs(model, plan, storage, dense=True)]
+    dense: list[Group] = [(t,) for t in _outputs(model, plan, storage, dense=True)]
     experts = list(_paired(_outputs(model, plan, storage, dense=False)))
     shards = _shards(dense, experts, max_shard_size)
     texts = {

@@ -51,6 +51,7 @@ FRAMING = [
     Case("F09-length-overwritten", st(OK1, DATA16, 1000), "1000 does not fit a file of 84", BAD_LENGTH),
     Case("F10-length-0", st(b""), "header length is 0", BAD_JSON),
     Case("F11-header-cut-in-half", st(OK1[:30], b"", 60), "60 does not fit a file of 38", BAD_LENGTH),
+    Case("F11-header-cut-by-1", st(OK1[:59], b"", 60), "60 does not fit a file of 67", BAD_LENGTH),
     Case("F12-length-1-too-small", st(OK1, DATA16, 59), "not valid JSON at character 59", BAD_JSON),
     Case("F13-length-swallows-data", st(OK1, b"\0" * 16, 64), "not valid JSON at character 60", BAD_JSON),
     Case("F14-git-lfs-pointer", LFS_POINTER, "Git LFS pointer", TOO_LARGE),

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from moe_surgery.checkpoint.dtypes import DTYPE_BITS
 from moe_surgery.checkpoint.files import open_regular
 from moe_surgery.checkpoint.header import MAX_HEADER_BYTES, Header, parse_header, read_header
+from moe_surgery.checkpoint.text import printable
 from moe_surgery.errors import InvalidInputError
 
 from .header_corpus import CASES, OK1, STRICTER_THAN_REFERENCE, VALID
@@ -221,6 +222,13 @@ def test_hostile_names_are_escaped_and_shortened_in_messages() -> None:
     assert r"'\x1b[2J\u202exxx" in message
     assert message.isprintable()
     assert len(message) < 300
+
+
+def test_names_that_differ_are_printed_differently() -> None:
+    names = ["\x1b", "\\x1b", "\\\\x1b", "a\u200bb", "ab", "\ud800", "é", "e\u0301"]
+    printed = [printable(name) for name in names]
+    assert len(set(printed)) == len(names)
+    assert all(text.isprintable() for text in printed)
 
 
 def test_file_name_is_escaped_in_messages() -> None:

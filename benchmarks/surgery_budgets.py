@@ -1,0 +1,258 @@
+"""Peak memory and time of surgery on a full-size checkpoint, beside `cp` of the same bytes.
+
+    python benchmarks/surgery_budgets.py --work FOLDER [--rounds 3] [--only mxfp4-4]
+
+FOLDER needs some 45 GB. The checkpoint (13.76 GB, gpt-oss-20b's shapes, random weights) is made
+there if it is not there yet. Per job and round, alternating: `moe-surgery prune` from a dropped page
+cache, until its output is flushed; then `cp --reflink=never` of that output, from a dropped page
+cache, until `sync`. Ratios are of the two in one round. Memory is the whole process's peak resident
+set (`/usr/bin/time`), and for MXFP4 the job is run once more inside a memory cgroup of 128 MiB.
+Dropping the page cache needs root. Results go to benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+from machine import describe_machine
+from make_checkpoint import Shape, make_checkpoint
+
+RESULTS = Path(__file__).parent / "results"
+CGROUP_BYTES = 128 << 20
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Job:
+    name: str
+    experts: int
+    dtype: str
+    rss_budget_mib: int
+    time_budget: float
+
+
+JOBS = (
+    Job("mxfp4-4", 4, "keep", 64, 1.1),
+    Job("mxfp4-8", 8, "keep", 64, 1.1),
+    Job("mxfp4-31", 31, "keep", 64, 1.1),
+    Job("bf16-4", 4, "bf16", 160, 1.15),
+)
+
+
+def drop_page_cache() -> None:
+    os.sync()
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+
+
+def timed(command: list[str], enter: str | None = None) -> tuple[float, int]:
+    """Run from a dropped page cache; seconds and peak resident bytes of the whole process."""
+    drop_page_cache()
+    report = RESULTS / ".time"
+    wrapped = ["/usr/bin/time", "-f", "%M", "-o", str(report), *command]
+    if enter:  # a shell puts itself, and so what it becomes, into the cgroup
+        wrapped = ["sh", "-c", f'echo $$ > {enter}/cgroup.procs && exec "$@"', "sh", *wrapped]
+    start = time.perf_counter()
+    done = subprocess.run(wrapped, capture_output=True, text=True)
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        raise click.ClickException(f"{' '.join(command)}: {done.stderr.strip()[-500:]}")
+    peak = int(report.read_text().split()[-1]) * 1024
+    report.unlink()
+    return seconds, peak
+
+
+def tool(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "moe_surgery", *map(str, arguments)]
+
+
+def prune_command(source: Path, out: Path, job: Job, plan: Path) -> list[str]:
+    return tool("prune", source, out, "--plan", plan, "--dtype", job.dtype, "--quiet")
+
+
+def copy_seconds(out: Path, target: Path) -> float:
+    """`cp` of the output's files and `sync`, from a dropped page cache."""
+    target.mkdir()
+    files = " ".join(f"'{f}'" for f in sorted(out.iterdir()))
+    seconds, _ = timed(["sh", "-c", f"cp --reflink=never {files} '{target}' && sync"])
+    shutil.rmtree(target)
+    return seconds
+
+
+def read_seconds(out: Path) -> float:
+    """Reading the output once, in requests of 4 MiB, from a dropped page cache."""
+    files = " ".join(f"'{f}'" for f in sorted(out.iterdir()))
+    script = f"for f in {files}; do dd if=$f of=/dev/null bs=4M status=none; done"
+    return timed(["sh", "-c", script])[0]
+
+
+@contextmanager
+def memory_cgroup(nbytes: int) -> Iterator[tuple[str, Path] | None]:
+    """A fresh memory cgroup (version 1 or 2) and the file that holds its peak; None where not allowed."""
+    for root, limit, peak in (
+        (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.max_usage_in_bytes"),
+        (Path("/sys/fs/cgroup"), "memory.max", "memory.peak"),
+    ):
+        folder = root / "moe-surgery-benchmark"
+        try:
+            folder.mkdir()
+            (folder / limit).write_text(str(nbytes))
+        except OSError:
+            continue
+        try:
+            yield str(folder), folder / peak
+        finally:
+            folder.rmdir()
+        return
+    yield None
+
+
+def in_cgroup(source: Path, out: Path, job: Job, plan: Path) -> dict[str, object]:
+    with memory_cgroup(CGROUP_BYTES) as group:
+        if group is None:
+            return {"skipped": "no memory cgroup can be made here"}
+        enter, peak = group
+        seconds, rss = timed(prune_command(source, out, job, plan), enter)
+        return {
+            "limit_mib": CGROUP_BYTES // MIB,
+            "seconds": seconds,
+            "peak_rss_mib": rss / MIB,
+            "peak_charged_mib": int(peak.read_text()) / MIB,
+        }
+
+
+def measure(job: Job, source: Path, work: Path, rounds: int) -> dict[str, object]:
+    out, target, plan = work / "out", work / "copy", work / "plan.json"
+    timed(tool("plan", "--random", "--experts", job.experts, "--checkpoint", source, "-o", plan, "-q"))
+    rows = []
+    for number in range(rounds):
+        shutil.rmtree(out, ignore_errors=True)
+        seconds, rss = timed(prune_command(source, out, job, plan))
+        copied = copy_seconds(out, target)
+        rows.append({"prune_s": seconds, "cp_s": copied, "ratio": seconds / copied, "rss_mib": rss / MIB})
+        click.echo(f"{job.name} round {number}: " + ", ".join(f"{k} {v:.2f}" for k, v in rows[-1].items()))
+    nbytes = sum(f.stat().st_size for f in out.iterdir())
+    verified, verify_rss = timed(tool("verify", out, "-q"))
+    read = read_seconds(out)
+    click.echo(f"{job.name} verify: {verified:.2f} s, read once {read:.2f} s, rss {verify_rss / MIB:.1f}")
+    shutil.rmtree(out)
+    result: dict[str, object] = {
+        "bytes": nbytes,
+        "rounds": rows,
+        "ratio_to_cp": statistics.median(r["ratio"] for r in rows),
+        "time_budget": job.time_budget,
+        "peak_rss_mib": max(r["rss_mib"] for r in rows),
+        "rss_budget_mib": job.rss_budget_mib,
+        "verify": {
+            "seconds": verified,
+            "read_once_seconds": read,
+            "ratio": verified / read,
+            "peak_rss_mib": verify_rss / MIB,
+        },
+    }
+    if job.dtype == "keep":
+        result["cgroup"] = in_cgroup(source, out, job, plan)
+        click.echo(f"{job.name} cgroup: {result['cgroup']}")
+        shutil.rmtree(out, ignore_errors=True)
+    return result
+
+
+def small_commands(source: Path, work: Path) -> dict[str, object]:
+    jobs = {
+        "inspect": tool("inspect", source, "--json"),
+        "plan": tool("plan", "--random", "--experts", 8, "--checkpoint", source, "-o", work / "plan.json"),
+    }
+    found = {}
+    for name, command in jobs.items():
+        runs = [timed(command) for _ in range(3)]
+        found[name] = {
+            "seconds_cold": statistics.median(s for s, _ in runs),
+            "peak_rss_mib": max(r for _, r in runs) / MIB,
+        }
+        start = time.perf_counter()
+        subprocess.run(command, capture_output=True, check=True)
+        found[name]["seconds_warm"] = time.perf_counter() - start
+    return found
+
+
+def as_markdown(report: dict) -> str:
+    lines = ["# Surgery on a full-size checkpoint", "", str(report["how"]), ""]
+    lines += [f"- {name}: {value}" for name, value in report["machine"].items()]
+    lines += [
+        "",
+        "| job | bytes | prune | cp + sync | ratio, median (budget) | peak RSS MiB (budget) | in 128 MiB cgroup |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, job in report["jobs"].items():
+        times = [_span([row[key] for row in job["rounds"]]) for key in ("prune_s", "cp_s")]
+        group = job.get("cgroup", {})
+        inside = f"{group['seconds']:.1f} s, done" if "seconds" in group else group.get("skipped", "")
+        lines.append(
+            f"| {name} | {job['bytes'] / 1e9:.2f} GB | {times[0]} | {times[1]} | {job['ratio_to_cp']:.2f} "
+            f"({job['time_budget']}) | {job['peak_rss_mib']:.1f} ({job['rss_budget_mib']}) | {inside} |"
+        )
+    lines += [
+        "",
+        "| job | verify | reading once | ratio (1.2) | peak RSS MiB (64) |",
+        "|---|---|---|---|---|",
+    ]
+    for name, job in report["jobs"].items():
+        v = job["verify"]
+        lines.append(
+            f"| {name} | {v['seconds']:.1f} s | {v['read_once_seconds']:.1f} s | {v['ratio']:.2f} "
+            f"| {v['peak_rss_mib']:.1f} |"
+        )
+    lines += ["", "| command | cold | warm (0.5 s) | peak RSS MiB (48) |", "|---|---|---|---|"]
+    for name, c in report["commands"].items():
+        lines.append(
+            f"| {name} | {c['seconds_cold']:.2f} s | {c['seconds_warm']:.2f} s | {c['peak_rss_mib']:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _span(seconds: list[float]) -> str:
+    return f"{min(seconds):.1f}-{max(seconds):.1f} s"
+
+
+@click.command(help=__doc__)
+@click.option(
+    "--work", type=click.Path(path_type=Path), required=True, help="Scratch folder on the disk to measure."
+)
+@click.option("--rounds", default=3, show_default=True)
+@click.option("--only", multiple=True, type=click.Choice([j.name for j in JOBS]))
+def main(work: Path, rounds: int, only: tuple[str, ...]) -> None:
+    work.mkdir(parents=True, exist_ok=True)
+    RESULTS.mkdir(exist_ok=True)
+    source = work / "full"
+    generated = None
+    if not source.exists():
+        start = time.perf_counter()
+        make_checkpoint(source, Shape(), 3)
+        generated = time.perf_counter() - start
+    report = {
+        "how": "python benchmarks/surgery_budgets.py: prune and `cp --reflink=never` + sync alternate, each "
+        "from a dropped page cache until flushed; whole process, /usr/bin/time.",
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": describe_machine(work),
+        "generator_seconds": generated,
+        "commands": small_commands(source, work),
+        "jobs": {j.name: measure(j, source, work, rounds) for j in JOBS if not only or j.name in only},
+    }
+    name = "surgery_budgets" if not only else f"surgery_budgets-{'-'.join(only)}"
+    (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    (RESULTS / f"{name}.md").write_text(as_markdown(report))
+    click.echo(as_markdown(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,398 @@
+"""Small gpt-oss checkpoints with random weights, in every layout, written with the safetensors library.
+
+A tensor is a numpy array; uint16 holds the bits of BF16, uint8 is U8. The same shape and seed give the
+same model in every layout, so that results from one can be compared with results from another.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import TensorSpec, deserialize, serialize_file
+
+Tensors = dict[str, np.ndarray]
+
+LAYOUTS = ("mxfp4", "bf16", "resaved", "original")
+"""Hub MXFP4, hub BF16 (as transformers 4 saves it), BF16 as transformers 5 saves it again, OpenAI's own."""
+
+INDEX = "model.safetensors.index.json"
+E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)
+_DTYPES = {"uint16": ("bfloat16", "BF16"), "uint8": ("uint8", "U8")}
+_DTYPES |= {"float16": ("float16", "F16"), "float32": ("float32", "F32")}
+_FROM_FILE = {file: np.dtype(name) for name, (_, file) in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The dimensions of a gpt-oss model; the defaults are as small as MXFP4 allows to be interesting."""
+
+    layers: int = 2
+    experts: int = 4
+    top_k: int = 2
+    hidden: int = 64
+    intermediate: int = 32
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 8
+    vocabulary: int = 24
+
+    @property
+    def packs(self) -> bool:
+        """Whether the expert weights are whole MXFP4 blocks."""
+        return self.hidden % 32 == 0 and self.intermediate % 32 == 0
+
+
+def gpt_oss_20b() -> Shape:
+    return Shape(24, 32, 4, 2880, 2880, 64, 8, 64, 201088)
+
+
+# --- tensors
+
+
+def tensor_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the hub's MXFP4 layout; `_blocks` and `_scales` are U8, all others BF16."""
+    hidden, inter, experts = shape.hidden, shape.intermediate, shape.experts
+    query, key_value = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocabulary, hidden)}
+    for layer in range(shape.layers):
+        prefix = f"model.layers.{layer}."
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            found[f"{prefix}{norm}.weight"] = (hidden,)
+        for part, rows in (("q", query), ("k", key_value), ("v", key_value)):
+            found[f"{prefix}self_attn.{part}_proj.weight"] = (rows, hidden)
+            found[f"{prefix}self_attn.{part}_proj.bias"] = (rows,)
+        found[prefix + "self_attn.o_proj.weight"] = (hidden, query)
+        found[prefix + "self_attn.o_proj.bias"] = (hidden,)
+        found[prefix + "self_attn.sinks"] = (shape.heads,)
+        found[prefix + "mlp.router.weight"] = (experts, hidden)
+        found[prefix + "mlp.router.bias"] = (experts,)
+        for name, rows, columns in (("gate_up_proj", 2 * inter, hidden), ("down_proj", hidden, inter)):
+            found[f"{prefix}mlp.experts.{name}_blocks"] = (experts, rows, columns // 32, 16)
+            found[f"{prefix}mlp.experts.{name}_scales"] = (experts, rows, columns // 32)
+            found[f"{prefix}mlp.experts.{name}_bias"] = (experts, rows)
+    found["model.norm.weight"] = (hidden,)
+    found["lm_head.weight"] = (shape.vocabulary, hidden)
+    return found
+
+
+def make_tensors(
+    shape: Shape, layout: str = "mxfp4", seed: int = 0, *, scales: tuple[int, int] = (114, 122)
+) -> Tensors:
+    """Random tensors of `shape` in `layout`, small and finite; `scales` is the range of MXFP4 scale bytes.
+
+    BF16 layouts hold the values that the MXFP4 layout of the same seed decodes to (any values where
+    the dimensions are not whole blocks).
+    """
+    rng = np.random.default_rng(seed)
+    tensors: Tensors = {}
+    for name, dims in tensor_shapes(shape).items():
+        if name.endswith("_blocks"):
+            tensors[name] = rng.integers(0, 256, dims, np.uint8)
+        elif name.endswith("_scales"):
+            tensors[name] = rng.integers(scales[0], scales[1] + 1, dims, np.uint8)
+        else:
+            tensors[name] = random_bf16(rng, dims)
+    if layout == "mxfp4":
+        return tensors
+    if layout == "original":
+        return to_original(tensors, shape)
+    if shape.packs:
+        tensors = to_bf16(tensors)
+    else:
+        tensors = {k: v for k, v in tensors.items() if not k.endswith(("_blocks", "_scales"))}
+        for layer in range(shape.layers):
+            prefix = f"model.layers.{layer}.mlp.experts."
+            gate_up, down = (shape.hidden, 2 * shape.intermediate), (shape.intermediate, shape.hidden)
+            tensors[prefix + "gate_up_proj"] = random_bf16(rng, (shape.experts, *gate_up))
+            tensors[prefix + "down_proj"] = random_bf16(rng, (shape.experts, *down))
+    if layout == "resaved":
+        return {
+            f"{k}_blocks" if k.endswith(("gate_up_proj", "down_proj")) else k: v for k, v in tensors.items()
+        }
+    return tensors
+
+
+def random_bf16(rng: np.random.Generator, dims: Sequence[int]) -> np.ndarray:
+    """Values of magnitude 2^-5 to 2^-3 and both signs, as BF16 bits."""
+    return (rng.integers(0, 0x100, dims, np.uint16) | 0x3D00) ^ (rng.integers(0, 2, dims, np.uint16) << 15)
+
+
+def decode(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """MXFP4 blocks [..., rows, groups, 16] and scales [..., rows, groups] as BF16 [..., rows, columns]."""
+    codes = np.stack([blocks & 15, blocks >> 4], -1).reshape(*blocks.shape[:-1], 32)
+    with np.errstate(over="ignore"):
+        values = np.ldexp(E2M1[codes & 7], scales.astype(np.int32)[..., None] - 127)
+    bits = values.astype(np.float32).view(np.uint32) >> 16
+    return (bits | (codes.astype(np.uint32) & 8) << 12).astype(np.uint16).reshape(*blocks.shape[:-2], -1)
+
+
+def decode_transposed(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """The same as BF16 checkpoints hold it: [..., columns, rows]."""
+    return np.ascontiguousarray(np.swapaxes(decode(blocks, scales), -1, -2))
+
+
+def to_bf16(tensors: Mapping[str, np.ndarray]) -> Tensors:
+    """Hub MXFP4 tensors as the hub's BF16 layout has them."""
+    found: Tensors = {}
+    for name, value in tensors.items():
+        if name.endswith("_blocks"):
+            base = name.removesuffix("_blocks")
+            found[base] = decode_transposed(value, tensors[base + "_scales"])
+        elif not name.endswith("_scales"):
+            found[name] = value
+    return found
+
+
+def to_original(tensors: Mapping[str, np.ndarray], shape: Shape) -> Tensors:
+    """Hub MXFP4 tensors under the names of OpenAI's own layout, q, k and v fused."""
+    found: Tensors = {
+        "embedding.weight": tensors["model.embed_tokens.weight"],
+        "norm.scale": tensors["model.norm.weight"],
+        "unembedding.weight": tensors["lm_head.weight"],
+    }
+    renamed = {
+        "input_layernorm.weight": "attn.norm.scale",
+        "self_attn.sinks": "attn.sinks",
+        "self_attn.o_proj.weight": "attn.out.weight",
+        "self_attn.o_proj.bias": "attn.out.bias",
+        "post_attention_layernorm.weight": "mlp.norm.scale",
+        "mlp.router.weight": "mlp.gate.weight",
+        "mlp.router.bias": "mlp.gate.bias",
+    }
+    for ours, theirs in (("gate_up_proj", "mlp1"), ("down_proj", "mlp2")):
+        renamed[f"mlp.experts.{ours}_blocks"] = f"mlp.{theirs}_weight.blocks"
+        renamed[f"mlp.experts.{ours}_scales"] = f"mlp.{theirs}_weight.scales"
+        renamed[f"mlp.experts.{ours}_bias"] = f"mlp.{theirs}_bias"
+    for layer in range(shape.layers):
+        hub, own = f"model.layers.{layer}.", f"block.{layer}."
+        for ours, theirs in renamed.items():
+            found[own + theirs] = tensors[hub + ours]
+        for leaf in ("weight", "bias"):
+            parts = [tensors[f"{hub}self_attn.{part}_proj.{leaf}"] for part in "qkv"]
+            found[f"{own}attn.qkv.{leaf}"] = np.concatenate(parts)
+    return found
+
+
+# --- config.json
+
+
+def make_config(shape: Shape, layout: str = "mxfp4") -> dict[str, object]:
+    """config.json as `layout` spells it."""
+    if layout == "original":
+        return {
+            "num_hidden_layers": shape.layers,
+            "num_experts": shape.experts,
+            "experts_per_token": shape.top_k,
+            "vocab_size": shape.vocabulary,
+            "hidden_size": shape.hidden,
+            "intermediate_size": shape.intermediate,
+            "swiglu_limit": 7.0,
+            "head_dim": shape.head_dim,
+            "num_attention_heads": shape.heads,
+            "num_key_value_heads": shape.kv_heads,
+            "sliding_window": 64,
+            "initial_context_length": 512,
+            "rope_theta": 150000,
+            "rope_scaling_factor": 8.0,
+            "rope_ntk_alpha": 1,
+            "rope_ntk_beta": 32,
+        }
+    rope = {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 8.0,
+        "original_max_position_embeddings": 512,
+        "rope_type": "yarn",
+        "truncate": False,
+    }
+    config: dict[str, object] = {
+        "architectures": ["GptOssForCausalLM"],
+        "attention_bias": True,
+        "attention_dropout": 0.0,
+        "eos_token_id": 2,
+        "experts_per_token": shape.top_k,
+        "head_dim": shape.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": shape.hidden,
+        "initial_context_length": 512,
+        "initializer_range": 0.02,
+        "intermediate_size": shape.intermediate,
+        "layer_types": [("sliding_attention", "full_attention")[i % 2] for i in range(shape.layers)],
+        "max_position_embeddings": 4096,
+        "model_type": "gpt_oss",
+        "num_attention_heads": shape.heads,
+        "num_experts_per_tok": shape.top_k,
+        "num_hidden_layers": shape.layers,
+        "num_key_value_heads": shape.kv_heads,
+        "num_local_experts": shape.experts,
+        "output_router_logits": False,
+        "pad_token_id": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": rope,
+        "rope_theta": 150000,
+        "router_aux_loss_coef": 0.9,
+        "sliding_window": 64,
+        "swiglu_limit": 7.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": shape.vocabulary,
+    }
+    if layout == "mxfp4":
+        config["quantization_config"] = quantization_config()
+    if layout == "resaved":
+        del config["rope_scaling"], config["rope_theta"], config["torch_dtype"], config["experts_per_token"]
+        config |= {"dtype": "bfloat16", "rope_parameters": {**rope, "rope_theta": 150000}}
+    return dict(sorted(config.items()))
+
+
+def quantization_config() -> dict[str, object]:
+    unquantised = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    return {"modules_to_not_convert": unquantised, "quant_method": "mxfp4"}
+
+
+# --- files
+
+
+def write_checkpoint(
+    folder: Path,
+    shape: Shape | None = None,
+    layout: str = "mxfp4",
+    *,
+    seed: int = 0,
+    shards: int = 1,
+    index: bool | None = None,
+    edit_tensors: Callable[[Tensors], object] | None = None,
+    edit_config: Callable[[dict[str, object]], object] | None = None,
+) -> Path:
+    """Write a checkpoint of `shape` into the new folder `folder` and return it.
+
+    `edit_tensors` and `edit_config` change what is written in place. See `write_folder` for the rest.
+    """
+    shape = shape or Shape()
+    tensors, config = make_tensors(shape, layout, seed), make_config(shape, layout)
+    if edit_tensors:
+        edit_tensors(tensors)
+    if edit_config:
+        edit_config(config)
+    return write_folder(folder, tensors, config, shards=shards, index=index, seed=seed)
+
+
+def write_folder(
+    folder: Path,
+    tensors: Mapping[str, np.ndarray],
+    config: Mapping[str, object],
+    *,
+    shards: int = 1,
+    index: bool | None = None,
+    seed: int = 0,
+) -> Path:
+    """Write tensors and config.json, and some side files, into the new folder `folder`.
+
+    With several shards the tensors are scattered over them at random, blocks without their scales. By
+    default there is an index where there are several; `index` says otherwise.
+    """
+    folder.mkdir(parents=True)
+    names = list(tensors)
+    rng = np.random.default_rng([seed, shards])
+    rng.shuffle(names)
+    count = min(shards, len(names))
+    # Each shard gets one tensor, the rest fall where they may.
+    homes = [*range(count), *(int(s) for s in rng.integers(0, count, len(names) - count))]
+    files = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    if count == 1:
+        files = ["model.safetensors"]
+    for number, file in enumerate(files):
+        mine = {n: tensors[n] for n, home in zip(names, homes, strict=True) if home == number}
+        save_tensors(folder / file, mine)
+    if index if index is not None else count > 1:
+        weight_map = {n: files[home] for n, home in zip(names, homes, strict=True)}
+        total = sum(t.nbytes for t in tensors.values())
+        text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+        (folder / INDEX).write_text(text)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2], "pad_token_id": 1}\n')
+    (folder / "chat_template.jinja").write_bytes(b"{# not \xff valid text, and no newline #}")
+    (folder / "README.md").write_text("# A model\n")
+    return folder
+
+
+def save_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """One safetensors file, written by the safetensors library (in its own order)."""
+    held = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    specs = {
+        name: TensorSpec(
+            dtype=_DTYPES[value.dtype.name][0],
+            shape=value.shape,
+            data_ptr=value.ctypes.data,
+            data_len=value.nbytes,
+        )
+        for name, value in held.items()
+    }
+    serialize_file(specs, path, metadata={"format": "pt"})
+
+
+def load_tensors(folder: str | os.PathLike[str]) -> Tensors:
+    """Every tensor of all .safetensors files of `folder`, read by the safetensors library."""
+    found: Tensors = {}
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        for name, entry in deserialize(file.read_bytes()):
+            assert name not in found, f"{name} is in two shards"
+            values = np.frombuffer(entry["data"], _FROM_FILE[entry["dtype"]])
+            found[name] = values.reshape(entry["shape"])
+    return found
+
+
+def load_config(folder: str | os.PathLike[str]) -> dict[str, object]:
+    config = json.loads((Path(folder) / "config.json").read_text())
+    assert isinstance(config, dict)
+    return config
+
+
+def assert_same_tensors(got: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> None:
+    """The same names, and for each the same dtype, shape and bytes."""
+    assert sorted(got) == sorted(expected)
+    for name, value in expected.items():
+        assert (got[name].dtype, got[name].shape) == (value.dtype, value.shape), name
+        assert got[name].tobytes() == value.tobytes(), name
+
+
+def kept_tensors(tensors: Mapping[str, np.ndarray], layers: Sequence[Sequence[int]]) -> Tensors:
+    """Hub tensors of either storage with only the experts `layers[i]` of layer i, in that order."""
+    found: Tensors = {}
+    for name, value in tensors.items():
+        if ".mlp." in name:
+            found[name] = value[list(layers[int(name.split(".")[2])])]
+        else:
+            found[name] = value
+    return found
+
+
+def write_sparse_checkpoint(folder: Path, shape: Shape, shards: int = 3) -> Path:
+    """A hub MXFP4 checkpoint of any size that takes no disk space: headers, then holes."""
+    folder.mkdir(parents=True)
+    groups: list[dict[str, object]] = [{} for _ in range(shards)]
+    sizes, weight_map = [0] * shards, {}
+    # Numbered as gpt-oss-20b's three are: from 0, and "of 00002".
+    files = [f"model-{i:05d}-of-{shards - 1:05d}.safetensors" for i in range(shards)]
+    for number, (name, dims) in enumerate(tensor_shapes(shape).items()):
+        home = number % shards
+        packed = name.endswith(("_blocks", "_scales"))
+        end = sizes[home] + int(np.prod(dims)) * (1 if packed else 2)
+        dtype = "U8" if packed else "BF16"
+        groups[home][name] = {"dtype": dtype, "shape": list(dims), "data_offsets": [sizes[home], end]}
+        sizes[home], weight_map[name] = end, files[home]
+    for file, group, size in zip(files, groups, sizes, strict=True):
+        header = json.dumps(group).encode()
+        header += b" " * (-len(header) % 8)
+        (folder / file).write_bytes(len(header).to_bytes(8, "little") + header)
+        os.truncate(folder / file, 8 + len(header) + size)
+    index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(make_config(shape)))
+    return folder

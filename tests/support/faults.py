@@ -1,0 +1,85 @@
+"""A table of system calls that fails where it is told to."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from moe_surgery.checkpoint.fileops import FileOps
+
+KINDS = (
+    "open",
+    "pread_into",
+    "pwrite",
+    "fsync",
+    "fsync_dir",
+    "rename",
+    "rename_new",
+    "exchange",
+    "mkdir",
+    "close",
+    "unlink",
+)
+
+
+class FaultyOps(FileOps):
+    """Fails the call number `at` (from 1) of `kind` with `code`; with `forever` all later ones too.
+
+    Nothing is done by a call that fails, but for close: its descriptor is gone either way.
+    """
+
+    def __init__(self, kind: str = "", at: int = 0, code: int = 0, *, forever: bool = False) -> None:
+        self.calls: Counter[str] = Counter()
+        self.failures = 0
+        self._kind, self._at, self._code, self._forever = kind, at, code, forever
+        self._lock = threading.Lock()
+
+    def enter(self, kind: str) -> bool:
+        """Count a call; whether it has to fail."""
+        with self._lock:
+            self.calls[kind] += 1
+            number = self.calls[kind]
+            fails = kind == self._kind and (number == self._at or (self._forever and number > self._at))
+            self.failures += fails
+        return fails
+
+    def error(self) -> OSError:
+        return OSError(self._code, os.strerror(self._code))
+
+
+def _faulty(kind: str) -> Callable[..., Any]:
+    original = getattr(FileOps, kind)
+
+    def call(self: FaultyOps, *arguments: Any) -> Any:
+        if not self.enter(kind):
+            return original(self, *arguments)
+        if kind == "close":
+            original(self, *arguments)
+        raise self.error()
+
+    return call
+
+
+for _kind in KINDS:
+    setattr(FaultyOps, _kind, _faulty(_kind))
+
+
+class ShortOps(FileOps):
+    """Reads and writes at most what `some` makes of the bytes asked for, as the system may."""
+
+    def __init__(self, some: Callable[[int], int]) -> None:
+        self._some = some
+
+    def pread_into(self, fd: int, buffer: memoryview, offset: int) -> int:
+        return super().pread_into(fd, buffer[: self._some(len(buffer))], offset)
+
+    def pwrite(self, fd: int, data: memoryview | bytes, offset: int) -> int:
+        return super().pwrite(fd, data[: self._some(len(data))], offset)
+
+
+def descriptors() -> int:
+    """Open descriptors of this process."""
+    return len(os.listdir("/dev/fd"))
