@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moe_surgery import families
 from moe_surgery.checkpoint.checkpoint import Checkpoint
@@ -17,8 +18,10 @@ from moe_surgery.surgery.compiler import DEFAULT_SHARD_SIZE, compile_program
 from moe_surgery.surgery.inspect import Inspection, inspect_checkpoint
 from moe_surgery.surgery.preflight import check_output
 from moe_surgery.surgery.program import Program
-from moe_surgery.surgery.run import Outcome, run_program
 from moe_surgery.surgery.serving import serving_notes
+
+if TYPE_CHECKING:
+    from moe_surgery.surgery.run import Outcome
 
 __all__ = ["PruneResult", "inspect", "make_plan", "prune"]
 
@@ -95,6 +98,8 @@ def prune(
             on_start(program)
         outcome = None
         if not dry_run:
+            from moe_surgery.surgery.run import run_program  # brings numpy, which nothing else needs
+
             outcome = run_program(
                 program,
                 opened,

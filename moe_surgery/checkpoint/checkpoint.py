@@ -103,7 +103,7 @@ class Checkpoint:
         """`file: tensor 'name'`, for messages."""
         ref = self.tensors.get(tensor)
         file = self.path / ref.shard if ref else self.path
-        return f"{printable_path(file)}: tensor {printable(tensor)!r}"
+        return f"{printable_path(file)}: tensor '{printable(tensor)}'"
 
     def check_unchanged(self) -> None:
         """Raise InvalidInputError if any shard was replaced or written to since it was opened."""
@@ -172,15 +172,15 @@ def _collect(
             if listed is None and ignore_unlisted:
                 continue
             told = f"says it is in {printable(listed)}" if listed else "does not list it"
-            raise InvalidInputError(f"{file}: tensor {printable(ref.name)!r}: {INDEX_NAME} {told}")
+            raise InvalidInputError(f"{file}: tensor '{printable(ref.name)}': {INDEX_NAME} {told}")
         if ref.name in tensors:
             raise InvalidInputError(
-                f"{file}: tensor {printable(ref.name)!r} is also in {printable(tensors[ref.name].shard)}"
+                f"{file}: tensor '{printable(ref.name)}' is also in {printable(tensors[ref.name].shard)}"
             )
         tensors[ref.name] = ref
     if index is not None and (lost := sorted(set(index.weight_map) - set(tensors))):
         raise InvalidInputError(
-            f"{printable_path(folder / index.weight_map[lost[0]])}: lacks tensor {printable(lost[0])!r} "
+            f"{printable_path(folder / index.weight_map[lost[0]])}: lacks tensor '{printable(lost[0])}' "
             f"that {INDEX_NAME} says is there"
         )
     return tensors

@@ -46,6 +46,7 @@ class Staging:
         self._lock_path = out.with_name(f".{out.name}.lock")
         self._lock = _locked(self._lock_path, out)
         try:
+            self._replaces = _identity(out)
             self._prepare()
         except OSError as error:
             self._release()
@@ -60,10 +61,17 @@ class Staging:
         except FileExistsError:
             if self.folder.is_symlink() or not self.folder.is_dir():
                 raise OutputError(f"{printable_path(self.folder)}: in the way; remove it") from None
-        for entry in list(os.scandir(self.folder)):  # of a run that was killed
-            if entry.name.endswith(".tmp"):
-                self._ops.unlink(entry.path)
         self.finished = self._read_journal()
+        self._sweep({_JOURNAL, *(str(e.get("name")) for e in self.finished)})
+
+    def _sweep(self, known: set[str]) -> None:
+        """Remove what the journal does not vouch for: of a run that was killed, or the output that a
+        run killed after its last act had replaced."""
+        for entry in list(os.scandir(self.folder)):
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path)
+            elif entry.name not in known or entry.is_symlink():
+                self._ops.unlink(entry.path)
 
     def _read_journal(self) -> list[dict[str, object]]:
         """The journal's entries; a torn line at its end is cut off."""
@@ -99,16 +107,18 @@ class Staging:
         self._journal_end += len(line)
 
     def publish(self, *, overwrite: bool) -> None:
-        """Give the folder its name. With `overwrite` an existing folder is exchanged and removed.
+        """Give the folder its name. With `overwrite` the folder that was there when this began is
+        exchanged with it and removed.
 
         Raises OutputError where something of that name appeared meanwhile.
         """
+        replaced: Path | None = None
         try:
             if (journal := self.folder / _JOURNAL).exists():
                 self._ops.unlink(journal)
             self._ops.fsync_dir(self.folder)
-            if overwrite and os.path.lexists(self.out):
-                self._exchange()
+            if overwrite and self._replaces is not None and os.path.lexists(self.out):
+                replaced = self._exchange()
             else:
                 self._ops.rename_new(self.folder, self.out)
             self._ops.fsync_dir(self.out.parent)
@@ -118,22 +128,42 @@ class Staging:
             ) from None
         except OSError as error:
             raise output_failure(error, self.out, "rename into place") from error
+        finally:
+            if replaced is not None:
+                shutil.rmtree(replaced, ignore_errors=True)
 
-    def _exchange(self) -> None:
+    def _exchange(self) -> Path:
+        """Swap the folder and the output, and back again if that was not the one to replace; returns
+        where the replaced one is now."""
+        self._expect_replaced(self.out)
         try:
             self._ops.exchange(self.folder, self.out)
         except OSError as error:
             if error.errno != errno.ENOTSUP:
                 raise
-            old = self.out.with_name(f".{self.out.name}.old")
-            self._ops.rename_new(self.out, old)
-            try:
-                self._ops.rename_new(self.folder, self.out)
-            except BaseException:
-                self._ops.rename(old, self.out)
-                raise
-            self._ops.rename(old, self.folder)
-        shutil.rmtree(self.folder)
+            return self._exchange_by_renames()
+        try:
+            self._expect_replaced(self.folder)
+        except FileExistsError:
+            self._ops.exchange(self.folder, self.out)
+            raise
+        return self.folder
+
+    def _exchange_by_renames(self) -> Path:
+        old = self.out.with_name(f"{self.folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)  # of a run that was killed right here
+        self._ops.rename_new(self.out, old)
+        try:
+            self._expect_replaced(old)
+            self._ops.rename_new(self.folder, self.out)
+        except BaseException:
+            self._ops.rename_new(old, self.out)
+            raise
+        return old
+
+    def _expect_replaced(self, path: Path) -> None:
+        if _identity(path) != self._replaces:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(path))
 
     def discard(self) -> None:
         """Remove the partial folder. Never raises."""
@@ -160,6 +190,15 @@ def stale_partials(out: Path) -> list[Path]:
         return sorted(Path(e.path) for e in os.scandir(out.parent) if e.name.startswith(prefix))
     except OSError:
         return []
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What tells the folder or file of that name from another; None where there is none."""
+    try:
+        stat = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    return stat.st_dev, stat.st_ino
 
 
 def _locked(path: Path, out: Path) -> int:

@@ -32,6 +32,14 @@ class _Commands(click.Group):
         assert isinstance(command, click.Command)
         return command
 
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # which click would report with an empty line of its own
+            if sys.stderr.isatty():
+                click.echo(err=True)  # past the ^C that the terminal shows
+            raise click.Abort from None
+
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="moe-surgery")

@@ -83,7 +83,10 @@ class _ExpertList(click.ParamType):  # type: ignore[type-arg]
                 self.fail(
                     f"{item!r} is no expert; write all, or numbers and ranges such as 0,3,8-11", param, ctx
                 )
-            kept.extend(range(int(match[1]), int(match[2] or match[1]) + 1))
+            first, last = int(match[1]), int(match[2] or match[1])
+            if last < first:
+                self.fail(f"{item!r} runs backwards; write {last}-{first}, or list the experts", param, ctx)
+            kept.extend(range(first, last + 1))
         return kept
 
 

@@ -63,6 +63,7 @@ class Layout:
     `names` maps an output name to its `Slice`; names not in it are the same. `blocks` and `scales`
     are the two suffixes of an MXFP4 tensor. `side_files_dropped` are files that only make sense in
     this layout; `parent_side_files` are taken from the folder above when that holds the tokenizer.
+    `hub_config` makes a config.json of the hub's layout from this layout's.
     """
 
     name: str

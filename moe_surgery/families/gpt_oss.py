@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
+from moe_surgery.checkpoint.text import describe
+from moe_surgery.errors import InvalidInputError
 from moe_surgery.families.base import (
     EXPERT_WEIGHT,
     PER_EXPERT,
@@ -82,60 +84,90 @@ QUANTIZATION_CONFIG: Final = MappingProxyType(
     }
 )
 
+DIMENSIONS: Final = MappingProxyType(
+    {
+        "layers": ConfigKey(("num_hidden_layers",)),
+        "experts": ConfigKey(("num_local_experts", "num_experts")),
+        "top_k": ConfigKey(("num_experts_per_tok", "experts_per_token")),
+        "hidden": ConfigKey(("hidden_size",)),
+        "intermediate": ConfigKey(("intermediate_size",)),
+        "heads": ConfigKey(("num_attention_heads",)),
+        "kv_heads": ConfigKey(("num_key_value_heads",)),
+        "head_dim": ConfigKey(("head_dim",), default=64),
+        "vocabulary": ConfigKey(("vocab_size",)),
+    }
+)
+
 # The original layout's config.json leaves out what every gpt-oss shares; these are the values of
 # openai/gpt-oss-20b's own config.json on the hub.
 _YARN_ORIGINAL_LENGTH: Final = 4096
 _PAD_TOKEN: Final = 199999
 _END_TOKEN: Final = 200002
+_MAX_NUMBER: Final = 10**9
 
 
 def hub_config(original: Mapping[str, object]) -> dict[str, object]:
-    """config.json of the hub layout for a config.json of OpenAI's own layout."""
-    layers = int(str(original["num_hidden_layers"]))
-    length = int(str(original.get("initial_context_length", _YARN_ORIGINAL_LENGTH)))
-    factor = float(str(original.get("rope_scaling_factor", 32.0)))
-    vocabulary = int(str(original["vocab_size"]))
+    """config.json of the hub layout for a config.json of OpenAI's own layout.
+
+    Raises InvalidInputError for a value that should be a number and is missing or none.
+    """
+    dimensions = {name: _dimension(original, key) for name, key in DIMENSIONS.items()}
+    layers, vocabulary = dimensions["layers"], dimensions["vocabulary"]
+    length = int(_number(original, "initial_context_length", _YARN_ORIGINAL_LENGTH))
+    factor = float(_number(original, "rope_scaling_factor", 32.0))
     return {
         "architectures": ["GptOssForCausalLM"],
         "attention_bias": True,
         "attention_dropout": 0.0,
         "eos_token_id": original.get("eos_token_id", _END_TOKEN if vocabulary > _END_TOKEN else None),
-        "experts_per_token": original["experts_per_token"],
-        "head_dim": original["head_dim"],
+        "experts_per_token": dimensions["top_k"],
+        "head_dim": dimensions["head_dim"],
         "hidden_act": "silu",
-        "hidden_size": original["hidden_size"],
+        "hidden_size": dimensions["hidden"],
         "initial_context_length": length,
         "initializer_range": 0.02,
-        "intermediate_size": original["intermediate_size"],
+        "intermediate_size": dimensions["intermediate"],
         "layer_types": [("sliding_attention", "full_attention")[i % 2] for i in range(layers)],
         "max_position_embeddings": int(length * factor),
         "model_type": "gpt_oss",
-        "num_attention_heads": original["num_attention_heads"],
-        "num_experts_per_tok": original["experts_per_token"],
+        "num_attention_heads": dimensions["heads"],
+        "num_experts_per_tok": dimensions["top_k"],
         "num_hidden_layers": layers,
-        "num_key_value_heads": original["num_key_value_heads"],
-        "num_local_experts": original["num_experts"],
+        "num_key_value_heads": dimensions["kv_heads"],
+        "num_local_experts": dimensions["experts"],
         "output_router_logits": False,
         "pad_token_id": original.get("pad_token_id", _PAD_TOKEN if vocabulary > _PAD_TOKEN else None),
         "quantization_config": dict(QUANTIZATION_CONFIG),
-        "rms_norm_eps": original.get("rms_norm_eps", 1e-05),
+        "rms_norm_eps": _number(original, "rms_norm_eps", 1e-05),
         "rope_scaling": {
-            "beta_fast": float(str(original.get("rope_ntk_beta", 32.0))),
-            "beta_slow": float(str(original.get("rope_ntk_alpha", 1.0))),
+            "beta_fast": float(_number(original, "rope_ntk_beta", 32.0)),
+            "beta_slow": float(_number(original, "rope_ntk_alpha", 1.0)),
             "factor": factor,
             "original_max_position_embeddings": length,
             "rope_type": "yarn",
             "truncate": False,
         },
-        "rope_theta": original.get("rope_theta", 150000),
+        "rope_theta": _number(original, "rope_theta", 150000),
         "router_aux_loss_coef": 0.9,
-        "sliding_window": original.get("sliding_window", 128),
-        "swiglu_limit": original.get("swiglu_limit", 7.0),
+        "sliding_window": _number(original, "sliding_window", 128),
+        "swiglu_limit": _number(original, "swiglu_limit", 7.0),
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
         "use_cache": True,
         "vocab_size": vocabulary,
     }
+
+
+def _dimension(original: Mapping[str, object], key: ConfigKey) -> int:
+    spelled = next((k for k in key.keys if k in original), key.keys[0])
+    return int(_number(original, spelled, key.default))
+
+
+def _number(original: Mapping[str, object], key: str, default: float | None) -> float:
+    value = original.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < _MAX_NUMBER:
+        raise InvalidInputError(f"config.json: {key} is {describe(value)}, not a number above 0")
+    return value
 
 
 HUB: Final = Layout("hub")
@@ -161,19 +193,7 @@ ORIGINAL: Final = Layout(
 GPT_OSS: Final = Family(
     model_type="gpt_oss",
     title="gpt-oss",
-    dimensions=MappingProxyType(
-        {
-            "layers": ConfigKey(("num_hidden_layers",)),
-            "experts": ConfigKey(("num_local_experts", "num_experts")),
-            "top_k": ConfigKey(("num_experts_per_tok", "experts_per_token")),
-            "hidden": ConfigKey(("hidden_size",)),
-            "intermediate": ConfigKey(("intermediate_size",)),
-            "heads": ConfigKey(("num_attention_heads",)),
-            "kv_heads": ConfigKey(("num_key_value_heads",)),
-            "head_dim": ConfigKey(("head_dim",), default=64),
-            "vocabulary": ConfigKey(("vocab_size",)),
-        }
-    ),
+    dimensions=DIMENSIONS,
     tensors=TENSORS,
     layouts=(HUB, ORIGINAL),
     quantization_config=QUANTIZATION_CONFIG,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from moe_surgery.checkpoint.checkpoint import Checkpoint, TensorRef
+from moe_surgery.checkpoint.text import describe as described
 from moe_surgery.errors import InvalidInputError
 from moe_surgery.families.base import DENSE, EXPERT_WEIGHT, Family, Layout, Slice, Tensor
 
@@ -133,29 +134,24 @@ def _recognise(checkpoint: Checkpoint, families: tuple[Family, ...]) -> tuple[Fa
                 f"download the missing files of this {family.title} checkpoint"
             )
     raise InvalidInputError(
-        f"{checkpoint.config_path}: model_type {str(model_type)[:80]!r} is not supported; known: {known}"
+        f"{checkpoint.config_path}: model_type {described(model_type)} is not supported; known: {known}"
     )
 
 
 def _dimensions(checkpoint: Checkpoint, family: Family) -> dict[str, int]:
     found: dict[str, int] = {}
     for dimension, key in family.dimensions.items():
-        said = {k: checkpoint.config[k] for k in key.keys if k in checkpoint.config}
+        said = {k: _positive(checkpoint, k) for k in key.keys if k in checkpoint.config}
         values = list(said.values()) or ([key.default] if key.default is not None else [])
         if not values:
             raise InvalidInputError(f"{checkpoint.config_path}: key {key.keys[0]!r} is missing")
-        value = values[0]
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InvalidInputError(
-                f"{checkpoint.config_path}: {next(iter(said))} is {str(value)[:40]!r}, not a positive integer"
-            )
-        if any(v != value for v in values):
+        if len(set(values)) > 1:
             raise InvalidInputError(
                 f"{checkpoint.config_path}: "
-                + " but ".join(f"{k} is {str(v)[:40]}" for k, v in said.items())
+                + " but ".join(f"{k} is {v}" for k, v in said.items())
                 + "; they must be equal"
             )
-        found[dimension] = value
+        found[dimension] = values[0]
     for dimension, most in (("experts", MAX_EXPERTS), ("layers", MAX_LAYERS)):
         if found[dimension] > most:
             raise InvalidInputError(
@@ -166,6 +162,15 @@ def _dimensions(checkpoint: Checkpoint, family: Family) -> dict[str, int]:
             f"{checkpoint.config_path}: top-k {found['top_k']} is more than the {found['experts']} experts"
         )
     return found
+
+
+def _positive(checkpoint: Checkpoint, key: str) -> int:
+    value = checkpoint.config[key]
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InvalidInputError(
+            f"{checkpoint.config_path}: {key} is {described(value)}, not a positive integer"
+        )
+    return value
 
 
 def _expand(family: Family, layers: int) -> Iterator[tuple[int | None, Tensor]]:

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import math
 
+from moe_surgery.checkpoint.text import describe
 from moe_surgery.errors import InvalidInputError
 
-__all__ = ["integer_rows", "number_rows", "optional_text", "positive"]
+__all__ = ["integer_rows", "is_integer", "number_rows", "optional_text", "positive"]
 
 MAX_ROWS = 10_000
 MAX_COLUMNS = 65_536
 
 
+def is_integer(value: object, wanted: int) -> bool:
+    """Whether `value` is the integer `wanted` (true and 1.0 equal 1 in Python, but are no 1 in a file)."""
+    return type(value) is int and value == wanted
+
+
 def positive(value: object, where: str) -> int:
     """`value` as a positive integer."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InvalidInputError(f"{where} is {str(value)[:40]!r}, not a positive integer")
+        raise InvalidInputError(f"{where} is {describe(value)}, not a positive integer")
     return value
 
 
 def optional_text(value: object, where: str) -> str | None:
     """`value` as a string or None."""
     if value is not None and not isinstance(value, str):
-        raise InvalidInputError(f"{where} is {str(value)[:40]!r}, not a string")
+        raise InvalidInputError(f"{where} is {describe(value)}, not a string")
     return value
 
 

@@ -10,8 +10,9 @@ from typing import Protocol
 
 from moe_surgery.checkpoint.files import printable_path, read_small_file
 from moe_surgery.checkpoint.strict_json import parse_json
+from moe_surgery.checkpoint.text import describe
 from moe_surgery.errors import InvalidInputError, PlanMismatchError, UsageError
-from moe_surgery.selection.fields import integer_rows, optional_text, positive
+from moe_surgery.selection.fields import integer_rows, is_integer, optional_text, positive
 from moe_surgery.selection.ranking import RANKING_FORMAT, Ranking
 
 __all__ = ["ORDERS", "PLAN_FORMAT", "Plan", "load_plan", "plan_from_ranking", "plan_keeping", "plan_random"]
@@ -110,16 +111,16 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
 
 def plan_from_dict(root: Mapping[str, object], where: str) -> Plan:
     """The plan in a parsed JSON object; `where` names its file. Raises as `load_plan`."""
-    if root.get("version") != VERSION:
+    if not is_integer(root.get("version"), VERSION):
         raise InvalidInputError(
-            f"{where}: plan version {str(root.get('version'))[:20]} is not known here (this reads version {VERSION}); "
+            f"{where}: plan version {describe(root.get('version'))} is not known here (this reads version {VERSION}); "
             "upgrade moe-surgery"
         )
     experts = positive(root.get("num_source_experts"), f"{where}: num_source_experts")
     layers = integer_rows(root.get("layers"), f"{where}: layers")
-    if root.get("num_layers") != len(layers):
+    if not is_integer(root.get("num_layers"), len(layers)):
         raise InvalidInputError(
-            f"{where}: num_layers is {str(root.get('num_layers'))[:20]}, but layers has {len(layers)}"
+            f"{where}: num_layers is {describe(root.get('num_layers'))}, but layers has {len(layers)}"
         )
     for number, kept in enumerate(layers):
         check_kept(kept, experts, f"{where}: layer {number}", InvalidInputError)

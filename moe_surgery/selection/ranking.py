@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 
 from moe_surgery.checkpoint.files import printable_path, read_small_file
 from moe_surgery.checkpoint.strict_json import parse_json
+from moe_surgery.checkpoint.text import describe
 from moe_surgery.errors import InvalidInputError
-from moe_surgery.selection.fields import integer_rows, number_rows, optional_text, positive
+from moe_surgery.selection.fields import integer_rows, is_integer, number_rows, optional_text, positive
 
 __all__ = ["RANKING_FORMAT", "Ranking", "load_ranking"]
 
@@ -70,23 +71,24 @@ def load_ranking(path: str | os.PathLike[str]) -> Ranking:
 
 def _own(root: Mapping[str, object], where: str) -> Ranking:
     if root["format"] != RANKING_FORMAT:
+        raise InvalidInputError(f"{where}: format is {describe(root['format'])}, expected {RANKING_FORMAT!r}")
+    if not is_integer(root.get("version"), VERSION):
         raise InvalidInputError(
-            f"{where}: format is {str(root['format'])[:60]!r}, expected {RANKING_FORMAT!r}"
-        )
-    if root.get("version") != VERSION:
-        raise InvalidInputError(
-            f"{where}: ranking version {str(root.get('version'))[:20]} is not known here (this reads version "
+            f"{where}: ranking version {describe(root.get('version'))} is not known here (this reads version "
             f"{VERSION}); upgrade moe-surgery"
         )
     experts = positive(root.get("num_experts"), f"{where}: num_experts")
     layers = integer_rows(root.get("layers"), f"{where}: layers")
-    scores = root.get("scores")
+    ordered = _checked(layers, experts, where)
+    scores = None if root.get("scores") is None else number_rows(root["scores"], f"{where}: scores")
+    if scores is not None and [len(row) for row in scores] != [experts] * len(layers):
+        raise InvalidInputError(f"{where}: scores: expected {len(layers)} layers of {experts} numbers")
     provenance = root.get("provenance")
     return Ranking(
         experts,
-        _checked(layers, experts, where),
+        ordered,
         optional_text(root.get("model_type"), f"{where}: model_type"),
-        None if scores is None else number_rows(scores, f"{where}: scores"),
+        scores,
         provenance if isinstance(provenance, dict) else {},
     )
 

@@ -12,7 +12,7 @@ __all__ = ["CHUNK_BYTES", "Chunk", "Piece", "chunks_of"]
 
 # Large enough that a request costs little beside its bytes, small enough that a handful in flight
 # fits a 64 MiB process; a multiple of any block size, as direct writes require.
-CHUNK_BYTES: Final = 4 << 20
+CHUNK_BYTES: Final = 2 << 20
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import xxhash
 
 from moe_surgery.checkpoint.files import printable_path, read_small_file
 from moe_surgery.checkpoint.strict_json import parse_json
+from moe_surgery.checkpoint.text import describe, printable
 from moe_surgery.errors import InvalidInputError, VerificationError
 from moe_surgery.selection.plan import Plan, plan_from_dict
 from moe_surgery.surgery.names import MANIFEST_NAME
@@ -23,6 +26,8 @@ MANIFEST_FORMAT = "moe-surgery.manifest"
 VERSION = 1
 MAX_BYTES = 200_000_000
 _BLANK = "0" * 32
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,26 +112,39 @@ def load_manifest(path: Path) -> Manifest:
         raise VerificationError(f"{where}: the manifest was altered: its bytes do not have its own digest")
     try:
         return _parsed(root, where)
-    except (KeyError, TypeError, ValueError) as error:
-        raise InvalidInputError(f"{where}: incomplete manifest: {error}") from None
+    except ValueError as error:
+        raise InvalidInputError(f"{where}: malformed manifest: {error}") from None
 
 
-def _parsed(root: dict, where: str) -> Manifest:  # type: ignore[type-arg]
-    files = {
-        name: FileRecord(
-            record["size"],
-            record["xxh3_128"],
-            {
-                tensor: TensorRecord(t["dtype"], tuple(t["shape"]), t["xxh3_128"])
-                for tensor, t in record["tensors"].items()
-            },
-        )
-        for name, record in root["files"].items()
-    }
+def _parsed(root: Mapping[str, object], where: str) -> Manifest:
+    """Every field of the right type, and no file name that leads out of the folder."""
+    files = {}
+    for name, record in _get(root, "files", dict).items():
+        if name != os.path.basename(name) or name in ("", ".", ".."):
+            raise ValueError(f"{printable(name)} is no plain file name")
+        tensors = {
+            tensor: TensorRecord(
+                _get(t, "dtype", str), tuple(_get(t, "shape", list)), _get(t, "xxh3_128", str)
+            )
+            for tensor, t in _get(record, "tensors", dict).items()
+        }
+        files[name] = FileRecord(_get(record, "size", int), _get(record, "xxh3_128", str), tensors)
+    sources = _get(_get(root, "source", dict), "files", list)
+    for source in sources:
+        _get(source, "name", str)
+        _get(source, "header_digest", str)
+    tool = _get(root, "tool", dict)
     return Manifest(
-        plan_from_dict(root["plan"], where),
-        root["expert_storage"],
-        tuple(root["source"]["files"]),
+        plan_from_dict(_get(root, "plan", dict), where),
+        _get(root, "expert_storage", str),
+        tuple(sources),
         files,
-        f"{root['tool']['name']} {root['tool']['version']}",
+        f"{_get(tool, 'name', str)} {_get(tool, 'version', str)}",
     )
+
+
+def _get(holder: object, key: str, kind: type[Value]) -> Value:
+    value = holder.get(key) if isinstance(holder, Mapping) else None
+    if not isinstance(value, kind):
+        raise ValueError(f"{key} is {describe(value)}")
+    return value

@@ -15,7 +15,9 @@ from moe_surgery.surgery.chunks import CHUNK_BYTES, Chunk
 
 __all__ = ["stream"]
 
-MOST_WORKERS: Final = 4
+# More reads in flight than there are cores, since they mostly wait; few enough for their buffers.
+FEWEST_WORKERS: Final = 4
+MOST_WORKERS: Final = 8
 WAITING_TO_FINISH: Final = 2
 
 Fill = Callable[[Chunk, memoryview], None]
@@ -26,12 +28,12 @@ def stream(
 ) -> None:
     """Run every chunk through `fill`, `take` and `finish`, all three overlapped.
 
-    `fill(chunk, buffer)` runs in `workers` threads (default: one a core, at most 4), several chunks
+    `fill(chunk, buffer)` runs in `workers` threads (default: one a core, 4 to 8), several chunks
     at a time; `take` in the caller's thread, in the order of `chunks`; `finish` in a thread of its
     own, in order. A chunk's buffer is page-aligned and is used again after `finish`. Memory is a
     fixed number of buffers of `CHUNK_BYTES`. The first error ends everything and is raised.
     """
-    count = workers or max(2, min(MOST_WORKERS, os.cpu_count() or 1))
+    count = workers or max(FEWEST_WORKERS, min(MOST_WORKERS, os.cpu_count() or 1))
     free: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()
     for _ in range(count + (WAITING_TO_FINISH if finish else 0)):
         free.put(mmap.mmap(-1, CHUNK_BYTES))

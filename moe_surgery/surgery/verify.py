@@ -154,7 +154,7 @@ class _Verifier:
         for name in sorted(found.keys() | listed.keys()):
             if found.get(name) != listed.get(name):
                 self._problems.append(
-                    f"{printable_path(path)}: tensor {printable(name)!r} is {_shown(found.get(name))} in the header, "
+                    f"{printable_path(path)}: tensor '{printable(name)}' is {_shown(found.get(name))} in the header, "
                     f"{_shown(listed.get(name))} in {MANIFEST_NAME}"
                 )
 
@@ -179,7 +179,7 @@ class _Verifier:
         ]
         for name in damaged:
             self._problems.append(
-                f"{printable_path(path)}: tensor {printable(name)!r}: its bytes do not have the manifest's digest"
+                f"{printable_path(path)}: tensor '{printable(name)}': its bytes do not have the manifest's digest"
             )
         if whole.hexdigest() != record.xxh3_128 and not damaged:
             part = (
@@ -227,7 +227,7 @@ class _Verifier:
             made = tensors.get(info.name)
             if made is None or (made.dtype, made.shape) != (info.dtype, info.shape):
                 raise VerificationError(
-                    f"{printable_path(path)}: tensor {printable(info.name)!r} is not what the plan makes of "
+                    f"{printable_path(path)}: tensor '{printable(info.name)}' is not what the plan makes of "
                     f"{printable_path(source.path)}"
                 )
         expected = OutputShard(name, bytes(header.data_start), tuple(tensors[n] for n in header.tensors))
@@ -251,7 +251,7 @@ class _Verifier:
         self._bytes += expected.nbytes
         for tensor in different:
             self._problems.append(
-                f"{printable_path(path)}: tensor {printable(tensor)!r}: differs from the kept experts of "
+                f"{printable_path(path)}: tensor '{printable(tensor)}': differs from the kept experts of "
                 f"{printable_path(source.path)}"
             )
 

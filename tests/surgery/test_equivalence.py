@@ -45,7 +45,7 @@ TINY = Shape(
     vocabulary=2048,
 )
 COUNTS = (1, 2, 3, 4, 5, 8, 13, 31, 32)
-LENGTH = 150  # the sliding window is 64
+LENGTH = 80  # the sliding window is 64
 TOLERANCE = 1e-4
 
 

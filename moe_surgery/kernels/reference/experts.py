@@ -1,0 +1,95 @@
+"""The experts: the specification of `Backend.experts`, in two ways of walking through the work.
+
+*Grouped* visits every expert that any token chose, once, with all its tokens. *Gathered* takes one
+expert per (token, slot): it needs no host synchronisation and has static shapes, which a captured
+decode step on a device wants, but reads an expert twice if two tokens chose it. Either decodes
+packed weights a bounded piece at a time.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_surgery.kernels.reference.mxfp4 import decode
+from moe_surgery.kernels.weights import DenseWeight, ExpertWeights, Weight
+
+__all__ = ["experts", "experts_gathered", "experts_grouped", "swiglu"]
+
+# Decoded at once; a piece this size stays in a processor's cache until it is multiplied.
+PIECE_BYTES = 4 << 20
+# Up to this many (token, slot) pairs the gathered way is taken on devices that hate to be asked.
+GATHERED_AT_MOST = 16
+
+
+def experts(x: Tensor, ids: Tensor, weights: Tensor, expert_weights: ExpertWeights) -> Tensor:
+    """See `Backend.experts`."""
+    if x.device.type != "cpu" and ids.numel() <= GATHERED_AT_MOST:
+        return experts_gathered(x, ids, weights, expert_weights)
+    return experts_grouped(x, ids, weights, expert_weights)
+
+
+def experts_grouped(x: Tensor, ids: Tensor, weights: Tensor, expert_weights: ExpertWeights) -> Tensor:
+    """One pass over the distinct experts in `ids`, in index order."""
+    y = torch.zeros_like(x, dtype=torch.float32)
+    stored = ids if expert_weights.index is None else expert_weights.index[ids]
+    for expert in ids.unique(sorted=True).tolist():
+        token, slot = torch.where(ids == expert)
+        place = int(stored[token[0], slot[0]])
+        h = _linear(x[token], expert_weights.gate_up, place) + expert_weights.gate_up_bias[place]
+        z = swiglu(h, expert_weights.limit, expert_weights.alpha)
+        out = _linear(z, expert_weights.down, place) + expert_weights.down_bias[place]
+        y.index_add_(0, token, out.float() * weights[token, slot, None].float())
+    return y.to(x.dtype)
+
+
+def experts_gathered(x: Tensor, ids: Tensor, weights: Tensor, expert_weights: ExpertWeights) -> Tensor:
+    """Every (token, slot) on its own: batched products over gathered weights, no host synchronisation."""
+    tokens, top_k = ids.shape
+    stored = ids if expert_weights.index is None else expert_weights.index[ids]
+    place = stored.flatten()  # [tokens * top_k]
+    rows = x.repeat_interleave(top_k, dim=0)
+    h = _batched(rows, expert_weights.gate_up, place) + expert_weights.gate_up_bias[place]
+    z = swiglu(h, expert_weights.limit, expert_weights.alpha)
+    out = _batched(z, expert_weights.down, place) + expert_weights.down_bias[place]
+    summed = (out.float() * weights.flatten()[:, None].float()).view(tokens, top_k, -1).sum(dim=1)
+    return summed.to(x.dtype)
+
+
+def swiglu(h: Tensor, limit: float, alpha: float) -> Tensor:
+    """gpt-oss's clamped SwiGLU: h [..., 2 * intermediate], gate at even and up at odd positions.
+
+    (up + 1) * gate * sigmoid(alpha * gate), gate at most `limit`, up within +-`limit`.
+    """
+    gate, up = h[..., ::2], h[..., 1::2]
+    gate = gate.clamp(max=limit)
+    up = up.clamp(min=-limit, max=limit)
+    return (up + 1) * (gate * torch.sigmoid(alpha * gate))
+
+
+def _linear(x: Tensor, weight: Weight, place: int) -> Tensor:
+    """x [tokens, columns] times one stored expert: [tokens, rows]."""
+    if isinstance(weight, DenseWeight):
+        return x @ weight.values[place].to(x.dtype)
+    pieces = [
+        x @ decode(weight.blocks[place, a:b], weight.scales[place, a:b], x.dtype).T
+        for a, b in _row_pieces(weight, x.dtype, 1)
+    ]
+    return torch.cat(pieces, dim=-1)
+
+
+def _batched(x: Tensor, weight: Weight, place: Tensor) -> Tensor:
+    """Row i of x [n, columns] times stored expert place[i]: [n, rows]."""
+    if isinstance(weight, DenseWeight):
+        return torch.bmm(x[:, None], weight.values[place].to(x.dtype))[:, 0]
+    pieces = []
+    for a, b in _row_pieces(weight, x.dtype, len(x)):
+        decoded = decode(weight.blocks[:, a:b][place], weight.scales[:, a:b][place], x.dtype)
+        pieces.append(torch.bmm(decoded, x[:, :, None])[..., 0])
+    return torch.cat(pieces, dim=-1)
+
+
+def _row_pieces(weight: Weight, dtype: torch.dtype, experts: int) -> list[tuple[int, int]]:
+    """Rows in runs whose decoded values take about `PIECE_BYTES`."""
+    step = max(1, PIECE_BYTES // (weight.columns * dtype.itemsize * experts))
+    return [(a, min(a + step, weight.rows)) for a in range(0, weight.rows, step)]

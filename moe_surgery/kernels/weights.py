@@ -1,0 +1,69 @@
+"""Expert weights as a backend receives them: packed as stored, with the experts that are in use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ["ExpertWeights", "Mxfp4Weight", "Weight"]
+
+
+@dataclass(frozen=True, slots=True)
+class Mxfp4Weight:
+    """A linear layer per stored expert in MXFP4: out = x @ W.T with W [rows, columns].
+
+    blocks: uint8 [stored experts, rows, columns/32, 16]; scales: uint8 [stored experts, rows, columns/32].
+    """
+
+    blocks: Tensor
+    scales: Tensor
+
+    @property
+    def rows(self) -> int:
+        return self.blocks.shape[1]
+
+    @property
+    def columns(self) -> int:
+        return self.blocks.shape[2] * 32
+
+
+@dataclass(frozen=True, slots=True)
+class DenseWeight:
+    """A linear layer per stored expert in a floating dtype, transposed: out = x @ W.
+
+    values: [stored experts, columns, rows], usually bfloat16.
+    """
+
+    values: Tensor
+
+    @property
+    def rows(self) -> int:
+        return self.values.shape[2]
+
+    @property
+    def columns(self) -> int:
+        return self.values.shape[1]
+
+
+Weight = Mxfp4Weight | DenseWeight
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """The experts of one MoE layer.
+
+    gate_up: hidden -> 2 * intermediate, gate rows at even and up rows at odd positions; down:
+    intermediate -> hidden; biases [stored experts, 2 * intermediate] and [stored experts, hidden].
+    `index` [experts] int64 gives for each expert the router knows its place in the stored tensors;
+    None means they are the same. A pruned view is the full model's tensors with an index.
+    `limit` and `alpha` are those of the clamped SwiGLU.
+    """
+
+    gate_up: Weight
+    gate_up_bias: Tensor
+    down: Weight
+    down_bias: Tensor
+    index: Tensor | None = None
+    limit: float = 7.0
+    alpha: float = 1.702

@@ -1,0 +1,118 @@
+"""What the runtime needs to know of a model, read from either spelling of config.json."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from moe_surgery.errors import InvalidInputError
+from moe_surgery.families import Model as Described
+
+__all__ = ["ModelConfig", "RopeConfig"]
+
+
+@dataclass(frozen=True, slots=True)
+class RopeConfig:
+    """Rotary embedding: plain (`factor` 1) or YaRN (arXiv 2309.00071) as gpt-oss uses it."""
+
+    theta: float
+    factor: float = 1.0
+    original_length: int = 4096
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """A decoder's dimensions and constants. `windows[i]` is layer i's sliding window, None for full."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    experts: int
+    top_k: int
+    context: int
+    windows: tuple[int | None, ...]
+    rope: RopeConfig
+    eps: float
+    swiglu_limit: float
+    swiglu_alpha: float
+    stop_tokens: tuple[int, ...]
+
+    @classmethod
+    def of(cls, model: Described) -> ModelConfig:
+        """The configuration of a described checkpoint. Raises InvalidInputError naming the key."""
+        config = model.layout.hub_config(model.config) if model.layout.hub_config else model.config
+        dims = model.dimensions
+        return cls(
+            layers=dims["layers"],
+            hidden=dims["hidden"],
+            heads=dims["heads"],
+            kv_heads=dims["kv_heads"],
+            head_dim=dims["head_dim"],
+            vocabulary=dims["vocabulary"],
+            experts=dims["experts"],
+            top_k=dims["top_k"],
+            context=int(_number(config, "max_position_embeddings", 131072)),
+            windows=_windows(config, dims["layers"]),
+            rope=_rope(config),
+            eps=_number(config, "rms_norm_eps", 1e-5),
+            swiglu_limit=_number(config, "swiglu_limit", 7.0),
+            swiglu_alpha=_number(config, "swiglu_alpha", 1.702),
+            stop_tokens=token_ids(config.get("eos_token_id")),
+        )
+
+
+def token_ids(value: object) -> tuple[int, ...]:
+    """Token numbers of a config value that may be a number, a list or null."""
+    values = value if isinstance(value, list) else [value]
+    return tuple(v for v in values if isinstance(v, int) and not isinstance(v, bool))
+
+
+def _number(config: Mapping[str, object], key: str, default: float) -> float:
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InvalidInputError(f"config.json: {key} is {str(value)[:40]!r}, not a number")
+    return float(value)
+
+
+def _windows(config: Mapping[str, object], layers: int) -> tuple[int | None, ...]:
+    """Sliding layers see `sliding_window` positions; without "layer_types" every second layer slides."""
+    window = int(_number(config, "sliding_window", 128))
+    kinds = config.get("layer_types") or [("sliding_attention", "full_attention")[i % 2] for i in range(layers)]
+    if not isinstance(kinds, list) or len(kinds) != layers:
+        raise InvalidInputError(f"config.json: layer_types does not list {layers} layers")
+    if unknown := set(map(str, kinds)) - {"sliding_attention", "full_attention"}:
+        raise InvalidInputError(f"config.json: layer_types holds {sorted(unknown)[0][:40]!r}, which is unknown")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _rope(config: Mapping[str, object]) -> RopeConfig:
+    """transformers 5 writes `rope_parameters`, older versions `rope_scaling` and `rope_theta`."""
+    said = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(said, dict):
+        raise InvalidInputError("config.json: rope_scaling is not an object")
+    theta = _number(said, "rope_theta", _number(config, "rope_theta", 150000.0))
+    kind = said.get("rope_type", said.get("type", "default"))
+    if kind == "default":
+        return RopeConfig(theta)
+    if kind != "yarn":
+        raise InvalidInputError(f"config.json: rope_type {str(kind)[:40]!r} is not supported; known: default, yarn")
+    factor = _number(said, "factor", 1.0)
+    scale = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+    given = said.get("attention_factor")
+    return RopeConfig(
+        theta,
+        factor,
+        int(_number(said, "original_max_position_embeddings", 4096)),
+        _number(said, "beta_fast", 32.0),
+        _number(said, "beta_slow", 1.0),
+        bool(said.get("truncate", True)),
+        scale if given is None else _number(said, "attention_factor", scale),
+    )

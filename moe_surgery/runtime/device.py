@@ -1,0 +1,76 @@
+"""Devices: opening one by name, and whether a model's weights fit it."""
+
+from __future__ import annotations
+
+import torch
+
+from moe_surgery.errors import UsageError
+from moe_surgery.families import Model as Described
+from moe_surgery.families.base import EXPERT_WEIGHT
+
+__all__ = ["check_memory", "fitting_experts", "free_memory", "open_device", "weight_bytes"]
+
+# Beside the weights: KV cache, activations, the library's own context.
+HEADROOM_BYTES = 1 << 30
+
+
+def open_device(name: str | torch.device) -> torch.device:
+    """The device called `name`. Raises UsageError where there is none, saying why."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name}: unknown device; choose cpu, cuda, cuda:N or mps") from None
+    if device.type == "cpu":
+        return device
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UsageError(f"--device {name}: torch finds no CUDA device here; see moe-surgery doctor")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise UsageError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, from cuda:0")
+        return device
+    if device.type == "mps":
+        if not torch.backends.mps.is_available():
+            raise UsageError(f"--device {name}: MPS is not available here; see moe-surgery doctor")
+        return device
+    raise UsageError(f"--device {name}: unsupported device; choose cpu, cuda, cuda:N or mps")
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Free bytes of a device, None for the CPU (weights there are mapped, not held)."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return None
+
+
+def weight_bytes(model: Described, experts: int) -> int:
+    """Bytes of the weights as stored with `experts` kept in every layer."""
+    total = 0
+    for tensor in model.tensors:
+        stored = tensor.stored.nbytes + (tensor.scales.nbytes if tensor.scales else 0)
+        total += stored // model.experts * experts if tensor.has_experts else stored
+    return total
+
+
+def fitting_experts(model: Described, free: int) -> int:
+    """The largest number of kept experts whose weights fit `free` bytes with headroom; 0 for none."""
+    fits = (n for n in range(model.experts, 0, -1) if weight_bytes(model, n) + HEADROOM_BYTES <= free)
+    return next(fits, 0)
+
+
+def check_memory(device: torch.device, model: Described, free: int | None = None) -> None:
+    """Raise UsageError unless the weights fit `device` (`free` bytes, if not asked of the device)."""
+    free = free_memory(device) if free is None else free
+    if free is None:
+        return
+    needed = weight_bytes(model, model.experts) + HEADROOM_BYTES
+    if needed <= free:
+        return
+    most = fitting_experts(model, free)
+    advice = f"pruned to {most} experts it fits" if most else "no expert count fits"
+    if not most and any(t.kind == EXPERT_WEIGHT and t.scales is None for t in model.tensors):
+        advice += "; --dtype mxfp4 makes experts four times smaller"
+    raise UsageError(
+        f"--device {device}: the model needs {needed / 1e9:.1f} GB with headroom, {free / 1e9:.1f} GB are free; {advice}"
+    )

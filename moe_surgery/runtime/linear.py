@@ -1,0 +1,33 @@
+"""Dense products with weights as they are stored, whatever the compute dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["linear", "rms_norm"]
+
+PIECE_BYTES = 32 << 20
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., columns] @ weight [rows, columns].T + bias, in x's dtype.
+
+    A weight of another dtype is cast a piece at a time, so a float32 run over a BF16 checkpoint
+    never holds a second copy of it.
+    """
+    bias = None if bias is None else bias.to(x.dtype)
+    if weight.dtype == x.dtype:
+        return F.linear(x, weight, bias)
+    rows = max(1, PIECE_BYTES // (weight.shape[1] * x.element_size()))
+    pieces = [F.linear(x, part.to(x.dtype)) for part in weight.split(rows)]
+    y = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
+    return y if bias is None else y + bias
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm in float32, weight included; the result has x's dtype."""
+    wide = x.float()
+    scale = torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + eps)
+    return (wide * scale * weight.float()).to(x.dtype)

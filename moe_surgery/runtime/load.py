@@ -1,0 +1,133 @@
+"""From a checkpoint to a `Model`: weights as views of the mapped shards, or moved to a device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from moe_surgery import families
+from moe_surgery.checkpoint.checkpoint import Checkpoint, TensorRef
+from moe_surgery.errors import PlanMismatchError, UsageError
+from moe_surgery.families import Model as Described
+from moe_surgery.families import ModelTensor
+from moe_surgery.kernels import select_backend
+from moe_surgery.kernels.weights import DenseWeight, ExpertWeights, Mxfp4Weight, Weight
+from moe_surgery.runtime.config import ModelConfig
+from moe_surgery.runtime.device import check_memory, open_device
+from moe_surgery.runtime.mapped import MappedShards
+from moe_surgery.runtime.model import Layer, Model, Projection
+from moe_surgery.selection.plan import Plan
+
+__all__ = ["load_model"]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+Get = Callable[[str], Tensor]
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    plan: Plan | None = None,
+    backend: str | None = None,
+) -> Model:
+    """Load a checkpoint (folder, file, example or cached hub id) to run it.
+
+    On the CPU weights are views over the mapped files: loading reads headers only. On other devices
+    they are moved tensor by tensor, so host memory stays bounded. MXFP4 experts stay packed
+    everywhere. `dtype` is the compute dtype (bfloat16 unless said otherwise). `plan` shows the
+    model only the kept experts of each layer: no copy is made, and layers may keep different
+    numbers; logits are those of the checkpoint pruned by that plan, bit for bit.
+
+    Raises InvalidInputError or OutputError for the checkpoint, PlanMismatchError for a plan of
+    another model, UsageError for an unknown device, dtype or backend, or a device without the memory.
+    """
+    place = open_device(device)
+    compute = dtype or torch.bfloat16
+    if compute not in DTYPES:
+        raise UsageError(f"dtype {compute}: choose one of {', '.join(map(str, DTYPES))}")
+    chosen = select_backend(place, backend)
+    with Checkpoint.open(path) as checkpoint:
+        described = families.describe(checkpoint)
+        if plan is not None:
+            plan.check_fits(described.model_type, described.experts, described.layers, str(path))
+        check_memory(place, described)
+        return _assembled(checkpoint, described, plan, place, compute, chosen)
+
+
+def _assembled(checkpoint, described, plan, place, compute, backend) -> Model:  # type: ignore[no-untyped-def]
+    config = ModelConfig.of(described)
+    shards = MappedShards(checkpoint)
+    tensors = {t.name: t for t in described.tensors}
+
+    def fetch(ref: TensorRef) -> Tensor:
+        mapped = shards.tensor(ref)
+        if place.type == "cpu":
+            return mapped
+        moved = mapped.to(place)
+        shards.release(ref)
+        return moved
+
+    def get(name: str) -> Tensor:
+        return fetch(tensors[name].stored)
+
+    embedding = get("model.embed_tokens.weight")
+    layers = [_layer(number, config, tensors, get, fetch, plan) for number in range(config.layers)]
+    unembedding = get("lm_head.weight") if "lm_head.weight" in tensors else embedding
+    norm = get("model.norm.weight")
+    return Model(config, embedding, layers, norm, unembedding, compute, backend)
+
+
+def _layer(
+    number: int,
+    config: ModelConfig,
+    tensors: dict[str, ModelTensor],
+    get: Get,
+    fetch: Callable[[TensorRef], Tensor],
+    plan: Plan | None,
+) -> Layer:
+    prefix = f"model.layers.{number}."
+
+    def projection(name: str) -> Projection:
+        bias = f"{prefix}{name}.bias"
+        return Projection(get(f"{prefix}{name}.weight"), get(bias) if bias in tensors else None)
+
+    def weight(name: str) -> Weight:
+        tensor = tensors[f"{prefix}mlp.experts.{name}"]
+        if tensor.scales is None:
+            return DenseWeight(fetch(tensor.stored))
+        return Mxfp4Weight(fetch(tensor.stored), fetch(tensor.scales))
+
+    router = projection("mlp.router")
+    index, top_k = None, config.top_k
+    if plan is not None:
+        kept = plan.layers[number]
+        index = torch.tensor(kept, dtype=torch.int64, device=router.weight.device)
+        assert router.bias is not None
+        router = Projection(router.weight[index], router.bias[index])
+        top_k = plan.top_k or top_k
+    experts = ExpertWeights(
+        weight("gate_up_proj"),
+        get(f"{prefix}mlp.experts.gate_up_proj_bias"),
+        weight("down_proj"),
+        get(f"{prefix}mlp.experts.down_proj_bias"),
+        index,
+        config.swiglu_limit,
+        config.swiglu_alpha,
+    )
+    return Layer(
+        attention_norm=get(f"{prefix}input_layernorm.weight"),
+        q=projection("self_attn.q_proj"),
+        k=projection("self_attn.k_proj"),
+        v=projection("self_attn.v_proj"),
+        o=projection("self_attn.o_proj"),
+        sinks=get(f"{prefix}self_attn.sinks"),
+        mlp_norm=get(f"{prefix}post_attention_layernorm.weight"),
+        router=router,
+        experts=experts,
+        top_k=min(top_k, router.weight.shape[0]),
+    )

@@ -1,0 +1,164 @@
+"""gpt-oss, whole: token ids to logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moe_surgery.errors import UsageError
+from moe_surgery.kernels import Backend
+from moe_surgery.kernels.weights import ExpertWeights
+from moe_surgery.runtime.attention import attend, visible
+from moe_surgery.runtime.cache import Cache
+from moe_surgery.runtime.config import ModelConfig
+from moe_surgery.runtime.linear import linear, rms_norm
+from moe_surgery.runtime.rope import Rope, rotate
+
+__all__ = ["Layer", "Model", "Projection"]
+
+DEFAULT_ROLLBACK = 16
+# Bounds attention scores during prefill: tokens of a chunk x keys x heads, four bytes each.
+SCORE_BYTES = 128 << 20
+MOST_PREFILL = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """weight [rows, columns] as stored, bias [rows] or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One decoder layer's weights. `router` has a row per kept expert, in plan order."""
+
+    attention_norm: Tensor
+    q: Projection
+    k: Projection
+    v: Projection
+    o: Projection
+    sinks: Tensor
+    mlp_norm: Tensor
+    router: Projection
+    experts: ExpertWeights
+    top_k: int
+
+
+class Model:
+    """A loaded model. Call it for logits; `new_cache` makes what decoding needs.
+
+    `config` is that of the checkpoint (its experts and top_k are the stored ones; a layer's own
+    `top_k` is what the plan leaves of it). `dtype` is the compute dtype; weights stay as stored.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        embedding: Tensor,
+        layers: list[Layer],
+        norm: Tensor,
+        unembedding: Tensor,
+        dtype: torch.dtype,
+        backend: Backend,
+    ) -> None:
+        self.config = config
+        self.embedding = embedding
+        self.layers = layers
+        self.norm = norm
+        self.unembedding = unembedding
+        self.dtype = dtype
+        self.backend = backend
+        self.device = norm.device
+        self.rope = Rope(config.rope, config.head_dim, self.device)
+
+    def new_cache(self, batch: int, context: int, *, rollback: int = DEFAULT_ROLLBACK) -> Cache:
+        """A KV cache for `batch` sequences of up to `context` tokens, padding included.
+
+        `rollback` is how many tokens `Cache.truncate` can take back. Raises UsageError for a context
+        that the model was not made for.
+        """
+        c = self.config
+        if not 1 <= context <= c.context:
+            raise UsageError(f"a context of {context} tokens; this model takes 1 to {c.context}")
+        return Cache(batch, context, c.windows, c.kv_heads, c.head_dim, self.dtype, self.device, rollback)
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        input_ids: Tensor,
+        cache: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        logits_to_keep: int | None = None,
+    ) -> Tensor:
+        """Logits float32 [batch, kept, vocabulary] for input_ids int64 [batch, tokens].
+
+        Without `cache` the tokens are a text of their own; with it they follow what it holds, which
+        grows by them. `attention_mask` [batch, tokens] is 0 at left padding. `logits_to_keep`: the
+        last so many tokens only. Long inputs go through in chunks. Raises UsageError where the
+        tokens do not fit the context or lie outside the vocabulary's size.
+        """
+        batch, tokens = input_ids.shape
+        cache = cache if cache is not None else self.new_cache(batch, tokens)
+        keep = tokens if logits_to_keep is None else min(logits_to_keep, tokens)
+        kept: list[Tensor] = []
+        for start, stop in self._chunks(cache, batch, tokens):
+            mask = None if attention_mask is None else attention_mask[:, start:stop]
+            x = self._hidden(input_ids[:, start:stop], cache, mask)
+            if stop > tokens - keep:
+                kept.append(self._logits(x[:, max(0, tokens - keep - start) :]))
+        return kept[0] if len(kept) == 1 else torch.cat(kept, dim=1)
+
+    def _chunks(self, cache: Cache, batch: int, tokens: int) -> list[tuple[int, int]]:
+        keys = min(cache.context, cache.length + tokens)
+        step = SCORE_BYTES // (batch * keys * self.config.heads * 4)
+        step = max(1, min(step, MOST_PREFILL))
+        return [(a, min(a + step, tokens)) for a in range(0, tokens, step)]
+
+    def _hidden(self, ids: Tensor, cache: Cache, mask: Tensor | None) -> Tensor:
+        """One step through all layers: ids [batch, tokens] -> [batch, tokens, hidden]."""
+        positions = cache.begin(ids.shape[1], mask)
+        angles = self.rope(positions)
+        x = F.embedding(ids, self.embedding).to(self.dtype)
+        for number, layer in enumerate(self.layers):
+            x = x + self._attention(number, layer, x, cache, positions, angles)
+            x = x + self._experts(layer, x)
+        cache.end()
+        return x
+
+    def _attention(
+        self,
+        number: int,
+        layer: Layer,
+        x: Tensor,
+        cache: Cache,
+        positions: Tensor,
+        angles: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        c = self.config
+        batch, tokens, _ = x.shape
+        h = rms_norm(x, layer.attention_norm, c.eps)
+        cos, sin = (a[:, None] for a in angles)  # [batch, 1, tokens, head_dim / 2]
+        q = layer.q(h).view(batch, tokens, c.heads, c.head_dim).transpose(1, 2)
+        k = layer.k(h).view(batch, tokens, c.kv_heads, c.head_dim).transpose(1, 2)
+        v = layer.v(h).view(batch, tokens, c.kv_heads, c.head_dim).transpose(1, 2)
+        keys, values, held = cache.update(number, rotate(k, cos, sin), v)
+        seen = visible(positions, held, c.windows[number])
+        return layer.o(attend(rotate(q, cos, sin), keys, values, layer.sinks, seen))
+
+    def _experts(self, layer: Layer, x: Tensor) -> Tensor:
+        h = rms_norm(x, layer.mlp_norm, self.config.eps).view(-1, self.config.hidden)
+        router = layer.router
+        assert router.bias is not None
+        ids, weights = self.backend.route(h, router.weight, router.bias, layer.top_k)
+        return self.backend.experts(h, ids, weights, layer.experts).view(x.shape)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return linear(rms_norm(x, self.norm, self.config.eps), self.unembedding).float()

@@ -1,0 +1,56 @@
+"""Rotary position embedding with YaRN (arXiv 2309.00071), halves rotated."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from moe_surgery.runtime.config import RopeConfig
+
+__all__ = ["Rope", "rotate"]
+
+
+class Rope:
+    """cos and sin for positions, scaled by the attention factor."""
+
+    def __init__(self, config: RopeConfig, head_dim: int, device: torch.device) -> None:
+        self._frequencies = inverse_frequencies(config, head_dim).to(device)
+        self._scale = config.attention_factor
+
+    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """positions int [...] -> cos, sin float32 [..., head_dim / 2]."""
+        angles = positions[..., None].float() * self._frequencies
+        return angles.cos() * self._scale, angles.sin() * self._scale
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x [..., head_dim] by angles broadcast to [..., head_dim / 2]; the result has x's dtype."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def inverse_frequencies(config: RopeConfig, head_dim: int) -> Tensor:
+    """float32 [head_dim / 2]: theta^(-2i/d), low frequencies divided by the factor, a ramp between.
+
+    The ramp runs over the dimensions whose wavelength makes between `beta_fast` and `beta_slow`
+    turns in the original length (section 3.2 of the YaRN paper).
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    plain = 1.0 / config.theta**exponents
+    if config.factor == 1.0:
+        return plain
+
+    def turning(turns: float) -> float:
+        length = config.original_length / (turns * 2 * math.pi)
+        return head_dim * math.log(length) / (2 * math.log(config.theta))
+
+    low, high = turning(config.beta_fast), turning(config.beta_slow)
+    if config.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    width = (high - low) or 0.001
+    ramp = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+    stretched = 1.0 / (config.factor * config.theta**exponents)
+    return stretched * ramp + plain * (1 - ramp)

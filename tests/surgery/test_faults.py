@@ -1,0 +1,203 @@
+"""Every system call of a run fails once, and from then on: what is published is whole, the rest is gone."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moe_surgery.checkpoint.fileops import FileOps
+from moe_surgery.errors import DiskFullError, InvalidInputError, MoeSurgeryError, OutputError
+from moe_surgery.pipeline import prune
+from moe_surgery.selection.plan import plan_keeping
+
+from ..support.checkpoints import Shape, write_checkpoint
+from ..support.command import assert_sound, contents, siblings, untouched
+from ..support.faults import KINDS, FaultyOps, ShortOps, descriptors
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@pytest.fixture(scope="module", params=["keep", "bf16", "mxfp4"])
+def dtype(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory, dtype: str) -> Path:
+    layout = "bf16" if dtype == "mxfp4" else "mxfp4"
+    return write_checkpoint(tmp_path_factory.mktemp("model") / "source", layout=layout, shards=2)
+
+
+@pytest.fixture(scope="module")
+def expected(source: Path, dtype: str) -> dict[str, bytes]:
+    out = source.with_name("expected")
+    pruned(source, out, dtype)
+    return contents(out)
+
+
+def pruned(source: Path, out: Path, dtype: str, ops: FileOps | None = None) -> None:
+    """Prune to four or so shards."""
+    prune(source, out, lambda m: plan_keeping([0, 1, 3], m), dtype=dtype, max_shard_size=15_000, ops=ops)
+
+
+def attempt(source: Path, out: Path, dtype: str, ops: FileOps) -> MoeSurgeryError | None:
+    """Prune with `ops`; the error, if any. Nothing may stay: no descriptor, no thread, no sibling of `out`."""
+    before = descriptors(), threading.active_count()
+    error: MoeSurgeryError | None = None
+    try:
+        pruned(source, out, dtype, ops)
+    except MoeSurgeryError as caught:
+        error = caught
+        assert "\n" not in str(error)
+    assert (descriptors(), threading.active_count()) == before
+    assert siblings(out) == []
+    return error
+
+
+@pytest.mark.parametrize("forever", [False, True], ids=["once", "from-then-on"])
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "exchange"])
+def test_each_call_that_fails(
+    source: Path, dtype: str, expected: dict[str, bytes], tmp_path: Path, kind: str, forever: bool
+) -> None:
+    with untouched(source):
+        at = 0
+        while True:
+            at += 1
+            code = (errno.EIO, errno.ENOSPC, errno.EDQUOT)[at % 3]
+            out = tmp_path / f"out-{at}"
+            ops = FaultyOps(kind, at, code, forever=forever)
+            error = attempt(source, out, dtype, ops)
+            if out.exists():
+                assert contents(out) == expected
+            else:
+                assert error is not None
+                wanted = DiskFullError if code in NO_SPACE and kind != "pread_into" else OutputError
+                assert type(error) is wanted
+            if not ops.failures:
+                break
+            assert at < 1000
+    assert error is None
+    assert at > 1, "the run makes no such call"
+    assert_sound(out, source)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, *NO_SPACE])
+@pytest.mark.parametrize("kind", ["open", "pwrite", "fsync", "close", "rename", "rename_new", "mkdir"])
+def test_error_says_the_file_and_the_reason(
+    source: Path, dtype: str, tmp_path: Path, kind: str, code: int
+) -> None:
+    error = attempt(source, tmp_path / "out", dtype, FaultyOps(kind, 1, code))
+    assert type(error) is (DiskFullError if code in NO_SPACE else OutputError)
+    assert str(tmp_path) in str(error)
+    assert os.strerror(code) in str(error)
+    assert error.exit_code == (6 if code in NO_SPACE else 5)
+
+
+def test_failed_flush_is_never_tried_again(source: Path, dtype: str, tmp_path: Path) -> None:
+    ops = FaultyOps("fsync", 1, errno.EIO)
+    assert isinstance(attempt(source, tmp_path / "out", dtype, ops), OutputError)
+    assert not (tmp_path / "out").exists()
+    assert ops.calls["rename_new"] == 0
+
+
+@pytest.mark.parametrize("some", [lambda n: 1, lambda n: -(-n // 2), lambda n: min(n, 4097)])
+def test_short_reads_and_writes_are_continued(
+    source: Path, dtype: str, expected: dict[str, bytes], tmp_path: Path, some: Callable[[int], int]
+) -> None:
+    assert attempt(source, tmp_path / "out", dtype, ShortOps(some)) is None
+    assert contents(tmp_path / "out") == expected
+
+
+def test_reads_of_a_failing_disk_name_the_shard(source: Path, tmp_path: Path) -> None:
+    error = attempt(source, tmp_path / "out", "keep", FaultyOps("pread_into", 1, errno.EIO))
+    assert type(error) is OutputError
+    assert str(source / "model-0000") in str(error)
+    assert "Input/output error" in str(error)
+
+
+# --- a source that changes while it is read
+
+
+class Meddling(FileOps):
+    """Does something at the first write, when the source has been opened and its header read."""
+
+    def __init__(self, meddle: Callable[[], object]) -> None:
+        self._meddle: Callable[[], object] | None = meddle
+
+    def mkdir(self, path: str | os.PathLike[str]) -> None:
+        super().mkdir(path)
+        if self._meddle:
+            self._meddle()
+
+
+def changed(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x7f")
+
+
+def replaced(path: Path) -> None:
+    content, stat = path.read_bytes(), path.stat()
+    path.unlink()
+    path.with_name("other").write_bytes(content)
+    path.with_name("other").rename(path)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+MEDDLERS: dict[str, Callable[[Path], object]] = {
+    "cut to half": lambda p: os.truncate(p, p.stat().st_size // 2),
+    "cut by a byte": lambda p: os.truncate(p, p.stat().st_size - 1),
+    "cut to nothing": lambda p: os.truncate(p, 0),
+    "longer": lambda p: os.truncate(p, p.stat().st_size + 1),
+    "written to": changed,
+    "touched": lambda p: os.utime(p),
+    "dated back": lambda p: os.utime(p, ns=(0, 0)),
+    "replaced by a copy": replaced,
+    "replaced by a link": lambda p: (p.rename(p.with_name("kept")), p.symlink_to("kept-not")),
+}
+
+
+@pytest.mark.parametrize("how", MEDDLERS)
+@pytest.mark.parametrize("dtype", ["keep", "bf16", "mxfp4"])
+def test_source_that_changes_during_the_run_is_refused(tmp_path: Path, how: str, dtype: str) -> None:
+    layout = "bf16" if dtype == "mxfp4" else "mxfp4"
+    source = write_checkpoint(tmp_path / "source", layout=layout, shards=2)
+    shard = source / "model-00002-of-00002.safetensors"
+    error = attempt(source, tmp_path / "out", dtype, Meddling(lambda: MEDDLERS[how](shard)))
+    assert not (tmp_path / "out").exists()
+    assert type(error) is (OutputError if "link" in how else InvalidInputError)
+    assert str(shard) in str(error)
+
+
+def test_source_removed_during_the_run_is_refused(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", shards=2)
+    shard = source / "model-00001-of-00002.safetensors"
+    error = attempt(source, tmp_path / "out", "keep", Meddling(shard.unlink))
+    assert type(error) is OutputError
+    assert str(shard) in str(error)
+    assert not (tmp_path / "out").exists()
+
+
+def test_side_file_removed_during_the_run_is_refused(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source")
+    side = source / "chat_template.jinja"
+    error = attempt(source, tmp_path / "out", "keep", Meddling(side.unlink))
+    assert type(error) is OutputError
+    assert str(side) in str(error)
+    assert not (tmp_path / "out").exists()
+
+
+def test_run_that_ends_with_an_unknown_error_leaves_nothing_either(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", Shape(layers=1))
+
+    def fails(_: int) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        prune(source, tmp_path / "out", lambda m: plan_keeping([0], m), progress=fails)
+    assert sorted(os.listdir(tmp_path)) == ["source"]
