@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 from moe_surgery.errors import OutputError
@@ -16,12 +18,21 @@ from moe_surgery.surgery.verify import verify_checkpoint
 __all__ = ["DemoRow", "run_demo"]
 
 SOURCE = "example:tiny"
-JOBS = ((4, "mxfp4"), (8, "mxfp4"), (16, "mxfp4"), (8, "bf16"))
+JOBS = ((16, "mxfp4"), (8, "mxfp4"), (4, "mxfp4"), (8, "bf16"))
+PROMPT = "Question: What is 7 + 5?\nAnswer:"
+NEW_TOKENS = 48
+TEXT_CHARACTERS = 1500
+PROSE = (
+    "A checkpoint is a long row of numbers with a table of contents. To make it smaller, you do not have to "
+    "understand every number: it is enough to know which of them belong to an expert that is never asked. "
+    "Those are left out, the others move together, and the table of contents is written again. What remains "
+    "answers as before where its experts were needed, and worse where they were not."
+)
 
 
 @dataclass(frozen=True, slots=True)
 class DemoRow:
-    """One model of the demo's table."""
+    """One model of the demo's table. Rates and losses (nats a token, by text) need torch."""
 
     name: str
     experts: int
@@ -29,16 +40,22 @@ class DemoRow:
     parameters: int
     nbytes: int
     verified: bool
+    tokens_per_second: float | None = None
+    losses: dict[str, float] = field(default_factory=dict)
+    sample: str | None = None
 
 
 def run_demo(output: Path | None, say: Callable[[str], None]) -> list[DemoRow]:
-    """Prune the embedded checkpoint to several sizes, verify each against its source.
+    """Prune the embedded checkpoint to several sizes, verify each against its source, and run it.
 
     Models go to the new folder `output`, or to a temporary one that is removed. `say` is told each
-    step. The first row is the full model. Raises OutputError where `output` exists.
+    step. The first row is the full model. Without torch nothing is generated. Raises OutputError
+    where `output` exists.
     """
     full = inspect(SOURCE)
-    rows = [DemoRow("full", full.experts, full.top_k, full.parameters, full.nbytes, True)]
+    runs = find_spec("torch") is not None and find_spec("tokenizers") is not None
+    if not runs:
+        say("torch or tokenizers is not installed: models are pruned and verified, but not run")
     with ExitStack() as stack:
         folder = output or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if output is not None:
@@ -46,13 +63,60 @@ def run_demo(output: Path | None, say: Callable[[str], None]) -> list[DemoRow]:
                 output.mkdir()
             except OSError as error:
                 raise OutputError(f"{output}: cannot create: {error.strerror}") from error
+        first = DemoRow("full", full.experts, full.top_k, full.parameters, full.nbytes, True)
+        rows = [_run(first, SOURCE, say) if runs else first]
         for experts, dtype in JOBS:
             name = f"tiny-{experts}-{dtype}"
-            say(f"prune {SOURCE} {name}: {experts} of {full.experts} experts, {dtype}")
-            result = prune(SOURCE, folder / name, plan_random(experts, 0, full), dtype=dtype)
+            say(f"prune {SOURCE} {name}: {experts} of {full.experts} experts, drawn at random, {dtype}")
+            program = prune(SOURCE, folder / name, plan_random(experts, 0, full), dtype=dtype).program
             say(f"verify {name} --source {SOURCE}")
             found = verify_checkpoint(folder / name, source=SOURCE)
-            program = result.program
             nbytes = sum(t.nbytes for s in program.shards for t in s.tensors)
-            rows.append(DemoRow(name, experts, program.top_k, program.parameters, nbytes, found.ok))
+            row = DemoRow(name, experts, program.top_k, program.parameters, nbytes, found.ok)
+            rows.append(_run(row, folder / name, say) if runs else row)
     return rows
+
+
+def demo_texts() -> dict[str, str]:
+    """Arithmetic made up here, code of the running Python's library, and a few sentences of ours."""
+    import textwrap
+
+    return {
+        "arithmetic": arithmetic(random.Random(0), TEXT_CHARACTERS),
+        "code": Path(textwrap.__file__).read_text()[:TEXT_CHARACTERS],
+        "prose": PROSE,
+    }
+
+
+def arithmetic(rng: random.Random, characters: int) -> str:
+    """Small sums with their answers, at least `characters` of them."""
+    lines = ""
+    while len(lines) < characters:
+        a, b = rng.randint(2, 99), rng.randint(2, 99)
+        sign, result = rng.choice((("+", a + b), ("-", a - b), ("*", a * b)))
+        lines += f"Question: What is {a} {sign} {b}?\nAnswer: {a} {sign} {b} = {result}.\n"
+    return lines
+
+
+def _run(row: DemoRow, path: str | Path, say: Callable[[str], None]) -> DemoRow:
+    """`row` with tokens per second, losses and a sample of the model in `path`."""
+    from dataclasses import replace
+
+    from moe_surgery.measure.loss import cross_entropy
+    from moe_surgery.runtime.generate import generate
+    from moe_surgery.runtime.load import load_model
+    from moe_surgery.runtime.text import Text
+    from moe_surgery.runtime.usage import Stopwatch
+
+    say(f"generate {row.name} --prompt {PROMPT!r}")
+    model, text, watch = load_model(path), Text(path), Stopwatch()
+    found = generate(
+        model,
+        [text.encode(PROMPT)],
+        max_new_tokens=NEW_TOKENS,
+        stop_tokens=(),
+        callback=lambda _: watch.step(),
+    )
+    losses = {name: cross_entropy(model, text.encode(t)) for name, t in demo_texts().items()}
+    sample = text.decode(found.tokens[0]).split("\n")[0].strip()
+    return replace(row, tokens_per_second=watch.decode_rate(), losses=losses, sample=sample)

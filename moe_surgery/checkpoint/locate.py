@@ -22,11 +22,13 @@ def locate(name: str | os.PathLike[str]) -> Path:
     `name` is a path, `example:tiny` (the embedded checkpoint), or a hub id `owner/model[@revision]`
     whose snapshot lies in the local hub cache; nothing is downloaded. A path that exists wins.
 
-    Raises UsageError for an unknown example, OutputError where nothing is found.
+    Raises UsageError for an unknown example or an empty name, OutputError where nothing is found.
     """
     text = os.fspath(name)
     if text.startswith("example:"):
         return _example(text.removeprefix("example:"))
+    if not text:  # an unset shell variable, perhaps; it must not mean the current folder
+        raise UsageError("the name of the checkpoint is empty")
     path = Path(text)
     if path.is_dir():
         return path

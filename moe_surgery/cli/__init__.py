@@ -14,7 +14,7 @@ from moe_surgery.version import __version__
 
 __all__ = ["main"]
 
-COMMANDS = ("inspect", "plan", "prune", "verify", "demo", "doctor")
+COMMANDS = ("inspect", "plan", "prune", "verify", "generate", "demo", "doctor")
 INTERRUPTED = 130
 IO_ERROR = 5
 
@@ -60,16 +60,25 @@ def cli() -> None:
     """
 
 
+def _one_line(error: click.ClickException) -> str:
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    path = context.command_path if context else "moe-surgery"
+    return f"{error.format_message().rstrip('.')} (see {path} --help)"
+
+
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Entry point: runs a command and exits with its code; one line instead of a traceback."""
     terminal = Terminal()
     try:
         code = cli.main(arguments, prog_name="moe-surgery", standalone_mode=False, obj=terminal)
     except click.ClickException as error:
-        error.show()
+        if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
+            error.show()  # its message is the help
+        else:
+            terminal.error(_one_line(error))
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        terminal.error("interrupted; the same command goes on where it stopped")
+        terminal.error("interrupted" + terminal.after_interrupt)
         code = INTERRUPTED
     except MoeSurgeryError as error:
         terminal.failed(error)

@@ -77,7 +77,7 @@ def command(
     `--keep all` with --dtype converts.
 
     \b
-    moe-surgery prune example:tiny /tmp/tiny-8 --keep 0-7
+    moe-surgery prune example:tiny tiny-8 --keep 0-7
     moe-surgery prune openai/gpt-oss-20b law-8 --ranking law.json --experts 8
     moe-surgery prune some/pruned-bf16-model smaller --keep all --dtype mxfp4
     """
@@ -92,6 +92,7 @@ def command(
         def on_start(program: Program) -> None:
             terminal.detail(f"reading {size(program.reads)} from {len(program.sources)} shards")
             if not dry_run:
+                terminal.after_interrupt = "; the same command goes on where it stopped"
                 advance.append(stack.enter_context(terminal.progress("pruning", program.nbytes)))
 
         result = prune(

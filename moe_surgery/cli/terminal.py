@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import click
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Terminal", "count", "size"]
 
 PLAIN_PROGRESS_SECONDS = 10.0
+PIPE_WIDTH = 200
 Advance = Callable[[int], None]
 
 
@@ -28,6 +29,7 @@ class Terminal:
         self.verbosity = 0
         self.debug = False
         self.json = False
+        self.after_interrupt = ""
 
     def say(self, text: str) -> None:
         """A line on stderr, unless -q."""
@@ -52,6 +54,11 @@ class Terminal:
         """A line of the command's result, on stdout."""
         click.echo(_safe(text))
 
+    def stream(self, text: str) -> None:
+        """A piece of generated text on stdout, at once; line breaks stay."""
+        safe = "\n".join(map(_safe, text.expandtabs(4).split("\n")))
+        click.echo(safe, nl=False)
+
     def data(self, value: object) -> None:
         """The command's result as JSON, on stdout."""
         click.echo(json.dumps(value, indent=2, default=str))
@@ -61,9 +68,10 @@ class Terminal:
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
-        table = Table(title=_safe(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        self.result(title)  # as a line of its own, which a narrow table does not wrap
+        table = Table(box=SIMPLE_HEAD, pad_edge=False)
         for number, column in enumerate(columns):
-            table.add_column(column, justify="right" if number else "left", overflow="fold")
+            table.add_column(column, justify="right" if number else "left", no_wrap=True)
         for row in rows:
             table.add_row(*map(_safe, row))
         _console(sys.stdout).print(table)
@@ -125,10 +133,12 @@ def _plain(title: str, total: int, say: Callable[[str], None]) -> Advance:
     return advance
 
 
-def _console(file: object) -> Console:
+def _console(file: TextIO) -> Console:
     from rich.console import Console
 
-    return Console(file=file, markup=False, emoji=False, highlight=False)  # type: ignore[arg-type]
+    # Where nobody sets a width (a pipe, a file), tables take what they need.
+    width = None if file.isatty() else PIPE_WIDTH
+    return Console(file=file, width=width, markup=False, emoji=False, highlight=False)
 
 
 def size(nbytes: float) -> str:

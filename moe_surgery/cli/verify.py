@@ -25,6 +25,7 @@ def command(context: click.Context, out: str, source: str | None, structure_only
     in the source before the surgery cannot be seen. Exit code 8 if anything is wrong.
 
     \b
+    moe-surgery verify tiny-8 --source example:tiny
     moe-surgery verify law-8
     moe-surgery verify law-8 --source openai/gpt-oss-20b
     moe-surgery verify some-downloaded-model --structure-only

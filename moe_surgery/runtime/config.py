@@ -85,11 +85,15 @@ def _number(config: Mapping[str, object], key: str, default: float) -> float:
 def _windows(config: Mapping[str, object], layers: int) -> tuple[int | None, ...]:
     """Sliding layers see `sliding_window` positions; without "layer_types" every second layer slides."""
     window = int(_number(config, "sliding_window", 128))
-    kinds = config.get("layer_types") or [("sliding_attention", "full_attention")[i % 2] for i in range(layers)]
+    kinds = config.get("layer_types") or [
+        ("sliding_attention", "full_attention")[i % 2] for i in range(layers)
+    ]
     if not isinstance(kinds, list) or len(kinds) != layers:
         raise InvalidInputError(f"config.json: layer_types does not list {layers} layers")
     if unknown := set(map(str, kinds)) - {"sliding_attention", "full_attention"}:
-        raise InvalidInputError(f"config.json: layer_types holds {sorted(unknown)[0][:40]!r}, which is unknown")
+        raise InvalidInputError(
+            f"config.json: layer_types holds {sorted(unknown)[0][:40]!r}, which is unknown"
+        )
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
@@ -103,7 +107,9 @@ def _rope(config: Mapping[str, object]) -> RopeConfig:
     if kind == "default":
         return RopeConfig(theta)
     if kind != "yarn":
-        raise InvalidInputError(f"config.json: rope_type {str(kind)[:40]!r} is not supported; known: default, yarn")
+        raise InvalidInputError(
+            f"config.json: rope_type {str(kind)[:40]!r} is not supported; known: default, yarn"
+        )
     factor = _number(said, "factor", 1.0)
     scale = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
     given = said.get("attention_factor")

@@ -26,7 +26,9 @@ def open_device(name: str | torch.device) -> torch.device:
         if not torch.cuda.is_available():
             raise UsageError(f"--device {name}: torch finds no CUDA device here; see moe-surgery doctor")
         if (device.index or 0) >= torch.cuda.device_count():
-            raise UsageError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, from cuda:0")
+            raise UsageError(
+                f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, from cuda:0"
+            )
         return device
     if device.type == "mps":
         if not torch.backends.mps.is_available():

@@ -1,4 +1,4 @@
-"""Running the command line: in this process for what it says, as a process of its own for signals and limits."""
+"""Running the command line: in this process for what it says, as a process for signals and limits."""
 
 from __future__ import annotations
 

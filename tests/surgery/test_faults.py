@@ -46,7 +46,7 @@ def pruned(source: Path, out: Path, dtype: str, ops: FileOps | None = None) -> N
 
 
 def attempt(source: Path, out: Path, dtype: str, ops: FileOps) -> MoeSurgeryError | None:
-    """Prune with `ops`; the error, if any. Nothing may stay: no descriptor, no thread, no sibling of `out`."""
+    """Prune with `ops`; the error, if any. No descriptor, thread or sibling of `out` may stay."""
     before = descriptors(), threading.active_count()
     error: MoeSurgeryError | None = None
     try:

@@ -1,0 +1,151 @@
+"""moe-surgery generate."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from moe_surgery.cli.options import common, terminal_of
+from moe_surgery.cli.terminal import Terminal, size
+from moe_surgery.errors import UsageError
+
+if TYPE_CHECKING:
+    from moe_surgery.runtime.model import Model
+    from moe_surgery.runtime.sampling import Sampling
+    from moe_surgery.runtime.text import Text
+
+
+@click.command("generate")
+@click.argument("ckpt")
+@click.option("--prompt", help="Text to go on from. Without --prompt and --chat it is read from stdin.")
+@click.option("--chat", help="A message to answer, by the checkpoint's chat template.")
+@click.option(
+    "--plan", "plan_file", type=click.Path(path_type=Path), help="Show the model only this plan's experts."
+)
+@click.option("--max-new-tokens", type=int, default=256, show_default=True)
+@click.option("--context", type=int, help="Most tokens of prompt and answer together; default: the model's.")
+@click.option(
+    "--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token."
+)
+@click.option("--top-k", type=int, default=0, help="Draw from so many likeliest tokens only; 0: all.")
+@click.option(
+    "--top-p", type=float, default=1.0, show_default=True, help="Draw from this share of probability."
+)
+@click.option(
+    "--min-p", type=float, default=0.0, help="Leave out tokens this much less likely than the likeliest."
+)
+@click.option("--seed", type=int, help="The same seed gives the same tokens.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N or mps.")
+@click.option("--dtype", type=click.Choice(["bf16", "f32", "f16"]), default="bf16", show_default=True)
+@click.option("--backend", help="Force the kernels' backend by name; see moe-surgery doctor.")
+@common
+@click.pass_context
+def command(
+    click_context: click.Context,
+    ckpt: str,
+    prompt: str | None,
+    chat: str | None,
+    plan_file: Path | None,
+    max_new_tokens: int,
+    context: int | None,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    seed: int | None,
+    device: str,
+    dtype: str,
+    backend: str | None,
+) -> None:
+    """Generate text with a full or pruned checkpoint.
+
+    Weights are used where the files are mapped, so a model starts at once and experts stay packed.
+    With --plan the full checkpoint behaves as the pruned one would, without writing it.
+
+    \b
+    moe-surgery generate example:tiny --prompt "12 + 30 =" --max-new-tokens 8
+    moe-surgery generate example:tiny --chat "What is 2 + 2?" --temperature 0.7 --seed 1
+    echo "def main(" | moe-surgery generate example:tiny --max-new-tokens 16
+    """
+    from moe_surgery.runtime.sampling import Sampling
+    from moe_surgery.runtime.text import Text
+
+    terminal = terminal_of(click_context)
+    if prompt is not None and chat is not None:
+        raise UsageError("--prompt and --chat exclude each other")
+    sampling = Sampling(temperature, top_k, top_p, min_p, seed)
+    text = Text(ckpt)
+    asked = text.chat([{"role": "user", "content": chat}]) if chat is not None else prompt
+    tokens = text.encode(asked if asked is not None else sys.stdin.read())
+    if not tokens:
+        raise UsageError("the prompt is empty; pass --prompt TEXT, --chat TEXT, or text on stdin")
+    model = _loaded(ckpt, device, dtype, plan_file, backend)
+    terminal.detail(f"{model.backend.name} backend on {model.device}, {len(tokens)} prompt tokens")
+    _run(terminal, model, text, tokens, sampling, max_new_tokens, context)
+
+
+def _loaded(ckpt: str, device: str, dtype: str, plan_file: Path | None, backend: str | None) -> Model:
+    import torch
+
+    from moe_surgery.runtime.load import load_model
+    from moe_surgery.selection.plan import load_plan
+
+    compute = {"bf16": torch.bfloat16, "f32": torch.float32, "f16": torch.float16}[dtype]
+    plan = None if plan_file is None else load_plan(plan_file)
+    return load_model(ckpt, device, compute, plan, backend)
+
+
+def _run(
+    terminal: Terminal,
+    model: Model,
+    text: Text,
+    tokens: list[int],
+    sampling: Sampling,
+    max_new_tokens: int,
+    context: int | None,
+) -> None:
+    from moe_surgery.runtime.generate import Step, generate
+    from moe_surgery.runtime.text import TextStream
+    from moe_surgery.runtime.usage import Stopwatch, peak_memory
+
+    watch, shown = Stopwatch(), TextStream(text)
+
+    def on_step(step: Step) -> None:
+        watch.step()
+        piece = shown.push(int(step.tokens[0]))
+        if not terminal.json:
+            terminal.stream(piece)
+
+    found = generate(
+        model,
+        [tokens],
+        callback=on_step,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop_tokens=text.stop_tokens or None,
+        context=context,
+    )
+    new, peak = found.tokens[0], peak_memory(model.device)
+    if terminal.json:
+        terminal.data(
+            {
+                "text": text.decode(new),
+                "tokens": new,
+                "log_probabilities": found.log_probabilities[0],
+                "prompt_tokens": len(tokens),
+                "prefill_seconds": watch.prefill_seconds,
+                "decode_tokens_per_second": watch.decode_rate(),
+                "peak_memory_bytes": peak,
+                "backend": model.backend.name,
+                "device": str(model.device),
+            }
+        )
+        return
+    terminal.stream(shown.flush() + "\n")
+    terminal.say(
+        f"{len(tokens)} prompt tokens at {len(tokens) / watch.prefill_seconds:.1f}/s, {len(new)} new tokens at "
+        f"{watch.decode_rate():.1f}/s, peak memory {size(peak)} ({model.backend.name} on {model.device})"
+    )

@@ -1,0 +1,118 @@
+"""Generation: prompts in, tokens out, one at a time or all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_surgery.errors import UsageError
+from moe_surgery.runtime.model import Model
+from moe_surgery.runtime.sampling import Sampler, Sampling
+
+__all__ = ["Generated", "Step", "generate", "pad_left", "stream"]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One new token per sequence: int64 [batch], -1 where a sequence has ended, and its
+    log-probability, float32 [batch]."""
+
+    tokens: Tensor
+    log_probabilities: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """New tokens per sequence, the stop token included where one was met, and their
+    log-probabilities."""
+
+    tokens: list[list[int]]
+    log_probabilities: list[list[float]]
+
+
+def pad_left(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Prompts of any lengths as input_ids and attention_mask, int64 [batch, longest]."""
+    if not prompts or not all(prompts):
+        raise UsageError("the prompt is empty; give at least one token")
+    longest = max(map(len, prompts))
+    ids = [[0] * (longest - len(p)) + list(p) for p in prompts]
+    mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
+    return torch.tensor(ids, dtype=torch.int64), torch.tensor(mask, dtype=torch.int64)
+
+
+@torch.inference_mode()
+def stream(
+    model: Model,
+    input_ids: Tensor | Sequence[Sequence[int]],
+    *,
+    attention_mask: Tensor | None = None,
+    max_new_tokens: int = 256,
+    sampling: Sampling | None = None,
+    stop_tokens: Sequence[int] | None = None,
+    context: int | None = None,
+) -> Iterator[Step]:
+    """Yield new tokens as they come, until every sequence met a stop token or the number is reached.
+
+    `input_ids` int64 [batch, tokens] (left-padded, with `attention_mask`), or a list of prompts.
+    `stop_tokens`: the checkpoint's unless given. `context` bounds prompt and new tokens together.
+    Raises UsageError where the prompt does not fit.
+    """
+    if not isinstance(input_ids, Tensor):
+        input_ids, attention_mask = pad_left(input_ids)
+    stops = torch.tensor(model.config.stop_tokens if stop_tokens is None else stop_tokens, dtype=torch.int64)
+    batch, tokens = input_ids.shape
+    longest = context or model.config.context
+    if tokens >= longest:
+        raise UsageError(f"the prompt has {tokens} tokens, but the context is {longest}; shorten it")
+    if max_new_tokens < 1:
+        raise UsageError(f"--max-new-tokens {max_new_tokens}: must be at least 1")
+    cache = model.new_cache(batch, min(longest, tokens + max_new_tokens))
+    sampler = Sampler(sampling or Sampling())
+    ended = torch.zeros(batch, dtype=torch.bool)
+    mask = None if attention_mask is None else attention_mask.to(model.device)
+    logits = model(input_ids.to(model.device), cache, mask, logits_to_keep=1)
+    for _ in range(cache.context - tokens):
+        drawn, log_probability = sampler(logits[:, -1])
+        drawn_here = drawn.cpu()
+        yield Step(drawn_here.masked_fill(ended, -1), log_probability.cpu())
+        ended |= torch.isin(drawn_here, stops)
+        if ended.all() or cache.length == cache.context:
+            return
+        logits = model(drawn[:, None], cache)
+
+
+def generate(
+    model: Model,
+    input_ids: Tensor | Sequence[Sequence[int]],
+    *,
+    callback: Callable[[Step], None] | None = None,
+    attention_mask: Tensor | None = None,
+    max_new_tokens: int = 256,
+    sampling: Sampling | None = None,
+    stop_tokens: Sequence[int] | None = None,
+    context: int | None = None,
+) -> Generated:
+    """All new tokens at once; takes what `stream` takes. `callback` is told each step."""
+    steps = stream(
+        model,
+        input_ids,
+        attention_mask=attention_mask,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop_tokens=stop_tokens,
+        context=context,
+    )
+    found: list[tuple[list[int], list[float]]] = []
+    for step in steps:
+        found = found or [([], []) for _ in range(len(step.tokens))]
+        values = zip(step.tokens.tolist(), step.log_probabilities.tolist(), strict=True)
+        for (ids, log_probabilities), (token, log_probability) in zip(found, values, strict=True):
+            if token >= 0:
+                ids.append(token)
+                log_probabilities.append(log_probability)
+        if callback:
+            callback(step)
+    return Generated([ids for ids, _ in found], [values for _, values in found])

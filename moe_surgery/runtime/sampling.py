@@ -1,0 +1,97 @@
+"""From logits to the next token: greedy, or drawn after temperature, top-k, top-p and min-p."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_surgery.errors import UsageError
+
+__all__ = ["Sampler", "Sampling", "distribution"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to choose. `temperature` 0 is greedy. The filters apply in this order, each to what the
+    one before left: `top_k` most likely tokens (0: all), the smallest set that holds `top_p` of the
+    probability, tokens at least `min_p` times as likely as the likeliest. `seed` None: different
+    every time."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise UsageError(f"--temperature {self.temperature}: must not be negative")
+        if self.top_k < 0:
+            raise UsageError(f"--top-k {self.top_k}: must not be negative")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"--top-p {self.top_p}: must be above 0 and at most 1")
+        if not 0 <= self.min_p <= 1:
+            raise UsageError(f"--min-p {self.min_p}: must be between 0 and 1")
+
+
+def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Probabilities float32 [batch, vocabulary] that `sampling` draws from; greedy gives ones.
+
+    logits [batch, vocabulary]. Of equally likely tokens at a filter's edge the lower one stays.
+    """
+    logits = logits.float()
+    if sampling.temperature == 0:
+        best = logits.argmax(dim=-1, keepdim=True)
+        return torch.zeros_like(logits).scatter_(-1, best, 1.0)
+    logits = logits - logits.amax(dim=-1, keepdim=True)
+    probabilities = torch.softmax(logits / sampling.temperature, dim=-1)
+    if sampling.top_k == 0 and sampling.top_p == 1 and sampling.min_p == 0:
+        return probabilities
+    ordered, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(ordered.shape[-1], device=ordered.device)
+    kept = rank < (sampling.top_k or ordered.shape[-1])
+    ordered = _renormalised(ordered, kept)
+    kept = ordered.cumsum(dim=-1) - ordered < sampling.top_p
+    ordered = _renormalised(ordered, kept)
+    ordered = _renormalised(ordered, ordered >= sampling.min_p * ordered[..., :1])
+    return torch.zeros_like(probabilities).scatter_(-1, tokens, ordered)
+
+
+def _renormalised(probabilities: Tensor, kept: Tensor) -> Tensor:
+    left = probabilities * kept
+    return left / left.sum(dim=-1, keepdim=True)
+
+
+class Sampler:
+    """Draws tokens. The same seed and logits give the same tokens on every device."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+        self._random = torch.Generator()
+        if sampling.seed is None:
+            self._random.seed()
+        else:
+            self._random.manual_seed(sampling.seed)
+
+    def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens int64 [batch] and the log-probability of each under the unfiltered model, float32.
+
+        logits [batch, vocabulary].
+        """
+        if self.sampling.temperature == 0:
+            tokens = logits.argmax(dim=-1)
+        else:
+            tokens = self._draw(distribution(logits, self.sampling))
+        chosen = torch.log_softmax(logits.float(), dim=-1).gather(-1, tokens[:, None])
+        return tokens, chosen[:, 0]
+
+    def _draw(self, probabilities: Tensor) -> Tensor:
+        """Inverse of the cumulative distribution at one uniform number per sequence."""
+        uniform = torch.rand(len(probabilities), 1, generator=self._random).to(probabilities.device)
+        cumulative = probabilities.cumsum(dim=-1)
+        drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+        # Rounding may place the last step past the end, on a token of no probability.
+        last = probabilities.shape[-1] - 1 - (probabilities.flip(-1) > 0).int().argmax(dim=-1, keepdim=True)
+        return torch.minimum(drawn, last)[:, 0]

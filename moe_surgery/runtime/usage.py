@@ -1,0 +1,48 @@
+"""What a run used: seconds by phase and peak memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+__all__ = ["Stopwatch", "peak_memory"]
+
+
+@dataclass
+class Stopwatch:
+    """Times prefill (until the first token) and decode (every later one)."""
+
+    start: float = field(default_factory=time.perf_counter)
+    first: float | None = None
+    last: float = 0.0
+    steps: int = 0
+
+    def step(self) -> None:
+        """A token has come."""
+        self.last = time.perf_counter()
+        self.first = self.first or self.last
+        self.steps += 1
+
+    @property
+    def prefill_seconds(self) -> float:
+        return (self.first or self.start) - self.start
+
+    @property
+    def decode_seconds(self) -> float:
+        return self.last - (self.first or self.last)
+
+    def decode_rate(self) -> float:
+        """Steps per second after the first; 0 where there was only one."""
+        return (self.steps - 1) / self.decode_seconds if self.decode_seconds else 0.0
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes: of the device's allocator for CUDA, else resident bytes of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

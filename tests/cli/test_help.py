@@ -1,0 +1,99 @@
+"""Every command has help with examples, and those that need nothing but example:tiny run."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+from moe_surgery.cli import COMMANDS, cli
+from moe_surgery.version import __version__
+from tests.support.command import call, run
+
+Capture = pytest.CaptureFixture[str]
+
+
+def examples(help_text: str) -> list[str]:
+    """The lines of a help text that are command lines (the usage line is not)."""
+    lines = [line.strip() for line in help_text.splitlines()]
+    return [line for line in lines if line.startswith("moe-surgery ")]
+
+
+def help_of(capsys: Capture, *command: str) -> str:
+    ended = call(capsys, *command, "--help")
+    assert (ended.code, ended.err) == (0, "")
+    return ended.out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_has_help_with_an_example_and_a_word_on_every_option(command: str, capsys: Capture) -> None:
+    told = help_of(capsys, command)
+    assert any(line.startswith(f"moe-surgery {command}") for line in examples(told))
+    found = cli.get_command(click.Context(cli), command)
+    assert found is not None
+    silent = [o.opts[0] for o in found.params if isinstance(o, click.Option) and not o.help]
+    assert silent == []
+    assert all(f"--{name}" in told for name in ("json", "debug", "quiet", "verbose", "help"))
+    assert call(capsys, command, "-h").out == told
+
+
+def test_the_main_help_lists_every_command_with_what_it_does(capsys: Capture) -> None:
+    told = help_of(capsys)
+    listed = told[told.index("Commands:") :].splitlines()[1:]
+    assert [line.split()[0] for line in listed] == list(COMMANDS)
+    assert all(len(line.split()) > 3 for line in listed)
+    for code in (
+        "0 done",
+        "2 usage",
+        "3 malformed",
+        "4 plan",
+        "5 input/output",
+        "6 no space",
+        "8 verification",
+    ):
+        assert code in " ".join(told.split())
+
+
+def test_no_command_prints_help_and_is_a_usage_error(capsys: Capture) -> None:
+    ended = call(capsys)
+    assert ended.code == 2
+    assert "Commands:" in ended.err
+
+
+def test_the_version_is_printed(capsys: Capture) -> None:
+    ended = call(capsys, "--version")
+    assert (ended.code, ended.out) == (0, f"moe-surgery, version {__version__}\n")
+
+
+def test_documented_examples_on_the_tiny_model_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = [line for command in COMMANDS for line in examples(help_of(capsys, command))]
+    runnable = [line for line in lines if "example:tiny" in line or line.split()[1] in ("demo", "doctor")]
+    assert {line.split()[1] for line in runnable} == set(COMMANDS)
+    for line in runnable:
+        ended = call(capsys, *shlex.split(line)[1:])
+        assert ended.code == 0, (line, ended.err)
+        assert ended.out
+
+
+def test_a_plan_file_made_as_the_help_says_prunes_as_the_help_says(tmp_path: Path, capsys: Capture) -> None:
+    ranking = tmp_path / "law.json"
+    ranking.write_text(
+        "{" + ", ".join(f'"layer_{i}": {[(e * 5 + i) % 32 for e in range(32)]}' for i in range(4)) + "}"
+    )
+    plan, out = tmp_path / "law-8.json", tmp_path / "law-8"
+    assert call(capsys, "plan", ranking, "--experts", 8, "--model-type", "gpt_oss", "-o", plan).code == 0
+    assert call(capsys, "prune", "example:tiny", out, "--plan", plan).code == 0
+    assert call(capsys, "verify", out, "--source", "example:tiny").code == 0
+    other = tmp_path / "other"
+    assert call(capsys, "prune", "example:tiny", other, "--ranking", ranking, "--experts", 8).code == 0
+    assert (other / "expert_mapping.json").read_bytes() == (out / "expert_mapping.json").read_bytes()
+
+
+def test_the_module_runs_as_the_command() -> None:
+    ended = run("--version")
+    assert (ended.code, ended.out) == (0, f"moe-surgery, version {__version__}\n")

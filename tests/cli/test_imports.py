@@ -1,0 +1,77 @@
+"""The engine's commands never import torch, and help imports next to nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import moe_surgery
+from tests.support.checkpoints import write_checkpoint
+
+PROGRAM = """
+import json, sys
+from moe_surgery.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit as end:
+    code = end.code
+print(json.dumps([code, sorted({name.partition('.')[0] for name in sys.modules})]), file=sys.stderr)
+"""
+HEAVY = {"torch", "triton", "transformers", "accelerate", "huggingface_hub"}
+
+
+def modules_after(*arguments: str | Path) -> set[str]:
+    """The top-level modules that a successful `moe-surgery ARGUMENTS` has imported when it ends."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=Path(moe_surgery.__file__).parent.parent,
+        check=True,
+    )
+    code, modules = json.loads(done.stderr.splitlines()[-1])
+    assert code == 0, done.stderr
+    return set(modules)
+
+
+def test_the_engines_commands_never_import_torch(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "in", shards=2)
+    plan = tmp_path / "plan.json"
+    commands: list[list[str | Path]] = [
+        ["inspect", source],
+        ["plan", "--random", "--experts", "2", "--checkpoint", source, "-o", plan],
+        ["prune", source, tmp_path / "same", "--plan", plan],
+        ["prune", source, tmp_path / "bf16", "--plan", plan, "--dtype", "bf16"],
+        ["prune", tmp_path / "bf16", tmp_path / "mxfp4", "--keep", "all", "--dtype", "mxfp4"],
+        ["verify", tmp_path / "bf16", "--source", source],
+        ["demo"],
+    ]
+    for command in commands:
+        modules = modules_after(*command)
+        assert "moe_surgery" in modules
+        assert not modules & HEAVY, command
+
+
+@pytest.mark.parametrize("command", [[], ["inspect"], ["prune"]], ids=str)
+def test_help_imports_no_library_of_the_engine(command: list[str]) -> None:
+    modules = modules_after(*command, "--help")
+    assert "click" in modules
+    assert not modules & (HEAVY | {"numpy", "rich", "safetensors", "xxhash"})
+
+
+def test_importing_the_package_imports_no_library() -> None:
+    code = "import sys, moe_surgery; print(*sys.modules)"
+    root = Path(moe_surgery.__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", f"import sys; sys.path.append({str(root)!r}); {code}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    modules = set(done.stdout.split())
+    assert {name for name in modules if name.startswith("moe_surgery.")} == {"moe_surgery.version"}
+    assert not {name.partition(".")[0] for name in modules} & (HEAVY | {"numpy", "click", "rich", "xxhash"})

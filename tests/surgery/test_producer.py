@@ -1,0 +1,217 @@
+"""The bytes of a shard do not depend on how it is cut into chunks, on threads, or on what converts them."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from moe_surgery import families
+from moe_surgery.checkpoint.checkpoint import Checkpoint
+from moe_surgery.formats.native import native_module
+from moe_surgery.selection.plan import plan_keeping
+from moe_surgery.surgery.chunks import CHUNK_BYTES, Chunk, chunks_of
+from moe_surgery.surgery.compiler import compile_program
+from moe_surgery.surgery.producer import Producer
+from moe_surgery.surgery.program import Copy, Decode, Encode, OutputShard
+
+from ..support.checkpoints import (
+    Shape,
+    decode_transposed,
+    kept_tensors,
+    load_tensors,
+    to_bf16,
+    write_checkpoint,
+)
+from ..support.command import contents, run
+
+KEPT = [3, 0, 2]
+SHAPE = Shape(layers=1, vocabulary=8)
+NEEDS_NATIVE = pytest.mark.skipif(native_module() is None, reason="the native extension is not there")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shard, the checkpoint it is made from, and all its bytes as one chunk gives them."""
+
+    checkpoint: Checkpoint
+    shard: OutputShard
+    whole: bytes
+
+    def made(self, chunks: list[Chunk]) -> bytes:
+        """The shard's bytes when its chunks are filled one after another."""
+        producer = Producer(self.shard, self.checkpoint.shards)
+        found = bytearray(self.shard.nbytes)
+        for chunk in chunks:
+            producer.fill(chunk, memoryview(found)[chunk.offset : chunk.offset + chunk.nbytes])
+        return bytes(found)
+
+
+@contextmanager
+def prepared(folder: Path, dtype: str, shape: Shape = SHAPE) -> Iterator[Case]:
+    layout = "bf16" if dtype == "mxfp4" else "mxfp4"
+    source = write_checkpoint(folder / "source", shape, layout, shards=2)
+    with Checkpoint.open(source) as checkpoint:
+        model = families.describe(checkpoint)
+        (shard,) = compile_program(checkpoint, model, plan_keeping(KEPT, model), dtype=dtype).shards
+        buffer = bytearray(shard.nbytes)
+        (chunk,) = chunks_of(shard, shard.nbytes)
+        Producer(shard, checkpoint.shards).fill(chunk, memoryview(buffer))
+        yield Case(checkpoint, shard, bytes(buffer))
+
+
+@pytest.fixture(scope="module", params=["keep", "bf16", "mxfp4"])
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+    with prepared(tmp_path_factory.mktemp("case"), request.param) as found:
+        kinds = {type(p) for t in found.shard.tensors for p in t.parts}
+        assert kinds == {"keep": {Copy}, "bf16": {Copy, Decode}, "mxfp4": {Copy, Encode}}[request.param]
+        yield found
+
+
+def test_whole_shard_is_what_numpy_makes_of_the_source(case: Case, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(case.whole)
+    got = load_tensors(tmp_path)
+    source = load_tensors(case.checkpoint.path)
+    expected = kept_tensors(source, [KEPT])
+    if any(n.endswith("gate_up_proj") for n in got):
+        expected = to_bf16(expected)
+    for name, value in got.items():
+        base = name.removesuffix("_blocks").removesuffix("_scales")
+        if name in expected:
+            assert value.tobytes() == expected[name].tobytes(), name
+        elif name.endswith("_blocks"):
+            again = decode_transposed(value, got[base + "_scales"])
+            assert again.tobytes() == expected[base].tobytes(), name
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.one_of(st.integers(1, 64).map(lambda n: n * 61), st.integers(200, 30_000)))
+def test_any_chunk_size_gives_the_same_bytes(case: Case, chunk_bytes: int) -> None:
+    assert case.made(list(chunks_of(case.shard, chunk_bytes))) == case.whole
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 2, 3, 7, 16, 31])
+def test_chunks_of_a_few_bytes_give_the_same_bytes(tmp_path: Path, chunk_bytes: int) -> None:
+    shape = Shape(1, 4, 2, 32, 32, 1, 1, 2, 2)
+    for dtype in ("keep", "bf16", "mxfp4"):
+        with prepared(tmp_path / dtype, dtype, shape) as case:
+            start = len(case.shard.header)
+            producer = Producer(case.shard, case.checkpoint.shards)
+            for chunk in chunks_of(case.shard, chunk_bytes):
+                if chunk.offset + chunk.nbytes > start:
+                    buffer = bytearray(chunk.nbytes)
+                    producer.fill(chunk, memoryview(buffer))
+                    assert buffer == case.whole[chunk.offset : chunk.offset + chunk.nbytes]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_threads_that_fill_out_of_step_give_the_same_bytes(case: Case, seed: int) -> None:
+    """Chunks start in order, as the pipeline has it, and go on at any pace."""
+    rng = random.Random(seed)
+    producer = Producer(case.shard, case.checkpoint.shards)
+    found = bytearray(case.shard.nbytes)
+    work = list(chunks_of(case.shard, rng.randrange(700, 9000)))
+    pauses = [rng.uniform(0, 0.002) for _ in work]
+    started = threading.Semaphore(6)
+
+    def fill(chunk: Chunk, pause: float) -> None:
+        threading.Event().wait(pause)
+        producer.fill(chunk, memoryview(found)[chunk.offset : chunk.offset + chunk.nbytes])
+        started.release()
+
+    with ThreadPoolExecutor(6) as pool:
+        futures = []
+        for chunk, pause in zip(work, pauses, strict=True):
+            assert started.acquire(timeout=60)
+            futures.append(pool.submit(fill, chunk, pause))
+        for future in futures:
+            future.result(60)
+    assert bytes(found) == case.whole
+
+
+def test_conversion_is_reported_once_however_it_is_cut(case: Case) -> None:
+    reports = []
+    for chunk_bytes in (case.shard.nbytes, 5000, 611):
+        producer = Producer(case.shard, case.checkpoint.shards)
+        for chunk in chunks_of(case.shard, chunk_bytes):
+            producer.fill(chunk, memoryview(bytearray(chunk.nbytes)))
+        reports.append(producer.report())
+    encoded = sum(
+        p.rows * p.columns // 32
+        for t in case.shard.tensors
+        for p in t.parts
+        if isinstance(p, Encode) and not p.scales
+    )
+    for report in reports:
+        assert report.blocks == encoded
+        assert report.inexact_blocks == 0
+        assert report.error_sq == 0
+        assert report.norm_sq == pytest.approx(reports[0].norm_sq, rel=1e-12)
+
+
+@NEEDS_NATIVE
+@pytest.mark.parametrize("chunk_bytes", [None, 4096, 1501])
+def test_numpy_makes_the_same_bytes(
+    case: Case, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int | None
+) -> None:
+    monkeypatch.setenv("MOE_SURGERY_NATIVE", "0")
+    assert native_module() is None
+    assert case.made(list(chunks_of(case.shard, chunk_bytes or case.shard.nbytes))) == case.whole
+
+
+def test_conversion_leaves_no_window_mapped_in(tmp_path: Path) -> None:
+    """Pages read for a conversion are given back, so that memory does not grow with the model."""
+    if not os.path.exists("/proc/self/smaps"):
+        pytest.skip("resident pages of a mapping are seen in /proc/self/smaps only")
+    with prepared(tmp_path, "bf16", Shape(1, 4, 2, 256, 256, 4, 2, 8, 8)) as case:
+        producer = Producer(case.shard, case.checkpoint.shards)
+        for chunk in chunks_of(case.shard, 100_000):
+            producer.fill(chunk, memoryview(bytearray(chunk.nbytes)))
+        text = Path("/proc/self/smaps").read_text()
+        mapped = [m for m in text.split("VmFlags") if f"{case.checkpoint.path}/model" in m]
+        assert mapped
+        for mapping in mapped:
+            resident = next(line for line in mapping.splitlines() if line.startswith("Rss:"))
+            assert int(resident.split()[1]) == 0
+
+
+# --- whole folders
+
+
+@pytest.mark.parametrize("dtype", ["keep", "bf16", "mxfp4"])
+def test_two_runs_give_the_same_folder_byte_for_byte(tmp_path: Path, dtype: str) -> None:
+    layout = "bf16" if dtype == "mxfp4" else "mxfp4"
+    shape = Shape(2, 8, 4, 512, 256, 8, 2, 32, 128)
+
+    def spoil(tensors: dict[str, np.ndarray]) -> None:
+        """Make conversion to MXFP4 lossy, so that its error is reported."""
+        for name, value in tensors.items():
+            if value.dtype == np.uint16 and value.ndim == 3:
+                value[:, ::3, ::5] ^= 0x11
+                assert ".mlp.experts." in name
+
+    source = write_checkpoint(tmp_path / "source", shape, layout, shards=3, edit_tensors=spoil)
+    options = ("--keep", "0-2,5,7", "--dtype", dtype, "--max-shard-size", "800kB")
+    folders = {}
+    for name, env in {"one": {}, "two": {}, "numpy": {"MOE_SURGERY_NATIVE": "0"}}.items():
+        (tmp_path / name).mkdir()
+        assert run("prune", source, tmp_path / name / "out", *options, env=env).code == 0
+        folders[name] = contents(tmp_path / name / "out")
+    assert folders["one"] == folders["two"]
+    assert folders["one"] == folders["numpy"]
+    assert sum(n.endswith(".safetensors") for n in folders["one"]) > 1
+    assert shape_is_larger_than_a_chunk(tmp_path / "one" / "out")
+
+
+def shape_is_larger_than_a_chunk(out: Path) -> bool:
+    return sum(f.stat().st_size for f in out.glob("*.safetensors")) > CHUNK_BYTES

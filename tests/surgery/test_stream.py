@@ -1,0 +1,242 @@
+"""The pipeline keeps order, bounds memory, and ends with the first error, whatever the threads do."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_surgery.surgery.chunks import CHUNK_BYTES, Chunk, chunks_of
+from moe_surgery.surgery.program import Copy, OutputShard, OutputTensor, Span
+from moe_surgery.surgery.stream import stream
+
+SIZES = (CHUNK_BYTES, CHUNK_BYTES, 5000, 1)
+
+
+def chunks(count: int) -> list[Chunk]:
+    found, offset = [], 0
+    for number in range(count):
+        size = SIZES[number % len(SIZES)]
+        found.append(Chunk(offset, size, ()))
+        offset += size
+    return found
+
+
+def stamp(chunk: Chunk, buffer: memoryview) -> None:
+    """Mark both ends of the buffer with the chunk's offset."""
+    mark = chunk.offset.to_bytes(8, "little")[: chunk.nbytes]
+    buffer[: len(mark)] = mark
+    buffer[-len(mark) :] = mark
+
+
+def stamped(chunk: Chunk, buffer: memoryview) -> bool:
+    mark = chunk.offset.to_bytes(8, "little")[: chunk.nbytes]
+    return len(buffer) == chunk.nbytes and buffer[: len(mark)] == mark and buffer[-len(mark) :] == mark
+
+
+def address(buffer: memoryview) -> int:
+    return int(np.frombuffer(buffer, np.uint8).ctypes.data)
+
+
+@pytest.fixture(autouse=True)
+def no_thread_stays() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    assert set(threading.enumerate()) == before
+
+
+@pytest.mark.parametrize("workers", [None, 1, 2, 7])
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("slow", ["fill", "take", "finish", "all"])
+def test_chunks_are_taken_and_finished_in_order_with_their_bytes(
+    workers: int | None, seed: int, slow: str
+) -> None:
+    rng, work = random.Random(seed), chunks(40)
+    taken: list[Chunk] = []
+    finished: list[Chunk] = []
+    in_use: set[int] = set()
+    lock = threading.Lock()
+
+    def wait(what: str) -> None:
+        if slow in (what, "all"):
+            time.sleep(rng.uniform(0, 0.003))
+
+    def fill(chunk: Chunk, buffer: memoryview) -> None:
+        with lock:
+            assert address(buffer) not in in_use
+            in_use.add(address(buffer))
+        wait("fill")
+        stamp(chunk, buffer)
+
+    def take(chunk: Chunk, buffer: memoryview) -> None:
+        assert threading.current_thread() is threading.main_thread()
+        assert stamped(chunk, buffer)
+        wait("take")
+        assert stamped(chunk, buffer)
+        taken.append(chunk)
+
+    def finish(chunk: Chunk, buffer: memoryview) -> None:
+        wait("finish")
+        assert stamped(chunk, buffer)
+        finished.append(chunk)
+        with lock:
+            in_use.remove(address(buffer))
+
+    stream(work, fill, take, finish, workers=workers)
+    assert taken == work
+    assert finished == work
+
+
+def test_without_finish_chunks_are_taken_in_order() -> None:
+    work, taken = chunks(50), []
+
+    def take(chunk: Chunk, buffer: memoryview) -> None:
+        assert stamped(chunk, buffer)
+        taken.append(chunk)
+
+    stream(iter(work), stamp, take)
+    assert taken == work
+
+
+def test_nothing_to_do_is_done() -> None:
+    stream([], stamp, stamp, stamp)
+
+
+def test_buffers_are_few_and_page_aligned() -> None:
+    def used(count: int, finish: Callable[[Chunk, memoryview], None] | None) -> set[int]:
+        seen: set[int] = set()
+
+        def fill(chunk: Chunk, buffer: memoryview) -> None:
+            seen.add(address(buffer))
+
+        stream(chunks(count), fill, lambda chunk, buffer: None, finish, workers=3)
+        return seen
+
+    for finish in (None, lambda chunk, buffer: time.sleep(0.001)):
+        assert all(a % 4096 == 0 for a in used(30, finish))
+        assert len(used(300, finish)) <= 8
+
+
+def test_slow_taker_holds_the_fillers_back() -> None:
+    filled = threading.Semaphore(0)
+    ahead: list[int] = []
+    count = 0
+
+    def fill(chunk: Chunk, buffer: memoryview) -> None:
+        filled.release()
+
+    def take(chunk: Chunk, buffer: memoryview) -> None:
+        nonlocal count
+        time.sleep(0.005)
+        while filled.acquire(blocking=False):
+            count += 1
+        ahead.append(count - len(ahead))
+
+    stream(chunks(60), fill, take, workers=3)
+    assert max(ahead) <= 5
+
+
+@pytest.mark.parametrize("stage", ["chunks", "fill", "take", "finish"])
+@pytest.mark.parametrize("at", [0, 1, 17, 39])
+@pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])
+def test_first_error_ends_everything_and_is_raised(stage: str, at: int, kind: type[BaseException]) -> None:
+    work = chunks(40)
+    culprit = work[at]
+    finished: list[Chunk] = []
+    taken: list[Chunk] = []
+
+    def check(where: str, chunk: Chunk) -> None:
+        if where == stage and chunk is culprit:
+            raise kind(f"{where} {at}")
+
+    def source() -> Iterator[Chunk]:
+        for chunk in work:
+            check("chunks", chunk)
+            yield chunk
+
+    def fill(chunk: Chunk, buffer: memoryview) -> None:
+        check("fill", chunk)
+
+    def take(chunk: Chunk, buffer: memoryview) -> None:
+        check("take", chunk)
+        taken.append(chunk)
+
+    def finish(chunk: Chunk, buffer: memoryview) -> None:
+        check("finish", chunk)
+        finished.append(chunk)
+
+    with pytest.raises(kind, match=f"{stage} {at}"):
+        stream(source(), fill, take, finish)
+    assert finished == work[: len(finished)]
+    assert taken == work[: len(taken)]
+    assert len(finished) <= at
+    if stage != "finish":
+        assert len(taken) <= at
+
+
+def test_error_of_finish_is_raised_though_fill_goes_on() -> None:
+    """The last chunk's error has no later chunk to surface with."""
+
+    def finish(chunk: Chunk, buffer: memoryview) -> None:
+        time.sleep(0.01)
+        raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        stream(chunks(1), stamp, stamp, finish)
+
+
+def test_errors_of_several_stages_raise_one() -> None:
+    def fails(chunk: Chunk, buffer: memoryview) -> None:
+        raise ValueError(chunk.offset)
+
+    for _ in range(20):
+        with pytest.raises(ValueError, match=r"^0$"):
+            stream(chunks(20), fails, fails, fails)
+
+
+# --- chunks
+
+
+def shard_of(header: int, tensors: list[list[int]]) -> OutputShard:
+    made = tuple(
+        OutputTensor(str(n), "U8", (sum(parts),), tuple(Copy(Span("s", 0, size)) for size in parts))
+        for n, parts in enumerate(tensors)
+    )
+    return OutputShard("x", bytes(header), made)
+
+
+@settings(max_examples=200)
+@given(
+    st.integers(1, 200),
+    st.lists(st.lists(st.integers(0, 100), max_size=5), max_size=8),
+    st.integers(1, 300),
+)
+def test_chunks_cover_every_byte_once(header: int, tensors: list[list[int]], chunk_bytes: int) -> None:
+    shard = shard_of(header, tensors)
+    covered: list[tuple[int, int, int]] = []
+    position = 0
+    found = list(chunks_of(shard, chunk_bytes))
+    for chunk in found:
+        assert chunk.offset == position
+        assert sum(p.nbytes for p in chunk.pieces) == chunk.nbytes
+        filled = 0
+        for piece in chunk.pieces:
+            assert piece.position == filled
+            assert piece.nbytes > 0
+            size = len(shard.header) if piece.part is None else piece.part.nbytes
+            assert 0 <= piece.start <= size - piece.nbytes
+            covered += [(piece.tensor, id(piece.part), piece.start + i) for i in range(piece.nbytes)]
+            filled += piece.nbytes
+        position += chunk.nbytes
+    assert all(c.nbytes == chunk_bytes for c in found[:-1])
+    assert position == shard.nbytes
+    expected = [(-1, id(None), i) for i in range(header)]
+    for number, tensor in enumerate(shard.tensors):
+        expected += [(number, id(p), i) for p in tensor.parts for i in range(p.nbytes)]
+    assert covered == expected
