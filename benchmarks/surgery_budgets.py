@@ -19,12 +19,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
+from cgroup import enter_command, memory_cgroup
 from machine import describe_machine
 from make_checkpoint import Shape, make_checkpoint
 
@@ -55,13 +54,13 @@ def drop_page_cache() -> None:
     Path("/proc/sys/vm/drop_caches").write_text("3")
 
 
-def timed(command: list[str], enter: str | None = None) -> tuple[float, int]:
+def timed(command: list[str], group: Path | None = None) -> tuple[float, int]:
     """Run from a dropped page cache; seconds and peak resident bytes of the whole process."""
     drop_page_cache()
     report = RESULTS / ".time"
     wrapped = ["/usr/bin/time", "-f", "%M", "-o", str(report), *command]
-    if enter:  # a shell puts itself, and so what it becomes, into the cgroup
-        wrapped = ["sh", "-c", f'echo $$ > {enter}/cgroup.procs && exec "$@"', "sh", *wrapped]
+    if group is not None:
+        wrapped = enter_command(group, wrapped)
     start = time.perf_counter()
     done = subprocess.run(wrapped, capture_output=True, text=True)
     seconds = time.perf_counter() - start
@@ -96,33 +95,12 @@ def read_seconds(out: Path) -> float:
     return timed(["sh", "-c", script])[0]
 
 
-@contextmanager
-def memory_cgroup(nbytes: int) -> Iterator[tuple[str, Path] | None]:
-    """A fresh memory cgroup (version 1 or 2) and the file that holds its peak; None where not allowed."""
-    for root, limit, peak in (
-        (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.max_usage_in_bytes"),
-        (Path("/sys/fs/cgroup"), "memory.max", "memory.peak"),
-    ):
-        folder = root / "moe-surgery-benchmark"
-        try:
-            folder.mkdir()
-            (folder / limit).write_text(str(nbytes))
-        except OSError:
-            continue
-        try:
-            yield str(folder), folder / peak
-        finally:
-            folder.rmdir()
-        return
-    yield None
-
-
 def in_cgroup(source: Path, out: Path, job: Job, plan: Path) -> dict[str, object]:
     with memory_cgroup(CGROUP_BYTES) as group:
         if group is None:
             return {"skipped": "no memory cgroup can be made here"}
-        enter, peak = group
-        seconds, rss = timed(prune_command(source, out, job, plan), enter)
+        folder, peak = group
+        seconds, rss = timed(prune_command(source, out, job, plan), folder)
         return {
             "limit_mib": CGROUP_BYTES // MIB,
             "seconds": seconds,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moe_surgery.checkpoint.checkpoint import Checkpoint
     from moe_surgery.families import describe
     from moe_surgery.pipeline import inspect, make_plan, prune
+    from moe_surgery.runtime.load import load_model
     from moe_surgery.selection.plan import Plan, load_plan, plan_from_ranking, plan_keeping, plan_random
     from moe_surgery.selection.ranking import Ranking, load_ranking
     from moe_surgery.surgery.verify import verify_checkpoint as verify
@@ -30,6 +31,7 @@ __all__ = [
     "__version__",
     "describe",
     "inspect",
+    "load_model",
     "load_plan",
     "load_ranking",
     "make_plan",
@@ -46,6 +48,7 @@ _HOMES = {
     "Ranking": ("moe_surgery.selection.ranking", "Ranking"),
     "describe": ("moe_surgery.families", "describe"),
     "inspect": ("moe_surgery.pipeline", "inspect"),
+    "load_model": ("moe_surgery.runtime.load", "load_model"),
     "load_plan": ("moe_surgery.selection.plan", "load_plan"),
     "load_ranking": ("moe_surgery.selection.ranking", "load_ranking"),
     "make_plan": ("moe_surgery.pipeline", "make_plan"),

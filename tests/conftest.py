@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 from hypothesis import settings
+
+# Workers share the machine's cores: threads of torch that wait for one another would only spin.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Machines differ in speed and so do runs: how long an example takes says nothing about the code.
 settings.register_profile("suite", deadline=None)

@@ -8,14 +8,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final, NoReturn
 
+import xxhash
+
 from moe_surgery.checkpoint.fileops import UNSUPPORTED, FileOps
-from moe_surgery.checkpoint.files import printable_path
+from moe_surgery.checkpoint.files import open_regular, printable_path
 from moe_surgery.errors import DiskFullError, OutputError
 
-__all__ = ["OutputFile", "output_failure", "write_file"]
+__all__ = ["OutputFile", "copy_file", "output_failure", "write_file"]
 
 DIRECT_BLOCK: Final = 4096
 WRITEBACK_BYTES: Final = 32 << 20
+COPY_BYTES: Final = 1 << 20
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -67,6 +70,12 @@ class OutputFile:
 
     def write(self, data: memoryview, offset: int) -> None:
         """Write all of `data` at `offset`."""
+        try:
+            self._write(data, offset)
+        except OSError as error:
+            self._fail(error, f"write {len(data)} bytes at {offset}")
+
+    def _write(self, data: memoryview, offset: int) -> None:
         if self._direct is None:
             self._direct = not self._cloned and self._ops.set_direct(self._fd, True)
         done, total = 0, len(data)
@@ -80,10 +89,9 @@ class OutputFile:
             try:
                 done += self._ops.pwrite(self._fd, data[done : done + count], offset + done)
             except OSError as error:
-                if self._direct and error.errno == errno.EINVAL:
-                    self._leave_direct()
-                    continue
-                self._fail(error, f"write {total} bytes at {offset}")
+                if not self._direct or error.errno != errno.EINVAL:
+                    raise
+                self._leave_direct()  # a file system may take the flag and refuse the write
         if not self._direct:
             self._start_writeback(offset + total)
 
@@ -131,3 +139,31 @@ def write_file(path: Path, content: bytes, ops: FileOps) -> None:
     except BaseException:
         file.discard()
         raise
+
+
+def copy_file(source: str | os.PathLike[str], path: Path, ops: FileOps) -> tuple[int, str]:
+    """Copy a regular file under the rules of `OutputFile`; its size and xxh3_128 digest."""
+    digest, size = xxhash.xxh3_128(), 0
+    buffer = memoryview(bytearray(COPY_BYTES))
+    fd = open_regular(source)
+    try:
+        file = OutputFile(path, ops, direct=False)
+        try:
+            while count := _read(fd, buffer, size, source, ops):
+                digest.update(buffer[:count])
+                file.write(buffer[:count], size)
+                size += count
+            file.publish()
+        except BaseException:
+            file.discard()
+            raise
+    finally:
+        os.close(fd)
+    return size, digest.hexdigest()
+
+
+def _read(fd: int, buffer: memoryview, offset: int, path: str | os.PathLike[str], ops: FileOps) -> int:
+    try:
+        return ops.pread_into(fd, buffer, offset)
+    except OSError as error:
+        raise OutputError(f"{printable_path(path)}: cannot read at {offset}: {error.strerror}") from error

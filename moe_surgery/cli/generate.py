@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @click.option(
     "--plan", "plan_file", type=click.Path(path_type=Path), help="Show the model only this plan's experts."
 )
-@click.option("--max-new-tokens", type=int, default=256, show_default=True)
+@click.option("--max-new-tokens", type=int, default=256, show_default=True, help="Most tokens to generate.")
 @click.option("--context", type=int, help="Most tokens of prompt and answer together; default: the model's.")
 @click.option(
     "--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token."
@@ -39,7 +39,13 @@ if TYPE_CHECKING:
 )
 @click.option("--seed", type=int, help="The same seed gives the same tokens.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N or mps.")
-@click.option("--dtype", type=click.Choice(["bf16", "f32", "f16"]), default="bf16", show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(["bf16", "f32", "f16"]),
+    default="bf16",
+    show_default=True,
+    help="What to compute in.",
+)
 @click.option("--backend", help="Force the kernels' backend by name; see moe-surgery doctor.")
 @common
 @click.pass_context
@@ -79,12 +85,19 @@ def command(
     sampling = Sampling(temperature, top_k, top_p, min_p, seed)
     text = Text(ckpt)
     asked = text.chat([{"role": "user", "content": chat}]) if chat is not None else prompt
-    tokens = text.encode(asked if asked is not None else sys.stdin.read())
+    tokens = text.encode(asked if asked is not None else _stdin())
     if not tokens:
         raise UsageError("the prompt is empty; pass --prompt TEXT, --chat TEXT, or text on stdin")
     model = _loaded(ckpt, device, dtype, plan_file, backend)
     terminal.detail(f"{model.backend.name} backend on {model.device}, {len(tokens)} prompt tokens")
     _run(terminal, model, text, tokens, sampling, max_new_tokens, context)
+
+
+def _stdin() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"stdin: not UTF-8 at byte {error.start}") from None
 
 
 def _loaded(ckpt: str, device: str, dtype: str, plan_file: Path | None, backend: str | None) -> Model:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["ExpertWeights", "Mxfp4Weight", "Weight"]
+__all__ = ["DenseWeight", "ExpertWeights", "Mxfp4Weight", "Weight"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,6 +38,7 @@ class Cache:
     ) -> None:
         self.batch, self.context, self.rollback = batch, context, rollback
         self.length = 0
+        self._furthest = 0  # the greatest length so far; rings have lost what lies too far before it
         self._pads = torch.zeros(batch, dtype=torch.int64, device=device)
         self._new = self._pads[:, None]
         self.slots = [context if w is None else min(context, w + rollback) for w in windows]
@@ -54,16 +55,20 @@ class Cache:
         """Bytes of keys and values."""
         return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
 
-    def begin(self, columns: int, mask: Tensor | None) -> Tensor:
-        """Start a step of `columns` new columns: their positions, int64 [batch, columns].
-
-        `mask` [batch, columns] is 0 at padding. Raises UsageError where they do not fit the context.
-        """
+    def check_room(self, columns: int) -> None:
+        """Raise UsageError where `columns` more do not fit the context."""
         if self.length + columns > self.context:
             raise UsageError(
                 f"{self.length + columns} tokens do not fit the context of {self.context}; "
                 "shorten the prompt or allocate a longer cache"
             )
+
+    def begin(self, columns: int, mask: Tensor | None) -> Tensor:
+        """Start a step of `columns` new columns: their positions, int64 [batch, columns].
+
+        `mask` [batch, columns] is 0 at padding. Raises UsageError where they do not fit the context.
+        """
+        self.check_room(columns)
         steps = torch.arange(self.length, self.length + columns, device=self._pads.device)
         if mask is None:
             self._new = steps - self._pads[:, None]
@@ -93,8 +98,8 @@ class Cache:
                 torch.cat((held, self._new), dim=1),
             )
         where, last = self._where(slots, columns)
-        self.keys[layer].index_copy_(2, where, keys[:, :, -last:])
-        self.values[layer].index_copy_(2, where, values[:, :, -last:])
+        self.keys[layer][:, :, where] = keys[:, :, -last:]
+        self.values[layer][:, :, where] = values[:, :, -last:]
         if direct and slots == self.context:
             # Rounded up, so that a captured step keeps its shapes for a while.
             used = min(slots, -(-(self.length + columns) // 64) * 64)
@@ -108,6 +113,7 @@ class Cache:
             if not self._overwrites_nothing_seen(slots, columns):
                 self._store_positions(slots)
         self.length += columns
+        self._furthest = max(self._furthest, self.length)
 
     def _overwrites_nothing_seen(self, slots: int, columns: int) -> bool:
         """Whether `columns` new ones can be stored before they attend: a ring has `rollback` to spare."""
@@ -115,23 +121,23 @@ class Cache:
 
     def _store_positions(self, slots: int) -> None:
         where, last = self._where(slots, self._new.shape[1])
-        self.positions[slots].index_copy_(1, where, self._new[:, -last:])
+        self.positions[slots][:, where] = self._new[:, -last:]
 
     def truncate(self, length: int) -> None:
-        """Take back all columns from `length` on, at most `rollback` of them.
+        """Take back all columns from `length` on, to at most `rollback` before the longest it ever was.
 
         Raises UsageError where that is more than the rings still hold.
         """
         if not 0 <= length <= self.length:
             raise UsageError(f"cannot truncate a cache of {self.length} columns to {length}")
-        if self.length - length > self.rollback and any(s < self.context for s in self.slots):
-            raise UsageError(
-                f"cannot take back {self.length - length} columns; this cache was made for {self.rollback}"
-            )
+        back = self._furthest - length
+        if back > self.rollback and any(s < self.context for s in self.slots):
+            raise UsageError(f"cannot take back {back} columns; this cache was made for {self.rollback}")
         for slots, held in self.positions.items():
             for column in range(max(length, self.length - slots), self.length):
                 held[:, column % slots] = NOWHERE
         self.length = length
+        self._pads = self._pads.clamp(max=length)
 
     def _where(self, slots: int, columns: int) -> tuple[Tensor, int]:
         """Slots of the last of `columns` new columns that a layer of `slots` keeps, and their number."""

@@ -6,10 +6,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from moe_surgery.checkpoint.text import describe
 from moe_surgery.errors import InvalidInputError
 from moe_surgery.families import Model as Described
 
 __all__ = ["ModelConfig", "RopeConfig"]
+
+MAX_NUMBER = 10**9
+# What transformers takes where config.json says nothing.
+DEFAULT_ROPE = {"rope_type": "yarn", "factor": 32.0, "truncate": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,12 @@ class ModelConfig:
         """The configuration of a described checkpoint. Raises InvalidInputError naming the key."""
         config = model.layout.hub_config(model.config) if model.layout.hub_config else model.config
         dims = model.dimensions
+        if dims["heads"] % dims["kv_heads"]:
+            raise InvalidInputError(
+                f"config.json: {dims['heads']} attention heads do not share {dims['kv_heads']} key-value heads"
+            )
+        if dims["head_dim"] % 2:
+            raise InvalidInputError(f"config.json: head_dim is {dims['head_dim']}; rotation needs pairs")
         return cls(
             layers=dims["layers"],
             hidden=dims["hidden"],
@@ -59,7 +70,7 @@ class ModelConfig:
             vocabulary=dims["vocabulary"],
             experts=dims["experts"],
             top_k=dims["top_k"],
-            context=int(_number(config, "max_position_embeddings", 131072)),
+            context=_whole(config, "max_position_embeddings", 131072),
             windows=_windows(config, dims["layers"]),
             rope=_rope(config),
             eps=_number(config, "rms_norm_eps", 1e-5),
@@ -77,14 +88,20 @@ def token_ids(value: object) -> tuple[int, ...]:
 
 def _number(config: Mapping[str, object], key: str, default: float) -> float:
     value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise InvalidInputError(f"config.json: {key} is {str(value)[:40]!r}, not a number")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < MAX_NUMBER:
+        raise InvalidInputError(f"config.json: {key} is {describe(value)}, not a number above 0")
     return float(value)
+
+
+def _whole(config: Mapping[str, object], key: str, default: int) -> int:
+    value = _number(config, key, default)
+    if value != int(value):
+        raise InvalidInputError(f"config.json: {key} is {value}, not a whole number")
+    return int(value)
 
 
 def _windows(config: Mapping[str, object], layers: int) -> tuple[int | None, ...]:
     """Sliding layers see `sliding_window` positions; without "layer_types" every second layer slides."""
-    window = int(_number(config, "sliding_window", 128))
     kinds = config.get("layer_types") or [
         ("sliding_attention", "full_attention")[i % 2] for i in range(layers)
     ]
@@ -92,23 +109,27 @@ def _windows(config: Mapping[str, object], layers: int) -> tuple[int | None, ...
         raise InvalidInputError(f"config.json: layer_types does not list {layers} layers")
     if unknown := set(map(str, kinds)) - {"sliding_attention", "full_attention"}:
         raise InvalidInputError(
-            f"config.json: layer_types holds {sorted(unknown)[0][:40]!r}, which is unknown"
+            f"config.json: layer_types holds {describe(min(unknown))}; "
+            "known: sliding_attention, full_attention"
         )
+    window = _whole(config, "sliding_window", 128) if "sliding_attention" in kinds else None
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
 def _rope(config: Mapping[str, object]) -> RopeConfig:
     """transformers 5 writes `rope_parameters`, older versions `rope_scaling` and `rope_theta`."""
-    said = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    said = config.get("rope_parameters") or config.get("rope_scaling") or DEFAULT_ROPE
     if not isinstance(said, dict):
         raise InvalidInputError("config.json: rope_scaling is not an object")
     theta = _number(said, "rope_theta", _number(config, "rope_theta", 150000.0))
+    if theta <= 1:
+        raise InvalidInputError(f"config.json: rope_theta is {theta}, not above 1")
     kind = said.get("rope_type", said.get("type", "default"))
     if kind == "default":
         return RopeConfig(theta)
     if kind != "yarn":
         raise InvalidInputError(
-            f"config.json: rope_type {str(kind)[:40]!r} is not supported; known: default, yarn"
+            f"config.json: rope_type {describe(kind)} is not supported; known: default, yarn"
         )
     factor = _number(said, "factor", 1.0)
     scale = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
@@ -116,7 +137,7 @@ def _rope(config: Mapping[str, object]) -> RopeConfig:
     return RopeConfig(
         theta,
         factor,
-        int(_number(said, "original_max_position_embeddings", 4096)),
+        _whole(said, "original_max_position_embeddings", 4096),
         _number(said, "beta_fast", 32.0),
         _number(said, "beta_slow", 1.0),
         bool(said.get("truncate", True)),

@@ -74,5 +74,6 @@ def check_memory(device: torch.device, model: Described, free: int | None = None
     if not most and any(t.kind == EXPERT_WEIGHT and t.scales is None for t in model.tensors):
         advice += "; --dtype mxfp4 makes experts four times smaller"
     raise UsageError(
-        f"--device {device}: the model needs {needed / 1e9:.1f} GB with headroom, {free / 1e9:.1f} GB are free; {advice}"
+        f"--device {device}: the model needs {needed / 1e9:.1f} GB with headroom, "
+        f"{free / 1e9:.1f} GB are free; {advice}"
     )

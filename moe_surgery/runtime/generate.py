@@ -64,22 +64,25 @@ def stream(
         input_ids, attention_mask = pad_left(input_ids)
     stops = torch.tensor(model.config.stop_tokens if stop_tokens is None else stop_tokens, dtype=torch.int64)
     batch, tokens = input_ids.shape
-    longest = context or model.config.context
-    if tokens >= longest:
-        raise UsageError(f"the prompt has {tokens} tokens, but the context is {longest}; shorten it")
     if max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens {max_new_tokens}: must be at least 1")
-    cache = model.new_cache(batch, min(longest, tokens + max_new_tokens))
+    longest = model.config.context if context is None else context
+    if not 1 <= longest <= model.config.context:
+        raise UsageError(f"--context {longest}: this model takes 1 to {model.config.context} tokens")
+    if tokens >= longest:
+        raise UsageError(f"the prompt has {tokens} tokens, but the context is {longest}; shorten it")
+    new = min(max_new_tokens, longest - tokens)
+    cache = model.new_cache(batch, tokens + new - 1)  # the last token is not looked at again
     sampler = Sampler(sampling or Sampling())
     ended = torch.zeros(batch, dtype=torch.bool)
     mask = None if attention_mask is None else attention_mask.to(model.device)
-    logits = model(input_ids.to(model.device), cache, mask, logits_to_keep=1)
-    for _ in range(cache.context - tokens):
+    logits = model(input_ids, cache, mask, logits_to_keep=1)
+    for left in reversed(range(new)):
         drawn, log_probability = sampler(logits[:, -1])
         drawn_here = drawn.cpu()
         yield Step(drawn_here.masked_fill(ended, -1), log_probability.cpu())
         ended |= torch.isin(drawn_here, stops)
-        if ended.all() or cache.length == cache.context:
+        if ended.all() or not left:
             return
         logits = model(drawn[:, None], cache)
 

@@ -21,7 +21,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if weight.dtype == x.dtype:
         return F.linear(x, weight, bias)
     rows = max(1, PIECE_BYTES // (weight.shape[1] * x.element_size()))
-    pieces = [F.linear(x, part.to(x.dtype)) for part in weight.split(rows)]
+    pieces = [F.linear(x, part.to(x.dtype)) for part in torch.split(weight, rows)]
     y = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
     return y if bias is None else y + bias
 

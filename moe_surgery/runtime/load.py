@@ -13,7 +13,7 @@ from moe_surgery.checkpoint.checkpoint import Checkpoint, TensorRef
 from moe_surgery.errors import PlanMismatchError, UsageError
 from moe_surgery.families import Model as Described
 from moe_surgery.families import ModelTensor
-from moe_surgery.kernels import select_backend
+from moe_surgery.kernels import Backend, select_backend
 from moe_surgery.kernels.weights import DenseWeight, ExpertWeights, Mxfp4Weight, Weight
 from moe_surgery.runtime.config import ModelConfig
 from moe_surgery.runtime.device import check_memory, open_device
@@ -59,7 +59,14 @@ def load_model(
         return _assembled(checkpoint, described, plan, place, compute, chosen)
 
 
-def _assembled(checkpoint, described, plan, place, compute, backend) -> Model:  # type: ignore[no-untyped-def]
+def _assembled(
+    checkpoint: Checkpoint,
+    described: Described,
+    plan: Plan | None,
+    place: torch.device,
+    compute: torch.dtype,
+    backend: Backend,
+) -> Model:
     config = ModelConfig.of(described)
     shards = MappedShards(checkpoint)
     tensors = {t.name: t for t in described.tensors}

@@ -98,23 +98,37 @@ class Model:
         attention_mask: Tensor | None = None,
         logits_to_keep: int | None = None,
     ) -> Tensor:
-        """Logits float32 [batch, kept, vocabulary] for input_ids int64 [batch, tokens].
+        """Logits float32 [batch, kept, vocabulary] for input_ids int64 [batch, tokens], on any device.
 
         Without `cache` the tokens are a text of their own; with it they follow what it holds, which
         grows by them. `attention_mask` [batch, tokens] is 0 at left padding. `logits_to_keep`: the
         last so many tokens only. Long inputs go through in chunks. Raises UsageError where the
-        tokens do not fit the context or lie outside the vocabulary's size.
+        tokens do not fit the context, or are on the CPU and outside the vocabulary.
         """
         batch, tokens = input_ids.shape
         cache = cache if cache is not None else self.new_cache(batch, tokens)
+        cache.check_room(tokens)
+        ids = self._admitted(input_ids)
         keep = tokens if logits_to_keep is None else min(logits_to_keep, tokens)
         kept: list[Tensor] = []
         for start, stop in self._chunks(cache, batch, tokens):
             mask = None if attention_mask is None else attention_mask[:, start:stop]
-            x = self._hidden(input_ids[:, start:stop], cache, mask)
-            if stop > tokens - keep:
+            x = self._hidden(ids[:, start:stop], cache, mask)
+            if stop == tokens or stop > tokens - keep:
                 kept.append(self._logits(x[:, max(0, tokens - keep - start) :]))
         return kept[0] if len(kept) == 1 else torch.cat(kept, dim=1)
+
+    def _admitted(self, ids: Tensor) -> Tensor:
+        """`ids` on the model's device; checked only where that waits for no device."""
+        if not ids.numel():
+            raise UsageError("no tokens; give at least one")
+        if ids.device.type == "cpu":
+            low, high = map(int, ids.aminmax())
+            if low < 0 or high >= self.config.vocabulary:
+                raise UsageError(
+                    f"token {low if low < 0 else high} is not one of the model's {self.config.vocabulary}"
+                )
+        return ids.to(self.device)
 
     def _chunks(self, cache: Cache, batch: int, tokens: int) -> list[tuple[int, int]]:
         keys = min(cache.context, cache.length + tokens)

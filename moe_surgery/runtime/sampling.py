@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from moe_surgery.errors import UsageError
 
 __all__ = ["Sampler", "Sampling", "distribution"]
+
+COLDEST = 1e-30  # a float32 that can still be divided by
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,14 +29,16 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise UsageError(f"--temperature {self.temperature}: must not be negative")
+        if not 0 <= self.temperature < math.inf:
+            raise UsageError(f"--temperature {self.temperature}: must be a number of at least 0")
         if self.top_k < 0:
             raise UsageError(f"--top-k {self.top_k}: must not be negative")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"--top-p {self.top_p}: must be above 0 and at most 1")
         if not 0 <= self.min_p <= 1:
             raise UsageError(f"--min-p {self.min_p}: must be between 0 and 1")
+        if self.seed is not None and not 0 <= self.seed < 1 << 63:
+            raise UsageError(f"--seed {self.seed}: must be between 0 and 2**63 - 1")
 
 
 def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -46,15 +51,15 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
         best = logits.argmax(dim=-1, keepdim=True)
         return torch.zeros_like(logits).scatter_(-1, best, 1.0)
     logits = logits - logits.amax(dim=-1, keepdim=True)
-    probabilities = torch.softmax(logits / sampling.temperature, dim=-1)
+    probabilities = torch.softmax(logits / max(sampling.temperature, COLDEST), dim=-1)
     if sampling.top_k == 0 and sampling.top_p == 1 and sampling.min_p == 0:
         return probabilities
     ordered, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(ordered.shape[-1], device=ordered.device)
     kept = rank < (sampling.top_k or ordered.shape[-1])
     ordered = _renormalised(ordered, kept)
-    kept = ordered.cumsum(dim=-1) - ordered < sampling.top_p
-    ordered = _renormalised(ordered, kept)
+    if sampling.top_p < 1:  # sums that round to 1 would cut the tail off
+        ordered = _renormalised(ordered, ordered.cumsum(dim=-1) - ordered < sampling.top_p)
     ordered = _renormalised(ordered, ordered >= sampling.min_p * ordered[..., :1])
     return torch.zeros_like(probabilities).scatter_(-1, tokens, ordered)
 

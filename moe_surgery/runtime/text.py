@@ -9,6 +9,7 @@ from pathlib import Path
 
 from moe_surgery.checkpoint.files import printable_path, read_small_file
 from moe_surgery.checkpoint.locate import locate
+from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.errors import InvalidInputError, OutputError, UsageError
 from moe_surgery.runtime.config import token_ids
 
@@ -47,7 +48,14 @@ class Text:
         self.stop_tokens = token_ids(self._json("generation_config.json").get("eos_token_id"))
 
     def encode(self, text: str) -> list[int]:
-        """Token numbers; special tokens written out in `text` become those tokens."""
+        """Token numbers; special tokens written out in `text` become those tokens.
+
+        Raises UsageError for a text with lone surrogates, which bytes that are no UTF-8 become.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(f"the text is not Unicode at character {error.start}") from None
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -81,14 +89,17 @@ class Text:
             template = environment.from_string(source)
             return template.render(messages=list(messages), add_generation_prompt=True, **special)
         except Exception as error:
-            raise InvalidInputError(
-                f"{printable_path(self._folder)}: chat template: {str(error)[:200]}"
-            ) from None
+            said = str(error)[:200] or type(error).__name__
+            raise InvalidInputError(f"{printable_path(self._folder)}: chat template: {said}") from None
 
     def _template(self) -> str:
         file = self._folder / TEMPLATE_NAME
         if file.is_file():
-            return read_small_file(file, limit=MAX_BYTES, what="a chat template").decode()
+            raw = read_small_file(file, limit=MAX_BYTES, what="a chat template")
+            try:
+                return raw.decode()
+            except UnicodeDecodeError as error:
+                raise InvalidInputError(f"{printable_path(file)}: not UTF-8 at byte {error.start}") from None
         template = self._settings.get("chat_template")
         if not isinstance(template, str):
             raise OutputError(
@@ -100,10 +111,8 @@ class Text:
         file: Path = self._folder / name
         if not file.is_file():
             return {}
-        try:
-            value = json.loads(read_small_file(file, limit=MAX_BYTES, what="a config"))
-        except ValueError:
-            raise InvalidInputError(f"{printable_path(file)}: not JSON") from None
+        raw = read_small_file(file, limit=MAX_BYTES, what="a config")
+        value = parse_json(raw, where=printable_path(file), allow_floats=True)
         return value if isinstance(value, dict) else {}
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import xxhash
 
+from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.checkpoint.files import open_regular, printable_path
 from moe_surgery.errors import OutputError
 from moe_surgery.surgery.chunks import CHUNK_BYTES, Chunk, chunks_of
@@ -41,7 +42,7 @@ class FileDigest:
         return FileRecord(self._shard.nbytes, self._whole.hexdigest(), tensors)
 
 
-def digest_file(path: Path, shard: OutputShard, progress: Callable[[int], None]) -> FileRecord:
+def digest_file(path: Path, shard: OutputShard, progress: Callable[[int], None], ops: FileOps) -> FileRecord:
     """Read a finished file that should be `shard` and take its digests.
 
     A file of another size gives a record of that size and an empty digest. Raises OutputError or
@@ -57,18 +58,18 @@ def digest_file(path: Path, shard: OutputShard, progress: Callable[[int], None])
             digest.update(chunk, buffer)
             progress(chunk.nbytes)
 
-        stream(chunks_of(shard), lambda chunk, buffer: read_chunk(fd, path, chunk.offset, buffer), take)
+        stream(chunks_of(shard), lambda chunk, buffer: read_chunk(fd, path, chunk.offset, buffer, ops), take)
         return digest.record()
     finally:
         os.close(fd)
 
 
-def read_chunk(fd: int, path: Path, offset: int, buffer: memoryview) -> None:
+def read_chunk(fd: int, path: Path, offset: int, buffer: memoryview, ops: FileOps) -> None:
     """Fill `buffer` from `offset` of `fd`. Raises OutputError naming `path`."""
     done = 0
     while done < len(buffer):
         try:
-            count = os.preadv(fd, [buffer[done:]], offset + done)
+            count = ops.pread_into(fd, buffer[done:], offset + done)
         except OSError as error:
             raise OutputError(f"{printable_path(path)}: cannot read at {offset}: {error.strerror}") from error
         if not count:

@@ -13,10 +13,10 @@ import xxhash
 
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.checkpoint.fileops import FileOps
-from moe_surgery.checkpoint.files import printable_path, read_small_file
+from moe_surgery.checkpoint.files import printable_path
 from moe_surgery.checkpoint.staging import Staging
-from moe_surgery.checkpoint.writer import OutputFile, write_file
-from moe_surgery.errors import DiskFullError
+from moe_surgery.checkpoint.writer import OutputFile, copy_file, output_failure, write_file
+from moe_surgery.errors import DiskFullError, OutputError
 from moe_surgery.formats.mxfp4 import EncodeReport
 from moe_surgery.surgery.chunks import Chunk, chunks_of
 from moe_surgery.surgery.digest import FileDigest, digest_file
@@ -28,7 +28,6 @@ from moe_surgery.surgery.stream import stream
 
 __all__ = ["Outcome", "run_program"]
 
-MAX_SIDE_FILE = 1 << 30
 CLONE_BLOCK = 4096
 
 Progress = Callable[[int], None]
@@ -101,7 +100,11 @@ class _Run:
             for shard in todo:
                 file, record = self._write_shard(shard)
                 if flushing is not None:
-                    flushing.result()
+                    try:
+                        flushing.result()
+                    except BaseException:
+                        file.discard()
+                        raise
                 finished[shard.name] = record
                 flushing = flusher.submit(self._finish_shard, shard.name, file, record)
             if flushing is not None:
@@ -121,7 +124,7 @@ class _Run:
             path = self._staging.folder / shard.name
             entry = recorded.get(shard.name)
             if entry is not None and path.is_file():
-                record = digest_file(path, shard, self._progress)
+                record = digest_file(path, shard, self._progress, self._ops)
                 if record.size == shard.nbytes and record.xxh3_128 == entry["xxh3_128"]:
                     finished[shard.name] = record
                     self._reports[shard.name] = EncodeReport(*entry["conversion"])  # type: ignore[misc]
@@ -132,9 +135,13 @@ class _Run:
 
     def _check_space(self, shard_bytes: int) -> None:
         program = self._program
-        small = sum(map(len, program.texts.values())) + sum(map(os.path.getsize, program.copies.values()))
+        try:
+            small = sum(map(len, program.texts.values())) + sum(map(os.path.getsize, program.copies.values()))
+            free = self._ops.free_bytes(self._staging.folder)
+        except OSError as error:
+            where = error.filename or self._staging.folder
+            raise OutputError(f"{printable_path(where)}: {error.strerror}") from error
         needed = shard_bytes + small
-        free = self._ops.free_bytes(self._staging.folder)
         if needed > free:
             raise DiskFullError(
                 f"{printable_path(self._staging.out)}: needs {needed:,} bytes but its file system has {free:,} free; "
@@ -184,10 +191,13 @@ class _Run:
     def _finish_shard(self, name: str, file: OutputFile, record: FileRecord) -> None:
         try:
             file.publish()
-            self._ops.fsync_dir(self._staging.folder)
         except BaseException:
             file.discard()
             raise
+        try:
+            self._ops.fsync_dir(self._staging.folder)
+        except OSError as error:
+            raise output_failure(error, self._staging.folder, "flush") from error
         self._staging.record(
             {"name": name, "xxh3_128": record.xxh3_128, "conversion": astuple(self._reports[name])}
         )
@@ -195,18 +205,21 @@ class _Run:
     def _write_small_files(
         self, shards: Mapping[str, FileRecord], conversion: Mapping[str, object] | None
     ) -> None:
-        contents = dict(self._program.texts)
-        for name, source in self._program.copies.items():
-            contents[name] = read_small_file(source, limit=MAX_SIDE_FILE, what="a side file")
         records = dict(shards)
-        for name, content in contents.items():
+        for name, source in self._program.copies.items():
+            records[name] = FileRecord(*copy_file(source, self._fresh(name), self._ops))
+        for name, content in self._program.texts.items():
             records[name] = FileRecord(len(content), xxhash.xxh3_128_hexdigest(content))
-        contents[MANIFEST_NAME] = manifest_bytes(self._program, records, conversion)
-        for name, content in contents.items():
-            path = self._staging.folder / name
-            if os.path.lexists(path):  # left by a run that was killed after its last shard
-                self._ops.unlink(path)
-            write_file(path, content, self._ops)
+            write_file(self._fresh(name), content, self._ops)
+        manifest = manifest_bytes(self._program, records, conversion)
+        write_file(self._fresh(MANIFEST_NAME), manifest, self._ops)
+
+    def _fresh(self, name: str) -> Path:
+        """Where a small file goes, after removing what a run that was killed late left there."""
+        path = self._staging.folder / name
+        if os.path.lexists(path):
+            self._ops.unlink(path)
+        return path
 
 
 def _conversion(reports: Iterable[EncodeReport]) -> dict[str, object] | None:

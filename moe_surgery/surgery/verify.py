@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import xxhash
 
 from moe_surgery import families
 from moe_surgery.checkpoint.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint
+from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.checkpoint.files import open_regular, printable_path
 from moe_surgery.checkpoint.header import Header, read_header
 from moe_surgery.checkpoint.locate import locate
@@ -22,7 +23,7 @@ from moe_surgery.surgery.digest import read_chunk, windows
 from moe_surgery.surgery.manifest import FileRecord, Manifest, load_manifest
 from moe_surgery.surgery.names import MANIFEST_NAME
 from moe_surgery.surgery.producer import Producer
-from moe_surgery.surgery.program import Copy, OutputShard, OutputTensor, Span
+from moe_surgery.surgery.program import Copy, Encode, OutputShard, OutputTensor, Span
 from moe_surgery.surgery.stream import stream
 
 __all__ = ["Verification", "verify_checkpoint"]
@@ -78,6 +79,7 @@ class _Verifier:
         self._problems: list[str] = []
         self._notes: list[str] = []
         self._bytes = 0
+        self._ops = FileOps()
         self._tensors = 0
 
     def run(self, source: str | os.PathLike[str] | None, structure_only: bool) -> Verification:
@@ -172,7 +174,7 @@ class _Verifier:
                     states[names[piece.tensor]].update(_of(piece, buffer))
             self._progress(len(buffer))
 
-        stream(chunks, lambda chunk, buffer: read_chunk(fd, path, chunk.offset, buffer), take)
+        stream(chunks, lambda chunk, buffer: read_chunk(fd, path, chunk.offset, buffer, self._ops), take)
         self._bytes += record.size
         damaged = [
             n for n, t in record.tensors.items() if n in states and states[n].hexdigest() != t.xxh3_128
@@ -231,13 +233,18 @@ class _Verifier:
                     f"{printable_path(source.path)}"
                 )
         expected = OutputShard(name, bytes(header.data_start), tuple(tensors[n] for n in header.tensors))
+        if orphan := next(_scales_before_blocks(expected), None):
+            raise VerificationError(
+                f"{printable_path(path)}: tensor '{printable(orphan)}' does not follow its blocks, as in no output "
+                "of this tool"
+            )
         producer = Producer(expected, source.shards)
         different: dict[str, None] = {}
         fd = open_regular(path)
 
         def take(chunk: Chunk, buffer: memoryview) -> None:
             found = bytearray(len(buffer))
-            read_chunk(fd, path, chunk.offset, memoryview(found))
+            read_chunk(fd, path, chunk.offset, memoryview(found), self._ops)
             if found != buffer:
                 for piece in chunk.pieces:
                     if piece.tensor >= 0 and _of(piece, memoryview(found)) != _of(piece, buffer):
@@ -264,6 +271,16 @@ def as_shard(name: str, header: Header) -> OutputShard:
         for i in header.tensors.values()
     )
     return OutputShard(name, bytes(start), tensors)
+
+
+def _scales_before_blocks(shard: OutputShard) -> Iterator[str]:
+    """Tensors whose making would wait for ever: MXFP4 scales are found while their blocks are made."""
+    found: set[Span] = set()
+    for tensor, part in ((t, p) for t in shard.tensors for p in t.parts if isinstance(p, Encode)):
+        if not part.scales:
+            found.add(part.values)
+        elif part.values not in found:
+            yield tensor.name
 
 
 def _of(piece: Piece, buffer: memoryview) -> memoryview:

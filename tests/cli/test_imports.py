@@ -48,7 +48,6 @@ def test_the_engines_commands_never_import_torch(tmp_path: Path) -> None:
         ["prune", source, tmp_path / "bf16", "--plan", plan, "--dtype", "bf16"],
         ["prune", tmp_path / "bf16", tmp_path / "mxfp4", "--keep", "all", "--dtype", "mxfp4"],
         ["verify", tmp_path / "bf16", "--source", source],
-        ["demo"],
     ]
     for command in commands:
         modules = modules_after(*command)

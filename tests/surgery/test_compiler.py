@@ -275,6 +275,15 @@ def test_the_digest_is_the_same_for_the_same_job_and_another_for_another_plan(
         assert replace(job, plan=other).compile(folder).digest() != digest
 
 
+def test_a_shard_may_be_exactly_full(tmp_path: Path) -> None:
+    job = Job(Shape(), "mxfp4", 1, 0, None, Plan("gpt_oss", 4, ((0,), (2,))), "keep", 10**9)
+    folder = job.write(tmp_path / "in")
+    (whole,) = job.compile(folder).shards
+    total = tensor_bytes(whole)
+    assert len(replace(job, max_shard_size=total).compile(folder).shards) == 1
+    assert len(replace(job, max_shard_size=total - 1).compile(folder).shards) == 2
+
+
 def test_the_digest_changes_with_source_dtype_and_shard_size(tmp_path: Path) -> None:
     shape = Shape()
     plan = Plan("gpt_oss", 4, ((0, 2),) * 2)

@@ -158,7 +158,7 @@ MEDDLERS: dict[str, Callable[[Path], object]] = {
     "touched": lambda p: os.utime(p),
     "dated back": lambda p: os.utime(p, ns=(0, 0)),
     "replaced by a copy": replaced,
-    "replaced by a link": lambda p: (p.rename(p.with_name("kept")), p.symlink_to("kept-not")),
+    "replaced by a link": lambda p: p.rename(p.with_name("kept")).with_name(p.name).symlink_to("nowhere"),
 }
 
 

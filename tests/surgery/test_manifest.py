@@ -17,8 +17,8 @@ from moe_surgery.selection.plan import plan_keeping
 from moe_surgery.surgery.manifest import is_ours, load_manifest
 from moe_surgery.surgery.verify import verify_checkpoint
 
-from ..support.checkpoints import write_checkpoint
-from ..support.command import call
+from ..support.checkpoints import INDEX, load_tensors, save_tensors, write_checkpoint
+from ..support.command import call, run
 
 Document = dict[str, Any]
 
@@ -172,3 +172,35 @@ def test_manifest_that_lies_about_the_plan_is_found_with_the_source(
     ended = call(capsys, "verify", out, "--source", source)
     assert ended.code == 8
     assert str(out / "model.safetensors") in ended.err
+
+
+def test_scales_in_a_shard_without_their_blocks_are_refused_not_waited_for(tmp_path: Path) -> None:
+    source, out = write_checkpoint(tmp_path / "source", layout="bf16"), tmp_path / "out"
+    prune(source, out, lambda m: plan_keeping([0, 1], m), dtype="mxfp4")
+    tensors = load_tensors(out)
+    (out / "model.safetensors").unlink()
+    files: dict[str, Any] = {}
+    for name, scales in (("a.safetensors", False), ("b.safetensors", True)):
+        mine = {n: t for n, t in tensors.items() if n.endswith("_scales") is scales}
+        save_tensors(out / name, mine)
+        records = {
+            n: {
+                "dtype": {"uint8": "U8", "uint16": "BF16"}[t.dtype.name],
+                "shape": t.shape,
+                "xxh3_128": xxhash.xxh3_128_hexdigest(t.tobytes()),
+            }
+            for n, t in mine.items()
+        }
+        files[name] = {"tensors": records}
+    weight_map = {n: name for name, record in files.items() for n in record["tensors"]}
+    (out / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    files[INDEX] = {"tensors": {}}
+    for name, record in files.items():
+        raw = (out / name).read_bytes()
+        record |= {"size": len(raw), "xxh3_128": xxhash.xxh3_128_hexdigest(raw)}
+    rewrite(out, lambda d: (d["files"].pop("model.safetensors"), d["files"].update(files)))
+    assert verify_checkpoint(out).ok
+    ended = run("verify", out, "--source", source)
+    assert ended.code == 8
+    assert f"{out / 'b.safetensors'}: tensor 'model.layers." in ended.error
+    assert "does not follow its blocks" in ended.error

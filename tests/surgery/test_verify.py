@@ -161,10 +161,10 @@ def test_flipped_byte_in_any_other_file_is_found(out: Path) -> None:
     assert problems(out) == ()
 
 
-@pytest.mark.parametrize("mask", FLIPS)
-def test_flipped_byte_anywhere_in_the_manifest_is_found(out: Path, mask: int) -> None:
+def test_flipped_byte_anywhere_in_the_manifest_is_found(out: Path) -> None:
     manifest = out / "surgery.json"
     for offset in range(manifest.stat().st_size):
+        mask = FLIPS[offset % len(FLIPS)]
         flip(manifest, offset, mask)
         with pytest.raises((InvalidInputError, VerificationError)) as caught:
             load_manifest(manifest)
@@ -371,7 +371,7 @@ def test_manifest_holds_what_an_independent_reader_finds(out: Path) -> None:
         assert record["xxh3_128"] == xxhash.xxh3_128_hexdigest(raw)
         seen.add(name)
         if name.endswith(".safetensors"):
-            entries = dict(safetensors.deserialize(raw))
+            entries = dict(safetensors.deserialize(raw))  # type: ignore[no-untyped-call]
             assert entries.keys() == record["tensors"].keys()
             for tensor, entry in entries.items():
                 said = record["tensors"][tensor]

@@ -33,12 +33,14 @@ def experts_grouped(x: Tensor, ids: Tensor, weights: Tensor, expert_weights: Exp
     """One pass over the distinct experts in `ids`, in index order."""
     y = torch.zeros_like(x, dtype=torch.float32)
     stored = ids if expert_weights.index is None else expert_weights.index[ids]
-    for expert in ids.unique(sorted=True).tolist():
+    for expert in torch.unique(ids).tolist():
         token, slot = torch.where(ids == expert)
         place = int(stored[token[0], slot[0]])
-        h = _linear(x[token], expert_weights.gate_up, place) + expert_weights.gate_up_bias[place]
+        h = _linear(x[token], expert_weights.gate_up, place)
+        h = h + expert_weights.gate_up_bias[place].to(x.dtype)
         z = swiglu(h, expert_weights.limit, expert_weights.alpha)
-        out = _linear(z, expert_weights.down, place) + expert_weights.down_bias[place]
+        out = _linear(z, expert_weights.down, place)
+        out = out + expert_weights.down_bias[place].to(x.dtype)
         y.index_add_(0, token, out.float() * weights[token, slot, None].float())
     return y.to(x.dtype)
 
@@ -49,9 +51,11 @@ def experts_gathered(x: Tensor, ids: Tensor, weights: Tensor, expert_weights: Ex
     stored = ids if expert_weights.index is None else expert_weights.index[ids]
     place = stored.flatten()  # [tokens * top_k]
     rows = x.repeat_interleave(top_k, dim=0)
-    h = _batched(rows, expert_weights.gate_up, place) + expert_weights.gate_up_bias[place]
+    h = _batched(rows, expert_weights.gate_up, place)
+    h = h + expert_weights.gate_up_bias[place].to(x.dtype)
     z = swiglu(h, expert_weights.limit, expert_weights.alpha)
-    out = _batched(z, expert_weights.down, place) + expert_weights.down_bias[place]
+    out = _batched(z, expert_weights.down, place)
+    out = out + expert_weights.down_bias[place].to(x.dtype)
     summed = (out.float() * weights.flatten()[:, None].float()).view(tokens, top_k, -1).sum(dim=1)
     return summed.to(x.dtype)
 
