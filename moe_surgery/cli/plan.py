@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from moe_surgery.cli.options import EXPERT_LIST, common, terminal_of
-from moe_surgery.errors import OutputError, UsageError
+from moe_surgery.errors import UsageError
 
 if TYPE_CHECKING:
     from moe_surgery.selection.plan import Plan
@@ -54,16 +54,16 @@ def command(
     moe-surgery plan --keep 0,3,7 --checkpoint example:tiny
     moe-surgery plan --random --experts 8 --seed 1 --checkpoint example:tiny
     """
+    from moe_surgery.checkpoint.fileops import FileOps
+    from moe_surgery.checkpoint.writer import write_file
+
     terminal = terminal_of(context)
     plan = _plan(ranking, experts, keep, at_random, seed, checkpoint, model_type, order)
     text = plan.to_json()
     if output is None:
         click.echo(text, nl=False)
         return
-    try:
-        output.write_text(text)
-    except OSError as error:
-        raise OutputError(f"{output}: cannot write: {error.strerror}") from error
+    write_file(output, text.encode(), FileOps())
     if terminal.json:
         terminal.data({"output": str(output), **plan.as_dict()})
     terminal.say(

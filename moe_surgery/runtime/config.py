@@ -81,9 +81,9 @@ class ModelConfig:
 
 
 def token_ids(value: object) -> tuple[int, ...]:
-    """Token numbers of a config value that may be a number, a list or null."""
+    """Token numbers of a config value that may be a number, a list or null; others are no tokens."""
     values = value if isinstance(value, list) else [value]
-    return tuple(v for v in values if isinstance(v, int) and not isinstance(v, bool))
+    return tuple(v for v in values if type(v) is int and 0 <= v < MAX_NUMBER)
 
 
 def _number(config: Mapping[str, object], key: str, default: float) -> float:
@@ -129,7 +129,7 @@ def _rope(config: Mapping[str, object]) -> RopeConfig:
         return RopeConfig(theta)
     if kind != "yarn":
         raise InvalidInputError(
-            f"config.json: rope_type {describe(kind)} is not supported; known: default, yarn"
+            f"config.json: rope_type is {describe(kind)}; known: default, yarn"
         )
     factor = _number(said, "factor", 1.0)
     scale = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0

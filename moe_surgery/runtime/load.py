@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_surgery import families
 from moe_surgery.checkpoint.checkpoint import Checkpoint, TensorRef
-from moe_surgery.errors import PlanMismatchError, UsageError
+from moe_surgery.errors import UsageError
 from moe_surgery.families import Model as Described
 from moe_surgery.families import ModelTensor
 from moe_surgery.kernels import Backend, select_backend

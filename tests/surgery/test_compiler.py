@@ -1,4 +1,4 @@
-"""The program says where every output byte comes from; here it is resolved with numpy and held against slices."""
+"""The program says where every output byte comes from; numpy resolves it and compares it with slices."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Job:
         return write_folder(folder, self.source(), config, shards=self.shards, seed=self.seed)
 
     def expected(self) -> Tensors:
-        """Output tensors by numpy slicing alone; for an encoded weight, the BF16 values under its base name."""
+        """Output tensors by numpy slicing; for an encoded weight, the BF16 values under its base name."""
         unchanged = self.storage == "mxfp4" and self.layout in ("mxfp4", "original")
         tensors = make_tensors(self.shape, "mxfp4" if unchanged else "bf16", self.seed)
         if self.wide is not None:
