@@ -55,7 +55,8 @@ class OutputFile:
         try:
             self._fd = ops.open(self._temporary, flags)
         except OSError as error:
-            raise output_failure(error, self._temporary, "create") from error
+            named = self._temporary if error.errno == errno.EEXIST else path
+            raise output_failure(error, named, "create") from error
 
     def clone(self, source: int, source_offset: int, nbytes: int, offset: int) -> bool:
         """Share extents of the file `source` instead of writing; False where that cannot be."""

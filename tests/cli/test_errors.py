@@ -68,7 +68,7 @@ CASES: dict[str, tuple[str, int, str]] = {
     "plan into no folder": (
         "plan --keep 0 --checkpoint {tmp}/in -o {tmp}/no/plan.json",
         5,
-        "{tmp}/no/plan.json: cannot write",
+        "{tmp}/no/plan.json: cannot create",
     ),
     "nothing chosen to prune": ("prune {tmp}/in {tmp}/out", 2, "exactly one of --plan, --ranking and --keep"),
     "two choices to prune": ("prune {tmp}/in {tmp}/out --keep 0 --plan p", 2, "exactly one of --plan"),
