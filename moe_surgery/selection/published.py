@@ -1,0 +1,130 @@
+"""The published statistics tree: `<dataset>/<category>/<outcome>.json`, and the ranking made of it.
+
+Each file holds, for the phases think and answer, how often each expert was chosen in each layer
+(`count_frequency`), as a mean over `sample_count` samples. Per layer, experts are ranked by the sum
+over files and phases of sample_count * count_frequency, descending, ties in order of first
+appearance. A topic's published ranking takes alternately from the topic's own order and from that of
+all files, skipping what is taken.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from moe_surgery.checkpoint.files import printable_path, read_small_file
+from moe_surgery.checkpoint.strict_json import parse_json
+from moe_surgery.errors import InvalidInputError, OutputError, PlanMismatchError
+from moe_surgery.selection.ranking import Ranking
+
+__all__ = ["interleave", "rank_published", "statistics_files"]
+
+PHASES = ("think_expert_analytics", "answer_expert_analytics")
+MAX_BYTES = 100_000_000
+_LAYER = re.compile(r"layer_(0|[1-9][0-9]{0,4})", re.ASCII)
+
+
+def statistics_files(folder: str | os.PathLike[str]) -> list[Path]:
+    """All .json files below `folder`, in path order. Raises OutputError where there is none."""
+    root = Path(folder)
+    found = sorted(p for p in root.rglob("*.json") if p.is_file())
+    if not found:
+        raise OutputError(f"{printable_path(root)}: holds no statistics (.json files below it)")
+    return found
+
+
+def rank_published(files: Iterable[Path], experts: int | None = None) -> Ranking:
+    """The published ranking over `files`, in the order given.
+
+    `experts` is the model's number; without it, the largest one named. Experts that no file names
+    come last, by number. Raises InvalidInputError naming a file that cannot be read as statistics.
+    """
+    totals: dict[int, dict[int, float]] = {}
+    names = []
+    for file in files:
+        names.append("/".join(file.parts[-3:]))
+        for layer, expert, amount in _amounts(file):
+            row = totals.setdefault(layer, {})
+            row[expert] = row.get(expert, 0.0) + amount
+    layers = len(totals)
+    if sorted(totals) != list(range(layers)):
+        raise InvalidInputError(f"the statistics name layers {sorted(totals)}, not 0 to {layers - 1}")
+    named = max(max(row) for row in totals.values()) + 1
+    count = experts or named
+    if named > count:
+        raise PlanMismatchError(f"the statistics name expert {named - 1}, but the model has {count}")
+    return Ranking(
+        count,
+        tuple(_ordered(totals[layer], count) for layer in range(layers)),
+        scores=tuple(tuple(totals[layer].get(e, 0.0) for e in range(count)) for layer in range(layers)),
+        provenance={"method": "frequency", "statistics": names},
+    )
+
+
+def interleave(own: Ranking, other: Ranking) -> Ranking:
+    """Take alternately from `own` (first) and `other`, skipping experts already taken.
+
+    Raises PlanMismatchError where the two are not of one shape.
+    """
+    if (own.num_experts, len(own.layers)) != (other.num_experts, len(other.layers)):
+        raise PlanMismatchError(
+            f"cannot interleave rankings of {len(own.layers)} x {own.num_experts} and "
+            f"{len(other.layers)} x {other.num_experts} experts"
+        )
+    layers = tuple(_alternate(a, b) for a, b in zip(own.layers, other.layers, strict=True))
+    provenance = {**own.provenance, "interleaved_with": dict(other.provenance)}
+    return Ranking(own.num_experts, layers, own.model_type or other.model_type, None, provenance)
+
+
+def _alternate(one: Sequence[int], other: Sequence[int]) -> tuple[int, ...]:
+    sources = (iter(one), iter(other))
+    taken: dict[int, None] = {}
+    while len(taken) < len(one):
+        for source in sources:
+            fresh = next((e for e in source if e not in taken), None)
+            if fresh is not None:
+                taken[fresh] = None
+    return tuple(taken)
+
+
+def _ordered(row: Mapping[int, float], experts: int) -> tuple[int, ...]:
+    """By total, descending; Python's sort keeps first appearance among equals."""
+    named = sorted(row, key=lambda e: -row[e])
+    return (*named, *(e for e in range(experts) if e not in row))
+
+
+def _amounts(file: Path) -> Iterable[tuple[int, int, float]]:
+    """(layer, expert, sample_count * count_frequency) of one file, in the file's order."""
+    where = printable_path(file)
+    raw = read_small_file(file, limit=MAX_BYTES, what="statistics")
+    root = parse_json(raw, where=where, allow_floats=True)
+    if not isinstance(root, dict):
+        raise InvalidInputError(f"{where}: not expert statistics: expected a JSON object")
+    samples = _number(root.get("sample_count"), f"{where}: sample_count")
+    if not any(phase in root for phase in PHASES):
+        raise InvalidInputError(f"{where}: not expert statistics: has neither of {', '.join(PHASES)}")
+    for phase in PHASES:
+        for key, experts in _object(root.get(phase) or {}, f"{where}: {phase}").items():
+            match = _LAYER.fullmatch(key)
+            if not match:
+                raise InvalidInputError(f"{where}: {phase}: key {key[:40]!r} is no layer_N")
+            for expert, entry in _object(experts, f"{where}: {phase}: {key}").items():
+                inside = f"{where}: {phase}: {key}: expert {expert[:20]!r}"
+                if not expert.isascii() or not expert.isdigit() or len(expert) > 5:
+                    raise InvalidInputError(f"{inside} is no expert number")
+                frequency = _object(entry, inside).get("count_frequency", 0.0)
+                yield int(match[1]), int(expert), samples * _number(frequency, inside)
+
+
+def _object(value: object, where: str) -> dict[str, object]:
+    if not isinstance(value, dict):
+        raise InvalidInputError(f"{where}: expected a JSON object")
+    return value
+
+
+def _number(value: object, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+        raise InvalidInputError(f"{where}: expected a number of at least 0")
+    return float(value)

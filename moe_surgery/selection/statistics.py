@@ -1,0 +1,210 @@
+"""Router statistics: what texts made each expert do, kept so that any metric follows without a new pass."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_surgery.checkpoint.fileops import FileOps
+from moe_surgery.checkpoint.files import printable_path, read_small_file
+from moe_surgery.checkpoint.header import parse_header
+from moe_surgery.checkpoint.strict_json import parse_json
+from moe_surgery.checkpoint.writer import write_file
+from moe_surgery.errors import InvalidInputError, PlanMismatchError
+
+__all__ = ["ExpertStatistics", "Statistics", "load_statistics", "merge", "save_statistics"]
+
+STATISTICS_FORMAT = "moe-surgery.statistics"
+VERSION = 1
+MAX_BYTES = 4 << 30
+
+Floats = npt.NDArray[np.float64]
+Counts = npt.NDArray[np.int64]
+
+
+@dataclass(slots=True)
+class ExpertStatistics:
+    """Sums over the tokens of one domain in one layer, per expert j of E; T_j are the tokens that
+    chose j, g their routing weight, f the expert's output (its bias included, before the weight).
+
+    count int64 [E]: |T_j|. gate: sum of g. norm: sum of |f|. weighted_norm: sum of g |f|.
+    output [E, hidden]: sum of f. peak_abs, peak: the largest |f_i| and f_i seen in any component
+    (0 where nobody chose j, and at least 0). All but counts are float64.
+    """
+
+    count: Counts
+    gate: Floats
+    norm: Floats
+    weighted_norm: Floats
+    output: Floats
+    peak_abs: Floats
+    peak: Floats
+
+    @classmethod
+    def zeros(cls, experts: int, hidden: int) -> ExpertStatistics:
+        def row() -> Floats:
+            return np.zeros(experts)
+
+        count = np.zeros(experts, np.int64)
+        return cls(count, row(), row(), row(), np.zeros((experts, hidden)), row(), row())
+
+    def add(self, other: ExpertStatistics) -> None:
+        """Add what other tokens did: sums add, peaks take the larger."""
+        for name in ("count", "gate", "norm", "weighted_norm", "output"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name in ("peak_abs", "peak"):
+            setattr(self, name, np.maximum(getattr(self, name), getattr(other, name)))
+
+
+@dataclass(slots=True)
+class Statistics:
+    """Statistics of a checkpoint over the texts of one or more domains.
+
+    `identity` is the checkpoint's (a digest over its headers), `tokens` counts tokens by domain,
+    `texts` lists what was read for each: {"name", "xxh3_128", "tokens"}. `data[domain][layer]`.
+    """
+
+    model_type: str
+    identity: str
+    experts: int
+    hidden: int
+    top_k: int
+    tokens: dict[str, int] = field(default_factory=dict)
+    texts: dict[str, list[dict[str, object]]] = field(default_factory=dict)
+    data: dict[str, list[ExpertStatistics]] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> int:
+        return len(next(iter(self.data.values()))) if self.data else 0
+
+    @property
+    def domains(self) -> list[str]:
+        return sorted(self.data)
+
+    def over(self, domains: Iterable[str] | None = None) -> list[ExpertStatistics]:
+        """Per layer, the sum over `domains` (default all). Raises InvalidInputError for an unknown one."""
+        chosen = self.domains if domains is None else list(domains)
+        if unknown := sorted(set(chosen) - set(self.data)):
+            raise InvalidInputError(
+                f"domain {unknown[0]!r} is not in these statistics; there are: {', '.join(self.domains)}"
+            )
+        totals = [ExpertStatistics.zeros(self.experts, self.hidden) for _ in range(self.layers)]
+        for domain in chosen:
+            for total, part in zip(totals, self.data[domain], strict=True):
+                total.add(part)
+        return totals
+
+
+def merge(parts: Iterable[Statistics]) -> Statistics:
+    """The statistics of all parts' texts together.
+
+    Raises PlanMismatchError unless all are of one checkpoint.
+    """
+    first, *others = parts
+    total = Statistics(first.model_type, first.identity, first.experts, first.hidden, first.top_k)
+    for part in (first, *others):
+        if (part.identity, part.experts, part.layers) != (first.identity, first.experts, first.layers):
+            raise PlanMismatchError(
+                f"statistics of different checkpoints cannot be merged: {first.identity} and {part.identity}"
+            )
+        for domain in part.domains:
+            total.tokens[domain] = total.tokens.get(domain, 0) + part.tokens[domain]
+            total.texts.setdefault(domain, []).extend(part.texts[domain])
+            held = total.data.setdefault(
+                domain, [ExpertStatistics.zeros(part.experts, part.hidden) for _ in part.data[domain]]
+            )
+            for mine, theirs in zip(held, part.data[domain], strict=True):
+                mine.add(theirs)
+    return total
+
+
+def save_statistics(statistics: Statistics, path: str | os.PathLike[str]) -> None:
+    """Write one safetensors file: tensors `layer.N.<domain>.<statistic>`, the rest as metadata.
+
+    Raises OutputError where it cannot be written; the file appears whole or not at all.
+    """
+    from safetensors.numpy import save
+
+    tensors: dict[str, npt.NDArray[np.generic]] = {}
+    for domain, layers in statistics.data.items():
+        for number, layer in enumerate(layers):
+            for f in fields(layer):
+                tensors[f"layer.{number}.{domain}.{f.name}"] = np.ascontiguousarray(getattr(layer, f.name))
+    described = {
+        "format": STATISTICS_FORMAT,
+        "version": VERSION,
+        "model_type": statistics.model_type,
+        "identity": statistics.identity,
+        "experts": statistics.experts,
+        "hidden": statistics.hidden,
+        "layers": statistics.layers,
+        "top_k": statistics.top_k,
+        "tokens": statistics.tokens,
+        "texts": statistics.texts,
+    }
+    write_file(Path(path), save(tensors, {"moe_surgery": json.dumps(described)}), FileOps())
+
+
+def load_statistics(path: str | os.PathLike[str]) -> Statistics:
+    """Read a statistics file.
+
+    Raises InvalidInputError for any other file or a damaged one, OutputError where it cannot be read.
+    """
+    where = printable_path(path)
+    raw = read_small_file(path, limit=MAX_BYTES, what="statistics")
+    length = int.from_bytes(raw[:8], "little")
+    header = parse_header(raw[: 8 + min(length, len(raw))], len(raw), file=where)
+    if "moe_surgery" not in header.metadata:
+        raise InvalidInputError(f"{where}: is a safetensors file, but holds no statistics of moe-surgery")
+    said = parse_json(header.metadata["moe_surgery"].encode(), where=where, allow_floats=True)
+    if not isinstance(said, dict) or said.get("format") != STATISTICS_FORMAT:
+        raise InvalidInputError(f"{where}: holds no statistics of moe-surgery")
+    if said.get("version") != VERSION:
+        raise InvalidInputError(f"{where}: statistics version {said.get('version')!r} is not known here")
+    arrays = {
+        name: np.frombuffer(
+            raw, _DTYPES[info.dtype], count=info.nbytes // 8, offset=header.data_start + info.begin
+        ).reshape(info.shape)
+        for name, info in header.tensors.items()
+        if info.dtype in _DTYPES
+    }
+    try:
+        return _assembled(said, arrays)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InvalidInputError(f"{where}: incomplete statistics: {error}") from None
+
+
+_DTYPES = {"F64": np.float64, "I64": np.int64}
+
+
+def _assembled(said: Mapping[str, object], arrays: Mapping[str, npt.NDArray[np.generic]]) -> Statistics:
+    def integer(key: str) -> int:
+        value = said[key]
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{key} is {value!r}")
+        return value
+
+    tokens, texts = said["tokens"], said["texts"]
+    if not isinstance(tokens, dict) or not isinstance(texts, dict) or tokens.keys() != texts.keys():
+        raise ValueError("tokens and texts do not name the same domains")
+    experts, hidden = integer("experts"), integer("hidden")
+    shapes = {
+        f.name: (experts, hidden) if f.name == "output" else (experts,) for f in fields(ExpertStatistics)
+    }
+    data: dict[str, list[ExpertStatistics]] = {}
+    for domain in tokens:
+        data[domain] = []
+        for layer in range(integer("layers")):
+            found = {name: arrays[f"layer.{layer}.{domain}.{name}"] for name in shapes}
+            if wrong := [n for n in shapes if found[n].shape != shapes[n]]:
+                raise ValueError(f"layer.{layer}.{domain}.{wrong[0]} has shape {found[wrong[0]].shape}")
+            data[domain].append(ExpertStatistics(**found))  # type: ignore[arg-type]
+    return Statistics(
+        str(said["model_type"]), str(said["identity"]), experts, hidden, integer("top_k"), tokens, texts, data
+    )
