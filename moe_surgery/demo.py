@@ -102,12 +102,15 @@ def _run(row: DemoRow, path: str | Path, say: Callable[[str], None]) -> DemoRow:
     """`row` with tokens per second, losses and a sample of the model in `path`."""
     from dataclasses import replace
 
+    import torch
+
     from moe_surgery.measure.loss import cross_entropy
     from moe_surgery.runtime.generate import generate
     from moe_surgery.runtime.load import load_model
     from moe_surgery.runtime.text import Text
     from moe_surgery.runtime.usage import Stopwatch
 
+    torch.set_num_threads(1)  # so small a model only loses by more
     say(f"generate {row.name} --prompt {PROMPT!r}")
     model, text, watch = load_model(path), Text(path), Stopwatch()
     found = generate(

@@ -14,7 +14,7 @@ from moe_surgery.version import __version__
 
 __all__ = ["main"]
 
-COMMANDS = ("inspect", "plan", "prune", "verify", "generate", "demo", "doctor")
+COMMANDS = ("inspect", "rank", "plan", "prune", "verify", "generate", "demo", "doctor")
 INTERRUPTED = 130
 IO_ERROR = 5
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from moe_surgery.kernels.reference.mxfp4 import decode
 from moe_surgery.kernels.weights import DenseWeight, ExpertWeights, Weight
 
-__all__ = ["experts", "experts_gathered", "experts_grouped", "swiglu"]
+__all__ = ["expert_output", "experts", "experts_gathered", "experts_grouped", "swiglu"]
 
 # Decoded at once; a piece this size stays in a processor's cache until it is multiplied.
 PIECE_BYTES = 4 << 20
@@ -36,13 +36,16 @@ def experts_grouped(x: Tensor, ids: Tensor, weights: Tensor, expert_weights: Exp
     for expert in torch.unique(ids).tolist():
         token, slot = torch.where(ids == expert)
         place = int(stored[token[0], slot[0]])
-        h = _linear(x[token], expert_weights.gate_up, place)
-        h = h + expert_weights.gate_up_bias[place].to(x.dtype)
-        z = swiglu(h, expert_weights.limit, expert_weights.alpha)
-        out = _linear(z, expert_weights.down, place)
-        out = out + expert_weights.down_bias[place].to(x.dtype)
+        out = expert_output(x[token], expert_weights, place)
         y.index_add_(0, token, out.float() * weights[token, slot, None].float())
     return y.to(x.dtype)
+
+
+def expert_output(x: Tensor, expert_weights: ExpertWeights, place: int) -> Tensor:
+    """The output of one stored expert, biases included, before its routing weight: [tokens, hidden]."""
+    h = _linear(x, expert_weights.gate_up, place) + expert_weights.gate_up_bias[place].to(x.dtype)
+    z = swiglu(h, expert_weights.limit, expert_weights.alpha)
+    return _linear(z, expert_weights.down, place) + expert_weights.down_bias[place].to(x.dtype)
 
 
 def experts_gathered(x: Tensor, ids: Tensor, weights: Tensor, expert_weights: ExpertWeights) -> Tensor:

@@ -1,0 +1,165 @@
+"""Statistics files and the metrics derived from them, against plain loops."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+from moe_surgery.errors import InvalidInputError, PlanMismatchError, UsageError
+from moe_surgery.selection.metrics import METRICS, coverage, order, score, super_experts
+from moe_surgery.selection.rank import rank
+from moe_surgery.selection.statistics import (
+    ExpertStatistics,
+    Statistics,
+    load_statistics,
+    merge,
+    save_statistics,
+)
+
+EXPERTS, HIDDEN, LAYERS = 5, 6, 4
+
+
+def routes(seed: int, tokens: int) -> list[tuple[int, float, np.ndarray]]:
+    """Random (expert, routing weight, output); expert 4 is never chosen."""
+    rng = np.random.default_rng(seed)
+    return [
+        (int(rng.integers(EXPERTS - 1)), float(rng.random()), rng.normal(size=HIDDEN)) for _ in range(tokens)
+    ]
+
+
+def gathered(chosen: list[tuple[int, float, np.ndarray]]) -> ExpertStatistics:
+    found = ExpertStatistics.zeros(EXPERTS, HIDDEN)
+    for expert, gate, output in chosen:
+        found.count[expert] += 1
+        found.gate[expert] += gate
+        found.norm[expert] += np.linalg.norm(output)
+        found.weighted_norm[expert] += gate * np.linalg.norm(output)
+        found.output[expert] += output
+        found.peak_abs[expert] = max(found.peak_abs[expert], abs(output).max())
+        found.peak[expert] = max(found.peak[expert], output.max())
+    return found
+
+
+def statistics(seed: int, domains: tuple[str, ...] = ("law",), identity: str = "a") -> Statistics:
+    data = {
+        d: [gathered(routes(seed + 10 * i + n, 40)) for n in range(LAYERS)] for i, d in enumerate(domains)
+    }
+    texts: dict[str, list[dict[str, object]]] = {d: [{"name": f"{d}.txt", "tokens": 40}] for d in domains}
+    return Statistics("gpt_oss", identity, EXPERTS, HIDDEN, 2, dict.fromkeys(domains, 40), texts, data)
+
+
+def by_hand(metric: str, chosen: list[tuple[int, float, np.ndarray]], expert: int) -> float:
+    mine = [(g, f) for e, g, f in chosen if e == expert]
+    norms = [float(np.sqrt((f * f).sum())) for _, f in mine]
+    if not mine:
+        return 0.0
+    return {
+        "frequency": float(len(mine)),
+        "gate": sum(g for g, _ in mine),
+        "ean_sum": sum(norms),
+        "ean_mean": sum(norms) / len(mine),
+        "weighted_ean": sum(g * n for (g, _), n in zip(mine, norms, strict=True)),
+        "reap": sum(g * n for (g, _), n in zip(mine, norms, strict=True)) / len(mine),
+        "ean_ca": float(np.linalg.norm(sum(f for _, f in mine) / len(mine))),
+    }[metric]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_every_metric_is_its_definition(metric: str) -> None:
+    chosen = routes(3, 60)
+    [scores] = score(metric, [gathered(chosen)])
+    expected = [by_hand(metric, chosen, e) for e in range(EXPERTS)]
+    np.testing.assert_allclose(scores, expected, rtol=1e-12)
+    assert scores[EXPERTS - 1] == 0  # nobody chose it
+    assert order(scores) == tuple(sorted(range(EXPERTS), key=lambda e: (-expected[e], e)))
+
+
+def test_an_unknown_metric_is_a_usage_error_that_lists_the_known() -> None:
+    with pytest.raises(UsageError, match="reap"):
+        score("best", [gathered(routes(0, 3))])
+
+
+def test_a_file_comes_back_as_it_was(tmp_path: Path) -> None:
+    before = statistics(1, ("law", "maths"))
+    save_statistics(before, tmp_path / "s")
+    after = load_statistics(tmp_path / "s")
+    assert (after.tokens, after.texts, after.identity, after.layers) == (
+        before.tokens,
+        before.texts,
+        before.identity,
+        LAYERS,
+    )
+    for domain in before.domains:
+        for mine, theirs in zip(before.data[domain], after.data[domain], strict=True):
+            np.testing.assert_array_equal(mine.output, theirs.output)
+            np.testing.assert_array_equal(mine.count, theirs.count)
+    assert load_file(tmp_path / "s")["layer.2.maths.norm"].dtype == np.float64
+
+
+@given(st.lists(st.integers(0, 99), min_size=2, max_size=60), st.integers(1, 59))
+def test_halves_merged_are_the_whole(seeds: list[int], cut: int) -> None:
+    cut = min(cut, len(seeds) - 1)
+    chosen = [routes(s, 1)[0] for s in seeds]
+    whole, parts = gathered(chosen), (gathered(chosen[:cut]), gathered(chosen[cut:]))
+    halves = []
+    for part in parts:
+        half = statistics(0)
+        half.data = {"law": [part]}
+        halves.append(half)
+    merged = merge(halves)
+    [total] = merged.data["law"]
+    for name in ("count", "gate", "norm", "weighted_norm", "output", "peak_abs", "peak"):
+        np.testing.assert_allclose(getattr(total, name), getattr(whole, name), rtol=1e-12, atol=1e-12)
+    assert merged.tokens == {"law": 80}
+
+
+def test_statistics_of_two_checkpoints_do_not_merge() -> None:
+    with pytest.raises(PlanMismatchError, match="different checkpoints"):
+        merge([statistics(0), statistics(0, identity="b")])
+
+
+def test_an_unknown_domain_is_named_with_those_there_are() -> None:
+    with pytest.raises(InvalidInputError, match=r"'cooking'.*law, maths"):
+        statistics(0, ("law", "maths")).over(["cooking"])
+
+
+def test_domains_add_up() -> None:
+    both = statistics(0, ("law", "maths"))
+    total = both.over()
+    expected = both.data["law"][1].gate + both.data["maths"][1].gate
+    np.testing.assert_allclose(total[1].gate, expected)
+
+
+def test_super_experts_are_outliers_of_the_first_three_quarters() -> None:
+    layers = [ExpertStatistics.zeros(64, 2) for _ in range(4)]
+    for layer in layers:
+        layer.peak += 1.0
+        layer.count += 1
+    layers[1].peak[7] = layers[3].peak[9] = 1000.0
+    assert super_experts(layers) == [set(), {7}, set(), set()]
+    found = Statistics("gpt_oss", "a", 64, 2, 2, {"x": 1}, {"x": []}, {"x": layers})
+    assert rank(found, "frequency", protect_super_experts=True).layers[1][:3] == (7, 0, 1)
+    assert rank(found, "frequency").layers[1][0] == 0
+
+
+def test_coverage_is_the_share_of_routed_weight() -> None:
+    layer = gathered(routes(5, 50))
+    [share] = coverage([layer], [(0, 2)])
+    assert share == pytest.approx((layer.gate[0] + layer.gate[2]) / layer.gate.sum())
+    assert coverage([layer], [range(EXPERTS)])[0] == pytest.approx(1.0)
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    save_file({"x": np.zeros(3)}, tmp_path / "x")
+    with pytest.raises(InvalidInputError, match="no statistics of moe-surgery"):
+        load_statistics(tmp_path / "x")
+    save_statistics(statistics(0), tmp_path / "cut")
+    raw = (tmp_path / "cut").read_bytes()
+    (tmp_path / "cut").write_bytes(raw[:-8])
+    with pytest.raises(InvalidInputError):
+        load_statistics(tmp_path / "cut")
