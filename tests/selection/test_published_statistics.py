@@ -86,8 +86,8 @@ def test_the_command_ranks_a_folder(tmp_path: Path, capsys: pytest.CaptureFixtur
     write(tmp_path / "t" / "x" / "1.json", 1, {"layer_0": {"1": 0.9, "0": 0.1}, "layer_1": {"0": 1.0}})
     (tmp_path / "all.json").write_text(json.dumps({"layer_0": [0, 1], "layer_1": [1, 0]}))
     out = tmp_path / "ranking.json"
+    interleaved = ["--interleave-with", str(tmp_path / "all.json")]
     with pytest.raises(SystemExit) as ended:
-        interleaved = ["--interleave-with", str(tmp_path / "all.json")]
         main(["rank", str(tmp_path / "t"), "-n2", "--model-type", "gpt_oss", "-o", str(out), *interleaved])
     assert ended.value.code == 0
     ranking = load_ranking(out)
