@@ -45,6 +45,7 @@ def examine() -> dict[str, dict[str, str]]:
             "instruction sets": ", ".join(mxfp4.instruction_sets()) or "none: numpy is used, slower",
         },
         "devices": _devices(),
+        "kernels' backends": _backends(),
     }
 
 
@@ -79,6 +80,14 @@ def _devices() -> dict[str, str]:
     else:
         mps = "no: not macOS" if sys.platform != "darwin" else "no: this torch or macOS lacks it"
     return {"cpu": "yes", "cuda": cuda, "mps": mps}
+
+
+def _backends() -> dict[str, str]:
+    if find_spec("torch") is None:
+        return {"reference, triton": "no: torch is not installed (pip install 'moe-surgery[torch]')"}
+    from moe_surgery.kernels import backend_states
+
+    return backend_states()
 
 
 def _why_no_cuda(built_for: str | None) -> str:

@@ -8,16 +8,36 @@ from moe_surgery.errors import UsageError
 from moe_surgery.kernels.interface import Backend
 from moe_surgery.kernels.reference import ReferenceBackend
 
-__all__ = ["BACKENDS", "Backend", "select_backend"]
+__all__ = ["BACKENDS", "Backend", "backend_states", "select_backend"]
 
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "triton")
 
 
 def select_backend(device: torch.device, name: str | None = None) -> Backend:
     """The backend called `name`, or the best one for `device`.
 
-    Raises UsageError for an unknown name; a backend that was asked for is never replaced by another.
+    Raises UsageError for an unknown name and for a backend that cannot run here; one that was asked
+    for is never replaced by another.
     """
     if name is not None and name not in BACKENDS:
         raise UsageError(f"--backend {name}: unknown; known: {', '.join(BACKENDS)}")
+    if name == "triton" or (name is None and device.type == "cuda" and _triton_reason() is None):
+        from moe_surgery.kernels.triton import TritonBackend
+        from moe_surgery.kernels.triton.launch import interpreting
+
+        if device.type != "cuda" and not interpreting():
+            raise UsageError(f"--backend triton: runs on CUDA devices, not on {device}")
+        return TritonBackend()
     return ReferenceBackend()
+
+
+def backend_states() -> dict[str, str]:
+    """Backend -> "yes", or why it does not work here."""
+    reason = _triton_reason()
+    return {"reference": "yes", "triton": "yes" if reason is None else f"no: {reason}"}
+
+
+def _triton_reason() -> str | None:
+    from moe_surgery.kernels.triton import availability
+
+    return availability()

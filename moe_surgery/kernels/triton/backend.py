@@ -1,0 +1,185 @@
+"""The Triton backend: which launches make up an operation, and what they may assume."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from moe_surgery.errors import UsageError
+from moe_surgery.kernels.weights import ExpertWeights
+
+if TYPE_CHECKING:  # importing triton is left until it is known to be there
+    from moe_surgery.kernels.triton.launch import Launch
+
+__all__ = ["TritonBackend"]
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class TritonBackend:
+    """See `moe_surgery.kernels.interface.Backend`.
+
+    For CUDA tensors, or CPU tensors where Triton interprets (TRITON_INTERPRET=1). At one token a layer is
+    three launches: route, gate_up, down. Raises UsageError, when made, where `availability` gives a reason,
+    and on tensors it does not support. Its launches on one stream may not overlap with each other.
+    """
+
+    name = "triton"
+
+    def __init__(self) -> None:
+        from moe_surgery.kernels.triton import availability
+
+        reason = availability()
+        if reason is not None:
+            raise UsageError(f"--backend triton: {reason}; choose --backend reference")
+
+    def route(self, x: Tensor, weight: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        ids = torch.empty((len(x), top_k), dtype=torch.int64, device=x.device)
+        weights = torch.empty((len(x), top_k), dtype=x.dtype, device=x.device)
+        for launch in route_launches(x, weight, bias, top_k, ids, weights):
+            launch.run()
+        return ids, weights
+
+    def experts(self, x: Tensor, ids: Tensor, weights: Tensor, expert_weights: ExpertWeights) -> Tensor:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        for launch in experts_launches(x, ids, weights, expert_weights, out):
+            launch.run()
+        return out
+
+
+def route_launches(
+    x: Tensor, weight: Tensor, bias: Tensor, top_k: int, ids: Tensor, weights: Tensor
+) -> list[Launch]:
+    """The one launch that fills ids int64 and weights [tokens, top_k]; none for no tokens."""
+    from moe_surgery.kernels.triton.blocks import chip_of
+    from moe_surgery.kernels.triton.route import route
+
+    _check("x", x, (None, weight.shape[1]), x.device, DTYPES)
+    _check("the router's weight", weight, (None, None), x.device, DTYPES)
+    _check("the router's bias", bias, (weight.shape[0],), x.device, DTYPES)
+    if not len(x):
+        return []
+    wide = _wide(x, weight.dtype)
+    return [
+        route(
+            x.contiguous(),
+            weight.contiguous(),
+            bias.contiguous(),
+            top_k,
+            ids,
+            weights,
+            chip_of(x.device),
+            wide,
+        )
+    ]
+
+
+def experts_launches(
+    x: Tensor, ids: Tensor, weights: Tensor, expert_weights: ExpertWeights, out: Tensor
+) -> list[Launch]:
+    """The launches that fill out [tokens, hidden]: two at few tokens, else four, or five beyond 1024 pairs."""
+    from moe_surgery.kernels.triton import dispatch, slots, tiles
+    from moe_surgery.kernels.triton.blocks import chip_of, entry, few_slots, split_for, tile_tokens
+    from moe_surgery.kernels.triton.operands import operand
+
+    gate_up = operand(expert_weights.gate_up, expert_weights.gate_up_bias, "gate_up")
+    down = operand(expert_weights.down, expert_weights.down_bias, "down")
+    index = expert_weights.index
+    tokens, hidden = x.shape
+    top_k = ids.shape[1]
+    pairs = tokens * top_k
+    units = down.columns
+    if (gate_up.rows, gate_up.columns, down.rows) != (2 * units, hidden, hidden):
+        raise UsageError(
+            f"triton backend: x has {hidden} columns, gate_up is {gate_up.columns} -> {gate_up.rows}, "
+            f"down {units} -> {down.rows}"
+        )
+    _check("x", x, (None, hidden), x.device, DTYPES)
+    _check("ids", ids, (tokens, top_k), x.device, (torch.int64, torch.int32))
+    _check("weights", weights, (tokens, top_k), x.device, DTYPES)
+    for tensor in (gate_up.data, gate_up.bias, down.data, down.bias):
+        _check("an expert weight", tensor, (None,) * tensor.dim(), x.device)
+    if index is not None:
+        _check("index", index, (None,), x.device, (torch.int64, torch.int32))
+        index = index.contiguous()
+    if not pairs:
+        out.zero_()
+        return []
+    x, ids, weights = x.contiguous(), ids.contiguous(), weights.contiguous()
+    experts = gate_up.data.shape[0] if index is None else len(index)
+    chip = chip_of(x.device)
+    z = torch.empty((pairs, units), dtype=x.dtype, device=x.device)
+    limit, alpha = expert_weights.limit, expert_weights.alpha
+
+    if few_slots(tokens, top_k, experts):
+        up_blocks = entry(chip.arch, "gate_up", gate_up.mxfp4)
+        down_blocks = entry(chip.arch, "down", down.mxfp4)
+        up_split = split_for(
+            pairs * -(-units // up_blocks.rows), -(-hidden // up_blocks.columns), chip.multiprocessors
+        )
+        down_split = split_for(
+            tokens * -(-hidden // down_blocks.rows),
+            top_k * -(-units // down_blocks.columns),
+            chip.multiprocessors,
+        )
+        return [
+            slots.gate_up_slots(x, ids, index, gate_up, z, limit, alpha, up_blocks, up_split),
+            slots.down_slots(z, ids, weights, index, down, out, down_blocks, down_split),
+        ]
+
+    width = tile_tokens(pairs, experts)
+    schedule = dispatch.schedule_for(pairs, experts, width, x.device)
+    parts = torch.empty((pairs, hidden), dtype=torch.float32, device=x.device)
+    up_wide, down_wide = _wide(x, gate_up.data.dtype), _wide(x, down.data.dtype)
+    up_blocks = entry(chip.arch, "gate_up", gate_up.mxfp4, width, up_wide)
+    down_blocks = entry(chip.arch, "down", down.mxfp4, width, down_wide)
+    up_split = split_for(
+        schedule.most_tiles * -(-units // up_blocks.rows),
+        -(-hidden // up_blocks.columns),
+        chip.multiprocessors,
+    )
+    down_split = split_for(
+        schedule.most_tiles * -(-hidden // down_blocks.rows),
+        -(-units // down_blocks.columns),
+        chip.multiprocessors,
+    )
+    return [
+        *dispatch.dispatch(ids, experts, schedule),
+        tiles.gate_up_tiles(
+            x, top_k, schedule, index, gate_up, z, limit, alpha, up_blocks, up_split, up_wide
+        ),
+        tiles.down_tiles(z, weights, schedule, index, down, parts, down_blocks, down_split, down_wide),
+        tiles.combine(parts, out, top_k),
+    ]
+
+
+def _wide(x: Tensor, weight: torch.dtype) -> bool:
+    """Whether products need float32: BF16 tensor cores are exact only for BF16 and MXFP4 operands."""
+    from moe_surgery.kernels.triton.launch import interpreting
+
+    return interpreting() or x.dtype != torch.bfloat16 or weight not in (torch.bfloat16, torch.uint8)
+
+
+def _check(
+    what: str,
+    tensor: Tensor,
+    shape: tuple[int | None, ...],
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...] | None = None,
+) -> None:
+    """Raise UsageError unless `tensor` has `shape` (None is any length), `device` and one of `dtypes`."""
+    from moe_surgery.kernels.triton.launch import interpreting
+
+    matches = [wanted in (None, length) for wanted, length in zip(shape, tensor.shape, strict=False)]
+    if tensor.dim() != len(shape) or not all(matches):
+        raise UsageError(f"triton backend: {what} has shape {tuple(tensor.shape)}, needed {shape}")
+    if tensor.device != device:
+        raise UsageError(f"triton backend: {what} is on {tensor.device}, x on {device}")
+    if tensor.device.type not in ("cuda", "meta") and not interpreting():
+        raise UsageError(f"triton backend: {what} is on {tensor.device}, not on a CUDA device")
+    if dtypes is not None and tensor.dtype not in dtypes:
+        raise UsageError(
+            f"triton backend: {what} is {tensor.dtype}, needed one of {', '.join(map(str, dtypes))}"
+        )

@@ -1,0 +1,184 @@
+"""Both ways through the experts compute the weighted sum that the formula says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from importlib import import_module
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+torch = pytest.importorskip("torch")
+
+from moe_surgery.kernels.reference.experts import experts_gathered, experts_grouped, swiglu  # noqa: E402
+from moe_surgery.kernels.weights import DenseWeight, ExpertWeights, Mxfp4Weight, Weight  # noqa: E402
+from tests.support.checkpoints import decode, random_bf16  # noqa: E402
+
+WAYS = {"grouped": experts_grouped, "gathered": experts_gathered}
+# Largest error in units of the largest output.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
+
+
+@dataclass
+class Case:
+    x: np.ndarray
+    ids: np.ndarray
+    weights: np.ndarray
+    experts: ExpertWeights
+
+    def run(self, way: str, dtype: torch.dtype) -> torch.Tensor:
+        x, weights = (torch.from_numpy(a).to(dtype) for a in (self.x, self.weights))
+        return WAYS[way](x, torch.from_numpy(self.ids), weights, self.experts)
+
+
+def make_case(
+    seed: int = 0,
+    *,
+    tokens: int = 3,
+    experts: int = 4,
+    top_k: int = 2,
+    hidden: int = 64,
+    intermediate: int = 32,
+    stored: int | None = None,
+    packed: bool = True,
+) -> Case:
+    """`stored` experts of which the router knows `experts`; without it they are the same."""
+    rng = np.random.default_rng(seed)
+    held = stored or experts
+    weights = []
+    for rows, columns in ((2 * intermediate, hidden), (hidden, intermediate)):
+        blocks = rng.integers(0, 256, (held, rows, columns // 32, 16), np.uint8)
+        scales = rng.integers(119, 125, (held, rows, columns // 32), np.uint8)
+        if packed:
+            weights.append(Mxfp4Weight(torch.from_numpy(blocks), torch.from_numpy(scales)))
+        else:
+            bits = torch.from_numpy(decode(blocks, scales).view(np.int16)).view(torch.bfloat16)
+            weights.append(DenseWeight(bits.transpose(1, 2).contiguous()))
+    bits = [random_bf16(rng, (held, rows)).view(np.int16) for rows in (2 * intermediate, hidden)]
+    biases = [torch.from_numpy(b).view(torch.bfloat16) for b in bits]
+    index = None if stored is None else torch.from_numpy(rng.permutation(stored)[:experts])
+    ids = np.stack([rng.permutation(experts)[:top_k] for _ in range(tokens)])
+    mixed = rng.random((tokens, top_k))
+    return Case(
+        rng.standard_normal((tokens, hidden)),
+        ids,
+        mixed / mixed.sum(1, keepdims=True),
+        ExpertWeights(weights[0], biases[0], weights[1], biases[1], index),
+    )
+
+
+def plain(weight: Weight) -> np.ndarray:
+    """A weight as float64 [experts, rows, columns]."""
+    if isinstance(weight, DenseWeight):
+        return weight.values.double().transpose(1, 2).numpy()
+    bits = decode(weight.blocks.numpy(), weight.scales.numpy())
+    return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def brute_force(case: Case) -> np.ndarray:
+    """The formula in float64, one token and one expert at a time."""
+    e = case.experts
+    gate_up, down = plain(e.gate_up), plain(e.down)
+    gate_up_bias, down_bias = e.gate_up_bias.double().numpy(), e.down_bias.double().numpy()
+    y = np.zeros_like(case.x)
+    for token, (ids, weights) in enumerate(zip(case.ids, case.weights, strict=True)):
+        for expert, weight in zip(ids, weights, strict=True):
+            place = expert if e.index is None else int(e.index[expert])
+            h = gate_up[place] @ case.x[token] + gate_up_bias[place]
+            gate, up = np.minimum(h[::2], e.limit), np.clip(h[1::2], -e.limit, e.limit)
+            z = (up + 1) * gate / (1 + np.exp(-e.alpha * gate))
+            y[token] += weight * (down[place] @ z + down_bias[place])
+    return y
+
+
+def check(case: Case, way: str, dtype: torch.dtype) -> None:
+    got, expected = case.run(way, dtype), brute_force(case)
+    assert got.dtype == dtype
+    error = np.abs(got.double().numpy() - expected).max() / np.abs(expected).max()
+    assert error <= TOLERANCE[dtype]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    experts = draw(st.integers(1, 6))
+    return make_case(
+        draw(st.integers(0, 2**32 - 1)),
+        tokens=draw(st.integers(1, 5)),
+        experts=experts,
+        top_k=draw(st.integers(1, experts)),
+        hidden=32 * draw(st.integers(1, 5)),
+        intermediate=32 * draw(st.integers(1, 5)),
+        stored=draw(st.none() | st.integers(experts, 8)),
+        packed=draw(st.booleans()),
+    )
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("way", WAYS)
+@given(case=cases())
+def test_the_sum_of_the_chosen_experts_is_the_formulas(way: str, dtype: torch.dtype, case: Case) -> None:
+    check(case, way, dtype)
+
+
+@given(case=cases())
+def test_grouped_and_gathered_agree(case: Case) -> None:
+    one, other = (case.run(way, torch.float32) for way in WAYS)
+    assert (one - other).abs().max() <= 1e-5 * one.abs().max()
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 3 * 64 * 4, 5 * 64 * 4])
+@pytest.mark.parametrize("way", WAYS)
+def test_weights_decoded_in_pieces_of_any_size_give_the_same(
+    way: str, piece_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(import_module("moe_surgery.kernels.reference.experts"), "PIECE_BYTES", piece_bytes)
+    check(make_case(), way, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("way", WAYS)
+def test_an_index_gives_the_bits_of_tensors_cut_by_it(way: str, packed: bool, dtype: torch.dtype) -> None:
+    case = make_case(experts=3, stored=7, packed=packed)
+    index = case.experts.index
+
+    def cut(weight: Weight) -> Weight:
+        if isinstance(weight, DenseWeight):
+            return DenseWeight(weight.values[index])
+        return Mxfp4Weight(weight.blocks[index], weight.scales[index])
+
+    e = case.experts
+    own = replace(
+        e,
+        gate_up=cut(e.gate_up),
+        gate_up_bias=e.gate_up_bias[index],
+        down=cut(e.down),
+        down_bias=e.down_bias[index],
+        index=None,
+    )
+    assert torch.equal(case.run(way, dtype), replace(case, experts=own).run(way, dtype))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_expert_nobody_chose_leaves_no_trace(way: str) -> None:
+    case = make_case(experts=4, packed=False)
+    case.ids = np.array([[0, 2]] * len(case.x))
+    before = case.run(way, torch.float32)
+    for weight in (case.experts.gate_up, case.experts.down):
+        assert isinstance(weight, DenseWeight)
+        weight.values[[1, 3]] = float("nan")
+    assert torch.equal(case.run(way, torch.float32), before)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_swiglu_clamps_the_gate_above_and_the_up_row_on_both_sides(dtype: torch.dtype) -> None:
+    gate = torch.tensor([-50.0, -7.0, 0.0, 7.0, 50.0, 50.0])
+    up = torch.tensor([50.0, -50.0, 3.0, -7.0, 7.0, -50.0])
+    h = torch.stack((gate, up), dim=-1).flatten().to(dtype)
+    sigmoid = 1 / (1 + np.exp(-1.702 * np.array([-50.0, -7, 0, 7, 7, 7])))
+    expected = np.array([8.0, -6, 4, -6, 8, -6]) * np.array([-50.0, -7, 0, 7, 7, 7]) * sigmoid
+    got = swiglu(h, 7.0, 1.702)
+    assert got.dtype == dtype
+    np.testing.assert_allclose(got.double().numpy(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-4)

@@ -1,0 +1,237 @@
+"""The experts' kernels in Triton's interpreter, against numpy float64 and the reference backend."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from moe_surgery.errors import UsageError
+from moe_surgery.kernels.reference import ReferenceBackend
+from moe_surgery.kernels.triton import TritonBackend, backend
+from moe_surgery.kernels.triton.blocks import SPLITS, Blocks
+from moe_surgery.kernels.triton.dispatch import dispatch, schedule_for
+from moe_surgery.kernels.triton.operands import operand
+from moe_surgery.kernels.triton.slots import down_slots, gate_up_slots
+from moe_surgery.kernels.triton.tiles import combine, down_tiles, gate_up_tiles
+from moe_surgery.kernels.weights import Mxfp4Weight
+from tests.kernels.triton.cases import HIDDEN, UNITS, Case, Layer, covering_cases, every_case, layer
+
+# Largest error in units of the largest output.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a kernel is given to write holds NaN, or a number that is no index, until it does."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        tensor = empty(*args, **kwargs)
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else -123456)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    monkeypatch.setattr(torch, "empty_like", lambda x, **_: poisoned(x.shape, dtype=x.dtype))
+
+
+def error(found: torch.Tensor, wanted: np.ndarray) -> float:
+    assert found.isfinite().all()
+    return float(np.abs(found.double().numpy() - wanted).max() / np.abs(wanted).max())
+
+
+def check(case: Layer) -> None:
+    found = TritonBackend().experts(case.x, case.ids, case.weights, case.experts)
+    assert error(found, case.expected()) < TOLERANCE[case.x.dtype]
+    reference = ReferenceBackend().experts(case.x, case.ids, case.weights, case.experts)
+    assert error(found, reference.double().numpy()) < 2 * TOLERANCE[case.x.dtype]
+
+
+@pytest.mark.parametrize("case", covering_cases(), ids=str)
+def test_covering_cases(case: Case) -> None:
+    check(layer(case))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", every_case(), ids=str)
+def test_full_grid(case: Case) -> None:
+    check(layer(case))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", [Case(5, 2, 1, "mxfp4", True), Case(3, 2, 9, "dense", False)], ids=str)
+def test_narrow_inputs(case: Case, dtype: torch.dtype) -> None:
+    check(layer(case, dtype=dtype))
+
+
+@pytest.mark.parametrize("form", ["mxfp4", "dense"])
+@pytest.mark.parametrize("tokens", [9, 17])
+def test_all_tokens_on_one_expert(tokens: int, form: str) -> None:
+    """The others get no token at all; tiles of 16 and 32 that are not full."""
+    check(layer(Case(7, 1, tokens, form, True), ids=torch.full((tokens, 1), 4)))
+
+
+def test_one_token_takes_two_launches_and_no_tokens_none() -> None:
+    """With the one of `route`: three. Nothing sorts."""
+    case = layer(Case(32, 4, 1, "mxfp4", False))
+    out = torch.empty_like(case.x)
+    launches = backend.experts_launches(case.x, case.ids, case.weights, case.experts, out)
+    assert [launch.kernel.fn.__name__ for launch in launches] == ["_gate_up_kernel", "_down_kernel"]
+    router = torch.randn(32, HIDDEN), torch.randn(32)
+    assert len(backend.route_launches(case.x, *router, 4, case.ids, case.weights)) == 1
+    none = case.x[:0], case.ids[:0], case.weights[:0]
+    assert TritonBackend().experts(*none, case.experts).shape == (0, HIDDEN)
+    assert TritonBackend().route(none[0], *router, 4)[0].shape == (0, 4)
+
+
+def by_slots(case: Layer, blocks: Blocks, splits: tuple[int, int], operands=None) -> torch.Tensor:
+    up, down = operands or (
+        operand(case.experts.gate_up, case.experts.gate_up_bias, "gate_up"),
+        operand(case.experts.down, case.experts.down_bias, "down"),
+    )
+    index = case.experts.index
+    z, out = torch.empty(case.ids.numel(), down.columns), torch.empty_like(case.x)
+    gate_up_slots(case.x, case.ids, index, up, z, 7.0, 1.702, blocks, splits[0]).run()
+    down_slots(z, case.ids, case.weights, index, down, out, blocks, splits[1]).run()
+    return out
+
+
+def by_tiles(case: Layer, blocks: Blocks, splits: tuple[int, int], width: int, operands=None) -> torch.Tensor:
+    up, down = operands or (
+        operand(case.experts.gate_up, case.experts.gate_up_bias, "gate_up"),
+        operand(case.experts.down, case.experts.down_bias, "down"),
+    )
+    index, top_k = case.experts.index, case.ids.shape[1]
+    experts = up.data.shape[0] if index is None else len(index)
+    schedule = schedule_for(case.ids.numel(), experts, width, case.x.device)
+    z = torch.empty(case.ids.numel(), down.columns)
+    parts, out = torch.empty(case.ids.numel(), case.x.shape[1]), torch.empty_like(case.x)
+    for launch in (
+        *dispatch(case.ids, experts, schedule),
+        gate_up_tiles(case.x, top_k, schedule, index, up, z, 7.0, 1.702, blocks, splits[0], True),
+        down_tiles(z, case.weights, schedule, index, down, parts, blocks, splits[1], True),
+        combine(parts, out, top_k),
+    ):
+        launch.run()
+    return out
+
+
+@pytest.mark.parametrize("columns", [32, 64, 128])
+@pytest.mark.parametrize("form", ["mxfp4", "dense"])
+def test_any_step_of_the_reduction(form: str, columns: int) -> None:
+    """160 and 96 values in steps of 32 (even), 64 and 128 (masked ends); 32 of 64 rows in the last piece."""
+    case = layer(Case(3, 2, 3, form, True), hidden=160, units=96)
+    wanted = case.expected()
+    assert error(by_slots(case, Blocks(64, columns, 4, 1), (1, 1)), wanted) < 2e-6
+    assert error(by_tiles(case, Blocks(64, columns, 4, 1), (1, 1), 8), wanted) < 2e-6
+
+
+@pytest.mark.parametrize("split", SPLITS[1:])
+@pytest.mark.parametrize("form", ["mxfp4", "dense"])
+def test_split_reductions(form: str, split: int) -> None:
+    """Also into more parts than there are steps. Twice, bit for bit: counters are left at zero."""
+    case = layer(Case(2, 2, 2, form, False), hidden=160, units=96)
+    wanted = case.expected()
+    runs = [by_slots(case, Blocks(64, 64, 4, 1), (split, split)) for _ in range(2)]
+    assert error(runs[0], wanted) < 2e-6
+    assert torch.equal(*runs)
+    runs = [by_tiles(case, Blocks(128, 64, 4, 1), (split, split), 8) for _ in range(2)]
+    assert error(runs[0], wanted) < 2e-6
+    assert torch.equal(*runs)
+
+
+@pytest.mark.parametrize("way", ["slots", "tiles"])
+def test_every_scale_and_code_decodes_exactly(way: str) -> None:
+    """Weights times unit vectors: each output is one weight, so every bit of the decoding shows.
+
+    down has the 256 scales as rows and the 16 codes (twice) as columns; z of a unit vector comes from
+    gate_up, which is left out: the kernels are run on z directly.
+    """
+    codes = np.arange(32, dtype=np.uint8) % 16
+    block = torch.from_numpy(codes[0::2] | (codes[1::2] << 4))
+    blocks = block.expand(1, 256, 1, 16).contiguous()
+    scales = torch.arange(256, dtype=torch.uint8).reshape(1, 256, 1)
+    down = operand(Mxfp4Weight(blocks, scales), torch.zeros(1, 256), "down")
+    assert down.general
+    z = torch.eye(32)
+    ids, weights = torch.zeros(32, 1, dtype=torch.int64), torch.ones(32, 1)
+    out = torch.empty(32, 256)
+    if way == "slots":
+        down_slots(z, ids, weights, None, down, out, Blocks(128, 32, 4, 1), 1).run()
+    else:
+        schedule = schedule_for(32, 1, 32, z.device)
+        for launch in dispatch(ids, 1, schedule):
+            launch.run()
+        down_tiles(z, weights, schedule, None, down, out, Blocks(64, 32, 4, 1), 1, True).run()
+    size = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])[codes & 7]
+    with np.errstate(over="ignore", invalid="ignore"):
+        exact = np.ldexp(np.where(codes & 8, -size, size)[:, None], np.arange(256) - 127).astype(np.float32)
+        # A sum with an infinity times zero in it is NaN, in every product of the row.
+        rows = np.where(np.isinf(exact).any(axis=0), np.nan, exact)
+        rows = np.where(np.isinf(exact), np.where(np.isinf(exact).sum(axis=0) > 1, np.nan, exact), rows)
+    np.testing.assert_array_equal(out.numpy(), rows)
+
+
+@pytest.mark.parametrize(("scales", "general"), [((0, 3), False), ((127, 129), False), ((127, 130), True)])
+def test_scales_at_the_edge_of_the_plain_path(scales: tuple[int, int], general: bool) -> None:
+    """128 is the last scale decoded in one multiplication; 129 is the first of the general path."""
+    case = layer(Case(2, 1, 2, "mxfp4", False), scales=scales)
+    weight = operand(case.experts.gate_up, case.experts.gate_up_bias, "gate_up")
+    assert weight.general == general
+    check(case)
+
+
+def test_general_path_gives_the_bits_of_the_plain_one() -> None:
+    case = layer(Case(2, 2, 3, "mxfp4", False))
+    plain = (
+        operand(case.experts.gate_up, case.experts.gate_up_bias, "gate_up"),
+        operand(case.experts.down, case.experts.down_bias, "down"),
+    )
+    general = tuple(replace(weight, general=True) for weight in plain)
+    blocks = Blocks(32, 64, 4, 1)
+    assert torch.equal(by_slots(case, blocks, (1, 1), plain), by_slots(case, blocks, (1, 1), general))
+    assert torch.equal(by_tiles(case, blocks, (1, 1), 8, plain), by_tiles(case, blocks, (1, 1), 8, general))
+
+
+def test_results_repeat_and_do_not_depend_on_the_other_tokens() -> None:
+    """Sorted tiles hold a token's row alone: its bits are those of any batch of that way."""
+    case = layer(Case(3, 2, 17, "mxfp4", False))
+    blocks = Blocks(64, 64, 4, 1)
+    whole = by_tiles(case, blocks, (1, 1), 16)
+    assert torch.equal(whole, by_tiles(case, blocks, (1, 1), 16))
+    some = replace(case, x=case.x[3:9].contiguous(), ids=case.ids[3:9], weights=case.weights[3:9])
+    some = replace(some, ids=some.ids.contiguous(), weights=some.weights.contiguous())
+    np.testing.assert_allclose(by_tiles(some, blocks, (1, 1), 16), whole[3:9], rtol=1e-5, atol=1e-5)
+
+
+def test_nan_in_one_token_stays_in_it() -> None:
+    case = layer(Case(3, 2, 9, "mxfp4", False))
+    x = case.x.clone()
+    x[4] = float("nan")
+    out = TritonBackend().experts(x, case.ids, case.weights, case.experts)
+    assert out[4].isnan().all()
+    clean = torch.arange(9) != 4
+    wanted = case.expected()[clean.numpy()]
+    assert error(out[clean], wanted) < 2e-6
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda w: replace(w, down_bias=w.down_bias[:, 1:]), "down: bias"),
+        (lambda w: replace(w, down=Mxfp4Weight(w.down.blocks.int(), w.down.scales)), "down is torch.int32"),
+        (lambda w: replace(w, down=Mxfp4Weight(w.down.blocks, w.down.scales[:, 1:])), "scales"),
+        (lambda w: replace(w, down=w.gate_up, down_bias=w.gate_up_bias), "x has 96 columns"),
+        (lambda w: replace(w, index=torch.tensor([0.0])), "index is torch.float32"),
+    ],
+)
+def test_refusals(change, says: str) -> None:
+    case = layer(Case(3, 2, 1, "mxfp4", False))
+    with pytest.raises(UsageError, match=says):
+        TritonBackend().experts(case.x, case.ids, case.weights, change(case.experts))
+
+
+def test_units_of_the_layers_are_what_the_cases_say() -> None:
+    case = layer(Case(3, 2, 1, "dense", False))
+    assert (case.experts.down.columns, case.experts.down.rows) == (UNITS, HIDDEN)
