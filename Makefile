@@ -18,8 +18,8 @@ demo: $(SETUP)
 	$(BIN)/moe-surgery demo
 
 test: $(SETUP)
-	$(BIN)/python -m pytest -n auto --dist loadgroup
-	MOE_SURGERY_NATIVE=0 $(BIN)/python -m pytest -n auto --dist loadgroup tests/formats tests/surgery
+	$(BIN)/python -m pytest -n auto --dist loadfile
+	MOE_SURGERY_NATIVE=0 $(BIN)/python -m pytest -n auto --dist loadfile tests/formats tests/surgery
 
 lint: $(SETUP)
 	$(BIN)/ruff format --check .

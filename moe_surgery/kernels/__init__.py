@@ -22,6 +22,8 @@ def select_backend(device: torch.device, name: str | None = None) -> Backend:
     if name is not None and name not in BACKENDS:
         raise UsageError(f"--backend {name}: unknown; known: {', '.join(BACKENDS)}")
     if name == "triton" or (name is None and device.type == "cuda" and _triton_reason() is None):
+        if (reason := _triton_reason()) is not None:
+            raise UsageError(f"--backend triton: {reason}")
         from moe_surgery.kernels.triton import TritonBackend
         from moe_surgery.kernels.triton.launch import interpreting
 

@@ -128,9 +128,7 @@ def _rope(config: Mapping[str, object]) -> RopeConfig:
     if kind == "default":
         return RopeConfig(theta)
     if kind != "yarn":
-        raise InvalidInputError(
-            f"config.json: rope_type is {describe(kind)}; known: default, yarn"
-        )
+        raise InvalidInputError(f"config.json: rope_type is {describe(kind)}; known: default, yarn")
     factor = _number(said, "factor", 1.0)
     scale = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
     given = said.get("attention_factor")

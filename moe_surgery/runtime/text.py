@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from moe_surgery.checkpoint.files import printable_path, read_small_file
 from moe_surgery.checkpoint.locate import locate
@@ -70,17 +71,21 @@ class Text:
         """
         source = self._template()
         try:
-            from jinja2 import TemplateError
+            from jinja2.exceptions import SecurityError, TemplateError
             from jinja2.sandbox import ImmutableSandboxedEnvironment
         except ImportError:
             raise UsageError("--chat needs the jinja2 package: pip install 'moe-surgery[chat]'") from None
 
+        class Sandbox(ImmutableSandboxedEnvironment):
+            """Refuses what it would otherwise show as nothing."""
+
+            def unsafe_undefined(self, obj: object, attribute: str) -> NoReturn:
+                raise SecurityError(f"may not look at {attribute!r}")
+
         def raise_exception(message: str) -> None:
             raise TemplateError(message)
 
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
+        environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
         environment.globals["raise_exception"] = raise_exception
         environment.globals["strftime_now"] = _strftime_now
         environment.filters["tojson"] = _to_json

@@ -1,0 +1,60 @@
+"""Models the runtime's tests share: the embedded checkpoint and a small one that is quick to run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from moe_surgery.checkpoint.locate import locate
+from tests.runtime.models import write_lively
+from tests.support.checkpoints import Shape
+
+if TYPE_CHECKING:
+    from moe_surgery.runtime.model import Model
+    from moe_surgery.runtime.text import Text
+
+pytest.importorskip("torch")
+
+SMALL = Shape(layers=3, experts=5, top_k=2, vocabulary=40)
+WINDOW = 6
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Path:
+    return locate("example:tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tiny: Path) -> Text:
+    from moe_surgery.runtime.text import Text
+
+    return Text(tiny)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny: Path) -> Model:
+    """In float32."""
+    import torch
+
+    from moe_surgery.runtime.load import load_model
+
+    return load_model(tiny, dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights; layers 0 and 2 see a window of `WINDOW` positions, layer 1 all."""
+    folder = tmp_path_factory.mktemp("runtime") / "small"
+    return write_lively(folder, SMALL, edit_config=lambda c: c.update(sliding_window=WINDOW))
+
+
+@pytest.fixture(scope="session")
+def small_model(small: Path) -> Model:
+    """In float32."""
+    import torch
+
+    from moe_surgery.runtime.load import load_model
+
+    return load_model(small, dtype=torch.float32)
