@@ -91,6 +91,14 @@ def check_that_float32_agrees(compared: Compared) -> None:
 
 
 def check_that_bfloat16_errs_hardly_more(compared: Compared) -> None:
+    """Over all inputs together by norm, and at the median token of each.
+
+    On one input the norm may go either way: where router logits nearly tie, rounding sends a token
+    to another expert in one run and not in the other.
+    """
+    errors_theirs = [(compared.rounded[n] - x).norm() for n, x in compared.exact.items()]
+    errors_ours = [(compared.rounded_ours[n] - x).norm() for n, x in compared.exact.items()]
+    assert torch.stack(errors_ours).norm() <= NO_WORSE * torch.stack(errors_theirs).norm()
     for name, exact in compared.exact.items():
         theirs = (compared.rounded[name] - exact).norm(dim=-1).flatten()
         ours = (compared.rounded_ours[name] - exact).norm(dim=-1).flatten()
