@@ -45,7 +45,7 @@ def examine() -> dict[str, dict[str, str]]:
             "instruction sets": ", ".join(mxfp4.instruction_sets()) or "none: numpy is used, slower",
         },
         "devices": _devices(),
-        "kernels' backends": _backends(),
+        "backends": _backends(),
     }
 
 

@@ -55,6 +55,16 @@ class Cache:
         """Bytes of keys and values."""
         return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
 
+    @property
+    def pads(self) -> Tensor:
+        """Padding columns of each sequence, int64 [batch]; column c is at position c - pads."""
+        return self._pads
+
+    def advance(self, columns: int) -> None:
+        """`columns` more are in the cache, positions included: a captured step has put them there."""
+        self.length += columns
+        self._furthest = max(self._furthest, self.length)
+
     def check_room(self, columns: int) -> None:
         """Raise UsageError where `columns` more do not fit the context."""
         if self.length + columns > self.context:
@@ -112,8 +122,7 @@ class Cache:
         for slots in self.positions:
             if not self._overwrites_nothing_seen(slots, columns):
                 self._store_positions(slots)
-        self.length += columns
-        self._furthest = max(self._furthest, self.length)
+        self.advance(columns)
 
     def _overwrites_nothing_seen(self, slots: int, columns: int) -> bool:
         """Whether `columns` new ones can be stored before they attend: a ring has `rollback` to spare."""

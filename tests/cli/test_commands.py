@@ -251,7 +251,7 @@ def test_demo_keeps_its_models_where_it_is_told(tmp_path: Path, capsys: Capture)
 
 def test_doctor_tells_versions_instruction_sets_and_devices(capsys: Capture) -> None:
     told = done(call(capsys, "doctor", "--json")).json()
-    assert set(told) == {"versions", "machine", "MXFP4 conversion", "devices"}
+    assert set(told) == {"versions", "machine", "MXFP4 conversion", "devices", "backends"}
     shown = done(call(capsys, "doctor")).out
     for section, entries in told.items():
         assert section in shown
