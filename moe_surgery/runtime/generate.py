@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,10 +10,14 @@ import torch
 from torch import Tensor
 
 from moe_surgery.errors import UsageError
+from moe_surgery.runtime.cache import Cache
+from moe_surgery.runtime.decode_step import DecodeStep
 from moe_surgery.runtime.model import Model
 from moe_surgery.runtime.sampling import Sampler, Sampling
 
 __all__ = ["Generated", "Step", "generate", "pad_left", "stream"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +82,7 @@ def stream(
     ended = torch.zeros(batch, dtype=torch.bool)
     mask = None if attention_mask is None else attention_mask.to(model.device)
     logits = model(input_ids, cache, mask, logits_to_keep=1)
+    follow: Callable[[Tensor], Tensor] | None = None
     for left in reversed(range(new)):
         drawn, log_probability = sampler(logits[:, -1])
         drawn_here = drawn.cpu()
@@ -84,7 +90,20 @@ def stream(
         ended |= torch.isin(drawn_here, stops)
         if ended.all() or not left:
             return
-        logits = model(drawn[:, None], cache)
+        follow = follow or _decoder(model, cache)
+        logits = follow(drawn)
+
+
+def _decoder(model: Model, cache: Cache) -> Callable[[Tensor], Tensor]:
+    """What turns the tokens drawn [batch] into the next logits [batch, 1, vocabulary].
+
+    The captured step where the model can have one, which uses its result's memory again.
+    """
+    if (reason := DecodeStep.unavailable(model, cache)) is None:
+        step = DecodeStep(model, cache)
+        return lambda tokens: step(tokens)[:, None]
+    _log.debug("no captured decode step: %s", reason)
+    return lambda tokens: model(tokens[:, None], cache)
 
 
 def generate(

@@ -73,7 +73,10 @@ def test_documented_examples_on_the_tiny_model_run(
     monkeypatch.chdir(tmp_path)
     lines = [line for command in COMMANDS for line in examples(help_of(capsys, command))]
     runnable = [line for line in lines if "example:tiny" in line or line.split()[1] == "doctor"]
-    assert {line.split()[1] for line in runnable} == set(COMMANDS) - {"demo", "rank"}  # which have tests of their own
+    assert {line.split()[1] for line in runnable} == set(COMMANDS) - {
+        "demo",
+        "rank",
+    }  # which have tests of their own
     for line in runnable:
         ended = call(capsys, *shlex.split(line)[1:])
         assert ended.code == 0, (line, ended.err)

@@ -1,0 +1,136 @@
+"""Decoding with full-size random weights: tokens a second, share of the bound, and memory, by kept experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.gate import Verdict
+from benchmarks.gpu.timing import timed
+from benchmarks.gpu.weights import fill_cache, random_model, weight_bytes
+from moe_surgery.kernels.interface import Backend
+from moe_surgery.kernels.reference import ReferenceBackend
+from moe_surgery.runtime.config import ModelConfig
+from moe_surgery.runtime.decode_cost import bytes_per_token, launch_count
+from moe_surgery.runtime.decode_step import DecodeStep
+from moe_surgery.runtime.model import Model
+
+__all__ = ["BATCHES", "CONTEXT", "KEPT", "kept", "measure_decode"]
+
+KEPT = (32, 16, 8, 4)
+BATCHES = (1, 8, 32)
+CONTEXT = 1024
+STEPS = 64
+REPLAYS = 20
+# Errors of BF16 against float32 vary between orders of summation, the more where routing flips; a wrong
+# kernel is off by hundreds of times.
+NO_WORSE = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Errors:
+    """Distance of BF16 logits from those in float32, relative: the captured step's and plain PyTorch's."""
+
+    step: float
+    plain: float
+
+    @property
+    def verdict(self) -> Verdict:
+        return Verdict(self.step <= NO_WORSE * self.plain + 1e-3, self.step)
+
+
+def measure_decode(
+    config: ModelConfig,
+    backend: Backend,
+    bandwidth: float,
+    device: torch.device,
+    batches: tuple[int, ...] = BATCHES,
+    context: int = CONTEXT,
+) -> list[dict[str, object]]:
+    """A row per batch for the experts of `config`; `bandwidth` is the measured copy's, in bytes a second."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    model = random_model(config, device, backend)
+    rows = []
+    for batch in batches:
+        errors = _errors(model, backend, batch, context)
+        rows.append(_row(model, batch, context, bandwidth, errors))
+    return rows
+
+
+def _row(model: Model, batch: int, context: int, bandwidth: float, errors: Errors) -> dict[str, object]:
+    config, device = model.config, model.device
+    torch.cuda.reset_peak_memory_stats(device)
+    cache = model.new_cache(batch, context + 2 * STEPS + REPLAYS + 8)
+    fill_cache(cache, context)
+    step = DecodeStep(model, cache)
+    tokens = torch.randint(0, config.vocabulary, (batch,), device=device)
+    step(tokens)
+
+    def decode() -> None:
+        """STEPS tokens, each the likeliest after the one before; nothing waits for the device."""
+        for _ in range(STEPS):
+            step(step.logits.argmax(-1))
+
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    decode()
+    torch.cuda.synchronize()
+    start.record()
+    decode()
+    stop.record()
+    torch.cuda.synchronize()
+    seconds = start.elapsed_time(stop) / 1e3 / STEPS
+    replay = timed(lambda: step(tokens), repeats=REPLAYS).seconds
+    read = bytes_per_token(config, config.experts, batch, context + STEPS * 3 // 2)
+    launches = launch_count(config, config.experts, batch)
+    return {
+        "experts": config.experts,
+        "batch": batch,
+        "context": context,
+        "tokens/s": batch / seconds,
+        "ms a step": seconds * 1e3,
+        "ms without argmax": replay * 1e3,
+        "bound tokens/s": batch / (read.step / bandwidth),
+        "share of the bound": read.step / bandwidth / seconds,
+        "GB a step": read.step / 1e9,
+        "launches": step.launches,
+        "launches counted": launches.step,
+        "weights GB": weight_bytes(model) / 1e9,
+        "peak GB": torch.cuda.max_memory_allocated(device) / 1e9,
+        "gate": "green" if errors.verdict.green else "RED",
+        "error": errors.step,
+        "plain error": errors.plain,
+    }
+
+
+@torch.inference_mode()
+def _errors(model: Model, backend: Backend, batch: int, context: int) -> Errors:
+    """One step three ways from the same cache: captured, plain PyTorch in BF16, and in float32."""
+    tokens = torch.randint(0, model.config.vocabulary, (batch,), device=model.device)
+    found: list[Tensor] = []
+    for dtype in (torch.bfloat16, torch.float32):
+        plain = Model(
+            model.config,
+            model.embedding,
+            model.layers,
+            model.norm,
+            model.unembedding,
+            dtype,
+            ReferenceBackend(),
+        )
+        cache = plain.new_cache(batch, context + 1)
+        fill_cache(cache, context)
+        found.append(plain(tokens[:, None], cache)[:, 0])
+    cache = model.new_cache(batch, context + 1)
+    fill_cache(cache, context)
+    step = DecodeStep(model, cache)(tokens)
+    rounded, exact = found
+    size = exact.norm()
+    return Errors(float((step - exact).norm() / size), float((rounded - exact).norm() / size))
+
+
+def kept(config: ModelConfig, experts: int) -> ModelConfig:
+    """`config` with so many experts."""
+    return replace(config, experts=experts, top_k=min(config.top_k, experts))

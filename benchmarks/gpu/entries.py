@@ -1,0 +1,100 @@
+"""The decode step's kernels at the shapes of gpt-oss-20b, as launches on no device, to be compiled ahead of time.
+
+python -m benchmarks.gpu.entries   # compile all for every architecture: fails on a spill or too much memory
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from benchmarks.kernels.entries import DEVICES
+from moe_surgery.kernels.triton.decode.attention import attention
+from moe_surgery.kernels.triton.decode.norm import residual_norm
+from moe_surgery.kernels.triton.decode.project import Place, Stream, output, qkv, unembed
+from moe_surgery.kernels.triton.launch import Launch
+
+__all__ = ["BATCHES", "decode_entries"]
+
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 2880, 64, 8, 64, 201088
+RING, WINDOW, CONTEXT = 144, 128, 1024
+# One of each width that `blocks_for` gives.
+BATCHES = (1, 8, 16, 32, 64)
+
+
+def decode_entries(arch: int, batches: tuple[int, ...] = BATCHES) -> Iterator[tuple[str, Launch]]:
+    """(name, launch) of all kernels for an architecture of `DEVICES`; the tensors are meta tensors."""
+    multiprocessors = DEVICES[arch][0]
+    for batch in batches:
+        yield from _step(batch, multiprocessors, torch.bfloat16)
+    yield from ((f"{name} float32", launch) for name, launch in _step(8, multiprocessors, torch.float32))
+
+
+def _step(batch: int, multiprocessors: int, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
+    wide = dtype != torch.bfloat16
+    h, y, total, gain = (_empty(n, HIDDEN, dtype=dtype) for n in (batch, batch, batch, 1))
+    ids, column, pads = _whole(batch), _whole(1), _whole(batch)
+    embedding = _empty(VOCABULARY, HIDDEN)
+    if batch == 1:
+        first = Stream(h, embedding, None, ids, gain, total, 1e-5)
+        later = Stream(h, h, y, None, gain, total, 1e-5)
+    else:
+        first = later = Stream(h)
+        yield f"norm gathered {batch}", residual_norm(embedding, None, gain, h, 1e-5, total, ids)
+        yield f"norm added {batch}", residual_norm(h, y, gain, h, 1e-5, total)
+    yield f"norm {batch}", residual_norm(total, None, gain, h, 1e-5)
+    q = _empty(batch, HEADS * HEAD_DIM, dtype=dtype)
+    rows = (HEADS + 2 * KV_HEADS) * HEAD_DIM
+    weight, bias = _empty(rows, HIDDEN), _empty(rows)
+    tables = [_empty(CONTEXT, HEAD_DIM // 2, dtype=torch.float32) for _ in range(2)]
+    for slots, window in ((CONTEXT, None), (RING, WINDOW)):
+        kept = [_empty(batch, KV_HEADS, slots, HEAD_DIM, dtype=dtype) for _ in range(2)]
+        held = _whole(batch, slots)
+        place = Place(*kept, held, column, pads, *tables)
+        kind = "full" if window is None else "ring"
+        yield f"qkv {kind} {batch}", qkv(later, weight, bias, q, place, wide)
+        if batch == 1 and window is None:
+            yield f"qkv gathered {batch}", qkv(first, weight, bias, q, place, wide)
+        yield (
+            f"attention {kind} {batch}",
+            attention(q, *kept, held, column, pads, _empty(HEADS), window, q, multiprocessors, wide),
+        )
+    yield f"output {batch}", output(q, total, _empty(HIDDEN, q.shape[1]), _empty(HIDDEN), h, wide)
+    logits = _empty(batch, VOCABULARY, dtype=torch.float32)
+    yield f"unembed {batch}", unembed(later, embedding, logits, column, wide)
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _whole(*shape: int) -> Tensor:
+    return _empty(*shape, dtype=torch.int64)
+
+
+def main() -> int:
+    from benchmarks.kernels.aot import problems, usage
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--arch", type=int, nargs="*", choices=sorted(DEVICES), default=sorted(DEVICES))
+    wrong, count = [], 0
+    for arch in parser.parse_args().arch:
+        for name, launch in decode_entries(arch):
+            found = usage(launch, arch)
+            print(
+                f"sm_{arch} {name}: {found.registers} registers, {found.shared} bytes shared", file=sys.stderr
+            )
+            wrong += problems(name, arch, found)
+            count += 1
+    print("\n".join(wrong) if wrong else f"{count} kernels within limits")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

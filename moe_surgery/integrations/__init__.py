@@ -1,0 +1,1 @@
+"""Other people's programs run on this package's kernels: torch.library operators, transformers."""

@@ -1,0 +1,140 @@
+"""The MoE operations as torch.library operators, which torch.compile traces without looking inside.
+
+Importing this module defines `moe_surgery::route`, `moe_surgery::experts` (dense weights) and
+`moe_surgery::experts_mxfp4` (packed ones). They are for inference: none has a backward pass.
+"""
+
+# mypy: disable-error-code="no-any-return"
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from moe_surgery.kernels import Backend, backend_states, select_backend
+from moe_surgery.kernels.weights import DenseWeight, ExpertWeights, Mxfp4Weight
+
+__all__ = ["backend_of", "experts", "experts_mxfp4", "route"]
+
+log = logging.getLogger("moe_surgery")
+
+
+@lru_cache(maxsize=8)
+def backend_of(device_type: str) -> Backend:
+    """The backend for tensors on `device_type`: triton on CUDA if it can run, else reference.
+
+    The first time, says which was chosen and, where it is not the fast one, why: as a warning on CUDA.
+    """
+    chosen = select_backend(torch.device(device_type))
+    if chosen.name != "reference":
+        log.info("experts on %s: %s backend", device_type, chosen.name)
+    elif device_type == "cuda":
+        why = backend_states()["triton"].removeprefix("no: ")
+        log.warning("experts on cuda: reference backend, much slower, because %s", why)
+    else:
+        log.info("experts on %s: reference backend; the triton backend is for CUDA devices", device_type)
+    return chosen
+
+
+@torch.library.custom_op("moe_surgery::route", mutates_args=())
+def route(x: Tensor, weight: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """`Backend.route`: ids int64 [tokens, top_k] and weights [tokens, top_k] in x's dtype.
+
+    x [tokens, hidden], weight [experts, hidden], bias [experts].
+    """
+    ids, weights = backend_of(x.device.type).route(x, weight, bias, top_k)
+    # The k first columns of a longer sort are a view; an operator returns memory of its own.
+    return ids.contiguous(), weights.contiguous()
+
+
+@route.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    shape = (x.shape[0], top_k)
+    return x.new_empty(shape, dtype=torch.int64), x.new_empty(shape)
+
+
+@torch.library.custom_op("moe_surgery::experts", mutates_args=())
+def experts(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    gate_up_bias: Tensor,
+    down: Tensor,
+    down_bias: Tensor,
+    limit: float,
+    alpha: float,
+) -> Tensor:
+    """`Backend.experts` over dense weights: [tokens, hidden] in x's dtype.
+
+    x [tokens, hidden], ids int64 and weights [tokens, top_k], gate_up [experts, hidden, 2 * intermediate]
+    with gate and up alternating, down [experts, intermediate, hidden], biases [experts, ..].
+    """
+    held = ExpertWeights(DenseWeight(gate_up), gate_up_bias, DenseWeight(down), down_bias, None, limit, alpha)
+    return backend_of(x.device.type).experts(x, ids, weights, held)
+
+
+@experts.register_fake
+def _(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    gate_up_bias: Tensor,
+    down: Tensor,
+    down_bias: Tensor,
+    limit: float,
+    alpha: float,
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("moe_surgery::experts_mxfp4", mutates_args=())
+def experts_mxfp4(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up_blocks: Tensor,
+    gate_up_scales: Tensor,
+    gate_up_bias: Tensor,
+    down_blocks: Tensor,
+    down_scales: Tensor,
+    down_bias: Tensor,
+    limit: float,
+    alpha: float,
+) -> Tensor:
+    """`Backend.experts` over MXFP4 weights: [tokens, hidden] in x's dtype.
+
+    As `experts`, with blocks uint8 [experts, rows, columns / 32, 16], scales uint8 [experts, rows,
+    columns / 32]; rows are 2 * intermediate of gate_up and hidden of down.
+    """
+    held = ExpertWeights(
+        Mxfp4Weight(gate_up_blocks, gate_up_scales),
+        gate_up_bias,
+        Mxfp4Weight(down_blocks, down_scales),
+        down_bias,
+        None,
+        limit,
+        alpha,
+    )
+    return backend_of(x.device.type).experts(x, ids, weights, held)
+
+
+@experts_mxfp4.register_fake
+def _(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up_blocks: Tensor,
+    gate_up_scales: Tensor,
+    gate_up_bias: Tensor,
+    down_blocks: Tensor,
+    down_scales: Tensor,
+    down_bias: Tensor,
+    limit: float,
+    alpha: float,
+) -> Tensor:
+    return x.new_empty(x.shape)

@@ -1,0 +1,226 @@
+"""transformers models on this package's experts.
+
+    from moe_surgery.integrations.transformers import register, replace_experts
+
+    register()  # weights in BF16: one argument chooses the kernels
+    model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="moe_surgery")
+
+    replace_experts(model, folder)  # weights in MXFP4: transformers asks nobody, so modules are swapped
+
+On CUDA the triton backend computes where it can run, else plain PyTorch; the `moe_surgery` logger says which
+and why. Both ways are for inference.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_surgery import families
+from moe_surgery.checkpoint.checkpoint import Checkpoint
+from moe_surgery.errors import PlanMismatchError, UsageError
+from moe_surgery.families import ModelTensor
+from moe_surgery.kernels.reference.experts import swiglu
+from moe_surgery.runtime.mapped import MappedShards
+
+__all__ = ["NAME", "PackedExperts", "PackedMLP", "register", "replace_experts"]
+
+NAME = "moe_surgery"
+log = logging.getLogger("moe_surgery")
+# Classes whose gate was found to be the clamped SwiGLU.
+_known: set[type] = set()
+
+
+def register() -> None:
+    """Make `experts_implementation="moe_surgery"` known to transformers. Calling it again does nothing.
+
+    Raises UsageError where transformers is missing or too old to let others compute its experts.
+    """
+    try:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    except ImportError:
+        raise UsageError(
+            "transformers with an experts interface is not installed: pip install 'transformers>=5'"
+        ) from None
+    ALL_EXPERTS_FUNCTIONS.register(NAME, _experts_forward)
+
+
+def _experts_forward(
+    module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """What transformers calls in the place of an experts module's own forward.
+
+    hidden_states [tokens, hidden], the other two [tokens, top_k]; returns [tokens, hidden].
+    """
+    _check_form(module)
+    gate_up, down = module.gate_up_proj, module.down_proj
+    if not module.is_transposed:
+        gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
+    found: Tensor = torch.ops.moe_surgery.experts(
+        hidden_states,
+        top_k_index,
+        top_k_weights,
+        gate_up,
+        module.gate_up_proj_bias,
+        down,
+        module.down_proj_bias,
+        float(module.limit),
+        float(module.alpha),
+    )
+    return found
+
+
+def _check_form(module: Any) -> None:
+    """Raise UsageError unless `module` computes what gpt-oss's experts do: biases, interleaved rows, the
+    clamped SwiGLU. The gate is tried out, once a class, outside of compilation."""
+    name = type(module).__name__
+    wrong = [
+        what
+        for what, fits in (
+            ("has no gate", module.has_gate),
+            ("has no biases", module.has_bias),
+            ("keeps gate and up rows apart instead of alternating", not module.is_concatenated),
+            ("norms each expert's output", not getattr(module, "has_post_expert_norm", False)),
+            ("is sharded by experts", not getattr(module, "_is_expert_parallel", False)),
+            ("has no limit and alpha", hasattr(module, "limit") and hasattr(module, "alpha")),
+        )
+        if not fits
+    ]
+    if wrong:
+        raise UsageError(f'experts_implementation="{NAME}": {name} {wrong[0]}; choose another implementation')
+    if torch.compiler.is_compiling() or type(module) in _known:
+        return
+    probe = torch.linspace(-20, 20, 64).view(4, 16)
+    if not torch.allclose(module._apply_gate(probe), swiglu(probe, module.limit, module.alpha), atol=1e-4):
+        raise UsageError(
+            f'experts_implementation="{NAME}": {name} has another activation; choose another implementation'
+        )
+    _known.add(type(module))
+
+
+class PackedExperts(nn.Module):
+    """The experts of one layer, packed as stored; buffers are named as the hub names the tensors.
+
+    gate_up_proj_blocks uint8 [experts, 2 * intermediate, hidden / 32, 16], gate_up_proj_scales uint8 without
+    the last dimension, gate_up_proj_bias [experts, 2 * intermediate]; down_proj_* likewise.
+    """
+
+    gate_up_proj_blocks: Tensor
+    gate_up_proj_scales: Tensor
+    gate_up_proj_bias: Tensor
+    down_proj_blocks: Tensor
+    down_proj_scales: Tensor
+    down_proj_bias: Tensor
+
+    def __init__(self, tensors: dict[str, Tensor], limit: float, alpha: float) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+        self.limit, self.alpha = limit, alpha
+
+    def forward(self, hidden_states: Tensor, router_indices: Tensor, routing_weights: Tensor) -> Tensor:
+        """[tokens, hidden] of hidden_states [tokens, hidden] and the choice [tokens, top_k]."""
+        found: Tensor = torch.ops.moe_surgery.experts_mxfp4(
+            hidden_states,
+            router_indices,
+            routing_weights,
+            self.gate_up_proj_blocks,
+            self.gate_up_proj_scales,
+            self.gate_up_proj_bias,
+            self.down_proj_blocks,
+            self.down_proj_scales,
+            self.down_proj_bias,
+            self.limit,
+            self.alpha,
+        )
+        return found
+
+
+class PackedMLP(nn.Module):
+    """A gpt-oss MoE layer over `PackedExperts`; the router stays transformers' own module, so that what
+    records its logits goes on doing so."""
+
+    def __init__(self, router: nn.Module, experts: PackedExperts) -> None:
+        super().__init__()
+        self.router = router
+        self.experts = experts
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden_states [batch, tokens, hidden] -> the same shape, and the routing weights."""
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, scores, indices = self.router(flat)
+        return self.experts(flat, indices, scores).view(hidden_states.shape), scores
+
+
+def replace_experts(model: nn.Module, checkpoint: str | os.PathLike[str]) -> nn.Module:
+    """Swap the experts of a loaded transformers gpt-oss for packed ones, read from `checkpoint`; returns it.
+
+    The checkpoint (folder, file or cached hub id) holds MXFP4 experts and is what `model` was loaded from,
+    pruned or not. On the CPU the buffers are views of its mapped files, which must not be written to; on
+    other devices they are moved tensor by tensor. What transformers had made of the experts is let go.
+
+    Raises UsageError for another kind of model or dense experts, PlanMismatchError where layers, experts or
+    sizes differ, and what opening a checkpoint raises.
+    """
+    layers = _layers(model)
+    with Checkpoint.open(checkpoint) as opened:
+        described = families.describe(opened)
+        tensors = {t.name: t for t in described.tensors}
+        _check_fits(layers, described.dimensions, tensors, str(checkpoint))
+        config: Any = model.config
+        limit = float(getattr(config, "swiglu_limit", 7.0))
+        alpha = float(getattr(config, "swiglu_alpha", 1.702))
+        shards = MappedShards(opened)
+        for number, layer in enumerate(layers):
+            router = layer.mlp.router
+            device = router.weight.device
+            held: dict[str, Tensor] = {}
+            for projection in ("gate_up_proj", "down_proj"):
+                prefix = f"model.layers.{number}.mlp.experts.{projection}"
+                packed, bias = tensors[prefix], tensors[f"{prefix}_bias"]
+                assert packed.scales is not None
+                parts = {"blocks": packed.stored, "scales": packed.scales, "bias": bias.stored}
+                for part, ref in parts.items():
+                    mapped = shards.tensor(ref)
+                    held[f"{projection}_{part}"] = mapped.to(device)
+                    if device.type != "cpu":
+                        shards.release(ref)
+            layer.mlp = PackedMLP(router, PackedExperts(held, limit, alpha)).train(layer.training)
+    log.info("%d layers have packed experts of %s", len(layers), checkpoint)
+    return model
+
+
+def _layers(model: nn.Module) -> list[Any]:
+    """The decoder layers of a gpt-oss. Raises UsageError for anything else."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind != "gpt_oss":
+        raise UsageError(f"replace_experts: the model is {kind or type(model).__name__}, not gpt_oss")
+    inner: Any = getattr(model, "model", model)
+    layers = list(inner.layers)
+    for number, layer in enumerate(layers):
+        if not hasattr(layer.mlp, "router"):
+            raise UsageError(
+                f"replace_experts: layer {number} has no router; its MLP is {type(layer.mlp).__name__}"
+            )
+    return layers
+
+
+def _check_fits(layers: list[Any], dimensions: Any, tensors: dict[str, ModelTensor], where: str) -> None:
+    if tensors["model.layers.0.mlp.experts.gate_up_proj"].scales is None:
+        raise UsageError(
+            f'{where}: the experts are not packed in MXFP4; load with experts_implementation="{NAME}" instead'
+        )
+    if len(layers) != dimensions["layers"]:
+        raise PlanMismatchError(f"{where}: {dimensions['layers']} layers, the model has {len(layers)}")
+    wanted = (dimensions["experts"], dimensions["hidden"])
+    for number, layer in enumerate(layers):
+        has = tuple(layer.mlp.router.weight.shape)
+        if has != wanted:
+            raise PlanMismatchError(
+                f"{where}: {wanted[0]} experts of width {wanted[1]}; "
+                f"the model's layer {number} routes to {has[0]} of width {has[1]}"
+            )

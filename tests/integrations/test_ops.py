@@ -1,0 +1,136 @@
+"""The operators give what the backend gives, and keep the promises torch.library asks of an operator."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from moe_surgery.integrations import ops  # noqa: E402
+from moe_surgery.kernels.reference import ReferenceBackend  # noqa: E402
+from moe_surgery.kernels.weights import DenseWeight, ExpertWeights, Mxfp4Weight  # noqa: E402
+
+HIDDEN, INNER, EXPERTS, TOP_K = 64, 32, 5, 2
+
+
+def inputs(tokens: int, packed: bool, dtype: torch.dtype = torch.float32) -> tuple[object, ...]:
+    """The arguments of `experts_mxfp4` or `experts`."""
+    random = torch.Generator().manual_seed(tokens)
+
+    def floats(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=random).to(dtype)
+
+    def codes(low: int, high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(low, high, shape, dtype=torch.uint8, generator=random)
+
+    ids = torch.rand(tokens, EXPERTS, generator=random).argsort(dim=1)[:, :TOP_K].contiguous()
+    weights = floats(tokens, TOP_K).softmax(-1)
+    biases = floats(EXPERTS, 2 * INNER), floats(EXPERTS, HIDDEN)
+    if packed:
+        up = (
+            codes(0, 255, EXPERTS, 2 * INNER, HIDDEN // 32, 16),
+            codes(120, 124, EXPERTS, 2 * INNER, HIDDEN // 32),
+        )
+        down = codes(0, 255, EXPERTS, HIDDEN, INNER // 32, 16), codes(120, 124, EXPERTS, HIDDEN, INNER // 32)
+    else:
+        up, down = (floats(EXPERTS, HIDDEN, 2 * INNER),), (floats(EXPERTS, INNER, HIDDEN),)
+    return floats(tokens, HIDDEN), ids, weights, *up, biases[0], *down, biases[1], 7.0, 1.702
+
+
+def expected(arguments: tuple, packed: bool) -> torch.Tensor:
+    x, ids, weights, *rest, limit, alpha = arguments
+    if packed:
+        up, up_bias, down, down_bias = Mxfp4Weight(*rest[:2]), rest[2], Mxfp4Weight(*rest[3:5]), rest[5]
+    else:
+        up, up_bias, down, down_bias = DenseWeight(rest[0]), rest[1], DenseWeight(rest[2]), rest[3]
+    held = ExpertWeights(up, up_bias, down, down_bias, None, limit, alpha)
+    return ReferenceBackend().experts(x, ids, weights, held)
+
+
+def operator(packed: bool):
+    return torch.ops.moe_surgery.experts_mxfp4 if packed else torch.ops.moe_surgery.experts
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_experts_give_the_backends_bits(tokens: int, packed: bool, dtype: torch.dtype) -> None:
+    arguments = inputs(tokens, packed, dtype)
+    assert torch.equal(operator(packed)(*arguments), expected(arguments, packed))
+
+
+def test_route_gives_the_backends_bits() -> None:
+    x, weight, bias = torch.randn(3, HIDDEN), torch.randn(EXPERTS, HIDDEN), torch.randn(EXPERTS)
+    found, wanted = (
+        torch.ops.moe_surgery.route(x, weight, bias, TOP_K),
+        ReferenceBackend().route(x, weight, bias, TOP_K),
+    )
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_experts_are_sound_operators(tokens: int, packed: bool) -> None:
+    """Schema, fake implementation and tracing with static and with symbolic shapes."""
+    torch.library.opcheck(operator(packed), inputs(tokens, packed))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_route_is_a_sound_operator(dtype: torch.dtype) -> None:
+    tensors = torch.randn(3, HIDDEN), torch.randn(EXPERTS, HIDDEN), torch.randn(EXPERTS)
+    torch.library.opcheck(torch.ops.moe_surgery.route, (*(t.to(dtype) for t in tensors), TOP_K))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_whole_layer_compiles_into_one_graph(packed: bool, backend: str) -> None:
+    x, _, _, *rest = inputs(4, packed)
+    router = torch.randn(EXPERTS, HIDDEN), torch.randn(EXPERTS)
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        ids, weights = torch.ops.moe_surgery.route(x, *router, TOP_K)
+        return x + operator(packed)(x, ids, weights, *rest)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend=backend, fullgraph=True)
+    for tokens in (4, 9):  # the second traces again, with the number of tokens symbolic
+        x = torch.randn(tokens, HIDDEN)
+        torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=0)
+
+
+def test_no_backward_pass_is_pretended() -> None:
+    arguments = inputs(2, False)
+    x = arguments[0].requires_grad_()
+    with pytest.raises(RuntimeError, match="autograd"):
+        torch.ops.moe_surgery.experts(*arguments).sum().backward()
+    assert x.grad is None
+
+
+@pytest.fixture
+def forgotten():
+    """Choose backends anew, and again after the test."""
+    ops.backend_of.cache_clear()
+    yield
+    ops.backend_of.cache_clear()
+
+
+def test_the_choice_is_logged_once(forgotten: None, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "moe_surgery"):
+        for _ in range(3):
+            assert ops.backend_of("cpu").name == "reference"
+    assert [r.getMessage() for r in caplog.records] == [
+        "experts on cpu: reference backend; the triton backend is for CUDA devices"
+    ]
+
+
+def test_a_cuda_device_without_triton_says_why(
+    forgotten: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moe_surgery.kernels.triton.availability", lambda: "triton is not installed")
+    with caplog.at_level(logging.WARNING, "moe_surgery"):
+        assert ops.backend_of("cuda").name == "reference"
+    assert caplog.messages == [
+        "experts on cuda: reference backend, much slower, because triton is not installed"
+    ]

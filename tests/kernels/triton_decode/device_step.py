@@ -1,0 +1,172 @@
+"""The whole decode step against the runtime's plain forward pass: same cache, same logits, step after step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_surgery import load_model, plan_random
+from moe_surgery.errors import UsageError
+from moe_surgery.kernels.reference import ReferenceBackend
+from moe_surgery.kernels.triton import TritonBackend
+from moe_surgery.kernels.triton.blocks import Chip
+from moe_surgery.runtime.cache import Cache
+from moe_surgery.runtime.decode_cost import launch_count
+from moe_surgery.runtime.decode_step import DecodeStep, join_projections
+from moe_surgery.runtime.model import Model
+from tests.runtime.models import write_lively
+from tests.support.checkpoints import Shape
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ON_GPU = DEVICE.type == "cuda"
+WINDOW, ROLLBACK, VOCABULARY = 4, 3, 40
+# The interpreter takes most of a second for a step of even this.
+SHAPE = Shape(
+    layers=5 if ON_GPU else 2,
+    experts=5,
+    top_k=2,
+    hidden=96 if ON_GPU else 32,
+    intermediate=32,
+    vocabulary=VOCABULARY,
+)
+STEPS = 20 if ON_GPU else 3
+CASES = [(1, None), (1, 1), (3, 3), (9, None)] if ON_GPU else [(1, None), (3, 3), (6, None)]
+TOLERANCE = 1e-4
+# Interpreted tests cannot capture; on a GPU both ways must give the same.
+CAPTURES = (True, False) if ON_GPU else (False,)
+LAYOUTS = ("mxfp4", "bf16") if ON_GPU else ("mxfp4",)
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter runs programs one by one: pretend that there is no large chip to be filled."""
+    if not ON_GPU:
+        monkeypatch.setattr("moe_surgery.kernels.triton.blocks.chip_of", lambda device: Chip(90, 2))
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("step") / request.param
+    return write_lively(place, SHAPE, request.param, edit_config=lambda c: c.update(sliding_window=WINDOW))
+
+
+def models(folder: Path, keep: int | None = None) -> tuple[Model, Model]:
+    """The same weights twice, in float32: with triton and with plain PyTorch."""
+    found = []
+    for backend in (TritonBackend(), ReferenceBackend()):
+        plan = None
+        if keep is not None:
+            from moe_surgery import Checkpoint, describe
+
+            with Checkpoint.open(folder) as checkpoint:
+                plan = plan_random(keep, 1, describe(checkpoint))
+        model = load_model(folder, DEVICE, torch.float32, plan, backend="reference")
+        model.backend = backend
+        found.append(model)
+    return found[0], found[1]
+
+
+def prefilled(
+    model: Model, batch: int, context: int, mask: torch.Tensor | None, prompt: torch.Tensor
+) -> Cache:
+    cache = model.new_cache(batch, context, rollback=ROLLBACK)
+    model(prompt, cache, mask)
+    return cache
+
+
+def prompts(batch: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and a mask in which later sequences have more padding."""
+    random = torch.Generator().manual_seed(batch)
+    tokens = torch.randint(0, VOCABULARY, (batch, columns), generator=random).to(DEVICE)
+    pads = torch.arange(batch)[:, None] % 3
+    return tokens, (torch.arange(columns)[None] >= pads).long().to(DEVICE)
+
+
+@pytest.mark.parametrize("capture", CAPTURES)
+@pytest.mark.parametrize(
+    ("batch", "keep"), [(1, None), (1, 1), (3, 3), (9, None)] if ON_GPU else [(1, None), (3, 3), (6, None)]
+)
+def test_every_step_gives_the_logits_of_the_plain_forward_pass(
+    folder: Path, batch: int, keep: int | None, capture: bool
+) -> None:
+    ours, plain = models(folder, keep)
+    prompt, mask = prompts(batch, 6)
+    caches = [prefilled(m, batch, 30, mask, prompt) for m in (plain, plain)]
+    step = DecodeStep(ours, caches[0], capture=capture)
+    tokens = prompt[:, -1]
+    for number in range(STEPS):  # the rings of 7 slots go round
+        wanted = plain(tokens[:, None], caches[1])[:, 0]
+        with torch.inference_mode():
+            step.logits.fill_(float("nan"))
+        found = step(tokens)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=TOLERANCE, msg=f"step {number}")
+        tokens = wanted.argmax(-1)
+    same_cache(*caches)
+
+
+def same_cache(one: Cache, other: Cache) -> None:
+    assert one.length == other.length
+    for slots, held in other.positions.items():
+        assert torch.equal(one.positions[slots], held)
+    for layer in range(len(other.keys)):
+        torch.testing.assert_close(one.keys[layer], other.keys[layer], rtol=0, atol=TOLERANCE)
+        torch.testing.assert_close(one.values[layer], other.values[layer], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("capture", CAPTURES)
+def test_truncation_and_prefill_in_between_are_followed(folder: Path, capture: bool) -> None:
+    ours, plain = models(folder)
+    prompt, mask = prompts(2, 7)
+    caches = [prefilled(m, 2, 24, mask, prompt) for m in (plain, plain)]
+    step = DecodeStep(ours, caches[0], capture=capture)
+    for _ in range(2):
+        step(prompt[:, 0])
+        plain(prompt[:, :1], caches[1])
+    for cache in caches:
+        cache.truncate(7)
+        plain(prompt[:, :1], cache)
+    found, wanted = step(prompt[:, 1]), plain(prompt[:, 1:2], caches[1])[:, 0]
+    torch.testing.assert_close(found, wanted, rtol=0, atol=TOLERANCE)
+    same_cache(*caches)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 9])
+def test_launches_are_as_many_as_counted(folder: Path, batch: int) -> None:
+    ours, plain = models(folder)
+    prompt, mask = prompts(batch, 4)
+    step = DecodeStep(ours, prefilled(plain, batch, 8, mask, prompt), capture=False)
+    assert step.launches == launch_count(ours.config, SHAPE.experts, batch).step
+
+
+def test_projections_are_joined_once_and_the_model_stays_the_same(folder: Path) -> None:
+    ours, plain = models(folder)
+    prompt, mask = prompts(2, 5)
+    join_projections(ours)
+    first = ours.layers[0].q.weight.data_ptr()
+    join_projections(ours)
+    assert ours.layers[0].q.weight.data_ptr() == first
+    ours.backend = plain.backend
+    torch.testing.assert_close(
+        ours(prompt, None, mask), plain(prompt, None, mask), rtol=0, atol=1e-6, equal_nan=True
+    )
+
+
+def test_what_cannot_be_done_is_refused(folder: Path) -> None:
+    ours, plain = models(folder)
+    prompt, mask = prompts(2, 5)
+    cache = prefilled(plain, 2, 6, mask, prompt)
+    with pytest.raises(UsageError, match="reference backend, not with triton"):
+        DecodeStep(plain, cache)
+    step = DecodeStep(ours, cache, capture=False)
+    with pytest.raises(UsageError, match=r"tokens \(3,\), needed \(2,\)"):
+        step(torch.zeros(3, dtype=torch.int64, device=DEVICE))
+    with pytest.raises(UsageError, match="token 40 is not one of"):
+        step(torch.tensor([1, 40]))
+    assert cache.length == 5
+    step(prompt[:, 0])
+    with pytest.raises(UsageError, match="do not fit the context of 6"):
+        step(prompt[:, 0])
+    with pytest.raises(UsageError, match="do not fit the context of 6"):
+        DecodeStep(ours, cache)
