@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from benchmarks.kernels.decode_entries import decode_entries
 from moe_surgery.kernels.triton import dispatch, route, slots, tiles
 from moe_surgery.kernels.triton.blocks import SPLITS, TILE_TOKENS, Chip, entry
 from moe_surgery.kernels.triton.launch import Launch
@@ -45,6 +46,7 @@ def entries(arch: int) -> Iterator[tuple[str, Launch]]:
     yield from _tiles(arch, True, 16, 1, dtype=torch.float32)
     parts = _empty(64 * TOP_K, HIDDEN, dtype=torch.float32)
     yield "combine", tiles.combine(parts, _empty(64, HIDDEN), TOP_K)
+    yield from decode_entries(DEVICES[arch][0])
 
 
 def samples(arch: int) -> dict[str, Launch]:

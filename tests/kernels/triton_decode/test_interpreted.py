@@ -12,7 +12,8 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("triton", reason="triton is not installed")
 
-from benchmarks.gpu.entries import decode_entries
+from benchmarks.kernels.decode_entries import decode_entries
+from benchmarks.kernels.entries import DEVICES
 
 HERE = Path(__file__).parent
 # A process each, so that they can run beside one another.
@@ -39,11 +40,11 @@ def test_numerics_in_the_interpreter(file: str) -> None:
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_kernels_compile_within_every_limit(arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One token and eight; `python -m benchmarks.gpu.entries` compiles every width for every architecture."""
+    """One token and eight; `python -m benchmarks.kernels.aot` compiles every width for every architecture."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     from benchmarks.kernels.aot import problems, usage
 
     wanted = {"qkv full 1", "attention ring 1", "unembed 1", "norm added 8", "output 8"}
-    named = {name: launch for name, launch in decode_entries(arch, (1, 8)) if name in wanted}
+    named = {name: launch for name, launch in decode_entries(DEVICES[arch][0], (1, 8)) if name in wanted}
     assert set(named) == wanted
     assert not [line for name, launch in named.items() for line in problems(name, arch, usage(launch, arch))]

@@ -1,18 +1,12 @@
-"""The decode step's kernels at the shapes of gpt-oss-20b, as launches on no device, to be compiled ahead of time.
-
-python -m benchmarks.gpu.entries   # compile all for every architecture: fails on a spill or too much memory
-"""
+"""The decode step's kernels at the shapes of gpt-oss-20b, as launches on no device."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.entries import DEVICES
 from moe_surgery.kernels.triton.decode.attention import attention
 from moe_surgery.kernels.triton.decode.norm import residual_norm
 from moe_surgery.kernels.triton.decode.project import Place, Stream, output, qkv, unembed
@@ -26,9 +20,8 @@ RING, WINDOW, CONTEXT = 144, 128, 1024
 BATCHES = (1, 8, 16, 32, 64)
 
 
-def decode_entries(arch: int, batches: tuple[int, ...] = BATCHES) -> Iterator[tuple[str, Launch]]:
-    """(name, launch) of all kernels for an architecture of `DEVICES`; the tensors are meta tensors."""
-    multiprocessors = DEVICES[arch][0]
+def decode_entries(multiprocessors: int, batches: tuple[int, ...] = BATCHES) -> Iterator[tuple[str, Launch]]:
+    """(name, launch) of all kernels for a card of so many multiprocessors; the tensors are meta."""
     for batch in batches:
         yield from _step(batch, multiprocessors, torch.bfloat16)
     yield from ((f"{name} float32", launch) for name, launch in _step(8, multiprocessors, torch.float32))
@@ -74,27 +67,3 @@ def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 def _whole(*shape: int) -> Tensor:
     return _empty(*shape, dtype=torch.int64)
-
-
-def main() -> int:
-    from benchmarks.kernels.aot import problems, usage
-
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--arch", type=int, nargs="*", choices=sorted(DEVICES), default=sorted(DEVICES))
-    wrong, count = [], 0
-    for arch in parser.parse_args().arch:
-        for name, launch in decode_entries(arch):
-            found = usage(launch, arch)
-            print(
-                f"sm_{arch} {name}: {found.registers} registers, {found.shared} bytes shared", file=sys.stderr
-            )
-            wrong += problems(name, arch, found)
-            count += 1
-    print("\n".join(wrong) if wrong else f"{count} kernels within limits")
-    return 1 if wrong else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
