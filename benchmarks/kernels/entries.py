@@ -54,6 +54,7 @@ def samples(arch: int) -> dict[str, Launch]:
     wanted = (
         "route 1x32", "dispatch 64 1", "dispatch 4096 1", "gate_up slots mxfp4 split 2",
         "down slots mxfp4 split 2", "gate_up tiles 16 mxfp4 split 1", "down tiles 16 mxfp4 split 1", "combine",
+        "norm added 8", "qkv full 1", "attention ring 1", "output 8", "unembed 1",
     )  # fmt: skip
     named = dict(entries(arch))
     return {name: named[name] for name in wanted}

@@ -1,4 +1,7 @@
-"""The decode step's kernels where there is no GPU: run in Triton's interpreter, and compiled for absent ones."""
+"""The decode step's kernels where there is no GPU: run in Triton's interpreter.
+
+Their compilation for absent ones is tested with that of all kernels, in tests/kernels/triton/.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,9 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("triton", reason="triton is not installed")
 
-from benchmarks.kernels.decode_entries import decode_entries
-from benchmarks.kernels.entries import DEVICES
-
 HERE = Path(__file__).parent
 # A process each, so that they can run beside one another.
 FILES = sorted(p.name for p in HERE.glob("device_*.py"))
-# A card with the least shared memory and the compiler's two ways: up to Hopper, and Blackwell.
-ARCHITECTURES = (86, 90, 120)
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -36,15 +34,3 @@ def test_numerics_in_the_interpreter(file: str) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_kernels_compile_within_every_limit(arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One token and eight; `python -m benchmarks.kernels.aot` compiles every width for every architecture."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    from benchmarks.kernels.aot import problems, usage
-
-    wanted = {"qkv full 1", "attention ring 1", "unembed 1", "norm added 8", "output 8"}
-    named = {name: launch for name, launch in decode_entries(DEVICES[arch][0], (1, 8)) if name in wanted}
-    assert set(named) == wanted
-    assert not [line for name, launch in named.items() for line in problems(name, arch, usage(launch, arch))]
