@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,6 +77,10 @@ def command(
     moe-surgery generate example:tiny --chat "What is 2 + 2?" --temperature 0.7 --seed 1
     echo "def main(" | moe-surgery generate example:tiny --max-new-tokens 16
     """
+    if find_spec("torch") is None:
+        raise UsageError(
+            "generate needs torch: pip install 'moe-surgery[torch]', or '.[torch]' in a checkout"
+        )
     from moe_surgery.runtime.sampling import Sampling
     from moe_surgery.runtime.text import Text
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from moe_surgery.cli.terminal import Terminal
+from moe_surgery.errors import UsageError
 
-__all__ = ["EXPERT_LIST", "SIZE", "common", "terminal_of"]
+__all__ = ["EXPERT_LIST", "SIZE", "check_new_output", "common", "terminal_of"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -22,6 +24,16 @@ _UNITS |= {f"{p}IB": 1024**i for i, p in enumerate("KMGT", 1)}
 def terminal_of(context: click.Context) -> Terminal:
     """The terminal of this run (made here when a command is called without `main`)."""
     return context.find_root().ensure_object(Terminal)
+
+
+def check_new_output(output: Path | None, inputs: Iterable[Path | None]) -> None:
+    """Raise UsageError where `-o` names a folder or one of the inputs."""
+    if output is None or not output.exists():
+        return
+    if output.is_dir():
+        raise UsageError(f"-o {output}: is a folder; name the file to write")
+    if any(i is not None and i.exists() and output.samefile(i) for i in inputs):
+        raise UsageError(f"-o {output}: is the input; name another file")
 
 
 def common(command: Command) -> Command:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moe_surgery.cli.options import EXPERT_LIST, common, terminal_of
+from moe_surgery.cli.options import EXPERT_LIST, check_new_output, common, terminal_of
 from moe_surgery.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @click.option("--experts", "-n", type=int, help="How many experts each layer keeps.")
 @click.option("--keep", type=EXPERT_LIST, help="Keep these experts in every layer, in this order: 0,3,8-11.")
 @click.option("--random", "at_random", is_flag=True, help="Draw the experts, as a baseline to compare with.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of --random.")
+@click.option("--seed", type=int, help="Seed of --random; default 0.")
 @click.option("--checkpoint", metavar="CKPT", help="The checkpoint that the plan is for.")
 @click.option("--model-type", help="The model type, where neither ranking nor checkpoint says it.")
 @click.option(
@@ -38,7 +38,7 @@ def command(
     experts: int | None,
     keep: list[int] | str | None,
     at_random: bool,
-    seed: int,
+    seed: int | None,
     checkpoint: str | None,
     model_type: str | None,
     order: str,
@@ -58,6 +58,7 @@ def command(
     from moe_surgery.checkpoint.writer import write_file
 
     terminal = terminal_of(context)
+    check_new_output(output, [ranking])
     plan = _plan(ranking, experts, keep, at_random, seed, checkpoint, model_type, order)
     text = plan.to_json()
     if output is None:
@@ -76,7 +77,7 @@ def _plan(
     experts: int | None,
     keep: list[int] | str | None,
     at_random: bool,
-    seed: int,
+    seed: int | None,
     checkpoint: str | None,
     model_type: str | None,
     order: str,
@@ -87,6 +88,12 @@ def _plan(
 
     if (ranking is not None) + (keep is not None) + at_random != 1:
         raise UsageError("say what to keep by exactly one of RANKING, --keep and --random")
+    if ranking is None and order != "ascending":
+        raise UsageError("--order goes with a ranking")
+    if seed is not None and not at_random:
+        raise UsageError("--seed goes with --random")
+    if model_type is not None and (ranking is None or checkpoint is not None):
+        raise UsageError("--model-type goes with a ranking and without --checkpoint, which says it")
     if keep is not None:
         if experts is not None:
             raise UsageError("--keep already says how many experts stay; leave out --experts")
@@ -95,7 +102,9 @@ def _plan(
     if experts is None:
         raise UsageError("--experts N is missing: how many experts each layer keeps")
     if at_random:
-        return make_plan(_needed(checkpoint, "--random"), lambda model: plan_random(experts, seed, model))
+        return make_plan(
+            _needed(checkpoint, "--random"), lambda model: plan_random(experts, seed or 0, model)
+        )
     assert ranking is not None
     loaded = load_ranking(ranking)
     if checkpoint is None:

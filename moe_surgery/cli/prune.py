@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     type=click.Choice(["keep", "bf16", "mxfp4"]),
     default="keep",
     show_default=True,
-    help="How expert weights are stored. MXFP4 to BF16 is exact, and so is the way back.",
+    help="How expert weights are stored. To bf16 is exact; to mxfp4 for weights that came from it.",
 )
 @click.option(
     "--max-shard-size", type=SIZE, default="5GB", show_default=True, help="Most tensor bytes in a file."
@@ -71,7 +71,7 @@ def command(
 ) -> None:
     """Write a smaller checkpoint with the kept experts only.
 
-    CKPT is only read, and never loaded: bytes go from its files straight to OUT, in some 60 MB of
+    CKPT is only read, and never loaded: bytes go from its files straight to OUT, in less than 100 MB of
     memory whatever its size. OUT appears whole or not at all. Stop it at any time; the same command
     goes on where it stopped. Say which experts stay by exactly one of --plan, --ranking and --keep;
     `--keep all` with --dtype converts.
@@ -139,6 +139,10 @@ def _plan_maker(
         raise UsageError("say which experts stay by exactly one of --plan, --ranking and --keep")
     if (ranking is None) != (experts is None):
         raise UsageError("--ranking and --experts go together: the first N of every layer are kept")
+    if ranking is None and order != "ascending":
+        raise UsageError(
+            "--order goes with --ranking: a plan or list already says in which order experts come"
+        )
     if plan_file is not None:
         return load_plan(plan_file)
     if keep is not None:

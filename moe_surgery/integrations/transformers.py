@@ -24,6 +24,7 @@ from moe_surgery import families
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.errors import PlanMismatchError, UsageError
 from moe_surgery.families import ModelTensor
+from moe_surgery.integrations import ops  # noqa: F401  # registers torch.ops.moe_surgery
 from moe_surgery.kernels.reference.experts import swiglu
 from moe_surgery.runtime.mapped import MappedShards
 

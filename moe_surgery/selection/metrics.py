@@ -11,7 +11,7 @@ import numpy.typing as npt
 from moe_surgery.errors import UsageError
 from moe_surgery.selection.statistics import ExpertStatistics
 
-__all__ = ["METRICS", "coverage", "order", "score", "super_experts"]
+__all__ = ["METRICS", "order", "score", "super_experts"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -64,12 +64,3 @@ def super_experts(layers: Sequence[ExpertStatistics]) -> list[set[int]]:
         {int(e) for e in np.flatnonzero(row > threshold)} if number < last else set()
         for number, row in enumerate(peaks)
     ]
-
-
-def coverage(layers: Sequence[ExpertStatistics], kept: Sequence[Sequence[int]]) -> Floats:
-    """Per layer the share of routed weight that the kept experts carry, float64 in [0, 1]."""
-    shares = []
-    for layer, experts in zip(layers, kept, strict=True):
-        total = float(layer.gate.sum())
-        shares.append(float(layer.gate[list(experts)].sum()) / total if total else 1.0)
-    return np.array(shares)

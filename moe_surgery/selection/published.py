@@ -9,6 +9,7 @@ all files, skipping what is taken.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,19 +17,25 @@ from pathlib import Path
 
 from moe_surgery.checkpoint.files import printable_path, read_small_file
 from moe_surgery.checkpoint.strict_json import parse_json
-from moe_surgery.errors import InvalidInputError, OutputError, PlanMismatchError
+from moe_surgery.errors import InvalidInputError, OutputError, PlanMismatchError, UsageError
 from moe_surgery.selection.ranking import Ranking
 
 __all__ = ["interleave", "rank_published", "statistics_files"]
 
 PHASES = ("think_expert_analytics", "answer_expert_analytics")
 MAX_BYTES = 100_000_000
+MAX_EXPERTS = 1024
 _LAYER = re.compile(r"layer_(0|[1-9][0-9]{0,4})", re.ASCII)
 
 
 def statistics_files(folder: str | os.PathLike[str]) -> list[Path]:
-    """All .json files below `folder`, in path order. Raises OutputError where there is none."""
+    """All .json files below `folder` (or that one file), in path order.
+
+    Raises OutputError where there is none.
+    """
     root = Path(folder)
+    if root.is_file():
+        return [root]
     found = sorted(p for p in root.rglob("*.json") if p.is_file())
     if not found:
         raise OutputError(f"{printable_path(root)}: holds no statistics (.json files below it)")
@@ -48,11 +55,15 @@ def rank_published(files: Iterable[Path], experts: int | None = None) -> Ranking
         for layer, expert, amount in _amounts(file):
             row = totals.setdefault(layer, {})
             row[expert] = row.get(expert, 0.0) + amount
+    if not any(totals.values()):
+        raise InvalidInputError(f"{', '.join(names[:3])}: the statistics name no expert")
     layers = len(totals)
     if sorted(totals) != list(range(layers)):
         raise InvalidInputError(f"the statistics name layers {sorted(totals)}, not 0 to {layers - 1}")
-    named = max(max(row) for row in totals.values()) + 1
-    count = experts or named
+    named = max(max(row, default=0) for row in totals.values()) + 1
+    count = named if experts is None else experts
+    if not 1 <= count <= MAX_EXPERTS:
+        raise UsageError(f"--experts {count}: choose 1 to {MAX_EXPERTS}")
     if named > count:
         raise PlanMismatchError(f"the statistics name expert {named - 1}, but the model has {count}")
     return Ranking(
@@ -115,7 +126,12 @@ def _amounts(file: Path) -> Iterable[tuple[int, int, float]]:
                 if not expert.isascii() or not expert.isdigit() or len(expert) > 5:
                     raise InvalidInputError(f"{inside} is no expert number")
                 frequency = _object(entry, inside).get("count_frequency", 0.0)
-                yield int(match[1]), int(expert), samples * _number(frequency, inside)
+                amount = samples * _number(frequency, inside)
+                if not math.isfinite(amount):
+                    raise InvalidInputError(
+                        f"{inside}: sample_count times count_frequency is no finite number"
+                    )
+                yield int(match[1]), int(expert), amount
 
 
 def _object(value: object, where: str) -> dict[str, object]:

@@ -47,7 +47,8 @@ class Ranking:
                 "layers": self.layers,
                 "scores": self.scores,
                 "provenance": dict(self.provenance),
-            }
+            },
+            allow_nan=False,
         )
 
 

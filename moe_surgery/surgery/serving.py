@@ -25,8 +25,9 @@ def serving_notes(experts: int, top_k: int, source_top_k: int) -> list[str]:
     uneven = [size for size in PARALLEL_SIZES if experts % size]
     if uneven:
         sizes = ", ".join(map(str, uneven))
+        some = "1 expert does" if experts == 1 else f"{experts} experts do"
         notes.append(
-            f"{experts} experts do not divide by {sizes}: expert-parallel serving over that many devices "
+            f"{some} not divide by {sizes}: expert-parallel serving over that many devices "
             "refuses it (vLLM issue 52435); one device or tensor parallelism works"
         )
     if experts not in FUSED_ROUTER_COUNTS:

@@ -85,7 +85,7 @@ class _Verifier:
     def run(self, source: str | os.PathLike[str] | None, structure_only: bool) -> Verification:
         manifest = self._manifest(needed=not structure_only or source is not None)
         self._structure()
-        files = 0
+        files = sum(1 for e in os.scandir(self._folder) if e.is_file())
         if manifest is not None:
             files = len(manifest.files)
             for name, record in manifest.files.items():

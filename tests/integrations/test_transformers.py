@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ pytest.importorskip("transformers.integrations.moe", reason="this transformers h
 
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
-from moe_surgery import plan_random, prune  # noqa: E402
+from moe_surgery import plan_keeping, plan_random, prune  # noqa: E402
 from moe_surgery.checkpoint.locate import locate  # noqa: E402
 from moe_surgery.errors import PlanMismatchError, UsageError  # noqa: E402
 from moe_surgery.integrations.transformers import PackedMLP, register, replace_experts  # noqa: E402
@@ -204,3 +206,19 @@ def test_another_gate_is_refused(small: Path) -> None:
     experts.__class__ = other
     with pytest.raises(UsageError, match="OtherExperts has another activation"):
         oracle.logits_of(model, TOKENS % 24)
+
+
+def test_nothing_else_needs_importing_first(tmp_path: Path) -> None:
+    """As the README has it, in a process in which nothing of the package has been imported."""
+    folder = tmp_path / "small"
+    prune("example:tiny", folder, lambda model: plan_keeping([0, 1], model), dtype="bf16")
+    script = (
+        "import sys, torch\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "from moe_surgery.integrations.transformers import register\n"
+        "register()\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], experts_implementation='moe_surgery')\n"
+        "assert torch.isfinite(model(torch.tensor([[3, 4, 5]])).logits).all()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, folder], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

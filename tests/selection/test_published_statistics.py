@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moe_surgery.cli import main
-from moe_surgery.errors import InvalidInputError, OutputError, PlanMismatchError
+from moe_surgery.errors import InvalidInputError, OutputError, PlanMismatchError, UsageError
 from moe_surgery.selection.published import interleave, rank_published, statistics_files
 from moe_surgery.selection.ranking import Ranking, load_ranking
 
@@ -101,6 +101,11 @@ def test_the_command_ranks_a_folder(tmp_path: Path, capsys: pytest.CaptureFixtur
     [
         ("[]", "expected a JSON object"),
         ('{"sample_count": 1}', "has neither"),
+        ('{"sample_count": 1, "think_expert_analytics": {"layer_0": {}}}', "name no expert"),
+        (
+            '{"sample_count": 1e308, "think_expert_analytics": {"layer_0": {"1": {"count_frequency": 1e308}}}}',
+            "no finite number",
+        ),
         ('{"sample_count": -1, "think_expert_analytics": {}}', "at least 0"),
         ('{"sample_count": 1, "think_expert_analytics": {"layer": {}}}', "no layer_N"),
         ('{"sample_count": 1, "think_expert_analytics": {"layer_0": {"x": {}}}}', "no expert number"),
@@ -112,6 +117,23 @@ def test_an_unreadable_file_is_named(tmp_path: Path, content: str, complaint: st
     file.write_text(content)
     with pytest.raises(InvalidInputError, match=rf"broken\.json.*{complaint}"):
         rank_published([file])
+
+
+@pytest.mark.parametrize("experts", [0, -1, 100_000_000])
+def test_an_absurd_number_of_experts_is_refused(tmp_path: Path, experts: int) -> None:
+    file = write(tmp_path / "a" / "b" / "c.json", 1, {"layer_0": {"0": 1.0}})
+    with pytest.raises(UsageError, match="choose 1 to 1024"):
+        rank_published([file], experts)
+
+
+def test_an_output_that_is_an_input_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path / "a" / "b" / "c.json", 1, {"layer_0": {"0": 1.0}})
+    before = file.read_bytes()
+    with pytest.raises(SystemExit) as ended:
+        main(["rank", str(tmp_path), "-o", str(file)])
+    assert ended.value.code == 2
+    assert "is the input" in capsys.readouterr().err
+    assert file.read_bytes() == before
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:

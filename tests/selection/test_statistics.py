@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from moe_surgery.errors import InvalidInputError, PlanMismatchError, UsageError
-from moe_surgery.selection.metrics import METRICS, coverage, order, score, super_experts
+from moe_surgery.selection.metrics import METRICS, order, score, super_experts
 from moe_surgery.selection.rank import rank
 from moe_surgery.selection.statistics import (
     ExpertStatistics,
@@ -145,13 +145,6 @@ def test_super_experts_are_outliers_of_the_first_three_quarters() -> None:
     found = Statistics("gpt_oss", "a", 64, 2, 2, {"x": 1}, {"x": []}, {"x": layers})
     assert rank(found, "frequency", protect_super_experts=True).layers[1][:3] == (7, 0, 1)
     assert rank(found, "frequency").layers[1][0] == 0
-
-
-def test_coverage_is_the_share_of_routed_weight() -> None:
-    layer = gathered(routes(5, 50))
-    [share] = coverage([layer], [(0, 2)])
-    assert share == pytest.approx((layer.gate[0] + layer.gate[2]) / layer.gate.sum())
-    assert coverage([layer], [range(EXPERTS)])[0] == pytest.approx(1.0)
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:

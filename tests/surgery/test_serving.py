@@ -19,7 +19,7 @@ from tests.support.checkpoints import Shape, write_checkpoint
         (8, 4, 4, []),
         (4, 4, 4, ["do not divide by 8"]),
         (2, 2, 4, ["top-k is 2 instead of 4", "do not divide by 4, 8"]),
-        (1, 1, 4, ["top-k is 1 instead of 4", "do not divide by 2, 4, 8"]),
+        (1, 1, 4, ["top-k is 1 instead of 4", "does not divide by 2, 4, 8"]),
         (3, 3, 4, ["top-k 3 is not a power of two", "top-k is 3", "divide by 2, 4, 8", "no count"]),
         (31, 4, 4, ["do not divide by 2, 4, 8", "31 experts is no count that fused routers are built for"]),
         (24, 4, 4, ["24 experts is no count that fused routers are built for"]),
