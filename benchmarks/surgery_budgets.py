@@ -146,9 +146,13 @@ def measure(job: Job, source: Path, work: Path, rounds: int) -> dict[str, object
 
 
 def small_commands(source: Path, work: Path) -> dict[str, object]:
+    ranking = work / "ranking.json"
+    ranking.write_text(json.dumps({f"layer_{i}": list(range(32)) for i in range(24)}))
+    chosen = ["--experts", 8, "--checkpoint", source, "-o", work / "plan.json"]
     jobs = {
         "inspect": tool("inspect", source, "--json"),
-        "plan": tool("plan", "--random", "--experts", 8, "--checkpoint", source, "-o", work / "plan.json"),
+        "plan": tool("plan", ranking, *chosen),
+        "plan --random": tool("plan", "--random", *chosen),
     }
     found = {}
     for name, command in jobs.items():

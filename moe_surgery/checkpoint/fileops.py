@@ -111,9 +111,6 @@ class FileOps:
     def unlink(self, path: str | os.PathLike[str]) -> None:
         os.unlink(path)
 
-    def rmdir(self, path: str | os.PathLike[str]) -> None:
-        os.rmdir(path)
-
     def rename(self, old: str | os.PathLike[str], new: str | os.PathLike[str]) -> None:
         """Rename, replacing `new` if it is there (a file over a file)."""
         os.rename(old, new)
