@@ -1,0 +1,212 @@
+"""What a cut costs, as data: figures of models against the full one, and their file."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+
+from moe_surgery.checkpoint.files import printable_path, read_small_file
+from moe_surgery.checkpoint.strict_json import parse_json
+from moe_surgery.checkpoint.text import describe
+from moe_surgery.errors import InvalidInputError
+from moe_surgery.selection.fields import is_integer
+
+__all__ = ["EVALUATION_FORMAT", "Evaluated", "Evaluation", "Quality", "load_evaluation"]
+
+EVALUATION_FORMAT = "moe-surgery.evaluation"
+VERSION = 1
+MAX_BYTES = 100_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """A model on the texts of one domain, over `tokens` predicted tokens.
+
+    cross_entropy: mean negative log-likelihood, nats a token. kl: mean KL(full || this) of the next
+    token's distribution, nats. agreement: share of tokens where this model's likeliest token is the
+    full model's. redirected[layer]: share of (token, slot) routes in which the model chooses an
+    expert that the full model did not choose there (by source number; where top-k differs, of the
+    routes that the smaller of the two has). The full model has kl 0, agreement 1, redirected 0.
+    """
+
+    tokens: int
+    cross_entropy: float
+    kl: float
+    agreement: float
+    redirected: tuple[float, ...]
+
+    @property
+    def perplexity(self) -> float:
+        """exp(cross_entropy); infinite past double range."""
+        return math.exp(self.cross_entropy) if self.cross_entropy < 709 else math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """One model: the full one, a plan shown as a view, or a pruned checkpoint.
+
+    `kind` is "full", "plan" or "checkpoint". `experts` are kept per layer. `provenance` is the
+    plan's (empty for the full model): `method`, `domains`, `seed` and whatever else made it.
+    """
+
+    name: str
+    kind: str
+    experts: tuple[int, ...]
+    top_k: int
+    domains: Mapping[str, Quality]
+    provenance: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def overall(self) -> Quality:
+        """All domains together, each weighing by its tokens."""
+        return _pooled(self.domains.values())
+
+    @property
+    def mean_experts(self) -> float:
+        return sum(self.experts) / len(self.experts)
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Models against the full one on the same texts; `models[0]` is the full one.
+
+    `identity` and `checkpoint` say which full model. `texts` lists what was read for each domain:
+    {"name", "xxh3_128", "tokens"}. `settings`: dtype, backend, answers_only, context and the like.
+    """
+
+    model_type: str
+    checkpoint: str
+    identity: str
+    num_experts: int
+    models: tuple[Evaluated, ...]
+    texts: Mapping[str, list[dict[str, object]]] = field(default_factory=dict)
+    settings: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def domains(self) -> list[str]:
+        return sorted(self.models[0].domains)
+
+    def as_dict(self) -> dict[str, object]:
+        """The evaluation as the JSON object of its file form (version 1)."""
+        return {
+            "format": EVALUATION_FORMAT,
+            "version": VERSION,
+            "model_type": self.model_type,
+            "checkpoint": self.checkpoint,
+            "identity": self.identity,
+            "num_experts": self.num_experts,
+            "texts": dict(self.texts),
+            "settings": dict(self.settings),
+            "models": [
+                {
+                    "name": m.name,
+                    "kind": m.kind,
+                    "experts": list(m.experts),
+                    "top_k": m.top_k,
+                    "provenance": dict(m.provenance),
+                    "overall": _quality_dict(m.overall),
+                    "domains": {d: _quality_dict(q) for d, q in m.domains.items()},
+                }
+                for m in self.models
+            ],
+        }
+
+    def to_json(self) -> str:
+        return json.dumps(self.as_dict(), indent=1, allow_nan=False) + "\n"
+
+
+def load_evaluation(path: str | os.PathLike[str]) -> Evaluation:
+    """Read an evaluation file.
+
+    Raises InvalidInputError for another format, an unknown version or missing figures, OutputError
+    where the file cannot be read.
+    """
+    where = printable_path(path)
+    root = parse_json(
+        read_small_file(path, limit=MAX_BYTES, what="an evaluation"), where=where, allow_floats=True
+    )
+    if not isinstance(root, dict) or root.get("format") != EVALUATION_FORMAT:
+        raise InvalidInputError(
+            f'{where}: not an evaluation: expected a JSON object with "format": "{EVALUATION_FORMAT}"'
+        )
+    if not is_integer(root.get("version"), VERSION):
+        raise InvalidInputError(
+            f"{where}: evaluation version {describe(root.get('version'))} is not known here (this reads "
+            f"version {VERSION}); upgrade moe-surgery"
+        )
+    try:
+        models = tuple(_evaluated(m) for m in root["models"])
+        if not models or models[0].kind != "full":
+            raise ValueError("models must begin with the full one")
+        return Evaluation(
+            str(root["model_type"]),
+            str(root["checkpoint"]),
+            str(root["identity"]),
+            int(root["num_experts"]),
+            models,
+            dict(root["texts"]),
+            dict(root["settings"]),
+        )
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise InvalidInputError(f"{where}: incomplete evaluation: {error}") from None
+
+
+def _quality_dict(quality: Quality) -> dict[str, object]:
+    perplexity = quality.perplexity
+    return {**asdict(quality), "perplexity": perplexity if math.isfinite(perplexity) else None}
+
+
+def _evaluated(m: Mapping[str, object]) -> Evaluated:
+    domains, experts, top_k = m["domains"], m["experts"], m["top_k"]
+    provenance = m["provenance"]
+    if not isinstance(domains, dict) or not domains or not isinstance(provenance, dict):
+        raise ValueError("domains and provenance must be objects")
+    if not isinstance(experts, list) or not experts or not isinstance(top_k, int):
+        raise ValueError("experts must be a list, top_k an integer")
+    return Evaluated(
+        str(m["name"]),
+        str(m["kind"]),
+        tuple(int(e) for e in experts),
+        top_k,
+        {str(name): _quality(q) for name, q in domains.items()},
+        provenance,
+    )
+
+
+def _quality(q: Mapping[str, object]) -> Quality:
+    redirected, tokens = q["redirected"], q["tokens"]
+    if not isinstance(redirected, list) or not isinstance(tokens, int) or tokens < 1:
+        raise ValueError("redirected must be a list, tokens a positive integer")
+
+    def number(key: str) -> float:
+        value = q[key]
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"{key} must be a number")
+        return float(value)
+
+    return Quality(
+        tokens,
+        number("cross_entropy"),
+        number("kl"),
+        number("agreement"),
+        tuple(float(x) for x in redirected),
+    )
+
+
+def _pooled(parts: Iterable[Quality]) -> Quality:
+    rows = list(parts)
+    tokens = sum(q.tokens for q in rows)
+
+    def mean(values: Iterable[float]) -> float:
+        return sum(q.tokens * v for q, v in zip(rows, values, strict=True)) / tokens
+
+    return Quality(
+        tokens,
+        mean(q.cross_entropy for q in rows),
+        mean(q.kl for q in rows),
+        mean(q.agreement for q in rows),
+        tuple(mean(layer) for layer in zip(*(q.redirected for q in rows), strict=True)),
+    )
