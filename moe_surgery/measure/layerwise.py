@@ -1,71 +1,108 @@
-"""Texts through a model one layer at a time, so that memory holds one layer and the activations."""
+"""Texts through a model one layer at a time, so that memory holds one layer and the hidden states."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moe_surgery.kernels import Backend
+from moe_surgery.measure.states import HiddenStates
 from moe_surgery.runtime.attention import attend, visible
 from moe_surgery.runtime.linear import linear, rms_norm
 from moe_surgery.runtime.model import Layer, Model
 from moe_surgery.runtime.rope import rotate
 
-__all__ = ["Mixture", "embed", "run_layer", "unembed"]
+__all__ = ["apply_attention", "apply_experts", "choose_experts", "embed", "unembed"]
 
 # Attention scores held at once: queries x keys x heads, four bytes each.
 SCORE_BYTES = 128 << 20
-
-# (layer number, layer, normalised hidden [tokens, hidden]) -> output of the experts [tokens, hidden]
-Mixture = Callable[[int, Layer, Tensor], Tensor]
-
-
-def embed(model: Model, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Hidden states before the first layer, one [tokens, hidden] in the compute dtype per sequence."""
-    return [F.embedding(torch.tensor(list(s)), model.embedding).to(model.dtype) for s in sequences]
+LOGIT_BYTES = 64 << 20
 
 
 @torch.inference_mode()
-def run_layer(model: Model, number: int, hidden: list[Tensor], mixture: Mixture) -> None:
-    """Take every sequence's hidden states through layer `number`, in place.
-
-    Attention runs a sequence at a time; the experts see all tokens at once, so that each weight is
-    read once however many sequences there are. `mixture` computes the experts' output.
-    """
-    layer = model.layers[number]
-    for i, x in enumerate(hidden):
-        hidden[i] = x + _attention(model, number, layer, x)
-    joined = torch.cat(hidden)
-    normed = rms_norm(joined, layer.mlp_norm, model.config.eps)
-    joined = joined + mixture(number, layer, normed)
-    hidden[:] = torch.split(joined, [len(x) for x in hidden])
+def embed(model: Model, passages: Sequence[Sequence[int]]) -> HiddenStates:
+    """Hidden states before the first layer, of passages of token ids."""
+    states = HiddenStates([len(p) for p in passages], model.config.hidden, model.dtype, model.device)
+    for passage, start in zip(passages, states.starts[:-1], strict=True):
+        ids = torch.tensor(list(passage), dtype=torch.int64, device=model.device)
+        states[start : start + len(passage)] = F.embedding(ids, model.embedding).to(model.dtype)
+    return states
 
 
 @torch.inference_mode()
-def unembed(model: Model, hidden: Tensor, rows: int = 256) -> Iterator[Tensor]:
-    """Logits float32 [at most `rows`, vocabulary] for hidden states [tokens, hidden], piece by piece."""
-    for piece in torch.split(hidden, rows):
-        yield linear(rms_norm(piece, model.norm, model.config.eps), model.unembedding).float()
-
-
-def _attention(model: Model, number: int, layer: Layer, x: Tensor) -> Tensor:
-    """Causal self-attention of one sequence, [tokens, hidden] -> [tokens, hidden]."""
+def apply_attention(model: Model, number: int, layer: Layer, states: HiddenStates) -> None:
+    """Add the self-attention of layer `number`, a passage seeing itself only, to `states`."""
     c = model.config
-    tokens = len(x)
-    positions = torch.arange(tokens, device=x.device)[None]
-    cos, sin = (a[:, None] for a in model.rope(positions))
-    h = rms_norm(x, layer.attention_norm, c.eps)[None]
-    q = rotate(layer.q(h).view(1, tokens, c.heads, c.head_dim).transpose(1, 2), cos, sin)
-    k = rotate(layer.k(h).view(1, tokens, c.kv_heads, c.head_dim).transpose(1, 2), cos, sin)
-    v = layer.v(h).view(1, tokens, c.kv_heads, c.head_dim).transpose(1, 2)
-    window = c.windows[number]
-    step = max(1, SCORE_BYTES // (tokens * c.heads * 4))
+    for first, last in states.groups():
+        start, stop = states.starts[first], states.starts[last]
+        x = states[start:stop]
+        lengths = states.lengths[first:last]
+        positions = torch.cat([torch.arange(n, device=x.device) for n in lengths])
+        cos, sin = (a[:, None] for a in model.rope(positions))  # [tokens, 1, head_dim / 2]
+        h = rms_norm(x, layer.attention_norm, c.eps)
+        q = rotate(layer.q(h).view(len(x), c.heads, c.head_dim), cos, sin)
+        k = rotate(layer.k(h).view(len(x), c.kv_heads, c.head_dim), cos, sin)
+        v = layer.v(h).view(len(x), c.kv_heads, c.head_dim)
+        split = (torch.split(a, lengths) for a in (q, k, v))
+        mixed = [
+            _attended(q1, k1, v1, layer.sinks, c.windows[number]) for q1, k1, v1 in zip(*split, strict=True)
+        ]
+        states[start:stop] = x + layer.o(torch.cat(mixed))
+
+
+@torch.inference_mode()
+def choose_experts(
+    model: Model, layer: Layer, states: HiddenStates, where: slice
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The experts' input [tokens, hidden] for the rows `where`, and the router's ids and weights."""
+    x = rms_norm(states[where], layer.mlp_norm, model.config.eps)
+    return (x, *_routed(model.backend, layer, x))
+
+
+@torch.inference_mode()
+def apply_experts(model: Model, layer: Layer, states: HiddenStates) -> Tensor:
+    """Add the output of the experts to `states`; the ids chosen, int64 [tokens, top_k] on the CPU."""
+    chosen = []
+    for where in states.pieces():
+        x, ids, weights = choose_experts(model, layer, states, where)
+        states[where] = states[where] + model.backend.experts(x, ids, weights, layer.experts)
+        chosen.append(ids.cpu())
+    return torch.cat(chosen)
+
+
+@torch.inference_mode()
+def unembed(model: Model, states: HiddenStates) -> Iterator[tuple[slice, Tensor]]:
+    """Rows and their logits float32 [rows, vocabulary], a bounded piece at a time."""
+    step = max(1, LOGIT_BYTES // (model.config.vocabulary * 4))
+    for start in range(0, states.tokens, step):
+        where = slice(start, min(start + step, states.tokens))
+        yield where, logits_of(model, states[where])
+
+
+@torch.inference_mode()
+def logits_of(model: Model, x: Tensor) -> Tensor:
+    """Logits float32 [rows, vocabulary] of hidden states after the last layer."""
+    return linear(rms_norm(x, model.norm, model.config.eps), model.unembedding).float()
+
+
+def _routed(backend: Backend, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
+    assert layer.router.bias is not None
+    return backend.route(x, layer.router.weight, layer.router.bias, layer.top_k)
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, window: int | None) -> Tensor:
+    """One passage: q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim] -> [tokens, width]."""
+    tokens, heads, _ = q.shape
+    q, k, v = (a.transpose(0, 1)[None] for a in (q, k, v))
+    positions = torch.arange(tokens, device=q.device)[None]
+    step = max(1, SCORE_BYTES // (tokens * heads * 4))
     mixed = []
     for a in range(0, tokens, step):
         b = min(a + step, tokens)
         first = 0 if window is None else max(0, a - window + 1)
         seen = visible(positions[:, a:b], positions[:, first:b], window)
-        mixed.append(attend(q[:, :, a:b], k[:, :, first:b], v[:, :, first:b], layer.sinks, seen))
-    return layer.o(torch.cat(mixed, dim=1))[0]
+        mixed.append(attend(q[:, :, a:b], k[:, :, first:b], v[:, :, first:b], sinks, seen))
+    return torch.cat(mixed, dim=1)[0]

@@ -1,76 +1,114 @@
-"""Gathers `Statistics` of a checkpoint over texts, layer by layer."""
+"""Gathers `Statistics` of a checkpoint over passages, layer by layer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from moe_surgery.kernels.reference.experts import expert_output
-from moe_surgery.measure.layerwise import embed, run_layer
+from moe_surgery.measure.corpus import Passage
+from moe_surgery.measure.layerwise import apply_attention, choose_experts, embed
+from moe_surgery.measure.states import TOGETHER, HiddenStates, rows_buffer
+from moe_surgery.runtime.linear import rms_norm
 from moe_surgery.runtime.model import Layer, Model
+from moe_surgery.runtime.view import view_layer
+from moe_surgery.selection.plan import Plan
 from moe_surgery.selection.statistics import ExpertStatistics
 
-__all__ = ["profile_sequences"]
+__all__ = ["part_domains", "profile_passages"]
 
 Progress = Callable[[int], None]
 
 
+def part_domains(domain: str) -> tuple[str, str]:
+    """Names under which the prompt and the answer of a domain's conversations are counted."""
+    return f"{domain}:prompt", f"{domain}:answer"
+
+
 @torch.inference_mode()
-def profile_sequences(
+def profile_passages(
     model: Model,
-    sequences: Mapping[str, Sequence[Sequence[int]]],
+    passages: Sequence[Passage],
     *,
-    release: Callable[[int], None] | None = None,
+    sequential: Plan | None = None,
     progress: Progress | None = None,
 ) -> dict[str, list[ExpertStatistics]]:
-    """Statistics per domain and layer of token sequences by domain, all taken through together.
+    """Statistics per domain and layer of `passages`, all taken through a layer together.
 
-    `release` is told a layer's number when its weights are no longer needed, `progress` as well.
-    Expert outputs are measured in float64 sums of the model's compute dtype.
+    The tokens of a conversation are counted apart, under `part_domains`. With `sequential` a layer's
+    inputs come from earlier layers that only have the plan's experts, while all of its own experts are
+    measured. `progress` is told the number of each layer that is done. Sums are float64 over outputs
+    in the model's compute dtype.
     """
-    domains = list(sequences)
-    flat = [s for d in domains for s in sequences[d]]
-    owner = torch.cat([torch.full((len(s),), i) for i, d in enumerate(domains) for s in sequences[d]])
-    hidden = embed(model, flat)
+    domains, owner = _owners(passages)
+    states = embed(model, [p.tokens for p in passages])
     found: dict[str, list[ExpertStatistics]] = {d: [] for d in domains}
-
-    def mixture(number: int, layer: Layer, x: Tensor) -> Tensor:
-        y, parts = _measured(model, layer, x, owner, len(domains))
+    for number in range(len(model.layers)):
+        layer = model.layers[number]
+        apply_attention(model, number, layer, states)
+        kept = None if sequential is None else sequential.layers[number]
+        parts = _measure(model, layer, states, owner, len(domains), kept)
         for domain, part in zip(domains, parts, strict=True):
             found[domain].append(part)
-        return y
-
-    for number in range(len(model.layers)):
-        run_layer(model, number, hidden, mixture)
-        if release:
-            release(number)
         if progress:
             progress(number)
     return found
 
 
-def _measured(
-    model: Model, layer: Layer, x: Tensor, owner: Tensor, domains: int
-) -> tuple[Tensor, list[ExpertStatistics]]:
-    """The experts' output for all tokens, and what each expert did per domain."""
-    router = layer.router
-    assert router.bias is not None
-    ids, weights = model.backend.route(x, router.weight, router.bias, layer.top_k)
-    experts = router.weight.shape[0]
-    parts = [ExpertStatistics.zeros(experts, x.shape[1]) for _ in range(domains)]
-    y = torch.zeros_like(x, dtype=torch.float32)
-    index = layer.experts.index
+def _owners(passages: Sequence[Passage]) -> tuple[list[str], Tensor]:
+    """Domains, and for each token the place of its domain in them, int64 [tokens]."""
+    domains: dict[str, int] = {}
+    owner = []
+    for passage in passages:
+        tokens = len(passage.tokens)
+        spans = [(passage.domain, tokens)]
+        if passage.answer is not None:
+            asked = min(passage.answer, tokens)
+            spans = list(zip(part_domains(passage.domain), (asked, tokens - asked), strict=True))
+        for domain, count in spans:
+            owner.append(torch.full((count,), domains.setdefault(domain, len(domains))))
+    return list(domains), torch.cat(owner)
+
+
+def _measure(
+    model: Model,
+    layer: Layer,
+    states: HiddenStates,
+    owner: Tensor,
+    domains: int,
+    kept: tuple[int, ...] | None,
+) -> list[ExpertStatistics]:
+    """Add the experts' output to `states`; what each expert did, per domain."""
+    routed = [choose_experts(model, layer, states, where)[1:] for where in states.pieces()]
+    ids, weights = (torch.cat(parts) for parts in zip(*routed, strict=True))
+    experts = layer.router.weight.shape[0]
+    parts = [ExpertStatistics.zeros(experts, model.config.hidden) for _ in range(domains)]
+    y = rows_buffer(states.tokens, model.config.hidden, torch.float32, model.device)
     for expert in torch.unique(ids).tolist():
-        token, slot = torch.where(ids == expert)
-        place = expert if index is None else int(index[expert])
-        out = expert_output(x[token], layer.experts, place)
-        gate = weights[token, slot]
-        y.index_add_(0, token, out.float() * gate[:, None].float())
-        _record(parts, expert, owner[token], gate, out)
-    return y.to(x.dtype), parts
+        tokens, slots = torch.where(ids == expert)
+        for a in range(0, len(tokens), TOGETHER):
+            token, slot = tokens[a : a + TOGETHER], slots[a : a + TOGETHER]
+            out = _output(model, layer, states, token, expert)
+            gate = weights[token, slot]
+            y.index_add_(0, token.to(y.device), (out.float() * gate[:, None].float()).to(y.device))
+            _record(parts, expert, owner[token.cpu()], gate, out)
+    if kept is not None:  # what the next layer sees comes from the kept experts alone
+        seen = view_layer(layer, kept)
+        for where in states.pieces():
+            x, ids, weights = choose_experts(model, seen, states, where)
+            y[where] = model.backend.experts(x, ids, weights, seen.experts).float().to(y.device)
+    for where in states.pieces():
+        states[where] = states[where] + y[where].to(states.device).to(states.dtype)
+    return parts
+
+
+def _output(model: Model, layer: Layer, states: HiddenStates, token: Tensor, expert: int) -> Tensor:
+    """The output of one expert for some tokens, before its routing weight, [tokens, hidden]."""
+    x = rms_norm(states[token], layer.mlp_norm, model.config.eps)
+    ids = torch.full((len(token), 1), expert, dtype=torch.int64, device=x.device)
+    return model.backend.experts(x, ids, torch.ones_like(ids, dtype=x.dtype), layer.experts)
 
 
 def _record(parts: Sequence[ExpertStatistics], expert: int, owner: Tensor, gate: Tensor, out: Tensor) -> None:
@@ -78,7 +116,7 @@ def _record(parts: Sequence[ExpertStatistics], expert: int, owner: Tensor, gate:
     wide = out.cpu().to(torch.float64).numpy()
     weight = gate.cpu().to(torch.float64).numpy()
     norms = np.linalg.norm(wide, axis=1)
-    where = owner.cpu().numpy()
+    where = owner.numpy()
     for domain in np.unique(where):
         mine = where == domain
         part = parts[domain]

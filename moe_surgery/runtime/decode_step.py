@@ -200,7 +200,9 @@ def _moe(layer: Layer, h: Tensor, y: Tensor) -> list[Launch]:
 
 def join_projections(model: Model) -> None:
     """Put q, k and v of each layer next to each other, their places becoming views; no second copy stays."""
-    for number, layer in enumerate(model.layers):
+    layers = model.layers
+    assert isinstance(layers, list)  # a model that holds one layer at a time decodes nothing
+    for number, layer in enumerate(layers):
         parts = (layer.q, layer.k, layer.v)
         if _adjacent([p.weight for p in parts]) and _adjacent([_bias(p) for p in parts]):
             continue
@@ -208,7 +210,7 @@ def join_projections(model: Model) -> None:
         weights = torch.split(torch.cat([p.weight for p in parts]), rows)
         biases = torch.split(torch.cat([_bias(p) for p in parts]), rows)
         q, k, v = (Projection(w, b) for w, b in zip(weights, biases, strict=True))
-        model.layers[number] = replace(layer, q=q, k=k, v=v)
+        layers[number] = replace(layer, q=q, k=k, v=v)
 
 
 def _bias(projection: Projection) -> Tensor:

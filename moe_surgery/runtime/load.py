@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from moe_surgery.runtime.config import ModelConfig
 from moe_surgery.runtime.device import check_memory, open_device
 from moe_surgery.runtime.mapped import MappedShards
 from moe_surgery.runtime.model import Layer, Model, Projection
+from moe_surgery.runtime.view import view_layer
 from moe_surgery.selection.plan import Plan
 
 __all__ = ["load_model"]
@@ -28,12 +30,44 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Get = Callable[[str], Tensor]
 
 
+class OneLayer(Sequence[Layer]):
+    """Layers of which only the last one asked for is held."""
+
+    def __init__(self, count: int, make: Callable[[int], Layer], release: Callable[[int], None]) -> None:
+        self._count, self._make, self._release = count, make, release
+        self._number: int | None = None
+        self._layer: Layer | None = None
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, number: int) -> Layer: ...
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[Layer]: ...
+    def __getitem__(self, number: int | slice) -> Layer | Sequence[Layer]:
+        if isinstance(number, slice) or not 0 <= number < self._count:
+            raise IndexError(f"layer {number}: one of {self._count} at a time")
+        if self._layer is None or self._number != number:
+            self.close()
+            self._number, self._layer = number, self._make(number)
+        return self._layer
+
+    def close(self) -> None:
+        """Let go of the layer that is held."""
+        if self._number is not None:
+            self._release(self._number)
+        self._number = self._layer = None
+
+
 def load_model(
     path: str | os.PathLike[str],
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     plan: Plan | None = None,
     backend: str | None = None,
+    *,
+    one_layer: bool = False,
 ) -> Model:
     """Load a checkpoint (folder, file, example or cached hub id) to run it.
 
@@ -41,7 +75,9 @@ def load_model(
     they are moved tensor by tensor, so host memory stays bounded. MXFP4 experts stay packed
     everywhere. `dtype` is the compute dtype (bfloat16 unless said otherwise). `plan` shows the
     model only the kept experts of each layer: no copy is made, and layers may keep different
-    numbers; logits are those of the checkpoint pruned by that plan, bit for bit.
+    numbers; logits are those of the checkpoint pruned by that plan, bit for bit. With `one_layer` a
+    layer is mapped, or moved to the device, when `Model.layers` is asked for it, and let go for the
+    next one: for work that takes all texts through one layer at a time.
 
     Raises InvalidInputError or OutputError for the checkpoint, PlanMismatchError for a plan of
     another model, UsageError for an unknown device, dtype or backend, or a device without the memory.
@@ -55,8 +91,9 @@ def load_model(
         described = families.describe(checkpoint)
         if plan is not None:
             plan.check_fits(described.model_type, described.experts, described.layers, str(path))
-        check_memory(place, described)
-        return _assembled(checkpoint, described, plan, place, compute, chosen)
+        if not one_layer:
+            check_memory(place, described)
+        return _assembled(checkpoint, described, plan, place, compute, chosen, one_layer)
 
 
 def _assembled(
@@ -66,6 +103,7 @@ def _assembled(
     place: torch.device,
     compute: torch.dtype,
     backend: Backend,
+    one_layer: bool,
 ) -> Model:
     config = ModelConfig.of(described)
     shards = MappedShards(checkpoint)
@@ -83,7 +121,19 @@ def _assembled(
         return fetch(tensors[name].stored)
 
     embedding = get("model.embed_tokens.weight")
-    layers = [_layer(number, config, tensors, get, fetch, plan) for number in range(config.layers)]
+
+    def make(number: int) -> Layer:
+        return _layer(number, config, tensors, get, fetch, plan)
+
+    def release(number: int) -> None:
+        for name, tensor in tensors.items():
+            if name.startswith(f"model.layers.{number}."):
+                for ref in filter(None, (tensor.stored, tensor.scales)):
+                    shards.release(ref)
+
+    layers: Sequence[Layer] = (
+        OneLayer(config.layers, make, release) if one_layer else [make(n) for n in range(config.layers)]
+    )
     unembedding = get("lm_head.weight") if "lm_head.weight" in tensors else embedding
     norm = get("model.norm.weight")
     return Model(config, embedding, layers, norm, unembedding, compute, backend)
@@ -110,23 +160,16 @@ def _layer(
         return Mxfp4Weight(fetch(tensor.stored), fetch(tensor.scales))
 
     router = projection("mlp.router")
-    index, top_k = None, config.top_k
-    if plan is not None:
-        kept = plan.layers[number]
-        index = torch.tensor(kept, dtype=torch.int64, device=router.weight.device)
-        assert router.bias is not None
-        router = Projection(router.weight[index], router.bias[index])
-        top_k = plan.top_k or top_k
     experts = ExpertWeights(
         weight("gate_up_proj"),
         get(f"{prefix}mlp.experts.gate_up_proj_bias"),
         weight("down_proj"),
         get(f"{prefix}mlp.experts.down_proj_bias"),
-        index,
+        None,
         config.swiglu_limit,
         config.swiglu_alpha,
     )
-    return Layer(
+    whole = Layer(
         attention_norm=get(f"{prefix}input_layernorm.weight"),
         q=projection("self_attn.q_proj"),
         k=projection("self_attn.k_proj"),
@@ -136,5 +179,6 @@ def _layer(
         mlp_norm=get(f"{prefix}post_attention_layernorm.weight"),
         router=router,
         experts=experts,
-        top_k=min(top_k, router.weight.shape[0]),
+        top_k=min(config.top_k, router.weight.shape[0]),
     )
+    return whole if plan is None else view_layer(whole, plan.layers[number], plan.top_k)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,7 +64,7 @@ class Model:
         self,
         config: ModelConfig,
         embedding: Tensor,
-        layers: list[Layer],
+        layers: Sequence[Layer],
         norm: Tensor,
         unembedding: Tensor,
         dtype: torch.dtype,

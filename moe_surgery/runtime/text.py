@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -63,11 +63,12 @@ class Text:
         """Text without special tokens."""
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
 
-    def chat(self, messages: Sequence[dict[str, str]]) -> str:
-        """The prompt for `messages` ({"role", "content"}) by the checkpoint's chat template.
+    def chat(self, messages: Sequence[Mapping[str, str]], *, prompt: bool = True) -> str:
+        """`messages` ({"role", "content"}) as the checkpoint's chat template writes them.
 
-        The template runs in a sandbox: it comes with the checkpoint, from a stranger. Raises
-        OutputError where there is no template, InvalidInputError where it fails.
+        With `prompt` an answer is left open for the model to give. The template runs in a sandbox: it
+        comes with the checkpoint, from a stranger. Raises OutputError where there is no template,
+        InvalidInputError where it fails.
         """
         source = self._template()
         try:
@@ -92,7 +93,7 @@ class Text:
         special = {k: v for k, v in self._settings.items() if k.endswith("_token") and isinstance(v, str)}
         try:
             template = environment.from_string(source)
-            return template.render(messages=list(messages), add_generation_prompt=True, **special)
+            return template.render(messages=list(messages), add_generation_prompt=prompt, **special)
         except Exception as error:
             said = str(error)[:200] or type(error).__name__
             raise InvalidInputError(f"{printable_path(self._folder)}: chat template: {said}") from None

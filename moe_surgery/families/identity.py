@@ -1,0 +1,28 @@
+"""Which model a checkpoint holds, whatever the files it is spread over."""
+
+from __future__ import annotations
+
+import xxhash
+
+from moe_surgery.checkpoint.checkpoint import Checkpoint
+from moe_surgery.checkpoint.files import pread_exact
+from moe_surgery.families.model import Model
+
+__all__ = ["identity"]
+
+
+def identity(checkpoint: Checkpoint, model: Model) -> str:
+    """A digest (xxh3_128) over the names, dtypes and shapes of all tensors and the bytes of the routers.
+
+    Routers are small and what statistics and plans depend on: checkpoints that were trained apart
+    differ there, while the same weights in other shards are the same model.
+    """
+    digest = xxhash.xxh3_128()
+    for name, ref in sorted(checkpoint.tensors.items()):
+        digest.update(repr((name, ref.dtype, ref.shape)).encode())
+    for tensor in sorted(model.tensors, key=lambda t: t.name):
+        if ".router." in tensor.name:
+            ref = tensor.stored
+            shard = checkpoint.shards[ref.shard]
+            digest.update(pread_exact(shard.fd, ref.nbytes, ref.offset, str(checkpoint.path / ref.shard)))
+    return digest.hexdigest()
