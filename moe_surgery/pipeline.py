@@ -12,6 +12,8 @@ from moe_surgery import families
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.checkpoint.staging import stale_partials
+from moe_surgery.errors import PlanMismatchError
+from moe_surgery.families.identity import identity
 from moe_surgery.families.model import Model
 from moe_surgery.selection.plan import Plan
 from moe_surgery.surgery.compiler import DEFAULT_SHARD_SIZE, compile_program
@@ -21,9 +23,10 @@ from moe_surgery.surgery.program import Program
 from moe_surgery.surgery.serving import serving_notes
 
 if TYPE_CHECKING:
+    from moe_surgery.selection.statistics import Statistics
     from moe_surgery.surgery.run import Outcome
 
-__all__ = ["PruneResult", "inspect", "make_plan", "prune"]
+__all__ = ["PruneResult", "check_statistics", "inspect", "make_plan", "prune"]
 
 PathLike = str | os.PathLike[str]
 PlanMaker = Callable[[Model], Plan]
@@ -60,6 +63,17 @@ def make_plan(checkpoint: PathLike, choose: PlanMaker) -> Plan:
     plan = choose(model)
     plan.check_fits(model.model_type, model.experts, model.layers, str(checkpoint))
     return plan
+
+
+def check_statistics(checkpoint: PathLike, statistics: Statistics) -> None:
+    """Raise PlanMismatchError unless `statistics` are of the model in `checkpoint`."""
+    with Checkpoint.open(checkpoint) as opened:
+        known = identity(opened, families.describe(opened))
+    if statistics.identity != known:
+        raise PlanMismatchError(
+            f"the statistics are of another checkpoint ({statistics.identity}) than {checkpoint} ({known}); "
+            "profile this one"
+        )
 
 
 def prune(

@@ -14,7 +14,19 @@ from moe_surgery.version import __version__
 
 __all__ = ["main"]
 
-COMMANDS = ("inspect", "rank", "plan", "prune", "verify", "generate", "demo", "doctor")
+COMMANDS = (
+    "inspect",
+    "profile",
+    "stats",
+    "rank",
+    "plan",
+    "evaluate",
+    "prune",
+    "verify",
+    "generate",
+    "demo",
+    "doctor",
+)
 INTERRUPTED = 130
 IO_ERROR = 5
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from moe_surgery.cli.options import common, terminal_of
+from moe_surgery.cli.options import common, compute, needs_torch, terminal_of, torch_dtype
 from moe_surgery.cli.terminal import Terminal, size
 from moe_surgery.errors import UsageError
 
@@ -39,15 +38,7 @@ if TYPE_CHECKING:
     "--min-p", type=float, default=0.0, help="Leave out tokens this much less likely than the likeliest."
 )
 @click.option("--seed", type=int, help="The same seed gives the same tokens.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N or mps.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["bf16", "f32", "f16"]),
-    default="bf16",
-    show_default=True,
-    help="What to compute in.",
-)
-@click.option("--backend", help="Force the kernels' backend by name; see moe-surgery doctor.")
+@compute
 @common
 @click.pass_context
 def command(
@@ -77,10 +68,7 @@ def command(
     moe-surgery generate example:tiny --chat "What is 2 + 2?" --temperature 0.7 --seed 1
     echo "def main(" | moe-surgery generate example:tiny --max-new-tokens 16
     """
-    if find_spec("torch") is None:
-        raise UsageError(
-            "generate needs torch: pip install 'moe-surgery[torch]', or '.[torch]' in a checkout"
-        )
+    needs_torch("generate")
     from moe_surgery.runtime.sampling import Sampling
     from moe_surgery.runtime.text import Text
 
@@ -106,14 +94,11 @@ def _stdin() -> str:
 
 
 def _loaded(ckpt: str, device: str, dtype: str, plan_file: Path | None, backend: str | None) -> Model:
-    import torch
-
     from moe_surgery.runtime.load import load_model
     from moe_surgery.selection.plan import load_plan
 
-    compute = {"bf16": torch.bfloat16, "f32": torch.float32, "f16": torch.float16}[dtype]
     plan = None if plan_file is None else load_plan(plan_file)
-    return load_model(ckpt, device, compute, plan, backend)
+    return load_model(ckpt, device, torch_dtype(dtype), plan, backend)
 
 
 def _run(

@@ -4,15 +4,32 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from moe_surgery.cli.terminal import Terminal
 from moe_surgery.errors import UsageError
 
-__all__ = ["EXPERT_LIST", "SIZE", "check_new_output", "common", "terminal_of"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "COUNT",
+    "EXPERT_LIST",
+    "NAMES",
+    "SIZE",
+    "check_new_output",
+    "common",
+    "compute",
+    "needs_torch",
+    "ranked",
+    "terminal_of",
+    "texts",
+    "torch_dtype",
+]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -34,6 +51,97 @@ def check_new_output(output: Path | None, inputs: Iterable[Path | None]) -> None
         raise UsageError(f"-o {output}: is a folder; name the file to write")
     if any(i is not None and i.exists() and output.samefile(i) for i in inputs):
         raise UsageError(f"-o {output}: is the input; name another file")
+
+
+def needs_torch(command: str) -> None:
+    """Raise UsageError, saying what to install, where torch is missing."""
+    if find_spec("torch") is None:
+        raise UsageError(
+            f"{command} needs torch: pip install 'moe-surgery[torch]', or '.[torch]' in a checkout"
+        )
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The compute dtype that --dtype names."""
+    import torch
+
+    return {"bf16": torch.bfloat16, "f32": torch.float32, "f16": torch.float16}[name]
+
+
+def compute(command: Command) -> Command:
+    """--device, --dtype and --backend, for commands that run a model."""
+    for option in (
+        click.option("--backend", help="Force the kernels' backend by name; see moe-surgery doctor."),
+        click.option(
+            "--dtype",
+            type=click.Choice(["bf16", "f32", "f16"]),
+            default="bf16",
+            show_default=True,
+            help="What to compute in.",
+        ),
+        click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N or mps."),
+    ):
+        command = option(command)
+    return command
+
+
+def ranked(command: Command) -> Command:
+    """--metric, --domain and --protect-super-experts, for commands that rank statistics."""
+    for option in (
+        click.option(
+            "--protect-super-experts",
+            is_flag=True,
+            help="Put experts with outlying activations first, whatever their score (REAP's rule).",
+        ),
+        click.option(
+            "--domain",
+            "domains",
+            type=NAMES,
+            metavar="A,B",
+            help="Use these domains of the statistics only; default: all.",
+        ),
+        click.option(
+            "--metric", metavar="NAME", help="How to score experts: reap, frequency, gate, ... (see rank)."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def texts(command: Command) -> Command:
+    """--texts, --domain, --format, --max-tokens and --context, for commands that read texts."""
+    path = click.Path(path_type=Path)
+    for option in (
+        click.option(
+            "--context",
+            "context_tokens",
+            type=int,
+            help="Most tokens of one text, longer ones are split; default: 4096.",
+        ),
+        click.option("--max-tokens", type=int, help="Most tokens of each domain; default: all."),
+        click.option(
+            "--format",
+            "text_format",
+            type=click.Choice(["text", "jsonl", "chat"]),
+            help='One text a file, {"text": ...} lines, or {"messages": [...]} lines; default: guessed.',
+        ),
+        click.option(
+            "--domain",
+            multiple=True,
+            help="Name of the texts' domain, one for all files or one for each; default: the file's.",
+        ),
+        click.option(
+            "--texts",
+            "text_paths",
+            metavar="FILE",
+            type=path,
+            multiple=True,
+            required=True,
+            help="A file of texts; repeat for more.",
+        ),
+    ):
+        command = option(command)
+    return command
 
 
 def common(command: Command) -> Command:
@@ -78,6 +186,20 @@ class _Size(click.ParamType):  # type: ignore[type-arg]  # generic only from cli
         return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
+class _Count(click.ParamType):  # type: ignore[type-arg]
+    """ "6.6B" becomes 6 600 000 000."""
+
+    name = "COUNT"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kKMBT]?)\s*", value)
+        if not match:
+            self.fail(f"{value!r} is no count; write 6.6B (10^9), 600M or 21500000000", param, ctx)
+        return int(float(match[1]) * 1000 ** " KMBT".index(match[2].upper() or " "))
+
+
 class _ExpertList(click.ParamType):  # type: ignore[type-arg]
     """ "all" becomes None, "0,3,8-11" a list of numbers."""
 
@@ -102,5 +224,21 @@ class _ExpertList(click.ParamType):  # type: ignore[type-arg]
         return kept
 
 
+class _Names(click.ParamType):  # type: ignore[type-arg]
+    """ "a,b" becomes a list of names."""
+
+    name = "A,B"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        names = [name.strip() for name in value.split(",")]
+        if not all(names):
+            self.fail(f"{value!r}: a name is empty; write a,b", param, ctx)
+        return names
+
+
 SIZE = _Size()
+COUNT = _Count()
 EXPERT_LIST = _ExpertList()
+NAMES = _Names()

@@ -2,21 +2,59 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from moe_surgery.cli.options import EXPERT_LIST, check_new_output, common, terminal_of
+from moe_surgery.cli.options import COUNT, EXPERT_LIST, SIZE, check_new_output, common, ranked, terminal_of
 from moe_surgery.errors import UsageError
 
 if TYPE_CHECKING:
     from moe_surgery.selection.plan import Plan
+    from moe_surgery.selection.ranking import Ranking
+    from moe_surgery.selection.statistics import Statistics
+
+
+@dataclass(frozen=True, slots=True)
+class _Amount:
+    """How many experts stay: exactly one of these says it."""
+
+    experts: int | None
+    coverage: float | None
+    coverage_over: str
+    target_size: int | None
+    target_params: int | None
+    storage: str
 
 
 @click.command("plan")
-@click.argument("ranking", required=False, type=click.Path(path_type=Path))
+@click.argument("source", metavar="[RANKING|STATS]", required=False, type=click.Path(path_type=Path))
+@ranked
 @click.option("--experts", "-n", type=int, help="How many experts each layer keeps.")
+@click.option(
+    "--coverage",
+    type=float,
+    metavar="SHARE",
+    help="Keep the fewest experts that carry this share of routing weight (0.95), by STATS.",
+)
+@click.option(
+    "--coverage-over",
+    type=click.Choice(["worst", "mean"]),
+    default="worst",
+    show_default=True,
+    help="Hold --coverage in every layer, or on the mean of layers.",
+)
+@click.option("--target-size", type=SIZE, help="Keep the most experts whose weights take at most this: 6GB.")
+@click.option("--target-params", type=COUNT, help="Keep the most experts with at most so many weights: 6.6B.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["keep", "bf16", "mxfp4"]),
+    default="keep",
+    show_default=True,
+    help="How experts will be stored, for --target-size.",
+)
 @click.option("--keep", type=EXPERT_LIST, help="Keep these experts in every layer, in this order: 0,3,8-11.")
 @click.option("--random", "at_random", is_flag=True, help="Draw the experts, as a baseline to compare with.")
 @click.option("--seed", type=int, help="Seed of --random; default 0.")
@@ -34,8 +72,16 @@ if TYPE_CHECKING:
 @click.pass_context
 def command(
     context: click.Context,
-    ranking: Path | None,
+    source: Path | None,
+    metric: str | None,
+    domains: list[str] | None,
+    protect_super_experts: bool,
     experts: int | None,
+    coverage: float | None,
+    coverage_over: str,
+    target_size: int | None,
+    target_params: int | None,
+    dtype: str,
     keep: list[int] | str | None,
     at_random: bool,
     seed: int | None,
@@ -46,20 +92,38 @@ def command(
 ) -> None:
     """Decide which experts of each layer stay.
 
-    RANKING is a ranking file: ours, or a published one ({"layer_0": [31, 9, ...], ...}). The plan
-    is a small JSON file for `prune --plan`.
+    RANKING is a ranking file: ours, or a published one ({"layer_0": [31, 9, ...], ...}). STATS is what
+    `profile` made, ranked here by --metric. How many stay is said by exactly one of --experts,
+    --coverage, --target-size and --target-params. The plan is a small JSON file for `prune --plan`,
+    `evaluate --plan` and `generate --plan`.
 
     \b
     moe-surgery plan law.json --experts 8 --model-type gpt_oss -o law-8.json
-    moe-surgery plan --keep 0,3,7 --checkpoint example:tiny
+    moe-surgery plan tiny.stats --metric reap --domain law --coverage 0.95 -o law.json
+    moe-surgery plan tiny.stats --metric reap --target-size 5MB --checkpoint example:tiny
     moe-surgery plan --random --experts 8 --seed 1 --checkpoint example:tiny
     """
     from moe_surgery.checkpoint.fileops import FileOps
     from moe_surgery.checkpoint.writer import write_file
 
     terminal = terminal_of(context)
-    check_new_output(output, [ranking])
-    plan = _plan(ranking, experts, keep, at_random, seed, checkpoint, model_type, order)
+    check_new_output(output, [source])
+    amount = _Amount(experts, coverage, coverage_over, target_size, target_params, dtype)
+    if (source is not None) + (keep is not None) + at_random != 1:
+        raise UsageError("say what to keep by exactly one of RANKING or STATS, --keep and --random")
+    if source is None and order != "ascending":
+        raise UsageError("--order goes with a ranking")
+    if seed is not None and not at_random:
+        raise UsageError("--seed goes with --random")
+    if model_type is not None and (source is None or checkpoint is not None):
+        raise UsageError("--model-type goes with a ranking and without --checkpoint, which says it")
+    if source is None:
+        if metric is not None or domains is not None or protect_super_experts:
+            raise UsageError("--metric, --domain and --protect-super-experts go with STATS")
+        plan = _fixed(keep, at_random, seed, amount, checkpoint)
+    else:
+        ranking, statistics = _ranked(source, metric, domains, protect_super_experts, checkpoint)
+        plan = _first(ranking, statistics, amount, checkpoint, model_type, order)
     text = plan.to_json()
     if output is None:
         click.echo(text, nl=False)
@@ -72,46 +136,114 @@ def command(
     )
 
 
-def _plan(
-    ranking: Path | None,
-    experts: int | None,
-    keep: list[int] | str | None,
-    at_random: bool,
-    seed: int | None,
+def _fixed(
+    keep: list[int] | str | None, at_random: bool, seed: int | None, amount: _Amount, checkpoint: str | None
+) -> Plan:
+    """A plan that needs no ranking."""
+    from moe_surgery.pipeline import make_plan
+    from moe_surgery.selection.plan import plan_keeping, plan_random
+
+    if keep is not None:
+        if _said(amount):
+            raise UsageError(f"--keep already says how many experts stay; leave out {_said(amount)[0]}")
+        kept = None if isinstance(keep, str) else keep
+        return make_plan(_needed(checkpoint, "--keep"), lambda model: plan_keeping(kept, model))
+    assert at_random
+    count, told = _count(amount, None, None, _needed(checkpoint, "--random"))
+    plan = make_plan(_needed(checkpoint, "--random"), lambda model: plan_random(count, seed or 0, model))
+    return replace(plan, provenance={**plan.provenance, **told})
+
+
+def _ranked(
+    source: Path,
+    metric: str | None,
+    domains: list[str] | None,
+    protect_super_experts: bool,
+    checkpoint: str | None,
+) -> tuple[Ranking, Statistics | None]:
+    from moe_surgery.pipeline import check_statistics
+    from moe_surgery.selection.metrics import METRICS
+    from moe_surgery.selection.rank import rank
+    from moe_surgery.selection.ranking import load_ranking
+    from moe_surgery.selection.statistics import is_statistics, load_statistics
+
+    if not is_statistics(source):
+        if metric is not None or domains is not None or protect_super_experts:
+            raise UsageError(
+                f"{source}: is a ranking; --metric, --domain and --protect-super-experts go with STATS"
+            )
+        return load_ranking(source), None
+    if metric is None:
+        raise UsageError(f"{source}: are statistics; say how to rank them: --metric {'|'.join(METRICS)}")
+    statistics = load_statistics(source)
+    if checkpoint is not None:
+        check_statistics(checkpoint, statistics)
+    ranking = rank(statistics, metric, domains=domains, protect_super_experts=protect_super_experts)
+    return ranking, statistics
+
+
+def _first(
+    ranking: Ranking,
+    statistics: Statistics | None,
+    amount: _Amount,
     checkpoint: str | None,
     model_type: str | None,
     order: str,
 ) -> Plan:
+    """The first experts of a ranking, as many as `amount` says."""
     from moe_surgery.pipeline import make_plan
-    from moe_surgery.selection.plan import plan_from_ranking, plan_keeping, plan_random
-    from moe_surgery.selection.ranking import load_ranking
+    from moe_surgery.selection.plan import plan_from_ranking
 
-    if (ranking is not None) + (keep is not None) + at_random != 1:
-        raise UsageError("say what to keep by exactly one of RANKING, --keep and --random")
-    if ranking is None and order != "ascending":
-        raise UsageError("--order goes with a ranking")
-    if seed is not None and not at_random:
-        raise UsageError("--seed goes with --random")
-    if model_type is not None and (ranking is None or checkpoint is not None):
-        raise UsageError("--model-type goes with a ranking and without --checkpoint, which says it")
-    if keep is not None:
-        if experts is not None:
-            raise UsageError("--keep already says how many experts stay; leave out --experts")
-        kept = None if isinstance(keep, str) else keep
-        return make_plan(_needed(checkpoint, "--keep"), lambda model: plan_keeping(kept, model))
-    if experts is None:
-        raise UsageError("--experts N is missing: how many experts each layer keeps")
-    if at_random:
-        return make_plan(
-            _needed(checkpoint, "--random"), lambda model: plan_random(experts, seed or 0, model)
-        )
-    assert ranking is not None
-    loaded = load_ranking(ranking)
+    count, told = _count(amount, ranking, statistics, checkpoint)
     if checkpoint is None:
-        return plan_from_ranking(loaded, experts, model_type=model_type, order=order)
-    return make_plan(
-        checkpoint, lambda m: plan_from_ranking(loaded, experts, model_type=m.model_type, order=order)
-    )
+        plan = plan_from_ranking(ranking, count, model_type=model_type, order=order)
+    else:
+        plan = make_plan(
+            checkpoint, lambda m: plan_from_ranking(ranking, count, model_type=m.model_type, order=order)
+        )
+    return replace(plan, provenance={**plan.provenance, **told})
+
+
+def _count(
+    amount: _Amount, ranking: Ranking | None, statistics: Statistics | None, checkpoint: str | None
+) -> tuple[int, dict[str, object]]:
+    """How many experts stay, and what the plan's provenance should say of it."""
+    said = _said(amount)
+    if len(said) != 1:
+        raise UsageError(
+            "say how many experts stay by exactly one of --experts, --coverage, --target-size and "
+            "--target-params"
+        )
+    if amount.experts is not None:
+        return amount.experts, {}
+    if amount.coverage is not None:
+        if ranking is None or statistics is None:
+            raise UsageError("--coverage needs STATS: a ranking does not say how much each expert carries")
+        from moe_surgery.selection.coverage import coverage, smallest_count
+
+        domains = ranking.provenance["domains"]
+        assert isinstance(domains, list)
+        shares = coverage(statistics.over(domains), ranking.layers)
+        count = smallest_count(shares, amount.coverage, amount.coverage_over)
+        return count, {"coverage": amount.coverage, "coverage_over": amount.coverage_over}
+    from moe_surgery.pipeline import inspect
+
+    found = inspect(_needed(checkpoint, said[0]))
+    storage = found.expert_storage if amount.storage == "keep" else amount.storage
+    best = found.largest(amount.target_size, amount.target_params, storage)
+    if amount.target_size is not None:
+        return best, {"target_size": amount.target_size, "expert_storage": storage}
+    return best, {"target_params": amount.target_params}
+
+
+def _said(amount: _Amount) -> list[str]:
+    options = {
+        "--experts": amount.experts,
+        "--coverage": amount.coverage,
+        "--target-size": amount.target_size,
+        "--target-params": amount.target_params,
+    }
+    return [name for name, value in options.items() if value is not None]
 
 
 def _needed(checkpoint: str | None, option: str) -> str:

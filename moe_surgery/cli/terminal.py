@@ -77,32 +77,33 @@ class Terminal:
         _console(sys.stdout).print(table)
 
     @contextmanager
-    def progress(self, title: str, total: int) -> Iterator[Advance]:
-        """Show bytes, rate and time left while the block runs; yields what to call with bytes done."""
+    def progress(self, title: str, total: int, unit: str = "bytes") -> Iterator[Advance]:
+        """Show what is done, rate and time left while the block runs; yields what to call with the
+        `unit`s done."""
         if self.verbosity < 0 or total <= 0:
             yield lambda _: None
         elif sys.stderr.isatty():
-            yield from self._bar(title, total)
+            yield from self._bar(title, total, unit)
         else:
-            yield _plain(title, total, self.say)
+            yield _plain(title, total, unit, self.say)
 
-    def _bar(self, title: str, total: int) -> Iterator[Advance]:
+    def _bar(self, title: str, total: int, unit: str) -> Iterator[Advance]:
         from rich.progress import (
             BarColumn,
             DownloadColumn,
+            MofNCompleteColumn,
             Progress,
             TextColumn,
             TimeRemainingColumn,
             TransferSpeedColumn,
         )
 
-        columns = (
-            TextColumn(title, markup=False),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
+        amount = (
+            (DownloadColumn(), TransferSpeedColumn())
+            if unit == "bytes"
+            else (MofNCompleteColumn(), TextColumn(unit, markup=False))
         )
+        columns = (TextColumn(title, markup=False), BarColumn(), *amount, TimeRemainingColumn())
         with Progress(*columns, console=_console(sys.stderr), transient=True) as bar:
             task = bar.add_task(title, total=total)
             yield lambda nbytes: bar.update(task, advance=nbytes)
@@ -115,8 +116,13 @@ def _safe(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _plain(title: str, total: int, say: Callable[[str], None]) -> Advance:
+def _plain(title: str, total: int, unit: str, say: Callable[[str], None]) -> Advance:
     """Progress for logs: a line every few seconds."""
+
+    def shown(amount: float) -> str:
+        return size(amount) if unit == "bytes" else f"{amount:,.0f}"
+
+    of = "" if unit == "bytes" else f" {unit}"
     done, start = 0, time.monotonic()
     last = start
 
@@ -128,7 +134,7 @@ def _plain(title: str, total: int, say: Callable[[str], None]) -> Advance:
             last = now
             rate = done / (now - start)
             left = (total - done) / rate if rate else 0
-            say(f"{title}: {size(done)} of {size(total)}, {size(rate)}/s, {left:.0f} s left")
+            say(f"{title}: {shown(done)} of {shown(total)}{of}, {shown(rate)}/s, {left:.0f} s left")
 
     return advance
 

@@ -95,6 +95,21 @@ class Corpus:
         for file in self.files:
             yield from _documents(file)
 
+    def prompts(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Domain and tokens of each conversation, with its answer left open (one that is there is not
+        read). Raises InvalidInputError for a text that is no conversation."""
+        for file in self.files:
+            for document in _documents(file):
+                if document.text is not None:
+                    raise InvalidInputError(
+                        f'{document.where}: answers are generated for conversations: {{"messages": [...]}} lines'
+                    )
+                said = document.messages
+                asked = said[:-1] if said[-1]["role"] == "assistant" else said
+                if not asked:
+                    raise InvalidInputError(f"{document.where}: an answer without a question")
+                yield file.domain, tuple(self._encoded(self.tokenizer.chat(asked), document.where))
+
     def __iter__(self) -> Iterator[Passage]:
         """All passages, file by file. Raises InvalidInputError for a file without any token."""
         self.split = 0
@@ -163,8 +178,8 @@ def text_files(
     if len(named) == 1:
         named = list(named) * len(paths)
     for name in named:
-        if not name or not name.isprintable() or any(c in name for c in ",/"):
-            raise UsageError(f"--domain {name!r}: a domain is a name without commas and slashes")
+        if not name or not name.isprintable() or any(c in name for c in ",/:"):
+            raise UsageError(f"--domain {name!r}: a domain is a name without commas, colons and slashes")
     return tuple(
         TextFile(path, domain, format or _guessed(path)) for path, domain in zip(paths, named, strict=True)
     )

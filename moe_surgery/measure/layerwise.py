@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,11 +15,10 @@ from moe_surgery.runtime.linear import linear, rms_norm
 from moe_surgery.runtime.model import Layer, Model
 from moe_surgery.runtime.rope import rotate
 
-__all__ = ["apply_attention", "apply_experts", "choose_experts", "embed", "unembed"]
+__all__ = ["apply_attention", "apply_experts", "choose_experts", "embed", "logits_of"]
 
 # Attention scores held at once: queries x keys x heads, four bytes each.
 SCORE_BYTES = 128 << 20
-LOGIT_BYTES = 64 << 20
 
 
 @torch.inference_mode()
@@ -71,15 +70,6 @@ def apply_experts(model: Model, layer: Layer, states: HiddenStates) -> Tensor:
         states[where] = states[where] + model.backend.experts(x, ids, weights, layer.experts)
         chosen.append(ids.cpu())
     return torch.cat(chosen)
-
-
-@torch.inference_mode()
-def unembed(model: Model, states: HiddenStates) -> Iterator[tuple[slice, Tensor]]:
-    """Rows and their logits float32 [rows, vocabulary], a bounded piece at a time."""
-    step = max(1, LOGIT_BYTES // (model.config.vocabulary * 4))
-    for start in range(0, states.tokens, step):
-        where = slice(start, min(start + step, states.tokens))
-        yield where, logits_of(model, states[where])
 
 
 @torch.inference_mode()

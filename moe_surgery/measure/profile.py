@@ -39,7 +39,7 @@ def profile_passages(
 
     The tokens of a conversation are counted apart, under `part_domains`. With `sequential` a layer's
     inputs come from earlier layers that only have the plan's experts, while all of its own experts are
-    measured. `progress` is told the number of each layer that is done. Sums are float64 over outputs
+    measured. `progress` is told the tokens that are through a layer. Sums are float64 over outputs
     in the model's compute dtype.
     """
     domains, owner = _owners(passages)
@@ -53,7 +53,7 @@ def profile_passages(
         for domain, part in zip(domains, parts, strict=True):
             found[domain].append(part)
         if progress:
-            progress(number)
+            progress(states.tokens)
     return found
 
 
@@ -67,7 +67,7 @@ def _owners(passages: Sequence[Passage]) -> tuple[list[str], Tensor]:
         if passage.answer is not None:
             asked = min(passage.answer, tokens)
             spans = list(zip(part_domains(passage.domain), (asked, tokens - asked), strict=True))
-        for domain, count in spans:
+        for domain, count in ((d, n) for d, n in spans if n):
             owner.append(torch.full((count,), domains.setdefault(domain, len(domains))))
     return list(domains), torch.cat(owner)
 

@@ -31,7 +31,7 @@ def rank(
         orders = [
             tuple(sorted(row, key=lambda e: e not in keep)) for row, keep in zip(orders, guarded, strict=True)
         ]
-    chosen = sorted(statistics.domains if domains is None else domains)
+    chosen = sorted(statistics.named(domains))
     return Ranking(
         statistics.experts,
         tuple(orders),
@@ -44,5 +44,6 @@ def rank(
             "checkpoint": statistics.identity,
             "texts": {d: statistics.texts[d] for d in chosen},
             "protect_super_experts": protect_super_experts,
+            "settings": statistics.settings,
         },
     )

@@ -18,7 +18,7 @@ from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.checkpoint.writer import write_file
 from moe_surgery.errors import InvalidInputError, PlanMismatchError
 
-__all__ = ["ExpertStatistics", "Statistics", "load_statistics", "merge", "save_statistics"]
+__all__ = ["ExpertStatistics", "Statistics", "is_statistics", "load_statistics", "merge", "save_statistics"]
 
 STATISTICS_FORMAT = "moe-surgery.statistics"
 VERSION = 1
@@ -68,6 +68,7 @@ class Statistics:
 
     `identity` is the checkpoint's (a digest over its headers), `tokens` counts tokens by domain,
     `texts` lists what was read for each: {"name", "xxh3_128", "tokens"}. `data[domain][layer]`.
+    `settings` says how: compute dtype, backend and the like.
     """
 
     model_type: str
@@ -78,6 +79,7 @@ class Statistics:
     tokens: dict[str, int] = field(default_factory=dict)
     texts: dict[str, list[dict[str, object]]] = field(default_factory=dict)
     data: dict[str, list[ExpertStatistics]] = field(default_factory=dict)
+    settings: dict[str, object] = field(default_factory=dict)
 
     @property
     def layers(self) -> int:
@@ -87,13 +89,25 @@ class Statistics:
     def domains(self) -> list[str]:
         return sorted(self.data)
 
+    def named(self, domains: Iterable[str] | None = None) -> list[str]:
+        """The domains meant by `domains` (default all): themselves, or their parts ("law" is
+        "law:prompt" and "law:answer" where conversations were counted apart).
+
+        Raises InvalidInputError for an unknown one.
+        """
+        chosen: dict[str, None] = {}
+        for domain in self.domains if domains is None else domains:
+            parts = [d for d in self.domains if d == domain or d.rpartition(":")[0] == domain]
+            if not parts:
+                raise InvalidInputError(
+                    f"domain {domain!r} is not in these statistics; there are: {', '.join(self.domains)}"
+                )
+            chosen.update(dict.fromkeys(parts))
+        return list(chosen)
+
     def over(self, domains: Iterable[str] | None = None) -> list[ExpertStatistics]:
         """Per layer, the sum over `domains` (default all). Raises InvalidInputError for an unknown one."""
-        chosen = self.domains if domains is None else list(domains)
-        if unknown := sorted(set(chosen) - set(self.data)):
-            raise InvalidInputError(
-                f"domain {unknown[0]!r} is not in these statistics; there are: {', '.join(self.domains)}"
-            )
+        chosen = self.named(domains)
         totals = [ExpertStatistics.zeros(self.experts, self.hidden) for _ in range(self.layers)]
         for domain in chosen:
             for total, part in zip(totals, self.data[domain], strict=True):
@@ -104,15 +118,19 @@ class Statistics:
 def merge(parts: Iterable[Statistics]) -> Statistics:
     """The statistics of all parts' texts together.
 
-    Raises PlanMismatchError unless all are of one checkpoint.
+    Raises PlanMismatchError unless all are of one checkpoint, and no text is in two of them.
     """
     first, *others = parts
     total = Statistics(first.model_type, first.identity, first.experts, first.hidden, first.top_k)
+    total.settings = dict(first.settings)
     for part in (first, *others):
         if (part.identity, part.experts, part.layers) != (first.identity, first.experts, first.layers):
             raise PlanMismatchError(
                 f"statistics of different checkpoints cannot be merged: {first.identity} and {part.identity}"
             )
+        if part.settings != first.settings:
+            total.settings = {}
+        _check_apart(total, part)
         for domain in part.domains:
             total.tokens[domain] = total.tokens.get(domain, 0) + part.tokens[domain]
             total.texts.setdefault(domain, []).extend(part.texts[domain])
@@ -122,6 +140,16 @@ def merge(parts: Iterable[Statistics]) -> Statistics:
             for mine, theirs in zip(held, part.data[domain], strict=True):
                 mine.add(theirs)
     return total
+
+
+def _check_apart(total: Statistics, part: Statistics) -> None:
+    for domain in set(total.texts) & set(part.texts):
+        held = {text.get("xxh3_128"): text for text in total.texts[domain]}
+        for text in part.texts[domain]:
+            if text.get("xxh3_128") in held and text.get("xxh3_128") is not None:
+                raise PlanMismatchError(
+                    f"domain {domain!r}: the text {text.get('name')} is in two of the files; it would count twice"
+                )
 
 
 def save_statistics(statistics: Statistics, path: str | os.PathLike[str]) -> None:
@@ -147,8 +175,18 @@ def save_statistics(statistics: Statistics, path: str | os.PathLike[str]) -> Non
         "top_k": statistics.top_k,
         "tokens": statistics.tokens,
         "texts": statistics.texts,
+        "settings": statistics.settings,
     }
     write_file(Path(path), save(tensors, {"moe_surgery": json.dumps(described)}), FileOps())
+
+
+def is_statistics(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is a safetensors file, as statistics are, and not JSON, as rankings are."""
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        start = file.read(9)
+    return len(start) == 9 and start[8:] == b"{"
 
 
 def load_statistics(path: str | os.PathLike[str]) -> Statistics:
@@ -190,9 +228,11 @@ def _assembled(said: Mapping[str, object], arrays: Mapping[str, npt.NDArray[np.g
             raise ValueError(f"{key} is {value!r}")
         return value
 
-    tokens, texts = said["tokens"], said["texts"]
+    tokens, texts, settings = said["tokens"], said["texts"], said.get("settings", {})
     if not isinstance(tokens, dict) or not isinstance(texts, dict) or tokens.keys() != texts.keys():
         raise ValueError("tokens and texts do not name the same domains")
+    if not isinstance(settings, dict):
+        raise ValueError("settings is no object")
     experts, hidden = integer("experts"), integer("hidden")
     shapes = {
         f.name: (experts, hidden) if f.name == "output" else (experts,) for f in fields(ExpertStatistics)
@@ -206,5 +246,13 @@ def _assembled(said: Mapping[str, object], arrays: Mapping[str, npt.NDArray[np.g
                 raise ValueError(f"layer.{layer}.{domain}.{wrong[0]} has shape {found[wrong[0]].shape}")
             data[domain].append(ExpertStatistics(**found))  # type: ignore[arg-type]
     return Statistics(
-        str(said["model_type"]), str(said["identity"]), experts, hidden, integer("top_k"), tokens, texts, data
+        str(said["model_type"]),
+        str(said["identity"]),
+        experts,
+        hidden,
+        integer("top_k"),
+        tokens,
+        texts,
+        data,
+        settings,
     )

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from moe_surgery.checkpoint.checkpoint import Checkpoint
+from moe_surgery.errors import UsageError
 from moe_surgery.families.base import EXPERT_WEIGHT
 from moe_surgery.families.model import Model
 
@@ -54,6 +55,27 @@ class Inspection:
     shards: dict[str, int]
     sizes: tuple[Size, ...]
     fits: dict[int, dict[str, int | None]]
+
+    def largest(self, nbytes: int | None, parameters: int | None, storage: str) -> int:
+        """The most experts with at most so many tensor bytes (in `storage`) and weights.
+
+        Raises UsageError where not even one expert is that small.
+        """
+
+        def fits(size: Size) -> bool:
+            taken = size.mxfp4_bytes if storage == "mxfp4" else size.bf16_bytes
+            return (nbytes is None or taken <= nbytes) and (
+                parameters is None or size.parameters <= parameters
+            )
+
+        best = max((size.experts for size in self.sizes if fits(size)), default=0)
+        if not best:
+            least = self.sizes[0]
+            raise UsageError(
+                f"{self.path}: with one expert a layer it still has {least.parameters:,} weights, "
+                f"{least.mxfp4_bytes if storage == 'mxfp4' else least.bf16_bytes:,} bytes; ask for more"
+            )
+        return best
 
     def as_dict(self) -> dict[str, object]:
         """For `--json`."""

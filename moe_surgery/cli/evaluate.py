@@ -1,0 +1,141 @@
+"""moe-surgery evaluate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from moe_surgery.cli.options import (
+    check_new_output,
+    common,
+    compute,
+    needs_torch,
+    terminal_of,
+    texts,
+    torch_dtype,
+)
+
+if TYPE_CHECKING:
+    from moe_surgery.cli.terminal import Terminal
+    from moe_surgery.measure.evaluation import Evaluation, Quality
+
+
+@click.command("evaluate")
+@click.argument("ckpt")
+@click.argument("pruned", nargs=-1)
+@click.option(
+    "--plan",
+    "plan_files",
+    metavar="PLAN",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="A plan to try as a view, without writing a checkpoint; repeat for more.",
+)
+@texts
+@click.option("--answers-only", is_flag=True, help="Count the answers of conversations only.")
+@click.option("--batch-tokens", type=int, help="Tokens taken through a layer together. Default 8192.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write all figures here, for `report`.")
+@compute
+@common
+@click.pass_context
+def command(
+    context: click.Context,
+    ckpt: str,
+    pruned: tuple[str, ...],
+    plan_files: tuple[Path, ...],
+    text_paths: tuple[Path, ...],
+    domain: tuple[str, ...],
+    text_format: str | None,
+    max_tokens: int | None,
+    context_tokens: int | None,
+    answers_only: bool,
+    batch_tokens: int | None,
+    output: Path | None,
+    device: str,
+    dtype: str,
+    backend: str | None,
+) -> None:
+    """Show what plans and pruned checkpoints cost, before or after anything is written.
+
+    CKPT is the full model, PRUNED are checkpoints made of it. On every text the full model runs once
+    and all others beside it, layer by layer: cross-entropy (nats a token) and perplexity, KL divergence
+    from the full model's predictions, how often the likeliest next token is the same, and the share of
+    routes that had to go to another expert. Perplexity of a chat model on raw text says little: prefer
+    conversations with --answers-only, and look at KL and agreement.
+
+    \b
+    moe-surgery evaluate example:tiny --plan a.json --plan b.json --texts held-out.txt
+    moe-surgery evaluate openai/gpt-oss-20b law-8/ --texts law.jsonl --answers-only -o law.json
+    """
+    needs_torch("evaluate")
+    from moe_surgery.checkpoint.fileops import FileOps
+    from moe_surgery.checkpoint.writer import write_file
+    from moe_surgery.errors import UsageError
+    from moe_surgery.measure.corpus import open_corpus, text_files
+    from moe_surgery.measure.evaluate import BATCH_TOKENS, evaluate
+    from moe_surgery.measure.job import default_context
+    from moe_surgery.runtime.text import Text
+    from moe_surgery.selection.plan import load_plan
+
+    terminal = terminal_of(context)
+    check_new_output(output, [*text_paths, *plan_files])
+    if not pruned and not plan_files:
+        raise UsageError("nothing to hold against the full model; name PRUNED checkpoints or --plan files")
+    files = text_files(text_paths, domain, text_format)
+    plans = [(str(path), load_plan(path)) for path in plan_files]
+    corpus = open_corpus(
+        files, Text(ckpt), context=default_context(ckpt, context_tokens), max_tokens=max_tokens
+    )
+    total = sum(len(passage.tokens) for passage in corpus)
+    if corpus.split:
+        terminal.say(f"note: {corpus.split} texts are longer than {corpus.context} tokens and were split")
+    with terminal.progress("evaluating", total, "tokens") as advance:
+        found = evaluate(
+            ckpt,
+            corpus,
+            plans=plans,
+            pruned=pruned,
+            answers_only=answers_only,
+            batch_tokens=BATCH_TOKENS if batch_tokens is None else batch_tokens,
+            device=device,
+            dtype=torch_dtype(dtype),
+            backend=backend,
+            progress=advance,
+        )
+    if output is not None:
+        write_file(output, found.to_json().encode(), FileOps())
+    if terminal.json:
+        terminal.data(found.as_dict())
+    else:
+        _print(terminal, found)
+    if output is not None:
+        terminal.say(f"{output}: all figures; next: moe-surgery report STATS --evaluation {output}")
+
+
+def _print(terminal: Terminal, found: Evaluation) -> None:
+    columns = ["model", "experts", "tokens", "loss", "perplexity", "KL", "top-1", "redirected"]
+    sections = [(domain, domain) for domain in found.domains]
+    if len(sections) > 1:
+        sections.append(("", "all domains"))
+    for domain, title in sections:
+        rows = []
+        for model in found.models:
+            quality = model.domains[domain] if domain else model.overall
+            low, high = min(model.experts), max(model.experts)
+            experts = str(low) if low == high else f"{low} to {high}"
+            rows.append([model.name, experts, *_figures(quality)])
+        terminal.table(title, columns, rows)
+
+
+def _figures(quality: Quality) -> list[str]:
+    moved = quality.redirected
+    return [
+        f"{quality.tokens:,}",
+        f"{quality.cross_entropy:.3f}",
+        f"{quality.perplexity:.4g}",
+        f"{quality.kl:.4f}",
+        f"{quality.agreement:.1%}",
+        f"{sum(moved) / len(moved):.1%}" if moved else "?",
+    ]

@@ -1,0 +1,154 @@
+"""moe-surgery profile."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from moe_surgery.cli.options import (
+    check_new_output,
+    common,
+    compute,
+    needs_torch,
+    terminal_of,
+    texts,
+    torch_dtype,
+)
+from moe_surgery.cli.terminal import Advance, Terminal
+
+if TYPE_CHECKING:
+    from moe_surgery.measure.job import Listener, Profiled
+
+
+@click.command("profile")
+@click.argument("ckpt")
+@texts
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="The statistics file to write."
+)
+@click.option(
+    "--batch-tokens",
+    type=int,
+    help="Tokens taken through a layer together; weights are read once for them. Default 8192.",
+)
+@click.option(
+    "--generate",
+    metavar="N",
+    type=int,
+    help="Let the model answer each conversation in at most N tokens first, and profile that.",
+)
+@click.option(
+    "--sequential",
+    metavar="PLAN",
+    type=click.Path(path_type=Path),
+    help="Feed layers what earlier layers give with the experts of this plan only.",
+)
+@compute
+@common
+@click.pass_context
+def command(
+    context: click.Context,
+    ckpt: str,
+    text_paths: tuple[Path, ...],
+    domain: tuple[str, ...],
+    text_format: str | None,
+    max_tokens: int | None,
+    context_tokens: int | None,
+    output: Path,
+    batch_tokens: int | None,
+    generate: int | None,
+    sequential: Path | None,
+    device: str,
+    dtype: str,
+    backend: str | None,
+) -> None:
+    """Run texts through a model and record what each expert did.
+
+    All tokens of a batch go through layer 0, then its weights are let go and layer 1 is mapped: memory
+    holds one layer, whatever the model's size. The statistics (how often an expert was chosen, its
+    routing weights, the size of its outputs) are kept per domain; rankings by any metric follow from
+    them without a new run. Texts of the kind the model will serve, in its chat format, choose best:
+    pass conversations, or let it answer your prompts with --generate.
+
+    \b
+    moe-surgery profile example:tiny --texts notes.txt --texts code.py -o tiny.stats
+    moe-surgery profile openai/gpt-oss-20b --texts law.jsonl --domain law -o law.stats
+    moe-surgery profile openai/gpt-oss-20b --texts questions.jsonl --generate 256 -o own.stats
+
+    Stop it at any time; the same command goes on after the last finished batch.
+    """
+    needs_torch("profile")
+    from moe_surgery.measure.corpus import text_files
+    from moe_surgery.measure.job import BATCH_TOKENS, profile
+    from moe_surgery.selection.plan import load_plan
+
+    terminal = terminal_of(context)
+    check_new_output(output, [*text_paths, sequential])
+    files = text_files(text_paths, domain, text_format)
+    plan = None if sequential is None else load_plan(sequential)
+    terminal.after_interrupt = "; the same command goes on after the last finished batch"
+    with ExitStack() as stack:
+        found = profile(
+            ckpt,
+            files,
+            output,
+            context=context_tokens,
+            max_tokens=max_tokens,
+            batch_tokens=BATCH_TOKENS if batch_tokens is None else batch_tokens,
+            generate=generate,
+            sequential=plan,
+            device=device,
+            dtype=torch_dtype(dtype),
+            backend=backend,
+            listener=_listener(terminal, stack),
+        )
+    _print(terminal, found)
+
+
+def _listener(terminal: Terminal, stack: ExitStack) -> Listener:
+    from moe_surgery.measure.job import Listener
+
+    class Shown(Listener):
+        _advance: Advance = staticmethod(lambda _: None)
+
+        def start(self, stage: str, total: int) -> None:
+            stack.close()  # the bar of the stage before
+            title, unit = ("answering", "prompts") if stage == "answers" else ("profiling", "tokens x layers")
+            self._advance = stack.enter_context(terminal.progress(title, total, unit))
+
+        def advance(self, amount: int) -> None:
+            self._advance(amount)
+
+        def remark(self, text: str) -> None:
+            terminal.say(f"note: {text}")
+
+    return Shown()
+
+
+def _print(terminal: Terminal, found: Profiled) -> None:
+    statistics = found.statistics
+    if terminal.json:
+        terminal.data(
+            {
+                "output": str(found.output),
+                "checkpoint": statistics.identity,
+                "tokens": statistics.tokens,
+                "resumed_tokens": found.resumed_tokens,
+                "texts": statistics.texts,
+                "settings": statistics.settings,
+            }
+        )
+        return
+    if found.resumed_tokens:
+        terminal.say(f"kept {found.resumed_tokens:,} tokens of an interrupted run")
+    for domain in statistics.domains:
+        never = sum(int((layer.count == 0).sum()) for layer in statistics.data[domain])
+        unused = f"; {never} of its experts were never chosen" if never else ""
+        terminal.result(f"{domain}: {statistics.tokens[domain]:,} tokens{unused}")
+    terminal.say(
+        f"{found.output}: {statistics.layers} layers of {statistics.experts} experts; "
+        f"next: moe-surgery plan {found.output} --metric reap --experts N -o plan.json"
+    )

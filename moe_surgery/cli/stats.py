@@ -1,0 +1,89 @@
+"""moe-surgery stats: merge and show statistics files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from moe_surgery.cli.options import check_new_output, common, terminal_of
+
+
+@click.group("stats")
+def command() -> None:
+    """Work on statistics files that `profile` made."""
+
+
+@command.command("merge")
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="The statistics file to write."
+)
+@common
+@click.pass_context
+def merge_command(context: click.Context, files: tuple[Path, ...], output: Path) -> None:
+    """Add statistics of one checkpoint over several runs: domains of the same name become one.
+
+    Texts that two files have in common are refused: they would count twice.
+
+    \b
+    moe-surgery stats merge monday.stats tuesday.stats -o both.stats
+    """
+    from moe_surgery.selection.statistics import load_statistics, merge, save_statistics
+
+    terminal = terminal_of(context)
+    check_new_output(output, files)
+    merged = merge(load_statistics(file) for file in files)
+    save_statistics(merged, output)
+    if terminal.json:
+        terminal.data({"output": str(output), "checkpoint": merged.identity, "tokens": merged.tokens})
+        return
+    for domain in merged.domains:
+        terminal.result(f"{domain}: {merged.tokens[domain]:,} tokens of {len(merged.texts[domain])} texts")
+    terminal.say(f"{output}: {len(files)} files added")
+
+
+@command.command("show")
+@click.argument("file", type=click.Path(path_type=Path))
+@common
+@click.pass_context
+def show_command(context: click.Context, file: Path) -> None:
+    """Say what a statistics file holds: checkpoint, domains, texts, and how much few experts carry.
+
+    \b
+    moe-surgery stats show law.stats
+    """
+    from moe_surgery.selection.coverage import coverage
+    from moe_surgery.selection.statistics import load_statistics
+
+    terminal = terminal_of(context)
+    found = load_statistics(file)
+    if terminal.json:
+        terminal.data(
+            {
+                "checkpoint": found.identity,
+                "model_type": found.model_type,
+                "layers": found.layers,
+                "experts": found.experts,
+                "top_k": found.top_k,
+                "tokens": found.tokens,
+                "texts": found.texts,
+                "settings": found.settings,
+            }
+        )
+        return
+    terminal.result(
+        f"{found.model_type}, {found.layers} layers of {found.experts} experts, top-{found.top_k}, "
+        f"checkpoint {found.identity}"
+    )
+    counts = [n for n in (4, 8, 16, 24) if n < found.experts]
+    rows = []
+    for domain in found.domains:
+        shares = coverage(found.over([domain]))
+        cells = [f"{shares[:, n - 1].mean():.0%} ({shares[:, n - 1].min():.0%})" for n in counts]
+        rows.append([domain, f"{found.tokens[domain]:,}", str(len(found.texts[domain])), *cells])
+    terminal.table(
+        "share of routing weight that the best n experts carry, mean over layers (worst layer)",
+        ["domain", "tokens", "texts", *(f"n = {n}" for n in counts)],
+        rows,
+    )

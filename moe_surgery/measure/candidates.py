@@ -1,0 +1,79 @@
+"""What is held against the full model: plans shown as views, and pruned checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from moe_surgery.checkpoint.files import printable_path, read_small_file
+from moe_surgery.checkpoint.locate import locate
+from moe_surgery.checkpoint.strict_json import parse_json
+from moe_surgery.errors import InvalidInputError, PlanMismatchError
+from moe_surgery.runtime.model import Layer, Model
+from moe_surgery.runtime.view import view_layer
+from moe_surgery.surgery.manifest import is_ours, load_manifest
+from moe_surgery.surgery.names import MANIFEST_NAME, MAPPING_NAME
+
+__all__ = ["Candidate", "pruned_candidate"]
+
+MAX_MAPPING_BYTES = 100_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """What is held against the full model: a plan shown as a view of it, or another checkpoint.
+
+    `model` is None for a view. `kept` says for each layer which source experts its own ones are; None
+    where that is not known (redirected routes are then not counted).
+    """
+
+    name: str
+    kept: tuple[tuple[int, ...], ...] | None
+    top_k: int | None = None
+    model: Model | None = None
+    provenance: dict[str, object] = field(default_factory=dict)
+
+    def layer(self, number: int, full: Layer) -> Layer:
+        """The candidate's layer, sharing weights with `full` for a view."""
+        if self.model is not None:
+            return self.model.layers[number]
+        assert self.kept is not None
+        return view_layer(full, self.kept[number], self.top_k)
+
+
+def pruned_candidate(path: str, other: Model, full: Model) -> Candidate:
+    """The checkpoint `other` at `path`; what its experts were comes from its manifest or expert mapping.
+
+    Raises PlanMismatchError where it cannot come from `full`.
+    """
+    a, b = other.config, full.config
+    if (a.layers, a.vocabulary, a.hidden) != (b.layers, b.vocabulary, b.hidden):
+        raise PlanMismatchError(
+            f"{path}: has {a.layers} layers, hidden size {a.hidden}, vocabulary {a.vocabulary}; "
+            f"the full model has {b.layers}, {b.hidden}, {b.vocabulary}"
+        )
+    kept, provenance = _origin(locate(path), a.layers, b.experts)
+    return Candidate(path, kept, model=other, provenance=provenance)
+
+
+def _origin(
+    place: Path, layers: int, experts: int
+) -> tuple[tuple[tuple[int, ...], ...] | None, dict[str, object]]:
+    """Source experts by layer and provenance, from our manifest or a published model's mapping."""
+    folder = place if place.is_dir() else place.parent
+    if is_ours(folder):
+        plan = load_manifest(folder / MANIFEST_NAME).plan
+        fits = (plan.num_layers, plan.num_source_experts) == (layers, experts)
+        return (plan.layers if fits else None), dict(plan.provenance)
+    mapping = folder / MAPPING_NAME
+    if not mapping.is_file():
+        return None, {}
+    raw = read_small_file(mapping, limit=MAX_MAPPING_BYTES, what="an expert mapping")
+    said = parse_json(raw, where=printable_path(mapping))
+    try:
+        rows = [said[str(number)] for number in range(layers)]  # type: ignore[index]
+        return tuple(tuple(int(old) for old in sorted(row, key=row.__getitem__)) for row in rows), {}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise InvalidInputError(
+            f'{printable_path(mapping)}: expected {{"0": {{"<old>": <new>, ...}}, ...}} for {layers} layers'
+        ) from None

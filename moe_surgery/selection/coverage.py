@@ -1,0 +1,48 @@
+"""How much of the routing the kept experts carry."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_surgery.errors import InvalidInputError, UsageError
+from moe_surgery.selection.metrics import order
+from moe_surgery.selection.statistics import ExpertStatistics
+
+__all__ = ["COVERAGE_OVER", "coverage", "smallest_count"]
+
+COVERAGE_OVER = ("worst", "mean")
+
+
+def coverage(
+    layers: Sequence[ExpertStatistics], orders: Sequence[Sequence[int]] | None = None
+) -> npt.NDArray[np.float64]:
+    """Share of routing weight (sum of g) that the first n experts carry: [layers, experts], n = column + 1.
+
+    `orders` ranks each layer's experts; without it they are taken by that weight. Raises
+    InvalidInputError where a layer routed nothing.
+    """
+    shares = []
+    for number, layer in enumerate(layers):
+        total = layer.gate.sum()
+        if not total > 0:
+            raise InvalidInputError(f"the statistics hold no routes in layer {number}")
+        ranked = order(layer.gate) if orders is None else orders[number]
+        shares.append(np.cumsum(layer.gate[list(ranked)]) / total)
+    return np.stack(shares)
+
+
+def smallest_count(shares: npt.NDArray[np.float64], wanted: float, over: str = "worst") -> int:
+    """The fewest experts that carry the share `wanted` (0 to 1) in every layer, or on the mean of layers.
+
+    Raises UsageError for a share out of range.
+    """
+    if not 0 < wanted <= 1:
+        raise UsageError(f"--coverage {wanted:g}: a share is above 0 and at most 1, such as 0.95")
+    if over not in COVERAGE_OVER:
+        raise UsageError(f"--coverage-over {over}: choose one of {', '.join(COVERAGE_OVER)}")
+    carried = shares.min(axis=0) if over == "worst" else shares.mean(axis=0)
+    # The last column is all of it, whatever rounding left of 1.
+    return next((n for n, share in enumerate(carried[:-1], 1) if share >= wanted), len(carried))
