@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from moe_surgery.checkpoint.checkpoint import Checkpoint
     from moe_surgery.families import describe
     from moe_surgery.pipeline import inspect, make_plan, prune
+    from moe_surgery.report.card import make_card
+    from moe_surgery.report.card_write import write_card
     from moe_surgery.runtime.load import load_model
     from moe_surgery.selection.plan import Plan, load_plan, plan_from_ranking, plan_keeping, plan_random
     from moe_surgery.selection.ranking import Ranking, load_ranking
@@ -34,12 +36,14 @@ __all__ = [
     "load_model",
     "load_plan",
     "load_ranking",
+    "make_card",
     "make_plan",
     "plan_from_ranking",
     "plan_keeping",
     "plan_random",
     "prune",
     "verify",
+    "write_card",
 ]
 
 _HOMES = {
@@ -51,12 +55,14 @@ _HOMES = {
     "load_model": ("moe_surgery.runtime.load", "load_model"),
     "load_plan": ("moe_surgery.selection.plan", "load_plan"),
     "load_ranking": ("moe_surgery.selection.ranking", "load_ranking"),
+    "make_card": ("moe_surgery.report.card", "make_card"),
     "make_plan": ("moe_surgery.pipeline", "make_plan"),
     "plan_from_ranking": ("moe_surgery.selection.plan", "plan_from_ranking"),
     "plan_keeping": ("moe_surgery.selection.plan", "plan_keeping"),
     "plan_random": ("moe_surgery.selection.plan", "plan_random"),
     "prune": ("moe_surgery.pipeline", "prune"),
     "verify": ("moe_surgery.surgery.verify", "verify_checkpoint"),
+    "write_card": ("moe_surgery.report.card_write", "write_card"),
 }
 
 

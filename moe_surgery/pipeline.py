@@ -87,6 +87,8 @@ def prune(
     overwrite: bool = False,
     ignore_free_space: bool = False,
     ignore_unlisted: bool = False,
+    card: bool = True,
+    base_model: str | None = None,
     on_start: Callable[[Program], None] | None = None,
     progress: Callable[[int], None] | None = None,
     ops: FileOps | None = None,
@@ -95,6 +97,8 @@ def prune(
 
     `plan` is a `Plan`, or makes one of the described model. `dtype`: "keep" moves expert weights as
     they are stored, "bf16" and "mxfp4" convert them. `max_shard_size` in bytes of tensors.
+    `card` writes a model card as README.md (a README.md of the source becomes README.source.md in
+    any case); `base_model` is the source's id on the hub, where its path and files do not say it.
     `dry_run` stops before anything is written. `on_start` is told the program, `progress` the bytes
     of shards as they pass (written, or re-checked from an interrupted run). `ops` is the table of
     system calls.
@@ -103,10 +107,13 @@ def prune(
     InvalidInputError, PlanMismatchError, OutputError or DiskFullError, each with one line that says
     what to do; interrupted (KeyboardInterrupt or a kill), the same call goes on where it stopped.
     """
+    from moe_surgery.report.card import with_card  # nothing but prune needs it
+
     with Checkpoint.open(checkpoint, ignore_unlisted=ignore_unlisted, ops=ops) as opened:
         model = families.describe(opened)
         chosen = plan if isinstance(plan, Plan) else plan(model)
         program = compile_program(opened, model, chosen, dtype=dtype, max_shard_size=max_shard_size)
+        program = with_card(program, opened, model, base_model=base_model, card=card)
         target = check_output(opened, out, overwrite=overwrite)
         if on_start:
             on_start(program)

@@ -23,6 +23,7 @@ COMMANDS = (
     "evaluate",
     "prune",
     "verify",
+    "card",
     "generate",
     "demo",
     "doctor",

@@ -51,6 +51,10 @@ if TYPE_CHECKING:
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is a checkpoint that moe-surgery wrote.")
 @click.option("--ignore-free-space", is_flag=True, help="Start even if the output seems not to fit the disk.")
 @click.option("--ignore-unlisted", is_flag=True, help="Skip shards and tensors that the index does not list.")
+@click.option(
+    "--card/--no-card", default=True, show_default=True, help="Write a model card as README.md of OUT."
+)
+@click.option("--base-model", metavar="ID", help="CKPT's id on the hub for the card, where it does not say.")
 @common
 @click.pass_context
 def command(
@@ -68,6 +72,8 @@ def command(
     overwrite: bool,
     ignore_free_space: bool,
     ignore_unlisted: bool,
+    card: bool,
+    base_model: str | None,
 ) -> None:
     """Write a smaller checkpoint with the kept experts only.
 
@@ -105,6 +111,8 @@ def command(
             overwrite=overwrite,
             ignore_free_space=ignore_free_space,
             ignore_unlisted=ignore_unlisted,
+            card=card,
+            base_model=base_model,
             on_start=on_start,
             progress=lambda nbytes: advance[0](nbytes),
         )

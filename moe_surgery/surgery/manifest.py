@@ -20,7 +20,15 @@ from moe_surgery.surgery.names import MANIFEST_NAME
 from moe_surgery.surgery.program import Program
 from moe_surgery.version import __version__
 
-__all__ = ["FileRecord", "Manifest", "TensorRecord", "is_ours", "load_manifest", "manifest_bytes"]
+__all__ = [
+    "FileRecord",
+    "Manifest",
+    "TensorRecord",
+    "is_ours",
+    "load_manifest",
+    "manifest_bytes",
+    "with_file",
+]
 
 MANIFEST_FORMAT = "moe-surgery.manifest"
 VERSION = 1
@@ -50,13 +58,17 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The parsed manifest. `storage` is how expert weights are stored ("mxfp4" or "bf16")."""
+    """The parsed manifest. `storage` is how expert weights are stored ("mxfp4" or "bf16").
+
+    `origin` holds what is said of the source beside its files, unchecked.
+    """
 
     plan: Plan
     storage: str
     sources: tuple[Mapping[str, object], ...]
     files: Mapping[str, FileRecord]
     tool: str
+    origin: Mapping[str, object] = field(default_factory=dict)
 
 
 def manifest_bytes(
@@ -70,12 +82,30 @@ def manifest_bytes(
         "format": MANIFEST_FORMAT,
         "version": VERSION,
         "tool": {"name": "moe-surgery", "version": __version__},
-        "source": {"layout": program.layout, "files": [asdict(s) for s in program.sources]},
+        "source": {
+            **program.origin,
+            "layout": program.layout,
+            "files": [asdict(s) for s in program.sources],
+        },
         "expert_storage": program.storage,
         "conversion": conversion,
         "plan": program.plan.as_dict(),
         "files": {name: asdict(record) for name, record in sorted(files.items())},
     }
+    return _sealed(document)
+
+
+def with_file(raw: bytes, name: str, content: bytes) -> bytes:
+    """The manifest `raw`, which must have been loaded, with `content` as the file `name`."""
+    document = parse_json(raw, where=MANIFEST_NAME, allow_floats=True)
+    assert isinstance(document, dict)
+    del document["digest"]
+    record = FileRecord(len(content), xxhash.xxh3_128_hexdigest(content))
+    document["files"] = dict(sorted({**document["files"], name: asdict(record)}.items()))
+    return _sealed(document)
+
+
+def _sealed(document: Mapping[str, object]) -> bytes:
     body = json.dumps(document, indent=1, ensure_ascii=False)
     blank = f'{{\n "digest": "{_BLANK}",' + body[1:] + "\n"
     return blank.replace(_BLANK, xxhash.xxh3_128_hexdigest(blank.encode()), 1).encode()
@@ -129,7 +159,8 @@ def _parsed(root: Mapping[str, object], where: str) -> Manifest:
             for tensor, t in _get(record, "tensors", dict).items()
         }
         files[name] = FileRecord(_get(record, "size", int), _get(record, "xxh3_128", str), tensors)
-    sources = _get(_get(root, "source", dict), "files", list)
+    origin = _get(root, "source", dict)
+    sources = _get(origin, "files", list)
     for source in sources:
         _get(source, "name", str)
         _get(source, "header_digest", str)
@@ -140,6 +171,7 @@ def _parsed(root: Mapping[str, object], where: str) -> Manifest:
         tuple(sources),
         files,
         f"{_get(tool, 'name', str)} {_get(tool, 'version', str)}",
+        {key: value for key, value in origin.items() if key not in ("layout", "files")},
     )
 
 

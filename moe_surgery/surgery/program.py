@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import xxhash
 
@@ -137,7 +137,8 @@ class SourceFile:
 @dataclass(frozen=True, slots=True)
 class Program:
     """The whole output. `texts` are small files with their content, `copies` maps output names of
-    side files to source paths. `storage` is how expert weights are stored in the output."""
+    side files to source paths. `storage` is how expert weights are stored in the output, `origin`
+    what the manifest shall say of the source beside its files."""
 
     plan: Plan
     storage: str
@@ -148,6 +149,7 @@ class Program:
     copies: Mapping[str, str]
     parameters: int
     top_k: int
+    origin: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -171,7 +173,7 @@ class Program:
         for name, content in self.texts.items():
             state.update(repr((name, content)).encode())
         state.update(repr(sorted(self.copies.items())).encode())
-        state.update(json.dumps(self.plan.as_dict(), sort_keys=True).encode())
+        state.update(json.dumps([self.plan.as_dict(), dict(self.origin)], sort_keys=True).encode())
         return state.hexdigest()
 
     def as_dict(self) -> dict[str, object]:

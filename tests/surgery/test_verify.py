@@ -143,6 +143,7 @@ def test_flipped_byte_in_one_tensor_names_no_other(out: Path) -> None:
 def test_flipped_byte_in_any_other_file_is_found(out: Path) -> None:
     small = [f for f in sorted(out.iterdir()) if f.suffix != ".safetensors"]
     assert {f.name for f in small} == {
+        "README.md",
         "README.source.md",
         "chat_template.jinja",
         "config.json",

@@ -1,0 +1,114 @@
+"""How to run a pruned checkpoint, and what not to expect of it."""
+
+from __future__ import annotations
+
+from moe_surgery.report.card_facts import Facts
+from moe_surgery.report.card_text import fenced, size
+from moe_surgery.surgery.serving import serving_notes
+
+__all__ = ["limits_section", "usage_section"]
+
+PATH = "path/to/this/folder"
+_LOAD = f'''\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+path = "{PATH}"  # or its id on the hub
+device = "cpu"  # "cuda" for a GPU, "mps" for Apple silicon
+tokenizer = AutoTokenizer.from_pretrained(path)
+model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", device_map=device)
+'''
+_CHAT = """\
+messages = [{"role": "user", "content": "What is 7 + 5?"}]
+inputs = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+).to(device)
+"""
+_PROMPT = """\
+inputs = tokenizer("What is 7 + 5?", return_tensors="pt").to(device)
+"""
+_GENERATE = """\
+output = model.generate(**inputs, max_new_tokens=64)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))"""
+
+_TRIED = "(moe-surgery's own tests run these lines on the CPU only.)"
+
+
+def usage_section(facts: Facts) -> str:
+    """transformers, vLLM and this tool."""
+    asked = "--chat" if facts.has_template else "--prompt"
+    python = _LOAD + (_CHAT if facts.has_template else _PROMPT) + _GENERATE
+    generate = f'moe-surgery generate {PATH} {asked} "What is 7 + 5?" --device cpu  # or cuda, mps'
+    parts = [
+        "With transformers 5 and accelerate, nothing of moe-surgery installed:",
+        fenced(python, "python"),
+        _memory(facts),
+        *_tokenizer(facts),
+        "With vLLM, on a GPU:",
+        fenced(f"vllm serve {PATH}", "sh"),
+        *_notes(facts),
+        "With moe-surgery, on CPU, MPS or GPU:",
+        fenced(generate, "sh"),
+    ]
+    return "\n\n".join(parts)
+
+
+def _memory(facts: Facts) -> str:
+    if facts.this.storage == "bf16":
+        return f"The weights take {size(facts.bf16_bytes)} of memory on any device. {_TRIED}"
+    return (
+        f"On CPU and MPS transformers unpacks the MXFP4 weights to BF16, which takes {size(facts.bf16_bytes)} of "
+        f"memory. On a GPU they stay packed ({size(facts.this.nbytes)}) where the packages `triton` (3.4 or later) "
+        "and `kernels` are installed, else they are unpacked there too. moe-surgery keeps them packed everywhere. "
+        + _TRIED
+    )
+
+
+def _tokenizer(facts: Facts) -> list[str]:
+    if facts.has_tokenizer:
+        return []
+    return ["The source came without tokenizer files: take them from the model it descends from."]
+
+
+def _notes(facts: Facts) -> list[str]:
+    this, source = facts.this, facts.source
+    assert this.top_k is not None
+    notes = serving_notes(facts.kept, this.top_k, this.top_k if source.top_k is None else source.top_k)
+    if not notes:
+        return []
+    return ["What is known to stand in the way of serving engines:\n\n" + "\n".join(f"- {n}" for n in notes)]
+
+
+def limits_section(facts: Facts, evaluated: bool) -> str:
+    """What the cut does not do, and what nobody has looked at."""
+    if facts.whole:
+        lines = ["No expert was removed, so what is known of the source holds here"]
+        if facts.converted and facts.this.storage == "mxfp4":
+            lines[0] += (
+                ", but for rounding: `conversion` in `surgery.json` counts the blocks that MXFP4 could not hold "
+                "exactly"
+            )
+        return lines[0] + "."
+    this, source = facts.this, facts.source
+    lines = [
+        "**No faster one token at a time.** A token still passes through "
+        f"{this.top_k} experts of each layer, whatever the number to choose from: decoding a single sequence is about "
+        "as fast as before. What shrinks is the memory, and with it the time where the source did not fit, or "
+        "where a batch touches fewer different experts.",
+        "**Worse off its domain.** Tokens that needed a removed expert go to another one. Expect the loss to be small "
+        "at best on texts like those the choice was made on, and large elsewhere; a few experts less can be a cliff.",
+        "**Nothing was retrained.** The router's rows of the removed experts are gone and the others are as they were; "
+        "no weight was tuned to make up for the cut.",
+        "**Safety not looked at.** Refusals and other trained-in behaviour may rest on removed experts. What was "
+        "measured of the source in this respect says nothing about this model.",
+    ]
+    if source.top_k is not None and this.top_k != source.top_k:
+        lines[0] = (
+            f"**Top-k differs.** A token passes through {this.top_k} experts of each layer instead of {source.top_k}: "
+            "it reads less, and was trained for more."
+        )
+    if evaluated:
+        lines.append(
+            "**Likelihoods, not benchmarks.** The figures above compare probabilities on texts; answers to tasks were "
+            "not scored."
+        )
+    return "\n".join(f"- {line}" for line in lines)
