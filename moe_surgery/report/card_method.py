@@ -114,7 +114,7 @@ def plan_section(plan: Plan) -> str:
     if len(set(plan.layers)) == 1:
         return f"Every layer keeps the source's experts {ranges(plan.layers[0])}. {told}"
     rows = [[str(layer), ranges(kept)] for layer, kept in enumerate(plan.layers)]
-    body = table(["layer", "experts of the source"], rows)
+    body = table(["layer", "experts of the source"], rows, left=2)
     return f"<details>\n<summary>Kept experts of each layer</summary>\n\n{body}\n\n</details>\n\n{told}"
 
 

@@ -57,9 +57,9 @@ def is_hub_id(text: str) -> bool:
     )
 
 
-def table(columns: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; the first column left-aligned, the others right. Cells are Markdown already."""
-    rule = ["---", *["---:"] * (len(columns) - 1)]
+def table(columns: list[str], rows: list[list[str]], *, left: int = 1) -> str:
+    """A Markdown table; the first `left` columns left-aligned, the others right. Cells are Markdown already."""
+    rule = ["---"] * left + ["---:"] * (len(columns) - left)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [columns, rule, *rows])
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from moe_surgery import plan_keeping, prune
-from tests.report.cards import evaluation_of, metadata
+from tests.report.cards import cells, evaluation_of, metadata, section
 from tests.support.checkpoints import write_checkpoint
 from tests.support.command import assert_sound, call, contents, run
 
@@ -123,3 +124,21 @@ def test_prune_writes_a_card_unless_told_not_to(source: Path, tmp_path: Path, ca
     for folder in (tmp_path / "a", tmp_path / "b"):
         assert (folder / "README.source.md").read_bytes() == (source / "README.md").read_bytes()
         assert_sound(folder, source)
+
+
+def test_what_evaluate_measured_is_what_the_card_shows(tmp_path: Path, capsys: Capture) -> None:
+    pytest.importorskip("torch")
+    texts, figures, out = tmp_path / "sums.txt", tmp_path / "figures.json", tmp_path / "out"
+    texts.write_text("".join(f"Question: What is {a} + 3?\nAnswer: {a + 3}\n\n" for a in range(20)))
+    assert call(capsys, "prune", "example:tiny", out, "--keep", "0-15").code == 0
+    ended = call(capsys, "evaluate", "example:tiny", out, "--texts", texts, "-o", figures)
+    assert ended.code == 0, ended.err
+    (full, mine) = (m["overall"] for m in json.loads(figures.read_text())["models"])
+    ended = call(capsys, "card", out, "--evaluation", figures, "--write")
+    assert ended.code == 0, ended.err
+    row = cells(section((out / "README.md").read_text(), "Evaluation"))["`sums`"]
+    assert row[:4] == [
+        f"{mine['tokens']:,}", f"{full['perplexity']:,.2f}", f"{mine['perplexity']:,.2f}", f"{mine['kl']:.4f}",
+    ]  # fmt: skip
+    assert_sound(out, "example:tiny")
+    assert str(tmp_path) not in (out / "README.md").read_text()
