@@ -66,7 +66,7 @@ def command(
     conversations with --answers-only, and look at KL and agreement.
 
     \b
-    moe-surgery evaluate example:tiny --plan a.json --plan b.json --texts held-out.txt
+    moe-surgery evaluate example:tiny --plan code.json --texts notes.txt --texts code.py
     moe-surgery evaluate openai/gpt-oss-20b law-8/ --texts law.jsonl --answers-only -o law.json
     """
     needs_torch("evaluate")

@@ -99,7 +99,7 @@ def command(
 
     \b
     moe-surgery plan law.json --experts 8 --model-type gpt_oss -o law-8.json
-    moe-surgery plan tiny.stats --metric reap --domain law --coverage 0.95 -o law.json
+    moe-surgery plan tiny.stats --metric reap --domain code --coverage 0.95 -o code.json
     moe-surgery plan tiny.stats --metric reap --target-size 5MB --checkpoint example:tiny
     moe-surgery plan --random --experts 8 --seed 1 --checkpoint example:tiny
     """

@@ -57,7 +57,7 @@ def command(
     ean_ca         norm of its mean output
 
     \b
-    moe-surgery rank tiny.stats --metric reap --domain law -o law.json
+    moe-surgery rank tiny.stats --metric reap --domain code -o code-ranking.json
     moe-surgery rank activations/ -o all.json --model-type gpt_oss
     moe-surgery rank activations/mmlu_test/professional_law --interleave-with all.json -o law.json
     """

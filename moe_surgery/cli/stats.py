@@ -11,7 +11,12 @@ from moe_surgery.cli.options import check_new_output, common, terminal_of
 
 @click.group("stats")
 def command() -> None:
-    """Work on statistics files that `profile` made."""
+    """Look at the statistics files that `profile` makes, and add them up.
+
+    \b
+    moe-surgery stats show tiny.stats
+    moe-surgery stats merge monday.stats tuesday.stats -o both.stats
+    """
 
 
 @command.command("merge")
@@ -51,7 +56,7 @@ def show_command(context: click.Context, file: Path) -> None:
     """Say what a statistics file holds: checkpoint, domains, texts, and how much few experts carry.
 
     \b
-    moe-surgery stats show law.stats
+    moe-surgery stats show tiny.stats
     """
     from moe_surgery.selection.coverage import coverage
     from moe_surgery.selection.statistics import load_statistics

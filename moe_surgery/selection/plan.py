@@ -192,7 +192,7 @@ def plan_keeping(kept: Sequence[int] | None, model: HasExperts) -> Plan:
     """
     chosen = tuple(range(model.experts)) if kept is None else tuple(kept)
     check_kept(chosen, model.experts, "--keep", UsageError)
-    provenance = {"method": "keep", "experts": len(chosen)}
+    provenance = {"method": "keep", "experts": len(chosen), "kept": list(chosen)}
     return Plan(model.model_type, model.experts, (chosen,) * model.layers, provenance=provenance)
 
 

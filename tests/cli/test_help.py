@@ -27,16 +27,36 @@ def help_of(capsys: Capture, *command: str) -> str:
     return ended.out
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_has_help_with_an_example_and_a_word_on_every_option(command: str, capsys: Capture) -> None:
-    told = help_of(capsys, command)
-    assert any(line.startswith(f"moe-surgery {command}") for line in examples(told))
-    found = cli.get_command(click.Context(cli), command)
+def command_paths() -> list[tuple[str, ...]]:
+    """Every command that does something: those of a group by two words."""
+    paths: list[tuple[str, ...]] = []
+    for name in COMMANDS:
+        found = cli.get_command(click.Context(cli), name)
+        inner = list(found.commands) if isinstance(found, click.Group) else []
+        paths.extend([(name, sub) for sub in inner] or [(name,)])
+    return paths
+
+
+def at(path: tuple[str, ...]) -> click.Command:
+    found: click.Command | None = cli
+    for name in path:
+        assert isinstance(found, click.Group)
+        found = found.get_command(click.Context(found), name)
     assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("path", command_paths(), ids=" ".join)
+def test_a_command_has_help_with_an_example_and_a_word_on_every_option(
+    path: tuple[str, ...], capsys: Capture
+) -> None:
+    told = help_of(capsys, *path)
+    assert any(line.startswith(f"moe-surgery {' '.join(path)}") for line in examples(told))
+    found = at(path)
     silent = [o.opts[0] for o in found.params if isinstance(o, click.Option) and not o.help]
     assert silent == []
     assert all(f"--{name}" in told for name in ("json", "debug", "quiet", "verbose", "help"))
-    assert call(capsys, command, "-h").out == told
+    assert call(capsys, *path, "-h").out == told
 
 
 def test_the_main_help_lists_every_command_with_what_it_does(capsys: Capture) -> None:
@@ -71,17 +91,16 @@ def test_documented_examples_on_the_tiny_model_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    lines = [line for command in COMMANDS for line in examples(help_of(capsys, command))]
-    runnable = [line for line in lines if "example:tiny" in line or line.split()[1] == "doctor"]
-    assert {line.split()[1] for line in runnable} == set(COMMANDS) - {
-        "card",
-        "demo",
-        "rank",
-    }  # which have tests of their own
+    lines = [line for path in command_paths() for line in examples(help_of(capsys, *path))]
+    runnable = [line for line in lines if "tiny" in line or line.split()[1] == "doctor"]
+    runnable = [line for line in runnable if line.split()[1] not in ("card", "demo")]
+    assert {line.split()[1] for line in runnable} == set(COMMANDS) - {"card", "demo"}  # which have tests
+    (tmp_path / "notes.txt").write_text("An expert that is never asked can be left out. " * 3)
+    (tmp_path / "code.py").write_text("def double(x):\n    return 2 * x\n" * 3)
     for line in runnable:
         ended = call(capsys, *shlex.split(line)[1:])
         assert ended.code == 0, (line, ended.err)
-        assert ended.out
+        assert ended.out or " -o " in line
 
 
 def test_a_plan_file_made_as_the_help_says_prunes_as_the_help_says(tmp_path: Path, capsys: Capture) -> None:
