@@ -21,6 +21,7 @@ COMMANDS = (
     "rank",
     "plan",
     "evaluate",
+    "report",
     "prune",
     "verify",
     "card",

@@ -1,0 +1,110 @@
+"""The charts of the page's first view, and of the pictures for papers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moe_surgery.measure.evaluation import Evaluation
+from moe_surgery.report.content import line_name
+from moe_surgery.report.curves import FEW, MEASURES, Line, lines, meant_for
+from moe_surgery.report.figures import View, coverage, plan_coverage
+from moe_surgery.report.svg import Chart, Series
+from moe_surgery.selection.metrics import METRICS
+from moe_surgery.selection.plan import Plan
+
+__all__ = ["TITLES", "coverage_charts", "evaluation_chart", "evaluation_charts"]
+
+# Title and axis of each measure.
+TITLES = {
+    "kl": ("KL divergence from the full model", "nats a token"),
+    "cross_entropy": ("Cross-entropy", "nats a token"),
+    "agreement": ("Agreement of the likeliest token", "share of tokens"),
+    "redirected": ("Routes sent to another expert", "mean over layers"),
+}
+KEPT = "experts kept in each layer"
+PERCENT = frozenset({"agreement", "redirected"})
+
+
+def coverage_charts(
+    views: Sequence[View],
+    plans: Sequence[tuple[str, Plan]],
+    place: int = 0,
+    kind: str = "weight",
+) -> list[Chart]:
+    """What the n best experts carry in view number `place`, by each metric: mean, worst layer."""
+    view = views[place]
+    shares = view.carried(kind)
+    both = [coverage(view.orders[metric], shares) for metric in METRICS]
+    n = list(range(1, shares.shape[1] + 1))
+    marks = [(name, sum(map(len, p.layers)) / p.num_layers, plan_coverage(p, shares)) for name, p in plans]
+    return [
+        Chart(
+            title,
+            KEPT,
+            f"share of {'routed weight' if kind == 'weight' else 'routes'}",
+            (1, n[-1]),
+            (0, 1),
+            [Series(m, i, n, [float(y) for y in both[i][which]]) for i, m in enumerate(METRICS)],
+            percent=True,
+            marks=[(name, x, y[which]) for name, x, y in marks],
+        )
+        for which, title in enumerate(("Mean over layers", "Worst layer"))
+    ]
+
+
+def evaluation_charts(evaluation: Evaluation) -> list[Chart]:
+    """A chart for each measure, all texts together; of many lines those ranked on them."""
+    domain = evaluation.domains[0] if len(evaluation.domains) == 1 else None
+    found = lines(evaluation)
+    if len(found) > FEW:
+        found = meant_for(found, domain, evaluation.domains)
+    return [evaluation_chart(evaluation, found, measure, domain) for measure in MEASURES]
+
+
+def evaluation_chart(
+    evaluation: Evaluation, shown: Sequence[Line], measure: str, domain: str | None, *, log: bool = False
+) -> Chart:
+    """A measure against experts kept on one domain's texts (None: all together).
+
+    A log scale is used only where every figure is positive.
+    """
+    series = []
+    for place, line in enumerate(shown):
+        points = line.points(measure, domain)
+        banded = any(p.models > 1 for p in points)
+        series.append(
+            Series(
+                line_name(line, evaluation.domains),
+                place,
+                [p.experts for p in points],
+                [p.middle for p in points],
+                [p.low for p in points] if banded else None,
+                [p.high for p in points] if banded else None,
+            )
+        )
+    full = evaluation.models[0]
+    level = MEASURES[measure](full.overall if domain is None else full.domains[domain])
+    values = [y for s in series for y in (*s.y, *(s.low or ()), *(s.high or ()))]
+    log = log and bool(values) and 0 < min(values) < max(values)
+    least, most = _range([*values, level], measure)
+    title, y_label = TITLES[measure]
+    return Chart(
+        title,
+        KEPT,
+        y_label,
+        (min([x for s in series for x in s.x], default=0), evaluation.num_experts),
+        (min(values), max(values)) if log else (least, most),
+        series,
+        ("full model", level) if measure == "cross_entropy" else None,
+        log,
+        measure in PERCENT,
+    )
+
+
+def _range(values: Sequence[float], measure: str) -> tuple[float, float]:
+    """Shares from 0 to 1, cross-entropy from a little below the least, the others from 0."""
+    if measure in PERCENT:
+        return 0.0, 1.0
+    low, high = min(values), max(values)
+    room = 0.06 * (high - low) or 0.05
+    return (low - room if measure == "cross_entropy" else 0.0), high + room

@@ -1,0 +1,177 @@
+"""Everything that the page's script draws from, as one object of plain lists.
+
+The script only draws: each number in it was computed here, so that tests can hold it against others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_surgery.measure.evaluation import Evaluated, Evaluation, Quality
+from moe_surgery.report.curves import MEASURES, Line, lines
+from moe_surgery.report.figures import CARRIED, View, coverage, overlap, plan_coverage
+from moe_surgery.report.markup import number, shown
+from moe_surgery.selection.metrics import METRICS
+from moe_surgery.selection.plan import Plan
+from moe_surgery.selection.statistics import Statistics
+
+__all__ = ["TOGETHER", "content", "line_name", "plan_method", "ranked_on"]
+
+TOGETHER = "all texts"
+UNKNOWN = "not ranked by domain"
+
+
+def content(
+    statistics: Statistics,
+    shown_views: Sequence[View],
+    plans: Sequence[tuple[str, Plan]],
+    evaluations: Sequence[tuple[str, Evaluation]],
+) -> dict[str, object]:
+    """The object that is embedded in the page. Numbers have five significant digits.
+
+    By index of metric, then of view: `scores` and `ranks` (layer by layer), `overlap` (experts in
+    common summed over layers, n from 1, for pairs of views (0, 1), (0, 2), (1, 2), ...). `coverage`
+    by kind, metric and view: [mean, worst], n from 1.
+    """
+    every = list(METRICS)
+    return {
+        "layers": statistics.layers,
+        "experts": statistics.experts,
+        "topK": statistics.top_k,
+        "metrics": every,
+        "views": [{"name": shown(v.name), "tokens": v.tokens} for v in shown_views],
+        "scores": [[_flat(v.scores[m]) for v in shown_views] for m in every],
+        "ranks": [[v.ranks(m).ravel().tolist() for v in shown_views] for m in every],
+        "peak": [_flat(np.stack([s.peak_abs for s in v.layers])) for v in shown_views],
+        "overlap": [
+            [
+                overlap(a.orders[m], b.orders[m]).tolist()
+                for j, b in enumerate(shown_views)
+                for a in shown_views[:j]
+            ]
+            for m in every
+        ],
+        "coverage": {
+            kind: [
+                [[_flat(c) for c in coverage(v.orders[m], v.carried(kind))] for v in shown_views]
+                for m in every
+            ]
+            for kind in CARRIED
+        },
+        "plans": [_plan(name, plan, shown_views) for name, plan in plans],
+        "evaluations": [_evaluation(name, evaluation) for name, evaluation in evaluations],
+    }
+
+
+def plan_method(plan: Plan) -> str:
+    """How a plan was made, in a few words."""
+    said = plan.provenance
+    method = said.get("method")
+    words = [method if isinstance(method, str) else "unknown method"]
+    domains = said.get("domains")
+    if isinstance(domains, list):
+        words.append(f"on {', '.join(map(str, domains))}")
+    if (seed := said.get("seed")) is not None:
+        words.append(f"with seed {seed}")
+    return " ".join(words)
+
+
+def ranked_on(domains: Sequence[str] | None, every: Sequence[str]) -> str:
+    """What models were ranked on, for people: a list of domains, or all of them."""
+    if domains is None:
+        return UNKNOWN
+    return "all domains" if len(domains) > 1 and sorted(domains) == sorted(every) else ", ".join(domains)
+
+
+def line_name(line: Line, every: Sequence[str]) -> str:
+    """A line's name in a legend: the method, and what it was ranked on where something says so."""
+    return line.method if line.domains is None else f"{line.method}, {ranked_on(line.domains, every)}"
+
+
+def _flat(values: npt.NDArray[np.float64]) -> list[float | int | None]:
+    return [number(float(x)) for x in values.ravel()]
+
+
+def _plan(name: str, plan: Plan, shown_views: Sequence[View]) -> dict[str, object]:
+    return {
+        "name": shown(name),
+        "kept": [list(kept) for kept in plan.layers],
+        "experts": number(sum(map(len, plan.layers)) / plan.num_layers),
+        "coverage": {
+            kind: [[number(x) for x in plan_coverage(plan, v.carried(kind))] for v in shown_views]
+            for kind in CARRIED
+        },
+    }
+
+
+def _evaluation(name: str, evaluation: Evaluation) -> dict[str, object]:
+    found = lines(evaluation)
+    where: list[str | None] = [*evaluation.domains]
+    if len(where) > 1:
+        where.insert(0, None)
+    sets = list(dict.fromkeys(ranked_on(line.domains, evaluation.domains) for line in found if line.domains))
+    full = evaluation.models[0]
+    return {
+        "name": shown(name),
+        "experts": evaluation.num_experts,
+        "domains": [TOGETHER if d is None else shown(d) for d in where],
+        "sets": [shown(s) for s in sets],
+        # For each domain, the set that was ranked on just its texts.
+        "own": [sets.index(o) if (o := _own(d, evaluation.domains)) in sets else None for d in where],
+        "full": {m: [number(MEASURES[m](_quality(full, d))) for d in where] for m in MEASURES},
+        "lines": [
+            {
+                "name": shown(line_name(line, evaluation.domains)),
+                # Shown whatever set is chosen where nothing says what it was ranked on.
+                "set": sets.index(ranked_on(line.domains, evaluation.domains)) if line.domains else None,
+                "points": {m: [_points(line, m, d) for d in where] for m in MEASURES},
+            }
+            for line in found
+        ],
+        "models": [_model(m, where, evaluation.domains) for m in evaluation.models],
+    }
+
+
+def _own(domain: str | None, every: Sequence[str]) -> str:
+    return ranked_on(every if domain is None else [domain], every)
+
+
+def _points(line: Line, measure: str, domain: str | None) -> list[list[float | int | None]]:
+    return [
+        [number(p.experts), number(p.middle), number(p.low), number(p.high), p.models]
+        for p in line.points(measure, domain)
+    ]
+
+
+def _quality(model: Evaluated, domain: str | None) -> Quality:
+    return model.overall if domain is None else model.domains[domain]
+
+
+def _model(model: Evaluated, where: Sequence[str | None], every: Sequence[str]) -> list[object]:
+    """[name, kind, experts, top-k, method, ranked on, seed, figures per domain or null]."""
+    said = model.provenance
+    domains = said.get("domains")
+    least, most = min(model.experts), max(model.experts)
+    figures = [_figures(_quality(model, d)) if d is None or d in model.domains else None for d in where]
+    seed = said.get("seed")
+    return [
+        shown(model.name),
+        shown(model.kind),
+        least if least == most else number(model.mean_experts),
+        model.top_k,
+        shown(said["method"]) if isinstance(said.get("method"), str) else "",
+        shown(ranked_on([str(d) for d in domains], every)) if isinstance(domains, list) else "",
+        seed if isinstance(seed, int) else None,
+        figures,
+    ]
+
+
+def _figures(q: Quality) -> list[float | int | None]:
+    redirected = MEASURES["redirected"](q)
+    return [
+        q.tokens,
+        *(number(x) for x in (q.cross_entropy, q.perplexity, q.kl, q.agreement, redirected)),
+    ]

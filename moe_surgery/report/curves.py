@@ -1,0 +1,86 @@
+"""Lines of an evaluation's charts: one a way of choosing experts, random draws taken together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+
+from moe_surgery.measure.evaluation import Evaluated, Evaluation, Quality
+
+__all__ = ["FEW", "MEASURES", "Line", "Point", "lines", "meant_for", "method_of"]
+
+RANDOM = "random"
+# More lines than these cannot be told apart: then only those meant for the texts are shown at first.
+FEW = 8
+
+MEASURES: Mapping[str, Callable[[Quality], float]] = MappingProxyType(
+    {
+        "kl": lambda q: q.kl,
+        "cross_entropy": lambda q: q.cross_entropy,
+        "agreement": lambda q: q.agreement,
+        "redirected": lambda q: float(np.mean(q.redirected)) if q.redirected else 0.0,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """Models of one line that keep equally many experts: median, least and largest of a measure."""
+
+    experts: float
+    models: int
+    middle: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Models chosen the same way. `domains` is what they were ranked on, None where nothing says."""
+
+    method: str
+    domains: tuple[str, ...] | None
+    models: tuple[Evaluated, ...]
+
+    def points(self, measure: str, domain: str | None) -> list[Point]:
+        """Points by experts kept, for one domain's texts or (None) all together."""
+        by_size: dict[float, list[float]] = {}
+        for model in self.models:
+            quality = model.overall if domain is None else model.domains.get(domain)
+            if quality is not None:
+                by_size.setdefault(model.mean_experts, []).append(MEASURES[measure](quality))
+        return [Point(n, len(y), float(np.median(y)), min(y), max(y)) for n, y in sorted(by_size.items())]
+
+
+def method_of(model: Evaluated) -> str:
+    """How the model's experts were chosen, as its provenance says it; else its kind."""
+    method = model.provenance.get("method")
+    name = method if isinstance(method, str) and method else model.kind
+    return f"{name} + super experts" if model.provenance.get("protect_super_experts") is True else name
+
+
+def lines(evaluation: Evaluation) -> list[Line]:
+    """The evaluation's models but the full one, by method and domains, in the order they appear."""
+    found: dict[tuple[str, tuple[str, ...] | None], list[Evaluated]] = {}
+    for model in evaluation.models:
+        if model.kind != "full":
+            method = method_of(model)
+            domains = None if method == RANDOM else _domains(model)
+            found.setdefault((method, domains), []).append(model)
+    return [Line(method, domains, tuple(models)) for (method, domains), models in found.items()]
+
+
+def meant_for(found: Sequence[Line], domain: str | None, every: Sequence[str]) -> list[Line]:
+    """Lines ranked on `domain` alone (None: on all of `every`), and those that say no domain."""
+    own = tuple(sorted(every)) if domain is None else (domain,)
+    return [line for line in found if line.domains in (None, own)]
+
+
+def _domains(model: Evaluated) -> tuple[str, ...] | None:
+    domains = model.provenance.get("domains")
+    if not isinstance(domains, list) or not domains:
+        return None
+    return tuple(sorted(str(d) for d in domains))

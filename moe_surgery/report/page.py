@@ -1,0 +1,144 @@
+"""The report page: one HTML file that loads nothing."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from importlib.resources import files
+
+import numpy as np
+
+from moe_surgery.errors import InvalidInputError, PlanMismatchError
+from moe_surgery.measure.evaluation import Evaluation
+from moe_surgery.report.content import content
+from moe_surgery.report.figures import check_identity, check_plan, views
+from moe_surgery.report.markup import Html, embedded_json, tag
+from moe_surgery.report.palette import (
+    DARK,
+    LIGHT,
+    SERIES_DARK,
+    SERIES_LIGHT,
+    ink_on,
+    sequential,
+)
+from moe_surgery.report.sections import (
+    coverage_section,
+    evaluation_section,
+    experts_section,
+    header,
+    map_section,
+    overlap_section,
+)
+from moe_surgery.selection.plan import Plan
+from moe_surgery.selection.statistics import Statistics
+
+__all__ = ["build_report", "check_inputs"]
+
+SCRIPTS = ("base.js", "chart.js", "map.js", "panels.js", "tables.js", "start.js")
+
+
+def build_report(
+    statistics: Statistics,
+    plans: Sequence[tuple[str, Plan]] = (),
+    evaluations: Sequence[tuple[str, Evaluation]] = (),
+    title: str | None = None,
+) -> str:
+    """The page, as the text of an HTML file that needs no other file and no network.
+
+    Plans and evaluations come with the names they are shown under. `title` is the page's heading.
+    Raises PlanMismatchError where a plan or evaluation is not of the statistics' checkpoint,
+    InvalidInputError for statistics without domains or figures that are not finite.
+    """
+    check_inputs(statistics, plans, evaluations)
+    shown_views = views(statistics)
+    data = content(statistics, shown_views, plans, evaluations)
+    heading = title or f"Experts of {statistics.model_type}"
+    sections = [
+        map_section(statistics, shown_views, plans),
+        overlap_section(statistics, shown_views),
+        coverage_section(statistics, shown_views, plans),
+    ]
+    if evaluations:
+        sections.append(evaluation_section(evaluations))
+    sections.append(experts_section())
+    style = _asset("report.css") + _colours()
+    script = '(function(){"use strict";\n' + "\n".join(map(_asset, SCRIPTS)) + "})();\n"
+    # Nothing may be loaded or sent, and nothing runs but this style and this script.
+    policy = (
+        f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    page = [
+        Html('<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'),
+        Html(f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'),
+        Html('<meta name="viewport" content="width=device-width, initial-scale=1">\n'),
+        Html(
+            '<meta name="color-scheme" content="light dark">\n<meta name="referrer" content="no-referrer">\n'
+        ),
+        tag("title", heading),
+        Html(f"\n<style>{style}</style>\n</head>\n<body>\n"),
+        header(heading, statistics, plans, evaluations),
+        Html("\n<main>\n"),
+        Html("\n".join(sections)),
+        Html("\n</main>\n"),
+        Html(f'<script type="application/json" id="data">{embedded_json(data)}</script>\n'),
+        Html(f"<script>{script}</script>\n</body>\n</html>\n"),
+    ]
+    return "".join(page)
+
+
+def check_inputs(
+    statistics: Statistics,
+    plans: Sequence[tuple[str, Plan]],
+    evaluations: Sequence[tuple[str, Evaluation]],
+) -> None:
+    """Raise as `build_report` unless everything is of one checkpoint and fit to be shown."""
+    for name, plan in plans:
+        check_plan(plan, statistics, name)
+    for name, evaluation in evaluations:
+        check_identity(evaluation.identity, statistics, name)
+        mine, theirs = (
+            (evaluation.model_type, evaluation.num_experts),
+            (statistics.model_type, statistics.experts),
+        )
+        if mine != theirs:
+            raise PlanMismatchError(
+                f"{name}: is of {mine[0]} with {mine[1]} experts, but the statistics are of {theirs[0]} with "
+                f"{theirs[1]}; a report shows one checkpoint"
+            )
+        for model in evaluation.models:
+            for domain, q in model.domains.items():
+                figures = (q.cross_entropy, q.kl, q.agreement, *q.redirected)
+                if len(q.redirected) != statistics.layers or not np.isfinite(figures).all():
+                    raise InvalidInputError(
+                        f"{name}: figures of {model.name!r} on {domain!r} are damaged: not finite, or not for "
+                        f"{statistics.layers} layers; evaluate it again"
+                    )
+        if missing := [d for m in evaluation.models for d in m.domains if d not in evaluation.domains]:
+            raise InvalidInputError(f"{name}: domain {missing[0]!r} has no figures of the full model")
+
+
+def _asset(name: str) -> str:
+    return (files("moe_surgery.report") / "assets" / name).read_text(encoding="utf-8")
+
+
+def _digest(inline: str) -> str:
+    """What a Content-Security-Policy calls the text of an inline element."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()
+
+
+def _colours() -> str:
+    """Rules for the palette and the lines, on white (and paper) and on a dark screen."""
+
+    def rules(background: str, steps: list[str], series: Sequence[str]) -> str:
+        said = [f":root{{--back:{background}}}"]
+        said += [f".q{i}{{fill:{c};background:{c};color:{ink_on(c)}}}" for i, c in enumerate(steps)]
+        said += [f".s{i}{{stroke:{c}}}.mark.s{i},.band.s{i}{{fill:{c}}}" for i, c in enumerate(series)]
+        return "\n".join(said)
+
+    dark = rules(DARK, sequential(True), SERIES_DARK)
+    return (
+        f"\n{rules(LIGHT, sequential(False), SERIES_LIGHT)}\n"
+        f"@media screen and (prefers-color-scheme: dark){{\n{dark}\n}}\n"
+    )

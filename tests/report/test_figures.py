@@ -1,0 +1,198 @@
+"""The figures' numbers against plain loops."""
+
+from __future__ import annotations
+
+from statistics import median
+
+import numpy as np
+import pytest
+
+from moe_surgery.errors import InvalidInputError, PlanMismatchError
+from moe_surgery.report.content import content
+from moe_surgery.report.curves import MEASURES, lines, meant_for
+from moe_surgery.report.figures import check_plan, coverage, overlap, plan_coverage, views
+from moe_surgery.report.palette import (
+    DARK,
+    LIGHT,
+    SERIES_DARK,
+    SERIES_LIGHT,
+    ink_on,
+    luminance,
+    sequential,
+    step,
+)
+from moe_surgery.selection.metrics import METRICS
+from moe_surgery.selection.plan import Plan
+from moe_surgery.selection.statistics import Statistics
+from tests.report.inputs import evaluation_of, made_up, plan_of
+
+DOMAINS = ("code", "law", "prose")
+
+
+@pytest.fixture(scope="module")
+def statistics() -> Statistics:
+    return made_up(3, 8, DOMAINS, seed=1)
+
+
+def best(statistics: Statistics, metric: str, domain: str | None, layer: int) -> list[int]:
+    """Experts of a layer, best first, ties by number: straight from the statistics."""
+    parts = [statistics.data[d][layer] for d in statistics.domains if domain in (None, d)]
+    scores = []
+    for e in range(statistics.experts):
+        n = sum(int(p.count[e]) for p in parts)
+        mean = sum(p.output[e] for p in parts) / n if n else np.zeros(statistics.hidden)
+        sums = {
+            name: sum(float(getattr(p, name)[e]) for p in parts) for name in ("gate", "norm", "weighted_norm")
+        }
+        scores.append(
+            {
+                "frequency": n,
+                "gate": sums["gate"],
+                "ean_sum": sums["norm"],
+                "ean_mean": sums["norm"] / n if n else 0,
+                "weighted_ean": sums["weighted_norm"],
+                "reap": sums["weighted_norm"] / n if n else 0,
+                "ean_ca": float(np.sqrt((mean * mean).sum())),
+            }[metric]
+        )
+    return sorted(range(statistics.experts), key=lambda e: (-scores[e], e))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_orders_overlap_and_coverage_are_what_loops_find(statistics: Statistics, metric: str) -> None:
+    shown = views(statistics)
+    assert [v.domain for v in shown] == [None, *DOMAINS]
+    for view in shown:
+        orders = [best(statistics, metric, view.domain, layer) for layer in range(3)]
+        assert view.orders[metric].tolist() == orders
+        for layer, order in enumerate(orders):
+            assert [order.index(e) + 1 for e in range(8)] == view.ranks(metric)[layer].tolist()
+        for kind in ("weight", "routes"):
+            held = []
+            for layer, order in enumerate(orders):
+                total = [
+                    sum(
+                        float(s[layer].gate[e] if kind == "weight" else s[layer].count[e])
+                        for d, s in statistics.data.items()
+                        if view.domain in (None, d)
+                    )
+                    for e in range(8)
+                ]
+                held.append([sum(total[e] for e in order[:n]) / sum(total) for n in range(1, 9)])
+            mean, worst = coverage(view.orders[metric], view.carried(kind))
+            np.testing.assert_allclose(mean, np.mean(held, axis=0), rtol=1e-12)
+            np.testing.assert_allclose(worst, np.min(held, axis=0), rtol=1e-12)
+            assert mean[-1] == pytest.approx(1)
+    for a in shown:
+        for b in shown:
+            common = [
+                sum(
+                    len(set(best(statistics, metric, a.domain, i)[:n]) & set(best(statistics, metric, b.domain, i)[:n]))
+                    for i in range(3)
+                )
+                for n in range(1, 9)
+            ]  # fmt: skip
+            assert overlap(a.orders[metric], b.orders[metric]).tolist() == common
+
+
+def test_a_plan_carries_what_its_experts_carry(statistics: Statistics) -> None:
+    plan = Plan("gpt_oss", 8, ((0, 1), (5,), (2, 3, 4)))
+    for view in views(statistics):
+        shares = []
+        for layer, kept in enumerate(plan.layers):
+            gate = sum(s[layer].gate for d, s in statistics.data.items() if view.domain in (None, d))
+            shares.append(sum(float(gate[e]) for e in kept) / float(gate.sum()))
+        assert plan_coverage(plan, view.carried("weight")) == pytest.approx((np.mean(shares), min(shares)))
+
+
+def test_a_layer_without_routes_carries_nothing() -> None:
+    statistics = made_up(2, 4, ["x"])
+    layer = statistics.data["x"][1]
+    layer.count[:], layer.gate[:] = 0, 0
+    [view] = views(statistics)
+    assert view.carried("routes")[1].tolist() == [0] * 4
+    mean, worst = coverage(view.orders["frequency"], view.carried("weight"))
+    assert (mean[-1], worst[-1]) == (0.5, 0)
+
+
+def test_the_embedded_numbers_are_the_figures_to_five_digits(statistics: Statistics) -> None:
+    plan, evaluation = plan_of(statistics, "reap", 3, ["law"]), evaluation_of(statistics)
+    data = content(statistics, views(statistics), [("p", plan)], [("e", evaluation)])
+    for m, metric in enumerate(METRICS):
+        for v, view in enumerate(views(statistics)):
+            np.testing.assert_allclose(data["scores"][m][v], view.scores[metric].ravel(), rtol=6e-5)
+            assert data["ranks"][m][v] == view.ranks(metric).ravel().tolist()
+            for kind in ("weight", "routes"):
+                expected = coverage(view.orders[metric], view.carried(kind))
+                np.testing.assert_allclose(data["coverage"][kind][m][v], expected, rtol=6e-5)
+        pairs = [(a, b) for b in range(4) for a in range(b)]
+        for (a, b), found in zip(pairs, data["overlap"][m], strict=True):
+            one, other = views(statistics)[a], views(statistics)[b]
+            assert found == overlap(one.orders[metric], other.orders[metric]).tolist()
+    assert data["plans"][0]["kept"] == [list(kept) for kept in plan.layers]
+
+
+def test_lines_group_models_by_method_and_domains_and_pool_seeds(statistics: Statistics) -> None:
+    evaluation = evaluation_of(statistics, ("frequency", "reap"), seeds=3)
+    found = lines(evaluation)
+    every = tuple(sorted(DOMAINS))
+    assert {(line.method, line.domains) for line in found} == {
+        *((m, d) for m in ("frequency", "reap") for d in (every, ("code",), ("law",), ("prose",))),
+        ("random", None),
+    }
+    [drawn] = [line for line in found if line.method == "random"]
+    for measure, value in MEASURES.items():
+        for domain in (None, "law"):
+            for point in drawn.points(measure, domain):
+                values = [
+                    value(m.overall if domain is None else m.domains[domain])
+                    for m in evaluation.models
+                    if m.provenance.get("method") == "random" and m.experts == (point.experts,) * 3
+                ]
+                assert len(values) == point.models == 3
+                assert (point.middle, point.low, point.high) == (median(values), min(values), max(values))
+    assert {line.domains for line in meant_for(found, "law", evaluation.domains)} == {("law",), None}
+    assert {line.domains for line in meant_for(found, None, evaluation.domains)} == {every, None}
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_palette_keeps_its_order_in_grey_and_its_numbers_readable(dark: bool) -> None:
+    colours = sequential(dark)
+    grey = [luminance(c) for c in colours]
+    assert grey == sorted(grey, reverse=not dark)
+    # Even to the eye: the cube root of luminance is roughly lightness.
+    steps = np.abs(np.diff(np.cbrt(grey)))
+    assert steps.min() > 0.4 * steps.max()
+    assert min(contrast(c, ink_on(c)) for c in colours) >= 4.5
+    assert (step(-1), step(0), step(1), step(7)) == (0, 0, len(colours) - 1, len(colours) - 1)
+
+
+def contrast(a: str, b: str) -> float:
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_lines_stand_out_from_their_page() -> None:
+    assert min(contrast(c, LIGHT) for c in SERIES_LIGHT) >= 4.5
+    assert min(contrast(c, DARK) for c in SERIES_DARK) >= 4.5
+
+
+def test_statistics_that_cannot_be_shown_are_refused() -> None:
+    with pytest.raises(InvalidInputError, match="hold no domain"):
+        views(Statistics("gpt_oss", "a", 4, 8, 2))
+    damaged = made_up(2, 4, ["x"])
+    damaged.data["x"][1].norm[2] = np.nan
+    with pytest.raises(InvalidInputError, match="ean_sum is not finite"):
+        views(damaged)
+
+
+def test_a_plan_of_another_checkpoint_is_refused(statistics: Statistics) -> None:
+    check_plan(plan_of(statistics, "reap", 2), statistics, "p.json")
+    with pytest.raises(
+        PlanMismatchError, match=r"p\.json: is for gpt_oss with 2 layers of 8 experts.*3 layers of 8"
+    ):
+        check_plan(Plan("gpt_oss", 8, ((0,), (1,))), statistics, "p.json")
+    other = made_up(3, 8, DOMAINS)
+    other.identity = "0" * 32
+    with pytest.raises(PlanMismatchError, match=r"p\.json: belongs to checkpoint 0{32}"):
+        check_plan(plan_of(other, "reap", 2), statistics, "p.json")

@@ -1,0 +1,214 @@
+"""The page as a file: self-contained, and safe against whatever names files hold."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from moe_surgery.errors import InvalidInputError, PlanMismatchError
+from moe_surgery.report.markup import embedded_json, number, shown, tag, text
+from moe_surgery.report.page import build_report
+from moe_surgery.selection.statistics import Statistics
+from tests.report.inputs import evaluation_of, made_up, plan_of
+
+HOSTILE = (
+    "</script><script>alert(1)</script>",
+    '"><img src=http://example.org/x onerror=alert(1)>',
+    "<!--<script>",
+    "a\u2028b\u202ec\x00\x1b[31m",
+    "' onfocus='alert(1)",
+    "{{x}} & &lt; </style> $x^2$",
+)
+LOADING = {
+    "src",
+    "srcset",
+    "href",
+    "action",
+    "formaction",
+    "data",
+    "poster",
+    "background",
+    "ping",
+    "xlink:href",
+}
+
+
+class Page(HTMLParser):
+    """Elements with attributes, and the text of every script and style."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.raw: list[tuple[str, dict[str, str | None], str]] = []
+        self.words = ""
+        self._inside: tuple[str, dict[str, str | None]] | None = None
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert len({k for k, _ in attrs}) == len(attrs)
+        self.elements.append((tag, dict(attrs)))
+        self._inside = (tag, dict(attrs)) if tag in ("script", "style") else None
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = None
+
+    def handle_data(self, data: str) -> None:
+        if self._inside:
+            self.raw.append((*self._inside, data))
+        else:
+            self.words += data
+
+    @property
+    def data(self) -> dict:  # type: ignore[type-arg]
+        [found] = [body for name, attributes, body in self.raw if attributes.get("id") == "data"]
+        return json.loads(found)
+
+
+def full_page(statistics: Statistics, title: str | None = None) -> str:
+    return build_report(
+        statistics,
+        [("plan.json", plan_of(statistics, "reap", 2, [statistics.domains[0]]))],
+        [("cuts.json", evaluation_of(statistics))],
+        title,
+    )
+
+
+def test_the_page_loads_nothing_and_forbids_it() -> None:
+    page = full_page(made_up(2, 8, ["code", "law"]))
+    parsed = Page(page)
+    [policy] = [a["content"] for t, a in parsed.elements if a.get("http-equiv") == "Content-Security-Policy"]
+    assert policy is not None
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    assert rules.pop("default-src") == rules.pop("base-uri") == rules.pop("form-action") == "'none'"
+    assert all(
+        re.fullmatch(r"'sha256-[A-Za-z0-9+/]{43}='", rules.pop(k)) for k in ("style-src", "script-src")
+    )
+    assert not rules
+    for name, attributes in parsed.elements:
+        assert name not in ("link", "iframe", "object", "embed", "base", "form", "img", "image", "use")
+        for key in attributes.keys() & LOADING:
+            assert key == "href", (name, key)
+            assert (attributes[key] or "").startswith("#")
+        assert not [k for k in attributes if k.startswith("on") or k == "style"]
+    for _, attributes, body in parsed.raw:
+        if attributes.get("id") != "data":
+            allowed = body.replace("http://www.w3.org/2000/svg", "")  # a name, which nothing loads
+            assert not re.search(
+                r"https?:|//[a-z]|@import|url\(|fetch\(|XMLHttp|innerHTML|eval\(|outerHTML", allowed
+            )
+    assert "http" not in re.sub(r"<script.*?</script>", "", page.replace("http-equiv", ""), flags=re.S)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_from_files_stay_names(name: str) -> None:
+    honest = Page(full_page(made_up(2, 8, ["a", "b"]), "t"))
+    statistics = made_up(2, 8, [name, "b"])
+    statistics.identity = name
+    statistics.texts[name][0] |= {"name": name, "xxh3_128": name}
+    plan = plan_of(statistics, "reap", 2, [name])
+    plan = replace(plan, provenance={**plan.provenance, name: name, "seed": name, "domains": [name]})
+    evaluation = evaluation_of(statistics)
+    models = tuple(
+        replace(m, name=name, provenance={**m.provenance, "method": name}) if m.kind != "full" else m
+        for m in evaluation.models
+    )
+    page = build_report(statistics, [(name, plan)], [(name, replace(evaluation, models=models))], title=name)
+    parsed = Page(page)
+    assert {t for t, _ in parsed.elements} == {t for t, _ in honest.elements}
+    assert [t for t, _ in parsed.elements].count("script") == 2
+    assert {k for _, a in parsed.elements for k in a} == {k for _, a in honest.elements for k in a}
+    assert parsed.data["views"][1]["name"] == shown(name) or parsed.data["views"][2]["name"] == shown(name)
+    assert parsed.data["plans"][0]["name"] == shown(name)
+    assert shown(name) in parsed.words
+    assert not [c for c in page if not c.isprintable() and c != "\n"]
+
+
+def test_embedded_json_holds_no_markup_and_comes_back_whole() -> None:
+    value = {"a": [*HOSTILE, "]]>", "é"], "b": [1, 2.5, None]}
+    said = embedded_json(value)
+    assert said.isascii()
+    assert not set("<>&") & set(said)
+    assert json.loads(said) == value
+    with pytest.raises(ValueError, match="JSON compliant"):
+        embedded_json(float("nan"))
+
+
+def test_markup_escapes_all_but_markup() -> None:
+    assert (
+        tag("a", "<b>", title='"x"', class_="c", id=None)
+        == '<a title="&quot;x&quot;" class="c">&lt;b&gt;</a>'
+    )
+    assert tag("p", tag("b", "&")) == "<p><b>&amp;</b></p>"
+    assert text("a\u202eb") == "a\\u202eb"
+    assert len(shown("x" * 10**6)) < 100
+    assert (number(123456.789), number(0.000123456), number(3.0), number(float("inf"))) == (
+        123460,
+        0.00012346,
+        3,
+        None,
+    )
+
+
+def test_without_script_the_first_view_and_the_tables_are_there() -> None:
+    statistics = made_up(3, 8, ["code", "law"])
+    plan = plan_of(statistics, "frequency", 2)
+    page = build_report(statistics, [("plan.json", plan)], [("cuts.json", evaluation_of(statistics))])
+    assert len(re.findall(r'<rect class="q\d+" x="\d+" y="\d+" width="\d+" height="\d+"/>', page)) == 24
+    [dots] = re.findall(r'<path d="([^"]*)" class="dot dot2"', page)
+    assert dots.count("M") == sum(map(len, plan.layers))
+    orders = re.search(r'id="orders".*?</table>', page, re.S)
+    assert orders is not None
+    rows = re.findall(r"<td>([\d ]+)</td>", orders[0])
+    total = sum(np.stack([s.count for s in layers]) for layers in statistics.data.values())
+    for row, counts in zip(rows, total, strict=True):
+        assert [int(e) for e in row.split()] == sorted(range(8), key=lambda e: (-counts[e], e))
+    for chart in ("Mean over layers", "Worst layer", "KL divergence from the full model", "Cross-entropy"):
+        assert f'aria-label="{chart}' in page
+    assert page.count('<tr><th scope="row">random-') == 4 * 3
+
+
+def test_a_full_size_page_stays_small() -> None:
+    statistics = made_up(24, 32, [f"domain {i}" for i in range(8)])
+    page = full_page(statistics).encode()
+    assert len(page) < 5_000_000
+    # Data once: the seven metrics, their ranks, and little else.
+    assert len(page) < 1_500_000
+
+
+def test_what_is_of_another_checkpoint_is_refused() -> None:
+    statistics, other = made_up(2, 8, ["x"]), made_up(2, 8, ["x"])
+    other.identity = "0" * 32
+    with pytest.raises(PlanMismatchError, match=r"e\.json: belongs to checkpoint 0{32}"):
+        build_report(statistics, [], [("e.json", evaluation_of(other))])
+    with pytest.raises(PlanMismatchError, match=r"e\.json: is of gpt_oss with 9 experts"):
+        build_report(statistics, [], [("e.json", replace(evaluation_of(statistics), num_experts=9))])
+
+
+def test_damaged_evaluations_are_refused() -> None:
+    statistics = made_up(2, 8, ["x"])
+    evaluation = evaluation_of(statistics)
+    quality = evaluation.models[1].domains["x"]
+    for broken in (replace(quality, redirected=(0.1,)), replace(quality, kl=float("inf"))):
+        bad = replace(evaluation.models[1], domains={"x": broken})
+        with pytest.raises(InvalidInputError, match=r"e\.json: figures of .* on 'x' are damaged"):
+            build_report(
+                statistics, [], [("e.json", replace(evaluation, models=(evaluation.models[0], bad)))]
+            )
+    stray = replace(evaluation.models[1], domains={"y": quality})
+    with pytest.raises(InvalidInputError, match=r"domain 'y' has no figures of the full model"):
+        build_report(statistics, [], [("e.json", replace(evaluation, models=(evaluation.models[0], stray)))])
+
+
+@pytest.mark.parametrize(("layers", "experts"), [(1, 1), (1, 2), (5, 3), (36, 128)])
+def test_any_size_of_model_has_a_page(layers: int, experts: int) -> None:
+    statistics = made_up(layers, experts, ["x"])
+    page = build_report(
+        statistics, [("p", plan_of(statistics, "reap", 1))], [("e", evaluation_of(statistics))]
+    )
+    assert len(Page(page).data["scores"][0][0]) == layers * experts

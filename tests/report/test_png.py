@@ -1,0 +1,80 @@
+"""Pictures for papers: one for each figure, at 300 dpi, and a clear word where matplotlib is missing."""
+
+from __future__ import annotations
+
+import struct
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from moe_surgery.errors import OutputError, PlanMismatchError, UsageError
+from moe_surgery.report.png import write_pictures
+from moe_surgery.selection.metrics import METRICS
+from tests.report.inputs import evaluation_of, made_up, plan_of
+
+
+def header(path: Path) -> tuple[int, int, float]:
+    """Width, height and dots per inch of a PNG file."""
+    raw = path.read_bytes()
+    assert raw[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = struct.unpack(">II", raw[16:24])
+    at = raw.index(b"pHYs")
+    [per_metre] = struct.unpack(">I", raw[at + 4 : at + 8])
+    return width, height, per_metre * 0.0254
+
+
+def test_every_figure_is_a_picture_for_print(tmp_path: Path) -> None:
+    statistics = made_up(3, 8, ["a/b", "../$x^2$"])
+    evaluation = evaluation_of(statistics)
+    paths = list(
+        write_pictures(
+            tmp_path / "new" / "folder",
+            statistics,
+            [("p.json", plan_of(statistics, "reap", 2))],
+            [("e.json", evaluation)],
+        )
+    )
+    assert sorted(p.name for p in paths) == sorted(
+        [
+            *(f"heatmap-{m}.png" for m in METRICS),
+            *(f"overlap-{m}.png" for m in METRICS),
+            *(f"coverage-{d}.png" for d in ("all-domains", "a-b", "x-2")),
+            *(f"evaluation-{m}.png" for m in ("kl", "cross_entropy", "agreement", "redirected")),
+        ]
+    )
+    assert {p.name for p in paths} == {p.name for p in (tmp_path / "new" / "folder").iterdir()}
+    for path in paths:
+        width, height, dpi = header(path)
+        assert dpi == pytest.approx(300, abs=0.1)
+        assert width == 2160
+        assert height > 400
+
+
+def test_figures_of_one_name_do_not_hide_each_other(tmp_path: Path) -> None:
+    statistics = made_up(1, 4, ["ä", "ö"])
+    names = [p.stem for p in write_pictures(tmp_path, statistics)]
+    assert {"coverage", "coverage-2"} <= set(names)
+    assert len(set(names)) == len(names)
+
+
+def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(
+        UsageError, match=r"--png needs the matplotlib package: pip install 'moe-surgery\[report\]'"
+    ):
+        next(write_pictures(tmp_path / "x", made_up(1, 4, ["a"])))
+    assert not (tmp_path / "x").exists()
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    statistics, other = made_up(2, 8, ["x"]), made_up(2, 8, ["x"])
+    other.identity = "0" * 32
+    with pytest.raises(PlanMismatchError):
+        next(write_pictures(tmp_path / "x", statistics, (), [("e", evaluation_of(other))]))
+    assert not (tmp_path / "x").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="cannot create"):
+        next(write_pictures(tmp_path / "file", statistics))
