@@ -102,8 +102,8 @@ def evaluation_chart(
 
 
 def _range(values: Sequence[float], measure: str) -> tuple[float, float]:
-    """Shares from 0 to 1, cross-entropy from a little below the least, the others from 0."""
-    if measure in PERCENT:
+    """Agreement from 0 to 1, cross-entropy from a little below the least, the others from 0."""
+    if measure == "agreement":
         return 0.0, 1.0
     low, high = min(values), max(values)
     room = 0.06 * (high - low) or 0.05

@@ -21,7 +21,6 @@ from moe_surgery.selection.statistics import Statistics
 __all__ = ["TOGETHER", "content", "line_name", "plan_method", "ranked_on"]
 
 TOGETHER = "all texts"
-UNKNOWN = "not ranked by domain"
 
 
 def content(
@@ -30,7 +29,7 @@ def content(
     plans: Sequence[tuple[str, Plan]],
     evaluations: Sequence[tuple[str, Evaluation]],
 ) -> dict[str, object]:
-    """The object that is embedded in the page. Numbers have five significant digits.
+    """The object that is embedded in the page. Numbers have five significant digits, counts all.
 
     By index of metric, then of view: `scores` and `ranks` (layer by layer), `overlap` (experts in
     common summed over layers, n from 1, for pairs of views (0, 1), (0, 2), (1, 2), ...). `coverage`
@@ -43,7 +42,8 @@ def content(
         "topK": statistics.top_k,
         "metrics": every,
         "views": [{"name": shown(v.name), "tokens": v.tokens} for v in shown_views],
-        "scores": [[_flat(v.scores[m]) for v in shown_views] for m in every],
+        # Counts are whole and stay so.
+        "scores": [[_flat(v.scores[m], 15 if m == "frequency" else 5) for v in shown_views] for m in every],
         "ranks": [[v.ranks(m).ravel().tolist() for v in shown_views] for m in every],
         "peak": [_flat(np.stack([s.peak_abs for s in v.layers])) for v in shown_views],
         "overlap": [
@@ -79,10 +79,8 @@ def plan_method(plan: Plan) -> str:
     return " ".join(words)
 
 
-def ranked_on(domains: Sequence[str] | None, every: Sequence[str]) -> str:
+def ranked_on(domains: Sequence[str], every: Sequence[str]) -> str:
     """What models were ranked on, for people: a list of domains, or all of them."""
-    if domains is None:
-        return UNKNOWN
     return "all domains" if len(domains) > 1 and sorted(domains) == sorted(every) else ", ".join(domains)
 
 
@@ -91,8 +89,8 @@ def line_name(line: Line, every: Sequence[str]) -> str:
     return line.method if line.domains is None else f"{line.method}, {ranked_on(line.domains, every)}"
 
 
-def _flat(values: npt.NDArray[np.float64]) -> list[float | int | None]:
-    return [number(float(x)) for x in values.ravel()]
+def _flat(values: npt.NDArray[np.float64], digits: int = 5) -> list[float | int | None]:
+    return [number(float(x), digits) for x in values.ravel()]
 
 
 def _plan(name: str, plan: Plan, shown_views: Sequence[View]) -> dict[str, object]:

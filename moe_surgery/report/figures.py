@@ -43,6 +43,12 @@ class View:
         """Place of every expert in its layer, 1 for the best; [layers, experts]."""
         return np.argsort(self.orders[metric], axis=1) + 1
 
+    def relative(self, metric: str) -> Floats:
+        """Scores as shares of the largest of their layer; [layers, experts], 0 where all are."""
+        scores = self.scores[metric]
+        top = scores.max(axis=1, keepdims=True)
+        return np.asarray(np.divide(scores, top, out=np.zeros_like(scores), where=top > 0))
+
     def carried(self, what: str) -> Floats:
         """Share of its layer's routed weight or routes that each expert has; [layers, experts].
 

@@ -13,6 +13,7 @@ from moe_surgery.errors import InvalidInputError, PlanMismatchError
 from moe_surgery.measure.evaluation import Evaluation
 from moe_surgery.report.content import content
 from moe_surgery.report.figures import check_identity, check_plan, views
+from moe_surgery.report.heading import header
 from moe_surgery.report.markup import Html, embedded_json, tag
 from moe_surgery.report.palette import (
     DARK,
@@ -26,7 +27,6 @@ from moe_surgery.report.sections import (
     coverage_section,
     evaluation_section,
     experts_section,
-    header,
     map_section,
     overlap_section,
 )

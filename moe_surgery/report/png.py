@@ -145,9 +145,7 @@ def _heat_maps(metric: str, shown_views: Sequence[View], plans: Plans) -> Figure
     height = 0.55 + WIDTH / columns * min(max(layers / experts, 0.22), 1.2)
     figure, panels = _panels(len(shown_views), columns, height)
     for axes, view in zip(panels, shown_views, strict=True):
-        scores = view.scores[metric]
-        top = scores.max(axis=1, keepdims=True)
-        shares = np.divide(scores, top, out=np.zeros_like(scores), where=top > 0)
+        shares = view.relative(metric)
         image = axes.imshow(shares, cmap=_colours(), vmin=0, vmax=1, aspect="auto", interpolation="nearest")
         if plans:
             where = [(e, n) for n, kept in enumerate(plans[0][1].layers) for e in kept]

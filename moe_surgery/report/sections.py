@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-
-import numpy as np
+from collections.abc import Sequence
 
 from moe_surgery.measure.evaluation import Evaluated, Evaluation
 from moe_surgery.report.charts import coverage_charts, evaluation_charts
-from moe_surgery.report.content import TOGETHER, plan_method, ranked_on
+from moe_surgery.report.content import TOGETHER, ranked_on
 from moe_surgery.report.curves import MEASURES
 from moe_surgery.report.figures import View, overlap, plan_coverage
-from moe_surgery.report.markup import Html, shown, table, tag
+from moe_surgery.report.markup import Html, table, tag
 from moe_surgery.report.palette import step
-from moe_surgery.report.svg import Chart, heat_map, legend, line_chart, scale_bar
+from moe_surgery.report.parts import choice, controls, least_to_most, more, panel, scroll, section, slider
+from moe_surgery.report.svg import Chart, heat_map, legend, scale_bar
 from moe_surgery.selection.metrics import METRICS
 from moe_surgery.selection.plan import Plan
 from moe_surgery.selection.statistics import Statistics
-from moe_surgery.version import __version__
 
 __all__ = [
     "coverage_section",
     "evaluation_section",
     "experts_section",
     "first_overlap",
-    "header",
     "map_section",
     "overlap_section",
 ]
@@ -42,79 +39,21 @@ WORDS = {
 }
 
 
-def header(
-    heading: str,
-    statistics: Statistics,
-    plans: Sequence[tuple[str, Plan]],
-    evaluations: Sequence[tuple[str, Evaluation]],
-) -> Html:
-    """Title, what was measured on what, and how the plans came about."""
-    domains = statistics.domains
-    facts = (
-        f"{statistics.layers} layers of {statistics.experts} experts, {statistics.top_k} chosen for each token; "
-        f"{_many(sum(statistics.tokens.values()), 'token')} of {_many(len(domains), 'domain')}."
-    )
-    origin = tag(
-        "dl",
-        tag("dt", "Model type"),
-        tag("dd", statistics.model_type),
-        tag("dt", "Checkpoint"),
-        tag("dd", tag("code", statistics.identity)),
-        tag("dt", "Tokens"),
-        tag("dd", "; ".join(f"{shown(d)} {statistics.tokens[d]:,}" for d in domains)),
-        *_facts("Plans", (f"{shown(name)}: {plan_method(plan)}" for name, plan in plans)),
-        *_facts("Evaluations", (f"{shown(name)}: {len(e.models)} models" for name, e in evaluations)),
-        tag("dt", "Made by"),
-        tag("dd", f"moe-surgery {__version__}"),
-        class_="facts",
-    )
-    rows = [
-        (domain, f"{statistics.tokens[domain]:,}", *_texts(statistics.texts.get(domain, [])))
-        for domain in domains
-    ]
-    texts = [
-        tag("h2", "Texts"),
-        _scroll(table(("Domain", "Tokens", "Texts", "xxh3-128"), rows, class_="plain texts"), "Texts"),
-    ]
-    if plans:
-        made = [
-            (
-                name,
-                _span([len(kept) for kept in plan.layers]),
-                plan_method(plan),
-                Html("<br>".join(_provenance(plan)) or "not recorded"),
-            )
-            for name, plan in plans
-        ]
-        head = ("Plan", "Experts a layer", "Chosen by", "Provenance")
-        texts += [tag("h2", "Plans"), _scroll(table(head, made, class_="plain plans"), "Plans")]
-    links = [("map", "Experts"), ("overlap", "Overlap"), ("coverage", "Coverage")]
-    links += [("evaluation", "Evaluation")] if evaluations else []
-    links += [("table", "Table")]
-    nav = tag(
-        "nav", *(tag("a", name, href=f"#{anchor}-section") for anchor, name in links), aria_label="Sections"
-    )
-    about = tag("details", tag("summary", "Texts and plans in full" if plans else "Texts in full"), *texts)
-    return tag("header", tag("h1", heading), tag("p", facts, class_="lead"), origin, about, nav)
-
-
 def map_section(statistics: Statistics, views: Sequence[View], plans: Sequence[tuple[str, Plan]]) -> Html:
     """The heat map, and its layers as lists of experts."""
     view = views[0]
-    scores, orders = view.scores[FIRST_METRIC], view.orders[FIRST_METRIC]
-    top = scores.max(axis=1, keepdims=True)
-    shares = np.divide(scores, top, out=np.zeros_like(scores), where=top > 0)
+    orders = view.orders[FIRST_METRIC]
     kept = plans[0][1].layers if plans else None
     label = (
         f"Heat map: {FIRST_METRIC} of {statistics.experts} experts in {statistics.layers} layers, {view.name}"
     )
-    controls = _controls(
-        _choice("map-view", "Domain", [v.name for v in views]),
-        _choice("map-metric", "Metric", METRICS),
-        _choice("map-plan", "Mark the experts kept by", [*(name for name, _ in plans), "no plan"])
+    fields = controls(
+        choice("map-view", "Domain", [v.name for v in views]),
+        choice("map-metric", "Metric", METRICS),
+        choice("map-plan", "Mark the experts kept by", [*(name for name, _ in plans), "no plan"])
         if plans
         else "",
-        _choice("map-scale", "Colour scale", ["for each layer", "for all layers"]),
+        choice("map-scale", "Colour scale", ["for each layer", "for all layers"]),
     )
     key = [
         tag(
@@ -134,20 +73,20 @@ def map_section(statistics: Statistics, views: Sequence[View], plans: Sequence[t
     lists = tag(
         "details",
         tag("summary", "The map as a table: experts of each layer, best first"),
-        _scroll(
+        scroll(
             table(("Layer", "Experts, best first"), rows, id="orders", class_="plain orders"),
             "Experts, best first",
         ),
     )
-    return _section(
+    return section(
         "map",
         "Which experts the texts use",
         "A row is a layer, a cell an expert; the stronger the colour, the higher its score on the chosen "
         "domain. A row with few strong cells leans on few experts, an even row on many.",
-        controls,
+        fields,
         tag(
             "figure",
-            _scroll(heat_map(shares, kept, label), "Heat map", focus=False),
+            scroll(heat_map(view.relative(FIRST_METRIC), kept, label), "Heat map", focus=False),
             tag("figcaption", tag("div", *key, class_="key")),
         ),
         tag("div", tag("p", "Point at a cell, or focus the map and move with the arrow keys."),
@@ -169,18 +108,18 @@ def overlap_section(statistics: Statistics, views: Sequence[View]) -> Html:
     grid = table(("", *names), (row[:1] for row in rows), class_="matrix", id="overlap")
     body = "".join(tag("tr", tag("th", row[0], scope="row"), *row[1:]) for row in rows)
     grid = Html(grid[: grid.index("<tbody>")] + f"<tbody>{body}</tbody></table>")
-    controls = _controls(
-        _choice("overlap-metric", "Metric", METRICS),
-        _slider("overlap-n", "Best experts of a layer", statistics.experts, n),
+    fields = controls(
+        choice("overlap-metric", "Metric", METRICS),
+        slider("overlap-n", "Best experts of a layer", statistics.experts, n),
     )
-    return _section(
+    return section(
         "overlap",
         "What domains have in common",
         "Of the best experts that a layer has for one domain, the share that is also among as many best for "
         "the other; mean over layers. Where it is low, a plan made for the one domain drops experts "
         "that the other uses.",
-        controls,
-        tag("figure", _scroll(grid, "Overlap"),
+        fields,
+        tag("figure", scroll(grid, "Overlap"),
             tag("figcaption", f"The {n} best of {statistics.experts} experts by {FIRST_METRIC}; chance would give "
                 f"{100 * n / statistics.experts:.0f} %.", id="overlap-caption")),
     )  # fmt: skip
@@ -202,21 +141,21 @@ def coverage_section(
     charts = coverage_charts(views, plans)
     n = max(1, statistics.experts // 2)
     compare = ["metrics", "domains"] if len(views) > 1 else ["metrics"]
-    controls = _controls(
-        _choice("coverage-compare", "Compare", compare),
-        _choice("coverage-view", "Domain", [v.name for v in views]),
-        _choice("coverage-metric", "Metric", METRICS) if len(views) > 1 else "",
-        _choice("coverage-kind", "Share of", ["routed weight", "routes"]),
-        _slider("coverage-n", "Experts kept", statistics.experts, n),
+    fields = controls(
+        choice("coverage-compare", "Compare", compare),
+        choice("coverage-view", "Domain", [v.name for v in views]),
+        choice("coverage-metric", "Metric", METRICS) if len(views) > 1 else "",
+        choice("coverage-kind", "Share of", ["routed weight", "routes"]),
+        slider("coverage-n", "Experts kept", statistics.experts, n),
     )
     parts: list[Html] = [
-        controls,
+        fields,
         tag(
             "figure",
-            tag("div", *(_panel(c) for c in charts), class_="panels", id="coverage"),
+            tag("div", *(panel(c) for c in charts), class_="panels", id="coverage"),
             tag("figcaption", legend([(s.place, s.name) for s in charts[0].series]), id="coverage-legend"),
         ),
-        _scroll(_coverage_table(charts, n), "Coverage in numbers"),
+        scroll(_coverage_table(charts, n), "Coverage in numbers"),
     ]
     if plans:
         rows = [
@@ -225,11 +164,11 @@ def coverage_section(
         parts += [
             tag("h3", "What each plan keeps of the routed weight"),
             tag("p", "Percent, mean over layers (worst layer in brackets), on the texts of each domain."),
-            _scroll(
+            scroll(
                 table(("Plan", *(v.name for v in views)), rows, class_="plain numbers"), "Coverage of plans"
             ),
         ]
-    return _section(
+    return section(
         "coverage",
         "How much the best experts carry",
         "The share of the routed weight (or of all routes) that goes to the best experts when they are "
@@ -243,10 +182,10 @@ def evaluation_section(evaluations: Sequence[tuple[str, Evaluation]]) -> Html:
     """Quality against experts kept, and the models in a table."""
     first = evaluations[0][1]
     where = [*([TOGETHER] if len(first.domains) > 1 else []), *first.domains]
-    controls = _controls(
-        _choice("evaluation-file", "Evaluation", [n for n, _ in evaluations]) if len(evaluations) > 1 else "",
-        _choice("evaluation-domain", "Texts", where),
-        _choice("evaluation-set", "Ranked on", ["anything"]),
+    fields = controls(
+        choice("evaluation-file", "Evaluation", [n for n, _ in evaluations]) if len(evaluations) > 1 else "",
+        choice("evaluation-domain", "Texts", where),
+        choice("evaluation-set", "Ranked on", ["anything"]),
         tag(
             "label", Html('<input type="checkbox" id="evaluation-log"> '), "KL on a log scale", class_="check"
         ),
@@ -257,16 +196,16 @@ def evaluation_section(evaluations: Sequence[tuple[str, Evaluation]]) -> Html:
         "Agreement", "Redirected",
     )  # fmt: skip
     rows = [_model_row(m, first) for m in first.models]
-    return _section(
+    return section(
         "evaluation",
         "What a cut costs",
         "Against the full model on the same texts: KL divergence (0 is equal), cross-entropy, how often the "
         "likeliest next token is the same, and how many routes had to go to another expert. A line is a way of "
         "choosing; random draws are one line, their median, with a band from the best to the worst draw.",
-        controls,
+        fields,
         tag(
             "figure",
-            tag("div", *(_panel(c) for c in charts), class_="panels", id="evaluation"),
+            tag("div", *(panel(c) for c in charts), class_="panels", id="evaluation"),
             tag(
                 "figcaption",
                 legend([(s.place, s.name) for s in charts[0].series]),
@@ -274,25 +213,25 @@ def evaluation_section(evaluations: Sequence[tuple[str, Evaluation]]) -> Html:
             ),
         ),
         tag("h3", "Evaluated models"),
-        _scroll(table(head, rows, class_="plain numbers sortable", id="models"), "Evaluated models"),
-        _more("models"),
+        scroll(table(head, rows, class_="plain numbers sortable", id="models"), "Evaluated models"),
+        more("models"),
     )
 
 
 def experts_section() -> Html:
     """The table of all experts, which the script fills."""
-    controls = _controls(id_="table-controls")
-    return _section(
+    fields = controls(id_="table-controls")
+    return section(
         "table",
         "All experts in numbers",
         "One row an expert. Press a heading to sort by it, again to turn the order around.",
-        controls,
+        fields,
         tag(
             "noscript",
             tag("p", "This table needs JavaScript; the experts' order is also in the table under the map."),
         ),
-        _scroll(tag("table", id="experts", class_="plain numbers sortable"), "All experts"),
-        _more("experts"),
+        scroll(tag("table", id="experts", class_="plain numbers sortable"), "All experts"),
+        more("experts"),
     )
 
 
@@ -314,90 +253,12 @@ def _model_row(model: Evaluated, evaluation: Evaluation) -> tuple[object, ...]:
     q, said = model.overall, model.provenance
     domains = said.get("domains")
     return (
-        model.name, _span(model.experts), model.top_k, said.get("method", ""),
+        model.name, least_to_most(model.experts), model.top_k, said.get("method", ""),
         ranked_on([str(d) for d in domains], evaluation.domains) if isinstance(domains, list) else "",
         said.get("seed", ""), f"{q.tokens:,}", f"{q.cross_entropy:.4f}", f"{q.perplexity:.4g}", f"{q.kl:.4f}",
         f"{100 * q.agreement:.1f} %", f"{100 * MEASURES['redirected'](q):.1f} %",
     )  # fmt: skip
 
 
-def _section(name: str, heading: str, words: str, *content: object) -> Html:
-    return tag(
-        "section", tag("h2", heading, id=f"{name}-heading"), tag("p", words, class_="words"), *content,
-        id=f"{name}-section", aria_labelledby=f"{name}-heading",
-    )  # fmt: skip
-
-
-def _controls(*fields: object, id_: str | None = None) -> Html:
-    """Hidden until the script makes them work."""
-    shown_fields = (f for f in fields if f)
-    label = "Choose what is shown"
-    return tag("div", *shown_fields, class_="controls", role="group", aria_label=label, id=id_, hidden="")
-
-
-def _choice(name: str, label: str, options: Iterable[str]) -> Html:
-    listed = (tag("option", o, value=i) for i, o in enumerate(options))
-    return tag("label", tag("span", label), tag("select", *listed, id=name))
-
-
-def _slider(name: str, label: str, most: int, value: int) -> Html:
-    slide = Html(f'<input type="range" id="{name}" min="1" max="{most}" value="{value}">')
-    return tag("label", tag("span", label, ": ", tag("output", value, id=f"{name}-value")), slide)
-
-
-def _scroll(content: Html, label: str, *, focus: bool = True) -> Html:
-    """A box of its own for what may be wider than a phone."""
-    return tag(
-        "div", content, class_="scroll", role="region", aria_label=label, tabindex="0" if focus else None
-    )
-
-
-def _panel(chart: Chart) -> Html:
-    heading = tag("h3", chart.title, ", ", tag("span", chart.y_label, class_="unit"))
-    return tag("div", heading, line_chart(chart), class_="panel")
-
-
-def _more(what: str) -> Html:
-    """How many rows of a table are shown, and the rest."""
-    button = tag("button", "Show all", id=f"{what}-more", type="button", hidden="")
-    return tag("p", tag("span", id=f"{what}-count"), button, class_="more")
-
-
 def _shaded(share: float) -> Html:
     return tag("td", f"{100 * share:.0f}", class_=f"q{step(share)}")
-
-
-def _facts(name: str, lines: Iterable[str]) -> list[Html]:
-    """A term and its lines, nothing where there are none."""
-    said = Html("<br>".join(tag("span", line) for line in lines))
-    return [tag("dt", name), tag("dd", said)] if said else []
-
-
-def _texts(listed: Sequence[object]) -> tuple[Html, Html]:
-    """Names and hashes of a domain's texts, one a line."""
-    known = [t for t in listed if isinstance(t, dict)]
-    names = (tag("span", t.get("name", "")) for t in known)
-    hashes = (tag("code", t.get("xxh3_128", "")) for t in known)
-    return Html("<br>".join(names)), Html("<br>".join(hashes))
-
-
-def _provenance(plan: Plan) -> list[Html]:
-    """What a plan's file says of its origin, a line each; texts' hashes are left to the file."""
-    return [
-        tag("span", tag("b", key), ": ", _value(value))
-        for key, value in plan.provenance.items()
-        if not isinstance(value, dict)
-    ]
-
-
-def _value(value: object) -> str:
-    return shown(", ".join(map(str, value)) if isinstance(value, list) else value)
-
-
-def _span(numbers: Sequence[int]) -> str:
-    least, most = min(numbers), max(numbers)
-    return str(least) if least == most else f"{least} to {most}"
-
-
-def _many(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -128,24 +128,8 @@ def test_arrow_keys_move_one_focus_across_the_map(chromium: Browser, page: Path)
     chromium.press(TAB)
     assert chromium.run(FOCUS)[0] == "0,0"
     way = [
-        "right",
-        "0,1",
-        "down",
-        "1,1",
-        "left",
-        "1,0",
-        "left",
-        "1,0",
-        "end",
-        "1,31",
-        "right",
-        "1,31",
-        "up",
-        "0,31",
-        "up",
-        "0,31",
-        "home",
-        "0,0",
+        *("right", "0,1", "down", "1,1", "left", "1,0", "left", "1,0", "end", "1,31"),
+        *("right", "1,31", "up", "0,31", "up", "0,31", "home", "0,0"),
     ]
     for key, at in zip(way[::2], way[1::2], strict=True):
         chromium.press(KEYS[key])

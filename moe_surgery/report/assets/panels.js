@@ -96,7 +96,7 @@ function showEvaluation() {
     return {
       title, yLabel, xLabel: "experts kept in each layer", log, percent: share, series,
       x: [Math.min(e.experts, ...points.map((p) => p.x)), e.experts],
-      y: share ? [0, 1] : log ? [Math.min(...values), Math.max(...values)] : [measure === "cross_entropy" ? low - room : 0, high + room],
+      y: measure === "agreement" ? [0, 1] : log ? [Math.min(...values), Math.max(...values)] : [measure === "cross_entropy" ? low - room : 0, high + room],
       level: measure === "cross_entropy" ? { name: "full model", y: full } : null,
     };
   });

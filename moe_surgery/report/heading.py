@@ -1,0 +1,123 @@
+"""The page's head: what was measured on what, and where plans and evaluations came from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from moe_surgery.measure.evaluation import Evaluation
+from moe_surgery.report.content import plan_method
+from moe_surgery.report.markup import Html, shown, table, tag
+from moe_surgery.report.parts import least_to_most, scroll
+from moe_surgery.selection.plan import Plan
+from moe_surgery.selection.statistics import Statistics
+from moe_surgery.version import __version__
+
+__all__ = ["header"]
+
+
+def header(
+    heading: str,
+    statistics: Statistics,
+    plans: Sequence[tuple[str, Plan]],
+    evaluations: Sequence[tuple[str, Evaluation]],
+) -> Html:
+    """Title, what was measured on what, and how the plans came about."""
+    domains = statistics.domains
+    facts = (
+        f"{statistics.layers} layers of {statistics.experts} experts, {statistics.top_k} chosen for each token; "
+        f"{_many(sum(statistics.tokens.values()), 'token')} of {_many(len(domains), 'domain')}."
+    )
+    origin = tag(
+        "dl",
+        tag("dt", "Model type"),
+        tag("dd", statistics.model_type),
+        tag("dt", "Checkpoint"),
+        tag("dd", tag("code", statistics.identity)),
+        tag("dt", "Tokens"),
+        tag("dd", "; ".join(f"{shown(d)} {statistics.tokens[d]:,}" for d in domains)),
+        *_facts("Plans", (f"{shown(name)}: {plan_method(plan)}" for name, plan in plans)),
+        *_facts("Evaluations", (f"{shown(name)}: {len(e.models)} models" for name, e in evaluations)),
+        tag("dt", "Made by"),
+        tag("dd", f"moe-surgery {__version__}"),
+        class_="facts",
+    )
+    rows = [
+        (domain, f"{statistics.tokens[domain]:,}", *_texts(statistics.texts.get(domain, [])))
+        for domain in domains
+    ]
+    texts = [
+        tag("h2", "Texts"),
+        scroll(table(("Domain", "Tokens", "Texts", "xxh3-128"), rows, class_="plain texts"), "Texts"),
+    ]
+    if plans:
+        made = [
+            (
+                name,
+                least_to_most([len(kept) for kept in plan.layers]),
+                plan_method(plan),
+                Html("<br>".join(_provenance(plan)) or "not recorded"),
+            )
+            for name, plan in plans
+        ]
+        head = ("Plan", "Experts a layer", "Chosen by", "Provenance")
+        texts += [tag("h2", "Plans"), scroll(table(head, made, class_="plain plans"), "Plans")]
+    if evaluations:
+        judged = [
+            (
+                name,
+                e.checkpoint,
+                Html("<br>".join(tag("span", line) for line in _read(e))),
+                "; ".join(f"{key} {_value(value)}" for key, value in e.settings.items()),
+            )
+            for name, e in evaluations
+        ]
+        head = ("Evaluation", "Full model", "Texts", "Settings")
+        texts += [tag("h2", "Evaluations"), scroll(table(head, judged, class_="plain"), "Evaluations")]
+    links = [("map", "Experts"), ("overlap", "Overlap"), ("coverage", "Coverage")]
+    links += [("evaluation", "Evaluation")] if evaluations else []
+    links += [("table", "Table")]
+    nav = tag(
+        "nav", *(tag("a", name, href=f"#{anchor}-section") for anchor, name in links), aria_label="Sections"
+    )
+    about = tag("details", tag("summary", "Texts, plans and evaluations in full"), *texts)
+    return tag("header", tag("h1", heading), tag("p", facts, class_="lead"), origin, about, nav)
+
+
+def _facts(name: str, lines: Iterable[str]) -> list[Html]:
+    """A term and its lines, nothing where there are none."""
+    said = Html("<br>".join(tag("span", line) for line in lines))
+    return [tag("dt", name), tag("dd", said)] if said else []
+
+
+def _texts(listed: Sequence[object]) -> tuple[Html, Html]:
+    """Names and hashes of a domain's texts, one a line."""
+    known = [t for t in listed if isinstance(t, dict)]
+    names = (tag("span", t.get("name", "")) for t in known)
+    hashes = (tag("code", t.get("xxh3_128", "")) for t in known)
+    return Html("<br>".join(names)), Html("<br>".join(hashes))
+
+
+def _provenance(plan: Plan) -> list[Html]:
+    """What a plan's file says of its origin, a line each; texts' hashes are left to the file."""
+    return [
+        tag("span", tag("b", key), ": ", _value(value))
+        for key, value in plan.provenance.items()
+        if not isinstance(value, dict)
+    ]
+
+
+def _read(evaluation: Evaluation) -> list[str]:
+    """What an evaluation read, a line for each domain."""
+    return [
+        f"{shown(domain)}: " + ", ".join(shown(t.get("name", "")) for t in listed if isinstance(t, dict))
+        for domain, listed in evaluation.texts.items()
+        if isinstance(listed, list)
+    ]
+
+
+def _value(value: object) -> str:
+    return shown(", ".join(map(str, value)) if isinstance(value, list) else value)
+
+
+def _many(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
