@@ -11,14 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_surgery.measure.evaluation import Evaluated, Evaluation, Quality
-from moe_surgery.report.curves import MEASURES, Line, lines
+from moe_surgery.report.curves import MEASURES, Line, lines, ranked_for
 from moe_surgery.report.figures import CARRIED, View, coverage, overlap, plan_coverage
 from moe_surgery.report.markup import number, shown
 from moe_surgery.selection.metrics import METRICS
 from moe_surgery.selection.plan import Plan
 from moe_surgery.selection.statistics import Statistics
 
-__all__ = ["TOGETHER", "content", "line_name", "plan_method", "ranked_on"]
+__all__ = ["TOGETHER", "content", "data_of", "line_name", "plan_method", "ranked_on"]
 
 TOGETHER = "all texts"
 
@@ -84,6 +84,14 @@ def ranked_on(domains: Sequence[str], every: Sequence[str]) -> str:
     return "all domains" if len(domains) > 1 and sorted(domains) == sorted(every) else ", ".join(domains)
 
 
+def data_of(model: Evaluated, every: Sequence[str]) -> str:
+    """What a model's experts were ranked on, or the seed they were drawn with."""
+    domains, seed = model.provenance.get("domains"), model.provenance.get("seed")
+    if isinstance(domains, list):
+        return ranked_on([str(d) for d in domains], every)
+    return "" if seed is None else f"seed {seed}"
+
+
 def line_name(line: Line, every: Sequence[str]) -> str:
     """A line's name in a legend: the method, and what it was ranked on where something says so."""
     return line.method if line.domains is None else f"{line.method}, {ranked_on(line.domains, every)}"
@@ -117,8 +125,17 @@ def _evaluation(name: str, evaluation: Evaluation) -> dict[str, object]:
         "experts": evaluation.num_experts,
         "domains": [TOGETHER if d is None else shown(d) for d in where],
         "sets": [shown(s) for s in sets],
-        # For each domain, the set that was ranked on just its texts.
-        "own": [sets.index(o) if (o := _own(d, evaluation.domains)) in sets else None for d in where],
+        # For each domain, the sets that were ranked for it.
+        "own": [
+            sorted(
+                {
+                    sets.index(ranked_on(line.domains, evaluation.domains))
+                    for line in found
+                    if line.domains and ranked_for(line.domains, d, evaluation.domains)
+                }
+            )
+            for d in where
+        ],
         "full": {m: [number(MEASURES[m](_quality(full, d))) for d in where] for m in MEASURES},
         "lines": [
             {
@@ -133,10 +150,6 @@ def _evaluation(name: str, evaluation: Evaluation) -> dict[str, object]:
     }
 
 
-def _own(domain: str | None, every: Sequence[str]) -> str:
-    return ranked_on(every if domain is None else [domain], every)
-
-
 def _points(line: Line, measure: str, domain: str | None) -> list[list[float | int | None]]:
     return [
         [number(p.experts), number(p.middle), number(p.low), number(p.high), p.models]
@@ -149,20 +162,17 @@ def _quality(model: Evaluated, domain: str | None) -> Quality:
 
 
 def _model(model: Evaluated, where: Sequence[str | None], every: Sequence[str]) -> list[object]:
-    """[name, kind, experts, top-k, method, ranked on, seed, figures per domain or null]."""
+    """[name, kind, experts, top-k, method, ranked on or seed, figures per domain or null]."""
     said = model.provenance
-    domains = said.get("domains")
     least, most = min(model.experts), max(model.experts)
     figures = [_figures(_quality(model, d)) if d is None or d in model.domains else None for d in where]
-    seed = said.get("seed")
     return [
         shown(model.name),
         shown(model.kind),
         least if least == most else number(model.mean_experts),
         model.top_k,
         shown(said["method"]) if isinstance(said.get("method"), str) else "",
-        shown(ranked_on([str(d) for d in domains], every)) if isinstance(domains, list) else "",
-        seed if isinstance(seed, int) else None,
+        shown(data_of(model, every)),
         figures,
     ]
 

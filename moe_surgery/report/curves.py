@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -10,18 +11,19 @@ import numpy as np
 
 from moe_surgery.measure.evaluation import Evaluated, Evaluation, Quality
 
-__all__ = ["FEW", "MEASURES", "Line", "Point", "lines", "meant_for", "method_of"]
+__all__ = ["FEW", "MEASURES", "Line", "Point", "lines", "meant_for", "method_of", "ranked_for"]
 
 RANDOM = "random"
 # More lines than these cannot be told apart: then only those meant for the texts are shown at first.
 FEW = 8
 
+# Not a number where nothing is known: a checkpoint that does not say which experts it kept.
 MEASURES: Mapping[str, Callable[[Quality], float]] = MappingProxyType(
     {
         "kl": lambda q: q.kl,
         "cross_entropy": lambda q: q.cross_entropy,
         "agreement": lambda q: q.agreement,
-        "redirected": lambda q: float(np.mean(q.redirected)) if q.redirected else 0.0,
+        "redirected": lambda q: float(np.mean(q.redirected)) if q.redirected else math.nan,
     }
 )
 
@@ -50,8 +52,9 @@ class Line:
         by_size: dict[float, list[float]] = {}
         for model in self.models:
             quality = model.overall if domain is None else model.domains.get(domain)
-            if quality is not None:
-                by_size.setdefault(model.mean_experts, []).append(MEASURES[measure](quality))
+            value = math.nan if quality is None else MEASURES[measure](quality)
+            if not math.isnan(value):
+                by_size.setdefault(model.mean_experts, []).append(value)
         return [Point(n, len(y), float(np.median(y)), min(y), max(y)) for n, y in sorted(by_size.items())]
 
 
@@ -74,9 +77,20 @@ def lines(evaluation: Evaluation) -> list[Line]:
 
 
 def meant_for(found: Sequence[Line], domain: str | None, every: Sequence[str]) -> list[Line]:
-    """Lines ranked on `domain` alone (None: on all of `every`), and those that say no domain."""
-    own = tuple(sorted(every)) if domain is None else (domain,)
-    return [line for line in found if line.domains in (None, own)]
+    """Lines ranked for `domain`, and those that say no domain; all where none is for it."""
+    meant = [line for line in found if line.domains is None or ranked_for(line.domains, domain, every)]
+    return meant if any(line.domains for line in meant) else list(found)
+
+
+def ranked_for(domains: Sequence[str], domain: str | None, every: Sequence[str]) -> bool:
+    """Whether `domains` is `domain` alone, or its prompts or answers; for None, whether it holds `every`."""
+    whole = {_whole(d) for d in domains}
+    return whole >= {_whole(d) for d in every} if domain is None else whole == {_whole(domain)}
+
+
+def _whole(domain: str) -> str:
+    name, _, part = domain.rpartition(":")
+    return name if name and part in ("prompt", "answer") else domain
 
 
 def _domains(model: Evaluated) -> tuple[str, ...] | None:

@@ -73,7 +73,8 @@ def views(statistics: Statistics) -> list[View]:
 
 
 def _view(statistics: Statistics, domain: str | None) -> View:
-    layers = statistics.over(None if domain is None else [domain])
+    # A domain by its own name alone: asked for "law", `over` would add "law:answer" to it.
+    layers = statistics.over() if domain is None else statistics.data[domain]
     scores = {metric: np.stack(score(metric, layers)) for metric in METRICS}
     for metric, rows in scores.items():
         if not np.isfinite(rows).all():

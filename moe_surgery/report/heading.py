@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from moe_surgery.measure.evaluation import Evaluation
 from moe_surgery.report.content import plan_method
@@ -37,6 +37,7 @@ def header(
         tag("dd", "; ".join(f"{shown(d)} {statistics.tokens[d]:,}" for d in domains)),
         *_facts("Plans", (f"{shown(name)}: {plan_method(plan)}" for name, plan in plans)),
         *_facts("Evaluations", (f"{shown(name)}: {len(e.models)} models" for name, e in evaluations)),
+        *_facts("Settings", [_settings(statistics.settings)] if statistics.settings else []),
         tag("dt", "Made by"),
         tag("dd", f"moe-surgery {__version__}"),
         class_="facts",
@@ -67,7 +68,7 @@ def header(
                 name,
                 e.checkpoint,
                 Html("<br>".join(tag("span", line) for line in _read(e))),
-                "; ".join(f"{key} {_value(value)}" for key, value in e.settings.items()),
+                _settings(e.settings),
             )
             for name, e in evaluations
         ]
@@ -98,12 +99,17 @@ def _texts(listed: Sequence[object]) -> tuple[Html, Html]:
 
 
 def _provenance(plan: Plan) -> list[Html]:
-    """What a plan's file says of its origin, a line each; texts' hashes are left to the file."""
+    """What a plan's file says of its origin, a line each; texts are left to the table of texts."""
     return [
-        tag("span", tag("b", key), ": ", _value(value))
+        tag("span", tag("b", key), ": ", _settings(value) if isinstance(value, dict) else _value(value))
         for key, value in plan.provenance.items()
-        if not isinstance(value, dict)
+        if key != "texts"
     ]
+
+
+def _settings(settings: Mapping[str, object]) -> str:
+    """Settings that were given, in one line."""
+    return "; ".join(f"{shown(key)} {_value(value)}" for key, value in settings.items() if value is not None)
 
 
 def _read(evaluation: Evaluation) -> list[str]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isnan
 
 from moe_surgery.measure.evaluation import Evaluated, Evaluation
 from moe_surgery.report.charts import coverage_charts, evaluation_charts
-from moe_surgery.report.content import TOGETHER, ranked_on
+from moe_surgery.report.content import TOGETHER, data_of
 from moe_surgery.report.curves import MEASURES
 from moe_surgery.report.figures import View, overlap, plan_coverage
 from moe_surgery.report.markup import Html, table, tag
@@ -192,7 +193,7 @@ def evaluation_section(evaluations: Sequence[tuple[str, Evaluation]]) -> Html:
     )
     charts = evaluation_charts(first)
     head = (
-        "Model", "Experts", "Top-k", "Method", "Ranked on", "Seed", "Tokens", "Cross-entropy", "Perplexity", "KL",
+        "Model", "Experts", "Top-k", "Method", "Data or seed", "Tokens", "Cross-entropy", "Perplexity", "KL",
         "Agreement", "Redirected",
     )  # fmt: skip
     rows = [_model_row(m, first) for m in first.models]
@@ -250,14 +251,21 @@ def _held(mean: float, worst: float) -> str:
 
 
 def _model_row(model: Evaluated, evaluation: Evaluation) -> tuple[object, ...]:
-    q, said = model.overall, model.provenance
-    domains = said.get("domains")
+    q = model.overall
+    redirected = MEASURES["redirected"](q)
     return (
-        model.name, least_to_most(model.experts), model.top_k, said.get("method", ""),
-        ranked_on([str(d) for d in domains], evaluation.domains) if isinstance(domains, list) else "",
-        said.get("seed", ""), f"{q.tokens:,}", f"{q.cross_entropy:.4f}", f"{q.perplexity:.4g}", f"{q.kl:.4f}",
-        f"{100 * q.agreement:.1f} %", f"{100 * MEASURES['redirected'](q):.1f} %",
-    )  # fmt: skip
+        model.name,
+        least_to_most(model.experts),
+        model.top_k,
+        model.provenance.get("method", ""),
+        data_of(model, evaluation.domains),
+        f"{q.tokens:,}",
+        f"{q.cross_entropy:.4f}",
+        f"{q.perplexity:.4g}",
+        f"{q.kl:.4f}",
+        f"{100 * q.agreement:.1f} %",
+        "\N{EN DASH}" if isnan(redirected) else f"{100 * redirected:.1f} %",
+    )
 
 
 def _shaded(share: float) -> Html:

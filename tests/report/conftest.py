@@ -3,31 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from moe_surgery.measure.evaluation import Evaluation
+from moe_surgery.selection.plan import Plan, plan_random
 from moe_surgery.selection.statistics import Statistics
 from tests.report.browser import MISSING, Browser, browser
+from tests.report.inputs import plan_of
+
+
+@dataclass(frozen=True)
+class Real:
+    """The embedded checkpoint's statistics on the demo's texts, plans from them, and what those cost."""
+
+    statistics: Statistics
+    plans: list[tuple[str, Plan]]
+    evaluation: Evaluation
 
 
 @pytest.fixture(scope="session")
-def real_statistics() -> Statistics:
-    """The embedded checkpoint on the demo's texts."""
+def real(tmp_path_factory: pytest.TempPathFactory) -> Real:
     torch = pytest.importorskip("torch")
     pytest.importorskip("tokenizers")
-    from moe_surgery import load_model
     from moe_surgery.demo import demo_texts
-    from moe_surgery.measure.profile import profile_sequences
+    from moe_surgery.measure.corpus import open_corpus, text_files
+    from moe_surgery.measure.evaluate import evaluate
+    from moe_surgery.measure.job import profile
+    from moe_surgery.pipeline import inspect
     from moe_surgery.runtime.text import Text
 
-    text = Text("example:tiny")
-    tokens = {name: [text.encode(words)] for name, words in demo_texts().items()}
-    model = load_model("example:tiny", dtype=torch.float32)
-    data = profile_sequences(model, tokens)
-    counts = {name: len(sequence) for name, [sequence] in tokens.items()}
-    texts: dict[str, list[dict[str, object]]] = {n: [{"name": n, "tokens": c}] for n, c in counts.items()}
-    return Statistics("gpt_oss", "tiny", 32, 160, 4, counts, texts, data)
+    folder = tmp_path_factory.mktemp("texts")
+    for name, words in demo_texts().items():
+        (folder / f"{name}.txt").write_text(words)
+    files = text_files(sorted(folder.iterdir()))
+    done = profile("example:tiny", files, folder / "tiny.stats", dtype=torch.float32)
+    drawn = [(f"random-8-{s}.json", plan_random(8, s, inspect("example:tiny"))) for s in range(2)]
+    plans = [(f"reap-code-{n}.json", plan_of(done.statistics, "reap", n, ["code"])) for n in (8, 16)] + drawn
+    corpus = open_corpus(files, Text("example:tiny"), context=4096)
+    return Real(done.statistics, plans, evaluate("example:tiny", corpus, plans=plans, dtype=torch.float32))
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from moe_surgery.report.figures import views
 from moe_surgery.report.page import build_report
 from moe_surgery.selection.statistics import Statistics
 from tests.report.browser import Browser
+from tests.report.conftest import Real
 from tests.report.inputs import evaluation_of, made_up, plan_of
 
 KEYS = {
@@ -103,22 +104,31 @@ def focus_heading(browser: Browser, table: str, name: str) -> None:
 
 
 def test_the_real_checkpoints_page_opens_without_complaint(
-    chromium: Browser, real_statistics: Statistics, page_file: Path
+    chromium: Browser, real: Real, page_file: Path
 ) -> None:
-    plan = plan_of(real_statistics, "reap", 8, ["code"])
-    page_file.write_text(
-        build_report(real_statistics, [("code-8.json", plan)], [("c", evaluation_of(real_statistics))])
-    )
+    name, plan = real.plans[0]
+    page_file.write_text(build_report(real.statistics, real.plans, [("cuts.json", real.evaluation)]))
     chromium.open(page_file, 1280, 900)
     assert chromium.complaints() == []
     shown = chromium.run("return JSON.parse(document.getElementById('data').textContent).views")
     assert [v["name"] for v in shown] == ["all domains", "arithmetic", "code", "prose"]
     # The map says what the statistics say.
     labels = chromium.run(CELL, "aria-label")
-    counts = sum(layers[2].count for layers in real_statistics.data.values())
+    counts = sum(layers[2].count for layers in real.statistics.data.values())
     assert labels[2 * 32 + 5].startswith(f"layer 2, expert 5: frequency {counts[5]:,}, ")
     kept = {(n, e) for n, row in enumerate(plan.layers) for e in row}
     assert {(i // 32, i % 32) for i, label in enumerate(labels) if label.endswith(", kept")} == kept
+    # The models are the evaluation's.
+    assert column(chromium, "models", "Model") == ["full", *(n for n, _ in real.plans)]
+    assert column(chromium, "models", "KL") == [f"{m.overall.kl:.4f}" for m in real.evaluation.models]
+    chromium.choose("evaluation-domain", 2)
+    found = [m.domains["code"] for m in real.evaluation.models]
+    assert column(chromium, "models", "Agreement") == [f"{100 * q.agreement:.1f} %" for q in found]
+    titles = chromium.run(
+        "return [...document.querySelectorAll('#evaluation title')].map((t) => t.textContent)"
+    )
+    assert any(t.startswith("random, 8 experts: ") and t.endswith(" (median of 2)") for t in titles)
+    assert name in chromium.run("return document.querySelector('header').textContent")
 
 
 def test_arrow_keys_move_one_focus_across_the_map(chromium: Browser, page: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from moe_surgery.errors import InvalidInputError, PlanMismatchError
 from moe_surgery.report.content import content
-from moe_surgery.report.curves import MEASURES, lines, meant_for
+from moe_surgery.report.curves import MEASURES, Line, lines, meant_for
 from moe_surgery.report.figures import check_plan, coverage, overlap, plan_coverage, views
 from moe_surgery.report.palette import (
     DARK,
@@ -95,6 +95,12 @@ def test_orders_overlap_and_coverage_are_what_loops_find(statistics: Statistics,
             assert overlap(a.orders[metric], b.orders[metric]).tolist() == common
 
 
+def test_a_domain_is_not_mixed_with_its_answers() -> None:
+    statistics = made_up(2, 4, ["law", "law:answer"])
+    _, law, _ = views(statistics)
+    assert law.scores["frequency"].tolist() == [s.count.tolist() for s in statistics.data["law"]]
+
+
 def test_a_plan_carries_what_its_experts_carry(statistics: Statistics) -> None:
     plan = Plan("gpt_oss", 8, ((0, 1), (5,), (2, 3, 4)))
     for view in views(statistics):
@@ -153,6 +159,14 @@ def test_lines_group_models_by_method_and_domains_and_pool_seeds(statistics: Sta
                 assert (point.middle, point.low, point.high) == (median(values), min(values), max(values))
     assert {line.domains for line in meant_for(found, "law", evaluation.domains)} == {("law",), None}
     assert {line.domains for line in meant_for(found, None, evaluation.domains)} == {every, None}
+    # Prompts and answers are of their domain; more domains than were evaluated still are all of them.
+    answers = [Line("reap", ("law:answer", "law:prompt"), ()), Line("reap", ("code:answer",), ())]
+    assert meant_for(answers, "law", ["law"]) == answers[:1]
+    assert meant_for([Line("reap", ("a", "b", "c"), ()), Line("reap", ("a",), ())], None, ["a", "b"])[
+        0
+    ].domains == ("a", "b", "c")
+    # Where none is for the texts, all are shown.
+    assert meant_for(answers, "prose", ["law"]) == answers
 
 
 @pytest.mark.parametrize("dark", [False, True])

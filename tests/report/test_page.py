@@ -190,6 +190,23 @@ def test_what_is_of_another_checkpoint_is_refused() -> None:
         build_report(statistics, [], [("e.json", replace(evaluation_of(statistics), num_experts=9))])
 
 
+def test_routes_that_nobody_counted_are_left_out() -> None:
+    statistics = made_up(2, 8, ["x", "y"])
+    evaluation = evaluation_of(statistics, ("reap",), seeds=1)
+    uncounted = [
+        replace(m, kind="checkpoint", domains={d: replace(q, redirected=()) for d, q in m.domains.items()})
+        for m in evaluation.models[1:]
+    ]
+    page = build_report(
+        statistics, [], [("e", replace(evaluation, models=(evaluation.models[0], *uncounted)))]
+    )
+    [shown_evaluation] = Page(page).data["evaluations"]
+    for line in shown_evaluation["lines"]:
+        assert line["points"]["redirected"] == [[], [], []]
+        assert len(line["points"]["kl"][0]) == 4
+    assert [m[-1][0][-1] for m in shown_evaluation["models"][1:]] == [None] * len(uncounted)
+
+
 def test_damaged_evaluations_are_refused() -> None:
     statistics = made_up(2, 8, ["x"])
     evaluation = evaluation_of(statistics)

@@ -23,9 +23,12 @@ function figure(v) {
   if (v === null || v === undefined) return "\u2013";
   const size = Math.abs(v);
   if (size !== 0 && (size >= 1e7 || size < 1e-3)) return v.toExponential(2).replace("e+", "e");
-  if (Number.isInteger(v) || size >= 1000) return Math.round(v).toLocaleString("en");
-  return v.toPrecision(4);
+  return size === 0 ? "0" : size >= 1000 ? Math.round(v).toLocaleString("en") : v.toPrecision(4);
 }
+
+// A count, or a mean of counts.
+const whole = (v) => (Number.isInteger(v) ? v.toLocaleString("en") : figure(v));
+const score = (metric, v) => (D.metrics[metric] === "frequency" ? whole(v) : figure(v));
 
 const percent = (v, digits) => (v === null ? "\u2013" : (100 * v).toFixed(digits === undefined ? 1 : digits) + " %");
 const STEPS = 24;

@@ -88,7 +88,7 @@ function tell(layer, expert) {
   const i = layer * D.experts + expert, kept = keptSets(planShown());
   const state = kept ? (kept[layer].has(expert) ? ", kept by " : ", not kept by ") + D.plans[planShown()].name : "";
   const list = make("dl", null, ...D.metrics.map((m, k) => make("div", k === metric ? { class: "chosen" } : null,
-    make("dt", null, m), make("dd", null, figure(D.scores[k][view][i]) + " (" + place(D.ranks[k][view][i]) + ")"))));
+    make("dt", null, m), make("dd", null, score(k, D.scores[k][view][i]) + " (" + place(D.ranks[k][view][i]) + ")"))));
   byId("map-readout").replaceChildren(
     make("p", null, make("b", null, `Layer ${layer}, expert ${expert}`), ` on ${D.views[view].name}${state}`), list);
 }
@@ -101,23 +101,23 @@ function place(n) {
 function paintMap() {
   const view = chosen("map-view"), metric = chosen("map-metric"), plan = planShown();
   const scores = D.scores[metric][view], ranks = D.ranks[metric][view], kept = keptSets(plan), name = D.metrics[metric];
-  const whole = chosen("map-scale") === 1;
-  const top = whole ? Math.max(...scores) : 0;
+  const all = chosen("map-scale") === 1;
+  const top = all ? Math.max(...scores) : 0;
   const dots = [];
   map.cells.forEach((row, layer) => {
     const from = layer * D.experts;
-    const most = whole ? top : Math.max(...scores.slice(from, from + D.experts));
+    const most = all ? top : Math.max(...scores.slice(from, from + D.experts));
     row.forEach((cell, expert) => {
-      const score = scores[from + expert], stays = kept && kept[layer].has(expert);
-      cell.setAttribute("class", "q" + step(most > 0 ? score / most : 0));
-      cell.setAttribute("aria-label", `layer ${layer}, expert ${expert}: ${name} ${figure(score)}, ` +
+      const value = scores[from + expert], stays = kept && kept[layer].has(expert);
+      cell.setAttribute("class", "q" + step(most > 0 ? value / most : 0));
+      cell.setAttribute("aria-label", `layer ${layer}, expert ${expert}: ${name} ${score(metric, value)}, ` +
         `${place(ranks[from + expert])} of ${D.experts}` + (kept ? (stays ? ", kept" : ", not kept") : ""));
       if (stays) dots.push(`M${cell.x.baseVal.value + cell.width.baseVal.value / 2} ${cell.y.baseVal.value + cell.height.baseVal.value / 2}h0`);
     });
   });
   map.svg.querySelectorAll(".rim, .dot").forEach((p) => p.setAttribute("d", dots.join("")));
   map.svg.setAttribute("aria-label", `Heat map: ${name} of ${D.experts} experts in ${D.layers} layers, ${D.views[view].name}`);
-  byId("scale-high").textContent = whole ? figure(top) : "largest of the layer";
+  byId("scale-high").textContent = all ? score(metric, top) : "largest of the layer";
   if (byId("map-key")) byId("map-key").hidden = !kept;
   byId("orders").tBodies[0].replaceChildren(...map.cells.map((_, layer) => {
     const order = new Array(D.experts);

@@ -80,13 +80,14 @@ function startEvaluation() {
 
 function showEvaluation() {
   const e = shownEvaluation(), domain = chosen("evaluation-domain"), set = chosen("evaluation-set");
-  const wanted = set === 0 ? null : set === 1 ? e.own[domain] : set - 2;
+  const own = e.own[domain].length ? e.own[domain] : null;
+  const wanted = set === 0 ? null : set === 1 ? own : [set - 2];
     // Colours go by place among what is shown, so that few lines never look alike.
-  const lines = e.lines.filter((l) => l.set === null || wanted === null || l.set === wanted).map((l, place) => ({ ...l, place }));
+  const lines = e.lines.filter((l) => l.set === null || wanted === null || wanted.includes(l.set)).map((l, place) => ({ ...l, place }));
   const charts = MEASURES.map(([measure, title, yLabel]) => {
     const share = measure === "agreement" || measure === "redirected";
     const series = lines.map((l) => ({ name: l.name, place: l.place, points: l.points[measure][domain].map(([x, y, low, high, models]) => (
-      { x, y, low, high, title: `${l.name}, ${figure(x)} experts: ${share ? percent(y) : figure(y)}` +
+      { x, y, low, high, title: `${l.name}, ${whole(x)} experts: ${share ? percent(y) : figure(y)}` +
         (models > 1 ? ` (median of ${models})` : "") })) }));
     const points = series.flatMap((s) => s.points), full = e.full[measure][domain];
     const values = points.flatMap((p) => [p.y, p.low, p.high]);

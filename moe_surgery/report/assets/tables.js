@@ -66,12 +66,12 @@ function showExperts() {
     if (kept && wanted && kept[layer].has(expert) !== (wanted === 1)) continue;
     rows.push({ i, layer, expert, stays: kept ? kept[layer].has(expert) : null });
   }
-  const of = (name, values) => ({ name, value: (r) => values[r.i], show: (r) => figure(values[r.i]) });
+  const of = (name, values, show) => ({ name, value: (r) => values[r.i], show: (r) => show(values[r.i]) });
   const columns = [
     { name: "Layer", value: (r) => r.layer, show: (r) => String(r.layer), position: true },
     { name: "Expert", value: (r) => r.expert, show: (r) => String(r.expert), position: true },
-    ...D.metrics.map((m, k) => of(m === "frequency" ? "frequency (count)" : m, D.scores[k][view])),
-    of("peak |f|", D.peak[view]),
+    ...D.metrics.map((m, k) => of(m === "frequency" ? "frequency (count)" : m, D.scores[k][view], (v) => score(k, v))),
+    of("peak |f|", D.peak[view], figure),
   ];
   if (kept) columns.splice(2, 0, { name: "Kept", words: true, value: (r) => (r.stays ? "a" : "b"), show: (r) => (r.stays ? "kept" : "\u2013") });
   sortable(byId("experts"), columns, rows, experts);
@@ -81,15 +81,15 @@ const models = { by: null, down: false, all: false };
 
 function fillModels(e, domain) {
   const word = (name, at) => ({ name, words: true, value: (m) => m[at], show: (m) => m[at] });
-  const count = (name, at) => ({ name, value: (m) => m[at], show: (m) => (m[at] === null ? "" : figure(m[at])), position: true });
+  const count = (name, at) => ({ name, value: (m) => m[at], show: (m) => (m[at] === null ? "" : whole(m[at])), position: true });
   const quality = (name, at, show, position) => {
-    const value = (m) => (m[7][domain] ? m[7][domain][at] : null);
+    const value = (m) => (m[6][domain] ? m[6][domain][at] : null);
     return { name, value, show: (m) => show(value(m)), position };
   };
   const four = (v) => (v === null ? "\u2013" : v.toFixed(4));
   const columns = [
-    word("Model", 0), count("Experts", 2), count("Top-k", 3), word("Method", 4), word("Ranked on", 5), count("Seed", 6),
-    quality("Tokens", 0, figure), quality("Cross-entropy", 1, four, true),
+    word("Model", 0), count("Experts", 2), count("Top-k", 3), word("Method", 4), word("Data or seed", 5),
+    quality("Tokens", 0, whole), quality("Cross-entropy", 1, four, true),
     quality("Perplexity", 2, figure, true), quality("KL", 3, four, true), quality("Agreement", 4, (v) => percent(v)),
     quality("Redirected", 5, (v) => percent(v), true),
   ];
