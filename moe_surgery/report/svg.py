@@ -205,10 +205,12 @@ def line_chart(chart: Chart) -> Html:
                 )
             )
         parts += [marker(s.place, at_x(x), at_y(y)) for x, y in _marked(s)]
-    for name, kept, share in chart.marks:
+    above = 0.0  # names keep apart where plans come close
+    for name, kept, share in sorted(chart.marks, key=lambda mark: -mark[2]):
         x, y = at_x(kept), at_y(share)
+        above = max(y + 16, above + 14)
         parts.append(tag("path", class_="plan", d=f"M{x:.1f} {y:.1f}m0 -6l6 6l-6 6l-6 -6z"))
-        parts.append(tag("text", name, class_="halo", x=f"{x + 9:.1f}", y=f"{y + 4:.1f}"))
+        parts.append(tag("text", name, class_="halo", x=f"{x + 10:.1f}", y=f"{above:.1f}"))
     return tag(
         "svg", *parts, class_="chart", role="img", aria_label=chart.title, width=width, height=height,
         viewBox=f"0 0 {width} {height}",

@@ -97,10 +97,12 @@ function lineChart(c, width) {
       if (i % every === s.place % every) svg.append(markerAt(s.place, atX(p.x), atY(p.y), p.title));
     });
   }
-  for (const m of c.marks || []) {
+  let above = 0;  // names keep apart where plans come close
+  for (const m of [...(c.marks || [])].sort((a, b) => b.y - a.y)) {
+    above = Math.max(atY(m.y) + 16, above + 14);
     svg.append(draw("path", { class: "plan", d: `M${pair(m.x, m.y)}m0 -6l6 6l-6 6l-6 -6z` }));
     const early = atX(m.x) < width * 0.6;
-    svg.append(draw("text", { class: "halo", x: atX(m.x) + (early ? 10 : -10), y: (atY(m.y) + 16).toFixed(1),
+    svg.append(draw("text", { class: "halo", x: atX(m.x) + (early ? 10 : -10), y: above.toFixed(1),
       "text-anchor": early ? "start" : "end" }, m.name.length > 28 ? m.name.slice(0, 27) + "\u2026" : m.name));
   }
   return svg;
