@@ -54,8 +54,8 @@ def command(
     nothing from anywhere, so it can be sent around as it is.
 
     \b
-    moe-surgery report stats.safetensors -o report.html
-    moe-surgery report stats.safetensors --plan law-8.json --evaluation cuts.json -o law.html --png figures
+    moe-surgery report law.stats -o report.html
+    moe-surgery report law.stats --plan law-8.json --evaluation cuts.json -o law.html --png figures
     """
     from moe_surgery.checkpoint.fileops import FileOps
     from moe_surgery.checkpoint.writer import write_file

@@ -121,7 +121,8 @@ def overlap_section(statistics: Statistics, views: Sequence[View]) -> Html:
         "that the other uses.",
         fields,
         tag("figure", scroll(grid, "Overlap"),
-            tag("figcaption", f"Percent. The {n} best of {statistics.experts} experts by {FIRST_METRIC}; chance would give "
+            tag("figcaption", f"Percent. The {n} best of {statistics.experts} experts by {FIRST_METRIC}; "
+                f"chance would give "
                 f"{100 * n / statistics.experts:.0f}.", id="overlap-caption")),
     )  # fmt: skip
 
