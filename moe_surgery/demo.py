@@ -12,13 +12,22 @@ from pathlib import Path
 
 from moe_surgery.errors import OutputError
 from moe_surgery.pipeline import inspect, prune
-from moe_surgery.selection.plan import plan_random
+from moe_surgery.selection.plan import plan_from_ranking, plan_random
+from moe_surgery.selection.ranking import Ranking
 from moe_surgery.surgery.verify import verify_checkpoint
 
 __all__ = ["DemoRow", "run_demo"]
 
 SOURCE = "example:tiny"
-JOBS = ((16, "mxfp4"), (8, "mxfp4"), (4, "mxfp4"), (8, "bf16"))
+# Experts kept, how they are stored, and how they are chosen.
+JOBS = (
+    (16, "mxfp4", "chosen"),
+    (8, "mxfp4", "chosen"),
+    (4, "mxfp4", "chosen"),
+    (8, "bf16", "chosen"),
+    (8, "mxfp4", "random"),
+)
+METRIC = "weighted_ean"
 PROMPT = "Question: What is 7 + 5?\nAnswer:"
 NEW_TOKENS = 48
 TEXT_CHARACTERS = 1500
@@ -46,11 +55,11 @@ class DemoRow:
 
 
 def run_demo(output: Path | None, say: Callable[[str], None]) -> list[DemoRow]:
-    """Prune the embedded checkpoint to several sizes, verify each against its source, and run it.
+    """Profile the embedded checkpoint, prune it to several sizes, verify each against its source, run it.
 
     Models go to the new folder `output`, or to a temporary one that is removed. `say` is told each
-    step. The first row is the full model. Without torch nothing is generated. Raises OutputError
-    where `output` exists.
+    step. The first row is the full model. Without torch nothing is profiled or generated, and all
+    experts are drawn at random. Raises OutputError where `output` exists.
     """
     full = inspect(SOURCE)
     runs = find_spec("torch") is not None and find_spec("tokenizers") is not None
@@ -65,10 +74,17 @@ def run_demo(output: Path | None, say: Callable[[str], None]) -> list[DemoRow]:
                 raise OutputError(f"{output}: cannot create: {error.strerror}") from error
         first = DemoRow("full", full.experts, full.top_k, full.parameters, full.nbytes, True)
         rows = [_run(first, SOURCE, say) if runs else first]
-        for experts, dtype in JOBS:
-            name = f"tiny-{experts}-{dtype}"
-            say(f"prune {SOURCE} {name}: {experts} of {full.experts} experts, drawn at random, {dtype}")
-            program = prune(SOURCE, folder / name, plan_random(experts, 0, full), dtype=dtype).program
+        ranking = _ranking(folder, say) if runs else None
+        for experts, dtype, choice in JOBS:
+            chosen = ranking is not None and choice == "chosen"
+            name = f"tiny-{experts}-{dtype if choice == 'chosen' else choice}"
+            told = f"best by {METRIC}" if chosen else "drawn at random"
+            say(f"prune {SOURCE} {name}: {experts} of {full.experts} experts, {told}, {dtype}")
+            plan = plan_random(experts, 0, full)
+            if chosen:
+                assert ranking is not None
+                plan = plan_from_ranking(ranking, experts)
+            program = prune(SOURCE, folder / name, plan, dtype=dtype).program
             say(f"verify {name} --source {SOURCE}")
             found = verify_checkpoint(folder / name, source=SOURCE)
             nbytes = sum(t.nbytes for s in program.shards for t in s.tensors)
@@ -88,6 +104,16 @@ def demo_texts() -> dict[str, str]:
     }
 
 
+def profile_texts() -> dict[str, str]:
+    """Texts of the first two kinds to choose experts by; none that losses are measured on."""
+    import shlex
+
+    return {
+        "arithmetic": arithmetic(random.Random(1), 4 * TEXT_CHARACTERS),
+        "code": Path(shlex.__file__).read_text()[: 4 * TEXT_CHARACTERS],
+    }
+
+
 def arithmetic(rng: random.Random, characters: int) -> str:
     """Small sums with their answers, at least `characters` of them."""
     lines = ""
@@ -96,6 +122,22 @@ def arithmetic(rng: random.Random, characters: int) -> str:
         sign, result = rng.choice((("+", a + b), ("-", a - b), ("*", a * b)))
         lines += f"Question: What is {a} {sign} {b}?\nAnswer: {a} {sign} {b} = {result}.\n"
     return lines
+
+
+def _ranking(folder: Path, say: Callable[[str], None]) -> Ranking:
+    """Experts of the embedded model in the order in which `profile_texts` need them."""
+    from moe_surgery.measure.corpus import text_files
+    from moe_surgery.measure.job import profile
+    from moe_surgery.selection.rank import rank
+
+    paths = []
+    for name, text in profile_texts().items():
+        paths.append(folder / f"{name}.txt")
+        paths[-1].write_text(text)
+    say(f"profile {SOURCE} --texts arithmetic.txt --texts code.txt -o tiny.stats")
+    found = profile(SOURCE, text_files(paths), folder / "tiny.stats")
+    say(f"rank tiny.stats --metric {METRIC}")
+    return rank(found.statistics, METRIC)
 
 
 def _run(row: DemoRow, path: str | Path, say: Callable[[str], None]) -> DemoRow:

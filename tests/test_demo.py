@@ -30,10 +30,14 @@ def test_there_is_a_row_for_the_full_model_and_one_for_each_job(shown: Shown) ->
     rows, said, out = shown
     assert [(row.name, row.experts) for row in rows] == [
         ("full", 32),
-        *((f"tiny-{experts}-{dtype}", experts) for experts, dtype in JOBS),
+        ("tiny-16-mxfp4", 16),
+        ("tiny-8-mxfp4", 8),
+        ("tiny-4-mxfp4", 4),
+        ("tiny-8-bf16", 8),
+        ("tiny-8-random", 8),
     ]
     assert all(row.verified for row in rows)
-    assert len(said) == 1 + 3 * len(JOBS)
+    assert len(said) == 3 + 3 * len(JOBS)
     for row in rows:
         found = inspect(SOURCE if row.name == "full" else out / row.name)
         assert (row.experts, row.top_k) == (found.experts, found.top_k)
@@ -53,6 +57,12 @@ def test_the_full_model_knows_arithmetic_best(shown: Shown) -> None:
     full, *pruned = (row.losses["arithmetic"] for row in shown[0])
     assert full < min(pruned)
     assert full < math.log(2048) / 2  # far from guessing
+
+
+def test_chosen_experts_keep_more_than_random_ones_of_the_texts_they_were_chosen_for(shown: Shown) -> None:
+    losses = {row.name: row.losses for row in shown[0]}
+    for text in ("arithmetic", "code"):
+        assert losses["tiny-16-mxfp4"][text] < losses["tiny-8-mxfp4"][text] < losses["tiny-8-random"][text]
 
 
 def test_expert_dtype_hardly_changes_the_loss(shown: Shown) -> None:

@@ -18,9 +18,9 @@ from moe_surgery.cli.terminal import count, size
 def command(context: click.Context, output: Path | None) -> None:
     """Run the main job on the embedded tiny model and show the result in one table.
 
-    Plans, prunes and verifies several sizes of example:tiny, in MXFP4 and BF16, then generates with
-    each and measures its loss on three short texts. Experts are drawn at random: a choice made for
-    a text keeps more of it. Takes some ten seconds.
+    Profiles example:tiny on arithmetic and code, plans, prunes and verifies several sizes, in MXFP4
+    and BF16, then generates with each and measures its loss on three short texts: the first two are of
+    the kinds it was profiled on. One model has random experts, to compare. Takes some ten seconds.
 
     \b
     moe-surgery demo

@@ -43,7 +43,11 @@ CASES: dict[str, tuple[str, int, str]] = {
     "no shards": ("inspect {tmp}/configured", 5, "{tmp}/configured: holds no .safetensors file"),
     "cut shard": ("inspect {tmp}/cut", 3, "{tmp}/cut/model.safetensors: cut short"),
     "nothing chosen to plan": ("plan", 2, "exactly one of RANKING or STATS, --keep and --random"),
-    "two choices to plan": ("plan {tmp}/r.json --random -n 2", 2, "exactly one of RANKING or STATS, --keep and"),
+    "two choices to plan": (
+        "plan {tmp}/r.json --random -n 2",
+        2,
+        "exactly one of RANKING or STATS, --keep and",
+    ),
     "plan without a count": ("plan {tmp}/r.json", 2, "exactly one of --experts, --coverage,"),
     "plan of a kept list with a count": ("plan --keep 1 -n 1", 2, "--keep already says how many"),
     "kept list for no model": ("plan --keep 0", 2, "--keep needs --checkpoint CKPT"),
