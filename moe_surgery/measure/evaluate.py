@@ -37,11 +37,12 @@ class _Sums:
     loss: float = 0.0
     kl: float = 0.0
     agreed: int = 0
-    routes: int = 0
+    routes: list[int] = field(default_factory=list)
     redirected: list[int] = field(default_factory=list)
 
     def quality(self, counted: bool) -> Quality:
-        shares = tuple(r / max(1, self.routes) for r in self.redirected) if counted else ()
+        pairs = zip(self.redirected, self.routes, strict=True)
+        shares = tuple(moved / max(1, routes) for moved, routes in pairs) if counted else ()
         n = self.tokens
         return Quality(n, self.loss / n, max(0.0, self.kl / n), self.agreed / n, shares)
 
@@ -117,7 +118,8 @@ def evaluate_passages(
         targets = _targets(passages, answers_only)
         for per_domain in sums:
             for domain in targets.domains:
-                per_domain.setdefault(domain, _Sums(redirected=[0] * len(model.layers)))
+                zeros = [0] * len(model.layers)
+                per_domain.setdefault(domain, _Sums(routes=list(zeros), redirected=zeros))
         states = [embed(c.model or model, [p.tokens for p in passages]) for c in everyone]
         for number in range(len(model.layers)):
             whole = model.layers[number]
@@ -133,7 +135,7 @@ def evaluate_passages(
                     reference = ids
                 if candidate.kept is not None:
                     moved = _redirected(ids, candidate.kept[number], reference)
-                    _count_routes(sums[place], targets, number, moved, layer.top_k)
+                    _count_routes(sums[place], targets, number, moved)
         _compare(model, everyone, states, targets, sums)
         if progress:
             progress(states[0].tokens)
@@ -184,18 +186,16 @@ def _targets(passages: Sequence[Passage], answers_only: bool) -> _Targets:
 
 
 def _redirected(ids: Tensor, kept: tuple[int, ...], reference: Tensor) -> Tensor:
-    """Routes of each token to experts that the full model did not choose there, int64 [tokens]."""
-    source = torch.tensor(kept, dtype=torch.int64)[ids]  # [tokens, top_k]
-    known = (source[:, :, None] == reference[:, None, :]).any(dim=-1)
-    return (~known).sum(dim=1)
+    """Which routes go to experts that the full model did not choose for the token, bool [tokens, slots]."""
+    source = torch.tensor(kept, dtype=torch.int64)[ids[:, : reference.shape[1]]]
+    return ~(source[:, :, None] == reference[:, None, :]).any(dim=-1)
 
 
-def _count_routes(sums: dict[str, _Sums], targets: _Targets, number: int, moved: Tensor, top_k: int) -> None:
+def _count_routes(sums: dict[str, _Sums], targets: _Targets, number: int, moved: Tensor) -> None:
     for place, domain in enumerate(targets.domains):
-        mine = targets.row_owner == place
-        sums[domain].redirected[number] += int(moved[mine].sum())
-        if number == 0:
-            sums[domain].routes += int(mine.sum()) * top_k
+        mine = moved[targets.row_owner == place]
+        sums[domain].redirected[number] += int(mine.sum())
+        sums[domain].routes[number] += mine.numel()
 
 
 def _compare(
