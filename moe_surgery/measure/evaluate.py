@@ -156,7 +156,8 @@ def evaluate_passages(
 
 @dataclass(frozen=True, slots=True)
 class _Targets:
-    """Which rows predict what: rows, next tokens and domains, int64 [predicted]; and each row's domain."""
+    """Which rows predict what: rows, next tokens and domains, int64 [predicted]; and the domain for which
+    each row's routes count, -1 for none."""
 
     domains: list[str]
     rows: Tensor
@@ -173,12 +174,13 @@ def _targets(passages: Sequence[Passage], answers_only: bool) -> _Targets:
         domain = domains.setdefault(passage.domain, len(domains))
         first = 1
         if answers_only:
-            first = len(passage.tokens) if passage.answer is None else max(1, passage.answer)
+            first = len(passage.tokens) + 1 if passage.answer is None else max(1, passage.answer)
         for place in range(first, len(passage.tokens)):
             rows.append(start + place - 1)
             tokens.append(passage.tokens[place])
             owner.append(domain)
-        row_owner.extend([domain] * len(passage.tokens))
+        skipped = min(first - 1, len(passage.tokens)) if answers_only else 0
+        row_owner.extend([-1] * skipped + [domain] * (len(passage.tokens) - skipped))
         start += len(passage.tokens)
     return _Targets(
         list(domains), *(torch.tensor(x, dtype=torch.int64) for x in (rows, tokens, owner, row_owner))
