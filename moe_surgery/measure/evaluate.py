@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from moe_surgery import families
 from moe_surgery.checkpoint.checkpoint import Checkpoint
-from moe_surgery.errors import UsageError
+from moe_surgery.errors import InvalidInputError, UsageError
 from moe_surgery.families.identity import identity
 from moe_surgery.measure.candidates import Candidate, pruned_candidate
 from moe_surgery.measure.corpus import Corpus, Passage, batches
@@ -107,7 +108,8 @@ def evaluate_passages(
 ) -> tuple[Evaluated, ...]:
     """The full `model` and the candidates on batches of passages, in that order.
 
-    Raises UsageError where no batch has a token to predict.
+    Raises UsageError where no batch has a token to predict, InvalidInputError where a model's predictions
+    are no numbers (weights that overflow in the compute dtype).
     """
     experts = model.layers[0].router.weight.shape[0]
     full = Candidate("full", (tuple(range(experts)),) * len(model.layers))
@@ -148,6 +150,12 @@ def evaluate_passages(
     for place, (candidate, per_domain) in enumerate(zip(everyone, sums, strict=True)):
         kind = "full" if place == 0 else ("plan" if candidate.model is None else "checkpoint")
         kept = tuple(n for n, _ in counts[place])
+        for domain, s in per_domain.items():
+            if not math.isfinite(s.loss + s.kl):
+                raise InvalidInputError(
+                    f"{candidate.name}: its predictions on domain {domain!r} are no finite numbers; "
+                    "try --dtype f32"
+                )
         domains = {d: s.quality(candidate.kept is not None) for d, s in per_domain.items() if s.tokens}
         most = max(k for _, k in counts[place])
         found.append(Evaluated(candidate.name, kind, kept, most, domains, candidate.provenance))
