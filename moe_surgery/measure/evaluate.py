@@ -71,6 +71,8 @@ def evaluate(
     Raises UsageError where there is nothing to predict, PlanMismatchError for a plan or checkpoint of
     another model, and any error of opening the checkpoint.
     """
+    if batch_tokens < 1:
+        raise UsageError(f"--batch-tokens {batch_tokens}: must be at least 1")
     with Checkpoint.open(checkpoint) as opened:
         described = families.describe(opened)
         known = identity(opened, described)
