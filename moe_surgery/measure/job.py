@@ -99,7 +99,7 @@ def profile(
         "context": corpus.context,
         "max_tokens": max_tokens,
         "generate": generate,
-        "sequential": None if sequential is None else [list(row) for row in sequential.layers],
+        "sequential": None if sequential is None else sequential.as_dict(),
     }
     job = _digest(
         [known, corpus.texts, [f.format for f in corpus.files], settings, batch_tokens, __version__]
