@@ -288,8 +288,9 @@ def _blocks(path: Path) -> Iterator[str]:
 
 def _lines(path: Path) -> Iterator[str]:
     _check_regular(path)
-    with open(path, encoding="utf-8", newline="\n") as opened:
-        yield from opened
+    with open(path, "rb") as opened:  # decoded line by line, so that an error is of the line it is said of
+        for line in opened:
+            yield line.decode()
 
 
 def _check_regular(path: Path) -> None:
