@@ -108,7 +108,7 @@ class Corpus:
                 asked = said[:-1] if said[-1]["role"] == "assistant" else said
                 if not asked:
                     raise InvalidInputError(f"{document.where}: an answer without a question")
-                yield file.domain, tuple(self._encoded(self.tokenizer.chat(asked), document.where))
+                yield file.domain, tuple(self._chat(asked, document.where))
 
     def __iter__(self) -> Iterator[Passage]:
         """All passages, file by file. Raises InvalidInputError for a file without any token."""
@@ -149,11 +149,18 @@ class Corpus:
         """Tokens of a conversation, and where its last message starts if the assistant said it."""
         last = document.messages[-1]
         if last["role"] != "assistant":
-            return self._encoded(self.tokenizer.chat(document.messages), document.where), None
-        whole = self._encoded(self.tokenizer.chat(document.messages, prompt=False), document.where)
-        asked = self._encoded(self.tokenizer.chat(document.messages[:-1]), document.where)
+            return self._chat(document.messages, document.where), None
+        whole = self._chat(document.messages, document.where, prompt=False)
+        asked = self._chat(document.messages[:-1], document.where)
         same = (i for i, (a, b) in enumerate(zip(whole, asked, strict=False)) if a != b)
         return whole, next(same, min(len(whole), len(asked)))
+
+    def _chat(self, messages: Sequence[Mapping[str, str]], where: str, *, prompt: bool = True) -> list[int]:
+        try:
+            text = self.tokenizer.chat(messages, prompt=prompt)
+        except InvalidInputError as error:
+            raise InvalidInputError(f"{where}: {error}") from None
+        return self._encoded(text, where)
 
     def _encoded(self, text: str, where: str) -> list[int]:
         try:
