@@ -119,13 +119,17 @@ class Corpus:
             told = self.texts[file.domain][seen.get(file.domain, 0)]
             seen[file.domain] = seen.get(file.domain, 0) + 1
             tokens = 0
+            longer = None  # the text last seen to come in several passages
             for document in _documents(file):
                 if left[file.domain] == 0:
                     break
-                for passage in self._passages(document):
+                for piece, passage in enumerate(self._passages(document)):
                     kept = _shortened(passage, left[file.domain])
                     if not kept.tokens:
                         break
+                    if piece and document.where != longer:
+                        longer = document.where
+                        self.split += 1
                     tokens += len(kept.tokens)
                     if (room := left[file.domain]) is not None:
                         left[file.domain] = room - len(kept.tokens)
@@ -139,8 +143,6 @@ class Corpus:
             tokens, answer = self._encoded(document.text, document.where), None
         else:
             tokens, answer = self._conversation(document)
-        if len(tokens) > self.context:
-            self.split += 1
         for start in range(0, len(tokens), self.context):
             piece = tuple(tokens[start : start + self.context])
             yield Passage(document.domain, piece, None if answer is None else max(0, answer - start))
