@@ -184,13 +184,13 @@ def _targets(passages: Sequence[Passage], answers_only: bool) -> _Targets:
         domain = domains.setdefault(passage.domain, len(domains))
         first = 1
         if answers_only:
-            first = len(passage.tokens) + 1 if passage.answer is None else max(1, passage.answer)
+            first = len(passage.tokens) if passage.answer is None else max(1, passage.answer)
         for place in range(first, len(passage.tokens)):
             rows.append(start + place - 1)
             tokens.append(passage.tokens[place])
             owner.append(domain)
-        skipped = min(first - 1, len(passage.tokens)) if answers_only else 0
-        row_owner.extend([-1] * skipped + [domain] * (len(passage.tokens) - skipped))
+        counted = range(first - 1, len(passage.tokens) - 1) if answers_only else range(len(passage.tokens))
+        row_owner.extend(domain if row in counted else -1 for row in range(len(passage.tokens)))
         start += len(passage.tokens)
     return _Targets(
         list(domains), *(torch.tensor(x, dtype=torch.int64) for x in (rows, tokens, owner, row_owner))
