@@ -97,7 +97,7 @@ class Statistics:
         """
         chosen: dict[str, None] = {}
         for domain in self.domains if domains is None else domains:
-            parts = [d for d in self.domains if d == domain or d.rpartition(":")[0] == domain]
+            parts = [d for d in self.domains if domain in (d, d.rpartition(":")[0] or d)]
             if not parts:
                 raise InvalidInputError(
                     f"domain {domain!r} is not in these statistics; there are: {', '.join(self.domains)}"
