@@ -16,7 +16,7 @@ from moe_surgery.checkpoint.files import printable_path, read_small_file
 from moe_surgery.checkpoint.header import parse_header
 from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.checkpoint.writer import write_file
-from moe_surgery.errors import InvalidInputError, PlanMismatchError
+from moe_surgery.errors import InvalidInputError, OutputError, PlanMismatchError
 
 __all__ = ["ExpertStatistics", "Statistics", "is_statistics", "load_statistics", "merge", "save_statistics"]
 
@@ -181,12 +181,17 @@ def save_statistics(statistics: Statistics, path: str | os.PathLike[str]) -> Non
 
 
 def is_statistics(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is a safetensors file, as statistics are, and not JSON, as rankings are."""
+    """Whether `path` is a safetensors file, as statistics are, and not JSON, as rankings are.
+
+    Raises OutputError where there is nothing.
+    """
+    if not os.path.exists(path):
+        raise OutputError(f"{printable_path(path)}: cannot open: no such file or folder")
     if not os.path.isfile(path):
         return False
     with open(path, "rb") as file:
         start = file.read(9)
-    return len(start) == 9 and start[8:] == b"{"
+    return start[7:] == b"\0{"  # the end of a length, which no text has
 
 
 def load_statistics(path: str | os.PathLike[str]) -> Statistics:
