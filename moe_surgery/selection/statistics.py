@@ -238,6 +238,10 @@ def _assembled(said: Mapping[str, object], arrays: Mapping[str, npt.NDArray[np.g
         raise ValueError("tokens and texts do not name the same domains")
     if not isinstance(settings, dict):
         raise ValueError("settings is no object")
+    if not tokens or not all(type(n) is int and n > 0 for n in tokens.values()):
+        raise ValueError("tokens are not counted for each domain")
+    if not all(isinstance(t, list) and all(isinstance(x, dict) for x in t) for t in texts.values()):
+        raise ValueError("texts are not listed for each domain")
     experts, hidden = integer("experts"), integer("hidden")
     shapes = {
         f.name: (experts, hidden) if f.name == "output" else (experts,) for f in fields(ExpertStatistics)
@@ -249,6 +253,8 @@ def _assembled(said: Mapping[str, object], arrays: Mapping[str, npt.NDArray[np.g
             found = {name: arrays[f"layer.{layer}.{domain}.{name}"] for name in shapes}
             if wrong := [n for n in shapes if found[n].shape != shapes[n]]:
                 raise ValueError(f"layer.{layer}.{domain}.{wrong[0]} has shape {found[wrong[0]].shape}")
+            if found["count"].dtype != np.int64 or not all(np.isfinite(a).all() for a in found.values()):
+                raise ValueError(f"layer.{layer}.{domain} holds what are no counts or finite sums")
             data[domain].append(ExpertStatistics(**found))  # type: ignore[arg-type]
     return Statistics(
         str(said["model_type"]),
