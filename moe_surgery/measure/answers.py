@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,13 +46,14 @@ def generate_answers(
     file: Path,
     *,
     job: str,
+    stop_tokens: Sequence[int] | None = None,
     progress: Progress | None = None,
 ) -> tuple[Answers, int]:
     """Greedy answers of at most `new_tokens` to all conversations of `corpus`, appended to `file`.
 
-    A file that an interrupted run of the same `job` left is continued. Prompts that leave no room in
-    the corpus's context are skipped; returns the answers and the number skipped. `progress` is told
-    each answered prompt. Raises UsageError where there is nothing to answer, OutputError where the
+    `stop_tokens`: the model's unless given. A file that an interrupted run of the same `job` left is
+    continued. Prompts that leave no room in the corpus's context are skipped; returns the answers and
+    the number skipped. `progress` is told each answered prompt. Raises UsageError where there is nothing to answer, OutputError where the
     file cannot be written.
     """
     if new_tokens < 1:
@@ -76,7 +77,9 @@ def generate_answers(
                 progress(min(start, len(fits)))
             for first in range(start, len(fits), TOGETHER):
                 batch = fits[first : first + TOGETHER]
-                found = generate(model, [p for _, p in batch], max_new_tokens=new_tokens)
+                found = generate(
+                    model, [p for _, p in batch], max_new_tokens=new_tokens, stop_tokens=stop_tokens
+                )
                 for (domain, prompt), answer in zip(batch, found.tokens, strict=True):
                     said = {"domain": domain, "tokens": [*prompt, *answer], "answer": len(prompt)}
                     print(json.dumps(said), file=out)

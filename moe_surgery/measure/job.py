@@ -91,9 +91,8 @@ def profile(
     if batch_tokens < 1:
         raise UsageError(f"--batch-tokens {batch_tokens}: must be at least 1")
     model = load_model(checkpoint, device, dtype, backend=backend, one_layer=True)
-    corpus = open_corpus(
-        files, Text(checkpoint), context=default_context(checkpoint, context), max_tokens=max_tokens
-    )
+    text = Text(checkpoint)
+    corpus = open_corpus(files, text, context=default_context(checkpoint, context), max_tokens=max_tokens)
     settings: dict[str, object] = {
         "dtype": str(model.dtype).removeprefix("torch."),
         "context": corpus.context,
@@ -109,7 +108,10 @@ def profile(
         whole = load_model(checkpoint, device, dtype, backend=backend)
         told.start("answers", sum(1 for _ in corpus.prompts()))
         file = out.with_name(f"{out.name}.answers.jsonl")
-        passages, skipped = generate_answers(whole, corpus, generate, file, job=job, progress=told.advance)
+        stops = text.stop_tokens or None
+        passages, skipped = generate_answers(
+            whole, corpus, generate, file, job=job, stop_tokens=stops, progress=told.advance
+        )
         del whole
         if skipped:
             told.remark(f"{skipped} prompts leave no room for an answer in the context and were skipped")
