@@ -58,13 +58,13 @@ def generate_answers(
     """
     if new_tokens < 1:
         raise UsageError(f"--generate {new_tokens}: must be at least 1")
-    done = _finished(file, job)
     fits = [(d, p) for d, p in corpus.prompts() if len(p) + new_tokens <= corpus.context]
     skipped = sum(1 for _ in corpus.prompts()) - len(fits)
     if not fits:
         raise UsageError(
             f"--generate {new_tokens}: no prompt leaves room for it in a context of {corpus.context} tokens"
         )
+    done = _finished(file, job, len(fits))
     try:
         with open(file, "r+" if done is not None else "w", encoding="utf-8") as out:
             if done is None:
@@ -91,8 +91,12 @@ def generate_answers(
     return Answers(file), skipped
 
 
-def _finished(file: Path, job: str) -> tuple[int, int] | None:
-    """Answers in the file of an interrupted run and where they end in bytes; None for another job's."""
+def _finished(file: Path, job: str, wanted: int) -> tuple[int, int] | None:
+    """Answers in the file of an interrupted run and where they end in bytes; None for another job's.
+
+    Answers of a group that is not whole do not count: what was generated beside an answer may show in
+    its last bits, and so in its tokens.
+    """
     if not file.exists():
         return None
     lines = list(_whole_lines(file))
@@ -101,7 +105,10 @@ def _finished(file: Path, job: str) -> tuple[int, int] | None:
             return None
     except (ValueError, IndexError, AttributeError):
         return None
-    return len(lines) - 1, sum(len(line.encode()) for line in lines)
+    done = len(lines) - 1
+    if done < wanted:
+        done -= done % TOGETHER
+    return done, sum(len(line.encode()) for line in lines[: 1 + done])
 
 
 def _whole_lines(file: Path) -> Iterator[str]:
