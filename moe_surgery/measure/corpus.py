@@ -99,6 +99,7 @@ class Corpus:
         """Domain and tokens of each conversation, with its answer left open (one that is there is not
         read). Raises InvalidInputError for a text that is no conversation."""
         for file in self.files:
+            document = None
             for document in _documents(file):
                 if document.text is not None:
                     raise InvalidInputError(
@@ -109,6 +110,8 @@ class Corpus:
                 if not asked:
                     raise InvalidInputError(f"{document.where}: an answer without a question")
                 yield file.domain, tuple(self._chat(asked, document.where))
+            if document is None:
+                raise InvalidInputError(f"{printable_path(file.path)}: holds no text")
 
     def __iter__(self) -> Iterator[Passage]:
         """All passages, file by file. Raises InvalidInputError for a file without any token."""
