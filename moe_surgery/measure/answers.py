@@ -58,11 +58,11 @@ def generate_answers(
     """
     if new_tokens < 1:
         raise UsageError(f"--generate {new_tokens}: must be at least 1")
-    fits = [(d, p) for d, p in corpus.prompts() if len(p) + new_tokens <= corpus.context]
-    skipped = sum(1 for _ in corpus.prompts()) - len(fits)
+    fits, skipped = _fitting(corpus, new_tokens)
     if not fits:
         raise UsageError(
             f"--generate {new_tokens}: no prompt leaves room for it in a context of {corpus.context} tokens"
+            + ("" if corpus.max_tokens is None else f" and --max-tokens {corpus.max_tokens}")
         )
     done = _finished(file, job, len(fits))
     try:
@@ -89,6 +89,25 @@ def generate_answers(
     except OSError as error:
         raise OutputError(f"{printable_path(file)}: cannot write: {error.strerror}") from error
     return Answers(file), skipped
+
+
+def _fitting(corpus: Corpus, new_tokens: int) -> tuple[list[tuple[str, tuple[int, ...]]], int]:
+    """Prompts with their domains that leave room for an answer, and how many leave none in the context.
+
+    `max_tokens` of the corpus bounds prompts and answers of a domain together.
+    """
+    fits, skipped = [], 0
+    left = dict.fromkeys(corpus.domains, corpus.max_tokens)
+    for domain, prompt in corpus.prompts():
+        needed, room = len(prompt) + new_tokens, left[domain]
+        if needed > corpus.context:
+            skipped += 1
+        elif room is None or needed <= room:
+            fits.append((domain, prompt))
+            left[domain] = None if room is None else room - needed
+        else:
+            left[domain] = 0
+    return fits, skipped
 
 
 def _finished(file: Path, job: str, wanted: int) -> tuple[int, int] | None:
