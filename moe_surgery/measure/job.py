@@ -14,7 +14,8 @@ import xxhash
 
 from moe_surgery import families
 from moe_surgery.checkpoint.checkpoint import Checkpoint
-from moe_surgery.errors import InvalidInputError, UsageError
+from moe_surgery.checkpoint.files import printable_path
+from moe_surgery.errors import InvalidInputError, OutputError, UsageError
 from moe_surgery.families.identity import identity
 from moe_surgery.measure.answers import generate_answers
 from moe_surgery.measure.corpus import Passage, TextFile, batches, open_corpus
@@ -90,6 +91,8 @@ def profile(
         sequential.check_fits(described.model_type, described.experts, described.layers, str(checkpoint))
     if batch_tokens < 1:
         raise UsageError(f"--batch-tokens {batch_tokens}: must be at least 1")
+    partial = out.with_name(f".{out.name}.partial")
+    _check_writable(out, partial)
     model = load_model(checkpoint, device, dtype, backend=backend, one_layer=True)
     text = Text(checkpoint)
     corpus = open_corpus(files, text, context=default_context(checkpoint, context), max_tokens=max_tokens)
@@ -118,7 +121,6 @@ def profile(
     total = sum(len(p.tokens) for p in passages)  # reads all texts once, before any long work
     if corpus.split:
         told.remark(f"{corpus.split} texts are longer than {corpus.context} tokens and were split")
-    partial = out.with_name(f".{out.name}.partial")
     found, finished = _resumed(partial, job)
     resumed = sum(found.tokens.values()) if found else 0
     layers = len(model.layers)
@@ -176,6 +178,16 @@ def _resumed(partial: Path, job: str) -> tuple[Statistics | None, int]:
     if found.settings.get("job") != job or not isinstance(batches_done, int):
         return None, 0
     return found, batches_done
+
+
+def _check_writable(*files: Path) -> None:
+    """Raise OutputError before hours of work for nothing; a killed run's half-written files are removed."""
+    for file in files:
+        if file.is_dir() or not file.parent.is_dir():
+            reason = "is a folder" if file.is_dir() else "no such folder to write it into"
+            raise OutputError(f"{printable_path(file)}: {reason}")
+        with suppress(OSError):
+            file.with_name(f".{file.name}.tmp").unlink()
 
 
 def _digest(value: object) -> str:
