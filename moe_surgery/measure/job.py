@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import xxhash
 
@@ -24,7 +25,13 @@ from moe_surgery.runtime.config import ModelConfig
 from moe_surgery.runtime.load import load_model
 from moe_surgery.runtime.text import Text
 from moe_surgery.selection.plan import Plan
-from moe_surgery.selection.statistics import Statistics, load_statistics, merge, save_statistics
+from moe_surgery.selection.statistics import (
+    ExpertStatistics,
+    Statistics,
+    load_statistics,
+    merge,
+    save_statistics,
+)
 from moe_surgery.version import __version__
 
 __all__ = ["BATCH_TOKENS", "CONTEXT", "Listener", "Profiled", "default_context", "profile"]
@@ -130,6 +137,7 @@ def profile(
         if number < finished:
             continue
         data = profile_passages(model, batch, sequential=sequential, progress=told.advance)
+        _check_finite(data, str(checkpoint))
         part = Statistics(
             described.model_type,
             known,
@@ -188,6 +196,15 @@ def _check_writable(*files: Path) -> None:
             raise OutputError(f"{printable_path(file)}: {reason}")
         with suppress(OSError):
             file.with_name(f".{file.name}.tmp").unlink()
+
+
+def _check_finite(data: Mapping[str, Sequence[ExpertStatistics]], checkpoint: str) -> None:
+    for layers in data.values():
+        for number, layer in enumerate(layers):
+            if not np.isfinite(layer.gate.sum() + layer.weighted_norm.sum() + layer.norm.sum()):
+                raise InvalidInputError(
+                    f"{checkpoint}: layer {number} gives numbers that are not finite; try --dtype f32"
+                )
 
 
 def _digest(value: object) -> str:
