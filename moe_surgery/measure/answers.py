@@ -53,8 +53,8 @@ def generate_answers(
 
     `stop_tokens`: the model's unless given. A file that an interrupted run of the same `job` left is
     continued. Prompts that leave no room in the corpus's context are skipped; returns the answers and
-    the number skipped. `progress` is told each answered prompt. Raises UsageError where there is nothing to answer, OutputError where the
-    file cannot be written.
+    the number skipped. `progress` is told each answered prompt. Raises UsageError where there is
+    nothing to answer, OutputError where the file cannot be written.
     """
     if new_tokens < 1:
         raise UsageError(f"--generate {new_tokens}: must be at least 1")
@@ -96,8 +96,9 @@ def _fitting(corpus: Corpus, new_tokens: int) -> tuple[list[tuple[str, tuple[int
 
     `max_tokens` of the corpus bounds prompts and answers of a domain together.
     """
-    fits, skipped = [], 0
-    left = dict.fromkeys(corpus.domains, corpus.max_tokens)
+    fits: list[tuple[str, tuple[int, ...]]] = []
+    skipped = 0
+    left: dict[str, int | None] = dict.fromkeys(corpus.domains, corpus.max_tokens)
     for domain, prompt in corpus.prompts():
         needed, room = len(prompt) + new_tokens, left[domain]
         if needed > corpus.context:

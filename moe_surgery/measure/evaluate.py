@@ -178,7 +178,10 @@ class _Targets:
 
 def _targets(passages: Sequence[Passage], answers_only: bool) -> _Targets:
     domains: dict[str, int] = {}
-    rows, tokens, owner, row_owner = [], [], [], []
+    rows: list[int] = []
+    tokens: list[int] = []
+    owner: list[int] = []
+    row_owner: list[int] = []
     start = 0
     for passage in passages:
         domain = domains.setdefault(passage.domain, len(domains))
