@@ -143,7 +143,7 @@ def merge(parts: Iterable[Statistics]) -> Statistics:
 
 
 def _check_apart(total: Statistics, part: Statistics) -> None:
-    for domain in set(total.texts) & set(part.texts):
+    for domain in sorted(set(total.texts) & set(part.texts)):
         held = {text.get("xxh3_128"): text for text in total.texts[domain]}
         for text in part.texts[domain]:
             if text.get("xxh3_128") in held and text.get("xxh3_128") is not None:
