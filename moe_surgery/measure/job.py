@@ -155,7 +155,9 @@ def profile(
     if generate is not None:  # files hold prompts only; the tokens counted are the domain's
         for told_text in (t for texts in corpus.texts.values() for t in texts):
             told_text.pop("tokens")
-    found.texts = {d: corpus.texts.get(d) or corpus.texts[d.rpartition(":")[0]] for d in found.domains}
+    for domain in found.domains:
+        listed = corpus.texts.get(domain) or corpus.texts[domain.rpartition(":")[0]]
+        found.texts[domain] = [text for text in listed if text.get("tokens") != 0]  # the bound was met before
     found.settings = settings
     save_statistics(found, out)
     with suppress(OSError):

@@ -148,6 +148,16 @@ def test_bounded_texts_are_their_first_tokens(
     assert_same(found.data["sums"], routed.statistics([sequences(text, texts / "sums.txt")["sums"][0][:33]]))
 
 
+def test_a_text_that_the_bound_left_unread_is_not_listed_and_may_be_added(
+    texts: Path, tmp_path: Path
+) -> None:
+    files = text_files([texts / "sums.txt", texts / "words.jsonl"], ["x"])
+    found = profile(TINY, files, tmp_path / "s", max_tokens=20, dtype=F32).statistics
+    assert [t["name"] for t in found.texts["x"]] == ["sums.txt"]
+    rest = profile(TINY, files[1:], tmp_path / "t", dtype=F32).statistics
+    assert merge([found, rest]).tokens["x"] == 20 + rest.tokens["x"]
+
+
 def test_one_token_leaves_most_experts_unchosen(text: Text, routed: Routed, tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("One")
     found = run(tmp_path / "s", tmp_path / "x.txt", max_tokens=1).statistics
