@@ -186,7 +186,7 @@ def test_split_texts_are_texts_of_their_own(context: int, routed: Routed, text: 
         assert_close(evaluation.models[1].domains["talk"], theirs["talk"])
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 100])
+@pytest.mark.parametrize("batch_tokens", [30])
 def test_batches_and_pieces_of_any_size_give_the_same_figures(
     batch_tokens: int, found: Evaluation, text: Text, paths: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,7 +40,7 @@ def evaluations(draw: st.DrawFn) -> Evaluation:
 
 
 @given(evaluations())
-@settings(max_examples=25)
+@settings(max_examples=15)
 def test_an_evaluation_comes_back_as_it_was(
     tmp_path_factory: pytest.TempPathFactory, before: Evaluation
 ) -> None:
