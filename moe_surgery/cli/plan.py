@@ -111,6 +111,10 @@ def command(
     amount = _Amount(experts, coverage, coverage_over, target_size, target_params, dtype)
     if (source is not None) + (keep is not None) + at_random != 1:
         raise UsageError("say what to keep by exactly one of RANKING or STATS, --keep and --random")
+    if coverage is None and coverage_over != "worst":
+        raise UsageError("--coverage-over goes with --coverage")
+    if target_size is None and dtype != "keep":
+        raise UsageError("--dtype goes with --target-size")
     if source is None and order != "ascending":
         raise UsageError("--order goes with a ranking")
     if seed is not None and not at_random:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,24 +46,25 @@ def generate_answers(
     file: Path,
     *,
     job: str,
+    stop_tokens: Sequence[int] | None = None,
     progress: Progress | None = None,
 ) -> tuple[Answers, int]:
     """Greedy answers of at most `new_tokens` to all conversations of `corpus`, appended to `file`.
 
-    A file that an interrupted run of the same `job` left is continued. Prompts that leave no room in
-    the corpus's context are skipped; returns the answers and the number skipped. `progress` is told
-    each answered prompt. Raises UsageError where there is nothing to answer, OutputError where the
-    file cannot be written.
+    `stop_tokens`: the model's unless given. A file that an interrupted run of the same `job` left is
+    continued. Prompts that leave no room in the corpus's context are skipped; returns the answers and
+    the number skipped. `progress` is told each answered prompt. Raises UsageError where there is
+    nothing to answer, OutputError where the file cannot be written.
     """
     if new_tokens < 1:
         raise UsageError(f"--generate {new_tokens}: must be at least 1")
-    done = _finished(file, job)
-    fits = [(d, p) for d, p in corpus.prompts() if len(p) + new_tokens <= corpus.context]
-    skipped = sum(1 for _ in corpus.prompts()) - len(fits)
+    fits, skipped = _fitting(corpus, new_tokens)
     if not fits:
         raise UsageError(
             f"--generate {new_tokens}: no prompt leaves room for it in a context of {corpus.context} tokens"
+            + ("" if corpus.max_tokens is None else f" and --max-tokens {corpus.max_tokens}")
         )
+    done = _finished(file, job, len(fits))
     try:
         with open(file, "r+" if done is not None else "w", encoding="utf-8") as out:
             if done is None:
@@ -76,7 +77,9 @@ def generate_answers(
                 progress(min(start, len(fits)))
             for first in range(start, len(fits), TOGETHER):
                 batch = fits[first : first + TOGETHER]
-                found = generate(model, [p for _, p in batch], max_new_tokens=new_tokens)
+                found = generate(
+                    model, [p for _, p in batch], max_new_tokens=new_tokens, stop_tokens=stop_tokens
+                )
                 for (domain, prompt), answer in zip(batch, found.tokens, strict=True):
                     said = {"domain": domain, "tokens": [*prompt, *answer], "answer": len(prompt)}
                     print(json.dumps(said), file=out)
@@ -88,8 +91,32 @@ def generate_answers(
     return Answers(file), skipped
 
 
-def _finished(file: Path, job: str) -> tuple[int, int] | None:
-    """Answers in the file of an interrupted run and where they end in bytes; None for another job's."""
+def _fitting(corpus: Corpus, new_tokens: int) -> tuple[list[tuple[str, tuple[int, ...]]], int]:
+    """Prompts with their domains that leave room for an answer, and how many leave none in the context.
+
+    `max_tokens` of the corpus bounds prompts and answers of a domain together.
+    """
+    fits: list[tuple[str, tuple[int, ...]]] = []
+    skipped = 0
+    left: dict[str, int | None] = dict.fromkeys(corpus.domains, corpus.max_tokens)
+    for domain, prompt in corpus.prompts():
+        needed, room = len(prompt) + new_tokens, left[domain]
+        if needed > corpus.context:
+            skipped += 1
+        elif room is None or needed <= room:
+            fits.append((domain, prompt))
+            left[domain] = None if room is None else room - needed
+        else:
+            left[domain] = 0
+    return fits, skipped
+
+
+def _finished(file: Path, job: str, wanted: int) -> tuple[int, int] | None:
+    """Answers in the file of an interrupted run and where they end in bytes; None for another job's.
+
+    Answers of a group that is not whole do not count: what was generated beside an answer may show in
+    its last bits, and so in its tokens.
+    """
     if not file.exists():
         return None
     lines = list(_whole_lines(file))
@@ -98,7 +125,10 @@ def _finished(file: Path, job: str) -> tuple[int, int] | None:
             return None
     except (ValueError, IndexError, AttributeError):
         return None
-    return len(lines) - 1, sum(len(line.encode()) for line in lines)
+    done = len(lines) - 1
+    if done < wanted:
+        done -= done % TOGETHER
+    return done, sum(len(line.encode()) for line in lines[: 1 + done])
 
 
 def _whole_lines(file: Path) -> Iterator[str]:

@@ -53,6 +53,10 @@ def pruned_candidate(path: str, other: Model, full: Model) -> Candidate:
             f"the full model has {b.layers}, {b.hidden}, {b.vocabulary}"
         )
     kept, provenance = _origin(locate(path), a.layers, b.experts)
+    if kept is not None and any(len(row) != a.experts for row in kept):
+        raise InvalidInputError(
+            f"{path}: its manifest or {MAPPING_NAME} does not name the {a.experts} experts it has"
+        )
     return Candidate(path, kept, model=other, provenance=provenance)
 
 
@@ -72,8 +76,14 @@ def _origin(
     said = parse_json(raw, where=printable_path(mapping))
     try:
         rows = [said[str(number)] for number in range(layers)]  # type: ignore[index]
-        return tuple(tuple(int(old) for old in sorted(row, key=row.__getitem__)) for row in rows), {}
-    except (KeyError, TypeError, ValueError, AttributeError):
+        kept = tuple(tuple(int(old) for old in sorted(row, key=row.__getitem__)) for row in rows)
+        if any(set(row.values()) != set(range(len(row))) for row in rows):
+            raise ValueError
+        if any(not 0 <= old < experts for row in kept for old in row):
+            raise ValueError
+        return kept, {}
+    except (LookupError, TypeError, ValueError, AttributeError):
         raise InvalidInputError(
-            f'{printable_path(mapping)}: expected {{"0": {{"<old>": <new>, ...}}, ...}} for {layers} layers'
+            f'{printable_path(mapping)}: expected {{"0": {{"<old>": <new>, ...}}, ...}} for {layers} layers, '
+            f"old below {experts}, new counted from 0"
         ) from None

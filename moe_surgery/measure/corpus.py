@@ -99,6 +99,7 @@ class Corpus:
         """Domain and tokens of each conversation, with its answer left open (one that is there is not
         read). Raises InvalidInputError for a text that is no conversation."""
         for file in self.files:
+            document = None
             for document in _documents(file):
                 if document.text is not None:
                     raise InvalidInputError(
@@ -108,7 +109,9 @@ class Corpus:
                 asked = said[:-1] if said[-1]["role"] == "assistant" else said
                 if not asked:
                     raise InvalidInputError(f"{document.where}: an answer without a question")
-                yield file.domain, tuple(self._encoded(self.tokenizer.chat(asked), document.where))
+                yield file.domain, tuple(self._chat(asked, document.where))
+            if document is None:
+                raise InvalidInputError(f"{printable_path(file.path)}: holds no text")
 
     def __iter__(self) -> Iterator[Passage]:
         """All passages, file by file. Raises InvalidInputError for a file without any token."""
@@ -119,13 +122,17 @@ class Corpus:
             told = self.texts[file.domain][seen.get(file.domain, 0)]
             seen[file.domain] = seen.get(file.domain, 0) + 1
             tokens = 0
+            longer = None  # the text last seen to come in several passages
             for document in _documents(file):
                 if left[file.domain] == 0:
                     break
-                for passage in self._passages(document):
+                for piece, passage in enumerate(self._passages(document)):
                     kept = _shortened(passage, left[file.domain])
                     if not kept.tokens:
                         break
+                    if piece and document.where != longer:
+                        longer = document.where
+                        self.split += 1
                     tokens += len(kept.tokens)
                     if (room := left[file.domain]) is not None:
                         left[file.domain] = room - len(kept.tokens)
@@ -139,8 +146,6 @@ class Corpus:
             tokens, answer = self._encoded(document.text, document.where), None
         else:
             tokens, answer = self._conversation(document)
-        if len(tokens) > self.context:
-            self.split += 1
         for start in range(0, len(tokens), self.context):
             piece = tuple(tokens[start : start + self.context])
             yield Passage(document.domain, piece, None if answer is None else max(0, answer - start))
@@ -149,11 +154,18 @@ class Corpus:
         """Tokens of a conversation, and where its last message starts if the assistant said it."""
         last = document.messages[-1]
         if last["role"] != "assistant":
-            return self._encoded(self.tokenizer.chat(document.messages), document.where), None
-        whole = self._encoded(self.tokenizer.chat(document.messages, prompt=False), document.where)
-        asked = self._encoded(self.tokenizer.chat(document.messages[:-1]), document.where)
+            return self._chat(document.messages, document.where), None
+        whole = self._chat(document.messages, document.where, prompt=False)
+        asked = self._chat(document.messages[:-1], document.where)
         same = (i for i, (a, b) in enumerate(zip(whole, asked, strict=False)) if a != b)
         return whole, next(same, min(len(whole), len(asked)))
+
+    def _chat(self, messages: Sequence[Mapping[str, str]], where: str, *, prompt: bool = True) -> list[int]:
+        try:
+            text = self.tokenizer.chat(messages, prompt=prompt)
+        except InvalidInputError as error:
+            raise InvalidInputError(f"{where}: {error}") from None
+        return self._encoded(text, where)
 
     def _encoded(self, text: str, where: str) -> list[int]:
         try:
@@ -288,8 +300,9 @@ def _blocks(path: Path) -> Iterator[str]:
 
 def _lines(path: Path) -> Iterator[str]:
     _check_regular(path)
-    with open(path, encoding="utf-8", newline="\n") as opened:
-        yield from opened
+    with open(path, "rb") as opened:  # decoded line by line, so that an error is of the line it is said of
+        for line in opened:
+            yield line.decode()
 
 
 def _check_regular(path: Path) -> None:

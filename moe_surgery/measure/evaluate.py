@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from moe_surgery import families
 from moe_surgery.checkpoint.checkpoint import Checkpoint
-from moe_surgery.errors import UsageError
+from moe_surgery.errors import InvalidInputError, UsageError
 from moe_surgery.families.identity import identity
 from moe_surgery.measure.candidates import Candidate, pruned_candidate
 from moe_surgery.measure.corpus import Corpus, Passage, batches
@@ -37,11 +38,12 @@ class _Sums:
     loss: float = 0.0
     kl: float = 0.0
     agreed: int = 0
-    routes: int = 0
+    routes: list[int] = field(default_factory=list)
     redirected: list[int] = field(default_factory=list)
 
     def quality(self, counted: bool) -> Quality:
-        shares = tuple(r / max(1, self.routes) for r in self.redirected) if counted else ()
+        pairs = zip(self.redirected, self.routes, strict=True)
+        shares = tuple(moved / max(1, routes) for moved, routes in pairs) if counted else ()
         n = self.tokens
         return Quality(n, self.loss / n, max(0.0, self.kl / n), self.agreed / n, shares)
 
@@ -69,6 +71,8 @@ def evaluate(
     Raises UsageError where there is nothing to predict, PlanMismatchError for a plan or checkpoint of
     another model, and any error of opening the checkpoint.
     """
+    if batch_tokens < 1:
+        raise UsageError(f"--batch-tokens {batch_tokens}: must be at least 1")
     with Checkpoint.open(checkpoint) as opened:
         described = families.describe(opened)
         known = identity(opened, described)
@@ -106,7 +110,8 @@ def evaluate_passages(
 ) -> tuple[Evaluated, ...]:
     """The full `model` and the candidates on batches of passages, in that order.
 
-    Raises UsageError where no batch has a token to predict.
+    Raises UsageError where no batch has a token to predict, InvalidInputError where a model's predictions
+    are no numbers (weights that overflow in the compute dtype).
     """
     experts = model.layers[0].router.weight.shape[0]
     full = Candidate("full", (tuple(range(experts)),) * len(model.layers))
@@ -117,7 +122,8 @@ def evaluate_passages(
         targets = _targets(passages, answers_only)
         for per_domain in sums:
             for domain in targets.domains:
-                per_domain.setdefault(domain, _Sums(redirected=[0] * len(model.layers)))
+                zeros = [0] * len(model.layers)
+                per_domain.setdefault(domain, _Sums(routes=list(zeros), redirected=zeros))
         states = [embed(c.model or model, [p.tokens for p in passages]) for c in everyone]
         for number in range(len(model.layers)):
             whole = model.layers[number]
@@ -133,7 +139,7 @@ def evaluate_passages(
                     reference = ids
                 if candidate.kept is not None:
                     moved = _redirected(ids, candidate.kept[number], reference)
-                    _count_routes(sums[place], targets, number, moved, layer.top_k)
+                    _count_routes(sums[place], targets, number, moved)
         _compare(model, everyone, states, targets, sums)
         if progress:
             progress(states[0].tokens)
@@ -146,6 +152,12 @@ def evaluate_passages(
     for place, (candidate, per_domain) in enumerate(zip(everyone, sums, strict=True)):
         kind = "full" if place == 0 else ("plan" if candidate.model is None else "checkpoint")
         kept = tuple(n for n, _ in counts[place])
+        for domain, s in per_domain.items():
+            if not math.isfinite(s.loss + s.kl):
+                raise InvalidInputError(
+                    f"{candidate.name}: its predictions on domain {domain!r} are no finite numbers; "
+                    "try --dtype f32"
+                )
         domains = {d: s.quality(candidate.kept is not None) for d, s in per_domain.items() if s.tokens}
         most = max(k for _, k in counts[place])
         found.append(Evaluated(candidate.name, kind, kept, most, domains, candidate.provenance))
@@ -154,7 +166,8 @@ def evaluate_passages(
 
 @dataclass(frozen=True, slots=True)
 class _Targets:
-    """Which rows predict what: rows, next tokens and domains, int64 [predicted]; and each row's domain."""
+    """Which rows predict what: rows, next tokens and domains, int64 [predicted]; and the domain for which
+    each row's routes count, -1 for none."""
 
     domains: list[str]
     rows: Tensor
@@ -165,7 +178,10 @@ class _Targets:
 
 def _targets(passages: Sequence[Passage], answers_only: bool) -> _Targets:
     domains: dict[str, int] = {}
-    rows, tokens, owner, row_owner = [], [], [], []
+    rows: list[int] = []
+    tokens: list[int] = []
+    owner: list[int] = []
+    row_owner: list[int] = []
     start = 0
     for passage in passages:
         domain = domains.setdefault(passage.domain, len(domains))
@@ -176,7 +192,8 @@ def _targets(passages: Sequence[Passage], answers_only: bool) -> _Targets:
             rows.append(start + place - 1)
             tokens.append(passage.tokens[place])
             owner.append(domain)
-        row_owner.extend([domain] * len(passage.tokens))
+        counted = range(first - 1, len(passage.tokens) - 1) if answers_only else range(len(passage.tokens))
+        row_owner.extend(domain if row in counted else -1 for row in range(len(passage.tokens)))
         start += len(passage.tokens)
     return _Targets(
         list(domains), *(torch.tensor(x, dtype=torch.int64) for x in (rows, tokens, owner, row_owner))
@@ -184,18 +201,16 @@ def _targets(passages: Sequence[Passage], answers_only: bool) -> _Targets:
 
 
 def _redirected(ids: Tensor, kept: tuple[int, ...], reference: Tensor) -> Tensor:
-    """Routes of each token to experts that the full model did not choose there, int64 [tokens]."""
-    source = torch.tensor(kept, dtype=torch.int64)[ids]  # [tokens, top_k]
-    known = (source[:, :, None] == reference[:, None, :]).any(dim=-1)
-    return (~known).sum(dim=1)
+    """Which routes go to experts that the full model did not choose for the token, bool [tokens, slots]."""
+    source = torch.tensor(kept, dtype=torch.int64)[ids[:, : reference.shape[1]]]
+    return ~(source[:, :, None] == reference[:, None, :]).any(dim=-1)
 
 
-def _count_routes(sums: dict[str, _Sums], targets: _Targets, number: int, moved: Tensor, top_k: int) -> None:
+def _count_routes(sums: dict[str, _Sums], targets: _Targets, number: int, moved: Tensor) -> None:
     for place, domain in enumerate(targets.domains):
-        mine = targets.row_owner == place
-        sums[domain].redirected[number] += int(moved[mine].sum())
-        if number == 0:
-            sums[domain].routes += int(mine.sum()) * top_k
+        mine = moved[targets.row_owner == place]
+        sums[domain].redirected[number] += int(mine.sum())
+        sums[domain].routes[number] += mine.numel()
 
 
 def _compare(

@@ -141,16 +141,21 @@ def load_evaluation(path: str | os.PathLike[str]) -> Evaluation:
         models = tuple(_evaluated(m) for m in root["models"])
         if not models or models[0].kind != "full":
             raise ValueError("models must begin with the full one")
+        texts, settings = root["texts"], root["settings"]
+        if not isinstance(texts, dict) or not isinstance(settings, dict):
+            raise ValueError("texts and settings must be objects")
+        if not all(isinstance(t, list) and all(isinstance(x, dict) for x in t) for t in texts.values()):
+            raise ValueError("texts must be lists of objects")
         return Evaluation(
             str(root["model_type"]),
             str(root["checkpoint"]),
             str(root["identity"]),
             int(root["num_experts"]),
             models,
-            dict(root["texts"]),
-            dict(root["settings"]),
+            texts,
+            settings,
         )
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InvalidInputError(f"{where}: incomplete evaluation: {error}") from None
 
 
@@ -164,36 +169,30 @@ def _evaluated(m: Mapping[str, object]) -> Evaluated:
     provenance = m["provenance"]
     if not isinstance(domains, dict) or not domains or not isinstance(provenance, dict):
         raise ValueError("domains and provenance must be objects")
-    if not isinstance(experts, list) or not experts or not isinstance(top_k, int):
-        raise ValueError("experts must be a list, top_k an integer")
-    return Evaluated(
-        str(m["name"]),
-        str(m["kind"]),
-        tuple(int(e) for e in experts),
-        top_k,
-        {str(name): _quality(q) for name, q in domains.items()},
-        provenance,
-    )
+    if not isinstance(experts, list) or not experts or not all(type(n) is int and n > 0 for n in experts):
+        raise ValueError("experts must be a list of positive integers")
+    if type(top_k) is not int or top_k < 1:
+        raise ValueError("top_k must be a positive integer")
+    qualities = {str(name): _quality(q, len(experts)) for name, q in domains.items()}
+    if len({len(quality.redirected) for quality in qualities.values()}) > 1:
+        raise ValueError("redirected is there for some domains only")
+    return Evaluated(str(m["name"]), str(m["kind"]), tuple(experts), top_k, qualities, provenance)
 
 
-def _quality(q: Mapping[str, object]) -> Quality:
+def _quality(q: Mapping[str, object], layers: int) -> Quality:
     redirected, tokens = q["redirected"], q["tokens"]
-    if not isinstance(redirected, list) or not isinstance(tokens, int) or tokens < 1:
-        raise ValueError("redirected must be a list, tokens a positive integer")
+    if not isinstance(redirected, list) or len(redirected) not in (0, layers):
+        raise ValueError(f"redirected must list {layers} layers or none")
+    if type(tokens) is not int or tokens < 1:
+        raise ValueError("tokens must be a positive integer")
+    loss, kl, agreement = (_number(q[key], key) for key in ("cross_entropy", "kl", "agreement"))
+    return Quality(tokens, loss, kl, agreement, tuple(_number(x, "redirected") for x in redirected))
 
-    def number(key: str) -> float:
-        value = q[key]
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ValueError(f"{key} must be a number")
-        return float(value)
 
-    return Quality(
-        tokens,
-        number("cross_entropy"),
-        number("kl"),
-        number("agreement"),
-        tuple(float(x) for x in redirected),
-    )
+def _number(value: object, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+        raise ValueError(f"{what} must be a number of at least 0")
+    return float(value)
 
 
 def _pooled(parts: Iterable[Quality]) -> Quality:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import xxhash
 
 from moe_surgery import families
 from moe_surgery.checkpoint.checkpoint import Checkpoint
-from moe_surgery.errors import InvalidInputError, UsageError
+from moe_surgery.checkpoint.files import printable_path
+from moe_surgery.errors import InvalidInputError, OutputError, UsageError
 from moe_surgery.families.identity import identity
 from moe_surgery.measure.answers import generate_answers
 from moe_surgery.measure.corpus import Passage, TextFile, batches, open_corpus
@@ -23,7 +25,13 @@ from moe_surgery.runtime.config import ModelConfig
 from moe_surgery.runtime.load import load_model
 from moe_surgery.runtime.text import Text
 from moe_surgery.selection.plan import Plan
-from moe_surgery.selection.statistics import Statistics, load_statistics, merge, save_statistics
+from moe_surgery.selection.statistics import (
+    ExpertStatistics,
+    Statistics,
+    load_statistics,
+    merge,
+    save_statistics,
+)
 from moe_surgery.version import __version__
 
 __all__ = ["BATCH_TOKENS", "CONTEXT", "Listener", "Profiled", "default_context", "profile"]
@@ -90,16 +98,17 @@ def profile(
         sequential.check_fits(described.model_type, described.experts, described.layers, str(checkpoint))
     if batch_tokens < 1:
         raise UsageError(f"--batch-tokens {batch_tokens}: must be at least 1")
+    partial = out.with_name(f".{out.name}.partial")
+    _check_writable(out, partial)
     model = load_model(checkpoint, device, dtype, backend=backend, one_layer=True)
-    corpus = open_corpus(
-        files, Text(checkpoint), context=default_context(checkpoint, context), max_tokens=max_tokens
-    )
+    text = Text(checkpoint)
+    corpus = open_corpus(files, text, context=default_context(checkpoint, context), max_tokens=max_tokens)
     settings: dict[str, object] = {
         "dtype": str(model.dtype).removeprefix("torch."),
         "context": corpus.context,
         "max_tokens": max_tokens,
         "generate": generate,
-        "sequential": None if sequential is None else [list(row) for row in sequential.layers],
+        "sequential": None if sequential is None else sequential.as_dict(),
     }
     job = _digest(
         [known, corpus.texts, [f.format for f in corpus.files], settings, batch_tokens, __version__]
@@ -109,14 +118,16 @@ def profile(
         whole = load_model(checkpoint, device, dtype, backend=backend)
         told.start("answers", sum(1 for _ in corpus.prompts()))
         file = out.with_name(f"{out.name}.answers.jsonl")
-        passages, skipped = generate_answers(whole, corpus, generate, file, job=job, progress=told.advance)
+        stops = text.stop_tokens or None
+        passages, skipped = generate_answers(
+            whole, corpus, generate, file, job=job, stop_tokens=stops, progress=told.advance
+        )
         del whole
         if skipped:
             told.remark(f"{skipped} prompts leave no room for an answer in the context and were skipped")
     total = sum(len(p.tokens) for p in passages)  # reads all texts once, before any long work
     if corpus.split:
         told.remark(f"{corpus.split} texts are longer than {corpus.context} tokens and were split")
-    partial = out.with_name(f".{out.name}.partial")
     found, finished = _resumed(partial, job)
     resumed = sum(found.tokens.values()) if found else 0
     layers = len(model.layers)
@@ -126,6 +137,7 @@ def profile(
         if number < finished:
             continue
         data = profile_passages(model, batch, sequential=sequential, progress=told.advance)
+        _check_finite(data, str(checkpoint))
         part = Statistics(
             described.model_type,
             known,
@@ -143,7 +155,9 @@ def profile(
     if generate is not None:  # files hold prompts only; the tokens counted are the domain's
         for told_text in (t for texts in corpus.texts.values() for t in texts):
             told_text.pop("tokens")
-    found.texts = {d: corpus.texts.get(d) or corpus.texts[d.rpartition(":")[0]] for d in found.domains}
+    for domain in found.domains:
+        listed = corpus.texts.get(domain) or corpus.texts[domain.rpartition(":")[0]]
+        found.texts[domain] = [text for text in listed if text.get("tokens") != 0]  # the bound was met before
     found.settings = settings
     save_statistics(found, out)
     with suppress(OSError):
@@ -174,6 +188,25 @@ def _resumed(partial: Path, job: str) -> tuple[Statistics | None, int]:
     if found.settings.get("job") != job or not isinstance(batches_done, int):
         return None, 0
     return found, batches_done
+
+
+def _check_writable(*files: Path) -> None:
+    """Raise OutputError before hours of work for nothing; a killed run's half-written files are removed."""
+    for file in files:
+        if file.is_dir() or not file.parent.is_dir():
+            reason = "is a folder" if file.is_dir() else "no such folder to write it into"
+            raise OutputError(f"{printable_path(file)}: {reason}")
+        with suppress(OSError):
+            file.with_name(f".{file.name}.tmp").unlink()
+
+
+def _check_finite(data: Mapping[str, Sequence[ExpertStatistics]], checkpoint: str) -> None:
+    for layers in data.values():
+        for number, layer in enumerate(layers):
+            if not np.isfinite(layer.gate.sum() + layer.weighted_norm.sum() + layer.norm.sum()):
+                raise InvalidInputError(
+                    f"{checkpoint}: layer {number} gives numbers that are not finite; try --dtype f32"
+                )
 
 
 def _digest(value: object) -> str:

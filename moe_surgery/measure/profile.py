@@ -48,8 +48,8 @@ def profile_passages(
     for number in range(len(model.layers)):
         layer = model.layers[number]
         apply_attention(model, number, layer, states)
-        kept = None if sequential is None else sequential.layers[number]
-        parts = _measure(model, layer, states, owner, len(domains), kept)
+        seen = None if sequential is None else view_layer(layer, sequential.layers[number], sequential.top_k)
+        parts = _measure(model, layer, states, owner, len(domains), seen)
         for domain, part in zip(domains, parts, strict=True):
             found[domain].append(part)
         if progress:
@@ -78,9 +78,10 @@ def _measure(
     states: HiddenStates,
     owner: Tensor,
     domains: int,
-    kept: tuple[int, ...] | None,
+    seen: Layer | None,
 ) -> list[ExpertStatistics]:
-    """Add the experts' output to `states`; what each expert did, per domain."""
+    """Add the output of the experts, or those of the layer `seen`, to `states`; what each expert did, per
+    domain."""
     routed = [choose_experts(model, layer, states, where)[1:] for where in states.pieces()]
     ids, weights = (torch.cat(parts) for parts in zip(*routed, strict=True))
     experts = layer.router.weight.shape[0]
@@ -94,8 +95,7 @@ def _measure(
             gate = weights[token, slot]
             y.index_add_(0, token.to(y.device), (out.float() * gate[:, None].float()).to(y.device))
             _record(parts, expert, owner[token.cpu()], gate, out)
-    if kept is not None:  # what the next layer sees comes from the kept experts alone
-        seen = view_layer(layer, kept)
+    if seen is not None:  # what the next layer sees comes from the kept experts alone
         for where in states.pieces():
             x, ids, weights = choose_experts(model, seen, states, where)
             y[where] = model.backend.experts(x, ids, weights, seen.experts).float().to(y.device)

@@ -26,11 +26,11 @@ def coverage(
     """
     shares = []
     for number, layer in enumerate(layers):
-        total = layer.gate.sum()
-        if not total > 0:
-            raise InvalidInputError(f"the statistics hold no routes in layer {number}")
         ranked = order(layer.gate) if orders is None else orders[number]
-        shares.append(np.cumsum(layer.gate[list(ranked)]) / total)
+        carried = np.cumsum(layer.gate[list(ranked)])
+        if not carried[-1] > 0:
+            raise InvalidInputError(f"the statistics hold no routes in layer {number}")
+        shares.append(carried / carried[-1])  # exactly 1 from the last expert on that carries anything
     return np.stack(shares)
 
 
@@ -44,5 +44,4 @@ def smallest_count(shares: npt.NDArray[np.float64], wanted: float, over: str = "
     if over not in COVERAGE_OVER:
         raise UsageError(f"--coverage-over {over}: choose one of {', '.join(COVERAGE_OVER)}")
     carried = shares.min(axis=0) if over == "worst" else shares.mean(axis=0)
-    # The last column is all of it, whatever rounding left of 1.
-    return next((n for n, share in enumerate(carried[:-1], 1) if share >= wanted), len(carried))
+    return next((n for n, share in enumerate(carried, 1) if share >= wanted), len(carried))

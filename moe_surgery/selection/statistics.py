@@ -16,7 +16,7 @@ from moe_surgery.checkpoint.files import printable_path, read_small_file
 from moe_surgery.checkpoint.header import parse_header
 from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.checkpoint.writer import write_file
-from moe_surgery.errors import InvalidInputError, PlanMismatchError
+from moe_surgery.errors import InvalidInputError, OutputError, PlanMismatchError
 
 __all__ = ["ExpertStatistics", "Statistics", "is_statistics", "load_statistics", "merge", "save_statistics"]
 
@@ -97,7 +97,7 @@ class Statistics:
         """
         chosen: dict[str, None] = {}
         for domain in self.domains if domains is None else domains:
-            parts = [d for d in self.domains if d == domain or d.rpartition(":")[0] == domain]
+            parts = [d for d in self.domains if domain in (d, d.rpartition(":")[0] or d)]
             if not parts:
                 raise InvalidInputError(
                     f"domain {domain!r} is not in these statistics; there are: {', '.join(self.domains)}"
@@ -143,7 +143,7 @@ def merge(parts: Iterable[Statistics]) -> Statistics:
 
 
 def _check_apart(total: Statistics, part: Statistics) -> None:
-    for domain in set(total.texts) & set(part.texts):
+    for domain in sorted(set(total.texts) & set(part.texts)):
         held = {text.get("xxh3_128"): text for text in total.texts[domain]}
         for text in part.texts[domain]:
             if text.get("xxh3_128") in held and text.get("xxh3_128") is not None:
@@ -181,12 +181,17 @@ def save_statistics(statistics: Statistics, path: str | os.PathLike[str]) -> Non
 
 
 def is_statistics(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is a safetensors file, as statistics are, and not JSON, as rankings are."""
+    """Whether `path` is a safetensors file, as statistics are, and not JSON, as rankings are.
+
+    Raises OutputError where there is nothing.
+    """
+    if not os.path.exists(path):
+        raise OutputError(f"{printable_path(path)}: cannot open: no such file or folder")
     if not os.path.isfile(path):
         return False
     with open(path, "rb") as file:
         start = file.read(9)
-    return len(start) == 9 and start[8:] == b"{"
+    return start[7:] == b"\0{"  # the end of a length, which no text has
 
 
 def load_statistics(path: str | os.PathLike[str]) -> Statistics:
@@ -233,6 +238,10 @@ def _assembled(said: Mapping[str, object], arrays: Mapping[str, npt.NDArray[np.g
         raise ValueError("tokens and texts do not name the same domains")
     if not isinstance(settings, dict):
         raise ValueError("settings is no object")
+    if not tokens or not all(type(n) is int and n > 0 for n in tokens.values()):
+        raise ValueError("tokens are not counted for each domain")
+    if not all(isinstance(t, list) and all(isinstance(x, dict) for x in t) for t in texts.values()):
+        raise ValueError("texts are not listed for each domain")
     experts, hidden = integer("experts"), integer("hidden")
     shapes = {
         f.name: (experts, hidden) if f.name == "output" else (experts,) for f in fields(ExpertStatistics)
@@ -244,6 +253,8 @@ def _assembled(said: Mapping[str, object], arrays: Mapping[str, npt.NDArray[np.g
             found = {name: arrays[f"layer.{layer}.{domain}.{name}"] for name in shapes}
             if wrong := [n for n in shapes if found[n].shape != shapes[n]]:
                 raise ValueError(f"layer.{layer}.{domain}.{wrong[0]} has shape {found[wrong[0]].shape}")
+            if found["count"].dtype != np.int64 or not all(np.isfinite(a).all() for a in found.values()):
+                raise ValueError(f"layer.{layer}.{domain} holds what are no counts or finite sums")
             data[domain].append(ExpertStatistics(**found))  # type: ignore[arg-type]
     return Statistics(
         str(said["model_type"]),

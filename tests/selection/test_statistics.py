@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from moe_surgery.errors import InvalidInputError, PlanMismatchError, UsageError
+from moe_surgery.errors import InvalidInputError, OutputError, PlanMismatchError, UsageError
 from moe_surgery.selection.metrics import METRICS, order, score, super_experts
 from moe_surgery.selection.rank import rank
 from moe_surgery.selection.statistics import (
     ExpertStatistics,
     Statistics,
+    is_statistics,
     load_statistics,
     merge,
     save_statistics,
@@ -121,6 +123,105 @@ def test_halves_merged_are_the_whole(seeds: list[int], cut: int) -> None:
 def test_statistics_of_two_checkpoints_do_not_merge() -> None:
     with pytest.raises(PlanMismatchError, match="different checkpoints"):
         merge([statistics(0), statistics(0, identity="b")])
+
+
+def test_the_same_text_does_not_count_twice() -> None:
+    def of(*hashes: str, domain: str = "law") -> Statistics:
+        found = statistics(0, (domain,))
+        found.texts = {domain: [{"name": f"{h}.txt", "xxh3_128": h, "tokens": 1} for h in hashes]}
+        return found
+
+    assert [t["name"] for t in merge([of("a", "b"), of("c")]).texts["law"]] == ["a.txt", "b.txt", "c.txt"]
+    for parts in ([of("a", "b"), of("b")], [of("a"), of("b"), of("c", "a")]):
+        with pytest.raises(PlanMismatchError, match=r"domain 'law': the text [ab]\.txt is in two"):
+            merge(parts)
+    assert merge([of("a"), of("a", domain="maths")]).domains == ["law", "maths"]  # said of two domains
+
+
+def test_merging_leaves_its_parts_alone_and_keeps_settings_that_agree() -> None:
+    one, other, third = statistics(0), statistics(1), statistics(2)
+    one.settings = other.settings = {"dtype": "float32"}
+    third.settings = {"dtype": "bfloat16"}
+    for part in (one, other, third):
+        part.texts = {"law": []}
+    before = one.data["law"][0].gate.copy()
+    assert merge([one, other]).settings == {"dtype": "float32"}
+    assert merge([one, other, third]).settings == {}
+    np.testing.assert_array_equal(one.data["law"][0].gate, before)
+    assert one.texts == {"law": []}
+
+
+def test_a_domain_means_its_prompts_and_answers() -> None:
+    found = statistics(0, ("law:prompt", "law:answer", "law", "lawful", "maths:answer"))
+    assert found.named(["law"]) == ["law", "law:answer", "law:prompt"]
+    assert found.named(["law:answer", "law"]) == ["law:answer", "law", "law:prompt"]  # each once
+    assert found.named(["maths"]) == ["maths:answer"]
+    assert found.named() == found.domains
+    total = found.over(["law", "law:prompt"])
+    expected = sum(found.data[d][2].gate for d in ("law", "law:answer", "law:prompt"))
+    np.testing.assert_allclose(total[2].gate, expected)
+    for name in ("", "law:", "answer", ":answer", "la"):
+        with pytest.raises(InvalidInputError, match="is not in these statistics"):
+            found.named([name])
+    assert rank(found, "gate", domains=["maths"]).provenance["domains"] == ["maths:answer"]
+
+
+def test_metadata_that_would_fail_later_is_refused(tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    found = statistics(1, ("law", "maths"))
+    save_statistics(found, tmp_path / "s")
+    with safe_open(tmp_path / "s", "np") as opened:
+        said = json.loads(opened.metadata()["moe_surgery"])
+    arrays = load_file(tmp_path / "s")
+    refused = 0
+    for key in said:
+        for odd in ("left out", None, [], {}, -1, "x", {"law": "x", "maths": 3}, {"law": [1], "maths": []}):
+            changed = {k: v for k, v in said.items() if k != key}
+            if odd != "left out":
+                changed[key] = odd
+            save_file(arrays, tmp_path / "odd", {"moe_surgery": json.dumps(changed)})
+            try:
+                after = load_statistics(tmp_path / "odd")
+            except InvalidInputError:
+                refused += 1
+                continue
+            assert rank(after, "reap", domains=["law"]).to_json()  # what was changed does no harm
+            assert merge([after]).domains == ["law", "maths"]
+    assert refused > 50
+
+
+@pytest.mark.parametrize("case", ["floats for counts", "no number", "another shape", "one missing"])
+def test_sums_that_make_no_sense_are_refused(case: str, tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    save_statistics(statistics(1), tmp_path / "s")
+    with safe_open(tmp_path / "s", "np") as opened:
+        metadata = opened.metadata()
+    arrays = load_file(tmp_path / "s")
+    name = "layer.1.law.count" if case == "floats for counts" else "layer.1.law.output"
+    arrays[name] = {
+        "floats for counts": arrays[name].astype(np.float64),
+        "no number": arrays[name] * np.nan,
+        "another shape": arrays[name][:-1],
+        "one missing": arrays[name],
+    }[case]
+    if case == "one missing":
+        del arrays[name]
+    save_file(arrays, tmp_path / "s", metadata)
+    with pytest.raises(InvalidInputError, match="incomplete statistics"):
+        load_statistics(tmp_path / "s")
+
+
+def test_statistics_are_told_from_rankings_and_published_files(tmp_path: Path) -> None:
+    save_statistics(statistics(1), tmp_path / "s")
+    assert is_statistics(tmp_path / "s")
+    for content in (b"", b"{}", b'{"layer_0": [0, 1]}', b'{"abcd":{"x": 1}}', b"[       {"):
+        (tmp_path / "other").write_bytes(content)
+        assert not is_statistics(tmp_path / "other")
+    assert not is_statistics(tmp_path)
+    with pytest.raises(OutputError, match="gone: cannot open"):
+        is_statistics(tmp_path / "gone")
 
 
 def test_an_unknown_domain_is_named_with_those_there_are() -> None:
