@@ -18,6 +18,7 @@ COMMANDS = (
     "inspect",
     "profile",
     "stats",
+    "search",
     "rank",
     "plan",
     "evaluate",

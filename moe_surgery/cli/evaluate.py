@@ -75,7 +75,7 @@ def command(
     from moe_surgery.errors import UsageError
     from moe_surgery.measure.corpus import open_corpus, text_files
     from moe_surgery.measure.evaluate import BATCH_TOKENS, evaluate
-    from moe_surgery.measure.job import default_context
+    from moe_surgery.measure.resume import default_context
     from moe_surgery.runtime.text import Text
     from moe_surgery.selection.plan import load_plan
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -11,17 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import xxhash
 
 from moe_surgery import families
 from moe_surgery.checkpoint.checkpoint import Checkpoint
-from moe_surgery.checkpoint.files import printable_path
-from moe_surgery.errors import InvalidInputError, OutputError, UsageError
+from moe_surgery.errors import InvalidInputError, UsageError
 from moe_surgery.families.identity import identity
 from moe_surgery.measure.answers import generate_answers
 from moe_surgery.measure.corpus import Passage, TextFile, batches, open_corpus
 from moe_surgery.measure.profile import profile_passages
-from moe_surgery.runtime.config import ModelConfig
+from moe_surgery.measure.resume import check_writable, default_context, job_digest, partial_path
 from moe_surgery.runtime.load import load_model
 from moe_surgery.runtime.text import Text
 from moe_surgery.selection.plan import Plan
@@ -34,10 +31,9 @@ from moe_surgery.selection.statistics import (
 )
 from moe_surgery.version import __version__
 
-__all__ = ["BATCH_TOKENS", "CONTEXT", "Listener", "Profiled", "default_context", "profile"]
+__all__ = ["BATCH_TOKENS", "Listener", "Profiled", "profile"]
 
 BATCH_TOKENS = 8192
-CONTEXT = 4096
 
 
 class Listener:
@@ -98,8 +94,8 @@ def profile(
         sequential.check_fits(described.model_type, described.experts, described.layers, str(checkpoint))
     if batch_tokens < 1:
         raise UsageError(f"--batch-tokens {batch_tokens}: must be at least 1")
-    partial = out.with_name(f".{out.name}.partial")
-    _check_writable(out, partial)
+    partial = partial_path(out)
+    check_writable(out, partial)
     model = load_model(checkpoint, device, dtype, backend=backend, one_layer=True)
     text = Text(checkpoint)
     corpus = open_corpus(files, text, context=default_context(checkpoint, context), max_tokens=max_tokens)
@@ -110,7 +106,7 @@ def profile(
         "generate": generate,
         "sequential": None if sequential is None else sequential.as_dict(),
     }
-    job = _digest(
+    job = job_digest(
         [known, corpus.texts, [f.format for f in corpus.files], settings, batch_tokens, __version__]
     )
     passages: Iterable[Passage] = corpus
@@ -165,17 +161,6 @@ def profile(
     return Profiled(found, out, resumed)
 
 
-def default_context(checkpoint: str | os.PathLike[str], asked: int | None) -> int:
-    """Most tokens of a passage: `asked` if the model takes so many, else 4096 or what it takes."""
-    with Checkpoint.open(checkpoint) as opened:
-        most = ModelConfig.of(families.describe(opened)).context
-    if asked is None:
-        return min(most, CONTEXT)
-    if not 1 <= asked <= most:
-        raise UsageError(f"--context {asked}: this model takes 1 to {most} tokens")
-    return asked
-
-
 def _resumed(partial: Path, job: str) -> tuple[Statistics | None, int]:
     """What an interrupted run of this job has gathered, and how many batches that was."""
     if not partial.exists():
@@ -190,16 +175,6 @@ def _resumed(partial: Path, job: str) -> tuple[Statistics | None, int]:
     return found, batches_done
 
 
-def _check_writable(*files: Path) -> None:
-    """Raise OutputError before hours of work for nothing; a killed run's half-written files are removed."""
-    for file in files:
-        if file.is_dir() or not file.parent.is_dir():
-            reason = "is a folder" if file.is_dir() else "no such folder to write it into"
-            raise OutputError(f"{printable_path(file)}: {reason}")
-        with suppress(OSError):
-            file.with_name(f".{file.name}.tmp").unlink()
-
-
 def _check_finite(data: Mapping[str, Sequence[ExpertStatistics]], checkpoint: str) -> None:
     for layers in data.values():
         for number, layer in enumerate(layers):
@@ -207,7 +182,3 @@ def _check_finite(data: Mapping[str, Sequence[ExpertStatistics]], checkpoint: st
                 raise InvalidInputError(
                     f"{checkpoint}: layer {number} gives numbers that are not finite; try --dtype f32"
                 )
-
-
-def _digest(value: object) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())

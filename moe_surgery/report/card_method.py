@@ -65,6 +65,11 @@ def _method(plan: Plan, said: Mapping[str, object]) -> str:
         )
     if isinstance(method, str) and method in METHODS:
         return f"Each layer keeps the {kept} with the highest {code(method)}: {METHODS[method]}."
+    if method == "reconstruction":
+        return (
+            f"Each layer keeps {kept} that together rebuild its output best: the others were dropped one "
+            "after the other, each time the one that changed the output least given what was left."
+        )
     if method is None:
         return "How the experts were chosen is not recorded: the plan does not say."
     return f"The plan says it was made by {code(method)}."

@@ -1,0 +1,98 @@
+"""moe-surgery search."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import click
+
+from moe_surgery.cli.options import (
+    check_new_output,
+    common,
+    compute,
+    needs_torch,
+    terminal_of,
+    texts,
+    torch_dtype,
+)
+from moe_surgery.cli.terminal import Advance
+
+
+@click.command("search")
+@click.argument("ckpt")
+@texts
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="The ranking file to write."
+)
+@compute
+@common
+@click.pass_context
+def command(
+    context: click.Context,
+    ckpt: str,
+    text_paths: tuple[Path, ...],
+    domain: tuple[str, ...],
+    text_format: str | None,
+    max_tokens: int | None,
+    context_tokens: int | None,
+    output: Path,
+    device: str,
+    dtype: str,
+    backend: str | None,
+) -> None:
+    """Find the experts that together rebuild each layer's output best.
+
+    Metrics score experts one by one. This drops one after the other, each time the one that changes
+    the layer's output least given what is left, with tokens routed anew to the experts that remain.
+    The ranking serves every size: `plan` takes its first N. It keeps more of the model than any metric
+    at the same size (see benchmarks/results/quality.md), and costs more: every token goes through
+    every expert, 8 times the experts' work of `profile` for 32 experts with top-4.
+
+    \b
+    moe-surgery search example:tiny --texts notes.txt --max-tokens 200 -o tiny-ranking.json
+    moe-surgery search openai/gpt-oss-20b --texts law.jsonl --max-tokens 4096 -o law.json
+
+    Stop it at any time; the same command goes on after the last finished layer.
+    """
+    needs_torch("search")
+    from moe_surgery.measure.corpus import text_files
+    from moe_surgery.measure.search import search
+
+    terminal = terminal_of(context)
+    check_new_output(output, text_paths)
+    files = text_files(text_paths, domain, text_format)
+    terminal.after_interrupt = "; the same command goes on after the last finished layer"
+    with ExitStack() as stack:
+        advance: list[Advance] = []
+
+        def start(tokens: int, layers: int) -> None:
+            terminal.say(f"{tokens:,} tokens through {layers} layers")
+            advance.append(stack.enter_context(terminal.progress("searching", layers, "layers")))
+
+        ranking = search(
+            ckpt,
+            files,
+            output,
+            context=context_tokens,
+            max_tokens=max_tokens,
+            device=device,
+            dtype=torch_dtype(dtype),
+            backend=backend,
+            start=start,
+            progress=lambda layers: advance[0](layers),
+        )
+    errors = ranking.provenance["errors"]
+    assert isinstance(errors, list)
+    if terminal.json:
+        terminal.data({"output": str(output), "layers": ranking.layers, "provenance": ranking.provenance})
+        return
+    counts = [n for n in (1, 2, 4, 8, 12, 16, 24, 48, 64, 96) if n < ranking.num_experts]
+    means = [sum(row[n - 1] for row in errors) / len(errors) for n in counts]
+    worst = [max(row[n - 1] for row in errors) for n in counts]
+    terminal.table(
+        "squared error of a layer's output, relative to the hidden state after it",
+        ["experts kept", *map(str, counts)],
+        [["mean of layers", *(f"{e:.2g}" for e in means)], ["worst layer", *(f"{e:.2g}" for e in worst)]],
+    )
+    terminal.say(f"{output}: a ranking; next: moe-surgery plan {output} --experts N -o plan.json")

@@ -1,0 +1,51 @@
+"""What long jobs share: their inputs' digest, their context, and outputs checked before the work."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import xxhash
+
+from moe_surgery import families
+from moe_surgery.checkpoint.checkpoint import Checkpoint
+from moe_surgery.checkpoint.files import printable_path
+from moe_surgery.errors import OutputError, UsageError
+from moe_surgery.runtime.config import ModelConfig
+
+__all__ = ["CONTEXT", "check_writable", "default_context", "job_digest", "partial_path"]
+
+CONTEXT = 4096
+
+
+def default_context(checkpoint: str | os.PathLike[str], asked: int | None) -> int:
+    """Most tokens of a passage: `asked` if the model takes so many, else 4096 or what it takes."""
+    with Checkpoint.open(checkpoint) as opened:
+        most = ModelConfig.of(families.describe(opened)).context
+    if asked is None:
+        return min(most, CONTEXT)
+    if not 1 <= asked <= most:
+        raise UsageError(f"--context {asked}: this model takes 1 to {most} tokens")
+    return asked
+
+
+def partial_path(output: Path) -> Path:
+    """Where a job keeps what it has done of `output`."""
+    return output.with_name(f".{output.name}.partial")
+
+
+def check_writable(*files: Path) -> None:
+    """Raise OutputError before hours of work for nothing; a killed run's half-written files are removed."""
+    for file in files:
+        if file.is_dir() or not file.parent.is_dir():
+            reason = "is a folder" if file.is_dir() else "no such folder to write it into"
+            raise OutputError(f"{printable_path(file)}: {reason}")
+        with suppress(OSError):
+            file.with_name(f".{file.name}.tmp").unlink()
+
+
+def job_digest(value: object) -> str:
+    """A digest of everything that determines a job's result, as JSON."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
