@@ -25,6 +25,7 @@ COMMANDS = (
     "prune",
     "verify",
     "card",
+    "export",
     "generate",
     "demo",
     "doctor",
