@@ -94,12 +94,20 @@ class GgufProducer:
             out[:] = rows[skip : skip + len(out)]
 
     def _pack(self, part: Pack, first: int, last: int, out: Bytes, skip: int) -> None:
-        """Output rows [first, last): source rows lie in one run, those of the other tensor between."""
+        """Output rows [first, last): source rows lie in one run, those of the other tensor between.
+
+        That one comes next in the file, so the first reading leaves them in the page cache and the last
+        takes them from there: the disk is read once.
+        """
         groups, count = part.columns // ggml.BLOCK_VALUES, last - first
         row = groups * mxfp4.BLOCK_BYTES
         begin, number = first * part.step, count * part.step
-        blocks = self._read(part.blocks, begin * row, number * row, "blocks")
-        scales = self._read(part.scales, begin * groups, number * groups, "scales")
+        again = part.first + 1 < part.step
+        blocks = self._read(part.blocks, begin * row, number * row, "blocks", keep=again)
+        scales = self._read(part.scales, begin * groups, number * groups, "scales", keep=again)
+        if part.step > 1 and not again:
+            shard = self._shards[part.blocks.shard]
+            shard.forget(part.blocks.offset + begin * row, number * row)
         ggml.pack(
             blocks.reshape(count, part.step, groups, mxfp4.BLOCK_BYTES)[:, part.first],
             scales.reshape(count, part.step, groups)[:, part.first],
@@ -131,10 +139,10 @@ class GgufProducer:
                 with self._lock:
                     self._reports.append(report)
 
-    def _read(self, span: Span, start: int, nbytes: int, role: str) -> Bytes:
+    def _read(self, span: Span, start: int, nbytes: int, role: str, *, keep: bool = False) -> Bytes:
         """Bytes [start, start + nbytes) of `span`, until this thread next reads something of that role."""
         buffer = self._buffer(role, nbytes)
-        self._shards[span.shard].read_into(buffer.data, span.offset + start)
+        self._shards[span.shard].read_into(buffer.data, span.offset + start, keep=keep)
         return buffer
 
     def _buffer(self, role: str, nbytes: int) -> Bytes:
