@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import xxhash
 
 gguf = pytest.importorskip("gguf", reason="the gguf package reads what export wrote")
 
@@ -42,3 +43,12 @@ def read(path: Path) -> Read:
     }
     assert len(tensors) == len(reader.tensors)
     return Read(path, metadata, tensors)
+
+
+def digest(file: Read) -> str:
+    """xxh3_128 over name, type, shape and bytes of every tensor, by name."""
+    state = xxhash.xxh3_128()
+    for name, (kind, shape, _, content) in sorted(file.tensors.items()):
+        state.update(f"{name} {kind} {list(shape)}\n".encode())
+        state.update(content)
+    return state.hexdigest()

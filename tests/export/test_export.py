@@ -13,7 +13,7 @@ from moe_surgery.checkpoint.locate import locate
 from moe_surgery.errors import InvalidInputError, MoeSurgeryError, PlanMismatchError, UsageError
 from moe_surgery.pipeline import make_plan
 from moe_surgery.selection.plan import Plan
-from tests.export.reading import Read, read
+from tests.export.reading import Read, digest, read
 from tests.support.checkpoints import (
     LAYOUTS,
     Shape,
@@ -193,6 +193,24 @@ def test_the_metadata_of_the_embedded_model(tmp_path: Path) -> None:
         "tokenizer.ggml.token_type": 2048,
         "tokenizer.ggml.merges": 1784,
     }
+
+
+@pytest.mark.parametrize(
+    ("kept", "dtype", "converters"),
+    [
+        (None, "keep", "be4fa632fce385324989ccca68e7bb1f"),
+        ([3, 9, 31], "bf16", "d850e2d78bda8d7e7a57f7af7cd27bef"),
+    ],
+    ids=["mxfp4", "three experts, bf16"],
+)
+def test_tensors_are_those_that_llama_cpps_converter_writes(
+    kept: list[int] | None, dtype: str, converters: str, tmp_path: Path
+) -> None:
+    """The digests are of files made once by convert_hf_to_gguf.py --outtype bf16, as it came with
+    llama-cpp-python 0.3.36, from these two checkpoints."""
+    prune("example:tiny", tmp_path / "in", lambda model: plan_keeping(kept, model), dtype=dtype)
+    export_gguf(tmp_path / "in", tmp_path / "out.gguf")
+    assert digest(read(tmp_path / "out.gguf")) == converters
 
 
 def test_both_spellings_of_a_config_give_the_same_metadata(tmp_path: Path) -> None:
