@@ -105,9 +105,9 @@ class GgufProducer:
         again = part.first + 1 < part.step
         blocks = self._read(part.blocks, begin * row, number * row, "blocks", keep=again)
         scales = self._read(part.scales, begin * groups, number * groups, "scales", keep=again)
-        if part.step > 1 and not again:
-            shard = self._shards[part.blocks.shard]
-            shard.forget(part.blocks.offset + begin * row, number * row)
+        if part.step > 1 and not again and last * part.step == part.rows:
+            for span in (part.blocks, part.scales):  # as a whole: of a cut large page nothing would go
+                self._shards[span.shard].forget(span.offset, span.nbytes)
         ggml.pack(
             blocks.reshape(count, part.step, groups, mxfp4.BLOCK_BYTES)[:, part.first],
             scales.reshape(count, part.step, groups)[:, part.first],

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 from moe_surgery import export_gguf
 from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.errors import DiskFullError, InvalidInputError, MoeSurgeryError, OutputError, UsageError
-from tests.support.checkpoints import Shape, write_checkpoint
+from tests.support.checkpoints import Shape, write_checkpoint, write_sparse_checkpoint
 from tests.support.command import ended, run, siblings, start, untouched, wait_for
 from tests.support.faults import FaultyOps, ShortOps, descriptors
 
@@ -260,3 +262,25 @@ def test_a_second_run_to_the_same_file_fails_at_once(large: Path, tmp_path: Path
     process.send_signal(signal.SIGCONT)
     assert ended(process).code == 0
     assert out.exists()
+
+
+PEAK = """
+import sys
+from moe_surgery import export_gguf
+export_gguf(sys.argv[1], sys.argv[2], tokenizer=False)
+status = open("/proc/self/status").read()
+print(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """A file of 342 MB; Python and numpy take 40 MiB, buffers of four to eight workers the rest."""
+    shape = Shape(2, 8, 4, 2880, 2880, 64, 8, 64, 2048)
+    source = write_sparse_checkpoint(tmp_path / "in", shape)
+    out = tmp_path / "out.gguf"
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, source, out], capture_output=True, text=True, check=True
+    )
+    assert out.stat().st_size > 200e6
+    assert int(done.stdout) < 128 * 1024
