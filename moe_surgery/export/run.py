@@ -42,9 +42,9 @@ def write_gguf(
     """
     ops = ops or FileOps()
     with exclusive(out):
+        _remove_leftover(OutputFile.temporary(out), ops)
         if not ignore_free_space:
             _check_space(program, out, ops)
-        _remove_leftover(OutputFile.temporary(out), ops)
         file = OutputFile(out, ops)
         try:
             producer = GgufProducer(program, checkpoint.shards)
