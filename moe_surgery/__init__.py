@@ -18,7 +18,7 @@ from moe_surgery.version import __version__
 if TYPE_CHECKING:
     from moe_surgery.checkpoint.checkpoint import Checkpoint
     from moe_surgery.families import describe
-    from moe_surgery.pipeline import inspect, make_plan, prune
+    from moe_surgery.pipeline import export_gguf, inspect, make_plan, prune
     from moe_surgery.report.card import make_card
     from moe_surgery.report.card_write import write_card
     from moe_surgery.runtime.load import load_model
@@ -32,6 +32,7 @@ __all__ = [
     "Ranking",
     "__version__",
     "describe",
+    "export_gguf",
     "inspect",
     "load_model",
     "load_plan",
@@ -51,6 +52,7 @@ _HOMES = {
     "Plan": ("moe_surgery.selection.plan", "Plan"),
     "Ranking": ("moe_surgery.selection.ranking", "Ranking"),
     "describe": ("moe_surgery.families", "describe"),
+    "export_gguf": ("moe_surgery.pipeline", "export_gguf"),
     "inspect": ("moe_surgery.pipeline", "inspect"),
     "load_model": ("moe_surgery.runtime.load", "load_model"),
     "load_plan": ("moe_surgery.selection.plan", "load_plan"),

@@ -18,15 +18,25 @@ from moe_surgery.families.model import Model
 from moe_surgery.selection.plan import Plan
 from moe_surgery.surgery.compiler import DEFAULT_SHARD_SIZE, compile_program
 from moe_surgery.surgery.inspect import Inspection, inspect_checkpoint
-from moe_surgery.surgery.preflight import check_output
+from moe_surgery.surgery.preflight import check_output, check_output_file
 from moe_surgery.surgery.program import Program
 from moe_surgery.surgery.serving import serving_notes
 
 if TYPE_CHECKING:
+    from moe_surgery.export.program import GgufProgram
+    from moe_surgery.formats.mxfp4 import EncodeReport
     from moe_surgery.selection.statistics import Statistics
     from moe_surgery.surgery.run import Outcome
 
-__all__ = ["PruneResult", "check_statistics", "inspect", "make_plan", "prune"]
+__all__ = [
+    "ExportResult",
+    "PruneResult",
+    "check_statistics",
+    "export_gguf",
+    "inspect",
+    "make_plan",
+    "prune",
+]
 
 PathLike = str | os.PathLike[str]
 PlanMaker = Callable[[Model], Plan]
@@ -42,6 +52,15 @@ class PruneResult:
     outcome: Outcome | None
     notes: tuple[str, ...]
     stale: tuple[Path, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ExportResult:
+    """What `export_gguf` did. `conversion` says what BF16 -> MXFP4 lost; None for a dry run."""
+
+    out: Path
+    program: GgufProgram
+    conversion: EncodeReport | None
 
 
 def inspect(checkpoint: PathLike, *, ignore_unlisted: bool = False) -> Inspection:
@@ -132,3 +151,60 @@ def prune(
             )
     notes = serving_notes(chosen.uniform_experts or 0, program.top_k, model.top_k)
     return PruneResult(target, program, outcome, tuple(notes), tuple(stale_partials(target)))
+
+
+def export_gguf(
+    checkpoint: PathLike,
+    out: PathLike,
+    *,
+    plan: Plan | None = None,
+    dtype: str = "keep",
+    name: str | None = None,
+    tokenizer: bool = True,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    ignore_free_space: bool = False,
+    ignore_unlisted: bool = False,
+    on_start: Callable[[GgufProgram], None] | None = None,
+    progress: Callable[[int], None] | None = None,
+    ops: FileOps | None = None,
+) -> ExportResult:
+    """Write `checkpoint`, with `plan` applied to it if given, as the GGUF file `out` for llama.cpp.
+
+    MXFP4 weights keep their bits; `dtype` "mxfp4" converts BF16 experts. `name` is shown by programs
+    (default: from the path). `tokenizer` False leaves tokenizer and chat template out. `on_start` is
+    told the program, `progress` bytes of the file as they pass.
+
+    `out` appears whole or not at all, and the source is only ever read. Raises UsageError,
+    InvalidInputError, PlanMismatchError, OutputError or DiskFullError, each with one line that says
+    what to do.
+    """
+    from moe_surgery.export.compiler import compile_gguf, default_name
+    from moe_surgery.export.run import write_gguf
+    from moe_surgery.export.tokenizer import find_tokenizer
+
+    with Checkpoint.open(checkpoint, ignore_unlisted=ignore_unlisted, ops=ops) as opened:
+        model = families.describe(opened)
+        target = check_output_file(opened, out, overwrite=overwrite)
+        program = compile_gguf(
+            opened,
+            model,
+            find_tokenizer(opened, model) if tokenizer else None,
+            plan=plan,
+            name=name or default_name(opened.path),
+            dtype=dtype,
+        )
+        if on_start:
+            on_start(program)
+        conversion = None
+        if not dry_run:
+            conversion = write_gguf(
+                program,
+                opened,
+                target,
+                overwrite=overwrite,
+                ignore_free_space=ignore_free_space,
+                progress=progress,
+                ops=ops,
+            )
+    return ExportResult(target, program, conversion)

@@ -12,7 +12,8 @@ import fcntl
 import json
 import os
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import xxhash
@@ -22,7 +23,7 @@ from moe_surgery.checkpoint.files import printable_path
 from moe_surgery.checkpoint.writer import output_failure
 from moe_surgery.errors import OutputError
 
-__all__ = ["Staging", "stale_partials"]
+__all__ = ["Staging", "exclusive", "stale_partials"]
 
 _JOURNAL = ".journal"
 
@@ -181,6 +182,19 @@ class Staging:
                 os.unlink(self._lock_path)  # while still held: see `_locked`
             os.close(self._lock)
             self._lock = -1
+
+
+@contextmanager
+def exclusive(out: Path) -> Iterator[None]:
+    """Hold the lock on the output `out`, a file, while the block runs; OutputError where another run does."""
+    path = out.with_name(f".{out.name}.lock")
+    lock = _locked(path, out)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            os.unlink(path)  # while still held: see `_locked`
+        os.close(lock)
 
 
 def stale_partials(out: Path) -> list[Path]:

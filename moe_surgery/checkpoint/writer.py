@@ -46,7 +46,7 @@ class OutputFile:
         `direct` False keeps writes in the page cache, which small files want.
         """
         self.path = path
-        self._temporary = path.with_name(f".{path.name}.tmp")
+        self._temporary = self.temporary(path)
         self._ops = ops
         self._direct: bool | None = None if direct else False
         self._cloned = False
@@ -96,15 +96,27 @@ class OutputFile:
         if not self._direct:
             self._start_writeback(offset + total)
 
-    def publish(self) -> None:
-        """Flush, close, and give the file its name."""
+    @staticmethod
+    def temporary(path: Path) -> Path:
+        """What the file is called until it is published."""
+        return path.with_name(f".{path.name}.tmp")
+
+    def publish(self, *, replace: bool = True) -> None:
+        """Flush, close, and give the file its name, which `replace` False refuses where it is taken."""
         fd, self._fd = self._fd, -1
         try:
             try:
                 self._ops.fsync(fd)
             finally:
                 self._ops.close(fd)
-            self._ops.rename(self._temporary, self.path)
+            if replace:
+                self._ops.rename(self._temporary, self.path)
+            else:
+                self._ops.rename_new(self._temporary, self.path)
+        except FileExistsError:
+            raise OutputError(
+                f"{printable_path(self.path)}: appeared while this run was writing; nothing of it was touched"
+            ) from None
         except OSError as error:
             # A failed flush says that data is lost, and says it only once: never try again.
             self._fail(error, "flush")

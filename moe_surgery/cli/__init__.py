@@ -26,6 +26,7 @@ COMMANDS = (
     "prune",
     "verify",
     "card",
+    "export",
     "generate",
     "demo",
     "doctor",

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
-from moe_surgery.surgery.program import OutputShard, Part
+from moe_surgery.surgery.program import OutputShard
 
-__all__ = ["CHUNK_BYTES", "Chunk", "Piece", "chunks_of"]
+__all__ = ["CHUNK_BYTES", "AnyPart", "Chunk", "Piece", "chunks_of", "chunks_over"]
 
 # Large enough that a request costs little beside its bytes, small enough that a handful in flight
 # fits a 64 MiB process; a multiple of any block size, as direct writes require.
 CHUNK_BYTES: Final = 2 << 20
+
+
+class AnyPart(Protocol):
+    """What chunks have to know of a part of an output file."""
+
+    @property
+    def nbytes(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +31,7 @@ class Piece:
     """
 
     tensor: int
-    part: Part | None
+    part: AnyPart | None
     start: int
     position: int
     nbytes: int
@@ -41,9 +48,16 @@ class Chunk:
 
 def chunks_of(shard: OutputShard, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
     """The shard's file as consecutive chunks of `chunk_bytes` (the last one shorter)."""
+    return chunks_over(_parts(shard), chunk_bytes)
+
+
+def chunks_over(
+    parts: Iterable[tuple[int, AnyPart | None, int]], chunk_bytes: int = CHUNK_BYTES
+) -> Iterator[Chunk]:
+    """The same for any file: `parts` are (tensor, part, bytes) in the order of the file."""
     offset, filled = 0, 0
     pieces: list[Piece] = []
-    for tensor, part, total in _parts(shard):
+    for tensor, part, total in parts:
         start = 0
         while start < total:
             count = min(total - start, chunk_bytes - filled)
@@ -57,7 +71,7 @@ def chunks_of(shard: OutputShard, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Ch
         yield Chunk(offset, filled, tuple(pieces))
 
 
-def _parts(shard: OutputShard) -> Iterator[tuple[int, Part | None, int]]:
+def _parts(shard: OutputShard) -> Iterator[tuple[int, AnyPart | None, int]]:
     yield -1, None, len(shard.header)
     for number, tensor in enumerate(shard.tensors):
         for part in tensor.parts:

@@ -11,7 +11,7 @@ from moe_surgery.errors import OutputError, UsageError
 from moe_surgery.surgery.manifest import is_ours
 from moe_surgery.surgery.names import MANIFEST_NAME
 
-__all__ = ["check_output"]
+__all__ = ["check_output", "check_output_file"]
 
 
 def check_output(checkpoint: Checkpoint, out: str | os.PathLike[str], *, overwrite: bool) -> Path:
@@ -20,20 +20,51 @@ def check_output(checkpoint: Checkpoint, out: str | os.PathLike[str], *, overwri
     Raises UsageError where `out` is, holds or lies in the source; OutputError where it exists (or,
     with `overwrite`, is no folder with a manifest of ours), or its parent cannot be written.
     """
+    target = _apart(checkpoint, out, "folder")
+    if os.path.lexists(target):
+        _check_replaceable(target, overwrite)
+    _check_writable(target.parent)
+    return target
+
+
+def check_output_file(checkpoint: Checkpoint, out: str | os.PathLike[str], *, overwrite: bool) -> Path:
+    """The same for an output that is one file; with `overwrite` it may be any regular file.
+
+    Raises UsageError where `out` is a folder or lies in the source; OutputError as `check_output`.
+    """
+    target = _apart(checkpoint, out, "file")
+    if target.is_dir():
+        raise UsageError(f"{printable_path(target)}: is a folder; name the file to write")
+    if os.path.lexists(target):
+        if not overwrite:
+            raise OutputError(
+                f"{printable_path(target)}: exists; choose another name, or pass --overwrite to replace it"
+            )
+        if target.is_symlink() or not target.is_file():
+            raise OutputError(
+                f"{printable_path(target)}: is no regular file, so --overwrite will not replace it"
+            )
+    _check_writable(target.parent)
+    return target
+
+
+def _apart(checkpoint: Checkpoint, out: str | os.PathLike[str], what: str) -> Path:
+    """The absolute output path, which is not, holds not and lies not in the source."""
     given = Path(out)
     if not given.name or given.name == "..":
-        raise UsageError(f"{printable_path(out)}: name the new folder to write")
+        raise UsageError(f"{printable_path(out)}: name the new {what} to write")
     parent = given.parent
     if not parent.is_dir():
         raise OutputError(f"{printable_path(parent)}: no such folder; create it first")
     target = parent.resolve() / given.name
     for source in _source_folders(checkpoint):
         _check_apart(target, source)
-    if os.path.lexists(target):
-        _check_replaceable(target, overwrite)
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"{printable_path(parent)}: no permission to write there")
     return target
+
+
+def _check_writable(folder: Path) -> None:
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"{printable_path(folder)}: no permission to write there")
 
 
 def _source_folders(checkpoint: Checkpoint) -> set[Path]:

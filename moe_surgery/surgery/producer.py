@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from math import fsum
 
 import numpy as np
@@ -16,6 +15,7 @@ from moe_surgery.errors import InvalidInputError
 from moe_surgery.formats import mxfp4
 from moe_surgery.surgery.chunks import Chunk, Piece
 from moe_surgery.surgery.program import Copy, Decode, Encode, OutputShard, Span
+from moe_surgery.surgery.windows import Windows
 
 __all__ = ["Producer"]
 
@@ -29,7 +29,7 @@ class Producer:
         self._header = shard.header
         self._shards = sources
         self._lock = threading.Condition()
-        self._users: Counter[Span] = Counter()
+        self._windows = Windows(sources)
         self._scales: dict[Span, npt.NDArray[np.uint8]] = {}
         self._missing: Counter[Span] = Counter()
         self._untaken: Counter[Span] = Counter()
@@ -69,7 +69,7 @@ class Producer:
     def _decode(self, part: Decode, start: int, out: npt.NDArray[np.uint8]) -> None:
         """Bytes [start, start + len(out)) of the transposed expert, strip by strip of 32 columns."""
         strip = GROUP * part.rows * 2
-        with self._window(part.blocks) as raw, self._window(part.scales) as raw_scales:
+        with self._windows.open(part.blocks) as raw, self._windows.open(part.scales) as raw_scales:
             groups = part.columns // GROUP
             blocks = raw.reshape(part.rows, groups, mxfp4.BLOCK_BYTES)
             scales = raw_scales.reshape(part.rows, groups)
@@ -87,7 +87,7 @@ class Producer:
         """
         groups = part.columns // GROUP
         row = groups * mxfp4.BLOCK_BYTES
-        with self._window(part.values) as raw:
+        with self._windows.open(part.values) as raw:
             values = raw.view(np.uint16).reshape(part.columns, part.rows)
             for first, last, skip, target in _strips(start, out, row):
                 shape = (last - first, groups, mxfp4.BLOCK_BYTES)
@@ -141,21 +141,6 @@ class Producer:
             if not self._untaken[part.values]:
                 for kept in (self._scales, self._missing, self._untaken):
                     del kept[part.values]
-
-    @contextmanager
-    def _window(self, span: Span) -> Iterator[npt.NDArray[np.uint8]]:
-        """The mapped bytes of `span`; its pages are given back when no thread uses it any more."""
-        shard = self._shards[span.shard]
-        with self._lock:
-            self._users[span] += 1
-        try:
-            yield np.frombuffer(shard.window(span.offset, span.nbytes), np.uint8)
-        finally:
-            with self._lock:
-                self._users[span] -= 1
-                if not self._users[span]:
-                    del self._users[span]
-                    shard.release(span.offset, span.nbytes)
 
 
 def _copies_joined(pieces: tuple[Piece, ...]) -> Iterator[tuple[Span | None, Piece]]:

@@ -48,6 +48,7 @@ def test_the_engines_commands_never_import_torch(tmp_path: Path) -> None:
         ["prune", source, tmp_path / "bf16", "--plan", plan, "--dtype", "bf16"],
         ["prune", tmp_path / "bf16", tmp_path / "mxfp4", "--keep", "all", "--dtype", "mxfp4"],
         ["verify", tmp_path / "bf16", "--source", source],
+        ["export", "example:tiny", tmp_path / "tiny.gguf"],
     ]
     for command in commands:
         modules = modules_after(*command)
@@ -55,7 +56,7 @@ def test_the_engines_commands_never_import_torch(tmp_path: Path) -> None:
         assert not modules & HEAVY, command
 
 
-@pytest.mark.parametrize("command", [[], ["inspect"], ["prune"]], ids=str)
+@pytest.mark.parametrize("command", [[], ["inspect"], ["prune"], ["export"]], ids=str)
 def test_help_imports_no_library_of_the_engine(command: list[str]) -> None:
     modules = modules_after(*command, "--help")
     assert "click" in modules

@@ -1,0 +1,129 @@
+"""moe-surgery export."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from moe_surgery.cli.options import common, terminal_of
+from moe_surgery.cli.terminal import Advance, Terminal, count, size
+
+if TYPE_CHECKING:
+    from moe_surgery.export.program import GgufProgram
+    from moe_surgery.pipeline import ExportResult
+
+
+@click.command("export")
+@click.argument("ckpt")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Write this plan's experts only.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["keep", "mxfp4"]),
+    default="keep",
+    show_default=True,
+    help="How expert weights are stored. To mxfp4 is exact for weights that came from it.",
+)
+@click.option("--name", help="What programs call the model; default: the checkpoint's folder.")
+@click.option("--no-tokenizer", is_flag=True, help="Leave tokenizer and chat template out.")
+@click.option("--dry-run", is_flag=True, help="Print what would be written, and stop.")
+@click.option("--overwrite", is_flag=True, help="Replace the file OUT if it is there.")
+@click.option("--ignore-free-space", is_flag=True, help="Start even if the output seems not to fit the disk.")
+@click.option("--ignore-unlisted", is_flag=True, help="Skip shards and tensors that the index does not list.")
+@common
+@click.pass_context
+def command(
+    context: click.Context,
+    ckpt: str,
+    out: Path,
+    plan_file: Path | None,
+    dtype: str,
+    name: str | None,
+    no_tokenizer: bool,
+    dry_run: bool,
+    overwrite: bool,
+    ignore_free_space: bool,
+    ignore_unlisted: bool,
+) -> None:
+    """Write a full or pruned checkpoint as one GGUF file, for llama.cpp, Ollama and LM Studio.
+
+    MXFP4 experts keep every bit, other weights stay BF16, and tokenizer and chat template go into the
+    file. CKPT is only read, and never loaded; OUT appears whole or not at all. With --plan a full
+    checkpoint is written as its pruned self.
+
+    \b
+    moe-surgery export example:tiny tiny.gguf
+    moe-surgery export gpt-oss-law-8 gpt-oss-law-8.gguf
+    moe-surgery export openai/gpt-oss-20b law-8.gguf --plan law-8.json
+    """
+    from moe_surgery.pipeline import export_gguf
+    from moe_surgery.selection.plan import load_plan
+
+    terminal = terminal_of(context)
+    plan = None if plan_file is None else load_plan(plan_file)
+    start = time.perf_counter()
+    with ExitStack() as stack:
+        advance: list[Advance] = []
+
+        def on_start(program: GgufProgram) -> None:
+            terminal.detail(f"reading {size(program.reads)}, a tokenizer of {program.tokens} tokens")
+            if not dry_run:
+                advance.append(stack.enter_context(terminal.progress("exporting", program.nbytes)))
+
+        result = export_gguf(
+            ckpt,
+            out,
+            plan=plan,
+            dtype=dtype,
+            name=name,
+            tokenizer=not no_tokenizer,
+            dry_run=dry_run,
+            overwrite=overwrite,
+            ignore_free_space=ignore_free_space,
+            ignore_unlisted=ignore_unlisted,
+            on_start=on_start,
+            progress=lambda nbytes: advance[0](nbytes),
+        )
+    seconds = time.perf_counter() - start
+    if terminal.json:
+        terminal.data(_as_dict(result, seconds))
+        return
+    _print(terminal, result, seconds)
+
+
+def _as_dict(result: ExportResult, seconds: float) -> dict[str, object]:
+    from dataclasses import asdict
+
+    done = result.conversion
+    converted = done is not None and done.blocks > 0
+    return {
+        "output": str(result.out),
+        "seconds": seconds,
+        **result.program.as_dict(),
+        "written": done is not None,
+        "conversion": {**asdict(done), "relative_error": done.relative_error} if done and converted else None,
+    }
+
+
+def _print(terminal: Terminal, result: ExportResult, seconds: float) -> None:
+    program, conversion = result.program, result.conversion
+    terminal.result(
+        f"{'would write ' if conversion is None else ''}{result.out}: {program.experts} experts, "
+        f"top-{program.top_k}, {count(program.parameters)} parameters, {size(program.nbytes)} in "
+        f"{len(program.tensors)} tensors ({program.storage.upper()} experts)"
+        + (f", {seconds:.1f} s" if conversion is not None else "")
+    )
+    if conversion is None:
+        kinds = ", ".join(f"{kind} {size(nbytes)}" for kind, nbytes in program.bytes_by_type().items())
+        terminal.result(f"{kinds}, header {size(len(program.header))}")
+    elif conversion.blocks:
+        terminal.say(
+            f"MXFP4: {conversion.inexact_blocks:,} of {conversion.blocks:,} blocks inexact, "
+            f"relative error {conversion.relative_error:.3g}"
+        )
+    if program.tokens and not program.chat_template:
+        terminal.say("note: the checkpoint has no chat template; programs will fall back on one of theirs")

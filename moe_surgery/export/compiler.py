@@ -1,0 +1,170 @@
+"""Checkpoint (x plan) -> `GgufProgram`: which source bytes make up each tensor of the file, and how."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from moe_surgery.checkpoint.checkpoint import Checkpoint, TensorRef
+from moe_surgery.errors import PlanMismatchError, UsageError
+from moe_surgery.export.ggml import BLOCK_VALUES
+from moe_surgery.export.gguf import Metadata, TensorEntry, TensorType, header, padding
+from moe_surgery.export.gpt_oss import NAMES, WIDENED, add_model, check_supported
+from moe_surgery.export.program import (
+    GgufPart,
+    GgufProgram,
+    GgufTensor,
+    Pack,
+    Pad,
+    Quantise,
+    Transpose,
+    Widen,
+)
+from moe_surgery.export.tokenizer import Tokenizer, add_tokenizer
+from moe_surgery.families.base import EXPERT_WEIGHT
+from moe_surgery.families.model import Model, ModelTensor
+from moe_surgery.runtime.config import ModelConfig
+from moe_surgery.selection.plan import Plan
+from moe_surgery.surgery.compiler import joined
+from moe_surgery.surgery.program import Copy, Span
+
+__all__ = ["DTYPES", "compile_gguf", "default_name"]
+
+DTYPES = ("keep", "mxfp4")
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_LAYER = re.compile(r"(?<=^model\.layers\.)\d+(?=\.)")
+
+
+def compile_gguf(
+    checkpoint: Checkpoint,
+    model: Model,
+    tokenizer: Tokenizer | None,
+    *,
+    plan: Plan | None = None,
+    name: str,
+    dtype: str = "keep",
+) -> GgufProgram:
+    """The program that writes `checkpoint`, with `plan` applied to it if given, as one GGUF file.
+
+    `dtype`: "keep" leaves expert weights as they are stored, "mxfp4" converts BF16 ones.
+
+    Raises UsageError for an unknown dtype or another family than gpt-oss, PlanMismatchError for a plan
+    that does not fit, InvalidInputError for a model that llama.cpp would compute otherwise.
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
+    if model.model_type != "gpt_oss":
+        raise UsageError(f"{checkpoint.path}: a {model.model_type} model; export writes gpt-oss models only")
+    config = ModelConfig.of(model)
+    check_supported(model, config)
+    layers, kept, top_k = _kept(checkpoint, model, plan)
+    storage = "mxfp4" if dtype == "mxfp4" else model.storage
+    metadata = Metadata()
+    add_model(metadata, model, config, name, kept, top_k, storage)
+    if tokenizer is None:
+        metadata.text("tokenizer.ggml.model", "none")
+    else:
+        add_tokenizer(metadata, tokenizer)
+    tensors = tuple(_tensors(model, layers, storage))
+    return GgufProgram(
+        header(metadata, (t.entry for t in tensors)),
+        tensors,
+        name,
+        storage,
+        kept,
+        top_k,
+        model.parameters(kept),
+        tokenizer.pre_tokenizer if tokenizer else None,
+        len(tokenizer.tokens) if tokenizer else 0,
+        tokenizer is not None and tokenizer.chat_template is not None,
+    )
+
+
+def default_name(path: Path) -> str:
+    """What to call the model in `path`: the folder's name, for a snapshot in the hub cache the model's."""
+    real = path.resolve()
+    if real.parent.name == "snapshots" and real.parent.parent.name.startswith("models--"):
+        return real.parent.parent.name.rpartition("--")[2]
+    return real.parent.name if real.name == "original" else real.name
+
+
+def _kept(
+    checkpoint: Checkpoint, model: Model, plan: Plan | None
+) -> tuple[Sequence[Sequence[int]], int, int]:
+    """The experts of every layer, how many they are, and how many of them are active."""
+    if plan is None:
+        return [range(model.experts)] * model.layers, model.experts, model.top_k
+    plan.check_fits(model.model_type, model.experts, model.layers, str(checkpoint.path))
+    kept = plan.uniform_experts
+    if kept is None:
+        raise PlanMismatchError(
+            "the plan keeps different numbers of experts in different layers, which llama.cpp cannot load"
+        )
+    return plan.layers, kept, min(plan.top_k or model.top_k, kept)
+
+
+def _tensors(model: Model, layers: Sequence[Sequence[int]], storage: str) -> Iterator[GgufTensor]:
+    for tensor in model.tensors:
+        pattern = _LAYER.sub("{layer}", tensor.name)
+        names = [n.replace("{layer}", str(tensor.layer)) for n in NAMES[pattern]]
+        kept = layers[tensor.layer] if tensor.has_experts and tensor.layer is not None else None
+        for first, name in enumerate(names):
+            yield _tensor(tensor, name, kept, storage, pattern in WIDENED, first, len(names))
+    if not any(t.name == _HEAD for t in model.tensors):  # tied: llama.cpp wants the matrix twice
+        embedding = next(t for t in model.tensors if t.name == _EMBEDDING)
+        yield _tensor(embedding, NAMES[_HEAD][0], None, storage, False, 0, 1)
+
+
+def _tensor(
+    tensor: ModelTensor,
+    name: str,
+    kept: Sequence[int] | None,
+    storage: str,
+    widened: bool,
+    first: int,
+    step: int,
+) -> GgufTensor:
+    """`tensor`, or of one whose rows alternate between `step` tensors the one that begins at `first`."""
+    slowest, *dims = tensor.shape if kept is None else (len(kept), *tensor.shape[1:])
+    if tensor.kind == EXPERT_WEIGHT:
+        assert kept is not None
+        shape: tuple[int, ...] = (slowest, dims[0] // step, dims[1])
+        kind, parts = _expert_weight(tensor, kept, storage, first, step)
+    else:
+        shape = (slowest, *dims[:-1], dims[-1] // step) if dims else (slowest,)
+        refs = [tensor.stored] if kept is None else [tensor.stored.rows(e, 1) for e in kept]
+        spans = list(joined(map(_span, refs)))
+        dtype = tensor.stored.dtype
+        if len(shape) == 1 or widened or name.endswith(".bias"):
+            kind = TensorType.F32
+            parts = tuple(Widen(s, dtype, first, step) for s in spans)
+        else:
+            kind = TensorType[dtype]
+            parts = tuple(map(Copy, spans))
+    nbytes = sum(p.nbytes for p in parts)
+    if gap := padding(nbytes):
+        parts += (Pad(gap),)
+    return GgufTensor(TensorEntry(name, kind, shape, nbytes), parts)
+
+
+def _expert_weight(
+    tensor: ModelTensor, kept: Sequence[int], storage: str, first: int, step: int
+) -> tuple[TensorType, tuple[GgufPart, ...]]:
+    stored, scales = tensor.stored, tensor.scales
+    _, rows, columns = tensor.shape
+    values = [_span(stored.rows(e, 1)) for e in kept]
+    if scales is not None:
+        pairs = zip(values, (_span(scales.rows(e, 1)) for e in kept), strict=True)
+        return TensorType.MXFP4, tuple(Pack(b, s, rows, columns, first, step) for b, s in pairs)
+    if storage == "bf16":
+        return TensorType.BF16, tuple(Transpose(v, rows, columns, first, step) for v in values)
+    if columns % BLOCK_VALUES:
+        raise UsageError(
+            f"--dtype mxfp4: tensor {tensor.name!r} has {columns} columns, not whole blocks of {BLOCK_VALUES}"
+        )
+    return TensorType.MXFP4, tuple(Quantise(v, rows, columns, first, step, stored.name) for v in values)
+
+
+def _span(ref: TensorRef) -> Span:
+    return Span(ref.shard, ref.offset, ref.nbytes)

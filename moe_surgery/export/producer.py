@@ -1,0 +1,160 @@
+"""Makes the bytes of a GGUF file's chunks from source shards."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from math import fsum
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_surgery.checkpoint.shard import Shard
+from moe_surgery.errors import InvalidInputError
+from moe_surgery.export import ggml
+from moe_surgery.export.program import GgufProgram, Pack, Pad, Quantise, Transpose, Widen
+from moe_surgery.formats import mxfp4
+from moe_surgery.surgery.chunks import Chunk
+from moe_surgery.surgery.program import Copy, Span
+from moe_surgery.surgery.windows import Windows
+
+__all__ = ["GgufProducer"]
+
+FLOAT_BYTES: Final = 4
+
+Bytes = NDArray[np.uint8]
+RowPart = Pack | Transpose | Quantise
+
+
+class GgufProducer:
+    """Fills the chunks of one GGUF file from source shards. `fill` may run in several threads."""
+
+    def __init__(self, program: GgufProgram, sources: Mapping[str, Shard]) -> None:
+        self._header = program.header
+        self._shards = sources
+        self._windows = Windows(sources)
+        self._scratch = threading.local()
+        self._lock = threading.Lock()
+        self._reports: list[mxfp4.EncodeReport] = []
+
+    def report(self) -> mxfp4.EncodeReport:
+        """What conversion to MXFP4 lost, summed so that the order of threads does not show."""
+        with self._lock:
+            reports = list(self._reports)
+        return mxfp4.EncodeReport(
+            sum(r.blocks for r in reports),
+            sum(r.inexact_blocks for r in reports),
+            fsum(r.error_sq for r in reports),
+            fsum(r.norm_sq for r in reports),
+        )
+
+    def fill(self, chunk: Chunk, buffer: memoryview) -> None:
+        """Write the chunk's bytes to `buffer`. Raises InvalidInputError or OutputError."""
+        for piece in chunk.pieces:
+            target = buffer[piece.position : piece.position + piece.nbytes]
+            part, out = piece.part, np.frombuffer(target, np.uint8)
+            if part is None:
+                target[:] = self._header[piece.start : piece.start + piece.nbytes]
+            elif isinstance(part, Copy):
+                self._shards[part.span.shard].read_into(target, part.span.offset + piece.start)
+            elif isinstance(part, Pad):
+                out[:] = 0
+            elif isinstance(part, Widen):
+                self._widen(part, piece.start, out)
+            elif isinstance(part, Pack):
+                self._rows(part, piece.start, out, self._pack)
+            elif isinstance(part, Transpose):
+                self._rows(part, piece.start, out, self._transpose)
+            elif isinstance(part, Quantise):
+                self._rows(part, piece.start, out, self._quantise)
+
+    def _widen(self, part: Widen, start: int, out: Bytes) -> None:
+        """Whole floats: alignment of tensors and chunks leaves none cut."""
+        width = 4 if part.dtype == "F32" else 2
+        first, count = start // FLOAT_BYTES, len(out) // FLOAT_BYTES
+        begin = (part.first + first * part.step) * width
+        raw = self._read(part.span, begin, ((count - 1) * part.step + 1) * width, "numbers")
+        if part.dtype == "BF16":
+            bits = raw.view(np.uint16)[:: part.step].astype(np.uint32)
+            out.view(np.uint32)[:] = bits << np.uint32(16)
+        else:
+            out.view(np.float32)[:] = raw.view(f"<f{width}")[:: part.step]
+
+    def _rows(self, part: RowPart, start: int, out: Bytes, make: Callable[..., None]) -> None:
+        """Bytes [start, start + len(out)) of a part that is made of whole rows."""
+        first, skip = divmod(start, part.row_bytes)
+        last = -(-(start + len(out)) // part.row_bytes)
+        nbytes = (last - first) * part.row_bytes
+        if nbytes == len(out):
+            make(part, first, last, out, skip)
+        else:
+            rows = self._buffer("rows", nbytes)
+            make(part, first, last, rows, skip)
+            out[:] = rows[skip : skip + len(out)]
+
+    def _pack(self, part: Pack, first: int, last: int, out: Bytes, skip: int) -> None:
+        """Output rows [first, last): source rows lie in one run, those of the other tensor between.
+
+        That one comes next in the file, so the first reading leaves them in the page cache and the last
+        takes them from there: the disk is read once.
+        """
+        groups, count = part.columns // ggml.BLOCK_VALUES, last - first
+        row = groups * mxfp4.BLOCK_BYTES
+        begin, number = first * part.step, count * part.step
+        again = part.first + 1 < part.step
+        blocks = self._read(part.blocks, begin * row, number * row, "blocks", keep=again)
+        scales = self._read(part.scales, begin * groups, number * groups, "scales", keep=again)
+        if part.step > 1 and not again and last * part.step == part.rows:
+            for span in (part.blocks, part.scales):  # as a whole: of a cut large page nothing would go
+                self._shards[span.shard].forget(span.offset, span.nbytes)
+        ggml.pack(
+            blocks.reshape(count, part.step, groups, mxfp4.BLOCK_BYTES)[:, part.first],
+            scales.reshape(count, part.step, groups)[:, part.first],
+            out,
+        )
+
+    def _transpose(self, part: Transpose, first: int, last: int, out: Bytes, skip: int) -> None:
+        with self._windows.open(part.values) as raw:
+            out.view(np.uint16).reshape(last - first, part.columns)[:] = _chosen(part, raw, first, last).T
+
+    def _quantise(self, part: Quantise, first: int, last: int, out: Bytes, skip: int) -> None:
+        """A row cut by the border of two chunks is converted in both, and counted where it begins."""
+        with self._windows.open(part.values) as raw:
+            values = np.ascontiguousarray(_chosen(part, raw, first, last))
+        cut = 1 if skip else 0
+        for begin, end, counts in ((0, cut, False), (cut, last - first, True)):
+            if begin == end:
+                continue
+            try:
+                blocks, scales, report = mxfp4.encode_transposed(values[:, begin:end])
+            except InvalidInputError as error:
+                file = self._shards[part.values.shard].path
+                raise InvalidInputError(
+                    f"{file}: tensor {part.tensor!r}, rows from {(first + begin) * part.step}: {error}; "
+                    "it cannot be stored as MXFP4"
+                ) from None
+            ggml.pack(blocks, scales, out[begin * part.row_bytes : end * part.row_bytes])
+            if counts:
+                with self._lock:
+                    self._reports.append(report)
+
+    def _read(self, span: Span, start: int, nbytes: int, role: str, *, keep: bool = False) -> Bytes:
+        """Bytes [start, start + nbytes) of `span`, until this thread next reads something of that role."""
+        buffer = self._buffer(role, nbytes)
+        self._shards[span.shard].read_into(buffer.data, span.offset + start, keep=keep)
+        return buffer
+
+    def _buffer(self, role: str, nbytes: int) -> Bytes:
+        """`nbytes` bytes of this thread's own: fresh memory for every chunk would cost its page faults."""
+        held: Bytes | None = getattr(self._scratch, role, None)
+        if held is None or len(held) < nbytes:
+            held = np.empty(nbytes, np.uint8)
+            setattr(self._scratch, role, held)
+        return held[:nbytes]
+
+
+def _chosen(part: Transpose | Quantise, raw: Bytes, first: int, last: int) -> NDArray[np.uint16]:
+    """Rows [first, last) of the part as columns: u16 [columns, last - first], a view of the source."""
+    values = raw.view(np.uint16).reshape(part.columns, part.rows)
+    return values[:, part.first + first * part.step : last * part.step : part.step]

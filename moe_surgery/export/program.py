@@ -1,0 +1,175 @@
+"""A `GgufProgram`: the whole output file as pure data, each tensor a run of parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe_surgery.export.ggml import BLOCK_BYTES, BLOCK_VALUES
+from moe_surgery.export.gguf import TensorEntry
+from moe_surgery.surgery.program import Copy, Span
+
+__all__ = ["GgufPart", "GgufProgram", "GgufTensor", "Pack", "Pad", "Quantise", "Transpose", "Widen"]
+
+
+@dataclass(frozen=True, slots=True)
+class Pad:
+    """Zeros up to the next aligned position."""
+
+    nbytes: int
+    reads = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Widen:
+    """Elements first, first + step, ... of a run of BF16, F16 or F32 numbers, as float32."""
+
+    span: Span
+    dtype: str
+    first: int = 0
+    step: int = 1
+
+    @property
+    def nbytes(self) -> int:
+        return self.span.nbytes // (4 if self.dtype == "F32" else 2) // self.step * 4
+
+    @property
+    def reads(self) -> int:
+        return self.span.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """Rows first, first + step, ... of one expert's MXFP4 weight [rows, columns] as ggml blocks."""
+
+    blocks: Span
+    scales: Span
+    rows: int
+    columns: int
+    first: int = 0
+    step: int = 1
+
+    @property
+    def row_bytes(self) -> int:
+        return self.columns // BLOCK_VALUES * BLOCK_BYTES
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows // self.step * self.row_bytes
+
+    @property
+    def reads(self) -> int:
+        return self.blocks.nbytes + self.scales.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Transpose:
+    """Rows first, first + step, ... of one expert's weight [rows, columns], stored transposed in BF16."""
+
+    values: Span
+    rows: int
+    columns: int
+    first: int = 0
+    step: int = 1
+
+    @property
+    def row_bytes(self) -> int:
+        return self.columns * 2
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows // self.step * self.row_bytes
+
+    @property
+    def reads(self) -> int:
+        return self.values.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Quantise:
+    """The same weight converted to MXFP4, as ggml blocks; `tensor` names it in errors."""
+
+    values: Span
+    rows: int
+    columns: int
+    first: int
+    step: int
+    tensor: str
+
+    @property
+    def row_bytes(self) -> int:
+        return self.columns // BLOCK_VALUES * BLOCK_BYTES
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows // self.step * self.row_bytes
+
+    @property
+    def reads(self) -> int:
+        return self.values.nbytes
+
+
+GgufPart = Copy | Pad | Widen | Pack | Transpose | Quantise
+
+
+@dataclass(frozen=True, slots=True)
+class GgufTensor:
+    """A tensor of the file: its entry in the table, and parts that follow one another without gap."""
+
+    entry: TensorEntry
+    parts: tuple[GgufPart, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes with padding."""
+        return sum(p.nbytes for p in self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class GgufProgram:
+    """The file: `header`, then `tensors` in order. `storage` is how expert weights are stored,
+    `tokens` the size of the tokenizer (0 where there is none), `chat_template` whether there is one."""
+
+    header: bytes
+    tensors: tuple[GgufTensor, ...]
+    name: str
+    storage: str
+    experts: int
+    top_k: int
+    parameters: int
+    pre_tokenizer: str | None
+    tokens: int
+    chat_template: bool
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.header) + sum(t.nbytes for t in self.tensors)
+
+    @property
+    def reads(self) -> int:
+        """Bytes read from the source shards; those of weights that are split in two count twice."""
+        return sum(p.reads for t in self.tensors for p in t.parts)
+
+    def bytes_by_type(self) -> dict[str, int]:
+        """Bytes of tensors by their type in the file, without padding."""
+        found: dict[str, int] = {}
+        for tensor in self.tensors:
+            kind = tensor.entry.type.name
+            found[kind] = found.get(kind, 0) + tensor.entry.nbytes
+        return found
+
+    def as_dict(self) -> dict[str, object]:
+        """Summary for scripts."""
+        return {
+            "name": self.name,
+            "experts": self.experts,
+            "top_k": self.top_k,
+            "parameters": self.parameters,
+            "expert_storage": self.storage,
+            "tensors": len(self.tensors),
+            "bytes_read": self.reads,
+            "bytes_written": self.nbytes,
+            "bytes_by_type": self.bytes_by_type(),
+            "pre_tokenizer": self.pre_tokenizer,
+            "tokens": self.tokens,
+            "chat_template": self.chat_template,
+        }

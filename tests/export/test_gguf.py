@@ -1,0 +1,76 @@
+"""The container: what is written is what the gguf package reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_surgery.export.gguf import ALIGNMENT, Metadata, TensorEntry, TensorType, header, padding
+from tests.export.reading import gguf, read
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("gguf") / "file.gguf"
+
+
+def test_numbers_of_types_are_those_of_ggml() -> None:
+    for kind in TensorType:
+        assert int(gguf.GGMLQuantizationType[kind.name]) == kind
+
+
+@given(
+    st.lists(TEXT.filter(bool), min_size=1, max_size=5),
+    st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=5),
+    st.integers(0, 2**32 - 1),
+    st.floats(width=32, allow_nan=False),
+    st.booleans(),
+    TEXT,
+    st.lists(st.tuples(st.integers(1, 5), st.integers(1, 9)), max_size=5),
+)
+def test_metadata_and_table_come_back(
+    file: Path,
+    texts: list[str],
+    numbers: list[int],
+    number: int,
+    real: float,
+    flag: bool,
+    text: str,
+    shapes: list[tuple[int, int]],
+) -> None:
+    metadata = Metadata()
+    metadata.text("general.architecture", "gpt-oss")
+    metadata.texts("a.texts", [t.encode() for t in texts])
+    metadata.i32s("a.numbers", numbers)
+    metadata.u32("a.number", number)
+    metadata.f32("a.real", real)
+    metadata.flag("a.flag", flag)
+    metadata.text("a.text", text)
+    entries = [TensorEntry(f"t{i}", TensorType.F32, s, 4 * s[0] * s[1]) for i, s in enumerate(shapes)]
+    data = [np.full(s, i + 0.5, np.float32) for i, s in enumerate(shapes)]
+    raw = header(metadata, entries)
+    assert len(raw) % ALIGNMENT == 0
+    body = b"".join(d.tobytes() + bytes(padding(d.nbytes)) for d in data)
+    file.write_bytes(raw + (body or bytes(ALIGNMENT)))
+    got = read(file)
+    said = {k: v for k, v in got.metadata.items() if not k.startswith("GGUF.")}
+    assert said == {
+        "general.architecture": "gpt-oss",
+        "a.texts": texts,
+        "a.numbers": numbers,
+        "a.number": number,
+        "a.real": real,
+        "a.flag": flag,
+        "a.text": text,
+    }
+    assert got.metadata["GGUF.version"] == 3
+    for entry, values in zip(entries, data, strict=True):
+        kind, shape, offset, content = got.tensors[entry.name]
+        assert (kind, shape, offset % ALIGNMENT) == ("F32", entry.shape, 0)
+        assert content == values.tobytes()

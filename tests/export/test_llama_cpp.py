@@ -1,0 +1,135 @@
+"""llama.cpp loads what export wrote and computes what transformers computes, within its own rounding.
+
+llama.cpp rounds activations to 8 bits in front of MXFP4 weights, and the borders of YaRN's ramp; so the
+bound is wide. That our own runtime, on the checkpoint the file was made of, is far inside it is
+checked beside it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+llama_cpp = pytest.importorskip(
+    "llama_cpp", reason="llama-cpp-python is not installed: pip install llama-cpp-python builds it"
+)
+
+import torch  # noqa: E402
+
+from benchmarks.make_tokenizer import make_tokenizer  # noqa: E402
+from moe_surgery import export_gguf, load_model, plan_random, prune  # noqa: E402
+from moe_surgery.checkpoint.locate import locate  # noqa: E402
+from moe_surgery.demo import arithmetic  # noqa: E402
+from moe_surgery.runtime.text import Text  # noqa: E402
+from tests.support import oracle  # noqa: E402
+from tests.support.checkpoints import Shape, write_checkpoint  # noqa: E402
+
+COUNTS = (32, 31, 8, 3, 1)
+TOKENS = 200  # more than three windows
+BOUND = 5e-2
+MEDIAN_BOUND = 5e-2
+"""Of pruned models: where the router's logits nearly tie, rounding sends single tokens elsewhere."""
+TEXTS = (
+    "Question: What is 12 + 30?\nAnswer: 42.\n\n",
+    "def f(x):\n\treturn x  +   1  # naïve 日本語 🚀\r\n\r\n   end",
+    "It's they'LL WE'RE CamelCase ABCdef 1234567 3.14e-10 ...!?\u00a0x",
+)
+
+
+def load(path: Path, **options: object) -> llama_cpp.Llama:
+    return llama_cpp.Llama(str(path), n_ctx=512, n_batch=512, n_threads=1, verbose=False, **options)
+
+
+@pytest.fixture(scope="module")
+def texts() -> dict[str, list[int]]:
+    text = Text("example:tiny")
+    return {
+        "sums": text.encode(arithmetic(random.Random(0), 1600))[:TOKENS],
+        "code": text.encode(inspect.getsource(textwrap))[:TOKENS],
+    }
+
+
+def relative(got: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
+    """Error by norm over all tokens, and of the median token."""
+    errors = (got - expected).norm(dim=-1) / expected.norm(dim=-1)
+    return float((got - expected).norm() / expected.norm()), float(errors.median())
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_logits_of_the_embedded_model_and_what_is_left_of_it(
+    count: int, texts: dict[str, list[int]], tmp_path: Path
+) -> None:
+    source = locate("example:tiny")
+    if count < COUNTS[0]:
+        source = tmp_path / "pruned"
+        prune("example:tiny", source, lambda model: plan_random(count, count, model))
+    export_gguf(source, tmp_path / "model.gguf")
+    llama = load(tmp_path / "model.gguf", logits_all=True)
+    theirs, ours = oracle.load_model(source), load_model(source, dtype=torch.float32)
+    for tokens in texts.values():
+        llama.reset()
+        llama.eval(tokens)
+        ids = torch.tensor([tokens])
+        expected = oracle.logits_of(theirs, ids)[0]
+        assert expected.std() > 0.5
+        error, median = relative(torch.from_numpy(np.array(llama.scores[: len(tokens)])), expected)
+        assert median <= MEDIAN_BOUND
+        if count == COUNTS[0]:
+            assert error <= BOUND
+        assert relative(ours(ids)[0], expected)[0] <= BOUND / 1000
+
+
+def test_the_same_text_is_the_same_tokens(tmp_path: Path) -> None:
+    export_gguf("example:tiny", tmp_path / "model.gguf")
+    llama, text = load(tmp_path / "model.gguf"), Text("example:tiny")
+    for said in (*TEXTS, "<|start|>user<|message|>Hello<|end|>", inspect.getsource(textwrap)):
+        assert llama.tokenize(said.encode(), add_bos=False, special=True) == text.encode(said)
+
+
+def test_a_tokenizer_of_gpt_oss_kind_splits_the_same(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "in", Shape(layers=1, vocabulary=4096))
+    make_tokenizer(source, 4096)
+    export_gguf(source, tmp_path / "model.gguf")
+    llama, text = load(tmp_path / "model.gguf"), Text(source)
+    for said in TEXTS:
+        tokens = llama.tokenize(said.encode(), add_bos=False, special=True)
+        assert tokens == text.encode(said)
+        assert llama.detokenize(tokens).decode() == said
+    said = "<|start|>user<|message|>Hello<|end|>"
+    assert llama.tokenize(said.encode(), add_bos=False, special=True) == text.encode(said)
+
+
+def test_bf16_experts_give_what_mxfp4_ones_give(texts: dict[str, list[int]], tmp_path: Path) -> None:
+    prune("example:tiny", tmp_path / "bf16", lambda m: plan_random(8, 8, m), dtype="bf16")
+    theirs = oracle.load_model(tmp_path / "bf16")
+    for dtype in ("keep", "mxfp4"):
+        export_gguf(tmp_path / "bf16", tmp_path / f"{dtype}.gguf", dtype=dtype)
+        llama = load(tmp_path / f"{dtype}.gguf", logits_all=True)
+        llama.eval(texts["code"])
+        expected = oracle.logits_of(theirs, torch.tensor([texts["code"]]))[0]
+        _, median = relative(torch.from_numpy(np.array(llama.scores[:TOKENS])), expected)
+        assert median <= MEDIAN_BOUND
+
+
+def test_a_file_without_tokenizer_runs_on_token_numbers(texts: dict[str, list[int]], tmp_path: Path) -> None:
+    export_gguf("example:tiny", tmp_path / "with.gguf")
+    export_gguf("example:tiny", tmp_path / "without.gguf", tokenizer=False)
+    found = []
+    for name in ("with", "without"):
+        llama = load(tmp_path / f"{name}.gguf", logits_all=True)
+        llama.eval(texts["sums"])
+        found.append(np.array(llama.scores[:TOKENS]))
+    assert found[0].tobytes() == found[1].tobytes()
+
+
+def test_the_chat_template_is_taken_from_the_file(tmp_path: Path) -> None:
+    export_gguf("example:tiny", tmp_path / "model.gguf")
+    template = load(tmp_path / "model.gguf").metadata["tokenizer.chat_template"]
+    assert template == (locate("example:tiny") / "chat_template.jinja").read_text()
