@@ -96,6 +96,8 @@ def profile(
         raise UsageError(f"--batch-tokens {batch_tokens}: must be at least 1")
     partial = partial_path(out)
     check_writable(out, partial)
+    if backend is None and dtype == torch.float32 and torch.device(device).type == "cpu":
+        backend = "reference"  # who asks for float32 wants it: native rounds activations to 16 bits
     model = load_model(checkpoint, device, dtype, backend=backend, one_layer=True)
     text = Text(checkpoint)
     corpus = open_corpus(files, text, context=default_context(checkpoint, context), max_tokens=max_tokens)

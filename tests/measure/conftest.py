@@ -63,7 +63,7 @@ def tiny_model() -> Model:
 
     from moe_surgery.runtime.load import load_model
 
-    return load_model("example:tiny", dtype=torch.float32)
+    return load_model("example:tiny", dtype=torch.float32, backend="reference")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,417 @@
+// Every kernel, over the sixteen lanes V of one instruction set. Included once by each set's file.
+#include "bits.hpp"
+#include "kernels.hpp"
+
+namespace moe_surgery::cpu {
+namespace {
+
+// Weights are asked for this many bytes before they are used.
+constexpr std::ptrdiff_t kAhead = 8192;
+
+// Into the second cache: asked for the first, requests are too few at a time.
+inline void fetch(const std::uint8_t* p) { __builtin_prefetch(p, 0, 2); }
+
+inline std::ptrdiff_t smaller(std::ptrdiff_t a, std::ptrdiff_t b) { return a < b ? a : b; }
+
+template <class V>
+struct Over {
+    using F = typename V::F;
+
+    // e^x; x below -87 gives what -87 gives, and NaN stays one. Error within 2 units in the last place.
+    static F exp(F x) {
+        x = V::max(V::set(-87.0f), V::min(V::set(88.0f), x));
+        const F n = V::round(V::mul(x, V::set(1.44269504f)));
+        F r = V::fma(n, V::set(-0.693359375f), x);
+        r = V::fma(n, V::set(2.12194440e-4f), r);
+        F p = V::set(1.9875691500e-4f);
+        p = V::fma(p, r, V::set(1.3981999507e-3f));
+        p = V::fma(p, r, V::set(8.3334519073e-3f));
+        p = V::fma(p, r, V::set(4.1665795894e-2f));
+        p = V::fma(p, r, V::set(1.6666665459e-1f));
+        p = V::fma(p, r, V::set(5.0000001201e-1f));
+        p = V::add(V::fma(p, V::mul(r, r), r), V::set(1.0f));
+        return V::mul(p, V::power_of_two(n));
+    }
+
+    static F partial(const float* p, std::ptrdiff_t count) {
+        float held[kLanes] = {};
+        __builtin_memcpy(held, p, static_cast<std::size_t>(count) * sizeof(float));
+        return V::load(held);
+    }
+
+    static void store_partial(float* p, F f, std::ptrdiff_t count) {
+        float held[kLanes];
+        V::store(held, f);
+        __builtin_memcpy(p, held, static_cast<std::size_t>(count) * sizeof(float));
+    }
+
+    static F bf16_partial(const std::uint8_t* p, std::ptrdiff_t count) {
+        std::uint8_t held[2 * kLanes] = {};
+        __builtin_memcpy(held, p, static_cast<std::size_t>(2 * count));
+        return V::bf16(held);
+    }
+
+    // --- activations
+
+    static void spread(const float* x, std::ptrdiff_t columns, float* out) {
+        for (std::ptrdiff_t c = 0; c < groups_of(columns) * kGroup; ++c) {
+            const std::ptrdiff_t place = c / kGroup * kGroup + c % 2 * kLanes + c % kGroup / 2;
+            out[place] = c < columns ? x[c] : 0.0f;
+        }
+    }
+
+    static void quantize(const float* x, std::ptrdiff_t columns, std::int16_t* planes, float* factors) {
+        const std::ptrdiff_t length = quads_of(columns) * kGroup, blocks = columns / kBlock;
+        for (std::ptrdiff_t b = 0; b < blocks; ++b) {
+            quantize_block(x + b * kBlock, planes + 8 * b, length, factors + 4 * b);
+        }
+        for (std::ptrdiff_t b = blocks; b < 4 * quads_of(columns); ++b) {
+            for (int k = 0; k < 4; ++k) __builtin_memset(planes + k * length + 8 * b, 0, 16);
+            for (int i = 0; i < 4; ++i) factors[4 * b + i] = 0.0f;
+        }
+    }
+
+    static void quantize_block(const float* x, std::int16_t* planes, std::ptrdiff_t length, float* factors) {
+        float most = 0.0f;
+        bool finite = true;
+        for (int i = 0; i < kBlock; ++i) {
+            const float size = __builtin_fabsf(x[i]);
+            most = size > most ? size : most;
+            finite &= size <= 3.402823466e38f;
+        }
+        // Below this the inverse would overflow; such values count as zeros.
+        const bool zero = most < 1e-30f;
+        const F up = V::set(zero ? 0.0f : 32767.0f / most);
+        std::int16_t whole[kBlock];
+        for (int i = 0; i < kBlock; i += kLanes) {
+            V::store_rounded(whole + i, finite ? V::mul(V::load(x + i), up) : V::zero());
+        }
+        for (int i = 0; i < kBlock; ++i) planes[i % 4 * length + i / 4] = whole[i];
+        // Half, because the codes are looked up as twice their value; NaN where the input had no number.
+        const float down = zero ? 0.0f : most / 32767.0f * 0.5f * V::kFactor;
+        for (int i = 0; i < 4; ++i) factors[i] = finite ? down : from_bits(0x7fc00000u);
+    }
+
+    // --- BF16 rows
+
+    // R rows from `w` on times T tokens.
+    template <int R, int T>
+    static void bf16_tile(const std::uint8_t* w, std::ptrdiff_t stride, std::ptrdiff_t columns, const Spread* x,
+                          float* y, std::ptrdiff_t y_stride) {
+        F sums[R][T];
+        for (int r = 0; r < R; ++r) {
+            for (int t = 0; t < T; ++t) sums[r][t] = V::zero();
+        }
+        const std::ptrdiff_t full = columns / kGroup;
+        for (std::ptrdiff_t g = 0; g < full; ++g) {
+            multiply<R, T>(x, g, sums, [&](int r) {
+                const std::uint8_t* from = w + r * stride + 2 * kGroup * g;
+                fetch(from + kAhead);
+                return from;
+            });
+        }
+        if (full * kGroup < columns) {
+            std::uint8_t held[R][2 * kGroup] = {};
+            const std::ptrdiff_t start = 2 * kGroup * full;
+            for (int r = 0; r < R; ++r) {
+                __builtin_memcpy(held[r], w + r * stride + start, static_cast<std::size_t>(2 * columns - start));
+            }
+            multiply<R, T>(x, full, sums, [&](int r) { return held[r]; });
+        }
+        for (int r = 0; r < R; ++r) {
+            for (int t = 0; t < T; ++t) y[t * y_stride + r] = V::sum(sums[r][t]);
+        }
+    }
+
+    // `at(r)` is where the group g of row r lies.
+    template <int R, int T, class At>
+    static inline void multiply(const Spread* x, std::ptrdiff_t g, F (&sums)[R][T], At at) {
+        F x_even[T], x_odd[T];
+        for (int t = 0; t < T; ++t) {
+            x_even[t] = V::load(x[t] + kGroup * g);
+            x_odd[t] = V::load(x[t] + kGroup * g + kLanes);
+        }
+        for (int r = 0; r < R; ++r) {
+            F w_even, w_odd;
+            V::bf16_pairs(at(r), w_even, w_odd);
+            for (int t = 0; t < T; ++t) {
+                sums[r][t] = V::fma(w_odd, x_odd[t], V::fma(w_even, x_even[t], sums[r][t]));
+            }
+        }
+    }
+
+    template <int R>
+    static void bf16_some_rows(const std::uint8_t* w, const Bf16Rows& weight, const Spread* x,
+                               std::ptrdiff_t tokens, float* y, std::ptrdiff_t y_stride) {
+        std::ptrdiff_t t = 0;
+        const auto run = [&](auto tile, std::ptrdiff_t count) {
+            for (; tokens - t >= count; t += count) {
+                tile(w, weight.stride, weight.columns, x + t, y + t * y_stride, y_stride);
+            }
+        };
+        if constexpr (V::kTokens >= 4) run(bf16_tile<R, 4>, 4);
+        if constexpr (V::kTokens >= 3) run(bf16_tile<R, 3>, 3);
+        run(bf16_tile<R, 2>, 2);
+        run(bf16_tile<R, 1>, 1);
+    }
+
+    static void bf16_rows(const Bf16Rows& weight, std::ptrdiff_t first, std::ptrdiff_t last, const Spread* x,
+                          std::ptrdiff_t tokens, float* y, std::ptrdiff_t y_stride) {
+        std::ptrdiff_t r = first;
+        for (; last - r >= V::kRows; r += V::kRows) {
+            const std::uint8_t* w = weight.data + r * weight.stride;
+            bf16_some_rows<V::kRows>(w, weight, x, tokens, y + r - first, y_stride);
+        }
+        for (; r < last; ++r) {
+            bf16_some_rows<1>(weight.data + r * weight.stride, weight, x, tokens, y + r - first, y_stride);
+        }
+    }
+
+    // --- MXFP4 rows
+
+    // R rows from `row` on times T tokens.
+    template <int R, int T>
+    static void mxfp4_tile(const Mxfp4Rows& weight, std::ptrdiff_t row, const Quantized* x, float* y,
+                           std::ptrdiff_t y_stride) {
+        const std::uint8_t* blocks = weight.blocks + row * weight.block_stride;
+        const std::uint8_t* scales = weight.scales + row * weight.scale_stride;
+        const std::ptrdiff_t held = weight.columns / kBlock, full = held / 4;
+        const std::ptrdiff_t length = quads_of(weight.columns) * kGroup;
+        F sums[R][T];
+        for (int r = 0; r < R; ++r) {
+            for (int t = 0; t < T; ++t) sums[r][t] = V::zero();
+        }
+        for (std::ptrdiff_t q = 0; q < full; ++q) {
+            multiply_codes<R, T>(x, q, length, sums, [&](int r, auto use) {
+                const std::uint8_t* from = blocks + r * weight.block_stride + q * 4 * kBlockBytes;
+                fetch(from + kAhead);
+                std::uint32_t four;
+                __builtin_memcpy(&four, scales + r * weight.scale_stride + 4 * q, sizeof four);
+                use(V::codes(from), V::scales(four));
+            });
+        }
+        if (full * 4 < held) {
+            multiply_codes<R, T>(x, full, length, sums, [&](int r, auto use) {
+                const std::uint8_t* from = blocks + r * weight.block_stride + full * 4 * kBlockBytes;
+                std::uint32_t some = 0;
+                for (int i = 0; i < static_cast<int>(held - full * 4); ++i) {
+                    some |= std::uint32_t{scales[r * weight.scale_stride + full * 4 + i]} << (8 * i);
+                }
+                use(V::codes_of(from, static_cast<int>(held - full * 4)), V::scales(some));
+            });
+        }
+        for (int r = 0; r < R; ++r) {
+            for (int t = 0; t < T; ++t) y[t * y_stride + r] = V::sum(sums[r][t]);
+        }
+    }
+
+    // `with(r, use)` calls use(codes, scales) for quad q of row r.
+    template <int R, int T, class With>
+    static inline void multiply_codes(const Quantized* x, std::ptrdiff_t q, std::ptrdiff_t length, F (&sums)[R][T],
+                                      With with) {
+        for (int r = 0; r < R; ++r) {
+            with(r, [&](const typename V::Codes& codes, F scale) {
+                for (int t = 0; t < T; ++t) {
+                    const F factor = V::mul(V::load(x[t].factors + kLanes * q), scale);
+                    const typename V::I whole = V::dot(codes, x[t].planes + kGroup * q, length);
+                    sums[r][t] = V::fma(V::to_float(whole), factor, sums[r][t]);
+                }
+            });
+        }
+    }
+
+    template <int R>
+    static void mxfp4_some_rows(const Mxfp4Rows& weight, std::ptrdiff_t row, const Quantized* x,
+                                std::ptrdiff_t tokens, float* y, std::ptrdiff_t y_stride) {
+        constexpr int kFew = R > 2 ? 2 : R;  // rows at once where tokens take up the registers
+        const auto in_parts = [&](auto tile, std::ptrdiff_t t) {
+            for (int r = 0; r < R; r += kFew) tile(weight, row + r, x + t, y + t * y_stride + r, y_stride);
+        };
+        std::ptrdiff_t t = 0;
+        for (; tokens - t >= 4; t += 4) in_parts(mxfp4_tile<kFew, 4>, t);
+        if (tokens - t == 3) in_parts(mxfp4_tile<kFew, 3>, t);
+        if (tokens - t == 2) mxfp4_tile<R, 2>(weight, row, x + t, y + t * y_stride, y_stride);
+        if (tokens - t == 1) mxfp4_tile<R, 1>(weight, row, x + t, y + t * y_stride, y_stride);
+    }
+
+    static void mxfp4_rows(const Mxfp4Rows& weight, std::ptrdiff_t first, std::ptrdiff_t last,
+                           const Quantized* x, std::ptrdiff_t tokens, float* y, std::ptrdiff_t y_stride) {
+        std::ptrdiff_t r = first;
+        for (; last - r >= V::kPackedRows; r += V::kPackedRows) {
+            mxfp4_some_rows<V::kPackedRows>(weight, r, x, tokens, y + r - first, y_stride);
+        }
+        for (; r < last; ++r) mxfp4_some_rows<1>(weight, r, x, tokens, y + r - first, y_stride);
+    }
+
+    // --- BF16 columns
+
+    static void bf16_transposed(const Bf16Rows& weight, std::ptrdiff_t first, std::ptrdiff_t last,
+                                const float* const* x, std::ptrdiff_t tokens, float* y,
+                                std::ptrdiff_t y_stride) {
+        constexpr std::ptrdiff_t kDepth = 8;  // columns between a load and a store of the sums
+        for (std::ptrdiff_t t = 0; t < tokens; ++t) {
+            __builtin_memset(y + t * y_stride, 0, static_cast<std::size_t>(last - first) * sizeof(float));
+        }
+        std::ptrdiff_t c = 0;
+        for (; weight.columns - c >= kDepth; c += kDepth) {
+            transposed_some<kDepth>(weight, c, first, last, x, tokens, y, y_stride);
+        }
+        for (; c < weight.columns; ++c) transposed_some<1>(weight, c, first, last, x, tokens, y, y_stride);
+    }
+
+    template <int D>
+    static void transposed_some(const Bf16Rows& weight, std::ptrdiff_t c, std::ptrdiff_t first,
+                                std::ptrdiff_t last, const float* const* x, std::ptrdiff_t tokens, float* y,
+                                std::ptrdiff_t y_stride) {
+        for (std::ptrdiff_t r = first; r < last; r += kLanes) {
+            const std::ptrdiff_t count = smaller(kLanes, last - r);
+            F w[D];
+            for (int d = 0; d < D; ++d) {
+                const std::uint8_t* from = weight.data + (c + d) * weight.stride + 2 * r;
+                if ((r - first) % (2 * kLanes) == 0) fetch(from + D * weight.stride);
+                w[d] = count == kLanes ? V::bf16(from) : bf16_partial(from, count);
+            }
+            for (std::ptrdiff_t t = 0; t < tokens; ++t) {
+                float* into = y + t * y_stride + r - first;
+                F sums = count == kLanes ? V::load(into) : partial(into, count);
+                for (int d = 0; d < D; ++d) sums = V::fma(V::set(x[t][c + d]), w[d], sums);
+                if (count == kLanes) {
+                    V::store(into, sums);
+                } else {
+                    store_partial(into, sums, count);
+                }
+            }
+        }
+    }
+
+    // --- between products
+
+    static void swiglu(const float* h, std::ptrdiff_t units, float limit, float alpha, float* z) {
+        const F one = V::set(1.0f);
+        for (std::ptrdiff_t i = 0; i < units; i += kLanes) {
+            const std::ptrdiff_t count = smaller(kLanes, units - i);
+            float gates[kLanes] = {}, ups[kLanes] = {};
+            for (std::ptrdiff_t j = 0; j < count; ++j) {
+                gates[j] = h[2 * (i + j)];
+                ups[j] = h[2 * (i + j) + 1];
+            }
+            // The value last, so that NaN stays NaN.
+            const F gate = V::min(V::set(limit), V::load(gates));
+            const F up = V::max(V::set(-limit), V::min(V::set(limit), V::load(ups)));
+            const F fading = exp(V::mul(V::set(-alpha), gate));
+            const F value = V::mul(V::add(up, one), V::div(gate, V::add(one, fading)));
+            store_partial(z + i, value, count);
+        }
+    }
+
+    static void rms_norm(const float* x, const std::uint8_t* weight, std::ptrdiff_t columns, float eps,
+                         float* y) {
+        F squares = V::zero();
+        for (std::ptrdiff_t c = 0; c < columns; c += kLanes) {
+            const std::ptrdiff_t count = smaller(kLanes, columns - c);
+            const F value = count == kLanes ? V::load(x + c) : partial(x + c, count);
+            squares = V::fma(value, value, squares);
+        }
+        const float mean = V::sum(squares) / static_cast<float>(columns);
+        const F scale = V::set(1.0f / __builtin_sqrtf(mean + eps));
+        for (std::ptrdiff_t c = 0; c < columns; c += kLanes) {
+            const std::ptrdiff_t count = smaller(kLanes, columns - c);
+            const bool all = count == kLanes;
+            const F value = V::mul(all ? V::load(x + c) : partial(x + c, count), scale);
+            const F loud = all ? V::bf16(weight + 2 * c) : bf16_partial(weight + 2 * c, count);
+            store_partial(y + c, V::mul(value, loud), count);
+        }
+    }
+
+    // --- attention
+
+    // Sixteen values of a head from value d on, of float32 or BF16; zeros after the head's last.
+    template <bool Wide>
+    static inline F head_part(const std::uint8_t* head, std::ptrdiff_t d, std::ptrdiff_t head_dim) {
+        const std::uint8_t* from = head + d * (Wide ? 4 : 2);
+        const std::ptrdiff_t count = smaller(kLanes, head_dim - d);
+        if constexpr (Wide) {
+            const float* floats = reinterpret_cast<const float*>(from);
+            return count == kLanes ? V::load(floats) : partial(floats, count);
+        } else {
+            return count == kLanes ? V::bf16(from) : bf16_partial(from, count);
+        }
+    }
+
+    // D: the head's sixteens where they are known when compiling, so that they stay in registers; else 0.
+    template <bool Wide, int D>
+    static void scores_of(const float* q, const AttentionSpan& span, float* scores) {
+        const std::ptrdiff_t head_dim = D ? D * kLanes : span.head_dim;
+        const std::uint8_t* query = reinterpret_cast<const std::uint8_t*>(q);
+        for (std::ptrdiff_t i = 0; i < span.count; ++i) {
+            const std::uint8_t* key = span.keys + span.slots[i] * span.key_stride;
+            F sums = V::zero();
+            for (std::ptrdiff_t d = 0; d < head_dim; d += kLanes) {
+                sums = V::fma(head_part<true>(query, d, head_dim), head_part<Wide>(key, d, head_dim), sums);
+            }
+            scores[i] = V::sum(sums);
+        }
+    }
+
+    template <bool Wide, int D>
+    static void mix(const float* weights, const AttentionSpan& span, F share, float* out) {
+        constexpr int kAtOnce = D ? D : 1;
+        const std::ptrdiff_t head_dim = D ? D * kLanes : span.head_dim;
+        for (std::ptrdiff_t d = 0; d < head_dim; d += kAtOnce * kLanes) {
+            F mixed[kAtOnce];
+            for (int j = 0; j < kAtOnce; ++j) mixed[j] = V::zero();
+            for (std::ptrdiff_t i = 0; i < span.count; ++i) {
+                const std::uint8_t* value = span.values + span.slots[i] * span.value_stride;
+                const F weight = V::set(weights[i]);
+                for (int j = 0; j < kAtOnce; ++j) {
+                    mixed[j] = V::fma(weight, head_part<Wide>(value, d + j * kLanes, head_dim), mixed[j]);
+                }
+            }
+            for (int j = 0; j < kAtOnce; ++j) {
+                const std::ptrdiff_t start = d + j * kLanes;
+                store_partial(out + start, V::mul(mixed[j], share), smaller(kLanes, head_dim - start));
+            }
+        }
+    }
+
+    template <bool Wide, int D>
+    static void attend_over(const float* q, float sink, const AttentionSpan& span, float* scores, float* out) {
+        const F factor = V::set(1.0f / __builtin_sqrtf(static_cast<float>(span.head_dim)));
+        scores_of<Wide, D>(q, span, scores);
+        const std::ptrdiff_t padded = (span.count + kLanes - 1) / kLanes * kLanes;
+        for (std::ptrdiff_t i = span.count; i < padded; ++i) scores[i] = -__builtin_inff();
+        F tops = V::set(sink);
+        for (std::ptrdiff_t i = 0; i < padded; i += kLanes) {
+            const F scaled = V::mul(V::load(scores + i), factor);
+            V::store(scores + i, scaled);
+            tops = V::max(tops, scaled);
+        }
+        float held[kLanes], top = sink;
+        V::store(held, tops);
+        for (float value : held) top = value > top ? value : top;
+        F totals = V::zero();
+        for (std::ptrdiff_t i = 0; i < padded; i += kLanes) {
+            V::store(held, exp(V::sub(V::load(scores + i), V::set(top))));
+            for (std::ptrdiff_t j = smaller(kLanes, span.count - i); j < kLanes; ++j) held[j] = 0.0f;
+            const F kept = V::load(held);
+            V::store(scores + i, kept);
+            totals = V::add(totals, kept);
+        }
+        V::store(held, exp(V::set(sink - top)));
+        mix<Wide, D>(scores, span, V::set(1.0f / (V::sum(totals) + held[0])), out);
+    }
+
+    static void attend(const float* q, float sink, const AttentionSpan& span, float* scores, float* out) {
+        const auto over = span.head_dim == 4 * kLanes ? (span.wide ? attend_over<true, 4> : attend_over<false, 4>)
+                                                      : (span.wide ? attend_over<true, 0> : attend_over<false, 0>);
+        over(q, sink, span, scores, out);
+    }
+
+    static constexpr Kernels set(const char* name) {
+        return {name,   spread,  quantize, bf16_rows, mxfp4_rows, bf16_transposed,
+                swiglu, rms_norm, attend};
+    }
+};
+
+}  // namespace
+}  // namespace moe_surgery::cpu
