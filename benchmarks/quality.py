@@ -147,6 +147,37 @@ def table(rows: Sequence[Row], domains: Sequence[str], figure: str, kept: int, d
     return [*lines, line(f"mean of {len(SEEDS)} seeds", "random")]
 
 
+def reading(rows: Sequence[Row], domains: Sequence[str]) -> list[str]:
+    """What the figures say, counted over domains x sizes."""
+
+    def kl(domain: str, kept: int, scope: str, method: str) -> float:
+        return mean_of(rows, "kl", domain=domain, kept=kept, scope=scope, method=method)
+
+    cells = [(d, k) for d in domains for k in KEPT]
+    wins = {
+        m: sum(kl(d, k, "own", m) == min(kl(d, k, "own", n) for n in METHODS) for d, k in cells)
+        for m in METHODS
+    }
+    lines = [f"Of {len(cells)} pairs of domain and size (ties count for each):", ""]
+    lines.append(
+        "- least KL: " + ", ".join(f"{m} {n}" for m, n in sorted(wins.items(), key=lambda w: -w[1]) if n)
+    )
+    for method in (*METRICS, METHOD):
+        own = sum(kl(d, k, "own", method) < kl(d, k, "general", method) for d, k in cells)
+        drawn = [mean_of(rows, "kl", domain=d, kept=k, scope="random") for d, k in cells]
+        chance = sum(kl(d, k, "own", method) < r for (d, k), r in zip(cells, drawn, strict=True))
+        lines.append(f"- {method}: the domain's own plan beats the general one in {own}, random in {chance}")
+    published = {
+        k: min(METRICS, key=lambda m: summary.mean(kl(d, k, "own", m) for d in domains)) for k in KEPT
+    }
+    for kept, best in published.items():
+        ours, theirs = (summary.mean(kl(d, kept, "own", m) for d in domains) for m in (METHOD, best))
+        lines.append(
+            f"- {kept} kept: {METHOD} {ours:.4f}, best metric {best} {theirs:.4f}, ratio {ours / theirs:.3f}"
+        )
+    return lines
+
+
 def as_markdown(report: Row) -> str:
     rows, domains = report["rows"], report["domains"]
     assert isinstance(rows, list)
@@ -161,6 +192,7 @@ def as_markdown(report: Row) -> str:
         lines.append(f"| {method} | " + " | ".join(f"{v:.4f}" for v in values) + " |")
     values = [mean_of(rows, "kl", scope="random", kept=kept) for kept in KEPT]
     lines.append("| random | " + " | ".join(f"{v:.4f}" for v in values) + " |")
+    lines += ["", *reading(rows, domains)]
     for kept in KEPT:
         lines += ["", f"## {kept} experts kept: KL divergence, nats a token", ""]
         lines += table(rows, domains, "kl", kept)
@@ -181,8 +213,8 @@ def draw(report: Row, file: Path) -> None:
     for axis, domain in zip(axes, domains, strict=True):
         for method in METHODS:
             values = [mean_of(rows, "kl", domain=domain, scope="own", method=method, kept=k) for k in KEPT]
-            width = 2.4 if method == METHOD else 1.0
-            axis.plot(KEPT, values, marker=styles[method], linewidth=width, label=method)
+            mine = {"color": "black", "linewidth": 2.4} if method == METHOD else {"linewidth": 1.0}
+            axis.plot(KEPT, values, marker=styles[method], label=method, **mine)
         draws = [
             [mean_of(rows, "kl", domain=domain, scope="random", method=str(s), kept=k) for k in KEPT]
             for s in SEEDS
@@ -191,18 +223,26 @@ def draw(report: Row, file: Path) -> None:
         axis.fill_between(KEPT, low, high, alpha=0.25, color="grey", label="random, 5 seeds")
         axis.set(title=domain, xlabel="experts kept", yscale="log", xticks=KEPT)
     axes[0].set_ylabel("KL from the full model, nats a token")
-    axes[-1].legend(fontsize=7)
+    figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.savefig(file, dpi=150)
 
 
 @click.command(help=__doc__)
-@click.option("--texts", type=click.Path(path_type=Path, exists=True), required=True)
+@click.option("--texts", type=click.Path(path_type=Path, exists=True))
 @click.option("--checkpoint", default="example:tiny", show_default=True)
+@click.option("--redraw", is_flag=True, help="Write table and plot again from the results that are there.")
 @click.option("--max-tokens", default=4000, show_default=True, help="Most tokens of a domain to measure on.")
-def main(texts: Path, checkpoint: str, max_tokens: int) -> None:
+def main(texts: Path | None, checkpoint: str, max_tokens: int, redraw: bool) -> None:
+    if redraw:
+        report = json.loads((RESULTS / "quality.json").read_text())
+        (RESULTS / "quality.md").write_text(as_markdown(report))
+        draw(report, RESULTS / "quality.png")
+        return
+    if texts is None:
+        raise click.UsageError("--texts FOLDER is missing")
     torch.set_num_threads(1)  # so small a model only loses by more
     with tempfile.TemporaryDirectory() as folder:
-        report: Row = {
+        report = {
             "how": f"python benchmarks/quality.py on {checkpoint}: chosen on the first half of the documents, "
             f"measured on at most {max_tokens} tokens of the second; bold: the least of its column.",
             "date": time.strftime("%Y-%m-%d"),

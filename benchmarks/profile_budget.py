@@ -1,0 +1,124 @@
+"""profile on a full-size checkpoint inside a memory cgroup, beside what its reads and sums must cost.
+
+    python benchmarks/profile_budget.py --work FOLDER [--tokens 4096] [--limit 2GiB]
+
+FOLDER/full is made (13.8 GB) where it is not there, and given a tokenizer. The bound is the larger of
+two times: all weights but the unembedding read once at the rate at which the checkpoint's file is read
+here, and the products' operations at the rate of a large BF16 matrix product of torch here, both
+measured in this run.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import click
+from cgroup import enter_command, memory_cgroup
+from machine import describe_machine
+from make_checkpoint import Shape, make_checkpoint
+from make_tokenizer import make_tokenizer
+
+from moe_surgery import inspect
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def read_rate(file: Path, nbytes: int = 2 << 30) -> float:
+    """Bytes a second of reading the start of `file` once, a MiB at a time."""
+    done, start = 0, time.perf_counter()
+    with open(file, "rb", buffering=0) as opened:
+        buffer = bytearray(1 << 20)
+        while done < nbytes and (count := opened.readinto(buffer)):
+            done += count
+    return done / (time.perf_counter() - start)
+
+
+def product_rate(size: int = 2880) -> float:
+    """Operations a second of a BF16 product of torch, the best of five."""
+    import torch
+
+    a, b = torch.randn(1024, size).bfloat16(), torch.randn(size, 2 * size).bfloat16()
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - start)
+    return 2 * 1024 * size * 2 * size / min(times)
+
+
+def operations(tokens: int, shape: Shape) -> float:
+    """Multiplications and additions of all products but attention's scores and the unembedding."""
+    query, key_value = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    attention = shape.hidden * (2 * query + 2 * key_value)
+    experts = shape.top_k * 3 * shape.hidden * shape.intermediate
+    return 2.0 * tokens * shape.layers * (attention + experts + shape.hidden * shape.experts)
+
+
+def run(full: Path, text: Path, tokens: int, out: Path, limit: int) -> dict[str, float]:
+    command = [sys.executable, "-m", "moe_surgery", "profile", str(full), "--texts", str(text)]
+    command += ["--max-tokens", str(tokens), "--batch-tokens", str(tokens), "-o", str(out), "-q"]
+    with memory_cgroup(limit) as group:
+        if group is None:
+            raise click.ClickException("needs root and a memory cgroup")
+        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+        start = time.perf_counter()
+        subprocess.run(enter_command(group[0], command), check=True)
+        seconds = time.perf_counter() - start
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return {
+            "seconds": seconds,
+            "processor_seconds": used.ru_utime - before,
+            "peak_rss_mib": used.ru_maxrss / 1024,
+            "charged_peak_mib": int(group[1].read_text()) / (1 << 20),
+        }
+
+
+@click.command(help=__doc__)
+@click.option("--work", type=click.Path(path_type=Path), required=True)
+@click.option("--tokens", default=4096, show_default=True)
+@click.option("--limit", default=2 << 30, show_default=True, help="Bytes of memory allowed.")
+def main(work: Path, tokens: int, limit: int) -> None:
+    full, text = work / "full", work / "profile.txt"
+    if not full.exists():
+        make_checkpoint(full, Shape(), 3)
+    if not (full / "tokenizer.json").exists():
+        make_tokenizer(full, Shape().vocabulary)
+    library = Path(sysconfig.get_paths()["stdlib"])
+    text.write_text("".join(f.read_text() for f in sorted(library.glob("a*.py"))))
+    weights = inspect(full)
+    read = weights.nbytes - weights.parts["embedding and unembedding"]
+    rates = {"read": read_rate(max(full.glob("*.safetensors"))), "products": product_rate()}
+    found = run(full, text, tokens, work / "profile.stats", limit)
+    bound = max(read / rates["read"], operations(tokens, Shape()) / rates["products"])
+    report = {
+        "how": f"python benchmarks/profile_budget.py --tokens {tokens}, in a memory cgroup of "
+        f"{limit / (1 << 30):.2f} GiB, bfloat16, default backend.",
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": describe_machine(work),
+        "figures": {
+            **found,
+            "bytes_read_gb": read / 1e9,
+            "read_gb_per_second": rates["read"] / 1e9,
+            "teraoperations": operations(tokens, Shape()) / 1e12,
+            "gigaoperations_per_second": rates["products"] / 1e9,
+            "bound_seconds": bound,
+            "times_the_bound": found["seconds"] / bound,
+        },
+    }
+    (RESULTS / "profile_budget.json").write_text(json.dumps(report, indent=1) + "\n")
+    lines = ["# profile on a full-size checkpoint", "", report["how"], ""]
+    lines += [f"- {name}: {value}" for name, value in report["machine"].items()]
+    lines += ["", "| figure | value |", "|---|---|"]
+    lines += [f"| {name} | {value:.4g} |" for name, value in report["figures"].items()]
+    (RESULTS / "profile_budget.md").write_text("\n".join(lines) + "\n")
+    click.echo("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
