@@ -9,7 +9,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.ready
-NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.inl)
+NATIVE_SOURCES := $(wildcard $(addprefix csrc/,*.cpp *.hpp *.inl cpu/*.cpp cpu/*.hpp cpu/*.inl))
 WORK ?= $(or $(TMPDIR),/var/tmp)/moe-surgery-bench
 
 .PHONY: demo test lint aot bench gpu clean

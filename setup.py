@@ -25,11 +25,12 @@ from setuptools.command.build_ext import build_ext
 
 Compile = Callable[..., list[str]]
 
-CORE = Path("csrc")
+CORE = (Path("csrc"), Path("csrc/cpu"))
 FLAGS = [
     "-std=c++17",
     "-fvisibility=hidden",
     "-fno-strict-aliasing",
+    "-ffp-contract=off",
     "-ffunction-sections",
     "-fdata-sections",
 ]
@@ -65,8 +66,10 @@ def native_extension() -> Extension:
         link = ["-Wl,-s", "-Wl,--gc-sections"]
     return Extension(
         "moe_surgery._native",
-        sources=[str(path) for path in sorted(CORE.glob("*.cpp"))],
-        depends=[str(path) for pattern in ("*.hpp", "*.inl") for path in sorted(CORE.glob(pattern))],
+        sources=[str(path) for folder in CORE for path in sorted(folder.glob("*.cpp"))],
+        depends=[
+            str(path) for folder in CORE for kind in ("*.hpp", "*.inl") for path in sorted(folder.glob(kind))
+        ],
         extra_compile_args=[*FLAGS, *(SANITIZE if sanitize else RELEASE)],
         extra_link_args=link,
         language="c++",

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/bindings.hpp"
 #include "dispatch.hpp"
 #include "mxfp4.hpp"
 
@@ -131,7 +132,7 @@ std::vector<std::string> instruction_sets() {
 
 NB_MODULE(_native, module) {
     namespace mxfp4 = moe_surgery::mxfp4;
-    module.doc() = "MXFP4 <-> BF16 kernels; moe_surgery.formats.mxfp4 is the public interface.";
+    module.doc() = "MXFP4 <-> BF16 kernels (see moe_surgery.formats.mxfp4) and CPU kernels of the runtime (see moe_surgery.kernels.native).";
     module.def("instruction_sets", &mxfp4::instruction_sets,
                "Names that `isa` may have on this machine, best first.");
     module.def("decode", &mxfp4::decode, "blocks"_a.noconvert(), "scales"_a.noconvert(),
@@ -140,4 +141,5 @@ NB_MODULE(_native, module) {
                "scales"_a.noconvert(), "out"_a.noconvert(), "isa"_a = "");
     module.def("encode_transposed", &mxfp4::encode_transposed, "values"_a.noconvert(),
                "blocks"_a.noconvert(), "scales"_a.noconvert(), "isa"_a = "");
+    moe_surgery::cpu::bind(module);
 }

@@ -17,3 +17,67 @@ def decode_transposed(
 def encode_transposed(
     values: NDArray[np.uint16], blocks: NDArray[np.uint8], scales: NDArray[np.uint8], isa: str = ""
 ) -> tuple[int, float, float, tuple[int, int] | None]: ...
+
+# The CPU kernels, for moe_surgery.kernels.native alone: tensors are addresses, strides are bytes, nothing
+# is checked. (weight, row stride, rows, columns, bias or 0, y) is a product.
+Product = tuple[int, int, int, int, int, int]
+
+class ExpertMatrix: ...
+
+class Engine:
+    def __init__(self, isa: str, threads: int) -> None: ...
+    @property
+    def isa(self) -> str: ...
+    @property
+    def threads(self) -> int: ...
+    def products(self, x: int, tokens: int, products: list[Product]) -> None: ...
+    def route(self, x: int, tokens: int, router: Product, top_k: int, ids: int, weights: int) -> None: ...
+    def experts(
+        self,
+        x: int,
+        ids: int,
+        weights: int,
+        tokens: int,
+        top_k: int,
+        gate_up: ExpertMatrix,
+        down: ExpertMatrix,
+        limit: float,
+        alpha: float,
+        y: int,
+    ) -> None: ...
+    def rms_norm(self, x: int, tokens: int, columns: int, weight: int, eps: float, y: int) -> None: ...
+    def attend(
+        self,
+        q: int,
+        keys: int,
+        key_strides: tuple[int, int, int],
+        values: int,
+        value_strides: tuple[int, int, int],
+        wide: bool,
+        sinks: int,
+        query_positions: int,
+        key_positions: int,
+        sizes: tuple[int, int, int, int, int, int, int],
+        out: int,
+    ) -> None: ...
+
+def cpu_instruction_sets() -> list[str]: ...
+def packed_matrix(
+    blocks: int,
+    expert_block_stride: int,
+    block_stride: int,
+    scales: int,
+    expert_scale_stride: int,
+    scale_stride: int,
+    experts: int,
+    rows: int,
+    columns: int,
+    bias: int,
+) -> ExpertMatrix: ...
+def dense_matrix(
+    values: int, expert_stride: int, column_stride: int, experts: int, rows: int, columns: int, bias: int
+) -> ExpertMatrix: ...
+def turns(
+    positions: int, count: int, frequencies: int, width: int, scale: float, cos: int, sin: int
+) -> None: ...
+def read_bytes(address: int, bytes: int, threads: int) -> int: ...

@@ -11,7 +11,7 @@ import os
 from functools import cache
 from types import ModuleType
 
-__all__ = ["NATIVE_VARIABLE", "native_module", "native_status"]
+__all__ = ["NATIVE_VARIABLE", "native_module", "native_reason", "native_status"]
 
 NATIVE_VARIABLE = "MOE_SURGERY_NATIVE"
 
@@ -21,13 +21,20 @@ def native_module() -> ModuleType | None:
     return None if _disabled() else _load()[0]
 
 
+def native_reason() -> str | None:
+    """Return why there is no extension to use, or None."""
+    if _disabled():
+        return f"disabled by {NATIVE_VARIABLE}={os.environ[NATIVE_VARIABLE]}"
+    module, reason = _load()
+    return f"not available ({reason})" if module is None else None
+
+
 def native_status() -> str:
     """Return one line that says which instruction sets are in use, or why there is no extension."""
-    if _disabled():
-        return f"disabled by {NATIVE_VARIABLE}={os.environ[NATIVE_VARIABLE]}; numpy is used"
-    module, reason = _load()
-    if module is None:
-        return f"not available ({reason}); numpy is used"
+    if (reason := native_reason()) is not None:
+        return f"{reason}; numpy is used"
+    module, _ = _load()
+    assert module is not None
     names: list[str] = module.instruction_sets()
     return f"{names[0]} (available: {', '.join(names)})"
 

@@ -1,4 +1,4 @@
-"""The MoE operations (route, experts) behind one interface, and the choice of who carries them out."""
+"""The operations of a decoder layer behind one interface, and the choice of who carries them out."""
 
 from __future__ import annotations
 
@@ -10,17 +10,24 @@ from moe_surgery.kernels.reference import ReferenceBackend
 
 __all__ = ["BACKENDS", "Backend", "backend_states", "select_backend"]
 
-BACKENDS = ("reference", "triton")
+BACKENDS = ("reference", "native", "triton")
 
 
 def select_backend(device: torch.device, name: str | None = None) -> Backend:
-    """The backend called `name`, or the best one for `device`.
+    """The backend called `name`, or the best one for `device`: triton on CUDA, native on the CPU, where
+    they work, else reference.
 
     Raises UsageError for an unknown name and for a backend that cannot run here; one that was asked
     for is never replaced by another.
     """
     if name is not None and name not in BACKENDS:
         raise UsageError(f"--backend {name}: unknown; known: {', '.join(BACKENDS)}")
+    if name == "native" or (name is None and device.type == "cpu" and _native_reason() is None):
+        if device.type != "cpu":
+            raise UsageError(f"--backend native: runs on the CPU, not on {device}")
+        from moe_surgery.kernels.native import NativeBackend
+
+        return NativeBackend()
     if name == "triton" or (name is None and device.type == "cuda" and _triton_reason() is None):
         if (reason := _triton_reason()) is not None:
             raise UsageError(f"--backend triton: {reason}")
@@ -34,9 +41,26 @@ def select_backend(device: torch.device, name: str | None = None) -> Backend:
 
 
 def backend_states() -> dict[str, str]:
-    """Backend -> "yes", or why it does not work here."""
-    reason = _triton_reason()
-    return {"reference": "yes", "triton": "yes" if reason is None else f"no: {reason}"}
+    """Backend -> "yes" and when it is chosen, or why it does not work here."""
+    native, triton = _native_reason(), _triton_reason()
+    return {
+        "reference": "yes",
+        "native": f"yes: {_native_details()}" if native is None else f"no: {native}",
+        "triton": "yes" if triton is None else f"no: {triton}",
+    }
+
+
+def _native_details() -> str:
+    from moe_surgery.kernels.native import NativeBackend
+
+    backend = NativeBackend()
+    return f"{backend.isa}, threads: {backend.threads}; chosen on the CPU unless --backend says otherwise"
+
+
+def _native_reason() -> str | None:
+    from moe_surgery.kernels.native import availability
+
+    return availability()
 
 
 def _triton_reason() -> str | None:

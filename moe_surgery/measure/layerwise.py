@@ -10,8 +10,6 @@ from torch.nn import functional as F
 
 from moe_surgery.kernels import Backend
 from moe_surgery.measure.states import HiddenStates
-from moe_surgery.runtime.attention import attend, visible
-from moe_surgery.runtime.linear import linear, rms_norm
 from moe_surgery.runtime.model import Layer, Model
 from moe_surgery.runtime.rope import rotate
 
@@ -40,16 +38,18 @@ def apply_attention(model: Model, number: int, layer: Layer, states: HiddenState
         x = states[start:stop]
         lengths = states.lengths[first:last]
         positions = torch.cat([torch.arange(n, device=x.device) for n in lengths])
-        cos, sin = (a[:, None] for a in model.rope(positions))  # [tokens, 1, head_dim / 2]
-        h = rms_norm(x, layer.attention_norm, c.eps)
-        q = rotate(layer.q(h).view(len(x), c.heads, c.head_dim), cos, sin)
-        k = rotate(layer.k(h).view(len(x), c.kv_heads, c.head_dim), cos, sin)
-        v = layer.v(h).view(len(x), c.kv_heads, c.head_dim)
-        split = (torch.split(a, lengths) for a in (q, k, v))
+        backend, window = model.backend, c.windows[number]
+        cos, sin = (a[:, None] for a in model.rope(positions, backend))  # [tokens, 1, head_dim / 2]
+        h = backend.rms_norm(x, layer.attention_norm, c.eps)
+        q, k, v = (
+            y.view(len(x), -1, c.head_dim)
+            for y in backend.linears(h, [layer.q.pair, layer.k.pair, layer.v.pair])
+        )
+        split = (torch.split(a, lengths) for a in (rotate(q, cos, sin), rotate(k, cos, sin), v))
         mixed = [
-            _attended(q1, k1, v1, layer.sinks, c.windows[number]) for q1, k1, v1 in zip(*split, strict=True)
+            _attended(backend, q1, k1, v1, layer.sinks, window) for q1, k1, v1 in zip(*split, strict=True)
         ]
-        states[start:stop] = x + layer.o(torch.cat(mixed))
+        states[start:stop] = x + backend.linear(torch.cat(mixed), *layer.o.pair)
 
 
 @torch.inference_mode()
@@ -57,7 +57,7 @@ def choose_experts(
     model: Model, layer: Layer, states: HiddenStates, where: slice
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The experts' input [tokens, hidden] for the rows `where`, and the router's ids and weights."""
-    x = rms_norm(states[where], layer.mlp_norm, model.config.eps)
+    x = model.backend.rms_norm(states[where], layer.mlp_norm, model.config.eps)
     return (x, *_routed(model.backend, layer, x))
 
 
@@ -75,7 +75,8 @@ def apply_experts(model: Model, layer: Layer, states: HiddenStates) -> Tensor:
 @torch.inference_mode()
 def logits_of(model: Model, x: Tensor) -> Tensor:
     """Logits float32 [rows, vocabulary] of hidden states after the last layer."""
-    return linear(rms_norm(x, model.norm, model.config.eps), model.unembedding).float()
+    x = model.backend.rms_norm(x, model.norm, model.config.eps)
+    return model.backend.linear(x, model.unembedding).float()
 
 
 def _routed(backend: Backend, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,7 +84,9 @@ def _routed(backend: Backend, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
     return backend.route(x, layer.router.weight, layer.router.bias, layer.top_k)
 
 
-def _attended(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, window: int | None) -> Tensor:
+def _attended(
+    backend: Backend, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, window: int | None
+) -> Tensor:
     """One passage: q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim] -> [tokens, width]."""
     tokens, heads, _ = q.shape
     q, k, v = (a.transpose(0, 1)[None] for a in (q, k, v))
@@ -93,6 +96,6 @@ def _attended(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, window: int | None
     for a in range(0, tokens, step):
         b = min(a + step, tokens)
         first = 0 if window is None else max(0, a - window + 1)
-        seen = visible(positions[:, a:b], positions[:, first:b], window)
-        mixed.append(attend(q[:, :, a:b], k[:, :, first:b], v[:, :, first:b], sinks, seen))
+        given = q[:, :, a:b], k[:, :, first:b], v[:, :, first:b], sinks
+        mixed.append(backend.attend(*given, positions[:, a:b], positions[:, first:b], window))
     return torch.cat(mixed, dim=1)[0]

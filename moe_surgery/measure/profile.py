@@ -11,7 +11,6 @@ from torch import Tensor
 from moe_surgery.measure.corpus import Passage
 from moe_surgery.measure.layerwise import apply_attention, choose_experts, embed
 from moe_surgery.measure.states import TOGETHER, HiddenStates, rows_buffer
-from moe_surgery.runtime.linear import rms_norm
 from moe_surgery.runtime.model import Layer, Model
 from moe_surgery.runtime.view import view_layer
 from moe_surgery.selection.plan import Plan
@@ -106,7 +105,7 @@ def _measure(
 
 def _output(model: Model, layer: Layer, states: HiddenStates, token: Tensor, expert: int) -> Tensor:
     """The output of one expert for some tokens, before its routing weight, [tokens, hidden]."""
-    x = rms_norm(states[token], layer.mlp_norm, model.config.eps)
+    x = model.backend.rms_norm(states[token], layer.mlp_norm, model.config.eps)
     ids = torch.full((len(token), 1), expert, dtype=torch.int64, device=x.device)
     return model.backend.experts(x, ids, torch.ones_like(ids, dtype=x.dtype), layer.experts)
 

@@ -145,7 +145,7 @@ class DecodeStep:
         model, cache, c = self._model, self._cache, self._model.config
         batch, wide = cache.batch, interpreting() or model.dtype != torch.bfloat16
         multiprocessors = chip_of(model.device).multiprocessors
-        cos, sin = model.rope(torch.arange(cache.context, device=model.device))
+        cos, sin = model.rope(torch.arange(cache.context, device=model.device), model.backend)
 
         def buffer(columns: int) -> Tensor:
             return torch.empty((batch, columns), dtype=model.dtype, device=model.device)

@@ -12,10 +12,8 @@ from torch.nn import functional as F
 from moe_surgery.errors import UsageError
 from moe_surgery.kernels import Backend
 from moe_surgery.kernels.weights import ExpertWeights
-from moe_surgery.runtime.attention import attend, visible
 from moe_surgery.runtime.cache import Cache
 from moe_surgery.runtime.config import ModelConfig
-from moe_surgery.runtime.linear import linear, rms_norm
 from moe_surgery.runtime.rope import Rope, rotate
 
 __all__ = ["Layer", "Model", "Projection"]
@@ -33,8 +31,9 @@ class Projection:
     weight: Tensor
     bias: Tensor | None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+    @property
+    def pair(self) -> tuple[Tensor, Tensor | None]:
+        return self.weight, self.bias
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +139,7 @@ class Model:
     def _hidden(self, ids: Tensor, cache: Cache, mask: Tensor | None) -> Tensor:
         """One step through all layers: ids [batch, tokens] -> [batch, tokens, hidden]."""
         positions = cache.begin(ids.shape[1], mask)
-        angles = self.rope(positions)
+        angles = self.rope(positions, self.backend)
         x = F.embedding(ids, self.embedding).to(self.dtype)
         for number, layer in enumerate(self.layers):
             x = x + self._attention(number, layer, x, cache, positions, angles)
@@ -159,21 +158,24 @@ class Model:
     ) -> Tensor:
         c = self.config
         batch, tokens, _ = x.shape
-        h = rms_norm(x, layer.attention_norm, c.eps)
+        h = self.backend.rms_norm(x, layer.attention_norm, c.eps)
         cos, sin = (a[:, None] for a in angles)  # [batch, 1, tokens, head_dim / 2]
-        q = layer.q(h).view(batch, tokens, c.heads, c.head_dim).transpose(1, 2)
-        k = layer.k(h).view(batch, tokens, c.kv_heads, c.head_dim).transpose(1, 2)
-        v = layer.v(h).view(batch, tokens, c.kv_heads, c.head_dim).transpose(1, 2)
+        q, k, v = (
+            y.view(batch, tokens, -1, c.head_dim).transpose(1, 2)
+            for y in self.backend.linears(h, [layer.q.pair, layer.k.pair, layer.v.pair])
+        )
         keys, values, held = cache.update(number, rotate(k, cos, sin), v)
-        seen = visible(positions, held, c.windows[number])
-        return layer.o(attend(rotate(q, cos, sin), keys, values, layer.sinks, seen))
+        q = rotate(q, cos, sin)
+        mixed = self.backend.attend(q, keys, values, layer.sinks, positions, held, c.windows[number])
+        return self.backend.linear(mixed, *layer.o.pair)
 
     def _experts(self, layer: Layer, x: Tensor) -> Tensor:
-        h = rms_norm(x, layer.mlp_norm, self.config.eps).view(-1, self.config.hidden)
+        h = self.backend.rms_norm(x, layer.mlp_norm, self.config.eps).view(-1, self.config.hidden)
         router = layer.router
         assert router.bias is not None
         ids, weights = self.backend.route(h, router.weight, router.bias, layer.top_k)
         return self.backend.experts(h, ids, weights, layer.experts).view(x.shape)
 
     def _logits(self, x: Tensor) -> Tensor:
-        return linear(rms_norm(x, self.norm, self.config.eps), self.unembedding).float()
+        x = self.backend.rms_norm(x, self.norm, self.config.eps)
+        return self.backend.linear(x, self.unembedding).float()

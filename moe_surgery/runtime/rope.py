@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from moe_surgery.kernels import Backend
 from moe_surgery.runtime.config import RopeConfig
 
 __all__ = ["Rope", "rotate"]
@@ -19,10 +20,9 @@ class Rope:
         self._frequencies = inverse_frequencies(config, head_dim).to(device)
         self._scale = config.attention_factor
 
-    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions int [...] -> cos, sin float32 [..., head_dim / 2]."""
-        angles = positions[..., None].float() * self._frequencies
-        return angles.cos() * self._scale, angles.sin() * self._scale
+    def __call__(self, positions: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
+        """positions int64 [...] -> cos, sin float32 [..., head_dim / 2]."""
+        return backend.turns(positions, self._frequencies, self._scale)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 from moe_surgery import Plan, load_model  # noqa: E402
 from moe_surgery.kernels.reference.experts import experts_gathered, experts_grouped  # noqa: E402
 from moe_surgery.kernels.reference.route import route  # noqa: E402
-from moe_surgery.runtime.attention import attend, visible  # noqa: E402
+from moe_surgery.kernels.reference.attention import attend, visible  # noqa: E402
 from moe_surgery.runtime.model import Model  # noqa: E402
 from moe_surgery.runtime.sampling import Sampling, distribution  # noqa: E402
 from tests.runtime.conftest import SMALL, WINDOW  # noqa: E402

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from moe_surgery.kernels.reference.dense import TorchDense
 from moe_surgery.kernels.reference.experts import experts
 from moe_surgery.kernels.reference.route import route
 from moe_surgery.kernels.weights import ExpertWeights
@@ -11,7 +12,7 @@ from moe_surgery.kernels.weights import ExpertWeights
 __all__ = ["ReferenceBackend"]
 
 
-class ReferenceBackend:
+class ReferenceBackend(TorchDense):
     """See `moe_surgery.kernels.interface.Backend`."""
 
     name = "reference"

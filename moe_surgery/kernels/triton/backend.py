@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_surgery.errors import UsageError
+from moe_surgery.kernels.reference.dense import TorchDense
 from moe_surgery.kernels.weights import ExpertWeights
 
 if TYPE_CHECKING:  # importing triton is left until it is known to be there
@@ -18,10 +19,11 @@ __all__ = ["TritonBackend"]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-class TritonBackend:
+class TritonBackend(TorchDense):
     """See `moe_surgery.kernels.interface.Backend`.
 
-    For CUDA tensors, or CPU tensors where Triton interprets (TRITON_INTERPRET=1). At one token a layer is
+    For CUDA tensors, or CPU tensors where Triton interprets (TRITON_INTERPRET=1). What is no mixture's
+    goes to PyTorch; a captured decode step has kernels of its own for it (`kernels.triton.decode`). At one token a layer is
     three launches: route, gate_up, down. Raises UsageError, when made, where `availability` gives a reason,
     and on tensors it does not support. Its launches on one stream may not overlap with each other.
     """

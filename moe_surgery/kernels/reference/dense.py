@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["linear", "rms_norm"]
+from moe_surgery.kernels.reference.attention import attend, visible
+
+__all__ = ["TorchDense", "linear", "rms_norm"]
 
 PIECE_BYTES = 32 << 20
 
@@ -31,3 +35,32 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.float()
     scale = torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + eps)
     return (wide * scale * weight.float()).to(x.dtype)
+
+
+class TorchDense:
+    """The operations of `Backend` that are no mixture's, on plain PyTorch."""
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return linear(x, weight, bias)
+
+    def linears(self, x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+        return [linear(x, weight, bias) for weight, bias in layers]
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return rms_norm(x, weight, eps)
+
+    def turns(self, positions: Tensor, frequencies: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        angles = positions[..., None].float() * frequencies
+        return angles.cos() * scale, angles.sin() * scale
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor,
+        queries: Tensor,
+        keys: Tensor,
+        window: int | None,
+    ) -> Tensor:
+        return attend(q, k, v, sinks, visible(queries, keys, window))

@@ -1,0 +1,74 @@
+// Attention over a cache whose slots are in any order: each query's keys are taken in order of position.
+#include <algorithm>
+
+#include "bits.hpp"
+#include "engine.hpp"
+#include "pool.hpp"
+
+namespace moe_surgery::cpu {
+namespace {
+
+// The slots that a query sees, in order of position; those of all queries of a sequence follow one another.
+struct Seen {
+    std::vector<std::int32_t> slots;
+    std::vector<std::ptrdiff_t> ends;
+};
+
+Seen seen_slots(const Attention& a) {
+    Seen seen;
+    std::vector<std::int32_t> order;
+    for (std::ptrdiff_t b = 0; b < a.batch; ++b) {
+        const std::int64_t* held = a.key_positions + b * a.slots;
+        order.clear();
+        for (std::ptrdiff_t s = 0; s < a.slots; ++s) {
+            if (held[s] >= 0) order.push_back(static_cast<std::int32_t>(s));
+        }
+        const auto earlier = [&](std::int32_t x, std::int32_t y) { return held[x] < held[y]; };
+        if (!std::is_sorted(order.begin(), order.end(), earlier)) std::stable_sort(order.begin(), order.end(), earlier);
+        for (std::ptrdiff_t q = 0; q < a.queries; ++q) {
+            const std::int64_t position = a.query_positions[b * a.queries + q];
+            const std::int64_t first = a.window ? position - a.window + 1 : 0;
+            const auto at = [&](std::int64_t wanted) {
+                return std::lower_bound(order.begin(), order.end(), wanted,
+                                        [&](std::int32_t s, std::int64_t p) { return held[s] < p; });
+            };
+            const auto begin = at(first), end = at(position + 1);
+            if (begin < end) seen.slots.insert(seen.slots.end(), begin, end);
+            seen.ends.push_back(static_cast<std::ptrdiff_t>(seen.slots.size()));
+        }
+    }
+    return seen;
+}
+
+}  // namespace
+
+void Engine::attend(const Attention& a) const {
+    const Seen seen = seen_slots(a);
+    const std::ptrdiff_t group = a.heads / a.kv_heads, all = a.batch * a.queries;
+    // A handful of keys is done before another thread has woken up.
+    const bool small = static_cast<std::ptrdiff_t>(seen.slots.size()) * a.heads * a.head_dim < 1 << 16;
+    const int threads = small ? 1 : threads_;
+    Shares shares(all * a.kv_heads, threads);
+    Pool::shared().run(threads, [&](int thread) {
+        std::vector<float> scores(static_cast<std::size_t>(a.slots + kLanes));
+        shares.work(thread, [&](std::ptrdiff_t piece) {
+            const std::ptrdiff_t which = piece / a.kv_heads, kv_head = piece % a.kv_heads;
+            const std::ptrdiff_t b = which / a.queries, query = which % a.queries;
+            const std::ptrdiff_t begin = which ? seen.ends[static_cast<std::size_t>(which - 1)] : 0;
+            const AttentionSpan span = {a.keys + b * a.key_strides[0] + kv_head * a.key_strides[1],
+                                        a.values + b * a.value_strides[0] + kv_head * a.value_strides[1],
+                                        a.key_strides[2],
+                                        a.value_strides[2],
+                                        seen.slots.data() + begin,
+                                        seen.ends[static_cast<std::size_t>(which)] - begin,
+                                        a.head_dim,
+                                        a.wide};
+            for (std::ptrdiff_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+                kernels_.attend(a.q + ((b * a.heads + head) * a.queries + query) * a.head_dim, a.sinks[head], span,
+                                scores.data(), a.out + (which * a.heads + head) * a.head_dim);
+            }
+        });
+    });
+}
+
+}  // namespace moe_surgery::cpu

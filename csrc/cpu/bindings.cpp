@@ -1,0 +1,154 @@
+// Python binding of the CPU kernels. Tensors come as addresses: a model makes some hundred calls a token,
+// and moe_surgery.kernels.native, their only caller, has checked shapes, dtypes and strides.
+#include "bindings.hpp"
+
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "engine.hpp"
+
+namespace moe_surgery::cpu {
+namespace {
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+using Address = std::uintptr_t;
+using Length = std::ptrdiff_t;
+
+template <class T>
+T* at(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+// weight, row stride in bytes, rows, columns, bias or 0, y
+using ProductTuple = std::tuple<Address, Length, Length, Length, Address, Address>;
+
+void products(const Engine& engine, Address x, Length tokens, const std::vector<ProductTuple>& said) {
+    std::vector<Product> products;
+    for (const auto& [weight, stride, rows, columns, bias, y] : said) {
+        products.push_back({{at<const std::uint8_t>(weight), stride, columns}, rows, at<const std::uint8_t>(bias), at<float>(y)});
+    }
+    nb::gil_scoped_release released;
+    engine.products(at<const float>(x), tokens, products);
+}
+
+// The experts of a layer, described once: see ExpertMatrix. Strides are bytes.
+ExpertMatrix packed_matrix(Address blocks, Length expert_block_stride, Length block_stride, Address scales,
+                           Length expert_scale_stride, Length scale_stride, Length experts, Length rows,
+                           Length columns, Address bias) {
+    ExpertMatrix matrix = {};
+    matrix.packed = true;
+    matrix.mxfp4 = {at<const std::uint8_t>(blocks), block_stride, at<const std::uint8_t>(scales), scale_stride, columns};
+    matrix.expert_block_stride = expert_block_stride;
+    matrix.expert_scale_stride = expert_scale_stride;
+    matrix.experts = experts;
+    matrix.rows = rows;
+    matrix.bias = at<const std::uint8_t>(bias);
+    return matrix;
+}
+
+ExpertMatrix dense_matrix(Address values, Length expert_stride, Length column_stride, Length experts,
+                          Length rows, Length columns, Address bias) {
+    ExpertMatrix matrix = {};
+    matrix.bf16 = {at<const std::uint8_t>(values), column_stride, columns};
+    matrix.expert_stride = expert_stride;
+    matrix.experts = experts;
+    matrix.rows = rows;
+    matrix.bias = at<const std::uint8_t>(bias);
+    return matrix;
+}
+
+void experts(const Engine& engine, Address x, Address ids, Address weights, Length tokens, Length top_k,
+             const ExpertMatrix& gate_up, const ExpertMatrix& down, float limit, float alpha, Address y) {
+    const Choice choice = {at<const std::int64_t>(ids), at<const float>(weights), tokens, top_k};
+    nb::gil_scoped_release released;
+    engine.experts(at<const float>(x), choice, {gate_up, down, limit, alpha}, at<float>(y));
+}
+
+void route(const Engine& engine, Address x, Length tokens, const ProductTuple& router, Length top_k, Address ids,
+           Address weights) {
+    const auto& [weight, stride, rows, columns, bias, logits] = router;
+    nb::gil_scoped_release released;
+    const Product product = {{at<const std::uint8_t>(weight), stride, columns}, rows, at<const std::uint8_t>(bias), at<float>(logits)};
+    engine.products(at<const float>(x), tokens, {product});
+    choose(at<const float>(logits), tokens, rows, top_k, at<std::int64_t>(ids), at<float>(weights));
+}
+
+void rms_norm(const Engine& engine, Address x, Length tokens, Length columns, Address weight, float eps, Address y) {
+    nb::gil_scoped_release released;
+    engine.rms_norm(at<const float>(x), tokens, columns, at<const std::uint8_t>(weight), eps, at<float>(y));
+}
+
+using Strides = std::tuple<Length, Length, Length>;
+// batch, heads, kv_heads, queries, slots, head_dim, window
+using Sizes = std::tuple<Length, Length, Length, Length, Length, Length, Length>;
+
+void attend(const Engine& engine, Address q, Address keys, const Strides& key_strides, Address values,
+            const Strides& value_strides, bool wide, Address sinks, Address query_positions, Address key_positions,
+            const Sizes& sizes, Address out) {
+    Attention a = {};
+    a.q = at<const float>(q);
+    a.keys = at<const std::uint8_t>(keys);
+    a.values = at<const std::uint8_t>(values);
+    std::tie(a.key_strides[0], a.key_strides[1], a.key_strides[2]) = key_strides;
+    std::tie(a.value_strides[0], a.value_strides[1], a.value_strides[2]) = value_strides;
+    a.wide = wide;
+    a.sinks = at<const float>(sinks);
+    a.query_positions = at<const std::int64_t>(query_positions);
+    a.key_positions = at<const std::int64_t>(key_positions);
+    std::tie(a.batch, a.heads, a.kv_heads, a.queries, a.slots, a.head_dim, a.window) = sizes;
+    a.out = at<float>(out);
+    nb::gil_scoped_release released;
+    engine.attend(a);
+}
+
+void turns_at(Address positions, Length count, Address frequencies, Length width, float scale, Address cos,
+              Address sin) {
+    nb::gil_scoped_release released;
+    turns(at<const std::int64_t>(positions), count, at<const float>(frequencies), width, scale, at<float>(cos),
+          at<float>(sin));
+}
+
+std::uint64_t read(Address from, Length bytes, int threads) {
+    nb::gil_scoped_release released;
+    return read_bytes(at<const std::uint8_t>(from), bytes, threads);
+}
+
+std::vector<std::string> names() {
+    std::vector<std::string> found;
+    for (const Kernels* kernels : available_kernels()) found.emplace_back(kernels->name);
+    return found;
+}
+
+}  // namespace
+
+void bind(nb::module_& module) {
+    module.def("cpu_instruction_sets", &names, "Names that `Engine` takes on this machine, best first.");
+    module.def("read_bytes", &read, "address"_a, "bytes"_a, "threads"_a);
+    module.def("turns", &turns_at);
+    nb::class_<ExpertMatrix>(module, "ExpertMatrix");
+    module.def("packed_matrix", &packed_matrix);
+    module.def("dense_matrix", &dense_matrix);
+    nb::class_<Engine>(module, "Engine")
+        .def("__init__",
+             [](Engine* self, const std::string& isa, int threads) {
+                 if (threads < 1) throw std::invalid_argument("threads must be at least 1");
+                 new (self) Engine(select_kernels(isa), threads);
+             },
+             "isa"_a, "threads"_a)
+        .def_prop_ro("isa", [](const Engine& engine) { return engine.kernels().name; })
+        .def_prop_ro("threads", &Engine::threads)
+        .def("products", &products)
+        .def("route", &route)
+        .def("experts", &experts)
+        .def("rms_norm", &rms_norm)
+        .def("attend", &attend);
+}
+
+}  // namespace moe_surgery::cpu

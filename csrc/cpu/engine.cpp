@@ -1,0 +1,149 @@
+#include "engine.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <stdexcept>
+
+#include "bits.hpp"
+#include "pool.hpp"
+
+namespace moe_surgery::cpu {
+namespace {
+
+// A piece of work is about so many bytes of weights.
+constexpr std::ptrdiff_t kPieceBytes = 96 << 10;
+// Tokens whose activations a thread goes through with one piece of weights, so that both stay in its cache.
+constexpr std::ptrdiff_t kTokensAtOnce = 32;
+
+std::vector<const Kernels*> find_kernels() {
+    std::vector<const Kernels*> found;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool wide = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq");
+    if (wide && __builtin_cpu_supports("avx512vnni")) found.push_back(&kAvx512VnniKernels);
+    if (wide) found.push_back(&kAvx512Kernels);
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&kAvx2Kernels);
+#elif defined(__aarch64__)
+    found.push_back(&kNeonKernels);
+#endif
+    found.push_back(&kScalarKernels);
+    return found;
+}
+
+std::ptrdiff_t pieces_of(std::ptrdiff_t rows, std::ptrdiff_t step) { return (rows + step - 1) / step; }
+
+}  // namespace
+
+const std::vector<const Kernels*>& available_kernels() {
+    static const std::vector<const Kernels*> kernels = find_kernels();
+    return kernels;
+}
+
+const Kernels& select_kernels(const std::string& name) {
+    if (name.empty()) return *available_kernels().front();
+    std::string names;
+    for (const Kernels* candidate : available_kernels()) {
+        if (name == candidate->name) return *candidate;
+        names += names.empty() ? candidate->name : std::string(", ") + candidate->name;
+    }
+    throw std::invalid_argument("instruction set '" + name + "' is not available here; available: " + names);
+}
+
+void Engine::products(const float* x, std::ptrdiff_t tokens, const std::vector<Product>& products) const {
+    if (products.empty() || tokens == 0) return;
+    const std::ptrdiff_t columns = products.front().weight.columns, width = groups_of(columns) * kGroup;
+    // Rows of a piece: a multiple of what a kernel takes at once.
+    const std::ptrdiff_t step = std::max<std::ptrdiff_t>(1, kPieceBytes / std::max<std::ptrdiff_t>(1, 24 * columns)) * 12;
+    std::vector<std::ptrdiff_t> ends;
+    for (const Product& product : products) {
+        ends.push_back((ends.empty() ? 0 : ends.back()) + pieces_of(product.rows, step));
+    }
+    std::vector<float> spread(static_cast<std::size_t>(tokens * width));
+    std::vector<Spread> rows(static_cast<std::size_t>(tokens));
+    for (std::ptrdiff_t t = 0; t < tokens; ++t) rows[static_cast<std::size_t>(t)] = spread.data() + t * width;
+
+    Shares spreading(tokens, threads_), multiplying(ends.back(), threads_);
+    Barrier spread_out(threads_);
+    Pool::shared().run(threads_, [&](int thread) {
+        spreading.work(thread, [&](std::ptrdiff_t t) {
+            kernels_.spread(x + t * columns, columns, spread.data() + t * width);
+        });
+        spread_out.wait();
+        multiplying.work(thread, [&](std::ptrdiff_t piece) {
+            const auto which = std::upper_bound(ends.begin(), ends.end(), piece) - ends.begin();
+            const Product& product = products[static_cast<std::size_t>(which)];
+            const std::ptrdiff_t before = which ? ends[static_cast<std::size_t>(which - 1)] : 0;
+            const std::ptrdiff_t first = (piece - before) * step, last = std::min(product.rows, first + step);
+            for (std::ptrdiff_t t = 0; t < tokens; t += kTokensAtOnce) {
+                kernels_.bf16_rows(product.weight, first, last, rows.data() + t, std::min(kTokensAtOnce, tokens - t),
+                                   product.y + t * product.rows + first, product.rows);
+            }
+            if (!product.bias) return;
+            for (std::ptrdiff_t t = 0; t < tokens; ++t) {
+                for (std::ptrdiff_t r = first; r < last; ++r) product.y[t * product.rows + r] += bf16_at(product.bias, r);
+            }
+        });
+    });
+}
+
+void Engine::rms_norm(const float* x, std::ptrdiff_t tokens, std::ptrdiff_t columns, const std::uint8_t* weight,
+                      float eps, float* y) const {
+    const auto one = [&](std::ptrdiff_t t) { kernels_.rms_norm(x + t * columns, weight, columns, eps, y + t * columns); };
+    const int threads = tokens * columns < 1 << 16 ? 1 : threads_;  // else waking others takes longer
+    Shares shares(tokens, threads);
+    Pool::shared().run(threads, [&](int thread) { shares.work(thread, one); });
+}
+
+void choose(const float* logits, std::ptrdiff_t tokens, std::ptrdiff_t experts, std::ptrdiff_t top_k,
+            std::int64_t* ids, float* weights) {
+    std::vector<std::int64_t> order(static_cast<std::size_t>(experts));
+    for (std::ptrdiff_t t = 0; t < tokens; ++t, logits += experts, ids += top_k, weights += top_k) {
+        for (std::ptrdiff_t e = 0; e < experts; ++e) order[static_cast<std::size_t>(e)] = e;
+        std::partial_sort(order.begin(), order.begin() + top_k, order.end(), [&](std::int64_t a, std::int64_t b) {
+            // NaN comes first, as in a descending sort of torch's.
+            const bool a_none = logits[a] != logits[a], b_none = logits[b] != logits[b];
+            if (a_none != b_none) return a_none;
+            return logits[a] > logits[b] || (!(logits[a] < logits[b]) && a < b);
+        });
+        float total = 0.0f;
+        for (std::ptrdiff_t i = 0; i < top_k; ++i) {
+            ids[i] = order[static_cast<std::size_t>(i)];
+            weights[i] = __builtin_expf(logits[ids[i]] - logits[ids[0]]);
+            total += weights[i];
+        }
+        for (std::ptrdiff_t i = 0; i < top_k; ++i) weights[i] /= total;
+    }
+}
+
+void turns(const std::int64_t* positions, std::ptrdiff_t count, const float* frequencies, std::ptrdiff_t width,
+           float scale, float* cos, float* sin) {
+    for (std::ptrdiff_t i = 0; i < count; ++i) {
+        for (std::ptrdiff_t j = 0; j < width; ++j) {
+            const double angle = static_cast<float>(positions[i]) * frequencies[j];
+            *cos++ = static_cast<float>(__builtin_cos(angle)) * scale;
+            *sin++ = static_cast<float>(__builtin_sin(angle)) * scale;
+        }
+    }
+}
+
+std::uint64_t read_bytes(const std::uint8_t* from, std::ptrdiff_t bytes, int threads) {
+    std::atomic<std::uint64_t> total{0};
+    const std::ptrdiff_t piece = 1 << 20;
+    Shares shares(bytes / piece, threads);
+    Pool::shared().run(threads, [&](int thread) {
+        std::uint64_t sums[8] = {};
+        shares.work(thread, [&](std::ptrdiff_t k) {
+            const std::uint8_t* start = from + k * piece;
+            for (std::ptrdiff_t i = 0; i < piece; i += 64) {
+                std::uint64_t words[8];
+                __builtin_memcpy(words, start + i, sizeof words);
+                for (int j = 0; j < 8; ++j) sums[j] += words[j];
+            }
+        });
+        for (std::uint64_t sum : sums) total += sum;
+    });
+    return total;
+}
+
+}  // namespace moe_surgery::cpu

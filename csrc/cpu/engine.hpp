@@ -1,0 +1,107 @@
+// The operations of a model, over one instruction set and a number of threads.
+//
+// Tokens' activations are float32, contiguous rows. Results do not depend on the number of threads, nor on
+// which tokens are computed together.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "kernels.hpp"
+
+namespace moe_surgery::cpu {
+
+// The instruction sets that this processor can run, best first.
+const std::vector<const Kernels*>& available_kernels();
+
+// The one called `name`, or the best for an empty name. Throws std::invalid_argument listing them.
+const Kernels& select_kernels(const std::string& name);
+
+// y [tokens, rows] = x [tokens, columns] times a BF16 weight [rows, columns], plus bias BF16 [rows] if any.
+struct Product {
+    Bf16Rows weight;
+    std::ptrdiff_t rows;
+    const std::uint8_t* bias;
+    float* y;
+};
+
+// A weight per expert, MXFP4 rows or BF16 transposed; `expert_stride` bytes from one expert to the next.
+struct ExpertMatrix {
+    bool packed;
+    Mxfp4Rows mxfp4;
+    std::ptrdiff_t expert_block_stride;
+    std::ptrdiff_t expert_scale_stride;
+    Bf16Rows bf16;  // of a column: `columns` of them, `rows` values each
+    std::ptrdiff_t expert_stride;
+    std::ptrdiff_t experts;
+    std::ptrdiff_t rows;
+    const std::uint8_t* bias;  // BF16 [experts, rows]
+};
+
+struct ExpertLayer {
+    ExpertMatrix gate_up;
+    ExpertMatrix down;
+    float limit;
+    float alpha;
+};
+
+// The chosen experts: ids [tokens, top_k] are places in the stored tensors.
+struct Choice {
+    const std::int64_t* ids;
+    const float* weights;
+    std::ptrdiff_t tokens;
+    std::ptrdiff_t top_k;
+};
+
+// Keys and values [batch, kv_heads, slots, head_dim], inner axis contiguous, strides in bytes.
+struct Attention {
+    const float* q;  // [batch, heads, queries, head_dim], contiguous
+    const std::uint8_t* keys;
+    const std::uint8_t* values;
+    std::ptrdiff_t key_strides[3];
+    std::ptrdiff_t value_strides[3];
+    bool wide;
+    const float* sinks;  // [heads]
+    const std::int64_t* query_positions;  // [batch, queries]
+    const std::int64_t* key_positions;    // [batch, slots], -1 where there is none
+    std::ptrdiff_t batch, heads, kv_heads, queries, slots, head_dim;
+    std::ptrdiff_t window;  // 0 for none
+    float* out;             // [batch, queries, heads * head_dim]
+};
+
+class Engine {
+  public:
+    Engine(const Kernels& kernels, int threads) : kernels_(kernels), threads_(threads) {}
+
+    // Several products of the same activations, as one.
+    void products(const float* x, std::ptrdiff_t tokens, const std::vector<Product>& products) const;
+    // y [tokens, hidden]: the sum over each token's chosen experts, in the order chosen. Throws
+    // std::invalid_argument for an id that is no stored expert's.
+    void experts(const float* x, const Choice& choice, const ExpertLayer& layer, float* y) const;
+    void rms_norm(const float* x, std::ptrdiff_t tokens, std::ptrdiff_t columns, const std::uint8_t* weight,
+                  float eps, float* y) const;
+    void attend(const Attention& attention) const;
+
+    const Kernels& kernels() const { return kernels_; }
+    int threads() const { return threads_; }
+
+  private:
+    const Kernels& kernels_;
+    const int threads_;
+};
+
+// ids and weights [tokens, top_k] from logits [tokens, experts]: the largest, largest first, ties to the
+// lowest index, and the softmax over those alone.
+void choose(const float* logits, std::ptrdiff_t tokens, std::ptrdiff_t experts, std::ptrdiff_t top_k,
+            std::int64_t* ids, float* weights);
+
+// cos and sin of positions [count] times frequencies [width], times scale: [count, width] each.
+void turns(const std::int64_t* positions, std::ptrdiff_t count, const float* frequencies, std::ptrdiff_t width,
+           float scale, float* cos, float* sin);
+
+// The bytes summed as 64-bit words by `threads` threads: the memory's speed, for benchmarks.
+std::uint64_t read_bytes(const std::uint8_t* from, std::ptrdiff_t bytes, int threads);
+
+}  // namespace moe_surgery::cpu

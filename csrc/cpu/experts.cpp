@@ -1,0 +1,190 @@
+// The experts of one layer: every chosen expert's weights are read once, for all tokens that chose it.
+#include <algorithm>
+#include <memory>
+#include <stdexcept>
+#include <string>
+
+#include "bits.hpp"
+#include "engine.hpp"
+#include "pool.hpp"
+
+namespace moe_surgery::cpu {
+namespace {
+
+// Rows of a piece: of gate_up two blocks of the activations between, which its thread quantizes.
+constexpr std::ptrdiff_t kUpRows = 64;
+constexpr std::ptrdiff_t kDownRows = 64;
+// Transposed weights are read in long runs of one column's rows.
+constexpr std::ptrdiff_t kTransposedRows = 1024;
+constexpr std::ptrdiff_t kPairsAtOnce = 16;
+
+// One (token, slot) after the other, by expert: those of an expert are pairs[begin .. end).
+struct Group {
+    std::ptrdiff_t place, begin, end;
+};
+
+struct Pair {
+    std::ptrdiff_t place, token, slot;
+};
+
+std::vector<Pair> sorted_pairs(const Choice& choice) {
+    std::vector<Pair> pairs;
+    pairs.reserve(static_cast<std::size_t>(choice.tokens * choice.top_k));
+    for (std::ptrdiff_t t = 0; t < choice.tokens; ++t) {
+        for (std::ptrdiff_t s = 0; s < choice.top_k; ++s) {
+            pairs.push_back({static_cast<std::ptrdiff_t>(choice.ids[t * choice.top_k + s]), t, s});
+        }
+    }
+    std::stable_sort(pairs.begin(), pairs.end(), [](const Pair& a, const Pair& b) { return a.place < b.place; });
+    return pairs;
+}
+
+std::vector<Group> groups_in(const std::vector<Pair>& pairs) {
+    std::vector<Group> groups;
+    for (std::ptrdiff_t i = 0; i < static_cast<std::ptrdiff_t>(pairs.size()); ++i) {
+        const std::ptrdiff_t place = pairs[static_cast<std::size_t>(i)].place;
+        if (groups.empty() || groups.back().place != place) groups.push_back({place, i, i});
+        groups.back().end = i + 1;
+    }
+    return groups;
+}
+
+// Activations in the form that a matrix takes, one entry a row.
+struct Inputs {
+    Inputs(bool packed, std::ptrdiff_t count, std::ptrdiff_t columns)
+        : packed(packed), columns(columns), width(packed ? quads_of(columns) : columns) {
+        const std::size_t all = static_cast<std::size_t>(count * width);
+        if (packed) {
+            quads.reset(new Quad[all]);
+        } else {
+            floats.reset(new float[all]);
+        }
+    }
+
+    bool packed;
+    std::ptrdiff_t columns, width;
+    std::unique_ptr<Quad[]> quads;
+    std::unique_ptr<float[]> floats;
+};
+
+// h[p - begin][r - first] = rows first..last of the group's expert times the activations of its pairs, plus
+// bias. `of` says which entry of `x` a pair reads.
+template <class Of>
+void multiply(const Kernels& kernels, const ExpertMatrix& matrix, std::ptrdiff_t place, std::ptrdiff_t begin,
+              std::ptrdiff_t end, std::ptrdiff_t first, std::ptrdiff_t last, const Inputs& x, Of of, float* h,
+              std::ptrdiff_t h_stride) {
+    const std::ptrdiff_t count = end - begin;
+    if (matrix.packed) {
+        const Quad* rows[kPairsAtOnce];
+        for (std::ptrdiff_t i = 0; i < count; ++i) rows[i] = x.quads.get() + of(begin + i) * x.width;
+        Mxfp4Rows weight = matrix.mxfp4;
+        weight.blocks += place * matrix.expert_block_stride;
+        weight.scales += place * matrix.expert_scale_stride;
+        kernels.mxfp4_rows(weight, first, last, rows, count, h, h_stride);
+    } else {
+        const float* rows[kPairsAtOnce];
+        for (std::ptrdiff_t i = 0; i < count; ++i) rows[i] = x.floats.get() + of(begin + i) * x.width;
+        Bf16Rows weight = matrix.bf16;
+        weight.data += place * matrix.expert_stride;
+        kernels.bf16_transposed(weight, first, last, rows, count, h, h_stride);
+    }
+    const std::uint8_t* bias = matrix.bias + 2 * place * matrix.rows;
+    for (std::ptrdiff_t i = 0; i < count; ++i) {
+        for (std::ptrdiff_t r = first; r < last; ++r) h[i * h_stride + r - first] += bf16_at(bias, r);
+    }
+}
+
+}  // namespace
+
+void Engine::experts(const float* x, const Choice& choice, const ExpertLayer& layer, float* y) const {
+    const std::vector<Pair> pairs = sorted_pairs(choice);
+    if (pairs.empty()) return;
+    const std::ptrdiff_t stored = std::min(layer.gate_up.experts, layer.down.experts);
+    if (pairs.front().place < 0 || pairs.back().place >= stored) {
+        throw std::invalid_argument("an id of an expert is not below " + std::to_string(stored));
+    }
+    const std::vector<Group> groups = groups_in(pairs);
+    const ExpertMatrix &up = layer.gate_up, &down = layer.down;
+    const std::ptrdiff_t count = static_cast<std::ptrdiff_t>(pairs.size()), experts = static_cast<std::ptrdiff_t>(groups.size());
+    const std::ptrdiff_t hidden = down.rows, units = up.rows / 2;
+    const std::ptrdiff_t columns = up.packed ? up.mxfp4.columns : up.bf16.columns;
+    const std::ptrdiff_t up_rows = up.packed ? kUpRows : kTransposedRows;
+    const std::ptrdiff_t down_rows = down.packed ? kDownRows : kTransposedRows;
+
+    Inputs inputs(up.packed, choice.tokens, columns), between(down.packed, count, units);
+    // The units of a token are quantized together, once they are all there: pieces need not end with a block.
+    std::unique_ptr<float[]> z(new float[static_cast<std::size_t>(count * units)]);
+    std::unique_ptr<float[]> parts(new float[static_cast<std::size_t>(count * hidden)]);
+
+    const std::ptrdiff_t up_pieces = (up.rows + up_rows - 1) / up_rows, down_pieces = (hidden + down_rows - 1) / down_rows;
+    Shares preparing(choice.tokens, threads_), raising(experts * up_pieces, threads_);
+    Shares between_share(count, threads_), lowering(experts * down_pieces, threads_), joining(choice.tokens, threads_);
+    Barrier prepared(threads_), raised(threads_), ready(threads_), lowered(threads_);
+
+    const auto place_of_pair = [&](std::ptrdiff_t token, std::ptrdiff_t slot) { return token * choice.top_k + slot; };
+
+    Pool::shared().run(threads_, [&](int thread) {
+        preparing.work(thread, [&](std::ptrdiff_t t) {
+            if (up.packed) {
+                kernels_.quantize(x + t * columns, columns, inputs.quads.get() + t * inputs.width);
+            } else {
+                std::copy_n(x + t * columns, columns, inputs.floats.get() + t * inputs.width);
+            }
+        });
+        prepared.wait();
+
+        std::unique_ptr<float[]> h(new float[static_cast<std::size_t>(kPairsAtOnce * std::max(up_rows, down_rows))]);
+        raising.work(thread, [&](std::ptrdiff_t piece) {
+            const Group& group = groups[static_cast<std::size_t>(piece / up_pieces)];
+            const std::ptrdiff_t first = piece % up_pieces * up_rows, last = std::min(up.rows, first + up_rows);
+            for (std::ptrdiff_t p = group.begin; p < group.end; p += kPairsAtOnce) {
+                const std::ptrdiff_t end = std::min(group.end, p + kPairsAtOnce);
+                multiply(kernels_, up, group.place, p, end, first, last, inputs,
+                         [&](std::ptrdiff_t i) { return pairs[static_cast<std::size_t>(i)].token; }, h.get(), up_rows);
+                for (std::ptrdiff_t i = p; i < end; ++i) {
+                    kernels_.swiglu(h.get() + (i - p) * up_rows, (last - first) / 2, layer.limit, layer.alpha,
+                                    z.get() + i * units + first / 2);
+                }
+            }
+        });
+        raised.wait();
+
+        between_share.work(thread, [&](std::ptrdiff_t i) {
+            if (down.packed) {
+                kernels_.quantize(z.get() + i * units, units, between.quads.get() + i * between.width);
+            } else {
+                std::copy_n(z.get() + i * units, units, between.floats.get() + i * between.width);
+            }
+        });
+        ready.wait();
+
+        lowering.work(thread, [&](std::ptrdiff_t piece) {
+            const Group& group = groups[static_cast<std::size_t>(piece / down_pieces)];
+            const std::ptrdiff_t first = piece % down_pieces * down_rows, last = std::min(hidden, first + down_rows);
+            for (std::ptrdiff_t p = group.begin; p < group.end; p += kPairsAtOnce) {
+                const std::ptrdiff_t end = std::min(group.end, p + kPairsAtOnce);
+                multiply(kernels_, down, group.place, p, end, first, last, between,
+                         [](std::ptrdiff_t i) { return i; }, h.get(), down_rows);
+                for (std::ptrdiff_t i = p; i < end; ++i) {
+                    const Pair& pair = pairs[static_cast<std::size_t>(i)];
+                    const std::ptrdiff_t where = place_of_pair(pair.token, pair.slot);
+                    const float weight = choice.weights[where];
+                    float* part = parts.get() + where * hidden;
+                    for (std::ptrdiff_t r = first; r < last; ++r) part[r] = weight * h[static_cast<std::size_t>((i - p) * down_rows + r - first)];
+                }
+            }
+        });
+        lowered.wait();
+
+        joining.work(thread, [&](std::ptrdiff_t t) {
+            const float* part = parts.get() + t * choice.top_k * hidden;
+            std::copy_n(part, hidden, y + t * hidden);
+            for (std::ptrdiff_t s = 1; s < choice.top_k; ++s) {
+                part += hidden;
+                for (std::ptrdiff_t r = 0; r < hidden; ++r) y[t * hidden + r] += part[r];
+            }
+        });
+    });
+}
+
+}  // namespace moe_surgery::cpu

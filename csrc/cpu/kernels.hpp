@@ -1,0 +1,106 @@
+// Products with weights as a checkpoint stores them: the interface of the instruction sets.
+//
+// Activations are float32. A product's value is the sum of 16 or 32 partial sums ("lanes"), each added up
+// in the order of the columns, then joined in a fixed tree; which lane a column belongs to is part of
+// the format below. So a value depends on its row and its activations alone: not on the tile it was
+// computed in, on the tokens beside it, on the threads, nor on the instruction set.
+//
+// Weights may lie at any address, and strides count bytes: they are windows into mapped files.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace moe_surgery::cpu {
+
+constexpr std::ptrdiff_t kLanes = 16;
+constexpr std::ptrdiff_t kGroup = 32;        // BF16 columns that are multiplied at a time
+constexpr std::ptrdiff_t kBlock = 32;        // MXFP4 values under one scale
+constexpr std::ptrdiff_t kBlockBytes = 16;   // their codes
+constexpr std::ptrdiff_t kQuad = 4 * kBlock; // MXFP4 columns that are multiplied at a time
+
+constexpr std::ptrdiff_t groups_of(std::ptrdiff_t columns) { return (columns + kGroup - 1) / kGroup; }
+constexpr std::ptrdiff_t quads_of(std::ptrdiff_t columns) { return (columns + kQuad - 1) / kQuad; }
+
+// Rows of BF16 values: row r is `columns` values from data + r * stride.
+struct Bf16Rows {
+    const std::uint8_t* data;
+    std::ptrdiff_t stride;
+    std::ptrdiff_t columns;
+};
+
+// Rows of MXFP4: row r has columns / 32 blocks from blocks + r * block_stride, and as many scales.
+struct Mxfp4Rows {
+    const std::uint8_t* blocks;
+    std::ptrdiff_t block_stride;
+    const std::uint8_t* scales;
+    std::ptrdiff_t scale_stride;
+    std::ptrdiff_t columns;
+};
+
+// Activations for Bf16Rows: for each 32 columns those at even places, then those at odd places;
+// zeros after the last column. `groups_of(columns)` times 32 floats a token.
+using Spread = const float*;
+
+// Activations for Mxfp4Rows, 128 columns at a time: integers of 16 bits, as four planes of 32 (plane k
+// holds columns 4j + k), and for each of 16 lanes (8 columns each) the factor of its block.
+// The largest magnitude of a block of 32 is 32767. Zeros after the last column.
+struct Quad {
+    std::int16_t planes[4][32];
+    float factors[kLanes];
+};
+
+// What the attention of one query head over one key-value head reads. Key i of `count`, in order of
+// position, lies at keys + slots[i] * key_stride (bytes).
+struct AttentionSpan {
+    const std::uint8_t* keys;
+    const std::uint8_t* values;
+    std::ptrdiff_t key_stride;
+    std::ptrdiff_t value_stride;
+    const std::int32_t* slots;
+    std::ptrdiff_t count;
+    std::ptrdiff_t head_dim;
+    bool wide;  // float32 keys and values, else BF16
+};
+
+// One implementation of everything; all of them give the same bits.
+struct Kernels {
+    const char* name;
+
+    // x[columns] to the activations of Bf16Rows and Mxfp4Rows.
+    void (*spread)(const float* x, std::ptrdiff_t columns, float* out);
+    void (*quantize)(const float* x, std::ptrdiff_t columns, Quad* out);
+
+    // y[t * y_stride + r - first] = row r times token t, for rows first <= r < last.
+    void (*bf16_rows)(const Bf16Rows& weight, std::ptrdiff_t first, std::ptrdiff_t last, const Spread* x,
+                      std::ptrdiff_t tokens, float* y, std::ptrdiff_t y_stride);
+    void (*mxfp4_rows)(const Mxfp4Rows& weight, std::ptrdiff_t first, std::ptrdiff_t last,
+                       const Quad* const* x, std::ptrdiff_t tokens, float* y, std::ptrdiff_t y_stride);
+
+    // The same for a weight stored transposed: column c is the BF16 values from data + c * stride, one a
+    // row. Each value is one sum over the columns in their order. x holds plain activations.
+    void (*bf16_transposed)(const Bf16Rows& weight, std::ptrdiff_t first, std::ptrdiff_t last,
+                            const float* const* x, std::ptrdiff_t tokens, float* y,
+                            std::ptrdiff_t y_stride);
+
+    // z[i] from gate h[2i] and up h[2i + 1]: (up + 1) gate sigmoid(alpha gate), gate <= limit, |up| <= limit.
+    void (*swiglu)(const float* h, std::ptrdiff_t units, float limit, float alpha, float* z);
+
+    // y = x / sqrt(mean(x^2) + eps) * weight, weight in BF16.
+    void (*rms_norm)(const float* x, const std::uint8_t* weight, std::ptrdiff_t columns, float eps, float* y);
+
+    // out[head_dim] = softmax over the span's keys and the sink, times its values. `scores` is room for
+    // `count` floats rounded up to 16.
+    void (*attend)(const float* q, float sink, const AttentionSpan& span, float* scores, float* out);
+};
+
+extern const Kernels kScalarKernels;
+#if defined(__x86_64__)
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx512VnniKernels;
+#elif defined(__aarch64__)
+extern const Kernels kNeonKernels;
+#endif
+
+}  // namespace moe_surgery::cpu

@@ -1,0 +1,365 @@
+// Every kernel, over the sixteen lanes V of one instruction set. Included once by each set's file.
+#include "bits.hpp"
+#include "kernels.hpp"
+
+namespace moe_surgery::cpu {
+namespace {
+
+// Weights are asked for this many bytes before they are used.
+constexpr std::ptrdiff_t kAhead = 8192;
+
+inline void fetch(const std::uint8_t* p) { __builtin_prefetch(p, 0, 3); }
+
+inline std::ptrdiff_t smaller(std::ptrdiff_t a, std::ptrdiff_t b) { return a < b ? a : b; }
+
+template <class V>
+struct Over {
+    using F = typename V::F;
+
+    // e^x; x below -87 gives what -87 gives, and NaN stays one. Error within 2 units in the last place.
+    static F exp(F x) {
+        x = V::max(V::set(-87.0f), V::min(V::set(88.0f), x));
+        const F n = V::round(V::mul(x, V::set(1.44269504f)));
+        F r = V::fma(n, V::set(-0.693359375f), x);
+        r = V::fma(n, V::set(2.12194440e-4f), r);
+        F p = V::set(1.9875691500e-4f);
+        p = V::fma(p, r, V::set(1.3981999507e-3f));
+        p = V::fma(p, r, V::set(8.3334519073e-3f));
+        p = V::fma(p, r, V::set(4.1665795894e-2f));
+        p = V::fma(p, r, V::set(1.6666665459e-1f));
+        p = V::fma(p, r, V::set(5.0000001201e-1f));
+        p = V::add(V::fma(p, V::mul(r, r), r), V::set(1.0f));
+        return V::mul(p, V::power_of_two(n));
+    }
+
+    static F partial(const float* p, std::ptrdiff_t count) {
+        float held[kLanes] = {};
+        __builtin_memcpy(held, p, static_cast<std::size_t>(count) * sizeof(float));
+        return V::load(held);
+    }
+
+    static void store_partial(float* p, F f, std::ptrdiff_t count) {
+        float held[kLanes];
+        V::store(held, f);
+        __builtin_memcpy(p, held, static_cast<std::size_t>(count) * sizeof(float));
+    }
+
+    static F bf16_partial(const std::uint8_t* p, std::ptrdiff_t count) {
+        std::uint8_t held[2 * kLanes] = {};
+        __builtin_memcpy(held, p, static_cast<std::size_t>(2 * count));
+        return V::bf16(held);
+    }
+
+    // --- activations
+
+    static void spread(const float* x, std::ptrdiff_t columns, float* out) {
+        for (std::ptrdiff_t c = 0; c < groups_of(columns) * kGroup; ++c) {
+            const std::ptrdiff_t place = c / kGroup * kGroup + c % 2 * kLanes + c % kGroup / 2;
+            out[place] = c < columns ? x[c] : 0.0f;
+        }
+    }
+
+    static void quantize(const float* x, std::ptrdiff_t columns, Quad* out) {
+        for (std::ptrdiff_t q = 0; q < quads_of(columns); ++q) {
+            for (int block = 0; block < 4; ++block) {
+                const std::ptrdiff_t start = q * kQuad + block * kBlock;
+                if (start < columns) {
+                    quantize_block(x + start, out[q], block);
+                } else {
+                    for (auto& plane : out[q].planes) __builtin_memset(plane + 8 * block, 0, 16);
+                    for (int i = 0; i < 4; ++i) out[q].factors[4 * block + i] = 0.0f;
+                }
+            }
+        }
+    }
+
+    static void quantize_block(const float* x, Quad& out, int block) {
+        float most = 0.0f;
+        for (int i = 0; i < kBlock; ++i) most = __builtin_fmaxf(most, __builtin_fabsf(x[i]));
+        bool finite = true;
+        for (int i = 0; i < kBlock; ++i) finite &= __builtin_fabsf(x[i]) <= 3.402823466e38f;
+        // Below this the inverse would overflow; such values count as zeros.
+        const bool zero = most < 1e-30f;
+        const F up = V::set(zero || !finite ? 0.0f : 32767.0f / most);
+        std::int16_t whole[kBlock];
+        for (int i = 0; i < kBlock; i += kLanes) {
+            F scaled = V::mul(V::load(x + i), up);
+            if (!finite) scaled = V::zero();
+            V::store_rounded(whole + i, scaled);
+        }
+        for (int i = 0; i < kBlock; ++i) out.planes[i % 4][8 * block + i / 4] = whole[i];
+        // Half, because the codes are looked up as twice their value; NaN where the input had no number.
+        const float down = finite ? most / 32767.0f * 0.5f : from_bits(0x7fc00000u);
+        for (int i = 0; i < 4; ++i) out.factors[4 * block + i] = zero ? 0.0f : down * V::kFactor;
+    }
+
+    // --- BF16 rows
+
+    template <int R, int T>
+    static void bf16_tile(const std::uint8_t* w, std::ptrdiff_t stride, std::ptrdiff_t columns, const Spread* x,
+                          float* y, std::ptrdiff_t y_stride) {
+        F even[R][T], odd[R][T];
+        for (int r = 0; r < R; ++r) {
+            for (int t = 0; t < T; ++t) even[r][t] = odd[r][t] = V::zero();
+        }
+        const std::ptrdiff_t full = columns / kGroup;
+        // Rows are read one after another by this thread: R rows' streams reach `ahead` into the next ones.
+        const std::ptrdiff_t ahead = (kAhead / (stride * R) + 1) * stride * R;
+        for (std::ptrdiff_t g = 0; g < full; ++g) {
+            F w_even[R], w_odd[R];
+            for (int r = 0; r < R; ++r) {
+                const std::uint8_t* from = w + r * stride + 2 * kGroup * g;
+                fetch(from + ahead);
+                V::bf16_pairs(from, w_even[r], w_odd[r]);
+            }
+            multiply<R, T>(w_even, w_odd, x, g, even, odd);
+        }
+        if (full * kGroup < columns) {
+            F w_even[R], w_odd[R];
+            for (int r = 0; r < R; ++r) {
+                std::uint8_t held[2 * kGroup] = {};
+                const std::ptrdiff_t start = 2 * kGroup * full;
+                __builtin_memcpy(held, w + r * stride + start, static_cast<std::size_t>(2 * columns - start));
+                V::bf16_pairs(held, w_even[r], w_odd[r]);
+            }
+            multiply<R, T>(w_even, w_odd, x, full, even, odd);
+        }
+        for (int r = 0; r < R; ++r) {
+            for (int t = 0; t < T; ++t) y[t * y_stride + r] = V::sum(V::add(even[r][t], odd[r][t]));
+        }
+    }
+
+    template <int R, int T>
+    static inline void multiply(const F (&w_even)[R], const F (&w_odd)[R], const Spread* x, std::ptrdiff_t g,
+                                F (&even)[R][T], F (&odd)[R][T]) {
+        for (int t = 0; t < T; ++t) {
+            const F x_even = V::load(x[t] + kGroup * g), x_odd = V::load(x[t] + kGroup * g + kLanes);
+            for (int r = 0; r < R; ++r) {
+                even[r][t] = V::fma(w_even[r], x_even, even[r][t]);
+                odd[r][t] = V::fma(w_odd[r], x_odd, odd[r][t]);
+            }
+        }
+    }
+
+    template <int R>
+    static void bf16_some_rows(const std::uint8_t* w, const Bf16Rows& weight, const Spread* x,
+                               std::ptrdiff_t tokens, float* y, std::ptrdiff_t y_stride) {
+        std::ptrdiff_t t = 0;
+        const auto run = [&](auto tile, std::ptrdiff_t count) {
+            for (; tokens - t >= count; t += count) {
+                tile(w, weight.stride, weight.columns, x + t, y + t * y_stride, y_stride);
+            }
+        };
+        if constexpr (V::kTokens >= 4) run(bf16_tile<R, 4>, 4);
+        if constexpr (V::kTokens >= 3) run(bf16_tile<R, 3>, 3);
+        run(bf16_tile<R, 2>, 2);
+        run(bf16_tile<R, 1>, 1);
+    }
+
+    static void bf16_rows(const Bf16Rows& weight, std::ptrdiff_t first, std::ptrdiff_t last, const Spread* x,
+                          std::ptrdiff_t tokens, float* y, std::ptrdiff_t y_stride) {
+        std::ptrdiff_t r = first;
+        if (tokens > 1) {
+            for (; last - r >= V::kRows; r += V::kRows) {
+                bf16_some_rows<V::kRows>(weight.data + r * weight.stride, weight, x, tokens, y + r - first,
+                                         y_stride);
+            }
+        }
+        for (; r < last; ++r) {
+            bf16_some_rows<1>(weight.data + r * weight.stride, weight, x, tokens, y + r - first, y_stride);
+        }
+    }
+
+    // --- MXFP4 rows
+
+    template <int T>
+    static void mxfp4_tile(const Mxfp4Rows& weight, std::ptrdiff_t row, const Quad* const* x, float* y,
+                           std::ptrdiff_t y_stride) {
+        const std::uint8_t* blocks = weight.blocks + row * weight.block_stride;
+        const std::uint8_t* scales = weight.scales + row * weight.scale_stride;
+        const std::ptrdiff_t held = weight.columns / kBlock, full = held / 4;
+        const std::ptrdiff_t ahead = (kAhead / weight.block_stride + 1) * weight.block_stride;
+        F sums[T];
+        for (int t = 0; t < T; ++t) sums[t] = V::zero();
+        for (std::ptrdiff_t q = 0; q < full; ++q) {
+            const std::uint8_t* from = blocks + q * 4 * kBlockBytes;
+            fetch(from + ahead);
+            multiply_codes<T>(V::codes(from), V::scales(scales + 4 * q), x, q, sums);
+        }
+        if (full * 4 < held) {
+            std::uint8_t last_blocks[4 * kBlockBytes] = {}, last_scales[4] = {};
+            const std::size_t left = static_cast<std::size_t>(held - full * 4);
+            __builtin_memcpy(last_blocks, blocks + full * 4 * kBlockBytes, left * kBlockBytes);
+            __builtin_memcpy(last_scales, scales + full * 4, left);
+            multiply_codes<T>(V::codes(last_blocks), V::scales(last_scales), x, full, sums);
+        }
+        for (int t = 0; t < T; ++t) y[t * y_stride] = V::sum(sums[t]);
+    }
+
+    template <int T>
+    static inline void multiply_codes(const typename V::Codes& codes, F scale, const Quad* const* x,
+                                      std::ptrdiff_t q, F (&sums)[T]) {
+        for (int t = 0; t < T; ++t) {
+            const Quad& quad = x[t][q];
+            const F factor = V::mul(V::factors(quad), scale);
+            sums[t] = V::fma(V::to_float(V::dot(codes, quad)), factor, sums[t]);
+        }
+    }
+
+    static void mxfp4_rows(const Mxfp4Rows& weight, std::ptrdiff_t first, std::ptrdiff_t last,
+                           const Quad* const* x, std::ptrdiff_t tokens, float* y, std::ptrdiff_t y_stride) {
+        for (std::ptrdiff_t r = first; r < last; ++r, ++y) {
+            std::ptrdiff_t t = 0;
+            for (; tokens - t >= 4; t += 4) mxfp4_tile<4>(weight, r, x + t, y + t * y_stride, y_stride);
+            if (tokens - t == 3) mxfp4_tile<3>(weight, r, x + t, y + t * y_stride, y_stride);
+            if (tokens - t == 2) mxfp4_tile<2>(weight, r, x + t, y + t * y_stride, y_stride);
+            if (tokens - t == 1) mxfp4_tile<1>(weight, r, x + t, y + t * y_stride, y_stride);
+        }
+    }
+
+    // --- BF16 columns
+
+    static void bf16_transposed(const Bf16Rows& weight, std::ptrdiff_t first, std::ptrdiff_t last,
+                                const float* const* x, std::ptrdiff_t tokens, float* y,
+                                std::ptrdiff_t y_stride) {
+        constexpr std::ptrdiff_t kDepth = 8;  // columns between a load and a store of the sums
+        for (std::ptrdiff_t t = 0; t < tokens; ++t) {
+            __builtin_memset(y + t * y_stride, 0, static_cast<std::size_t>(last - first) * sizeof(float));
+        }
+        std::ptrdiff_t c = 0;
+        for (; weight.columns - c >= kDepth; c += kDepth) {
+            transposed_some<kDepth>(weight, c, first, last, x, tokens, y, y_stride);
+        }
+        for (; c < weight.columns; ++c) transposed_some<1>(weight, c, first, last, x, tokens, y, y_stride);
+    }
+
+    template <int D>
+    static void transposed_some(const Bf16Rows& weight, std::ptrdiff_t c, std::ptrdiff_t first,
+                                std::ptrdiff_t last, const float* const* x, std::ptrdiff_t tokens, float* y,
+                                std::ptrdiff_t y_stride) {
+        for (std::ptrdiff_t r = first; r < last; r += kLanes) {
+            const std::ptrdiff_t count = smaller(kLanes, last - r);
+            F w[D];
+            for (int d = 0; d < D; ++d) {
+                const std::uint8_t* from = weight.data + (c + d) * weight.stride + 2 * r;
+                if ((r - first) % (2 * kLanes) == 0) fetch(from + D * weight.stride);
+                w[d] = count == kLanes ? V::bf16(from) : bf16_partial(from, count);
+            }
+            for (std::ptrdiff_t t = 0; t < tokens; ++t) {
+                float* into = y + t * y_stride + r - first;
+                F sums = count == kLanes ? V::load(into) : partial(into, count);
+                for (int d = 0; d < D; ++d) sums = V::fma(V::set(x[t][c + d]), w[d], sums);
+                if (count == kLanes) {
+                    V::store(into, sums);
+                } else {
+                    store_partial(into, sums, count);
+                }
+            }
+        }
+    }
+
+    // --- between products
+
+    static void swiglu(const float* h, std::ptrdiff_t units, float limit, float alpha, float* z) {
+        const F one = V::set(1.0f);
+        for (std::ptrdiff_t i = 0; i < units; i += kLanes) {
+            const std::ptrdiff_t count = smaller(kLanes, units - i);
+            float gates[kLanes] = {}, ups[kLanes] = {};
+            for (std::ptrdiff_t j = 0; j < count; ++j) {
+                gates[j] = h[2 * (i + j)];
+                ups[j] = h[2 * (i + j) + 1];
+            }
+            // The value last, so that NaN stays NaN.
+            const F gate = V::min(V::set(limit), V::load(gates));
+            const F up = V::max(V::set(-limit), V::min(V::set(limit), V::load(ups)));
+            const F fading = exp(V::mul(V::set(-alpha), gate));
+            const F value = V::mul(V::add(up, one), V::div(gate, V::add(one, fading)));
+            store_partial(z + i, value, count);
+        }
+    }
+
+    static void rms_norm(const float* x, const std::uint8_t* weight, std::ptrdiff_t columns, float eps,
+                         float* y) {
+        F squares = V::zero();
+        for (std::ptrdiff_t c = 0; c < columns; c += kLanes) {
+            const std::ptrdiff_t count = smaller(kLanes, columns - c);
+            const F value = count == kLanes ? V::load(x + c) : partial(x + c, count);
+            squares = V::fma(value, value, squares);
+        }
+        const float mean = V::sum(squares) / static_cast<float>(columns);
+        const F scale = V::set(1.0f / __builtin_sqrtf(mean + eps));
+        for (std::ptrdiff_t c = 0; c < columns; c += kLanes) {
+            const std::ptrdiff_t count = smaller(kLanes, columns - c);
+            const bool all = count == kLanes;
+            const F value = V::mul(all ? V::load(x + c) : partial(x + c, count), scale);
+            const F loud = all ? V::bf16(weight + 2 * c) : bf16_partial(weight + 2 * c, count);
+            store_partial(y + c, V::mul(value, loud), count);
+        }
+    }
+
+    // --- attention
+
+    static F head_part(const std::uint8_t* p, std::ptrdiff_t d, std::ptrdiff_t head_dim, bool wide) {
+        const std::ptrdiff_t count = smaller(kLanes, head_dim - d);
+        const std::uint8_t* from = p + d * (wide ? 4 : 2);
+        if (wide) {
+            float held[kLanes] = {};
+            __builtin_memcpy(held, from, static_cast<std::size_t>(4 * count));
+            return V::load(held);
+        }
+        return count == kLanes ? V::bf16(from) : bf16_partial(from, count);
+    }
+
+    static void attend(const float* q, float sink, const AttentionSpan& span, float* scores, float* out) {
+        const F factor = V::set(1.0f / __builtin_sqrtf(static_cast<float>(span.head_dim)));
+        float top = sink;
+        for (std::ptrdiff_t i = 0; i < span.count; ++i) {
+            const std::uint8_t* key = span.keys + span.slots[i] * span.key_stride;
+            F sums = V::zero();
+            for (std::ptrdiff_t d = 0; d < span.head_dim; d += kLanes) {
+                const F part = partial(q + d, smaller(kLanes, span.head_dim - d));
+                sums = V::fma(part, head_part(key, d, span.head_dim, span.wide), sums);
+            }
+            scores[i] = V::sum(sums);
+        }
+        const std::ptrdiff_t padded = (span.count + kLanes - 1) / kLanes * kLanes;
+        for (std::ptrdiff_t i = span.count; i < padded; ++i) scores[i] = -__builtin_inff();
+        F tops = V::set(sink);
+        for (std::ptrdiff_t i = 0; i < padded; i += kLanes) {
+            const F scaled = V::mul(V::load(scores + i), factor);
+            V::store(scores + i, scaled);
+            tops = V::max(tops, scaled);
+        }
+        float held[kLanes];
+        V::store(held, tops);
+        for (float value : held) top = value > top ? value : top;
+        F totals = V::zero();
+        for (std::ptrdiff_t i = 0; i < padded; i += kLanes) {
+            float weights[kLanes];
+            V::store(weights, exp(V::sub(V::load(scores + i), V::set(top))));
+            for (std::ptrdiff_t j = smaller(kLanes, span.count - i); j < kLanes; ++j) weights[j] = 0.0f;
+            const F kept = V::load(weights);
+            V::store(scores + i, kept);
+            totals = V::add(totals, kept);
+        }
+        float sinks[kLanes];
+        V::store(sinks, exp(V::set(sink - top)));
+        const F share = V::set(1.0f / (V::sum(totals) + sinks[0]));
+        for (std::ptrdiff_t d = 0; d < span.head_dim; d += kLanes) {
+            F mixed = V::zero();
+            for (std::ptrdiff_t i = 0; i < span.count; ++i) {
+                const std::uint8_t* value = span.values + span.slots[i] * span.value_stride;
+                mixed = V::fma(V::set(scores[i]), head_part(value, d, span.head_dim, span.wide), mixed);
+            }
+            store_partial(out + d, V::mul(mixed, share), smaller(kLanes, span.head_dim - d));
+        }
+    }
+
+    static constexpr Kernels set(const char* name) {
+        return {name,   spread,  quantize, bf16_rows, mxfp4_rows, bf16_transposed,
+                swiglu, rms_norm, attend};
+    }
+};
+
+}  // namespace
+}  // namespace moe_surgery::cpu

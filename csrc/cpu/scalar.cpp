@@ -1,0 +1,14 @@
+// The kernels in plain C++, for any processor.
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.inl"
+#include "lanes_scalar.inl"
+
+namespace moe_surgery::cpu {
+
+const Kernels kScalarKernels = Over<LanesScalar>::set("scalar");
+
+}  // namespace moe_surgery::cpu

@@ -1,0 +1,239 @@
+"""The native backend: tensors checked and handed to the extension as addresses."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_surgery.errors import UsageError
+from moe_surgery.formats.native import native_module, native_reason
+from moe_surgery.kernels.native.operands import BF16, F32, Plain, in_float32, matrix_of, plain_bf16
+from moe_surgery.kernels.reference import ReferenceBackend
+from moe_surgery.kernels.weights import ExpertWeights
+
+__all__ = ["THREADS_VARIABLE", "NativeBackend", "availability"]
+
+THREADS_VARIABLE = "MOE_SURGERY_THREADS"
+MOST_THREADS = 1024
+
+
+def availability() -> str | None:
+    """Why there is no native backend here, or None."""
+    return native_reason()
+
+
+class NativeBackend:
+    """See `moe_surgery.kernels.interface.Backend`. For tensors on the CPU.
+
+    Sums are float32 whatever x's dtype, over BF16 and MXFP4 weights that are never converted in memory;
+    a weight of another dtype goes to plain PyTorch. What a token gets does not depend on the other
+    tokens of a call, on the number of threads or on the instruction set, bit for bit.
+
+    `isa` is one of `instruction_sets()`, the best unless given. `threads`: as many as the variable
+    MOE_SURGERY_THREADS says, else as torch uses now. They are started once per process, and anew in a
+    forked child. Raises UsageError where the extension, `isa` or the number of threads is not to be had.
+    """
+
+    name = "native"
+
+    def __init__(self, isa: str = "", threads: int | None = None) -> None:
+        module = native_module()
+        if module is None:
+            raise UsageError(f"--backend native: {availability()}; choose --backend reference")
+        self._native: Any = module
+        self._plain = ReferenceBackend()
+        try:
+            self._engine = module.Engine(isa, _thread_count() if threads is None else threads)
+        except ValueError as error:
+            raise UsageError(f"--backend native: {error}") from None
+
+    @property
+    def isa(self) -> str:
+        return str(self._engine.isa)
+
+    @property
+    def threads(self) -> int:
+        return int(self._engine.threads)
+
+    @staticmethod
+    def instruction_sets() -> list[str]:
+        """Those of this machine, best first; none without the extension."""
+        module = native_module()
+        return [] if module is None else list(module.cpu_instruction_sets())
+
+    def route(self, x: Tensor, weight: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        _check_place("x", x)
+        if not (plain_bf16(weight) and plain_bf16(bias)):
+            return self._plain.route(x, weight, bias, top_k)
+        rows, columns = weight.shape
+        _check_shape("x", x, (None, columns))
+        _check_shape("the router's bias", bias, (rows,))
+        if not 1 <= top_k <= rows:
+            raise UsageError(f"native backend: top_k {top_k} of {rows} experts")
+        wide, tokens = in_float32(x), len(x)
+        ids = torch.empty((tokens, top_k), dtype=torch.int64)
+        weights = torch.empty((tokens, top_k))
+        logits = torch.empty((tokens, rows))
+        router = _product(weight, bias, logits)
+        self._engine.route(wide.data_ptr(), tokens, router, top_k, ids.data_ptr(), weights.data_ptr())
+        return ids, weights.to(x.dtype)
+
+    def experts(self, x: Tensor, ids: Tensor, weights: Tensor, expert_weights: ExpertWeights) -> Tensor:
+        _check_place("x", x)
+        e = expert_weights
+        try:
+            gate_up = matrix_of(self._native, "gate_up", e.gate_up, e.gate_up_bias)
+            down = matrix_of(self._native, "down", e.down, e.down_bias)
+        except Plain:
+            return self._plain.experts(x, ids, weights, expert_weights)
+        hidden, units = e.gate_up.columns, e.down.columns
+        if (e.gate_up.rows, e.down.rows) != (2 * units, hidden):
+            raise UsageError(
+                f"native backend: gate_up is {hidden} -> {e.gate_up.rows}, down {units} -> {e.down.rows}"
+            )
+        _check_shape("x", x, (None, hidden))
+        _check_shape("ids", ids, (len(x), None))
+        _check_shape("weights", weights, tuple(ids.shape))
+        if not ids.numel():
+            return torch.zeros_like(x)
+        places = ids.long() if e.index is None else e.index[ids]
+        places, wide, shares = places.contiguous(), in_float32(x), in_float32(weights)
+        y = torch.empty_like(wide)
+        top_k = ids.shape[1]
+        self._engine.experts(
+            wide.data_ptr(),
+            places.data_ptr(),
+            shares.data_ptr(),
+            len(x),
+            top_k,
+            gate_up,
+            down,
+            e.limit,
+            e.alpha,
+            y.data_ptr(),
+        )
+        return y.to(x.dtype)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self.linears(x, [(weight, bias)])[0]
+
+    def linears(self, x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+        _check_place("x", x)
+        if not all(plain_bf16(w) and (b is None or plain_bf16(b)) for w, b in layers):
+            return self._plain.linears(x, layers)
+        columns = x.shape[-1]
+        for weight, bias in layers:
+            _check_shape("weight", weight, (None, columns))
+            if bias is not None:
+                _check_shape("bias", bias, (weight.shape[0],))
+        wide = in_float32(x)
+        found = [torch.empty((*x.shape[:-1], len(weight))) for weight, _ in layers]
+        products = [_product(w, b, y) for (w, b), y in zip(layers, found, strict=True)]
+        self._engine.products(wide.data_ptr(), wide.numel() // columns, products)
+        return found if x.dtype == F32 else [y.to(x.dtype) for y in found]
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        _check_place("x", x)
+        columns = x.shape[-1]
+        if not plain_bf16(weight):
+            return self._plain.rms_norm(x, weight, eps)
+        _check_shape("the norm's weight", weight, (columns,))
+        wide = in_float32(x)
+        y = torch.empty_like(wide)
+        self._engine.rms_norm(
+            wide.data_ptr(), wide.numel() // columns, columns, weight.data_ptr(), eps, y.data_ptr()
+        )
+        return y.to(x.dtype)
+
+    def turns(self, positions: Tensor, frequencies: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        _check_place("positions", positions)
+        positions, frequencies = positions.long().contiguous(), in_float32(frequencies)
+        cos, sin = (torch.empty((*positions.shape, len(frequencies))) for _ in range(2))
+        self._native.turns(
+            positions.data_ptr(),
+            positions.numel(),
+            frequencies.data_ptr(),
+            len(frequencies),
+            scale,
+            cos.data_ptr(),
+            sin.data_ptr(),
+        )
+        return cos, sin
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor,
+        queries: Tensor,
+        keys: Tensor,
+        window: int | None,
+    ) -> Tensor:
+        for name, tensor in {"q": q, "k": k, "v": v}.items():
+            _check_place(name, tensor)
+        batch, heads, columns, head_dim = q.shape
+        kv_heads, slots = k.shape[1], k.shape[2]
+        if heads % kv_heads:
+            raise UsageError(f"native backend: {heads} heads do not share {kv_heads} key-value heads")
+        _check_shape("k", k, (batch, kv_heads, slots, head_dim))
+        _check_shape("v", v, (batch, kv_heads, slots, head_dim))
+        _check_shape("sinks", sinks, (heads,))
+        _check_shape("queries", queries, (batch, columns))
+        _check_shape("keys", keys, (batch, slots))
+        wide = in_float32(q)
+        if k.dtype not in (F32, BF16) or v.dtype != k.dtype:
+            k, v = k.float(), v.float()
+        k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (k, v))
+        queries, keys, sinks = queries.contiguous(), keys.contiguous(), in_float32(sinks)
+        out = torch.empty((batch, columns, heads * head_dim))
+        size = k.element_size()
+        self._engine.attend(
+            wide.data_ptr(),
+            k.data_ptr(),
+            tuple(s * size for s in k.stride()[:3]),
+            v.data_ptr(),
+            tuple(s * size for s in v.stride()[:3]),
+            k.dtype == F32,
+            sinks.data_ptr(),
+            queries.data_ptr(),
+            keys.data_ptr(),
+            (batch, heads, kv_heads, columns, slots, head_dim, window or 0),
+            out.data_ptr(),
+        )
+        return out.to(q.dtype)
+
+
+def _thread_count() -> int:
+    said = os.environ.get(THREADS_VARIABLE, "").strip()
+    if not said:
+        return torch.get_num_threads()
+    if not said.isdecimal() or not 1 <= int(said) <= MOST_THREADS:
+        raise UsageError(f"{THREADS_VARIABLE}={said}: must be a number from 1 to {MOST_THREADS}")
+    return int(said)
+
+
+def _product(weight: Tensor, bias: Tensor | None, y: Tensor) -> tuple[int, int, int, int, int, int]:
+    """`ProductTuple` of the extension."""
+    rows, columns = weight.shape
+    held = 0 if bias is None else bias.data_ptr()
+    return weight.data_ptr(), 2 * weight.stride(0), rows, columns, held, y.data_ptr()
+
+
+def _check_place(what: str, tensor: Tensor) -> None:
+    if not tensor.is_cpu:
+        raise UsageError(f"native backend: {what} is on {tensor.device}, not on the CPU")
+
+
+def _check_shape(what: str, tensor: Tensor, wanted: tuple[int | None, ...]) -> None:
+    """Raise UsageError unless `tensor` has that shape (None is any length)."""
+    shape = tensor.shape
+    if len(shape) == len(wanted) and all(
+        w is None or w == s for s, w in zip(shape, wanted, strict=True)
+    ):
+        return
+    raise UsageError(f"native backend: {what} has shape {tuple(shape)}, needed {wanted}")
