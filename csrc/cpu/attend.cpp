@@ -48,27 +48,26 @@ void Engine::attend(const Attention& a) const {
     // A handful of keys is done before another thread has woken up.
     const bool small = static_cast<std::ptrdiff_t>(seen.slots.size()) * a.heads * a.head_dim < 1 << 16;
     const int threads = small ? 1 : threads_;
-    Shares shares(all * a.kv_heads, threads);
-    Pool::shared().run(threads, [&](int thread) {
-        std::vector<float> scores(static_cast<std::size_t>(a.slots + kLanes));
-        shares.work(thread, [&](std::ptrdiff_t piece) {
-            const std::ptrdiff_t which = piece / a.kv_heads, kv_head = piece % a.kv_heads;
-            const std::ptrdiff_t b = which / a.queries, query = which % a.queries;
-            const std::ptrdiff_t begin = which ? seen.ends[static_cast<std::size_t>(which - 1)] : 0;
-            const AttentionSpan span = {a.keys + b * a.key_strides[0] + kv_head * a.key_strides[1],
-                                        a.values + b * a.value_strides[0] + kv_head * a.value_strides[1],
-                                        a.key_strides[2],
-                                        a.value_strides[2],
-                                        seen.slots.data() + begin,
-                                        seen.ends[static_cast<std::size_t>(which)] - begin,
-                                        a.head_dim,
-                                        a.wide};
-            for (std::ptrdiff_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-                kernels_.attend(a.q + ((b * a.heads + head) * a.queries + query) * a.head_dim, a.sinks[head], span,
-                                scores.data(), a.out + (which * a.heads + head) * a.head_dim);
-            }
-        });
-    });
+    const std::ptrdiff_t room = a.slots + kLanes;
+    std::vector<float> scores(static_cast<std::size_t>(room * threads));
+    const auto one = [&](std::ptrdiff_t piece, int thread) {
+        const std::ptrdiff_t which = piece / a.kv_heads, kv_head = piece % a.kv_heads;
+        const std::ptrdiff_t b = which / a.queries, query = which % a.queries;
+        const std::ptrdiff_t begin = which ? seen.ends[static_cast<std::size_t>(which - 1)] : 0;
+        const AttentionSpan span = {a.keys + b * a.key_strides[0] + kv_head * a.key_strides[1],
+                                    a.values + b * a.value_strides[0] + kv_head * a.value_strides[1],
+                                    a.key_strides[2],
+                                    a.value_strides[2],
+                                    seen.slots.data() + begin,
+                                    seen.ends[static_cast<std::size_t>(which)] - begin,
+                                    a.head_dim,
+                                    a.wide};
+        for (std::ptrdiff_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+            kernels_.attend(a.q + ((b * a.heads + head) * a.queries + query) * a.head_dim, a.sinks[head], span,
+                            scores.data() + room * thread, a.out + (which * a.heads + head) * a.head_dim);
+        }
+    };
+    Pool::shared().run(threads, {{all * a.kv_heads, one}});
 }
 
 }  // namespace moe_surgery::cpu

@@ -63,36 +63,34 @@ void Engine::products(const float* x, std::ptrdiff_t tokens, const std::vector<P
     std::vector<Spread> rows(static_cast<std::size_t>(tokens));
     for (std::ptrdiff_t t = 0; t < tokens; ++t) rows[static_cast<std::size_t>(t)] = spread.data() + t * width;
 
-    Shares spreading(tokens, threads_), multiplying(ends.back(), threads_);
-    Barrier spread_out(threads_);
-    Pool::shared().run(threads_, [&](int thread) {
-        spreading.work(thread, [&](std::ptrdiff_t t) {
-            kernels_.spread(x + t * columns, columns, spread.data() + t * width);
-        });
-        spread_out.wait();
-        multiplying.work(thread, [&](std::ptrdiff_t piece) {
-            const auto which = std::upper_bound(ends.begin(), ends.end(), piece) - ends.begin();
-            const Product& product = products[static_cast<std::size_t>(which)];
-            const std::ptrdiff_t before = which ? ends[static_cast<std::size_t>(which - 1)] : 0;
-            const std::ptrdiff_t first = (piece - before) * step, last = std::min(product.rows, first + step);
-            for (std::ptrdiff_t t = 0; t < tokens; t += kTokensAtOnce) {
-                kernels_.bf16_rows(product.weight, first, last, rows.data() + t, std::min(kTokensAtOnce, tokens - t),
-                                   product.y + t * product.rows + first, product.rows);
-            }
-            if (!product.bias) return;
-            for (std::ptrdiff_t t = 0; t < tokens; ++t) {
-                for (std::ptrdiff_t r = first; r < last; ++r) product.y[t * product.rows + r] += bf16_at(product.bias, r);
-            }
-        });
-    });
+    const auto spread_token = [&](std::ptrdiff_t t, int) {
+        kernels_.spread(x + t * columns, columns, spread.data() + t * width);
+    };
+    const auto multiply = [&](std::ptrdiff_t piece, int) {
+        const auto which = std::upper_bound(ends.begin(), ends.end(), piece) - ends.begin();
+        const Product& product = products[static_cast<std::size_t>(which)];
+        const std::ptrdiff_t before = which ? ends[static_cast<std::size_t>(which - 1)] : 0;
+        const std::ptrdiff_t first = (piece - before) * step, last = std::min(product.rows, first + step);
+        for (std::ptrdiff_t t = 0; t < tokens; t += kTokensAtOnce) {
+            kernels_.bf16_rows(product.weight, first, last, rows.data() + t, std::min(kTokensAtOnce, tokens - t),
+                               product.y + t * product.rows + first, product.rows);
+        }
+        if (!product.bias) return;
+        for (std::ptrdiff_t t = 0; t < tokens; ++t) {
+            float* y = product.y + t * product.rows;
+            for (std::ptrdiff_t r = first; r < last; ++r) y[r] += bf16_at(product.bias, r);
+        }
+    };
+    Pool::shared().run(threads_, {{tokens, spread_token}, {ends.back(), multiply}});
 }
 
 void Engine::rms_norm(const float* x, std::ptrdiff_t tokens, std::ptrdiff_t columns, const std::uint8_t* weight,
                       float eps, float* y) const {
-    const auto one = [&](std::ptrdiff_t t) { kernels_.rms_norm(x + t * columns, weight, columns, eps, y + t * columns); };
+    const auto one = [&](std::ptrdiff_t t, int) {
+        kernels_.rms_norm(x + t * columns, weight, columns, eps, y + t * columns);
+    };
     const int threads = tokens * columns < 1 << 16 ? 1 : threads_;  // else waking others takes longer
-    Shares shares(tokens, threads);
-    Pool::shared().run(threads, [&](int thread) { shares.work(thread, one); });
+    Pool::shared().run(threads, {{tokens, one}});
 }
 
 void choose(const float* logits, std::ptrdiff_t tokens, std::ptrdiff_t experts, std::ptrdiff_t top_k,
@@ -129,20 +127,17 @@ void turns(const std::int64_t* positions, std::ptrdiff_t count, const float* fre
 
 std::uint64_t read_bytes(const std::uint8_t* from, std::ptrdiff_t bytes, int threads) {
     std::atomic<std::uint64_t> total{0};
-    const std::ptrdiff_t piece = 1 << 20;
-    Shares shares(bytes / piece, threads);
-    Pool::shared().run(threads, [&](int thread) {
+    const std::ptrdiff_t size = 1 << 20;
+    const auto read = [&](std::ptrdiff_t piece, int) {
         std::uint64_t sums[8] = {};
-        shares.work(thread, [&](std::ptrdiff_t k) {
-            const std::uint8_t* start = from + k * piece;
-            for (std::ptrdiff_t i = 0; i < piece; i += 64) {
-                std::uint64_t words[8];
-                __builtin_memcpy(words, start + i, sizeof words);
-                for (int j = 0; j < 8; ++j) sums[j] += words[j];
-            }
-        });
+        for (const std::uint8_t* p = from + piece * size; p < from + (piece + 1) * size; p += 64) {
+            std::uint64_t words[8];
+            __builtin_memcpy(words, p, sizeof words);
+            for (int j = 0; j < 8; ++j) sums[j] += words[j];
+        }
         for (std::uint64_t sum : sums) total += sum;
-    });
+    };
+    Pool::shared().run(threads, {{bytes / size, read}});
     return total;
 }
 

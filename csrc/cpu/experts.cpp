@@ -61,6 +61,14 @@ struct Inputs {
         }
     }
 
+    void set(const Kernels& kernels, std::ptrdiff_t i, const float* x) {
+        if (packed) {
+            kernels.quantize(x, columns, quads.get() + i * width);
+        } else {
+            std::copy_n(x, columns, floats.get() + i * width);
+        }
+    }
+
     bool packed;
     std::ptrdiff_t columns, width;
     std::unique_ptr<Quad[]> quads;
@@ -112,79 +120,60 @@ void Engine::experts(const float* x, const Choice& choice, const ExpertLayer& la
     const std::ptrdiff_t down_rows = down.packed ? kDownRows : kTransposedRows;
 
     Inputs inputs(up.packed, choice.tokens, columns), between(down.packed, count, units);
-    // The units of a token are quantized together, once they are all there: pieces need not end with a block.
     std::unique_ptr<float[]> z(new float[static_cast<std::size_t>(count * units)]);
     std::unique_ptr<float[]> parts(new float[static_cast<std::size_t>(count * hidden)]);
+    const std::ptrdiff_t room = kPairsAtOnce * std::max(up_rows, down_rows);
+    std::unique_ptr<float[]> rooms(new float[static_cast<std::size_t>(room * threads_)]);
+    const std::ptrdiff_t up_pieces = (up.rows + up_rows - 1) / up_rows;
+    const std::ptrdiff_t down_pieces = (hidden + down_rows - 1) / down_rows;
 
-    const std::ptrdiff_t up_pieces = (up.rows + up_rows - 1) / up_rows, down_pieces = (hidden + down_rows - 1) / down_rows;
-    Shares preparing(choice.tokens, threads_), raising(experts * up_pieces, threads_);
-    Shares between_share(count, threads_), lowering(experts * down_pieces, threads_), joining(choice.tokens, threads_);
-    Barrier prepared(threads_), raised(threads_), ready(threads_), lowered(threads_);
-
-    const auto place_of_pair = [&](std::ptrdiff_t token, std::ptrdiff_t slot) { return token * choice.top_k + slot; };
-
-    Pool::shared().run(threads_, [&](int thread) {
-        preparing.work(thread, [&](std::ptrdiff_t t) {
-            if (up.packed) {
-                kernels_.quantize(x + t * columns, columns, inputs.quads.get() + t * inputs.width);
-            } else {
-                std::copy_n(x + t * columns, columns, inputs.floats.get() + t * inputs.width);
+    const auto prepare = [&](std::ptrdiff_t t, int) { inputs.set(kernels_, t, x + t * columns); };
+    const auto raise = [&](std::ptrdiff_t piece, int thread) {
+        const Group& group = groups[static_cast<std::size_t>(piece / up_pieces)];
+        const std::ptrdiff_t first = piece % up_pieces * up_rows, last = std::min(up.rows, first + up_rows);
+        float* h = rooms.get() + room * thread;
+        const auto token = [&](std::ptrdiff_t i) { return pairs[static_cast<std::size_t>(i)].token; };
+        for (std::ptrdiff_t p = group.begin; p < group.end; p += kPairsAtOnce) {
+            const std::ptrdiff_t end = std::min(group.end, p + kPairsAtOnce);
+            multiply(kernels_, up, group.place, p, end, first, last, inputs, token, h, up_rows);
+            for (std::ptrdiff_t i = p; i < end; ++i) {
+                kernels_.swiglu(h + (i - p) * up_rows, (last - first) / 2, layer.limit, layer.alpha,
+                                z.get() + i * units + first / 2);
             }
-        });
-        prepared.wait();
-
-        std::unique_ptr<float[]> h(new float[static_cast<std::size_t>(kPairsAtOnce * std::max(up_rows, down_rows))]);
-        raising.work(thread, [&](std::ptrdiff_t piece) {
-            const Group& group = groups[static_cast<std::size_t>(piece / up_pieces)];
-            const std::ptrdiff_t first = piece % up_pieces * up_rows, last = std::min(up.rows, first + up_rows);
-            for (std::ptrdiff_t p = group.begin; p < group.end; p += kPairsAtOnce) {
-                const std::ptrdiff_t end = std::min(group.end, p + kPairsAtOnce);
-                multiply(kernels_, up, group.place, p, end, first, last, inputs,
-                         [&](std::ptrdiff_t i) { return pairs[static_cast<std::size_t>(i)].token; }, h.get(), up_rows);
-                for (std::ptrdiff_t i = p; i < end; ++i) {
-                    kernels_.swiglu(h.get() + (i - p) * up_rows, (last - first) / 2, layer.limit, layer.alpha,
-                                    z.get() + i * units + first / 2);
-                }
+        }
+    };
+    // A block of 32 may have come from two pieces, so they are rounded when all are there.
+    const auto round = [&](std::ptrdiff_t i, int) { between.set(kernels_, i, z.get() + i * units); };
+    const auto lower = [&](std::ptrdiff_t piece, int thread) {
+        const Group& group = groups[static_cast<std::size_t>(piece / down_pieces)];
+        const std::ptrdiff_t first = piece % down_pieces * down_rows, last = std::min(hidden, first + down_rows);
+        float* h = rooms.get() + room * thread;
+        const auto itself = [](std::ptrdiff_t i) { return i; };
+        for (std::ptrdiff_t p = group.begin; p < group.end; p += kPairsAtOnce) {
+            const std::ptrdiff_t end = std::min(group.end, p + kPairsAtOnce);
+            multiply(kernels_, down, group.place, p, end, first, last, between, itself, h, down_rows);
+            for (std::ptrdiff_t i = p; i < end; ++i) {
+                const Pair& pair = pairs[static_cast<std::size_t>(i)];
+                const std::ptrdiff_t where = pair.token * choice.top_k + pair.slot;
+                const float* from = h + (i - p) * down_rows;
+                float* part = parts.get() + where * hidden;
+                for (std::ptrdiff_t r = first; r < last; ++r) part[r] = choice.weights[where] * from[r - first];
             }
-        });
-        raised.wait();
-
-        between_share.work(thread, [&](std::ptrdiff_t i) {
-            if (down.packed) {
-                kernels_.quantize(z.get() + i * units, units, between.quads.get() + i * between.width);
-            } else {
-                std::copy_n(z.get() + i * units, units, between.floats.get() + i * between.width);
-            }
-        });
-        ready.wait();
-
-        lowering.work(thread, [&](std::ptrdiff_t piece) {
-            const Group& group = groups[static_cast<std::size_t>(piece / down_pieces)];
-            const std::ptrdiff_t first = piece % down_pieces * down_rows, last = std::min(hidden, first + down_rows);
-            for (std::ptrdiff_t p = group.begin; p < group.end; p += kPairsAtOnce) {
-                const std::ptrdiff_t end = std::min(group.end, p + kPairsAtOnce);
-                multiply(kernels_, down, group.place, p, end, first, last, between,
-                         [](std::ptrdiff_t i) { return i; }, h.get(), down_rows);
-                for (std::ptrdiff_t i = p; i < end; ++i) {
-                    const Pair& pair = pairs[static_cast<std::size_t>(i)];
-                    const std::ptrdiff_t where = place_of_pair(pair.token, pair.slot);
-                    const float weight = choice.weights[where];
-                    float* part = parts.get() + where * hidden;
-                    for (std::ptrdiff_t r = first; r < last; ++r) part[r] = weight * h[static_cast<std::size_t>((i - p) * down_rows + r - first)];
-                }
-            }
-        });
-        lowered.wait();
-
-        joining.work(thread, [&](std::ptrdiff_t t) {
-            const float* part = parts.get() + t * choice.top_k * hidden;
-            std::copy_n(part, hidden, y + t * hidden);
-            for (std::ptrdiff_t s = 1; s < choice.top_k; ++s) {
-                part += hidden;
-                for (std::ptrdiff_t r = 0; r < hidden; ++r) y[t * hidden + r] += part[r];
-            }
-        });
-    });
+        }
+    };
+    const auto join = [&](std::ptrdiff_t t, int) {
+        const float* part = parts.get() + t * choice.top_k * hidden;
+        std::copy_n(part, hidden, y + t * hidden);
+        for (std::ptrdiff_t s = 1; s < choice.top_k; ++s) {
+            part += hidden;
+            for (std::ptrdiff_t r = 0; r < hidden; ++r) y[t * hidden + r] += part[r];
+        }
+    };
+    Pool::shared().run(threads_, {{choice.tokens, prepare},
+                                  {experts * up_pieces, raise},
+                                  {count, round},
+                                  {experts * down_pieces, lower},
+                                  {choice.tokens, join}});
 }
 
 }  // namespace moe_surgery::cpu

@@ -2,6 +2,8 @@
 
 #include <pthread.h>
 
+#include <utility>
+
 namespace moe_surgery::cpu {
 namespace {
 
@@ -17,17 +19,6 @@ void pause() {
 #endif
 }
 
-template <class Done>
-void look_until(Done done) {
-    for (int looks = 0; !done(); ++looks) {
-        if (looks < kLooksBeforeYield) {
-            pause();
-        } else {
-            std::this_thread::yield();
-        }
-    }
-}
-
 // Never destroyed: its threads may run until the process ends.
 Pool* shared_pool = nullptr;
 std::mutex* shared_guard = new std::mutex;
@@ -40,22 +31,65 @@ void start_afresh() {
 
 }  // namespace
 
-void Barrier::wait() {
-    const int round = round_.load(std::memory_order_acquire);
-    if (waiting_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
-        waiting_.store(0, std::memory_order_relaxed);
-        round_.store(round + 1, std::memory_order_release);
-        return;
+// Outlives the call that made it, while threads that come late see that nothing is left. What the phases
+// refer to is the caller's, and touched by those alone who have a piece in hand.
+class Job {
+  public:
+    Job(int threads, std::vector<Phase> phases) : threads_(threads), phases_(std::move(phases)) {
+        for (const Phase& phase : phases_) {
+            progress_.emplace_back(new Progress(static_cast<std::size_t>(threads)));
+            for (int i = 0; i < threads; ++i) {
+                Share& share = progress_.back()->shares[static_cast<std::size_t>(i)];
+                share.next = phase.count * i / threads;
+                share.end = phase.count * (i + 1) / threads;
+            }
+        }
     }
-    look_until([&] { return round_.load(std::memory_order_acquire) != round; });
-}
 
-Shares::Shares(std::ptrdiff_t count, int threads) : threads_(threads), shares_(static_cast<std::size_t>(threads)) {
-    for (int i = 0; i < threads; ++i) {
-        shares_[static_cast<std::size_t>(i)].next = count * i / threads;
-        shares_[static_cast<std::size_t>(i)].end = count * (i + 1) / threads;
+    void take_part(int thread) {
+        if (thread >= threads_) return;
+        for (std::size_t i = 0; i < phases_.size(); ++i) {
+            Progress& progress = *progress_[i];
+            work(phases_[i], progress, thread);
+            for (int looks = 0; progress.done.load(std::memory_order_acquire) != phases_[i].count; ++looks) {
+                if (looks < kLooksBeforeYield) {
+                    pause();
+                } else {
+                    std::this_thread::yield();
+                }
+            }
+        }
     }
-}
+
+  private:
+    struct alignas(64) Share {
+        std::atomic<std::ptrdiff_t> next{0};
+        std::ptrdiff_t end = 0;
+    };
+    struct Progress {
+        explicit Progress(std::size_t threads) : shares(threads) {}
+        std::vector<Share> shares;
+        std::atomic<std::ptrdiff_t> done{0};
+    };
+
+    // Each thread takes its own run of pieces in order, so that it reads one linear stream, then what others
+    // have left.
+    void work(const Phase& phase, Progress& progress, int thread) {
+        for (int i = 0; i < threads_; ++i) {
+            Share& share = progress.shares[static_cast<std::size_t>((thread + i) % threads_)];
+            while (share.next.load(std::memory_order_relaxed) < share.end) {
+                const std::ptrdiff_t piece = share.next.fetch_add(1, std::memory_order_relaxed);
+                if (piece >= share.end) break;
+                phase.work(piece, thread);
+                progress.done.fetch_add(1, std::memory_order_acq_rel);
+            }
+        }
+    }
+
+    const int threads_;
+    const std::vector<Phase> phases_;
+    std::vector<std::unique_ptr<Progress>> progress_;
+};
 
 Pool& Pool::shared() {
     static const int registered = pthread_atfork(nullptr, nullptr, start_afresh);
@@ -65,45 +99,41 @@ Pool& Pool::shared() {
     return *shared_pool;
 }
 
-void Pool::start(int threads, Call call, const void* job) {
+void Pool::run(int threads, std::vector<Phase> phases) {
+    if (threads == 1) {
+        for (const Phase& phase : phases) {
+            for (std::ptrdiff_t piece = 0; piece < phase.count; ++piece) phase.work(piece, 0);
+        }
+        return;
+    }
     const std::lock_guard<std::mutex> turn(turn_);
     while (workers() < threads - 1) {
-        workers_.emplace_back(&Pool::serve, this, workers() + 1, job_number_.load(std::memory_order_relaxed));
+        workers_.emplace_back(&Pool::serve, this, workers() + 1, number_.load(std::memory_order_relaxed));
     }
-    if (threads > 1) {
-        call_ = call;
+    const auto job = std::make_shared<Job>(threads, std::move(phases));
+    {
+        const std::lock_guard<std::mutex> guard(guard_);
         job_ = job;
-        threads_ = threads;
-        unfinished_.store(workers(), std::memory_order_relaxed);
-        job_number_.fetch_add(1, std::memory_order_seq_cst);
-        if (asleep_.load(std::memory_order_seq_cst)) {
-            { const std::lock_guard<std::mutex> guard(sleep_); }
-            wake_.notify_all();
-        }
+        number_.fetch_add(1, std::memory_order_release);
     }
-    call(job, 0);
-    if (threads > 1) look_until([&] { return unfinished_.load(std::memory_order_acquire) == 0; });
+    if (asleep_.load(std::memory_order_acquire)) wake_.notify_all();
+    job->take_part(0);
 }
 
 void Pool::serve(int thread, std::uint64_t seen) {
-    for (;;) {
-        seen = await(seen);
-        if (thread < threads_) call_(job_, thread);
-        unfinished_.fetch_sub(1, std::memory_order_release);
-    }
+    for (;;) next(seen)->take_part(thread);
 }
 
-std::uint64_t Pool::await(std::uint64_t seen) {
-    for (int looks = 0; looks < kLooksBeforeSleep; ++looks) {
-        const std::uint64_t number = job_number_.load(std::memory_order_acquire);
-        if (number != seen) return number;
-        pause();
+std::shared_ptr<Job> Pool::next(std::uint64_t& seen) {
+    for (int looks = 0; looks < kLooksBeforeSleep && number_.load(std::memory_order_acquire) == seen; ++looks) pause();
+    std::unique_lock<std::mutex> lock(guard_);
+    if (number_.load(std::memory_order_relaxed) == seen) {
+        asleep_.fetch_add(1, std::memory_order_relaxed);
+        wake_.wait(lock, [&] { return number_.load(std::memory_order_relaxed) != seen; });
+        asleep_.fetch_sub(1, std::memory_order_relaxed);
     }
-    std::unique_lock<std::mutex> lock(sleep_);
-    asleep_.fetch_add(1, std::memory_order_seq_cst);
-    wake_.wait(lock, [&] { return job_number_.load(std::memory_order_seq_cst) != seen; });
-    asleep_.fetch_sub(1, std::memory_order_relaxed);
-    return job_number_.load(std::memory_order_acquire);
+    seen = number_.load(std::memory_order_relaxed);
+    return job_;
 }
 
 }  // namespace moe_surgery::cpu
