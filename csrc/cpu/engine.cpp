@@ -54,7 +54,7 @@ void Engine::products(const float* x, std::ptrdiff_t tokens, const std::vector<P
     if (products.empty() || tokens == 0) return;
     const std::ptrdiff_t columns = products.front().weight.columns, width = groups_of(columns) * kGroup;
     // Rows of a piece: a multiple of what a kernel takes at once.
-    const std::ptrdiff_t step = std::max<std::ptrdiff_t>(1, kPieceBytes / std::max<std::ptrdiff_t>(1, 24 * columns)) * 12;
+    const std::ptrdiff_t step = std::max<std::ptrdiff_t>(1, kPieceBytes / std::max<std::ptrdiff_t>(1, 20 * columns)) * 10;
     std::vector<std::ptrdiff_t> ends;
     for (const Product& product : products) {
         ends.push_back((ends.empty() ? 0 : ends.back()) + pieces_of(product.rows, step));
@@ -126,18 +126,26 @@ void turns(const std::int64_t* positions, std::ptrdiff_t count, const float* fre
 }
 
 std::uint64_t read_bytes(const std::uint8_t* from, std::ptrdiff_t bytes, int threads) {
+    using Words = std::uint64_t __attribute__((vector_size(16)));
+    constexpr std::ptrdiff_t kSize = 1 << 20;
     std::atomic<std::uint64_t> total{0};
-    const std::ptrdiff_t size = 1 << 20;
     const auto read = [&](std::ptrdiff_t piece, int) {
-        std::uint64_t sums[8] = {};
-        for (const std::uint8_t* p = from + piece * size; p < from + (piece + 1) * size; p += 64) {
-            std::uint64_t words[8];
-            __builtin_memcpy(words, p, sizeof words);
-            for (int j = 0; j < 8; ++j) sums[j] += words[j];
+        Words a = {}, b = {}, c = {}, d = {};
+        const auto at = [](const std::uint8_t* p) {
+            Words words;
+            __builtin_memcpy(&words, p, sizeof words);
+            return words;
+        };
+        for (const std::uint8_t* p = from + piece * kSize; p < from + (piece + 1) * kSize; p += 64) {
+            a += at(p);
+            b += at(p + 16);
+            c += at(p + 32);
+            d += at(p + 48);
         }
-        for (std::uint64_t sum : sums) total += sum;
+        a += b + c + d;
+        total += a[0] + a[1];
     };
-    Pool::shared().run(threads, {{bytes / size, read}});
+    Pool::shared().run(threads, {{bytes / kSize, read}});
     return total;
 }
 

@@ -1,8 +1,8 @@
 // Products with weights as a checkpoint stores them: the interface of the instruction sets.
 //
-// Activations are float32. A product's value is the sum of 16 or 32 partial sums ("lanes"), each added up
-// in the order of the columns, then joined in a fixed tree; which lane a column belongs to is part of
-// the format below. So a value depends on its row and its activations alone: not on the tile it was
+// Activations are float32. A product's value is the sum of 16 partial sums ("lanes"), each added up in the
+// order of the columns, then joined in a fixed tree; which lane a column belongs to is part of the format
+// below. So a value depends on its row and its activations alone: not on the tile it was
 // computed in, on the tokens beside it, on the threads, nor on the instruction set.
 //
 // Weights may lie at any address, and strides count bytes: they are windows into mapped files.
@@ -42,12 +42,13 @@ struct Mxfp4Rows {
 // zeros after the last column. `groups_of(columns)` times 32 floats a token.
 using Spread = const float*;
 
-// Activations for Mxfp4Rows, 128 columns at a time: integers of 16 bits, as four planes of 32 (plane k
-// holds columns 4j + k), and for each of 16 lanes (8 columns each) the factor of its block.
-// The largest magnitude of a block of 32 is 32767. Zeros after the last column.
-struct Quad {
-    std::int16_t planes[4][32];
-    float factors[kLanes];
+// Activations for Mxfp4Rows: integers of 16 bits in four planes (plane k holds columns 4j + k), 32 of each
+// plane for 128 columns, one plane after the other; and for each 8 columns the factor of their block.
+// The largest magnitude of a block of 32 is 32767. Zeros after the last column. Planes are long so that
+// each is one stream to the processor: interleaved, they kept it from seeing the stream of the weights.
+struct Quantized {
+    const std::int16_t* planes;
+    const float* factors;
 };
 
 // What the attention of one query head over one key-value head reads. Key i of `count`, in order of
@@ -69,13 +70,13 @@ struct Kernels {
 
     // x[columns] to the activations of Bf16Rows and Mxfp4Rows.
     void (*spread)(const float* x, std::ptrdiff_t columns, float* out);
-    void (*quantize)(const float* x, std::ptrdiff_t columns, Quad* out);
+    void (*quantize)(const float* x, std::ptrdiff_t columns, std::int16_t* planes, float* factors);
 
     // y[t * y_stride + r - first] = row r times token t, for rows first <= r < last.
     void (*bf16_rows)(const Bf16Rows& weight, std::ptrdiff_t first, std::ptrdiff_t last, const Spread* x,
                       std::ptrdiff_t tokens, float* y, std::ptrdiff_t y_stride);
     void (*mxfp4_rows)(const Mxfp4Rows& weight, std::ptrdiff_t first, std::ptrdiff_t last,
-                       const Quad* const* x, std::ptrdiff_t tokens, float* y, std::ptrdiff_t y_stride);
+                       const Quantized* x, std::ptrdiff_t tokens, float* y, std::ptrdiff_t y_stride);
 
     // The same for a weight stored transposed: column c is the BF16 values from data + c * stride, one a
     // row. Each value is one sum over the columns in their order. x holds plain activations.

@@ -8,7 +8,8 @@ namespace {
 // Weights are asked for this many bytes before they are used.
 constexpr std::ptrdiff_t kAhead = 8192;
 
-inline void fetch(const std::uint8_t* p) { __builtin_prefetch(p, 0, 3); }
+// Into the second cache: asked for the first, requests are too few at a time.
+inline void fetch(const std::uint8_t* p) { __builtin_prefetch(p, 0, 2); }
 
 inline std::ptrdiff_t smaller(std::ptrdiff_t a, std::ptrdiff_t b) { return a < b ? a : b; }
 
@@ -59,84 +60,82 @@ struct Over {
         }
     }
 
-    static void quantize(const float* x, std::ptrdiff_t columns, Quad* out) {
-        for (std::ptrdiff_t q = 0; q < quads_of(columns); ++q) {
-            for (int block = 0; block < 4; ++block) {
-                const std::ptrdiff_t start = q * kQuad + block * kBlock;
-                if (start < columns) {
-                    quantize_block(x + start, out[q], block);
-                } else {
-                    for (auto& plane : out[q].planes) __builtin_memset(plane + 8 * block, 0, 16);
-                    for (int i = 0; i < 4; ++i) out[q].factors[4 * block + i] = 0.0f;
-                }
-            }
+    static void quantize(const float* x, std::ptrdiff_t columns, std::int16_t* planes, float* factors) {
+        const std::ptrdiff_t length = quads_of(columns) * kGroup, blocks = columns / kBlock;
+        for (std::ptrdiff_t b = 0; b < blocks; ++b) {
+            quantize_block(x + b * kBlock, planes + 8 * b, length, factors + 4 * b);
+        }
+        for (std::ptrdiff_t b = blocks; b < 4 * quads_of(columns); ++b) {
+            for (int k = 0; k < 4; ++k) __builtin_memset(planes + k * length + 8 * b, 0, 16);
+            for (int i = 0; i < 4; ++i) factors[4 * b + i] = 0.0f;
         }
     }
 
-    static void quantize_block(const float* x, Quad& out, int block) {
+    static void quantize_block(const float* x, std::int16_t* planes, std::ptrdiff_t length, float* factors) {
         float most = 0.0f;
-        for (int i = 0; i < kBlock; ++i) most = __builtin_fmaxf(most, __builtin_fabsf(x[i]));
         bool finite = true;
-        for (int i = 0; i < kBlock; ++i) finite &= __builtin_fabsf(x[i]) <= 3.402823466e38f;
+        for (int i = 0; i < kBlock; ++i) {
+            const float size = __builtin_fabsf(x[i]);
+            most = size > most ? size : most;
+            finite &= size <= 3.402823466e38f;
+        }
         // Below this the inverse would overflow; such values count as zeros.
         const bool zero = most < 1e-30f;
-        const F up = V::set(zero || !finite ? 0.0f : 32767.0f / most);
+        const F up = V::set(zero ? 0.0f : 32767.0f / most);
         std::int16_t whole[kBlock];
         for (int i = 0; i < kBlock; i += kLanes) {
-            F scaled = V::mul(V::load(x + i), up);
-            if (!finite) scaled = V::zero();
-            V::store_rounded(whole + i, scaled);
+            V::store_rounded(whole + i, finite ? V::mul(V::load(x + i), up) : V::zero());
         }
-        for (int i = 0; i < kBlock; ++i) out.planes[i % 4][8 * block + i / 4] = whole[i];
+        for (int i = 0; i < kBlock; ++i) planes[i % 4 * length + i / 4] = whole[i];
         // Half, because the codes are looked up as twice their value; NaN where the input had no number.
-        const float down = finite ? most / 32767.0f * 0.5f : from_bits(0x7fc00000u);
-        for (int i = 0; i < 4; ++i) out.factors[4 * block + i] = zero ? 0.0f : down * V::kFactor;
+        const float down = zero ? 0.0f : most / 32767.0f * 0.5f * V::kFactor;
+        for (int i = 0; i < 4; ++i) factors[i] = finite ? down : from_bits(0x7fc00000u);
     }
 
     // --- BF16 rows
 
+    // R rows from `w` on times T tokens.
     template <int R, int T>
     static void bf16_tile(const std::uint8_t* w, std::ptrdiff_t stride, std::ptrdiff_t columns, const Spread* x,
                           float* y, std::ptrdiff_t y_stride) {
-        F even[R][T], odd[R][T];
+        F sums[R][T];
         for (int r = 0; r < R; ++r) {
-            for (int t = 0; t < T; ++t) even[r][t] = odd[r][t] = V::zero();
+            for (int t = 0; t < T; ++t) sums[r][t] = V::zero();
         }
         const std::ptrdiff_t full = columns / kGroup;
-        // Rows are read one after another by this thread: R rows' streams reach `ahead` into the next ones.
-        const std::ptrdiff_t ahead = (kAhead / (stride * R) + 1) * stride * R;
         for (std::ptrdiff_t g = 0; g < full; ++g) {
-            F w_even[R], w_odd[R];
-            for (int r = 0; r < R; ++r) {
+            multiply<R, T>(x, g, sums, [&](int r) {
                 const std::uint8_t* from = w + r * stride + 2 * kGroup * g;
-                fetch(from + ahead);
-                V::bf16_pairs(from, w_even[r], w_odd[r]);
-            }
-            multiply<R, T>(w_even, w_odd, x, g, even, odd);
+                fetch(from + kAhead);
+                return from;
+            });
         }
         if (full * kGroup < columns) {
-            F w_even[R], w_odd[R];
+            std::uint8_t held[R][2 * kGroup] = {};
+            const std::ptrdiff_t start = 2 * kGroup * full;
             for (int r = 0; r < R; ++r) {
-                std::uint8_t held[2 * kGroup] = {};
-                const std::ptrdiff_t start = 2 * kGroup * full;
-                __builtin_memcpy(held, w + r * stride + start, static_cast<std::size_t>(2 * columns - start));
-                V::bf16_pairs(held, w_even[r], w_odd[r]);
+                __builtin_memcpy(held[r], w + r * stride + start, static_cast<std::size_t>(2 * columns - start));
             }
-            multiply<R, T>(w_even, w_odd, x, full, even, odd);
+            multiply<R, T>(x, full, sums, [&](int r) { return held[r]; });
         }
         for (int r = 0; r < R; ++r) {
-            for (int t = 0; t < T; ++t) y[t * y_stride + r] = V::sum(V::add(even[r][t], odd[r][t]));
+            for (int t = 0; t < T; ++t) y[t * y_stride + r] = V::sum(sums[r][t]);
         }
     }
 
-    template <int R, int T>
-    static inline void multiply(const F (&w_even)[R], const F (&w_odd)[R], const Spread* x, std::ptrdiff_t g,
-                                F (&even)[R][T], F (&odd)[R][T]) {
+    // `at(r)` is where the group g of row r lies.
+    template <int R, int T, class At>
+    static inline void multiply(const Spread* x, std::ptrdiff_t g, F (&sums)[R][T], At at) {
+        F x_even[T], x_odd[T];
         for (int t = 0; t < T; ++t) {
-            const F x_even = V::load(x[t] + kGroup * g), x_odd = V::load(x[t] + kGroup * g + kLanes);
-            for (int r = 0; r < R; ++r) {
-                even[r][t] = V::fma(w_even[r], x_even, even[r][t]);
-                odd[r][t] = V::fma(w_odd[r], x_odd, odd[r][t]);
+            x_even[t] = V::load(x[t] + kGroup * g);
+            x_odd[t] = V::load(x[t] + kGroup * g + kLanes);
+        }
+        for (int r = 0; r < R; ++r) {
+            F w_even, w_odd;
+            V::bf16_pairs(at(r), w_even, w_odd);
+            for (int t = 0; t < T; ++t) {
+                sums[r][t] = V::fma(w_odd, x_odd[t], V::fma(w_even, x_even[t], sums[r][t]));
             }
         }
     }
@@ -159,11 +158,9 @@ struct Over {
     static void bf16_rows(const Bf16Rows& weight, std::ptrdiff_t first, std::ptrdiff_t last, const Spread* x,
                           std::ptrdiff_t tokens, float* y, std::ptrdiff_t y_stride) {
         std::ptrdiff_t r = first;
-        if (tokens > 1) {
-            for (; last - r >= V::kRows; r += V::kRows) {
-                bf16_some_rows<V::kRows>(weight.data + r * weight.stride, weight, x, tokens, y + r - first,
-                                         y_stride);
-            }
+        for (; last - r >= V::kRows; r += V::kRows) {
+            const std::uint8_t* w = weight.data + r * weight.stride;
+            bf16_some_rows<V::kRows>(w, weight, x, tokens, y + r - first, y_stride);
         }
         for (; r < last; ++r) {
             bf16_some_rows<1>(weight.data + r * weight.stride, weight, x, tokens, y + r - first, y_stride);
@@ -172,49 +169,78 @@ struct Over {
 
     // --- MXFP4 rows
 
-    template <int T>
-    static void mxfp4_tile(const Mxfp4Rows& weight, std::ptrdiff_t row, const Quad* const* x, float* y,
+    // R rows from `row` on times T tokens.
+    template <int R, int T>
+    static void mxfp4_tile(const Mxfp4Rows& weight, std::ptrdiff_t row, const Quantized* x, float* y,
                            std::ptrdiff_t y_stride) {
         const std::uint8_t* blocks = weight.blocks + row * weight.block_stride;
         const std::uint8_t* scales = weight.scales + row * weight.scale_stride;
         const std::ptrdiff_t held = weight.columns / kBlock, full = held / 4;
-        const std::ptrdiff_t ahead = (kAhead / weight.block_stride + 1) * weight.block_stride;
-        F sums[T];
-        for (int t = 0; t < T; ++t) sums[t] = V::zero();
+        const std::ptrdiff_t length = quads_of(weight.columns) * kGroup;
+        F sums[R][T];
+        for (int r = 0; r < R; ++r) {
+            for (int t = 0; t < T; ++t) sums[r][t] = V::zero();
+        }
         for (std::ptrdiff_t q = 0; q < full; ++q) {
-            const std::uint8_t* from = blocks + q * 4 * kBlockBytes;
-            fetch(from + ahead);
-            multiply_codes<T>(V::codes(from), V::scales(scales + 4 * q), x, q, sums);
+            multiply_codes<R, T>(x, q, length, sums, [&](int r, auto use) {
+                const std::uint8_t* from = blocks + r * weight.block_stride + q * 4 * kBlockBytes;
+                fetch(from + kAhead);
+                std::uint32_t four;
+                __builtin_memcpy(&four, scales + r * weight.scale_stride + 4 * q, sizeof four);
+                use(V::codes(from), V::scales(four));
+            });
         }
         if (full * 4 < held) {
-            std::uint8_t last_blocks[4 * kBlockBytes] = {}, last_scales[4] = {};
-            const std::size_t left = static_cast<std::size_t>(held - full * 4);
-            __builtin_memcpy(last_blocks, blocks + full * 4 * kBlockBytes, left * kBlockBytes);
-            __builtin_memcpy(last_scales, scales + full * 4, left);
-            multiply_codes<T>(V::codes(last_blocks), V::scales(last_scales), x, full, sums);
+            multiply_codes<R, T>(x, full, length, sums, [&](int r, auto use) {
+                const std::uint8_t* from = blocks + r * weight.block_stride + full * 4 * kBlockBytes;
+                std::uint32_t some = 0;
+                for (int i = 0; i < static_cast<int>(held - full * 4); ++i) {
+                    some |= std::uint32_t{scales[r * weight.scale_stride + full * 4 + i]} << (8 * i);
+                }
+                use(V::codes_of(from, static_cast<int>(held - full * 4)), V::scales(some));
+            });
         }
-        for (int t = 0; t < T; ++t) y[t * y_stride] = V::sum(sums[t]);
+        for (int r = 0; r < R; ++r) {
+            for (int t = 0; t < T; ++t) y[t * y_stride + r] = V::sum(sums[r][t]);
+        }
     }
 
-    template <int T>
-    static inline void multiply_codes(const typename V::Codes& codes, F scale, const Quad* const* x,
-                                      std::ptrdiff_t q, F (&sums)[T]) {
-        for (int t = 0; t < T; ++t) {
-            const Quad& quad = x[t][q];
-            const F factor = V::mul(V::factors(quad), scale);
-            sums[t] = V::fma(V::to_float(V::dot(codes, quad)), factor, sums[t]);
+    // `with(r, use)` calls use(codes, scales) for quad q of row r.
+    template <int R, int T, class With>
+    static inline void multiply_codes(const Quantized* x, std::ptrdiff_t q, std::ptrdiff_t length, F (&sums)[R][T],
+                                      With with) {
+        for (int r = 0; r < R; ++r) {
+            with(r, [&](const typename V::Codes& codes, F scale) {
+                for (int t = 0; t < T; ++t) {
+                    const F factor = V::mul(V::load(x[t].factors + kLanes * q), scale);
+                    const typename V::I whole = V::dot(codes, x[t].planes + kGroup * q, length);
+                    sums[r][t] = V::fma(V::to_float(whole), factor, sums[r][t]);
+                }
+            });
         }
+    }
+
+    template <int R>
+    static void mxfp4_some_rows(const Mxfp4Rows& weight, std::ptrdiff_t row, const Quantized* x,
+                                std::ptrdiff_t tokens, float* y, std::ptrdiff_t y_stride) {
+        constexpr int kFew = R > 2 ? 2 : R;  // rows at once where tokens take up the registers
+        const auto in_parts = [&](auto tile, std::ptrdiff_t t) {
+            for (int r = 0; r < R; r += kFew) tile(weight, row + r, x + t, y + t * y_stride + r, y_stride);
+        };
+        std::ptrdiff_t t = 0;
+        for (; tokens - t >= 4; t += 4) in_parts(mxfp4_tile<kFew, 4>, t);
+        if (tokens - t == 3) in_parts(mxfp4_tile<kFew, 3>, t);
+        if (tokens - t == 2) mxfp4_tile<R, 2>(weight, row, x + t, y + t * y_stride, y_stride);
+        if (tokens - t == 1) mxfp4_tile<R, 1>(weight, row, x + t, y + t * y_stride, y_stride);
     }
 
     static void mxfp4_rows(const Mxfp4Rows& weight, std::ptrdiff_t first, std::ptrdiff_t last,
-                           const Quad* const* x, std::ptrdiff_t tokens, float* y, std::ptrdiff_t y_stride) {
-        for (std::ptrdiff_t r = first; r < last; ++r, ++y) {
-            std::ptrdiff_t t = 0;
-            for (; tokens - t >= 4; t += 4) mxfp4_tile<4>(weight, r, x + t, y + t * y_stride, y_stride);
-            if (tokens - t == 3) mxfp4_tile<3>(weight, r, x + t, y + t * y_stride, y_stride);
-            if (tokens - t == 2) mxfp4_tile<2>(weight, r, x + t, y + t * y_stride, y_stride);
-            if (tokens - t == 1) mxfp4_tile<1>(weight, r, x + t, y + t * y_stride, y_stride);
+                           const Quantized* x, std::ptrdiff_t tokens, float* y, std::ptrdiff_t y_stride) {
+        std::ptrdiff_t r = first;
+        for (; last - r >= V::kPackedRows; r += V::kPackedRows) {
+            mxfp4_some_rows<V::kPackedRows>(weight, r, x, tokens, y + r - first, y_stride);
         }
+        for (; r < last; ++r) mxfp4_some_rows<1>(weight, r, x, tokens, y + r - first, y_stride);
     }
 
     // --- BF16 columns

@@ -14,7 +14,7 @@ struct LanesAvx2 {
         __m256i plane[2][4];
     };
     static constexpr float kFactor = 1.0f / 256;
-    static constexpr int kRows = 1, kTokens = 2;
+    static constexpr int kRows = 2, kTokens = 2, kPackedRows = 2;
 
     static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
     static F set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
@@ -60,14 +60,17 @@ struct LanesAvx2 {
         some_codes(p + 32, found.plane[1]);
         return found;
     }
-    static I dot(const Codes& w, const Quad& x) {
-        return {some_dot(w.plane[0], x, 0), some_dot(w.plane[1], x, 16)};
+    // Of so many blocks; zeros after them.
+    static Codes codes_of(const std::uint8_t* p, int blocks) {
+        std::uint8_t held[4 * kBlockBytes] = {};
+        for (int i = 0; i < blocks; ++i) __builtin_memcpy(held + i * kBlockBytes, p + i * kBlockBytes, kBlockBytes);
+        return codes(held);
     }
-    static F factors(const Quad& x) { return load(x.factors); }
-    static F scales(const std::uint8_t* p) {
-        int four;
-        __builtin_memcpy(&four, p, sizeof four);
-        const __m256i all = _mm256_set1_epi32(four);
+    static I dot(const Codes& w, const std::int16_t* x, std::ptrdiff_t length) {
+        return {some_dot(w.plane[0], x, length), some_dot(w.plane[1], x + 16, length)};
+    }
+    static F scales(std::uint32_t four) {
+        const __m256i all = _mm256_set1_epi32(static_cast<int>(four));
         // Each byte to the top of its block's four lanes (0x80 gives zero), then down to the exponent.
         const __m256i first = _mm256_set_epi32(0x01808080, 0x01808080, 0x01808080, 0x01808080, 0x00808080,
                                                0x00808080, 0x00808080, 0x00808080);
@@ -104,10 +107,10 @@ struct LanesAvx2 {
         plane[3] = _mm256_and_si256(high, top);
     }
     // Eight products of at most 256 * 12 * 32767 a lane: within 32 bits.
-    static __m256i some_dot(const __m256i (&plane)[4], const Quad& x, int start) {
-        __m256i sums = _mm256_madd_epi16(plane[0], bytes(x.planes[0] + start));
+    static __m256i some_dot(const __m256i (&plane)[4], const std::int16_t* x, std::ptrdiff_t length) {
+        __m256i sums = _mm256_madd_epi16(plane[0], bytes(x));
         for (int k = 1; k < 4; ++k) {
-            sums = _mm256_add_epi32(sums, _mm256_madd_epi16(plane[k], bytes(x.planes[k] + start)));
+            sums = _mm256_add_epi32(sums, _mm256_madd_epi16(plane[k], bytes(x + k * length)));
         }
         return sums;
     }

@@ -10,7 +10,7 @@ struct LanesAvx512 {
         __m512i plane[4];
     };
     static constexpr float kFactor = 1.0f;
-    static constexpr int kRows = 3, kTokens = 4;
+    static constexpr int kRows = 5, kTokens = 4, kPackedRows = 4;
 
     static F zero() { return _mm512_setzero_ps(); }
     static F set(float x) { return _mm512_set1_ps(x); }
@@ -49,22 +49,28 @@ struct LanesAvx512 {
         odd = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
     }
 
-    // The index of `vpermw` has five bits: the table is there twice, so the fifth may be anything.
     static Codes codes(const std::uint8_t* p) {
+        return looked_up(_mm512_loadu_si512(p));
+    }
+    // Of so many blocks; zeros after them.
+    static Codes codes_of(const std::uint8_t* p, int blocks) {
+        return looked_up(_mm512_maskz_loadu_epi64(static_cast<__mmask8>((1u << (2 * blocks)) - 1), p));
+    }
+    // The index of `vpermw` has five bits: the table is there twice, so the fifth may be anything.
+    static Codes looked_up(I packed) {
         alignas(64) static constexpr std::int16_t kDoubled[32] = {
             0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12,
             0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
         const I table = _mm512_load_si512(kDoubled);
-        const I packed = _mm512_loadu_si512(p);
         return {{_mm512_permutexvar_epi16(packed, table),
                  _mm512_permutexvar_epi16(_mm512_srli_epi16(packed, 4), table),
                  _mm512_permutexvar_epi16(_mm512_srli_epi16(packed, 8), table),
                  _mm512_permutexvar_epi16(_mm512_srli_epi16(packed, 12), table)}};
     }
-    static I dot(const Codes& w, const Quad& x) {
-        I sums = _mm512_madd_epi16(w.plane[0], _mm512_loadu_si512(x.planes[0]));
+    static I dot(const Codes& w, const std::int16_t* x, std::ptrdiff_t length) {
+        I sums = _mm512_madd_epi16(w.plane[0], _mm512_loadu_si512(x));
         for (int k = 1; k < 4; ++k) {
-            const I plane = _mm512_loadu_si512(x.planes[k]);
+            const I plane = _mm512_loadu_si512(x + k * length);
             if constexpr (Vnni) {
                 sums = _mm512_dpwssd_epi32(sums, w.plane[k], plane);
             } else {
@@ -73,15 +79,12 @@ struct LanesAvx512 {
         }
         return sums;
     }
-    static F factors(const Quad& x) { return load(x.factors); }
-    static F scales(const std::uint8_t* p) {
-        int four;
-        __builtin_memcpy(&four, p, sizeof four);
+    static F scales(std::uint32_t four) {
         // Each byte to the top of its block's four lanes (0x80 gives zero), then down to the exponent.
         const I places = _mm512_set_epi32(0x03808080, 0x03808080, 0x03808080, 0x03808080, 0x02808080, 0x02808080,
                                           0x02808080, 0x02808080, 0x01808080, 0x01808080, 0x01808080, 0x01808080,
                                           0x00808080, 0x00808080, 0x00808080, 0x00808080);
-        const I spread = _mm512_shuffle_epi8(_mm512_set1_epi32(four), places);
+        const I spread = _mm512_shuffle_epi8(_mm512_set1_epi32(static_cast<int>(four)), places);
         return _mm512_castsi512_ps(_mm512_srli_epi32(spread, 1));
     }
     static void store_rounded(std::int16_t* p, F f) {

@@ -14,7 +14,7 @@ struct LanesNeon {
         int16x8_t plane[4][4];
     };
     static constexpr float kFactor = 1.0f;
-    static constexpr int kRows = 1, kTokens = 2;
+    static constexpr int kRows = 2, kTokens = 2, kPackedRows = 2;
 
     template <class Each>
     static F each(Each value) { return {{value(0), value(1), value(2), value(3)}}; }
@@ -81,12 +81,18 @@ struct LanesNeon {
         }
         return found;
     }
-    static I dot(const Codes& w, const Quad& x) {
+    // Of so many blocks; zeros after them.
+    static Codes codes_of(const std::uint8_t* p, int blocks) {
+        std::uint8_t held[4 * kBlockBytes] = {};
+        for (int i = 0; i < blocks; ++i) __builtin_memcpy(held + i * kBlockBytes, p + i * kBlockBytes, kBlockBytes);
+        return codes(held);
+    }
+    static I dot(const Codes& w, const std::int16_t* x, std::ptrdiff_t length) {
         I sums;
         for (int block = 0; block < 4; ++block) {
             int32x4_t low = vdupq_n_s32(0), high = low;
             for (int k = 0; k < 4; ++k) {
-                const int16x8_t plane = vld1q_s16(x.planes[k] + 8 * block);
+                const int16x8_t plane = vld1q_s16(x + k * length + 8 * block);
                 low = vmlal_s16(low, vget_low_s16(w.plane[block][k]), vget_low_s16(plane));
                 high = vmlal_high_s16(high, w.plane[block][k], plane);
             }
@@ -94,9 +100,8 @@ struct LanesNeon {
         }
         return sums;
     }
-    static F factors(const Quad& x) { return load(x.factors); }
-    static F scales(const std::uint8_t* p) {
-        return each([&](int i) { return vreinterpretq_f32_u32(vdupq_n_u32(static_cast<std::uint32_t>(p[i]) << 23)); });
+    static F scales(std::uint32_t four) {
+        return each([&](int i) { return vreinterpretq_f32_u32(vdupq_n_u32((four >> (8 * i) & 255) << 23)); });
     }
     static void store_rounded(std::int16_t* p, F f) {
         for (int i = 0; i < 4; ++i) vst1_s16(p + 4 * i, vmovn_s32(vcvtnq_s32_f32(f.at[i])));

@@ -9,12 +9,12 @@ struct LanesScalar {
     struct I {
         std::int32_t at[16];
     };
-    // 128 weights times two, in the order of Quad's planes.
+    // 128 weights times two, in the order of Quantized's planes.
     struct Codes {
         std::int16_t plane[4][32];
     };
     static constexpr float kFactor = 1.0f;  // of the integers that `dot` returns
-    static constexpr int kRows = 1, kTokens = 2;
+    static constexpr int kRows = 1, kTokens = 2, kPackedRows = 1;
 
     template <class Each>
     static F each(Each value) {
@@ -66,16 +66,21 @@ struct LanesScalar {
         }
         return found;
     }
-    static I dot(const Codes& w, const Quad& x) {
+    // Of so many blocks; zeros after them.
+    static Codes codes_of(const std::uint8_t* p, int blocks) {
+        std::uint8_t held[4 * kBlockBytes] = {};
+        for (int i = 0; i < blocks; ++i) __builtin_memcpy(held + i * kBlockBytes, p + i * kBlockBytes, kBlockBytes);
+        return codes(held);
+    }
+    static I dot(const Codes& w, const std::int16_t* x, std::ptrdiff_t length) {
         I sums = {};
         for (int k = 0; k < 4; ++k) {
-            for (int j = 0; j < 32; ++j) sums.at[j / 2] += w.plane[k][j] * x.planes[k][j];
+            for (int j = 0; j < 32; ++j) sums.at[j / 2] += w.plane[k][j] * x[k * length + j];
         }
         return sums;
     }
-    static F factors(const Quad& x) { return load(x.factors); }
-    static F scales(const std::uint8_t* p) {
-        return each([&](int i) { return from_bits(static_cast<std::uint32_t>(p[i / 4]) << 23); });
+    static F scales(std::uint32_t four) {
+        return each([&](int i) { return from_bits((four >> (i / 4 * 8) & 255) << 23); });
     }
     static void store_rounded(std::int16_t* p, F f) {
         for (int i = 0; i < 16; ++i) p[i] = static_cast<std::int16_t>(std::nearbyint(f.at[i]));
