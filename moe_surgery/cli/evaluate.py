@@ -54,7 +54,7 @@ def command(
     batch_tokens: int | None,
     output: Path | None,
     device: str,
-    dtype: str,
+    dtype: str | None,
     backend: str | None,
 ) -> None:
     """Show what plans and pruned checkpoints cost, before or after anything is written.

@@ -55,7 +55,7 @@ def command(
     min_p: float,
     seed: int | None,
     device: str,
-    dtype: str,
+    dtype: str | None,
     backend: str | None,
 ) -> None:
     """Generate text with a full or pruned checkpoint.
@@ -93,7 +93,7 @@ def _stdin() -> str:
         raise UsageError(f"stdin: not UTF-8 at byte {error.start}") from None
 
 
-def _loaded(ckpt: str, device: str, dtype: str, plan_file: Path | None, backend: str | None) -> Model:
+def _loaded(ckpt: str, device: str, dtype: str | None, plan_file: Path | None, backend: str | None) -> Model:
     from moe_surgery.runtime.load import load_model
     from moe_surgery.selection.plan import load_plan
 

@@ -61,11 +61,11 @@ def needs_torch(command: str) -> None:
         )
 
 
-def torch_dtype(name: str) -> torch.dtype:
-    """The compute dtype that --dtype names."""
+def torch_dtype(name: str | None) -> torch.dtype | None:
+    """The compute dtype that --dtype names; None where it was not given."""
     import torch
 
-    return {"bf16": torch.bfloat16, "f32": torch.float32, "f16": torch.float16}[name]
+    return None if name is None else {"bf16": torch.bfloat16, "f32": torch.float32, "f16": torch.float16}[name]
 
 
 def compute(command: Command) -> Command:
@@ -75,9 +75,7 @@ def compute(command: Command) -> Command:
         click.option(
             "--dtype",
             type=click.Choice(["bf16", "f32", "f16"]),
-            default="bf16",
-            show_default=True,
-            help="What to compute in.",
+            help="What to compute in; unless given, f32 with the native backend and bf16 with others.",
         ),
         click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N or mps."),
     ):

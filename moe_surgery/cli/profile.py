@@ -62,7 +62,7 @@ def command(
     generate: int | None,
     sequential: Path | None,
     device: str,
-    dtype: str,
+    dtype: str | None,
     backend: str | None,
 ) -> None:
     """Run texts through a model and record what each expert did.

@@ -24,7 +24,8 @@ log = logging.getLogger("moe_surgery")
 
 @lru_cache(maxsize=8)
 def backend_of(device_type: str) -> Backend:
-    """The backend for tensors on `device_type`: triton on CUDA if it can run, else reference.
+    """The backend for tensors on `device_type`: triton on CUDA and native on the CPU where they can run, else
+    reference.
 
     The first time, says which was chosen and, where it is not the fast one, why: as a warning on CUDA.
     """
@@ -35,7 +36,8 @@ def backend_of(device_type: str) -> Backend:
         why = backend_states()["triton"].removeprefix("no: ")
         log.warning("experts on cuda: reference backend, much slower, because %s", why)
     else:
-        log.info("experts on %s: reference backend; the triton backend is for CUDA devices", device_type)
+        why = backend_states()["native"].removeprefix("no: ")
+        log.info("experts on %s: reference backend; native backend: %s", device_type, why)
     return chosen
 
 

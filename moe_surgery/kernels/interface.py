@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from moe_surgery.kernels.weights import ExpertWeights
@@ -19,6 +20,7 @@ class Backend(Protocol):
     """
 
     name: str
+    dtype: torch.dtype  # what a model computes in unless told otherwise
 
     def route(self, x: Tensor, weight: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         """Choose experts: ids int64 [tokens, top_k] and weights [tokens, top_k] in x's dtype.

@@ -73,7 +73,8 @@ def load_model(
 
     On the CPU weights are views over the mapped files: loading reads headers only. On other devices
     they are moved tensor by tensor, so host memory stays bounded. MXFP4 experts stay packed
-    everywhere. `dtype` is the compute dtype (bfloat16 unless said otherwise). `plan` shows the
+    everywhere. `dtype` is the compute dtype: unless given, float32 with the native backend and
+    bfloat16 with the others. `plan` shows the
     model only the kept experts of each layer: no copy is made, and layers may keep different
     numbers; logits are those of the checkpoint pruned by that plan, bit for bit. With `one_layer` a
     layer is mapped, or moved to the device, when `Model.layers` is asked for it, and let go for the
@@ -83,10 +84,10 @@ def load_model(
     another model, UsageError for an unknown device, dtype or backend, or a device without the memory.
     """
     place = open_device(device)
-    compute = dtype or torch.bfloat16
-    if compute not in DTYPES:
-        raise UsageError(f"dtype {compute}: choose one of {', '.join(map(str, DTYPES))}")
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype}: choose one of {', '.join(map(str, DTYPES))}")
     chosen = select_backend(place, backend)
+    compute = chosen.dtype if dtype is None else dtype
     with Checkpoint.open(path) as checkpoint:
         described = families.describe(checkpoint)
         if plan is not None:

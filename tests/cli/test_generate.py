@@ -17,6 +17,7 @@ pytest.importorskip("tokenizers")
 pytest.importorskip("jinja2")
 
 from moe_surgery import inspect, load_model, load_plan, plan_random, prune  # noqa: E402
+from moe_surgery.kernels import select_backend  # noqa: E402
 from moe_surgery.runtime.generate import generate  # noqa: E402
 from moe_surgery.runtime.text import Text  # noqa: E402
 from tests.support.checkpoints import Shape, write_checkpoint  # noqa: E402
@@ -26,6 +27,7 @@ Capture = pytest.CaptureFixture[str]
 TINY = "example:tiny"
 PROMPT = "Question: What is 7 + 5?\nAnswer:"
 NEW = 12
+BACKEND = select_backend(torch.device("cpu")).name
 
 
 def expected(prompt: str, source: str | Path = TINY, **options: Any) -> tuple[str, list[int]]:
@@ -66,7 +68,7 @@ def test_a_prompt_is_gone_on_from(capsys: Capture) -> None:
     assert ended.out == expected(PROMPT)[0] + "\n"
     tokens = len(Text(TINY).encode(PROMPT))
     assert ended.error.startswith(f"{tokens} prompt tokens at ")
-    assert ended.error.endswith(" (reference on cpu)")
+    assert ended.error.endswith(f" ({BACKEND} on cpu)")
 
 
 def test_quiet_says_the_text_alone(capsys: Capture) -> None:
@@ -93,7 +95,7 @@ def test_json_says_all_there_is_to_know(capsys: Capture) -> None:
     assert result["prompt_tokens"] == len(Text(TINY).encode(PROMPT))
     assert len(result["log_probabilities"]) == len(tokens)
     assert all(p <= 0 for p in result["log_probabilities"])
-    assert (result["backend"], result["device"]) == ("reference", "cpu")
+    assert (result["backend"], result["device"]) == (BACKEND, "cpu")
     assert result["prefill_seconds"] > 0
     assert result["decode_tokens_per_second"] > 0
     assert result["peak_memory_bytes"] > 0

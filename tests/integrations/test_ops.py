@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from moe_surgery.integrations import ops  # noqa: E402
-from moe_surgery.kernels.reference import ReferenceBackend  # noqa: E402
+from moe_surgery.kernels import select_backend  # noqa: E402
 from moe_surgery.kernels.weights import DenseWeight, ExpertWeights, Mxfp4Weight  # noqa: E402
 
 HIDDEN, INNER, EXPERTS, TOP_K = 64, 32, 5, 2
@@ -46,7 +46,7 @@ def expected(arguments: tuple, packed: bool) -> torch.Tensor:
     else:
         up, up_bias, down, down_bias = DenseWeight(rest[0]), rest[1], DenseWeight(rest[2]), rest[3]
     held = ExpertWeights(up, up_bias, down, down_bias, None, limit, alpha)
-    return ReferenceBackend().experts(x, ids, weights, held)
+    return ops.backend_of("cpu").experts(x, ids, weights, held)
 
 
 def operator(packed: bool):
@@ -65,7 +65,7 @@ def test_route_gives_the_backends_bits() -> None:
     x, weight, bias = torch.randn(3, HIDDEN), torch.randn(EXPERTS, HIDDEN), torch.randn(EXPERTS)
     found, wanted = (
         torch.ops.moe_surgery.route(x, weight, bias, TOP_K),
-        ReferenceBackend().route(x, weight, bias, TOP_K),
+        ops.backend_of("cpu").route(x, weight, bias, TOP_K),
     )
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
@@ -119,9 +119,19 @@ def forgotten():
 def test_the_choice_is_logged_once(forgotten: None, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "moe_surgery"):
         for _ in range(3):
-            assert ops.backend_of("cpu").name == "reference"
-    assert [r.getMessage() for r in caplog.records] == [
-        "experts on cpu: reference backend; the triton backend is for CUDA devices"
+            name = ops.backend_of("cpu").name
+    assert name == select_backend(torch.device("cpu")).name
+    assert [r.getMessage() for r in caplog.records] == [f"experts on cpu: {name} backend"]
+
+
+def test_a_cpu_without_the_extension_says_why(
+    forgotten: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOE_SURGERY_NATIVE", "0")
+    with caplog.at_level(logging.INFO, "moe_surgery"):
+        assert ops.backend_of("cpu").name == "reference"
+    assert caplog.messages == [
+        "experts on cpu: reference backend; native backend: disabled by MOE_SURGERY_NATIVE=0"
     ]
 
 

@@ -7,7 +7,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from moe_surgery.errors import UsageError  # noqa: E402
-from moe_surgery.kernels import BACKENDS, select_backend  # noqa: E402
+from moe_surgery.kernels import BACKENDS, backend_states, select_backend  # noqa: E402
 
 
 @pytest.mark.parametrize("name", ["", "Reference", "cudnn"])
@@ -17,6 +17,11 @@ def test_an_unknown_backend_is_refused_with_the_known_ones(name: str) -> None:
     assert str(caught.value) == f"--backend {name}: unknown; known: {', '.join(BACKENDS)}"
 
 
-@pytest.mark.parametrize("name", [None, "reference"])
-def test_the_cpu_runs_plain_pytorch_asked_for_or_not(name: str | None) -> None:
-    assert select_backend(torch.device("cpu"), name).name == "reference"
+def test_plain_pytorch_runs_on_the_cpu_when_asked_for() -> None:
+    assert select_backend(torch.device("cpu"), "reference").name == "reference"
+
+
+def test_states_say_what_is_chosen_on_the_cpu_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(backend_states()) == set(BACKENDS)
+    monkeypatch.setenv("MOE_SURGERY_NATIVE", "0")
+    assert backend_states()["native"] == "no: disabled by MOE_SURGERY_NATIVE=0"

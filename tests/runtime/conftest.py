@@ -21,6 +21,21 @@ SMALL = Shape(layers=3, experts=5, top_k=2, vocabulary=40)
 WINDOW = 6
 
 
+def cpu_backends() -> list[str]:
+    """Those that can run here."""
+    import torch
+
+    from moe_surgery.kernels import select_backend
+
+    return sorted({"reference", select_backend(torch.device("cpu")).name})
+
+
+@pytest.fixture(scope="session", params=cpu_backends())
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every backend of the CPU in turn."""
+    return str(request.param)
+
+
 @pytest.fixture(scope="session")
 def tiny() -> Path:
     return locate("example:tiny")
@@ -34,13 +49,13 @@ def tiny_text(tiny: Path) -> Text:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tiny: Path) -> Model:
+def tiny_model(tiny: Path, backend: str) -> Model:
     """In float32."""
     import torch
 
     from moe_surgery.runtime.load import load_model
 
-    return load_model(tiny, dtype=torch.float32)
+    return load_model(tiny, dtype=torch.float32, backend=backend)
 
 
 @pytest.fixture(scope="session")
@@ -51,10 +66,10 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def small_model(small: Path) -> Model:
+def small_model(small: Path, backend: str) -> Model:
     """In float32."""
     import torch
 
     from moe_surgery.runtime.load import load_model
 
-    return load_model(small, dtype=torch.float32)
+    return load_model(small, dtype=torch.float32, backend=backend)

@@ -19,9 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 
 from moe_surgery import Plan, load_model  # noqa: E402
+from moe_surgery.kernels.reference.attention import attend, visible  # noqa: E402
 from moe_surgery.kernels.reference.experts import experts_gathered, experts_grouped  # noqa: E402
 from moe_surgery.kernels.reference.route import route  # noqa: E402
-from moe_surgery.kernels.reference.attention import attend, visible  # noqa: E402
 from moe_surgery.runtime.model import Model  # noqa: E402
 from moe_surgery.runtime.sampling import Sampling, distribution  # noqa: E402
 from tests.runtime.conftest import SMALL, WINDOW  # noqa: E402
@@ -58,7 +58,7 @@ def test_a_decode_step_depends_on_no_value(
     layout: str, plan: Plan | None, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     folder = write_lively(tmp_path / "model", SMALL, layout)
-    model = on_meta(load_model(folder, dtype=dtype, plan=plan))
+    model = on_meta(load_model(folder, dtype=dtype, plan=plan, backend="reference"))
     cache = model.new_cache(2, 50, rollback=3)
     token = torch.zeros(2, 1, dtype=torch.int64, device="meta")
     for _ in range(WINDOW + 5):  # around the ring
@@ -71,7 +71,7 @@ def test_a_decode_step_depends_on_no_value(
 
 @pytest.mark.parametrize("mask", [None, torch.ones(2, 4, dtype=torch.int64, device="meta")])
 def test_a_short_padded_prefill_depends_on_no_value(small: Path, mask: torch.Tensor | None) -> None:
-    model = on_meta(load_model(small))
+    model = on_meta(load_model(small, backend="reference"))
     ids = torch.zeros(2, 4, dtype=torch.int64, device="meta")
     assert model(ids, model.new_cache(2, 10), mask).shape == (2, 4, SMALL.vocabulary)
 
@@ -82,7 +82,7 @@ def test_a_distribution_depends_on_no_value(sampling: Sampling) -> None:
 
 
 def test_the_grouped_way_does_depend_on_values(small: Path) -> None:
-    layer = on_meta(load_model(small, dtype=torch.float32)).layers[0]
+    layer = on_meta(load_model(small, dtype=torch.float32, backend="reference")).layers[0]
     x = torch.zeros(1, SMALL.hidden, device="meta")
     ids, weights = route(x, layer.router.weight, layer.router.bias, 2)
     with pytest.raises((NotImplementedError, RuntimeError)):

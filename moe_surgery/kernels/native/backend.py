@@ -39,6 +39,7 @@ class NativeBackend:
     """
 
     name = "native"
+    dtype = torch.float32  # costs nothing: sums are
 
     def __init__(self, isa: str = "", threads: int | None = None) -> None:
         module = native_module()
@@ -232,8 +233,6 @@ def _check_place(what: str, tensor: Tensor) -> None:
 def _check_shape(what: str, tensor: Tensor, wanted: tuple[int | None, ...]) -> None:
     """Raise UsageError unless `tensor` has that shape (None is any length)."""
     shape = tensor.shape
-    if len(shape) == len(wanted) and all(
-        w is None or w == s for s, w in zip(shape, wanted, strict=True)
-    ):
+    if len(shape) == len(wanted) and all(w is None or w == s for s, w in zip(shape, wanted, strict=True)):
         return
     raise UsageError(f"native backend: {what} has shape {tuple(shape)}, needed {wanted}")

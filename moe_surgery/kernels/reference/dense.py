@@ -40,6 +40,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 class TorchDense:
     """The operations of `Backend` that are no mixture's, on plain PyTorch."""
 
+    dtype = torch.bfloat16
+
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return linear(x, weight, bias)
 

@@ -22,10 +22,11 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 class TritonBackend(TorchDense):
     """See `moe_surgery.kernels.interface.Backend`.
 
-    For CUDA tensors, or CPU tensors where Triton interprets (TRITON_INTERPRET=1). What is no mixture's
-    goes to PyTorch; a captured decode step has kernels of its own for it (`kernels.triton.decode`). At one token a layer is
-    three launches: route, gate_up, down. Raises UsageError, when made, where `availability` gives a reason,
-    and on tensors it does not support. Its launches on one stream may not overlap with each other.
+    For CUDA tensors, or CPU tensors where Triton interprets (TRITON_INTERPRET=1). At one token a layer is
+    three launches: route, gate_up, down. What is no mixture's goes to PyTorch; a captured decode step has
+    kernels of its own for it (`kernels.triton.decode`). Raises UsageError, when made, where `availability`
+    gives a reason, and on tensors it does not support. Its launches on one stream may not overlap with
+    each other.
     """
 
     name = "triton"

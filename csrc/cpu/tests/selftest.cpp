@@ -1,0 +1,233 @@
+// The CPU kernels without Python: every instruction set that runs here against plain C++, bit for bit, plain
+// C++ against double precision, and the threads. Exits with 1 where something differs.
+#include <atomic>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "../engine.hpp"
+#include "../pool.hpp"
+
+using namespace moe_surgery::cpu;
+
+namespace {
+
+using Floats = std::vector<float>;
+// No room behind the last byte, so that a sanitizer sees what reads past it.
+using Bytes = std::vector<std::uint8_t>;
+
+std::mt19937 random_bits(1);
+
+Floats random_floats(std::ptrdiff_t count) {
+    std::normal_distribution<float> normal;
+    Floats found(static_cast<std::size_t>(count));
+    for (float& value : found) value = normal(random_bits);
+    return found;
+}
+
+Bytes random_bytes(std::ptrdiff_t count, int low = 0, int high = 255) {
+    std::uniform_int_distribution<int> uniform(low, high);
+    Bytes found(static_cast<std::size_t>(count));
+    for (auto& byte : found) byte = static_cast<std::uint8_t>(uniform(random_bits));
+    return found;
+}
+
+Bytes random_bf16(std::ptrdiff_t count) {
+    Bytes found(static_cast<std::size_t>(2 * count));
+    const Floats values = random_floats(count);
+    for (std::size_t i = 0; i < values.size(); ++i) {
+        std::uint32_t bits;
+        std::memcpy(&bits, &values[i], 4);
+        found[2 * i] = static_cast<std::uint8_t>(bits >> 16);
+        found[2 * i + 1] = static_cast<std::uint8_t>(bits >> 24);
+    }
+    return found;
+}
+
+double bf16_value(const Bytes& bytes, std::ptrdiff_t i) {
+    const auto at = static_cast<std::size_t>(2 * i);
+    const std::uint32_t bits = std::uint32_t{bytes[at]} << 16 | std::uint32_t{bytes[at + 1]} << 24;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+struct Shape {
+    std::ptrdiff_t rows, columns, tokens;
+};
+
+bool same(const Floats& a, const Floats& b) { return std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0; }
+
+bool near(const Floats& got, const std::vector<double>& exact, const std::vector<double>& size, double error) {
+    for (std::size_t i = 0; i < got.size(); ++i) {
+        if (!(std::fabs(got[i] - exact[i]) <= error * size[i])) return false;
+    }
+    return true;
+}
+
+struct Checked {
+    int failures = 0;
+    void operator()(bool holds, const char* set, const char* what, Shape shape) {
+        if (holds) return;
+        ++failures;
+        std::printf("FAILED %s %s: %td x %td, %td tokens\n", set, what, shape.rows, shape.columns, shape.tokens);
+    }
+};
+
+// `run(kernels, y)` fills y [tokens, rows]; the sums are `exact`, of terms that add up to `size`.
+template <class Run>
+void compare(Checked& check, const char* what, Shape shape, Run run, const std::vector<double>& exact,
+             const std::vector<double>& size, double error) {
+    const std::size_t all = static_cast<std::size_t>(shape.rows * shape.tokens);
+    Floats expected(all);
+    run(kScalarKernels, expected);
+    check(near(expected, exact, size, error), "scalar", what, shape);
+    for (const Kernels* kernels : available_kernels()) {
+        Floats found(all, -1.0f);
+        run(*kernels, found);
+        check(same(found, expected), kernels->name, what, shape);
+    }
+}
+
+void check_bf16(Checked& check, Shape s) {
+    const Bytes weight = random_bf16(s.rows * s.columns);
+    const Floats x = random_floats(s.tokens * s.columns);
+    std::vector<double> exact, size;
+    for (std::ptrdiff_t t = 0; t < s.tokens; ++t) {
+        for (std::ptrdiff_t r = 0; r < s.rows; ++r) {
+            double sum = 0, terms = 0;
+            for (std::ptrdiff_t c = 0; c < s.columns; ++c) {
+                const double term = bf16_value(weight, r * s.columns + c) * x[static_cast<std::size_t>(t * s.columns + c)];
+                sum += term;
+                terms += std::fabs(term);
+            }
+            exact.push_back(sum);
+            size.push_back(terms);
+        }
+    }
+    compare(check, "bf16_rows", s, [&](const Kernels& kernels, Floats& y) {
+        const std::ptrdiff_t width = groups_of(s.columns) * kGroup;
+        Floats spread(static_cast<std::size_t>(s.tokens * width));
+        std::vector<Spread> rows;
+        for (std::ptrdiff_t t = 0; t < s.tokens; ++t) {
+            rows.push_back(spread.data() + t * width);
+            kernels.spread(x.data() + t * s.columns, s.columns, spread.data() + t * width);
+        }
+        kernels.bf16_rows({weight.data(), 2 * s.columns, s.columns}, 0, s.rows, rows.data(), s.tokens, y.data(), s.rows);
+    }, exact, size, 1e-6);
+
+    Bytes turned(weight.size());
+    for (std::ptrdiff_t r = 0; r < s.rows; ++r) {
+        for (std::ptrdiff_t c = 0; c < s.columns; ++c) {
+            std::memcpy(turned.data() + 2 * (c * s.rows + r), weight.data() + 2 * (r * s.columns + c), 2);
+        }
+    }
+    compare(check, "bf16_transposed", s, [&](const Kernels& kernels, Floats& y) {
+        std::vector<const float*> rows;
+        for (std::ptrdiff_t t = 0; t < s.tokens; ++t) rows.push_back(x.data() + t * s.columns);
+        kernels.bf16_transposed({turned.data(), 2 * s.rows, s.columns}, 0, s.rows, rows.data(), s.tokens, y.data(), s.rows);
+    }, exact, size, 1e-5);
+}
+
+void check_mxfp4(Checked& check, Shape s) {
+    static const double values[8] = {0, 0.5, 1, 1.5, 2, 3, 4, 6};
+    const std::ptrdiff_t blocks = s.columns / kBlock;
+    const Bytes codes = random_bytes(s.rows * blocks * kBlockBytes), scales = random_bytes(s.rows * blocks, 110, 140);
+    const Floats x = random_floats(s.tokens * s.columns);
+    std::vector<double> exact, size;
+    for (std::ptrdiff_t t = 0; t < s.tokens; ++t) {
+        for (std::ptrdiff_t r = 0; r < s.rows; ++r) {
+            double sum = 0, terms = 0;
+            for (std::ptrdiff_t c = 0; c < s.columns; ++c) {
+                const std::ptrdiff_t block = r * blocks + c / kBlock;
+                const int byte = codes[static_cast<std::size_t>(block * kBlockBytes + c % kBlock / 2)];
+                const int code = c % 2 ? byte >> 4 : byte & 15;
+                const double weight = std::ldexp(code & 8 ? -values[code & 7] : values[code & 7],
+                                                 scales[static_cast<std::size_t>(block)] - 127);
+                const double term = weight * x[static_cast<std::size_t>(t * s.columns + c)];
+                sum += term;
+                // Activations are rounded to a part of their block's largest, about 3 here.
+                terms += std::fabs(weight) * 4;
+            }
+            exact.push_back(sum);
+            size.push_back(terms);
+        }
+    }
+    compare(check, "mxfp4_rows", s, [&](const Kernels& kernels, Floats& y) {
+        const std::ptrdiff_t quads = quads_of(s.columns);
+        std::vector<std::int16_t> planes(static_cast<std::size_t>(s.tokens * quads * kQuad));
+        Floats factors(static_cast<std::size_t>(s.tokens * quads * kLanes));
+        std::vector<Quantized> rows;
+        for (std::ptrdiff_t t = 0; t < s.tokens; ++t) {
+            rows.push_back({planes.data() + t * quads * kQuad, factors.data() + t * quads * kLanes});
+            kernels.quantize(x.data() + t * s.columns, s.columns, planes.data() + t * quads * kQuad,
+                             factors.data() + t * quads * kLanes);
+        }
+        const Mxfp4Rows weight = {codes.data(), blocks * kBlockBytes, scales.data(), blocks, s.columns};
+        kernels.mxfp4_rows(weight, 0, s.rows, rows.data(), s.tokens, y.data(), s.rows);
+    }, exact, size, 2e-5);
+}
+
+void check_rest(Checked& check, Shape s) {
+    const Floats h = random_floats(2 * s.columns), x = random_floats(s.columns);
+    const Bytes loud = random_bf16(s.columns), keys = random_bf16(s.rows * s.columns), values = random_bf16(s.rows * s.columns);
+    std::vector<std::int32_t> slots;
+    for (std::ptrdiff_t r = s.rows - 1; r >= 0; --r) slots.push_back(static_cast<std::int32_t>(r));
+    const auto run = [&](const Kernels& kernels) {
+        Floats all(static_cast<std::size_t>(3 * s.columns)), scores(static_cast<std::size_t>(s.rows + kLanes));
+        kernels.swiglu(h.data(), s.columns, 7.0f, 1.702f, all.data());
+        kernels.rms_norm(x.data(), loud.data(), s.columns, 1e-5f, all.data() + s.columns);
+        kernels.attend(x.data(), 0.5f, {keys.data(), values.data(), 2 * s.columns, 2 * s.columns, slots.data(), s.rows, s.columns, false},
+                       scores.data(), all.data() + 2 * s.columns);
+        return all;
+    };
+    const Floats expected = run(kScalarKernels);
+    for (std::ptrdiff_t i = 0; i < s.columns; ++i) {
+        const double gate = std::fmin(h[static_cast<std::size_t>(2 * i)], 7.0), up = std::fmax(-7.0, std::fmin(7.0, h[static_cast<std::size_t>(2 * i + 1)]));
+        const double exact = (up + 1) * gate / (1 + std::exp(-1.702 * gate));
+        check(std::fabs(expected[static_cast<std::size_t>(i)] - exact) <= 1e-6 * (1 + std::fabs(exact)), "scalar", "swiglu", s);
+    }
+    for (const Kernels* kernels : available_kernels()) check(same(run(*kernels), expected), kernels->name, "the rest", s);
+}
+
+void check_threads(Checked& check) {
+    for (int threads : {1, 2, 3, 7}) {
+        for (std::ptrdiff_t count : {0, 1, 2, 100}) {
+            std::vector<std::atomic<int>> done(static_cast<std::size_t>(count));
+            std::atomic<bool> early{false};
+            const auto first = [&](std::ptrdiff_t i, int) { ++done[static_cast<std::size_t>(i)]; };
+            const auto second = [&](std::ptrdiff_t i, int) {
+                for (const auto& each : done) early = early || each == 0;
+                ++done[static_cast<std::size_t>(i)];
+            };
+            for (int round = 0; round < 50; ++round) {
+                for (auto& each : done) each = 0;
+                Pool::shared().run(threads, {{count, first}, {count, second}});
+                bool all = !early;
+                for (const auto& each : done) all = all && each == 2;
+                check(all, "threads", "phases", {threads, count, round});
+            }
+        }
+    }
+}
+
+}  // namespace
+
+int main() {
+    Checked check;
+    for (Shape shape : {Shape{1, 32, 1}, {2, 64, 2}, {3, 96, 3}, {7, 128, 4}, {12, 160, 5}, {31, 288, 9}, {64, 480, 1}}) {
+        check_bf16(check, shape);
+        check_mxfp4(check, shape);
+        check_rest(check, shape);
+    }
+    for (Shape shape : {Shape{1, 1, 1}, {5, 7, 3}, {17, 33, 2}, {40, 66, 8}}) {
+        check_bf16(check, shape);
+        check_rest(check, shape);
+    }
+    check_threads(check);
+    for (const Kernels* kernels : available_kernels()) std::printf("%s\n", kernels->name);
+    std::printf("%s\n", check.failures ? "FAILED" : "ok");
+    return check.failures ? 1 : 0;
+}

@@ -1,0 +1,102 @@
+"""On the native backend a token's logits have the same bits however its text was fed to the model."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+torch = pytest.importorskip("torch")
+
+from moe_surgery import Plan, load_model  # noqa: E402
+from moe_surgery.runtime.model import Model  # noqa: E402
+from tests.kernels.native_cases import native, needs_native  # noqa: E402
+from tests.runtime.conftest import SMALL, WINDOW  # noqa: E402
+from tests.runtime.models import write_lively  # noqa: E402
+
+pytestmark = needs_native
+
+LENGTH = 33
+PLAN = Plan("gpt_oss", SMALL.experts, ((4, 0, 2), (1,), (3, 2)))
+_loaded: dict[tuple[object, ...], Model] = {}
+
+
+@pytest.fixture(scope="module", params=["mxfp4", "bf16"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("invariance") / request.param
+    return write_lively(folder, SMALL, request.param, edit_config=lambda c: c.update(sliding_window=WINDOW))
+
+
+def model_of(folder: Path, dtype: torch.dtype, plan: Plan | None = None, threads: int = 1) -> Model:
+    key = folder, dtype, plan is None, threads
+    if key not in _loaded:
+        _loaded[key] = load_model(folder, dtype=dtype, plan=plan, backend="native")
+        _loaded[key].backend = native("", threads)
+    return _loaded[key]
+
+
+def in_pieces(model: Model, ids: torch.Tensor, cuts: list[int], rollback: int) -> torch.Tensor:
+    cache = model.new_cache(ids.shape[0], ids.shape[1] + 20, rollback=rollback)
+    return torch.cat([model(ids[:, a:b], cache) for a, b in pairwise(cuts)], dim=1)
+
+
+@settings(max_examples=20)
+@given(
+    seed=st.integers(0, 99),
+    batch=st.integers(1, 3),
+    steps=st.lists(st.integers(1, 16), min_size=1, max_size=LENGTH),
+    rollback=st.integers(0, WINDOW),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    viewed=st.booleans(),
+    threads=st.sampled_from([1, 2, 3]),
+)
+def test_chunks_of_any_size_give_the_bits_of_one_token_at_a_time(
+    folder: Path,
+    seed: int,
+    batch: int,
+    steps: list[int],
+    rollback: int,
+    dtype: torch.dtype,
+    viewed: bool,
+    threads: int,
+) -> None:
+    plan = PLAN if viewed else None
+    ids = torch.randint(0, SMALL.vocabulary, (batch, LENGTH), generator=torch.Generator().manual_seed(seed))
+    one_by_one = in_pieces(model_of(folder, dtype, plan), ids, [*range(LENGTH + 1)], 16)
+    cuts = [0]
+    while cuts[-1] < LENGTH:
+        cuts.append(min(LENGTH, cuts[-1] + steps[len(cuts) % len(steps)]))
+    found = in_pieces(model_of(folder, dtype, plan, threads), ids, cuts, rollback)
+    assert torch.equal(found, one_by_one)
+    alone = in_pieces(model_of(folder, dtype, plan), ids[:1], [0, LENGTH], rollback)
+    assert torch.equal(alone, one_by_one[:1])
+
+
+@settings(max_examples=10)
+@given(seed=st.integers(0, 99), back=st.integers(1, WINDOW), pads=st.integers(1, 9))
+def test_padding_and_taking_back_change_no_bit(folder: Path, seed: int, back: int, pads: int) -> None:
+    model = model_of(folder, torch.float32)
+    ids = torch.randint(0, SMALL.vocabulary, (1, LENGTH), generator=torch.Generator().manual_seed(seed))
+    expected = model(ids)
+    cache = model.new_cache(1, LENGTH + 20, rollback=WINDOW)
+    model(ids[:, : LENGTH - back], cache)
+    wrong = (ids[:, LENGTH - back :] + 1) % SMALL.vocabulary
+    model(wrong, cache)
+    cache.truncate(LENGTH - back)
+    assert torch.equal(model(ids[:, LENGTH - back :], cache), expected[:, LENGTH - back :])
+    padded = torch.cat((torch.zeros(1, pads, dtype=torch.int64), ids), dim=1)
+    mask = torch.ones_like(padded)
+    mask[:, :pads] = 0
+    assert torch.equal(model(padded, None, mask)[:, pads:], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_embedded_model_too(tiny: Path, dtype: torch.dtype) -> None:
+    model = model_of(tiny, dtype)
+    ids = torch.randint(0, 2048, (2, 150), generator=torch.Generator().manual_seed(0))
+    expected = in_pieces(model, ids, [*range(151)], 16)
+    for step in (2, 5, 16, 64, 150):
+        assert torch.equal(in_pieces(model, ids, [*range(0, 150, step), 150], 16), expected), step
