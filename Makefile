@@ -1,6 +1,8 @@
 # make demo   set up and run the main job on the embedded tiny checkpoint
 # make test   set up and run the suite, with the native kernels and without them
 # make lint   format, style, types, and the order of rooms
+# make sanitize  the C++ core and the tests of its kernels under AddressSanitizer and UBSan
+# make arm    the C++ core for aarch64, tested under qemu; skipped where either is missing
 # make aot    compile every GPU kernel for six architectures and compare with the checked-in table
 # make bench  full-size surgery beside cp (needs root, 45 GB and some ten minutes)
 # make gpu    every GPU test and benchmark with the torch and triton that PYTHON has (no set-up, no network)
@@ -10,9 +12,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.ready
 NATIVE_SOURCES := $(wildcard $(addprefix csrc/,*.cpp *.hpp *.inl cpu/*.cpp cpu/*.hpp cpu/*.inl))
+# The core without Python: what each self-test is made of.
+CORE_TESTS := formats cpu
+formats_SOURCES := csrc/tests/selftest.cpp $(filter-out csrc/bindings.cpp,$(wildcard csrc/*.cpp))
+cpu_SOURCES := csrc/cpu/tests/selftest.cpp $(filter-out csrc/cpu/bindings.cpp,$(wildcard csrc/cpu/*.cpp))
+CORE_FLAGS := -std=c++17 -ffp-contract=off -pthread -Icsrc
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 WORK ?= $(or $(TMPDIR),/var/tmp)/moe-surgery-bench
 
-.PHONY: demo test lint aot bench gpu clean
+.PHONY: demo test lint sanitize arm aot bench gpu clean
 
 demo: $(SETUP)
 	$(BIN)/moe-surgery demo
@@ -26,6 +34,22 @@ lint: $(SETUP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Imports are appended to the path, so that the tests find the sanitized package before this folder's.
+sanitize: $(SETUP)
+	rm -rf build
+	mkdir -p build
+	$(foreach t,$(CORE_TESTS),c++ $(CORE_FLAGS) -O1 $(SANITIZERS) $($(t)_SOURCES) -o build/$(t)-selftest && build/$(t)-selftest &&) true
+	MOE_SURGERY_SANITIZE=1 $(BIN)/python -m pip install --quiet --no-deps --target build/sanitized .
+	LD_PRELOAD=$$(c++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitized \
+		$(BIN)/pytest -n auto --import-mode=append tests/kernels/test_native.py tests/formats
+
+arm:
+	@if command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null; then \
+		mkdir -p build && set -e; \
+		$(foreach t,$(CORE_TESTS),aarch64-linux-gnu-g++ $(CORE_FLAGS) -O2 -static $($(t)_SOURCES) -o build/$(t)-selftest-arm; \
+		qemu-aarch64 build/$(t)-selftest-arm;) \
+	else echo "arm: skipped, needs aarch64-linux-gnu-g++ and qemu-aarch64 (g++-aarch64-linux-gnu, qemu-user)"; fi
 
 aot: $(SETUP)
 	$(BIN)/python -m benchmarks.kernels.aot --compare
