@@ -325,29 +325,59 @@ struct Over {
 
     // --- attention
 
-    static F head_part(const std::uint8_t* p, std::ptrdiff_t d, std::ptrdiff_t head_dim, bool wide) {
+    // Sixteen values of a head from value d on, of float32 or BF16; zeros after the head's last.
+    template <bool Wide>
+    static inline F head_part(const std::uint8_t* head, std::ptrdiff_t d, std::ptrdiff_t head_dim) {
+        const std::uint8_t* from = head + d * (Wide ? 4 : 2);
         const std::ptrdiff_t count = smaller(kLanes, head_dim - d);
-        const std::uint8_t* from = p + d * (wide ? 4 : 2);
-        if (wide) {
-            float held[kLanes] = {};
-            __builtin_memcpy(held, from, static_cast<std::size_t>(4 * count));
-            return V::load(held);
+        if constexpr (Wide) {
+            const float* floats = reinterpret_cast<const float*>(from);
+            return count == kLanes ? V::load(floats) : partial(floats, count);
+        } else {
+            return count == kLanes ? V::bf16(from) : bf16_partial(from, count);
         }
-        return count == kLanes ? V::bf16(from) : bf16_partial(from, count);
     }
 
-    static void attend(const float* q, float sink, const AttentionSpan& span, float* scores, float* out) {
-        const F factor = V::set(1.0f / __builtin_sqrtf(static_cast<float>(span.head_dim)));
-        float top = sink;
+    // D: the head's sixteens where they are known when compiling, so that they stay in registers; else 0.
+    template <bool Wide, int D>
+    static void scores_of(const float* q, const AttentionSpan& span, float* scores) {
+        const std::ptrdiff_t head_dim = D ? D * kLanes : span.head_dim;
+        const std::uint8_t* query = reinterpret_cast<const std::uint8_t*>(q);
         for (std::ptrdiff_t i = 0; i < span.count; ++i) {
             const std::uint8_t* key = span.keys + span.slots[i] * span.key_stride;
             F sums = V::zero();
-            for (std::ptrdiff_t d = 0; d < span.head_dim; d += kLanes) {
-                const F part = partial(q + d, smaller(kLanes, span.head_dim - d));
-                sums = V::fma(part, head_part(key, d, span.head_dim, span.wide), sums);
+            for (std::ptrdiff_t d = 0; d < head_dim; d += kLanes) {
+                sums = V::fma(head_part<true>(query, d, head_dim), head_part<Wide>(key, d, head_dim), sums);
             }
             scores[i] = V::sum(sums);
         }
+    }
+
+    template <bool Wide, int D>
+    static void mix(const float* weights, const AttentionSpan& span, F share, float* out) {
+        constexpr int kAtOnce = D ? D : 1;
+        const std::ptrdiff_t head_dim = D ? D * kLanes : span.head_dim;
+        for (std::ptrdiff_t d = 0; d < head_dim; d += kAtOnce * kLanes) {
+            F mixed[kAtOnce];
+            for (int j = 0; j < kAtOnce; ++j) mixed[j] = V::zero();
+            for (std::ptrdiff_t i = 0; i < span.count; ++i) {
+                const std::uint8_t* value = span.values + span.slots[i] * span.value_stride;
+                const F weight = V::set(weights[i]);
+                for (int j = 0; j < kAtOnce; ++j) {
+                    mixed[j] = V::fma(weight, head_part<Wide>(value, d + j * kLanes, head_dim), mixed[j]);
+                }
+            }
+            for (int j = 0; j < kAtOnce; ++j) {
+                const std::ptrdiff_t start = d + j * kLanes;
+                store_partial(out + start, V::mul(mixed[j], share), smaller(kLanes, head_dim - start));
+            }
+        }
+    }
+
+    template <bool Wide, int D>
+    static void attend_over(const float* q, float sink, const AttentionSpan& span, float* scores, float* out) {
+        const F factor = V::set(1.0f / __builtin_sqrtf(static_cast<float>(span.head_dim)));
+        scores_of<Wide, D>(q, span, scores);
         const std::ptrdiff_t padded = (span.count + kLanes - 1) / kLanes * kLanes;
         for (std::ptrdiff_t i = span.count; i < padded; ++i) scores[i] = -__builtin_inff();
         F tops = V::set(sink);
@@ -356,29 +386,25 @@ struct Over {
             V::store(scores + i, scaled);
             tops = V::max(tops, scaled);
         }
-        float held[kLanes];
+        float held[kLanes], top = sink;
         V::store(held, tops);
         for (float value : held) top = value > top ? value : top;
         F totals = V::zero();
         for (std::ptrdiff_t i = 0; i < padded; i += kLanes) {
-            float weights[kLanes];
-            V::store(weights, exp(V::sub(V::load(scores + i), V::set(top))));
-            for (std::ptrdiff_t j = smaller(kLanes, span.count - i); j < kLanes; ++j) weights[j] = 0.0f;
-            const F kept = V::load(weights);
+            V::store(held, exp(V::sub(V::load(scores + i), V::set(top))));
+            for (std::ptrdiff_t j = smaller(kLanes, span.count - i); j < kLanes; ++j) held[j] = 0.0f;
+            const F kept = V::load(held);
             V::store(scores + i, kept);
             totals = V::add(totals, kept);
         }
-        float sinks[kLanes];
-        V::store(sinks, exp(V::set(sink - top)));
-        const F share = V::set(1.0f / (V::sum(totals) + sinks[0]));
-        for (std::ptrdiff_t d = 0; d < span.head_dim; d += kLanes) {
-            F mixed = V::zero();
-            for (std::ptrdiff_t i = 0; i < span.count; ++i) {
-                const std::uint8_t* value = span.values + span.slots[i] * span.value_stride;
-                mixed = V::fma(V::set(scores[i]), head_part(value, d, span.head_dim, span.wide), mixed);
-            }
-            store_partial(out + d, V::mul(mixed, share), smaller(kLanes, span.head_dim - d));
-        }
+        V::store(held, exp(V::set(sink - top)));
+        mix<Wide, D>(scores, span, V::set(1.0f / (V::sum(totals) + held[0])), out);
+    }
+
+    static void attend(const float* q, float sink, const AttentionSpan& span, float* scores, float* out) {
+        const auto over = span.head_dim == 4 * kLanes ? (span.wide ? attend_over<true, 4> : attend_over<false, 4>)
+                                                      : (span.wide ? attend_over<true, 0> : attend_over<false, 0>);
+        over(q, sink, span, scores, out);
     }
 
     static constexpr Kernels set(const char* name) {
