@@ -65,7 +65,9 @@ def torch_dtype(name: str | None) -> torch.dtype | None:
     """The compute dtype that --dtype names; None where it was not given."""
     import torch
 
-    return None if name is None else {"bf16": torch.bfloat16, "f32": torch.float32, "f16": torch.float16}[name]
+    return (
+        None if name is None else {"bf16": torch.bfloat16, "f32": torch.float32, "f16": torch.float16}[name]
+    )
 
 
 def compute(command: Command) -> Command:

@@ -84,9 +84,7 @@ def _routed(backend: Backend, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
     return backend.route(x, layer.router.weight, layer.router.bias, layer.top_k)
 
 
-def _attended(
-    backend: Backend, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, window: int | None
-) -> Tensor:
+def _attended(backend: Backend, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, window: int | None) -> Tensor:
     """One passage: q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim] -> [tokens, width]."""
     tokens, heads, _ = q.shape
     q, k, v = (a.transpose(0, 1)[None] for a in (q, k, v))
