@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
 from moe_surgery import load_plan, load_ranking
 from moe_surgery.demo import arithmetic
@@ -96,6 +96,8 @@ def test_profile_takes_domains_bounds_and_generated_answers(
     shown = done(call(capsys, "profile", TINY, "--texts", place / "sums.txt", "-o", out, *options))
     assert shown.out.startswith("law: 30 tokens")
     assert "1 texts are longer than 20 tokens and were split" in shown.err
+    import torch
+
     computed_in = str(select_backend(torch.device("cpu")).dtype).removeprefix("torch.")
     assert load_statistics(out).settings["dtype"] == computed_in
     shown = done(call(capsys, "profile", TINY, "--texts", place / "asked.jsonl", "-o", out, "--generate", 2))
