@@ -23,7 +23,6 @@ from torch import Tensor
 from moe_surgery.measure.corpus import Passage
 from moe_surgery.measure.layerwise import apply_attention, apply_experts, embed
 from moe_surgery.measure.states import HiddenStates, rows_buffer
-from moe_surgery.runtime.linear import rms_norm
 from moe_surgery.runtime.model import Layer, Model
 
 __all__ = ["LayerOrder", "eliminate", "reconstruct"]
@@ -131,7 +130,7 @@ def _outputs(model: Model, layer: Layer, states: HiddenStates) -> tuple[Tensor, 
     gram = rows_buffer(states.tokens, experts * experts, torch.float32, torch.device("cpu"))
     for start in range(0, states.tokens, PIECE_TOKENS):
         where = slice(start, min(start + PIECE_TOKENS, states.tokens))
-        x = rms_norm(states[where], layer.mlp_norm, model.config.eps)
+        x = model.backend.rms_norm(states[where], layer.mlp_norm, model.config.eps)
         ids, weights = model.backend.route(x.float(), router.weight, router.bias, experts)
         shares[where] = torch.zeros(len(x), experts).scatter_(1, ids.cpu(), weights.float().cpu())
         outputs = torch.empty(len(x), experts, x.shape[1], device=x.device)
