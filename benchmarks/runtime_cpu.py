@@ -38,7 +38,7 @@ def run_model(path: str, context: int) -> dict[str, float]:
     from moe_surgery.runtime.load import load_model
 
     start = time.perf_counter()
-    model = load_model(path)
+    model = load_model(path, dtype=torch.bfloat16, backend="reference")
     loaded = time.perf_counter()
     cache = model.new_cache(1, context)
     generator = torch.Generator().manual_seed(0)

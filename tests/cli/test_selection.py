@@ -15,6 +15,7 @@ pytest.importorskip("torch")
 
 from moe_surgery import load_plan, load_ranking
 from moe_surgery.demo import arithmetic
+from moe_surgery.kernels import select_backend
 from moe_surgery.measure.evaluation import load_evaluation
 from moe_surgery.pipeline import inspect
 from moe_surgery.selection.metrics import METRICS
@@ -95,7 +96,10 @@ def test_profile_takes_domains_bounds_and_generated_answers(
     shown = done(call(capsys, "profile", TINY, "--texts", place / "sums.txt", "-o", out, *options))
     assert shown.out.startswith("law: 30 tokens")
     assert "1 texts are longer than 20 tokens and were split" in shown.err
-    assert load_statistics(out).settings["dtype"] == "bfloat16"
+    import torch
+
+    computed_in = str(select_backend(torch.device("cpu")).dtype).removeprefix("torch.")
+    assert load_statistics(out).settings["dtype"] == computed_in
     shown = done(call(capsys, "profile", TINY, "--texts", place / "asked.jsonl", "-o", out, "--generate", 2))
     assert "asked:answer: " in shown.out
     assert load_statistics(out).settings["generate"] == 2

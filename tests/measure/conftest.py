@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,6 +48,14 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_lines(folder / "talk.jsonl", [conversation(q, a) for q, a in zip(QUESTIONS, answers, strict=True)])
     write_lines(folder / "asked.jsonl", [conversation(q, None) for q in QUESTIONS])
     return folder
+
+
+@pytest.fixture(scope="package", autouse=True)
+def plain_pytorch() -> Iterator[None]:
+    """Statistics are held against transformers' to 1e-5, which the native backend's 16 bits would not pass."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOE_SURGERY_NATIVE", "0")
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ pytest.importorskip("transformers")
 
 from moe_surgery import Checkpoint, describe, load_model  # noqa: E402
 from moe_surgery.errors import InvalidInputError  # noqa: E402
+from moe_surgery.kernels.reference import ReferenceBackend  # noqa: E402
 from moe_surgery.runtime.config import ModelConfig  # noqa: E402
 from tests.runtime.models import Config, write_lively  # noqa: E402
 from tests.support import oracle  # noqa: E402
@@ -65,7 +66,7 @@ def usual(tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
 def check(folder: Path, usual: torch.Tensor) -> None:
     expected = oracle.logits_of(oracle.load_model(folder), TOKENS)
     assert (expected - usual).abs().max() > 2e-3
-    got = load_model(folder, dtype=torch.float32)(TOKENS)
+    got = load_model(folder, dtype=torch.float32, backend="reference")(TOKENS)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
 
 
@@ -183,6 +184,6 @@ def test_any_config_is_either_refused_or_runs(small: Path, top: Config, rope: Co
         assert error.isprintable()
         return
     assert all(w is None or w >= 1 for w in config.windows)
-    cos, sin = Rope(config.rope, config.head_dim, torch.device("cpu"))(torch.arange(3))
+    cos, sin = Rope(config.rope, config.head_dim, torch.device("cpu"))(torch.arange(3), ReferenceBackend())
     assert cos.isfinite().all()
     assert sin.isfinite().all()
