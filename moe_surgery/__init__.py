@@ -18,6 +18,9 @@ from moe_surgery.version import __version__
 if TYPE_CHECKING:
     from moe_surgery.checkpoint.checkpoint import Checkpoint
     from moe_surgery.families import describe
+    from moe_surgery.measure.evaluate import evaluate
+    from moe_surgery.measure.job import profile
+    from moe_surgery.measure.search import search
     from moe_surgery.pipeline import export_gguf, inspect, make_plan, prune
     from moe_surgery.report.card import make_card
     from moe_surgery.report.card_write import write_card
@@ -32,6 +35,7 @@ __all__ = [
     "Ranking",
     "__version__",
     "describe",
+    "evaluate",
     "export_gguf",
     "inspect",
     "load_model",
@@ -42,7 +46,9 @@ __all__ = [
     "plan_from_ranking",
     "plan_keeping",
     "plan_random",
+    "profile",
     "prune",
+    "search",
     "verify",
     "write_card",
 ]
@@ -62,7 +68,10 @@ _HOMES = {
     "plan_from_ranking": ("moe_surgery.selection.plan", "plan_from_ranking"),
     "plan_keeping": ("moe_surgery.selection.plan", "plan_keeping"),
     "plan_random": ("moe_surgery.selection.plan", "plan_random"),
+    "evaluate": ("moe_surgery.measure.evaluate", "evaluate"),
+    "profile": ("moe_surgery.measure.job", "profile"),
     "prune": ("moe_surgery.pipeline", "prune"),
+    "search": ("moe_surgery.measure.search", "search"),
     "verify": ("moe_surgery.surgery.verify", "verify_checkpoint"),
     "write_card": ("moe_surgery.report.card_write", "write_card"),
 }
