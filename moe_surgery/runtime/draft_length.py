@@ -19,8 +19,8 @@ __all__ = [
     "Costs",
     "LengthControl",
     "best_length",
-    "check_length",
     "break_even",
+    "check_length",
     "expected_tokens",
     "speed_up",
 ]

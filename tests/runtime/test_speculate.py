@@ -93,9 +93,10 @@ def test_greedy_output_is_the_targets_own(
     batch: str,
 ) -> None:
     draft = drafts(kind, experts, top_k)
-    for rows in [slice(None)] if batch == MANY else [slice(1, 2), slice(2, 3)]:
-        found = speculate(tiny_model, draft, prompts[rows], length=length, max_new_tokens=NEW, stop_tokens=())
-        assert found.tokens == expected[rows]
+    alone = experts % len(prompts)
+    rows = slice(None) if batch == MANY else slice(alone, alone + 1)
+    found = speculate(tiny_model, draft, prompts[rows], length=length, max_new_tokens=NEW, stop_tokens=())
+    assert found.tokens == expected[rows]
 
 
 def test_a_batch_accepts_different_numbers(tiny_model: Model, prompts: list[list[int]], tiny: Path) -> None:
