@@ -26,6 +26,7 @@ COMMANDS = (
     "verify",
     "card",
     "generate",
+    "bench",
     "demo",
     "doctor",
 )

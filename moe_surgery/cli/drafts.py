@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from moe_surgery.runtime.draft_length import AdaptiveLength
     from moe_surgery.runtime.model import Model
 
-__all__ = ["draft_length", "draft_options", "load_draft"]
+__all__ = ["draft_length", "draft_options", "load_draft", "several_draft_options"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 AUTO = "auto"
@@ -22,12 +22,23 @@ AUTO = "auto"
 
 def draft_options(command: Command) -> Command:
     """--draft, --draft-plan and --draft-top-k."""
+    return _options(command, several=False)
+
+
+def several_draft_options(command: Command) -> Command:
+    """The same, --draft and --draft-plan as often as wanted."""
+    return _options(command, several=True)
+
+
+def _options(command: Command, several: bool) -> Command:
+    again = " Can be given again." if several else ""
     options = (
-        click.option("--draft", metavar="CKPT", help="Let this checkpoint draft."),
+        click.option("--draft", metavar="CKPT", multiple=several, help=f"Let this checkpoint draft.{again}"),
         click.option(
             "--draft-plan",
             type=click.Path(path_type=Path),
-            help="Let the model itself draft, with this plan's experts only: no weights are added.",
+            multiple=several,
+            help=f"Let the model itself draft, with this plan's experts only: no weights are added.{again}",
         ),
         click.option("--draft-top-k", type=int, help="Experts a token chooses in the draft, at most."),
     )

@@ -11,7 +11,7 @@ from moe_surgery.runtime.decode_cost import distinct_experts
 from moe_surgery.runtime.draft_length import Costs
 from moe_surgery.runtime.model import Layer, Model
 
-__all__ = ["counted_costs", "model_step_bytes", "weight_bytes"]
+__all__ = ["counted_costs", "model_step_bytes", "shown_bytes", "weight_bytes"]
 
 
 def model_step_bytes(model: Model, tokens: int = 1) -> float:
@@ -39,6 +39,15 @@ def weight_bytes(model: Model, beside: Model | None = None) -> int:
     known = set() if beside is None else {t.data_ptr() for t in _all(beside)}
     held = {t.data_ptr(): t.nbytes for t in _all(model)}
     return sum(nbytes for place, nbytes in held.items() if place not in known)
+
+
+def shown_bytes(model: Model) -> int:
+    """Bytes of the weights that `model` can use: those of a checkpoint with the experts a view shows."""
+    held = {t.data_ptr(): t.nbytes for t in (model.embedding, model.unembedding, model.norm)}
+    total = float(sum(held.values()))
+    for layer in model.layers:
+        total += sum(t.nbytes for t in _dense(layer)) + len(layer.router.weight) * _expert_bytes(layer)
+    return round(total)
 
 
 def _all(model: Model) -> Iterator[Tensor]:
