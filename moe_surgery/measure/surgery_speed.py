@@ -26,7 +26,6 @@ __all__ = [
     "command_of",
     "copy_seconds",
     "drop_page_cache",
-    "measure_inspect",
     "measure_surgery",
     "read_seconds",
     "surgery_figures",
@@ -59,12 +58,14 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class SurgeryRun:
-    """One round for one number of experts. `output_bytes` were written by prune and copied by cp."""
+    """One round for one number of experts. `inspect` reads the source's headers; `output_bytes` were
+    written by prune and copied by cp."""
 
     experts: int
     dtype: str
     number: int
     output_bytes: int
+    inspect: Measured
     prune: Measured
     copy: Measured
     verify: Measured
@@ -195,6 +196,7 @@ def _remove(folder: Path) -> None:
 def _one(
     checkpoint: str, place: Path, out: Path, plan: Path, count: int, dtype: str, number: int, cold: bool
 ) -> SurgeryRun:
+    inspected = timed(command_of("inspect", checkpoint, "--json"), place, cold=cold)
     prune = command_of("prune", checkpoint, out, "--plan", plan, "--dtype", dtype, "-q")
     pruned = timed(prune, place, cold=cold)
     nbytes = sum(f.stat().st_size for f in out.iterdir())
@@ -204,13 +206,8 @@ def _one(
         )
     copied = copy_seconds(out, place / "copy", cold=cold)
     verified = timed(command_of("verify", out, "-q"), place, cold=cold)
-    return SurgeryRun(count, dtype, number, nbytes, pruned, copied, verified, read_seconds(out, cold=cold))
-
-
-def measure_inspect(checkpoint: str, folder: Path, *, rounds: int = 3, cold: bool = False) -> list[Measured]:
-    """`moe-surgery inspect CHECKPOINT --json`, `rounds` times."""
-    command = command_of("inspect", checkpoint, "--json")
-    return [timed(command, folder, cold=cold) for _ in range(rounds)]
+    read = read_seconds(out, cold=cold)
+    return SurgeryRun(count, dtype, number, nbytes, inspected, pruned, copied, verified, read)
 
 
 def surgery_figures(runs: Sequence[SurgeryRun]) -> list[dict[str, object]]:
@@ -228,6 +225,8 @@ def surgery_figures(runs: Sequence[SurgeryRun]) -> list[dict[str, object]]:
                 "dtype": mine[0].dtype,
                 "rounds": len(mine),
                 "output_bytes": mine[0].output_bytes,
+                "inspect_seconds": median(r.inspect.seconds for r in mine),
+                "inspect_peak_bytes": max(r.inspect.peak_bytes for r in mine),
                 "prune_seconds": median(r.prune.seconds for r in mine),
                 "copy_seconds": median(r.copy.seconds for r in mine),
                 "ratio_to_copy": median(r.prune.seconds / r.copy.seconds for r in mine),

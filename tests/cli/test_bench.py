@@ -47,7 +47,7 @@ def test_a_benchmark_prints_a_table(capsys: Capture, name: str, texts: Path) -> 
     words = {
         "decode": ("tokens/s", "4 experts", "read loop"),
         "speculate": ("break-even", "speed-up", "sums"),
-        "surgery": ("x cp", "peak memory", "inspect example:tiny"),
+        "surgery": ("x cp", "peak memory", "inspect s"),
         "kernels": ("route", "experts", "dense", "of read loop"),
     }
     assert all(word in ended.out for word in words[name])

@@ -11,7 +11,6 @@ from moe_surgery.errors import OutputError, UsageError
 from moe_surgery.measure.surgery_speed import (
     command_of,
     copy_seconds,
-    measure_inspect,
     measure_surgery,
     surgery_figures,
     timed,
@@ -63,7 +62,7 @@ def test_surgery_is_measured_in_turns_and_leaves_nothing(source: Path, work: Pat
     rows = surgery_figures(runs)
     assert [(row["experts"], row["rounds"]) for row in rows] == [(1, 2), (3, 2)]
     assert int(str(rows[0]["output_bytes"])) < int(str(rows[1]["output_bytes"]))
-    assert all(r.prune.peak_bytes > 10 << 20 for r in runs)
+    assert all(r.inspect.peak_bytes > 10 << 20 < r.prune.peak_bytes for r in runs)
 
 
 def test_a_failing_prune_leaves_nothing(source: Path, work: Path) -> None:
@@ -77,6 +76,5 @@ def test_a_folder_that_is_not_there_is_refused(source: Path, tmp_path: Path) -> 
         list(measure_surgery(str(source), tmp_path / "nowhere", experts=[1]))
 
 
-def test_inspect_is_measured(source: Path, work: Path) -> None:
-    assert len(measure_inspect(str(source), work, rounds=2, cold=False)) == 2
-    assert command_of("inspect", source)[1:] == ["-m", "moe_surgery", "inspect", str(source)]
+def test_a_command_is_this_pythons(source: Path) -> None:
+    assert command_of("inspect", source) == [sys.executable, "-m", "moe_surgery", "inspect", str(source)]

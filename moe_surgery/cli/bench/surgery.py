@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -12,9 +11,6 @@ from moe_surgery.cli.bench.shared import NUMBERS, collect, finish, machine, plot
 from moe_surgery.cli.options import common, terminal_of
 from moe_surgery.cli.terminal import size
 from moe_surgery.errors import UsageError
-
-if TYPE_CHECKING:
-    from moe_surgery.measure.surgery_speed import Measured, SurgeryRun
 
 
 @click.command("surgery")
@@ -61,7 +57,6 @@ def command(
     from moe_surgery.measure.plots import Panel, check_plot, draw_panels
     from moe_surgery.measure.surgery_speed import (
         drop_page_cache,
-        measure_inspect,
         measure_surgery,
         surgery_figures,
     )
@@ -71,20 +66,11 @@ def command(
     folder = work or Path(tempfile.gettempdir())
     if cold and not drop_page_cache():
         raise UsageError("--cold: the page cache cannot be dropped; run as root on Linux, or without --cold")
-    inspected: list[Measured] = []
-    interrupted = False
-    try:
-        with tempfile.TemporaryDirectory() as place:
-            inspected = measure_inspect(ckpt, Path(place), rounds=rounds, cold=cold)
-    except KeyboardInterrupt:
-        interrupted = True
-    runs: list[SurgeryRun] = []
-    if not interrupted:
-        runs, interrupted = collect(
-            measure_surgery(ckpt, folder, experts=experts, dtype=dtype, rounds=rounds, cold=cold),
-            lambda r: f"round {r.number}: {r.experts} experts: {r.prune.seconds / r.copy.seconds:.2f} x cp",
-            terminal,
-        )
+    runs, interrupted = collect(
+        measure_surgery(ckpt, folder, experts=experts, dtype=dtype, rounds=rounds, cold=cold),
+        lambda r: f"round {r.number}: {r.experts} experts: {r.prune.seconds / r.copy.seconds:.2f} x cp",
+        terminal,
+    )
     rows = surgery_figures(runs)
     state = "dropped page cache" if cold else "page cache as it was"
     if terminal.json:
@@ -93,13 +79,12 @@ def command(
             | {
                 "checkpoint": ckpt,
                 "page_cache": state,
-                "inspect": [{"seconds": m.seconds, "peak_bytes": m.peak_bytes} for m in inspected],
                 "rows": rows,
                 "interrupted": interrupted,
             }
         )
     else:
-        _table(context, ckpt, state, inspected, rows)
+        _table(context, ckpt, state, rows)
     if plot and rows:
         points = [(float(str(r["experts"])), float(str(r["ratio_to_copy"]))) for r in rows]
         draw_panels(plot, [Panel("Pruning", "experts kept", "x cp + sync", {ckpt: points})])
@@ -110,16 +95,13 @@ def _table(
     context: click.Context,
     ckpt: str,
     state: str,
-    inspected: list[Measured],
     rows: list[dict[str, object]],
 ) -> None:
     terminal = terminal_of(context)
-    if inspected:
-        seconds = sorted(m.seconds for m in inspected)[len(inspected) // 2]
-        peak = max(m.peak_bytes for m in inspected)
-        terminal.result(f"inspect {ckpt}: {rounded(seconds)} s, peak memory {size(peak)}")
     columns = (
         "experts",
+        "inspect s",
+        "peak memory",
         "written",
         "prune s",
         "cp + sync s",
@@ -137,6 +119,8 @@ def _table(
 
         return [
             str(row["experts"]),
+            rounded(number("inspect_seconds")),
+            size(number("inspect_peak_bytes")),
             size(number("output_bytes")),
             rounded(number("prune_seconds")),
             rounded(number("copy_seconds")),
