@@ -24,8 +24,9 @@ import torch
 from machine import describe_machine
 
 from moe_surgery import Plan, load_model, prune
-from moe_surgery.measure.profile import profile_sequences
-from moe_surgery.measure.texts import prompts_of, read_texts
+from moe_surgery.measure.corpus import Passage, open_corpus, text_files
+from moe_surgery.measure.profile import profile_passages
+from moe_surgery.measure.prompts import prompts_of
 from moe_surgery.runtime.acceptance_statistics import SpeculationStatistics
 from moe_surgery.runtime.generate import generate
 from moe_surgery.runtime.model import Model
@@ -68,13 +69,15 @@ class Domain:
 
 def make_domains(target: Model, checkpoint: str, texts: Path) -> list[Domain]:
     """Domains with prompts from their last texts and rankings from the others."""
-    text, found = Text(checkpoint), []
-    for name, several in read_texts([texts]).items():
-        ranked_by = [text.encode(t)[:RANKING_TOKENS] for t in several[:-PROMPTS]]
-        statistics = profile_sequences(target, {name: ranked_by})[name]
-        prompts = prompts_of({name: several[-PROMPTS:]}, text, PROMPT_TOKENS, PROMPTS)[name]
+    found = []
+    for file in text_files(sorted(texts.glob("*.jsonl")), format="jsonl"):
+        corpus, name = open_corpus([file], Text(checkpoint), context=RANKING_TOKENS), file.domain
+        several = [d.text for d in corpus.documents() if d.text is not None]
+        first = [tuple(corpus.tokenizer.encode(t)[:RANKING_TOKENS]) for t in several[:-PROMPTS]]
+        statistics = profile_passages(target, [Passage(name, tokens) for tokens in first])[name]
+        prompts = prompts_of(corpus, PROMPT_TOKENS)[name][-PROMPTS:]
         found.append(Domain(name, target, prompts, [order(s) for s in score(METRIC, statistics)]))
-        click.echo(f"{name}: {len(prompts)} prompts, ranked by {len(ranked_by)} texts")
+        click.echo(f"{name}: {len(prompts)} prompts, ranked by {len(first)} texts")
     return found
 
 

@@ -33,7 +33,9 @@ def view_layer(layer: Layer, kept: tuple[int, ...], top_k: int | None = None) ->
     )
 
 
-def view(model: Model, plan: Plan | None = None, top_k: int | None = None, *, name: str = "the model") -> Model:
+def view(
+    model: Model, plan: Plan | None = None, top_k: int | None = None, *, name: str = "the model"
+) -> Model:
     """`model` as `plan` prunes it, with at most `top_k` experts a token (default: the plan's, else the model's).
 
     Every weight tensor is the model's own; new are the router's rows in plan order and an index, a few
@@ -52,7 +54,8 @@ def view(model: Model, plan: Plan | None = None, top_k: int | None = None, *, na
     viewed = copy(model)
     if plan is None:
         viewed.layers = [
-            replace(layer, top_k=min(top_k or layer.top_k, len(layer.router.weight))) for layer in model.layers
+            replace(layer, top_k=min(top_k or layer.top_k, len(layer.router.weight)))
+            for layer in model.layers
         ]
     else:
         most = top_k or plan.top_k or c.top_k

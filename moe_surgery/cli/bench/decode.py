@@ -10,15 +10,12 @@ import click
 from moe_surgery.cli.bench.shared import (
     NUMBERS,
     collect,
-    compute_dtype,
     finish,
     machine,
-    model_options,
-    need_torch,
     plot_option,
     rounded,
 )
-from moe_surgery.cli.options import common, terminal_of
+from moe_surgery.cli.options import common, compute, needs_torch, terminal_of, torch_dtype
 from moe_surgery.cli.terminal import Terminal, size
 
 if TYPE_CHECKING:
@@ -36,7 +33,7 @@ if TYPE_CHECKING:
 @click.option("--context", default=128, show_default=True, help="Tokens of each sequence read before.")
 @click.option("--steps", default=16, show_default=True, help="Tokens decoded in each round.")
 @click.option("--rounds", default=3, show_default=True, help="How often every model has its turn.")
-@model_options
+@compute
 @plot_option
 @common
 @click.pass_context
@@ -64,7 +61,7 @@ def command(
     moe-surgery bench decode openai/gpt-oss-20b gpt-oss-law-8 --batch 1,8
     moe-surgery bench decode example:tiny --experts 4,16 --context 32 --steps 4 --rounds 2
     """
-    need_torch("bench decode")
+    needs_torch("bench decode")
     from moe_surgery.measure.decode_speed import decode_figures, measure_decoding
     from moe_surgery.measure.memory import read_bandwidth
     from moe_surgery.measure.plots import check_plot
@@ -72,7 +69,7 @@ def command(
 
     terminal = terminal_of(context_)
     check_plot(plot)
-    models = {name: load_model(name, device, compute_dtype(dtype), backend=backend) for name in ckpts}
+    models = {name: load_model(name, device, torch_dtype(dtype), backend=backend) for name in ckpts}
     full = models[ckpts[0]]
     models |= _views(full, experts or [], ranking)
     bandwidth = read_bandwidth(full.device)

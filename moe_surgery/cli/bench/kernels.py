@@ -11,11 +11,10 @@ from moe_surgery.cli.bench.shared import (
     collect,
     finish,
     machine,
-    need_torch,
     plot_option,
     rounded,
 )
-from moe_surgery.cli.options import common, terminal_of
+from moe_surgery.cli.options import common, needs_torch, terminal_of
 
 
 @click.command("kernels")
@@ -47,7 +46,7 @@ def command(
     moe-surgery bench kernels --tokens 1,8
     moe-surgery bench kernels --hidden 256 --experts 4,32 --rounds 3
     """
-    need_torch("bench kernels")
+    needs_torch("bench kernels")
     from moe_surgery.measure.kernel_speed import measure_kernels, usable_backends
     from moe_surgery.measure.memory import read_bandwidth
     from moe_surgery.measure.plots import Panel, check_plot, draw_panels

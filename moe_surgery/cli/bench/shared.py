@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Generator, Iterator
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import click
 
 from moe_surgery.cli.terminal import Terminal
-from moe_surgery.errors import UsageError
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = [
     "NUMBERS",
     "collect",
-    "compute_dtype",
     "finish",
     "machine",
-    "model_options",
-    "need_torch",
     "plot_option",
     "rounded",
 ]
@@ -54,31 +46,6 @@ def plot_option(command: Command) -> Command:
     return click.option(
         "--plot", type=click.Path(path_type=Path), help="Draw the figures here: .png, .svg or .pdf."
     )(command)
-
-
-def model_options(command: Command) -> Command:
-    """--device, --dtype and --backend."""
-    dtypes = click.Choice(["bf16", "f32", "f16"])
-    options = (
-        click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N or mps."),
-        click.option("--dtype", type=dtypes, default="bf16", show_default=True, help="What to compute in."),
-        click.option("--backend", help="Force the kernels' backend by name; see moe-surgery doctor."),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def need_torch(name: str) -> None:
-    """Raise UsageError where torch is not installed."""
-    if find_spec("torch") is None:
-        raise UsageError(f"{name} needs torch: pip install 'moe-surgery[torch]', or '.[torch]' in a checkout")
-
-
-def compute_dtype(name: str) -> torch.dtype:
-    import torch
-
-    return {"bf16": torch.bfloat16, "f32": torch.float32, "f16": torch.float16}[name]
 
 
 def collect(results: Iterator[T], said: Callable[[T], str], terminal: Terminal) -> tuple[list[T], bool]:

@@ -13,15 +13,12 @@ from moe_surgery.cli import drafts
 from moe_surgery.cli.bench.shared import (
     NUMBERS,
     collect,
-    compute_dtype,
     finish,
     machine,
-    model_options,
-    need_torch,
     plot_option,
     rounded,
 )
-from moe_surgery.cli.options import common, terminal_of
+from moe_surgery.cli.options import common, compute, needs_torch, terminal_of, torch_dtype
 from moe_surgery.cli.terminal import Terminal, size
 from moe_surgery.errors import UsageError
 
@@ -38,9 +35,10 @@ if TYPE_CHECKING:
 @click.option(
     "--texts",
     "texts",
+    metavar="FILE",
     multiple=True,
     type=click.Path(path_type=Path),
-    help='Files <domain>.jsonl of lines {"text": ...}, or folders of them. Without: costs only.',
+    help="Texts as profile takes them, a file for each domain; repeat for more. Without: costs only.",
 )
 @click.option("--prompts", default=10, show_default=True, help="Texts of each domain to go on from.")
 @click.option("--prompt-tokens", default=32, show_default=True, help="Tokens of a text that are its prompt.")
@@ -50,7 +48,7 @@ if TYPE_CHECKING:
     "--context", default=128, show_default=True, help="Tokens before the steps whose cost is measured."
 )
 @click.option("--rounds", default=5, show_default=True, help="How often the cost of each step is measured.")
-@model_options
+@compute
 @plot_option
 @common
 @click.pass_context
@@ -84,10 +82,11 @@ def command(
     moe-surgery bench speculate --target openai/gpt-oss-20b --draft-plan law-8.json --texts law.jsonl
     moe-surgery bench speculate --target example:tiny --draft-top-k 1 --lengths 1,4 --context 32
     """
-    need_torch("bench speculate")
+    needs_torch("bench speculate")
+    from moe_surgery.measure.corpus import open_corpus, text_files
     from moe_surgery.measure.plots import check_plot
+    from moe_surgery.measure.prompts import prompts_of
     from moe_surgery.measure.rounds import check_numbers
-    from moe_surgery.measure.texts import prompts_of, read_texts
     from moe_surgery.runtime.load import load_model
     from moe_surgery.runtime.text import Text
 
@@ -96,8 +95,9 @@ def command(
     check_numbers(prompts=[prompts], prompt_tokens=[prompt_tokens])
     asked = {}
     if texts:
-        asked = prompts_of(read_texts(texts), Text(target), prompt_tokens, prompts)
-    model = load_model(target, device, compute_dtype(dtype), backend=backend)
+        corpus = open_corpus(text_files(texts), Text(target), context=prompt_tokens)
+        asked = prompts_of(corpus, prompt_tokens, prompts)
+    model = load_model(target, device, torch_dtype(dtype), backend=backend)
     job = Job(model, asked, lengths, new_tokens, batch, context, rounds)
     found: list[Result] = []
     interrupted = False
