@@ -1,6 +1,6 @@
 """Speculative decoding on held-out texts, every way a pruned draft can be had: exactness and acceptance.
 
-    python benchmarks/speculation.py --texts FOLDER [--checkpoint example:tiny] [--work FOLDER]
+    python benchmarks/speculation.py --texts FOLDER [--checkpoint example:tiny] [--work FOLDER] [--only law]
 
 FOLDER holds <domain>.jsonl files with a line {"text": ...} each. The last 20 texts of a domain give its
 prompts (the first 32 tokens; nothing of them is kept), the others its ranking (sum of router weights).
@@ -8,7 +8,8 @@ Greedy, float32, batches of a domain's 20 prompts whose sequences accept differe
 
 Product: drafts that keep 1, 4, 8, 16 and 31 experts by the domain's own ranking, as pruned checkpoints and
 as views, top-k 1, 2 and 4, lengths 1 to 8. Beside it, at top-k 4 and length 4, random plans of the same
-sizes and a draft that keeps all. Results go to benchmarks/results/.
+sizes and a draft that keeps all. Results go to benchmarks/results/; with --only those of other domains
+that are there already stay, so that domains can be run one by one.
 """
 
 from __future__ import annotations
@@ -67,10 +68,12 @@ class Domain:
         return found.statistics, wrong
 
 
-def make_domains(target: Model, checkpoint: str, texts: Path) -> list[Domain]:
+def make_domains(target: Model, checkpoint: str, texts: Path, only: tuple[str, ...]) -> list[Domain]:
     """Domains with prompts from their last texts and rankings from the others."""
     found = []
     for file in text_files(sorted(texts.glob("*.jsonl")), format="jsonl"):
+        if only and file.domain not in only:
+            continue
         corpus, name = open_corpus([file], Text(checkpoint), context=RANKING_TOKENS), file.domain
         several = [d.text for d in corpus.documents() if d.text is not None]
         first = [tuple(corpus.tokenizer.encode(t)[:RANKING_TOKENS]) for t in several[:-PROMPTS]]
@@ -210,8 +213,9 @@ def plot(rows: list[dict], file: Path) -> None:
 @click.option("--texts", required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--checkpoint", default="example:tiny", show_default=True)
 @click.option("--work", type=click.Path(path_type=Path), help="For pruned drafts; default: temporary.")
+@click.option("--only", multiple=True, help="This domain only; repeat for more.")
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS, show_default=True)
-def main(texts: Path, checkpoint: str, work: Path | None, out: Path) -> None:
+def main(texts: Path, checkpoint: str, work: Path | None, only: tuple[str, ...], out: Path) -> None:
     torch.set_num_threads(1)
     start = time.perf_counter()
     target = load_model(checkpoint, dtype=torch.float32)
@@ -225,9 +229,13 @@ def main(texts: Path, checkpoint: str, work: Path | None, out: Path) -> None:
         "machine": describe_machine(out),
         "rows": [],
     }
+    earlier = out / "speculation.json"
+    if only and earlier.exists():
+        rows = json.loads(earlier.read_text())["rows"]
+        report["rows"] = [row for row in rows if row["domain"] not in only]
     with tempfile.TemporaryDirectory() as temporary:
         folder = work or Path(temporary)
-        for domain in make_domains(target, checkpoint, texts):
+        for domain in make_domains(target, checkpoint, texts, only):
             report["rows"] += beside(target, domain)
             report["rows"] += product(target, checkpoint, domain, folder)
             seconds = time.perf_counter() - start

@@ -15,6 +15,7 @@ pytest.importorskip("tokenizers")
 
 from moe_surgery import Plan, inspect, load_model, plan_random, prune  # noqa: E402
 from moe_surgery.errors import PlanMismatchError, UsageError  # noqa: E402
+from moe_surgery.kernels import BACKENDS  # noqa: E402
 from moe_surgery.runtime.acceptance_statistics import Round, SpeculationStatistics  # noqa: E402
 from moe_surgery.runtime.draft_length import AdaptiveLength, Costs  # noqa: E402
 from moe_surgery.runtime.generate import generate  # noqa: E402
@@ -416,3 +417,21 @@ def test_what_cannot_be_generated_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match=said):
         speculate(small_model, small_model, prompts, **options)
+
+
+# --- rounding
+
+
+@pytest.mark.skipif("native" not in BACKENDS, reason="there are no kernels that promise it")
+@pytest.mark.parametrize(
+    ("experts", "length", "batch"), [(4, 3, MANY), (16, 1, ONE), (16, 8, MANY), (31, 4, ONE)]
+)
+def test_bf16_is_exact_where_a_token_does_not_depend_on_the_others(
+    tiny: Path, prompts: list[list[int]], experts: int, length: int, batch: str
+) -> None:
+    target = load_model(tiny, dtype=torch.bfloat16, backend="native")
+    draft = view(target, plan_random(experts, 0, inspect(tiny)))
+    rows = prompts if batch == MANY else prompts[1:2]
+    alone = [generate(target, [p], max_new_tokens=NEW, stop_tokens=()).tokens[0] for p in rows]
+    found = speculate(target, draft, rows, length=length, max_new_tokens=NEW, stop_tokens=())
+    assert found.tokens == alone
