@@ -13,11 +13,9 @@ Dropping the page cache needs root. Results go to benchmarks/results/.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import statistics
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +24,8 @@ import click
 from cgroup import enter_command, memory_cgroup
 from machine import describe_machine
 from make_checkpoint import Shape, make_checkpoint
+
+from moe_surgery.measure import surgery_speed
 
 RESULTS = Path(__file__).parent / "results"
 CGROUP_BYTES = 128 << 20
@@ -49,50 +49,15 @@ JOBS = (
 )
 
 
-def drop_page_cache() -> None:
-    os.sync()
-    Path("/proc/sys/vm/drop_caches").write_text("3")
-
-
 def timed(command: list[str], group: Path | None = None) -> tuple[float, int]:
     """Run from a dropped page cache; seconds and peak resident bytes of the whole process."""
-    drop_page_cache()
-    report = RESULTS / ".time"
-    wrapped = ["/usr/bin/time", "-f", "%M", "-o", str(report), *command]
-    if group is not None:
-        wrapped = enter_command(group, wrapped)
-    start = time.perf_counter()
-    done = subprocess.run(wrapped, capture_output=True, text=True)
-    seconds = time.perf_counter() - start
-    if done.returncode:
-        raise click.ClickException(f"{' '.join(command)}: {done.stderr.strip()[-500:]}")
-    peak = int(report.read_text().split()[-1]) * 1024
-    report.unlink()
-    return seconds, peak
-
-
-def tool(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "moe_surgery", *map(str, arguments)]
+    wrapped = command if group is None else enter_command(group, command)
+    found = surgery_speed.timed(wrapped, RESULTS)
+    return found.seconds, found.peak_bytes
 
 
 def prune_command(source: Path, out: Path, job: Job, plan: Path) -> list[str]:
-    return tool("prune", source, out, "--plan", plan, "--dtype", job.dtype, "--quiet")
-
-
-def copy_seconds(out: Path, target: Path) -> float:
-    """`cp` of the output's files and `sync`, from a dropped page cache."""
-    target.mkdir()
-    files = " ".join(f"'{f}'" for f in sorted(out.iterdir()))
-    seconds, _ = timed(["sh", "-c", f"cp --reflink=never {files} '{target}' && sync"])
-    shutil.rmtree(target)
-    return seconds
-
-
-def read_seconds(out: Path) -> float:
-    """Reading the output once, in requests of 4 MiB, from a dropped page cache."""
-    files = " ".join(f"'{f}'" for f in sorted(out.iterdir()))
-    script = f"for f in {files}; do dd if=$f of=/dev/null bs=4M status=none; done"
-    return timed(["sh", "-c", script])[0]
+    return surgery_speed.command_of("prune", source, out, "--plan", plan, "--dtype", job.dtype, "--quiet")
 
 
 def in_cgroup(source: Path, out: Path, job: Job, plan: Path) -> dict[str, object]:
@@ -111,17 +76,21 @@ def in_cgroup(source: Path, out: Path, job: Job, plan: Path) -> dict[str, object
 
 def measure(job: Job, source: Path, work: Path, rounds: int) -> dict[str, object]:
     out, target, plan = work / "out", work / "copy", work / "plan.json"
-    timed(tool("plan", "--random", "--experts", job.experts, "--checkpoint", source, "-o", plan, "-q"))
+    timed(
+        surgery_speed.command_of(
+            "plan", "--random", "--experts", job.experts, "--checkpoint", source, "-o", plan, "-q"
+        )
+    )
     rows = []
     for number in range(rounds):
         shutil.rmtree(out, ignore_errors=True)
         seconds, rss = timed(prune_command(source, out, job, plan))
-        copied = copy_seconds(out, target)
+        copied = surgery_speed.copy_seconds(out, target).seconds
         rows.append({"prune_s": seconds, "cp_s": copied, "ratio": seconds / copied, "rss_mib": rss / MIB})
         click.echo(f"{job.name} round {number}: " + ", ".join(f"{k} {v:.2f}" for k, v in rows[-1].items()))
     nbytes = sum(f.stat().st_size for f in out.iterdir())
-    verified, verify_rss = timed(tool("verify", out, "-q"))
-    read = read_seconds(out)
+    verified, verify_rss = timed(surgery_speed.command_of("verify", out, "-q"))
+    read = surgery_speed.read_seconds(out)
     click.echo(f"{job.name} verify: {verified:.2f} s, read once {read:.2f} s, rss {verify_rss / MIB:.1f}")
     shutil.rmtree(out)
     result: dict[str, object] = {
@@ -150,9 +119,9 @@ def small_commands(source: Path, work: Path) -> dict[str, object]:
     ranking.write_text(json.dumps({f"layer_{i}": list(range(32)) for i in range(24)}))
     chosen = ["--experts", 8, "--checkpoint", source, "-o", work / "plan.json"]
     jobs = {
-        "inspect": tool("inspect", source, "--json"),
-        "plan": tool("plan", ranking, *chosen),
-        "plan --random": tool("plan", "--random", *chosen),
+        "inspect": surgery_speed.command_of("inspect", source, "--json"),
+        "plan": surgery_speed.command_of("plan", ranking, *chosen),
+        "plan --random": surgery_speed.command_of("plan", "--random", *chosen),
     }
     found = {}
     for name, command in jobs.items():
@@ -216,6 +185,8 @@ def _span(seconds: list[float]) -> str:
 @click.option("--only", multiple=True, type=click.Choice([j.name for j in JOBS]))
 def main(work: Path, rounds: int, only: tuple[str, ...]) -> None:
     work.mkdir(parents=True, exist_ok=True)
+    if not surgery_speed.drop_page_cache():
+        raise click.ClickException("the page cache cannot be dropped; run as root")
     RESULTS.mkdir(exist_ok=True)
     source = work / "full"
     generated = None

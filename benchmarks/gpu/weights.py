@@ -8,15 +8,13 @@ from torch import Tensor
 from moe_surgery.kernels import Backend
 from moe_surgery.kernels.reference.mxfp4 import decode
 from moe_surgery.kernels.weights import DenseWeight, ExpertWeights, Mxfp4Weight
-from moe_surgery.runtime.cache import Cache
+from moe_surgery.measure.random_weights import fill_cache, normal, random_experts
 from moe_surgery.runtime.config import ModelConfig, RopeConfig
 from moe_surgery.runtime.model import Layer, Model, Projection
 
 __all__ = ["as_dense", "fill_cache", "gpt_oss_20b", "random_experts", "random_model", "weight_bytes"]
 
 TOP_K = 4
-# Scale bytes that give weights of about 1 / sqrt(2880).
-SCALES = (119, 122)
 
 
 def gpt_oss_20b(
@@ -27,18 +25,6 @@ def gpt_oss_20b(
     return ModelConfig(
         layers, hidden, 64, 8, 64, vocabulary, experts, TOP_K, 131072, windows, rope, 1e-5, 7.0, 1.702, ()
     )  # fmt: skip
-
-
-def random_experts(experts: int, hidden: int, device: torch.device) -> ExpertWeights:
-    """Packed experts whose inner size is `hidden`; biases are BF16."""
-
-    def packed(rows: int) -> Mxfp4Weight:
-        shape = (experts, rows, hidden // 32)
-        blocks = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8, device=device)
-        return Mxfp4Weight(blocks, torch.randint(*SCALES, shape, dtype=torch.uint8, device=device))
-
-    up, down = packed(2 * hidden), packed(hidden)
-    return ExpertWeights(up, _normal(device, experts, 2 * hidden), down, _normal(device, experts, hidden))
 
 
 def as_dense(experts: ExpertWeights) -> ExpertWeights:
@@ -62,41 +48,27 @@ def random_model(config: ModelConfig, device: torch.device, backend: Backend) ->
     width = c.hidden**-0.5
 
     def projection(rows: int, columns: int) -> Projection:
-        return Projection(
-            _normal(device, rows, columns, scale=columns**-0.5), _normal(device, rows, scale=0.1)
-        )
+        return Projection(normal(device, rows, columns, scale=columns**-0.5), normal(device, rows, scale=0.1))
 
     layers = [
         Layer(
-            attention_norm=_normal(device, c.hidden).abs(),
+            attention_norm=normal(device, c.hidden).abs(),
             q=projection(heads, c.hidden),
             k=projection(c.kv_heads * c.head_dim, c.hidden),
             v=projection(c.kv_heads * c.head_dim, c.hidden),
             o=projection(c.hidden, heads),
-            sinks=_normal(device, c.heads),
-            mlp_norm=_normal(device, c.hidden).abs(),
+            sinks=normal(device, c.heads),
+            mlp_norm=normal(device, c.hidden).abs(),
             router=projection(c.experts, c.hidden),
             experts=random_experts(c.experts, c.hidden, device),
             top_k=min(c.top_k, c.experts),
         )
         for _ in range(c.layers)
     ]
-    embedding = _normal(device, c.vocabulary, c.hidden)
-    unembedding = _normal(device, c.vocabulary, c.hidden, scale=width)
-    norm = _normal(device, c.hidden).abs()
+    embedding = normal(device, c.vocabulary, c.hidden)
+    unembedding = normal(device, c.vocabulary, c.hidden, scale=width)
+    norm = normal(device, c.hidden).abs()
     return Model(config, embedding, layers, norm, unembedding, torch.bfloat16, backend)
-
-
-def fill_cache(cache: Cache, columns: int, seed: int = 0) -> None:
-    """Random keys and values for `columns` columns of an empty cache, as if a prompt had been read."""
-    generator = torch.Generator(cache.keys[0].device).manual_seed(seed)
-    for kept in (*cache.keys, *cache.values):
-        # Through BF16, so that caches of any dtype hold the same numbers.
-        kept.copy_(torch.randn(kept.shape, generator=generator, device=kept.device).bfloat16())
-    for slots, held in cache.positions.items():
-        for column in range(max(0, columns - slots), columns):
-            held[:, column % slots] = column
-    cache.advance(columns)
 
 
 def weight_bytes(model: Model) -> int:
@@ -118,7 +90,3 @@ def _tensors(model: Model) -> list[Tensor]:
         for weight in (experts.gate_up, experts.down):
             found += [weight.values] if isinstance(weight, DenseWeight) else [weight.blocks, weight.scales]
     return found
-
-
-def _normal(device: torch.device, *shape: int, scale: float = 1.0) -> Tensor:
-    return (torch.randn(shape, dtype=torch.bfloat16, device=device) * scale).contiguous()

@@ -28,6 +28,7 @@ COMMANDS = (
     "card",
     "export",
     "generate",
+    "bench",
     "demo",
     "doctor",
 )

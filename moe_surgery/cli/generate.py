@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import click
 
+from moe_surgery.cli import drafts
 from moe_surgery.cli.options import common, compute, needs_torch, terminal_of, torch_dtype
 from moe_surgery.cli.terminal import Terminal, size
 from moe_surgery.errors import UsageError
 
 if TYPE_CHECKING:
+    from moe_surgery.runtime.draft_length import AdaptiveLength
     from moe_surgery.runtime.model import Model
     from moe_surgery.runtime.sampling import Sampling
     from moe_surgery.runtime.text import Text
+
+
+class Settings(TypedDict):
+    """What plain and speculative generation are told alike."""
+
+    max_new_tokens: int
+    sampling: Sampling
+    stop_tokens: Sequence[int] | None
+    context: int | None
 
 
 @click.command("generate")
@@ -38,6 +50,10 @@ if TYPE_CHECKING:
     "--min-p", type=float, default=0.0, help="Leave out tokens this much less likely than the likeliest."
 )
 @click.option("--seed", type=int, help="The same seed gives the same tokens.")
+@drafts.draft_options
+@click.option(
+    "--draft-length", metavar="N|auto", help="Tokens drafted for each step of the model.  [default: 4]"
+)
 @compute
 @common
 @click.pass_context
@@ -54,6 +70,10 @@ def command(
     top_p: float,
     min_p: float,
     seed: int | None,
+    draft: str | None,
+    draft_plan: Path | None,
+    draft_top_k: int | None,
+    draft_length: str | None,
     device: str,
     dtype: str | None,
     backend: str | None,
@@ -63,9 +83,13 @@ def command(
     Weights are used where the files are mapped, so a model starts at once and experts stay packed.
     With --plan the full checkpoint behaves as the pruned one would, without writing it.
 
+    With --draft, --draft-plan or --draft-top-k a cheaper model proposes tokens that the full one checks
+    several at a time: the output stays its own (exactly in float32, --dtype f32).
+
     \b
     moe-surgery generate example:tiny --prompt "12 + 30 =" --max-new-tokens 8
     moe-surgery generate example:tiny --chat "What is 2 + 2?" --temperature 0.7 --seed 1
+    moe-surgery generate example:tiny --prompt "12 + 30 =" --draft-top-k 2 --draft-length auto --dtype f32
     echo "def main(" | moe-surgery generate example:tiny --max-new-tokens 16
     """
     needs_torch("generate")
@@ -76,6 +100,7 @@ def command(
     if prompt is not None and chat is not None:
         raise UsageError("--prompt and --chat exclude each other")
     sampling = Sampling(temperature, top_k, top_p, min_p, seed)
+    length = drafts.draft_length(draft_length)
     text = Text(ckpt)
     asked = text.chat([{"role": "user", "content": chat}]) if chat is not None else prompt
     tokens = text.encode(asked if asked is not None else _stdin())
@@ -83,7 +108,16 @@ def command(
         raise UsageError("the prompt is empty; pass --prompt TEXT, --chat TEXT, or text on stdin")
     model = _loaded(ckpt, device, dtype, plan_file, backend)
     terminal.detail(f"{model.backend.name} backend on {model.device}, {len(tokens)} prompt tokens")
-    _run(terminal, model, text, tokens, sampling, max_new_tokens, context)
+    drafter = drafts.load_draft(model, ckpt, draft, draft_plan, draft_top_k)
+    if drafter is None and length is not None:
+        raise UsageError("--draft-length: nothing drafts; pass --draft, --draft-plan or --draft-top-k")
+    settings: Settings = {
+        "max_new_tokens": max_new_tokens,
+        "sampling": sampling,
+        "stop_tokens": text.stop_tokens or None,
+        "context": context,
+    }
+    _run(terminal, model, drafter, length, text, tokens, settings)
 
 
 def _stdin() -> str:
@@ -104,34 +138,35 @@ def _loaded(ckpt: str, device: str, dtype: str | None, plan_file: Path | None, b
 def _run(
     terminal: Terminal,
     model: Model,
+    draft: Model | None,
+    length: int | AdaptiveLength | None,
     text: Text,
     tokens: list[int],
-    sampling: Sampling,
-    max_new_tokens: int,
-    context: int | None,
+    settings: Settings,
 ) -> None:
-    from moe_surgery.runtime.generate import Step, generate
+    from moe_surgery.runtime.acceptance_statistics import Round
+    from moe_surgery.runtime.generate import Generated, Step, generate
+    from moe_surgery.runtime.speculate import DEFAULT_LENGTH, Speculated, speculate
     from moe_surgery.runtime.text import TextStream
     from moe_surgery.runtime.usage import Stopwatch, peak_memory
 
     watch, shown = Stopwatch(), TextStream(text)
 
-    def on_step(step: Step) -> None:
-        watch.step()
-        piece = shown.push(int(step.tokens[0]))
+    def on_step(step: Step | Round) -> None:
+        new = step.tokens.tolist() if isinstance(step, Step) else step.tokens[0]
+        watch.step(len(new))
+        pieces = [shown.push(token) for token in new]
         if not terminal.json:
-            terminal.stream(piece)
+            terminal.stream("".join(pieces))
 
-    found = generate(
-        model,
-        [tokens],
-        callback=on_step,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        stop_tokens=text.stop_tokens or None,
-        context=context,
-    )
+    found: Generated | Speculated
+    if draft is None:
+        found = generate(model, [tokens], callback=on_step, **settings)
+    else:
+        asked = DEFAULT_LENGTH if length is None else length
+        found = speculate(model, draft, [tokens], length=asked, callback=on_step, **settings)
     new, peak = found.tokens[0], peak_memory(model.device)
+    drafted = found.statistics if isinstance(found, Speculated) else None
     if terminal.json:
         terminal.data(
             {
@@ -144,6 +179,7 @@ def _run(
                 "peak_memory_bytes": peak,
                 "backend": model.backend.name,
                 "device": str(model.device),
+                **({} if drafted is None else {"speculation": drafted.as_dict()}),
             }
         )
         return
@@ -152,3 +188,8 @@ def _run(
         f"{len(tokens)} prompt tokens at {len(tokens) / watch.prefill_seconds:.1f}/s, {len(new)} new tokens at "
         f"{watch.decode_rate():.1f}/s, peak memory {size(peak)} ({model.backend.name} on {model.device})"
     )
+    if drafted is not None and drafted.acceptance is not None:
+        terminal.say(
+            f"{drafted.acceptance:.0%} of {sum(drafted.tried)} drafted tokens accepted, "
+            f"{drafted.tokens_per_target_step:.2f} tokens a target step"
+        )

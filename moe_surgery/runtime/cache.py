@@ -17,9 +17,11 @@ NOWHERE = -1  # position of a slot that holds nothing, or a padding token
 class Cache:
     """Keys and values of one batch, allocated once.
 
-    Tokens come in columns, the same for every sequence of the batch; a column's position in its
-    sequence is its own (left padding has none). Full layers keep `context` columns; a sliding layer
-    keeps a ring of its window plus `rollback`, so that up to `rollback` columns can be taken back.
+    Tokens come in columns, as many for every sequence of the batch; a column's position in its
+    sequence is its own (left padding has none). Columns can be taken back, from each sequence its own
+    number: from then on sequences have different `lengths` and new columns go to different slots, so
+    nothing is left behind in between. Full layers keep `context` columns; a sliding layer keeps a ring
+    of its window plus `rollback`, so that up to `rollback` columns can be taken back.
 
     `keys[i]` and `values[i]` are [batch, kv_heads, slots of layer i, head_dim]; `positions[slots]`
     int64 [batch, slots] says which position each slot holds, -1 for none.
@@ -37,10 +39,11 @@ class Cache:
         rollback: int,
     ) -> None:
         self.batch, self.context, self.rollback = batch, context, rollback
-        self.length = 0
-        self._furthest = 0  # the greatest length so far; rings have lost what lies too far before it
+        self._lengths = [0] * batch
+        self._furthest = [0] * batch  # greatest lengths so far; rings have lost what lies too far before
         self._pads = torch.zeros(batch, dtype=torch.int64, device=device)
-        self._new = self._pads[:, None]
+        self._new = self._pads[:, None]  # positions of the step's columns, [batch, columns]
+        self._columns = self._new[0]  # where they go: [columns], or [batch, columns] where lengths differ
         self.slots = [context if w is None else min(context, w + rollback) for w in windows]
         shapes = [(batch, kv_heads, slots, head_dim) for slots in self.slots]
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
@@ -49,6 +52,21 @@ class Cache:
             slots: torch.full((batch, slots), NOWHERE, dtype=torch.int64, device=device)
             for slots in set(self.slots)
         }
+
+    @property
+    def length(self) -> int:
+        """Columns of the longest sequence."""
+        return max(self._lengths)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Columns of each sequence, padding included."""
+        return tuple(self._lengths)
+
+    @property
+    def ragged(self) -> bool:
+        """Whether sequences have different lengths."""
+        return min(self._lengths) < max(self._lengths)
 
     @property
     def nbytes(self) -> int:
@@ -62,8 +80,8 @@ class Cache:
 
     def advance(self, columns: int) -> None:
         """`columns` more are in the cache, positions included: a captured step has put them there."""
-        self.length += columns
-        self._furthest = max(self._furthest, self.length)
+        self._lengths = [length + columns for length in self._lengths]
+        self._furthest = list(map(max, self._furthest, self._lengths))
 
     def check_room(self, columns: int) -> None:
         """Raise UsageError where `columns` more do not fit the context."""
@@ -79,13 +97,18 @@ class Cache:
         `mask` [batch, columns] is 0 at padding. Raises UsageError where they do not fit the context.
         """
         self.check_room(columns)
-        steps = torch.arange(self.length, self.length + columns, device=self._pads.device)
+        device = self._pads.device
+        steps = torch.arange(columns, device=device)
+        if self.ragged:
+            self._columns = torch.tensor(self._lengths, device=device)[:, None] + steps
+        else:
+            self._columns = self.length + steps
         if mask is None:
-            self._new = steps - self._pads[:, None]
+            self._new = self._columns - self._pads[:, None]
         else:
             pads = self._pads[:, None] + (mask == 0).long().cumsum(dim=1)
             self._pads = pads[:, -1]
-            self._new = torch.where(mask == 0, NOWHERE, steps - pads)
+            self._new = torch.where(mask == 0, NOWHERE, self._columns - pads)
         for slots in self.positions:
             if self._overwrites_nothing_seen(slots, columns):
                 self._store_positions(slots)
@@ -107,9 +130,10 @@ class Cache:
                 torch.cat((self.values[layer], values), dim=2),
                 torch.cat((held, self._new), dim=1),
             )
-        where, last = self._where(slots, columns)
-        self.keys[layer][:, :, where] = keys[:, :, -last:]
-        self.values[layer][:, :, where] = values[:, :, -last:]
+        where = self._where(slots)
+        last = where.shape[-1]
+        _put(self.keys[layer], where, keys[:, :, -last:])
+        _put(self.values[layer], where, values[:, :, -last:])
         if direct and slots == self.context:
             # Rounded up, so that a captured step keeps its shapes for a while.
             used = min(slots, -(-(self.length + columns) // 64) * 64)
@@ -129,27 +153,45 @@ class Cache:
         return slots == self.context or columns <= self.rollback + 1
 
     def _store_positions(self, slots: int) -> None:
-        where, last = self._where(slots, self._new.shape[1])
-        self.positions[slots][:, where] = self._new[:, -last:]
+        where = self._where(slots)
+        held, new = self.positions[slots], self._new[:, -where.shape[-1] :]
+        if where.ndim == 1:
+            held[:, where] = new
+        else:
+            held.scatter_(1, where, new)
 
-    def truncate(self, length: int) -> None:
+    def truncate(self, length: int | Sequence[int]) -> None:
         """Take back all columns from `length` on, to at most `rollback` before the longest it ever was.
 
-        Raises UsageError where that is more than the rings still hold.
+        A sequence of numbers gives each row its own length. A row taken back to 0 begins anew, however
+        long it was. Raises UsageError where a length was never reached or the rings no longer hold it.
         """
-        if not 0 <= length <= self.length:
-            raise UsageError(f"cannot truncate a cache of {self.length} columns to {length}")
-        back = self._furthest - length
-        if back > self.rollback and any(s < self.context for s in self.slots):
-            raise UsageError(f"cannot take back {back} columns; this cache was made for {self.rollback}")
-        for slots, held in self.positions.items():
-            for column in range(max(length, self.length - slots), self.length):
-                held[:, column % slots] = NOWHERE
-        self.length = length
-        self._pads = self._pads.clamp(max=length)
+        lengths = [length] * self.batch if isinstance(length, int) else list(length)
+        if len(lengths) != self.batch:
+            raise UsageError(f"{len(lengths)} lengths for a cache of {self.batch} sequences")
+        rings = any(slots < self.context for slots in self.slots)
+        for wanted, held, furthest in zip(lengths, self._lengths, self._furthest, strict=True):
+            if not 0 <= wanted <= held:
+                raise UsageError(f"cannot truncate a cache of {held} columns to {wanted}")
+            if rings and 0 < wanted < furthest - self.rollback:
+                raise UsageError(
+                    f"cannot take back {furthest - wanted} columns; this cache was made for {self.rollback}"
+                )
+        kept = torch.tensor(lengths, device=self._pads.device)
+        for positions in self.positions.values():
+            positions.masked_fill_(positions >= (kept - self._pads)[:, None], NOWHERE)
+        self._lengths = lengths
+        self._furthest = [f if n else 0 for f, n in zip(self._furthest, lengths, strict=True)]
+        self._pads = torch.minimum(self._pads, kept)
 
-    def _where(self, slots: int, columns: int) -> tuple[Tensor, int]:
-        """Slots of the last of `columns` new columns that a layer of `slots` keeps, and their number."""
-        last = min(columns, slots)
-        end = self.length + columns
-        return torch.arange(end - last, end, device=self._pads.device) % slots, last
+    def _where(self, slots: int) -> Tensor:
+        """Slots of the last of the new columns that a layer of `slots` keeps: [kept], or [batch, kept]."""
+        return self._columns[..., -slots:] % slots
+
+
+def _put(held: Tensor, where: Tensor, new: Tensor) -> None:
+    """Store new [batch, kv_heads, columns, head_dim] in the slots `where` of each row of `held`."""
+    if where.ndim == 1:
+        held[:, :, where] = new
+    else:
+        held.scatter_(2, where[:, None, :, None].expand(new.shape), new)

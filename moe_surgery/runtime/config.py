@@ -49,6 +49,7 @@ class ModelConfig:
     swiglu_limit: float
     swiglu_alpha: float
     stop_tokens: tuple[int, ...]
+    model_type: str = "gpt_oss"
 
     @classmethod
     def of(cls, model: Described) -> ModelConfig:
@@ -77,6 +78,7 @@ class ModelConfig:
             swiglu_limit=_number(config, "swiglu_limit", 7.0),
             swiglu_alpha=_number(config, "swiglu_alpha", 1.702),
             stop_tokens=token_ids(config.get("eos_token_id")),
+            model_type=model.model_type,
         )
 
 

@@ -76,6 +76,8 @@ class DecodeStep:
             return missing
         if cache.keys[0].dtype != model.dtype or cache.keys[0].device != model.device:
             return "the cache was made for another dtype or device"
+        if cache.ragged:
+            return "the cache's sequences have different lengths"
         if len(cache.positions) > 2:
             return "the layers have more than one length of window"
         return None
@@ -94,6 +96,8 @@ class DecodeStep:
         """
         cache = self._cache
         cache.check_room(1)
+        if cache.ragged:
+            raise UsageError("captured decode step: the cache's sequences have different lengths")
         if tuple(tokens.shape) != (cache.batch,):
             raise UsageError(f"captured decode step: tokens {tuple(tokens.shape)}, needed ({cache.batch},)")
         if tokens.device.type == "cpu":

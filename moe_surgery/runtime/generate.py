@@ -15,7 +15,7 @@ from moe_surgery.runtime.decode_step import DecodeStep
 from moe_surgery.runtime.model import Model
 from moe_surgery.runtime.sampling import Sampler, Sampling
 
-__all__ = ["Generated", "Step", "generate", "pad_left", "stream"]
+__all__ = ["Generated", "Step", "decoder", "generate", "pad_left", "room_for", "stream"]
 
 _log = logging.getLogger(__name__)
 
@@ -69,14 +69,7 @@ def stream(
         input_ids, attention_mask = pad_left(input_ids)
     stops = torch.tensor(model.config.stop_tokens if stop_tokens is None else stop_tokens, dtype=torch.int64)
     batch, tokens = input_ids.shape
-    if max_new_tokens < 1:
-        raise UsageError(f"--max-new-tokens {max_new_tokens}: must be at least 1")
-    longest = model.config.context if context is None else context
-    if not 1 <= longest <= model.config.context:
-        raise UsageError(f"--context {longest}: this model takes 1 to {model.config.context} tokens")
-    if tokens >= longest:
-        raise UsageError(f"the prompt has {tokens} tokens, but the context is {longest}; shorten it")
-    new = min(max_new_tokens, longest - tokens)
+    new = room_for(model, tokens, max_new_tokens, context)
     cache = model.new_cache(batch, tokens + new - 1)  # the last token is not looked at again
     sampler = Sampler(sampling or Sampling())
     ended = torch.zeros(batch, dtype=torch.bool)
@@ -90,11 +83,26 @@ def stream(
         ended |= torch.isin(drawn_here, stops)
         if ended.all() or not left:
             return
-        follow = follow or _decoder(model, cache)
+        follow = follow or decoder(model, cache)
         logits = follow(drawn)
 
 
-def _decoder(model: Model, cache: Cache) -> Callable[[Tensor], Tensor]:
+def room_for(model: Model, tokens: int, max_new_tokens: int, context: int | None) -> int:
+    """How many new tokens fit behind a prompt of `tokens`, at most `max_new_tokens`.
+
+    Raises UsageError where none do, or `context` is more than the model was made for.
+    """
+    if max_new_tokens < 1:
+        raise UsageError(f"--max-new-tokens {max_new_tokens}: must be at least 1")
+    longest = model.config.context if context is None else context
+    if not 1 <= longest <= model.config.context:
+        raise UsageError(f"--context {longest}: this model takes 1 to {model.config.context} tokens")
+    if tokens >= longest:
+        raise UsageError(f"the prompt has {tokens} tokens, but the context is {longest}; shorten it")
+    return min(max_new_tokens, longest - tokens)
+
+
+def decoder(model: Model, cache: Cache) -> Callable[[Tensor], Tensor]:
     """What turns the tokens drawn [batch] into the next logits [batch, 1, vocabulary].
 
     The captured step where the model can have one, which uses its result's memory again.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_surgery.errors import UsageError
 
-__all__ = ["Sampler", "Sampling", "distribution"]
+__all__ = ["Sampler", "Sampling", "distribution", "draw"]
 
 COLDEST = 1e-30  # a float32 that can still be divided by
 
@@ -64,6 +64,18 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
     return torch.zeros_like(probabilities).scatter_(-1, tokens, ordered)
 
 
+def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """Tokens int64 [batch]: the inverse of each row's cumulative distribution at a number in [0, 1).
+
+    probabilities [batch, vocabulary], which need not sum to 1; uniform [batch, 1].
+    """
+    cumulative = probabilities.cumsum(dim=-1)
+    drawn = torch.searchsorted(cumulative, uniform.to(cumulative.device) * cumulative[:, -1:], right=True)
+    # Rounding may place the last step past the end, on a token of no probability.
+    last = probabilities.shape[-1] - 1 - (probabilities.flip(-1) > 0).int().argmax(dim=-1, keepdim=True)
+    return torch.minimum(drawn, last)[:, 0]
+
+
 def _renormalised(probabilities: Tensor, kept: Tensor) -> Tensor:
     left = probabilities * kept
     return left / left.sum(dim=-1, keepdim=True)
@@ -88,15 +100,10 @@ class Sampler:
         if self.sampling.temperature == 0:
             tokens = logits.argmax(dim=-1)
         else:
-            tokens = self._draw(distribution(logits, self.sampling))
+            tokens = draw(distribution(logits, self.sampling), self.uniform(len(logits), 1))
         chosen = torch.log_softmax(logits.float(), dim=-1).gather(-1, tokens[:, None])
         return tokens, chosen[:, 0]
 
-    def _draw(self, probabilities: Tensor) -> Tensor:
-        """Inverse of the cumulative distribution at one uniform number per sequence."""
-        uniform = torch.rand(len(probabilities), 1, generator=self._random).to(probabilities.device)
-        cumulative = probabilities.cumsum(dim=-1)
-        drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
-        # Rounding may place the last step past the end, on a token of no probability.
-        last = probabilities.shape[-1] - 1 - (probabilities.flip(-1) > 0).int().argmax(dim=-1, keepdim=True)
-        return torch.minimum(drawn, last)[:, 0]
+    def uniform(self, *shape: int) -> Tensor:
+        """The next uniform numbers in [0, 1), float32 of that shape, on the CPU."""
+        return torch.rand(*shape, generator=self._random)

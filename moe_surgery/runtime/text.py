@@ -63,6 +63,11 @@ class Text:
         """Text without special tokens."""
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
 
+    def same_tokens(self, other: Text) -> bool:
+        """Whether both tokenizers give every token the same number."""
+        mine, theirs = (t._tokenizer.get_vocab(with_added_tokens=True) for t in (self, other))
+        return bool(mine == theirs)
+
     def chat(self, messages: Sequence[Mapping[str, str]], *, prompt: bool = True) -> str:
         """`messages` ({"role", "content"}) as the checkpoint's chat template writes them.
 

@@ -21,11 +21,11 @@ class Stopwatch:
     last: float = 0.0
     steps: int = 0
 
-    def step(self) -> None:
-        """A token has come."""
+    def step(self, tokens: int = 1) -> None:
+        """A token, or several together, have come."""
         self.last = time.perf_counter()
         self.first = self.first or self.last
-        self.steps += 1
+        self.steps += tokens
 
     @property
     def prefill_seconds(self) -> float:
@@ -36,7 +36,7 @@ class Stopwatch:
         return self.last - (self.first or self.last)
 
     def decode_rate(self) -> float:
-        """Steps per second after the first; 0 where there was only one."""
+        """Tokens per second after the first; 0 where there was only one."""
         return (self.steps - 1) / self.decode_seconds if self.decode_seconds else 0.0
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import replace
 
 import torch
 
-from moe_surgery.runtime.model import Layer, Projection
+from moe_surgery.errors import PlanMismatchError, UsageError
+from moe_surgery.runtime.decode_step import join_projections
+from moe_surgery.runtime.model import Layer, Model, Projection
+from moe_surgery.selection.plan import Plan
 
-__all__ = ["view_layer"]
+__all__ = ["view", "view_layer"]
 
 
 def view_layer(layer: Layer, kept: tuple[int, ...], top_k: int | None = None) -> Layer:
@@ -27,3 +31,49 @@ def view_layer(layer: Layer, kept: tuple[int, ...], top_k: int | None = None) ->
         experts=replace(layer.experts, index=index),
         top_k=min(top_k or layer.top_k, len(kept)),
     )
+
+
+def view(
+    model: Model, plan: Plan | None = None, top_k: int | None = None, *, name: str = "the model"
+) -> Model:
+    """`model` as `plan` prunes it, with at most `top_k` experts a token (default: the plan's, else the model's).
+
+    Every weight tensor is the model's own; new are the router's rows in plan order and an index, a few
+    kilobytes a layer. Without a plan all experts stay. `name` is what errors call the model.
+
+    Raises PlanMismatchError for a plan of another model, or one that keeps an expert which `model`,
+    being a view itself, does not show; UsageError for a top-k below 1.
+    """
+    if top_k is not None and top_k < 1:
+        raise UsageError(f"top-k {top_k}: must be at least 1")
+    c = model.config
+    if plan is not None:
+        plan.check_fits(c.model_type, c.experts, c.layers, name)
+    if model.backend.name == "triton":
+        join_projections(model)  # a captured step of either would, and they should share the result
+    viewed = copy(model)
+    if plan is None:
+        viewed.layers = [
+            replace(layer, top_k=min(top_k or layer.top_k, len(layer.router.weight)))
+            for layer in model.layers
+        ]
+    else:
+        most = top_k or plan.top_k or c.top_k
+        viewed.layers = [
+            view_layer(layer, _rows(layer, kept, number), most)
+            for number, (layer, kept) in enumerate(zip(model.layers, plan.layers, strict=True))
+        ]
+    return viewed
+
+
+def _rows(layer: Layer, kept: tuple[int, ...], number: int) -> tuple[int, ...]:
+    """Where the router of `layer` has the source experts `kept`."""
+    if layer.experts.index is None:
+        return kept
+    places = {expert: row for row, expert in enumerate(layer.experts.index.tolist())}
+    if missing := [expert for expert in kept if expert not in places]:
+        raise PlanMismatchError(
+            f"layer {number}: the plan keeps expert {missing[0]}, which the model's own plan leaves out; "
+            "load the model without a plan, or keep only what it shows"
+        )
+    return tuple(places[expert] for expert in kept)

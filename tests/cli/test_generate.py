@@ -266,3 +266,88 @@ def test_a_chat_without_a_template_is_one_line(capsys: Capture, tiny: Path) -> N
     (tiny / "chat_template.jinja").unlink()
     line = refused(call(capsys, "generate", tiny, "--chat", "Hi"), 5)
     assert line == f"{tiny}/chat_template.jinja: not found; this model has no chat template, use --prompt"
+
+
+# --- speculation
+
+
+@pytest.fixture(scope="module")
+def plan8(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("plans") / "plan.json"
+    file.write_text(plan_random(8, 1, inspect(TINY)).to_json())
+    return file
+
+
+@pytest.fixture(scope="module")
+def pruned8(plan8: Path) -> Path:
+    out = plan8.parent / "pruned"
+    prune(TINY, out, load_plan(plan8))
+    return out
+
+
+@pytest.mark.parametrize("length", [(), ("--draft-length", "2"), ("--draft-length", "auto")])
+@pytest.mark.parametrize("draft", ["checkpoint", "plan", "top-k"])
+def test_speculation_says_the_models_own_text(
+    capsys: Capture, plan8: Path, pruned8: Path, draft: str, length: tuple[str, ...]
+) -> None:
+    how: list[str | Path] = {
+        "checkpoint": ["--draft", pruned8],
+        "plan": ["--draft-plan", plan8, "--draft-top-k", "2"],
+        "top-k": ["--draft-top-k", "1"],
+    }[draft]
+    ended = said(capsys, "--prompt", PROMPT, "--dtype", "f32", "--json", *how, *length)
+    text, tokens = expected(PROMPT, dtype=torch.float32)
+    result = ended.json()
+    assert (result["text"], result["tokens"]) == (text, tokens)
+    found = result["speculation"]
+    assert found["tokens"] == len(tokens) - 1
+    assert found["target_steps"] <= len(tokens) - 1
+    assert len(found["acceptance_by_position"]) <= {"2": 2, "auto": 8}.get(length[1] if length else "", 4)
+    assert found["target_cache_bytes"] > 0 < found["draft_cache_bytes"]
+
+
+def test_a_draft_that_is_the_model_is_accepted_whole(capsys: Capture) -> None:
+    ended = said(capsys, "--prompt", PROMPT, "--dtype", "f32", "--draft", TINY)
+    assert ended.out == expected(PROMPT, dtype=torch.float32)[0] + "\n"
+    assert ended.err.splitlines()[-1].startswith("100% of ")
+    assert ended.err.splitlines()[-1].endswith(" tokens a target step")
+
+
+DRAFTS: dict[str, tuple[list[str], int, str]] = {
+    "two drafts": (
+        ["--draft", TINY, "--draft-plan", "p.json"],
+        2,
+        "--draft and --draft-plan exclude each other",
+    ),
+    "nothing drafts": (
+        ["--draft-length", "2"],
+        2,
+        "--draft-length: nothing drafts; pass --draft, --draft-plan or",
+    ),
+    "no length": (
+        ["--draft", TINY, "--draft-length", "0"],
+        2,
+        "--draft-length 0: must be 1 to 64, or auto",
+    ),
+    "a word": (["--draft", TINY, "--draft-length", "long"], 2, "--draft-length long: give a number of"),
+    "no experts": (["--draft-top-k", "0"], 2, "--draft-top-k 0: must be at least 1"),
+    "no plan": (["--draft-plan", "/nowhere/p.json"], 5, "/nowhere/p.json: cannot open: No such file"),
+    "no draft": (["--draft", "/nowhere/model"], 5, "/nowhere/model"),
+}
+
+
+@pytest.mark.parametrize(("options", "code", "line"), DRAFTS.values(), ids=DRAFTS)
+def test_a_draft_that_cannot_be_is_one_line(
+    capsys: Capture, options: list[str], code: int, line: str
+) -> None:
+    assert refused(call(capsys, "generate", TINY, "--prompt", PROMPT, *options), code).startswith(line)
+
+
+def test_a_draft_of_another_tokenizer_is_one_line(capsys: Capture, tiny: Path) -> None:
+    tokenizer = json.loads((tiny / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    one, other = list(vocabulary)[-2:]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    put(tiny / "tokenizer.json", json.dumps(tokenizer))
+    line = refused(call(capsys, "generate", TINY, "--prompt", PROMPT, "--draft", tiny), 2)
+    assert line == f"--draft {tiny}: its tokenizer gives tokens other numbers than that of {TINY}"

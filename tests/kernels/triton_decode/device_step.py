@@ -15,7 +15,10 @@ from moe_surgery.kernels.triton.blocks import Chip
 from moe_surgery.runtime.cache import Cache
 from moe_surgery.runtime.decode_cost import launch_count
 from moe_surgery.runtime.decode_step import DecodeStep, join_projections
+from moe_surgery.runtime.generate import generate
 from moe_surgery.runtime.model import Model
+from moe_surgery.runtime.speculate import speculate
+from moe_surgery.runtime.view import view
 from tests.runtime.models import write_lively
 from tests.support.checkpoints import Shape
 
@@ -170,3 +173,15 @@ def test_what_cannot_be_done_is_refused(folder: Path) -> None:
         step(prompt[:, 0])
     with pytest.raises(UsageError, match="do not fit the context of 6"):
         DecodeStep(ours, cache)
+
+
+def test_a_view_that_drafts_step_by_step_leaves_the_output_the_targets(folder: Path) -> None:
+    """Draft steps are captured ones, taken back where tokens are refused; q, k and v are shared."""
+    target, plain = models(folder)
+    draft = view(target, plan_random(4, 0, target.config))
+    prompt, new = [[3, 1, 4, 1, 5, 9]], 40 if ON_GPU else 6
+    expected = generate(plain, prompt, max_new_tokens=new, stop_tokens=()).tokens
+    found = speculate(target, draft, prompt, length=2, max_new_tokens=new, stop_tokens=())
+    assert found.tokens == expected
+    for one, other in zip(target.layers, draft.layers, strict=True):
+        assert one.q.weight.data_ptr() == other.q.weight.data_ptr()

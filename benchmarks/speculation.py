@@ -1,0 +1,255 @@
+"""Speculative decoding on held-out texts, every way a pruned draft can be had: exactness and acceptance.
+
+    python benchmarks/speculation.py --texts FOLDER [--checkpoint example:tiny] [--work FOLDER] [--only law]
+
+FOLDER holds <domain>.jsonl files with a line {"text": ...} each. The last 20 texts of a domain give its
+prompts (the first 32 tokens; nothing of them is kept), the others its ranking (sum of router weights).
+Greedy, float32, batches of a domain's 20 prompts whose sequences accept different numbers.
+
+Product: drafts that keep 1, 4, 8, 16 and 31 experts by the domain's own ranking, as pruned checkpoints and
+as views, top-k 1, 2 and 4, lengths 1 to 8. Beside it, at top-k 4 and length 4, random plans of the same
+sizes and a draft that keeps all. Results go to benchmarks/results/; with --only those of other domains
+that are there already stay, so that domains can be run one by one.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import torch
+from machine import describe_machine
+
+from moe_surgery import Plan, load_model, prune
+from moe_surgery.measure.corpus import Passage, open_corpus, text_files
+from moe_surgery.measure.profile import profile_passages
+from moe_surgery.measure.prompts import prompts_of
+from moe_surgery.runtime.acceptance_statistics import SpeculationStatistics
+from moe_surgery.runtime.generate import generate
+from moe_surgery.runtime.model import Model
+from moe_surgery.runtime.speculate import speculate
+from moe_surgery.runtime.text import Text
+from moe_surgery.runtime.view import view
+from moe_surgery.selection.metrics import order, score
+from moe_surgery.selection.plan import plan_random
+
+RESULTS = Path(__file__).parent / "results"
+EXPERTS = (1, 4, 8, 16, 31)
+TOP_KS = (1, 2, 4)
+LENGTHS = tuple(range(1, 9))
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 20, 32, 20
+RANKING_TOKENS = 256
+METRIC = "gate"
+
+Prompts = list[list[int]]
+
+
+class Domain:
+    """One domain's prompts, what the target says to them, and its own order of experts by layer."""
+
+    def __init__(self, name: str, target: Model, prompts: Prompts, ranked: list[tuple[int, ...]]) -> None:
+        self.name, self.prompts, self._ranked = name, prompts, ranked
+        self.plain = generate(target, prompts, max_new_tokens=NEW_TOKENS, stop_tokens=()).tokens
+
+    def plan(self, experts: int) -> Plan:
+        kept = tuple(tuple(sorted(layer[:experts])) for layer in self._ranked)
+        return Plan("gpt_oss", len(self._ranked[0]), kept)
+
+    def run(self, target: Model, draft: Model, length: int) -> tuple[SpeculationStatistics, int]:
+        """What speculation did, and how many of the prompts went on other than plainly."""
+        found = speculate(
+            target, draft, self.prompts, length=length, max_new_tokens=NEW_TOKENS, stop_tokens=()
+        )
+        wrong = sum(a != b for a, b in zip(found.tokens, self.plain, strict=True))
+        return found.statistics, wrong
+
+
+def make_domains(target: Model, checkpoint: str, texts: Path, only: tuple[str, ...]) -> list[Domain]:
+    """Domains with prompts from their last texts and rankings from the others."""
+    found = []
+    for file in text_files(sorted(texts.glob("*.jsonl")), format="jsonl"):
+        if only and file.domain not in only:
+            continue
+        corpus, name = open_corpus([file], Text(checkpoint), context=RANKING_TOKENS), file.domain
+        several = [d.text for d in corpus.documents() if d.text is not None]
+        first = [tuple(corpus.tokenizer.encode(t)[:RANKING_TOKENS]) for t in several[:-PROMPTS]]
+        statistics = profile_passages(target, [Passage(name, tokens) for tokens in first])[name]
+        prompts = prompts_of(corpus, PROMPT_TOKENS)[name][-PROMPTS:]
+        found.append(Domain(name, target, prompts, [order(s) for s in score(METRIC, statistics)]))
+        click.echo(f"{name}: {len(prompts)} prompts, ranked by {len(first)} texts")
+    return found
+
+
+def drafts(target: Model, checkpoint: str, domain: Domain, work: Path) -> Iterator[tuple[str, int, Model]]:
+    """(kind, experts, draft) for every draft of the product, with the model's own top-k."""
+    for experts in EXPERTS:
+        plan = domain.plan(experts)
+        out = work / f"{domain.name}-{experts}"
+        prune(checkpoint, out, plan)
+        yield "checkpoint", experts, load_model(out, dtype=target.dtype)
+        yield "view", experts, view(target, plan)
+
+
+def product(target: Model, checkpoint: str, domain: Domain, work: Path) -> Iterator[dict[str, object]]:
+    """A row for every draft, top-k and length."""
+    for kind, experts, whole in drafts(target, checkpoint, domain, work):
+        for top_k in TOP_KS:
+            draft = view(whole, None, top_k)
+            for length in LENGTHS:
+                row = {"plan": "own", "kind": kind, "experts": experts, "top_k": top_k, "length": length}
+                yield {**row, **measured(target, draft, domain, length)}
+
+
+def beside(target: Model, domain: Domain, seeds: int = 3) -> Iterator[dict[str, object]]:
+    """Random plans of the same sizes, and the model as its own draft."""
+    layers, experts = target.config.layers, target.config.experts
+    shape = type("Shape", (), {"model_type": "gpt_oss", "experts": experts, "layers": layers})()
+    for count in (*EXPERTS, experts):
+        for seed in range(seeds if count < experts else 1):
+            plan = plan_random(count, seed, shape)
+            name = "random" if count < experts else "all"
+            row = {"plan": name, "kind": "view", "experts": count, "top_k": 4, "length": 4, "seed": seed}
+            yield {**row, **measured(target, view(target, plan), domain, 4)}
+
+
+def measured(target: Model, draft: Model, domain: Domain, length: int) -> dict[str, object]:
+    s, wrong = domain.run(target, draft, length)
+    return {
+        "domain": domain.name,
+        "prompts": len(domain.prompts),
+        "differing_prompts": wrong,
+        "acceptance": s.acceptance,
+        "acceptance_by_position": s.acceptance_by_position,
+        "tried": sum(s.tried),
+        "accepted": sum(s.accepted),
+        "tokens_per_target_step": s.tokens_per_target_step,
+    }
+
+
+def pooled(rows: list[dict], **chosen: object) -> float | None:
+    """Acceptance over all rows with these values, each weighing by its tried tokens."""
+    mine = [r for r in rows if all(r[k] == v for k, v in chosen.items())]
+    tried = sum(r["tried"] for r in mine)
+    return sum(r["accepted"] for r in mine) / tried if tried else None
+
+
+def as_markdown(report: dict) -> str:
+    rows = report["rows"]
+    domains = sorted({r["domain"] for r in rows})
+    own = [r for r in rows if r["plan"] == "own"]
+    prompts = sum(max(r["prompts"] for r in own if r["domain"] == d) for d in domains)
+    wrong = sum(r["differing_prompts"] for r in rows)
+    lines = ["# Speculative decoding on held-out texts", "", str(report["how"]), ""]
+    lines += [f"- {name}: {value}" for name, value in report["machine"].items()]
+    lines += [
+        "",
+        f"Exactness: {wrong} of {sum(r['prompts'] for r in rows)} outputs differ from plain greedy decoding "
+        f"({len(rows)} runs, {prompts} prompts, {NEW_TOKENS} new tokens each).",
+        "",
+        "## Acceptance by experts kept (top-k 4, length 4): the domain's own ranking / a random plan",
+        "",
+        "| experts | " + " | ".join(domains) + " |",
+        "|---" * (len(domains) + 1) + "|",
+    ]
+    for experts in (*EXPERTS, 32):
+        cells = []
+        for domain in domains:
+            chosen = {"domain": domain, "experts": experts, "top_k": 4, "length": 4, "kind": "view"}
+            plans = ("own", "random") if experts < 32 else ("all",)
+            values = [pooled(rows, plan=plan, **chosen) for plan in plans]
+            cells.append(" / ".join("" if v is None else f"{v:.2f}" for v in values))
+        lines.append(f"| {experts} | " + " | ".join(cells) + " |")
+    lines += ["", "## Acceptance by the draft's top-k (own ranking, length 4, all domains)", ""]
+    lines += ["| experts | top-k 1 | top-k 2 | top-k 4 |", "|---|---|---|---|"]
+    for experts in EXPERTS:
+        found = [pooled(own, experts=experts, top_k=k, length=4, kind="view") for k in TOP_KS]
+        lines.append(f"| {experts} | " + " | ".join("" if v is None else f"{v:.2f}" for v in found) + " |")
+    lines += ["", "## Tokens a target step by draft length (own ranking, top-k 4, mean of domains)", ""]
+    lines += ["| experts | " + " | ".join(map(str, LENGTHS)) + " |", "|---" * (len(LENGTHS) + 1) + "|"]
+    for experts in EXPERTS:
+        cells = []
+        for length in LENGTHS:
+            mine: list[float] = [
+                r["tokens_per_target_step"]
+                for r in own
+                if (r["experts"], r["length"], r["top_k"], r["kind"]) == (experts, length, 4, "view")
+            ]
+            cells.append(f"{sum(mine) / len(mine):.2f}" if mine else "")
+        lines.append(f"| {experts} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows: list[dict], file: Path) -> None:
+    """Acceptance against experts kept, a panel for each domain, own ranking and random plans."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    domains = sorted({r["domain"] for r in rows})
+    figure, panels = pyplot.subplots(
+        1, len(domains), figsize=(3 * len(domains), 3), sharey=True, squeeze=False
+    )
+    for panel, domain in zip(panels[0], domains, strict=True):
+        for plan, style in (("own", "o-"), ("random", "s--")):
+            points = [
+                (n, pooled(rows, domain=domain, experts=n, plan=plan, top_k=4, length=4, kind="view"))
+                for n in EXPERTS
+            ]
+            panel.plot(*zip(*points, strict=True), style, label=f"{plan} plan")
+        panel.set(title=domain, xlabel="experts kept", ylim=(0, 1.02))
+        panel.grid(alpha=0.3)
+    panels[0][0].set_ylabel("acceptance")
+    panels[0][0].legend()
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+
+
+@click.command(help=__doc__)
+@click.option("--texts", required=True, type=click.Path(path_type=Path, exists=True))
+@click.option("--checkpoint", default="example:tiny", show_default=True)
+@click.option("--work", type=click.Path(path_type=Path), help="For pruned drafts; default: temporary.")
+@click.option("--only", multiple=True, help="This domain only; repeat for more.")
+@click.option("--out", type=click.Path(path_type=Path), default=RESULTS, show_default=True)
+def main(texts: Path, checkpoint: str, work: Path | None, only: tuple[str, ...], out: Path) -> None:
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    target = load_model(checkpoint, dtype=torch.float32)
+    report: dict = {
+        "how": "python benchmarks/speculation.py: greedy, float32, reference backend, one thread, "
+        f"{PROMPT_TOKENS} prompt tokens, {NEW_TOKENS} new ones. Own plans: experts with the greatest sum of "
+        "router weights on the domain's other texts. Acceptance is of tokens whose predecessors in the draft "
+        "were accepted; random plans are pooled over three seeds.",
+        "date": time.strftime("%Y-%m-%d"),
+        "checkpoint": checkpoint,
+        "machine": describe_machine(out),
+        "rows": [],
+    }
+    earlier = out / "speculation.json"
+    if only and earlier.exists():
+        rows = json.loads(earlier.read_text())["rows"]
+        report["rows"] = [row for row in rows if row["domain"] not in only]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = work or Path(temporary)
+        for domain in make_domains(target, checkpoint, texts, only):
+            report["rows"] += beside(target, domain)
+            report["rows"] += product(target, checkpoint, domain, folder)
+            seconds = time.perf_counter() - start
+            click.echo(f"{domain.name}: {len(report['rows'])} runs after {seconds:.0f} s")
+            write(report, out)
+    click.echo(as_markdown(report))
+
+
+def write(report: dict, out: Path) -> None:
+    """What there is so far: JSON, text and plot."""
+    (out / "speculation.json").write_text(json.dumps(report, indent=1) + "\n")
+    (out / "speculation.md").write_text(as_markdown(report))
+    plot(report["rows"], out / "speculation.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""moe-surgery bench decode."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from moe_surgery.cli.bench.shared import (
+    NUMBERS,
+    collect,
+    finish,
+    machine,
+    plot_option,
+    rounded,
+)
+from moe_surgery.cli.options import common, compute, needs_torch, terminal_of, torch_dtype
+from moe_surgery.cli.terminal import Terminal, size
+
+if TYPE_CHECKING:
+    from moe_surgery.measure.decode_speed import DecodeFigures
+    from moe_surgery.runtime.model import Model
+
+
+@click.command("decode")
+@click.argument("ckpts", nargs=-1, required=True, metavar="CKPT...")
+@click.option("--experts", type=NUMBERS, help="Also views of the first CKPT with so many experts.")
+@click.option(
+    "--ranking", type=click.Path(path_type=Path), help="Which experts views keep; default: drawn at random."
+)
+@click.option("--batch", type=NUMBERS, default="1", show_default=True, help="Sequences decoded together.")
+@click.option("--context", default=128, show_default=True, help="Tokens of each sequence read before.")
+@click.option("--steps", default=16, show_default=True, help="Tokens decoded in each round.")
+@click.option("--rounds", default=3, show_default=True, help="How often every model has its turn.")
+@compute
+@plot_option
+@common
+@click.pass_context
+def command(
+    context_: click.Context,
+    ckpts: tuple[str, ...],
+    experts: list[int] | None,
+    ranking: Path | None,
+    batch: list[int],
+    context: int,
+    steps: int,
+    rounds: int,
+    device: str,
+    dtype: str,
+    backend: str | None,
+    plot: Path | None,
+) -> None:
+    """Decode with every CKPT, the first being what the others are compared with.
+
+    Tokens a second of prefill and of decoding, time to the first token, a step's latency, the bytes it
+    must read and their share of what a plain read loop reads on this machine. Tokens are random: they
+    spread over experts more evenly than a text's.
+
+    \b
+    moe-surgery bench decode openai/gpt-oss-20b gpt-oss-law-8 --batch 1,8
+    moe-surgery bench decode example:tiny --experts 4,16 --context 32 --steps 4 --rounds 2
+    """
+    needs_torch("bench decode")
+    from moe_surgery.measure.decode_speed import decode_figures, measure_decoding
+    from moe_surgery.measure.memory import read_bandwidth
+    from moe_surgery.measure.plots import check_plot
+    from moe_surgery.runtime.load import load_model
+
+    terminal = terminal_of(context_)
+    check_plot(plot)
+    models = {name: load_model(name, device, torch_dtype(dtype), backend=backend) for name in ckpts}
+    full = models[ckpts[0]]
+    models |= _views(full, experts or [], ranking)
+    bandwidth = read_bandwidth(full.device)
+    terminal.detail(f"a plain read loop reads {bandwidth / 1e9:.1f} GB/s")
+    runs, interrupted = collect(
+        measure_decoding(models, batches=batch, context=context, steps=steps, rounds=rounds),
+        lambda r: f"round {r.number}: {r.model}, batch {r.batch}: {sum(r.step_seconds):.3f} s",
+        terminal,
+    )
+    figures = decode_figures(runs, models, bandwidth)
+    settings = {"context": context, "steps": steps, "rounds": rounds, "dtype": dtype, "device": device}
+    _say(terminal, figures, bandwidth, settings | {"backend": full.backend.name}, interrupted)
+    if plot and figures:
+        _plot(plot, figures)
+    finish(terminal, interrupted)
+
+
+def _views(full: Model, experts: list[int], ranking: Path | None) -> dict[str, Model]:
+    from moe_surgery.runtime.view import view
+    from moe_surgery.selection.plan import plan_from_ranking, plan_random
+    from moe_surgery.selection.ranking import load_ranking
+
+    ranked = None if ranking is None else load_ranking(ranking)
+    found = {}
+    for count in experts:
+        plan = (
+            plan_random(count, 0, full.config)
+            if ranked is None
+            else plan_from_ranking(ranked, count, model_type=full.config.model_type)
+        )
+        if count < full.config.experts:
+            found[f"{count} experts"] = view(full, plan)
+    return found
+
+
+def _say(
+    terminal: Terminal,
+    figures: list[DecodeFigures],
+    bandwidth: float,
+    settings: dict[str, object],
+    interrupted: bool,
+) -> None:
+    if terminal.json:
+        said = {"read_bandwidth": bandwidth, "settings": settings, "interrupted": interrupted}
+        terminal.data(machine() | said | {"rows": [f.as_dict() for f in figures]})
+        return
+    columns = (
+        "model",
+        "experts",
+        "batch",
+        "tokens/s (range)",
+        "x first (range)",
+        "ms a step",
+        "p95",
+        "first token ms",
+        "prefill tokens/s",
+        "MB/token",
+        "of bandwidth",
+        "weights",
+        "cache",
+        "memory",
+    )
+    rows = [
+        (
+            f.model,
+            rounded(f.experts),
+            str(f.batch),
+            str(f.decode_rate),
+            "" if f.ratio is None else str(f.ratio),
+            rounded(f.latency * 1e3),
+            rounded(f.latency_p95 * 1e3),
+            rounded(f.first_token_seconds * 1e3),
+            rounded(f.prefill_rate.median),
+            rounded(f.bytes_per_token / 1e6),
+            f"{f.bandwidth_share:.0%}",
+            size(f.weight_bytes),
+            size(f.cache_bytes),
+            size(f.memory_bytes),
+        )
+        for f in figures
+    ]
+    told = ", ".join(f"{name} {value}" for name, value in settings.items())
+    terminal.table(f"Decoding ({told}; a plain read loop: {bandwidth / 1e9:.1f} GB/s)", columns, rows)
+
+
+def _plot(file: Path, figures: list[DecodeFigures]) -> None:
+    from moe_surgery.measure.plots import Panel, draw_panels
+
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for f in sorted(figures, key=lambda f: f.experts):
+        lines.setdefault(f"batch {f.batch}", []).append((f.experts, f.decode_rate.median))
+    draw_panels(file, [Panel("Decoding", "experts kept", "tokens/s", lines)])

@@ -1,0 +1,94 @@
+"""moe-surgery bench kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from moe_surgery.cli.bench.shared import (
+    NUMBERS,
+    collect,
+    finish,
+    machine,
+    plot_option,
+    rounded,
+)
+from moe_surgery.cli.options import common, needs_torch, terminal_of
+
+
+@click.command("kernels")
+@click.option("--experts", type=NUMBERS, default="4,8,16,32", show_default=True, help="Numbers of experts.")
+@click.option("--tokens", type=NUMBERS, default="1", show_default=True, help="Tokens in a call.")
+@click.option("--hidden", default=2880, show_default=True, help="Hidden size, and the experts' inner one.")
+@click.option("--rounds", default=10, show_default=True, help="How often every call has its turn.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N or mps.")
+@click.option("--backend", help="This backend only; default: all that run on the device.")
+@plot_option
+@common
+@click.pass_context
+def command(
+    context: click.Context,
+    experts: list[int],
+    tokens: list[int],
+    hidden: int,
+    rounds: int,
+    device: str,
+    backend: str | None,
+    plot: Path | None,
+) -> None:
+    """Route, experts and a dense product of one layer, by backend, beside a plain read loop.
+
+    Random weights of gpt-oss-20b's size unless --hidden says otherwise; the bytes are those of the
+    weights a call has to read, the share is of what the read loop reads.
+
+    \b
+    moe-surgery bench kernels --tokens 1,8
+    moe-surgery bench kernels --hidden 256 --experts 4,32 --rounds 3
+    """
+    needs_torch("bench kernels")
+    from moe_surgery.measure.kernel_speed import measure_kernels, usable_backends
+    from moe_surgery.measure.memory import read_bandwidth
+    from moe_surgery.measure.plots import Panel, check_plot, draw_panels
+    from moe_surgery.runtime.device import open_device
+
+    terminal = terminal_of(context)
+    check_plot(plot)
+    place = open_device(device)
+    names = usable_backends(place) if backend is None else [backend]
+    bandwidth = read_bandwidth(place)
+    figures, interrupted = collect(
+        measure_kernels(
+            names, place, bandwidth, experts=experts, tokens=tokens, hidden=hidden, rounds=rounds
+        ),
+        lambda f: (
+            f"{f.backend} {f.operation}, {f.experts} experts, {f.tokens} tokens: {f.seconds * 1e6:.0f} us"
+        ),
+        terminal,
+    )
+    if terminal.json:
+        said = {"read_bandwidth": bandwidth, "hidden": hidden, "interrupted": interrupted}
+        terminal.data(machine() | said | {"rows": [f.as_dict() for f in figures]})
+    else:
+        columns = ("backend", "operation", "experts", "tokens", "us", "MB", "GB/s", "of read loop")
+        rows = [
+            (
+                f.backend,
+                f.operation,
+                str(f.experts),
+                str(f.tokens),
+                rounded(f.seconds * 1e6),
+                rounded(f.read_bytes / 1e6),
+                rounded(f.rate / 1e9),
+                f"{f.share:.0%}",
+            )
+            for f in figures
+        ]
+        title = f"Kernels (hidden {hidden}, {place}; a plain read loop: {bandwidth / 1e9:.1f} GB/s)"
+        terminal.table(title, columns, rows)
+    if plot and figures:
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for f in figures:
+            lines.setdefault(f"{f.backend} {f.operation}, {f.tokens}", []).append((f.experts, f.rate / 1e9))
+        draw_panels(plot, [Panel("Kernels", "experts", "GB/s of weights", lines)])
+    finish(terminal, interrupted)

@@ -1,0 +1,84 @@
+"""What the benchmarks share: lists of numbers, collecting until interrupted, and saying what came of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from moe_surgery.cli.terminal import Terminal
+
+__all__ = [
+    "NUMBERS",
+    "collect",
+    "finish",
+    "machine",
+    "plot_option",
+    "rounded",
+]
+
+T = TypeVar("T")
+Command = TypeVar("Command", bound=Callable[..., Any])
+INTERRUPTED = "; the figures are what was measured until then"
+
+
+class _Numbers(click.ParamType):  # type: ignore[type-arg]  # generic only from click 8.2
+    """ "4,8,16" becomes a list without repeats."""
+
+    name = "N,N,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        if not re.fullmatch(r"\s*[0-9]{1,9}\s*(,\s*[0-9]{1,9}\s*)*", value):
+            self.fail(f"{value!r} is no list of numbers; write 4,8,16", param, ctx)
+        return list(dict.fromkeys(int(n) for n in value.split(",")))
+
+
+NUMBERS = _Numbers()
+
+
+def plot_option(command: Command) -> Command:
+    """--plot."""
+    return click.option(
+        "--plot", type=click.Path(path_type=Path), help="Draw the figures here: .png, .svg or .pdf."
+    )(command)
+
+
+def collect(results: Iterator[T], said: Callable[[T], str], terminal: Terminal) -> tuple[list[T], bool]:
+    """All `results`, and whether Ctrl-C ended them early; each is said with -v as it comes."""
+    found: list[T] = []
+    try:
+        for result in results:
+            found.append(result)
+            terminal.detail(said(result))
+    except KeyboardInterrupt:
+        if isinstance(results, Generator):
+            results.close()
+        return found, True
+    return found, False
+
+
+def finish(terminal: Terminal, interrupted: bool) -> None:
+    """End as an interrupted command does, where this one was."""
+    if interrupted:
+        terminal.after_interrupt = INTERRUPTED
+        raise click.Abort
+
+
+def machine() -> dict[str, object]:
+    """What figures were measured on, for JSON."""
+    from moe_surgery.doctor import examine
+
+    found = examine()
+    return {"machine": found["machine"], "versions": found["versions"]}
+
+
+def rounded(value: float | None, digits: int = 3) -> str:
+    """So many significant digits, without an exponent in the range people read; "" for None."""
+    if value is None:
+        return ""
+    return f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:.0f}"

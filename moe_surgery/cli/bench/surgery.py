@@ -1,0 +1,136 @@
+"""moe-surgery bench surgery."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import click
+
+from moe_surgery.cli.bench.shared import NUMBERS, collect, finish, machine, plot_option, rounded
+from moe_surgery.cli.options import common, terminal_of
+from moe_surgery.cli.terminal import size
+from moe_surgery.errors import UsageError
+
+
+@click.command("surgery")
+@click.argument("ckpt")
+@click.option(
+    "--experts", type=NUMBERS, default="4,8,16", show_default=True, help="Numbers of experts to keep."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["keep", "bf16", "mxfp4"]),
+    default="keep",
+    show_default=True,
+    help="As prune's.",
+)
+@click.option("--rounds", default=3, show_default=True, help="How often every number has its turn.")
+@click.option(
+    "--work",
+    type=click.Path(path_type=Path),
+    help="Folder with room for an output and its copy; default: the system's for temporary files.",
+)
+@click.option("--cold", is_flag=True, help="Drop the whole machine's page cache before each command (root).")
+@plot_option
+@common
+@click.pass_context
+def command(
+    context: click.Context,
+    ckpt: str,
+    experts: list[int],
+    dtype: str,
+    rounds: int,
+    work: Path | None,
+    cold: bool,
+    plot: Path | None,
+) -> None:
+    """Inspect, prune and verify CKPT, beside cp and sync of the same bytes.
+
+    Experts are drawn at random; outputs are removed again. Without --cold the source is read from
+    memory wherever it still lies there.
+
+    \b
+    moe-surgery bench surgery openai/gpt-oss-20b --experts 8 --work /var/tmp
+    moe-surgery bench surgery example:tiny --experts 8 --rounds 1
+    """
+    from moe_surgery.measure.plots import Panel, check_plot, draw_panels
+    from moe_surgery.measure.surgery_speed import (
+        drop_page_cache,
+        measure_surgery,
+        surgery_figures,
+    )
+
+    terminal = terminal_of(context)
+    check_plot(plot)
+    folder = work or Path(tempfile.gettempdir())
+    if cold and not drop_page_cache():
+        raise UsageError("--cold: the page cache cannot be dropped; run as root on Linux, or without --cold")
+    runs, interrupted = collect(
+        measure_surgery(ckpt, folder, experts=experts, dtype=dtype, rounds=rounds, cold=cold),
+        lambda r: f"round {r.number}: {r.experts} experts: {r.prune.seconds / r.copy.seconds:.2f} x cp",
+        terminal,
+    )
+    rows = surgery_figures(runs)
+    state = "dropped page cache" if cold else "page cache as it was"
+    if terminal.json:
+        terminal.data(
+            machine()
+            | {
+                "checkpoint": ckpt,
+                "page_cache": state,
+                "rows": rows,
+                "interrupted": interrupted,
+            }
+        )
+    else:
+        _table(context, ckpt, state, rows)
+    if plot and rows:
+        points = [(float(str(r["experts"])), float(str(r["ratio_to_copy"]))) for r in rows]
+        draw_panels(plot, [Panel("Pruning", "experts kept", "x cp + sync", {ckpt: points})])
+    finish(terminal, interrupted)
+
+
+def _table(
+    context: click.Context,
+    ckpt: str,
+    state: str,
+    rows: list[dict[str, object]],
+) -> None:
+    terminal = terminal_of(context)
+    columns = (
+        "experts",
+        "inspect s",
+        "peak memory",
+        "written",
+        "prune s",
+        "cp + sync s",
+        "x cp",
+        "peak memory",
+        "verify s",
+        "read once s",
+        "x read",
+        "peak memory",
+    )
+
+    def cells(row: dict[str, object]) -> list[str]:
+        def number(key: str) -> float:
+            return float(str(row[key]))
+
+        return [
+            str(row["experts"]),
+            rounded(number("inspect_seconds")),
+            size(number("inspect_peak_bytes")),
+            size(number("output_bytes")),
+            rounded(number("prune_seconds")),
+            rounded(number("copy_seconds")),
+            rounded(number("ratio_to_copy")),
+            size(number("prune_peak_bytes")),
+            rounded(number("verify_seconds")),
+            rounded(number("read_seconds")),
+            rounded(number("ratio_to_read")),
+            size(number("verify_peak_bytes")),
+        ]
+
+    if rows:
+        terminal.table(f"Surgery on {ckpt} ({state})", columns, [cells(row) for row in rows])

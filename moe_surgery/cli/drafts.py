@@ -1,0 +1,92 @@
+"""The options that choose a draft, and the draft they choose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from moe_surgery.errors import UsageError
+
+if TYPE_CHECKING:
+    from moe_surgery.runtime.draft_length import AdaptiveLength
+    from moe_surgery.runtime.model import Model
+
+__all__ = ["draft_length", "draft_options", "load_draft", "several_draft_options"]
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+AUTO = "auto"
+
+
+def draft_options(command: Command) -> Command:
+    """--draft, --draft-plan and --draft-top-k."""
+    return _options(command, several=False)
+
+
+def several_draft_options(command: Command) -> Command:
+    """The same, --draft and --draft-plan as often as wanted."""
+    return _options(command, several=True)
+
+
+def _options(command: Command, several: bool) -> Command:
+    again = " Can be given again." if several else ""
+    options = (
+        click.option("--draft", metavar="CKPT", multiple=several, help=f"Let this checkpoint draft.{again}"),
+        click.option(
+            "--draft-plan",
+            type=click.Path(path_type=Path),
+            multiple=several,
+            help=f"Let the model itself draft, with this plan's experts only: no weights are added.{again}",
+        ),
+        click.option("--draft-top-k", type=int, help="Experts a token chooses in the draft, at most."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def draft_length(said: str | None) -> int | AdaptiveLength | None:
+    """The value of --draft-length; None where it is not given. Raises UsageError."""
+    from moe_surgery.runtime.draft_length import AdaptiveLength, check_length
+
+    if said is None:
+        return None
+    if said == AUTO:
+        return AdaptiveLength()
+    try:
+        length = int(said)
+    except ValueError:
+        raise UsageError(f"--draft-length {said}: give a number of tokens, or {AUTO}") from None
+    check_length(length)
+    return length
+
+
+def load_draft(
+    target: Model, ckpt: str, draft: str | None, plan_file: Path | None, top_k: int | None
+) -> Model | None:
+    """The draft for `target`, which was loaded from `ckpt`; None where no option asks for one.
+
+    With --draft-top-k alone the target drafts for itself with fewer experts a token. Raises UsageError
+    for options that exclude each other or a draft of another vocabulary.
+    """
+    from moe_surgery.runtime.load import load_model
+    from moe_surgery.runtime.speculate import check_pair
+    from moe_surgery.runtime.text import Text
+    from moe_surgery.runtime.view import view
+    from moe_surgery.selection.plan import load_plan
+
+    if draft is not None and plan_file is not None:
+        raise UsageError("--draft and --draft-plan exclude each other")
+    if top_k is not None and top_k < 1:
+        raise UsageError(f"--draft-top-k {top_k}: must be at least 1")
+    if draft is None and plan_file is None and top_k is None:
+        return None
+    if draft is None:
+        return view(target, None if plan_file is None else load_plan(plan_file), top_k, name=ckpt)
+    model = load_model(draft, target.device, target.dtype, backend=target.backend.name)
+    check_pair(target, model)
+    if not Text(ckpt).same_tokens(Text(draft)):
+        raise UsageError(f"--draft {draft}: its tokenizer gives tokens other numbers than that of {ckpt}")
+    return model if top_k is None else view(model, None, top_k, name=draft)

@@ -1,0 +1,135 @@
+"""One layer's operations on this machine, by backend and number of experts, beside a plain read loop."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from moe_surgery.errors import UsageError
+from moe_surgery.kernels import Backend, backend_states, select_backend
+from moe_surgery.kernels.reference.dense import linear
+from moe_surgery.kernels.weights import ExpertWeights, Mxfp4Weight
+from moe_surgery.measure.memory import synchronize
+from moe_surgery.measure.random_weights import normal, random_experts
+from moe_surgery.measure.rounds import check_numbers, interleaved
+
+__all__ = ["KernelFigures", "measure_kernels", "usable_backends"]
+
+TOP_K = 4
+HIDDEN = 2880
+
+
+@dataclass(frozen=True, slots=True)
+class KernelFigures:
+    """One operation: median seconds of a call, the bytes of weights it reads, and bytes a second of that.
+
+    `operation`: "route", "experts" (the chosen ones, MXFP4) or "dense" (one BF16 product of hidden by
+    hidden). `share` is of the read loop's rate measured in the same run.
+    """
+
+    backend: str
+    operation: str
+    experts: int
+    tokens: int
+    seconds: float
+    read_bytes: int
+    rate: float
+    share: float
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def usable_backends(device: torch.device) -> list[str]:
+    """Names of the backends that run on `device` here."""
+    found = []
+    for name in backend_states():
+        try:
+            select_backend(device, name)
+        except UsageError:
+            continue
+        found.append(name)
+    return found
+
+
+@torch.inference_mode()
+def measure_kernels(
+    backends: Sequence[str],
+    device: torch.device,
+    bandwidth: float,
+    *,
+    experts: Sequence[int] = (4, 8, 16, 32),
+    tokens: Sequence[int] = (1,),
+    hidden: int = HIDDEN,
+    rounds: int = 10,
+) -> Iterator[KernelFigures]:
+    """Every operation for each number of experts and tokens, backends in turn. BF16, random weights.
+
+    `bandwidth` in bytes a second. Raises UsageError for a backend that does not run here, or numbers
+    out of range (`hidden` must be a multiple of 32).
+    """
+    check_numbers(experts=experts, tokens=tokens, hidden=[hidden], rounds=[rounds])
+    if hidden % 32:
+        raise UsageError(f"--hidden {hidden}: must be a multiple of 32, the block of MXFP4")
+    chosen = [select_backend(device, name) for name in backends]
+    random = torch.Generator().manual_seed(0)
+    for count in experts:
+        weights = random_experts(count, hidden, device)
+        router, bias = normal(device, count, hidden, scale=hidden**-0.5), normal(device, count)
+        square = normal(device, hidden, hidden, scale=hidden**-0.5)
+        for number in tokens:
+            x = torch.randn(number, hidden, generator=random).to(device, torch.bfloat16)
+            calls: list[tuple[str, str, int, Callable[[], Tensor]]] = []
+            for backend in chosen:
+                calls += _calls(backend, x, router, bias, weights, square)
+            seconds = _timed([call for *_, call in calls], rounds, device)
+            for (name, operation, nbytes, _), spent in zip(calls, seconds, strict=True):
+                rate = nbytes / spent
+                yield KernelFigures(name, operation, count, number, spent, nbytes, rate, rate / bandwidth)
+
+
+def _calls(
+    backend: Backend, x: Tensor, router: Tensor, bias: Tensor, weights: ExpertWeights, square: Tensor
+) -> list[tuple[str, str, int, Callable[[], Tensor]]]:
+    """(backend, operation, bytes of weights read, call) for each operation."""
+    top_k = min(TOP_K, len(router))
+    ids, shares = backend.route(x, router, bias, top_k)
+    read = int(torch.unique(ids).numel()) * _expert_bytes(weights)
+    return [
+        (backend.name, "route", router.nbytes, lambda: backend.route(x, router, bias, top_k)[1]),
+        (backend.name, "experts", read, partial(backend.experts, x, ids, shares, weights)),
+        (backend.name, "dense", square.nbytes, partial(linear, x, square)),
+    ]
+
+
+def _timed(calls: Sequence[Callable[[], Tensor]], rounds: int, device: torch.device) -> list[float]:
+    """Median seconds of each call, taken in turn after one that does not count."""
+
+    def once(call: Callable[[], Tensor]) -> float:
+        synchronize(device)
+        start = time.perf_counter()
+        call()
+        synchronize(device)
+        return time.perf_counter() - start
+
+    jobs = [partial(once, call) for call in calls]
+    for job in jobs:
+        job()
+    found: list[list[float]] = [[] for _ in jobs]
+    for _, number, seconds in interleaved(jobs, rounds):
+        found[number].append(seconds)
+    return [statistics.median(values) for values in found]
+
+
+def _expert_bytes(weights: ExpertWeights) -> int:
+    total = weights.gate_up_bias[0].nbytes + weights.down_bias[0].nbytes
+    for weight in (weights.gate_up, weights.down):
+        assert isinstance(weight, Mxfp4Weight)
+        total += weight.blocks[0].nbytes + weight.scales[0].nbytes
+    return total

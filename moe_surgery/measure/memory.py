@@ -1,0 +1,50 @@
+"""How fast this machine's memory is read, and how much of it a process holds."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from moe_surgery.runtime.usage import peak_memory
+
+__all__ = ["memory_in_use", "read_bandwidth", "synchronize"]
+
+BUFFER_BYTES = 512 << 20  # larger than the last cache of a processor's core complex
+REPEATS = 5
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until `device` has done what it was asked to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def read_bandwidth(device: torch.device, nbytes: int = BUFFER_BYTES) -> float:
+    """Bytes a second of a plain read loop: a sum over `nbytes` of float32, the best of a few runs.
+
+    On the CPU with as many threads as torch uses, so it is what its kernels could reach at most.
+    """
+    buffer = torch.ones(nbytes // 4, dtype=torch.float32, device=device)
+    best = float("inf")
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        total = buffer.sum()
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+        assert float(total) > 0
+    return buffer.nbytes / best
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes: of the device's allocator for CUDA, else resident pages of this process (mapped ones count)."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return peak_memory(device)
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))

@@ -1,0 +1,33 @@
+"""Prompts that benchmarks make of texts: their beginnings, and conversations up to the answer."""
+
+from __future__ import annotations
+
+from moe_surgery.errors import UsageError
+from moe_surgery.measure.corpus import Corpus, Document
+
+__all__ = ["prompts_of"]
+
+
+def prompts_of(corpus: Corpus, tokens: int, most: int | None = None) -> dict[str, list[list[int]]]:
+    """Up to `most` prompts of each domain of `corpus`, as token numbers.
+
+    The first `tokens` tokens of a text (shorter texts are left out), or a conversation without its
+    answer. Raises UsageError where nothing is left, InvalidInputError naming a broken line.
+    """
+    found: dict[str, list[list[int]]] = {domain: [] for domain in corpus.domains}
+    for document in corpus.documents():
+        mine = found[document.domain]
+        if (most is None or len(mine) < most) and (ids := _prompt(corpus, document, tokens)):
+            mine.append(ids)
+    if not any(found.values()):
+        raise UsageError(f"no text has {tokens} tokens; pass a smaller --prompt-tokens")
+    return {domain: prompts for domain, prompts in found.items() if prompts}
+
+
+def _prompt(corpus: Corpus, document: Document, tokens: int) -> list[int]:
+    if document.text is not None:
+        ids = corpus.tokenizer.encode(document.text)
+        return ids[:tokens] if len(ids) >= tokens else []
+    said = document.messages
+    asked = said[:-1] if said[-1]["role"] == "assistant" else said
+    return corpus.tokenizer.encode(corpus.tokenizer.chat(asked)) if asked else []

@@ -1,0 +1,143 @@
+"""How many tokens to draft: a fixed number, or what acceptance and costs so far make best.
+
+With acceptance a of each drafted token, independent of the others, a target step over n drafted tokens
+yields (1 - a^(n+1)) / (1 - a) tokens (Leviathan, Kalman and Matias, arXiv 2211.17192, equation 1). Where one
+draft step costs d and a target step over n drafted tokens t_n, a token costs (n d + t_n) over that; plain
+decoding costs t_0 a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moe_surgery.errors import UsageError
+
+__all__ = [
+    "MOST_DRAFTED",
+    "AdaptiveLength",
+    "Costs",
+    "LengthControl",
+    "best_length",
+    "break_even",
+    "check_length",
+    "expected_tokens",
+    "speed_up",
+]
+
+MOST_DRAFTED = 64
+HALVINGS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Cost of one draft step, and of a target step over 0, 1, 2, ... drafted tokens, in the same unit."""
+
+    draft: float
+    target: Sequence[float]
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptiveLength:
+    """At most `most` tokens; fewer where the draft is unsure or acceptance does not pay for more.
+
+    Drafting stops before a token whose distribution (the draft's, unfiltered, at temperature 1) gives
+    no token a probability of `confidence`: that depends on the tokens before it alone, so the output
+    stays the target's. The length is the best for the acceptance measured so far, of which each round
+    keeps `memory`, starting from `acceptance`. `costs` None: counted from the bytes that steps read.
+    """
+
+    most: int = 8
+    confidence: float = 0.3
+    memory: float = 0.9
+    acceptance: float = 0.8
+    costs: Costs | None = None
+
+    def __post_init__(self) -> None:
+        check_length(self.most)
+        for name in ("confidence", "memory", "acceptance"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise UsageError(f"adaptive draft length: {name} {value}: must be between 0 and 1")
+        if self.costs is not None and len(self.costs.target) <= self.most:
+            raise UsageError(
+                f"adaptive draft length: costs of {len(self.costs.target)} target steps; needed for 0 to "
+                f"{self.most} drafted tokens"
+            )
+
+
+def check_length(length: int) -> None:
+    """Raise UsageError unless 1 <= length <= MOST_DRAFTED."""
+    if not 1 <= length <= MOST_DRAFTED:
+        raise UsageError(f"--draft-length {length}: must be 1 to {MOST_DRAFTED}, or auto")
+
+
+def expected_tokens(acceptance: float, length: int) -> float:
+    """Tokens a target step yields on average over `length` drafted ones: 1 + a + ... + a^length."""
+    return float(sum(acceptance**i for i in range(length + 1)))
+
+
+def speed_up(acceptance: float, length: int, costs: Costs) -> float:
+    """How many times faster than plain decoding: E tokens t_0 / (n d + t_n) (theorem 3.8, with t_n for 1)."""
+    spent = length * costs.draft + costs.target[length]
+    return expected_tokens(acceptance, length) * costs.target[0] / spent
+
+
+def best_length(acceptance: float, costs: Costs, most: int) -> int:
+    """The length from 1 to `most` with the greatest speed-up; of equal ones the shortest."""
+    return max(range(1, most + 1), key=lambda n: (speed_up(acceptance, n, costs), -n))
+
+
+def break_even(length: int, costs: Costs) -> float | None:
+    """The acceptance at which drafting `length` tokens is as fast as plain decoding; None if none is."""
+    if speed_up(1.0, length, costs) < 1:
+        return None
+    low, high = 0.0, 1.0
+    for _ in range(HALVINGS):  # the speed-up grows with acceptance
+        middle = (low + high) / 2
+        low, high = (low, middle) if speed_up(middle, length, costs) >= 1 else (middle, high)
+    return high
+
+
+class LengthControl:
+    """The length of each round, following what was accepted in those before."""
+
+    def __init__(self, length: int | AdaptiveLength, costs: Costs | None = None) -> None:
+        """`costs` stand in where an adaptive length has none of its own. Raises UsageError for a length."""
+        if isinstance(length, int):
+            check_length(length)
+        self._rule = length
+        self._costs = length.costs or costs if isinstance(length, AdaptiveLength) else None
+        self._tried = self._accepted = 0.0
+        if isinstance(length, AdaptiveLength):
+            # As much as one round's worth, so that the first rounds already count.
+            self._tried, self._accepted = float(length.most), length.acceptance * length.most
+
+    @property
+    def most(self) -> int:
+        return self._rule if isinstance(self._rule, int) else self._rule.most
+
+    @property
+    def confidence(self) -> float:
+        """Below which drafting stops; 0 never does."""
+        return 0.0 if isinstance(self._rule, int) else self._rule.confidence
+
+    @property
+    def acceptance(self) -> float | None:
+        """The estimate, None for a fixed length."""
+        return self._accepted / self._tried if self._tried else None
+
+    def next(self) -> int:
+        """How many tokens to draft now, 1 to `most`."""
+        if isinstance(self._rule, int) or self.acceptance is None:
+            return self.most
+        if self._costs is None:
+            return self.most
+        return best_length(self.acceptance, self._costs, self.most)
+
+    def observe(self, drafted: Sequence[int], accepted: Sequence[int]) -> None:
+        """What a round drafted and kept, by sequence: the tokens after a refused one were not tried."""
+        if isinstance(self._rule, int):
+            return
+        tried = sum(min(a + 1, n) for n, a in zip(drafted, accepted, strict=True))
+        self._tried = self._rule.memory * self._tried + tried
+        self._accepted = self._rule.memory * self._accepted + sum(accepted)

@@ -1,0 +1,80 @@
+"""Bytes of weights that a model's step reads, counted from the tensors it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from moe_surgery.kernels.weights import DenseWeight, Weight
+from moe_surgery.runtime.decode_cost import distinct_experts
+from moe_surgery.runtime.draft_length import Costs
+from moe_surgery.runtime.model import Layer, Model
+
+__all__ = ["counted_costs", "model_step_bytes", "shown_bytes", "weight_bytes"]
+
+
+def model_step_bytes(model: Model, tokens: int = 1) -> float:
+    """Weight bytes read by a step over `tokens` tokens, all sequences together, of a model or a view.
+
+    Of each layer the experts that `tokens` choose if every choice is as likely (real routing repeats
+    itself, so reads less); of the embedding one row a token. Without the KV cache.
+    """
+    total = float(model.norm.nbytes + model.unembedding.nbytes)
+    total += tokens * model.embedding.nbytes / len(model.embedding)
+    for layer in model.layers:
+        read = distinct_experts(len(layer.router.weight), layer.top_k, tokens)
+        total += sum(t.nbytes for t in _dense(layer)) + read * _expert_bytes(layer)
+    return total
+
+
+def counted_costs(target: Model, draft: Model, batch: int, most: int) -> Costs:
+    """Costs in bytes: what a decode step takes where memory is the limit."""
+    read = [model_step_bytes(target, batch * (n + 1)) for n in range(most + 1)]
+    return Costs(model_step_bytes(draft, batch), read)
+
+
+def weight_bytes(model: Model, beside: Model | None = None) -> int:
+    """Bytes of the weights that `model` holds, each storage once, without those `beside` holds too."""
+    known = set() if beside is None else {t.data_ptr() for t in _all(beside)}
+    held = {t.data_ptr(): t.nbytes for t in _all(model)}
+    return sum(nbytes for place, nbytes in held.items() if place not in known)
+
+
+def shown_bytes(model: Model) -> int:
+    """Bytes of the weights that `model` can use: those of a checkpoint with the experts a view shows."""
+    held = {t.data_ptr(): t.nbytes for t in (model.embedding, model.unembedding, model.norm)}
+    total = float(sum(held.values()))
+    for layer in model.layers:
+        total += sum(t.nbytes for t in _dense(layer)) + len(layer.router.weight) * _expert_bytes(layer)
+    return round(total)
+
+
+def _all(model: Model) -> Iterator[Tensor]:
+    yield from (model.embedding, model.unembedding, model.norm)
+    for layer in model.layers:
+        yield from _dense(layer)
+        experts = layer.experts
+        yield from (*_parts(experts.gate_up), experts.gate_up_bias, *_parts(experts.down), experts.down_bias)
+        if experts.index is not None:
+            yield experts.index
+
+
+def _dense(layer: Layer) -> Iterator[Tensor]:
+    """Everything of a layer but its experts."""
+    yield from (layer.attention_norm, layer.mlp_norm, layer.sinks)
+    for projection in (layer.q, layer.k, layer.v, layer.o, layer.router):
+        yield projection.weight
+        if projection.bias is not None:
+            yield projection.bias
+
+
+def _expert_bytes(layer: Layer) -> float:
+    """Bytes of one stored expert, biases included."""
+    experts = layer.experts
+    parts = (*_parts(experts.gate_up), experts.gate_up_bias, *_parts(experts.down), experts.down_bias)
+    return sum(t.nbytes / len(t) for t in parts)
+
+
+def _parts(weight: Weight) -> tuple[Tensor, ...]:
+    return (weight.values,) if isinstance(weight, DenseWeight) else (weight.blocks, weight.scales)

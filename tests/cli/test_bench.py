@@ -1,0 +1,182 @@
+"""`moe-surgery bench`: tables, JSON, plots, and Ctrl-C at any moment."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("tokenizers")
+
+from moe_surgery import inspect, plan_random
+from tests.support.command import PATIENCE, call, start
+
+Capture = pytest.CaptureFixture[str]
+TINY = "example:tiny"
+QUICK = {
+    "decode": ["decode", TINY, "--experts", "4", "--context", "8", "--steps", "2", "--rounds", "1"],
+    "speculate": [
+        *("speculate", "--target", TINY, "--draft-top-k", "1", "--lengths", "1,2", "--dtype", "f32"),
+        *("--context", "8", "--rounds", "1", "--prompts", "2", "--prompt-tokens", "6", "--new-tokens", "5"),
+    ],
+    "surgery": ["surgery", TINY, "--experts", "4", "--rounds", "1"],
+    "kernels": ["kernels", "--hidden", "64", "--experts", "2", "--rounds", "1"],
+}
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("texts") / "sums.jsonl"
+    lines = [f"Question: What is {a} + {a + 3}?\nAnswer: {2 * a + 3}.\n" for a in range(5)]
+    file.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return file
+
+
+def arguments(name: str, texts: Path) -> list[str]:
+    return [*QUICK[name], *(["--texts", str(texts)] if name == "speculate" else [])]
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_benchmark_prints_a_table(capsys: Capture, name: str, texts: Path) -> None:
+    ended = call(capsys, "bench", *arguments(name, texts))
+    assert ended.code == 0, ended.err
+    words = {
+        "decode": ("tokens/s", "4 experts", "read loop"),
+        "speculate": ("break-even", "speed-up", "sums"),
+        "surgery": ("x cp", "peak memory", "inspect s"),
+        "kernels": ("route", "experts", "dense", "of read loop"),
+    }
+    assert all(word in ended.out for word in words[name])
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_json_and_plot_hold_the_figures(capsys: Capture, tmp_path: Path, name: str, texts: Path) -> None:
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "out.png"
+    ended = call(capsys, "bench", *arguments(name, texts), "--json", "--plot", picture)
+    assert (ended.code, ended.err) == (0, "")
+    found = ended.json()
+    assert found["interrupted"] is False
+    assert found["versions"]["python"]
+    rows = found["drafts"][0]["figures"] if name == "speculate" else found["rows"]
+    assert rows
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    if name == "speculate":
+        draft = found["drafts"][0]
+        assert [row["length"] for row in draft["lengths"]] == [1, 2]
+        assert (draft["top_k"], draft["weight_bytes"]) == (1, 0)
+        assert all(row["differing_prompts"] == 0 for row in rows)
+
+
+def test_drafts_of_several_sizes_are_compared(capsys: Capture, tmp_path: Path, texts: Path) -> None:
+    plans = []
+    for count in (2, 31):
+        plans.append(tmp_path / f"{count}.json")
+        plans[-1].write_text(plan_random(count, 0, inspect(TINY)).to_json())
+    options = ["--target", TINY, "--lengths", "2", "--context", "8", "--rounds", "1", "--new-tokens", "6"]
+    chosen = ["--prompt-tokens", "6", "--prompts", "2", "--texts", str(texts), "--json"]
+    drafts = [part for plan in plans for part in ("--draft-plan", str(plan))]
+    ended = call(capsys, "bench", "speculate", *options, *drafts, *chosen)
+    assert [d["experts"] for d in ended.json()["drafts"]] == [2, 31]
+
+
+# --- Ctrl-C
+
+LONG = {
+    "decode": ["decode", TINY, "--context", "8", "--steps", "2", "--rounds", "1000000"],
+    "speculate": [
+        *("speculate", "--target", TINY, "--draft-top-k", "1", "--lengths", "1", "--rounds", "1"),
+        *("--context", "8", "--prompt-tokens", "6", "--prompts", "5", "--new-tokens", "3000"),
+    ],
+    "surgery": ["surgery", TINY, "--experts", "4", "--rounds", "1000"],
+    "kernels": ["kernels", "--hidden", "64", "--experts", "2", "--rounds", "1", "--tokens"],
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize("form", ["table", "json"])
+@pytest.mark.parametrize("name", LONG)
+def test_interrupting_prints_what_was_measured_so_far(
+    tmp_path: Path, texts: Path, name: str, form: str
+) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    more = {
+        "speculate": ["--texts", str(texts)],
+        "surgery": ["--work", str(work)],
+        "kernels": [",".join(map(str, range(1, 5000)))],
+    }
+    options = ["--json"] if form == "json" else []
+    short = [option if option != "3000" else "40" for option in LONG[name]]
+    process = start("bench", *short, *more.get(name, []), "-v", *options)
+    assert process.stderr is not None
+    signs = {"decode": "round 0", "speculate": "x plain", "surgery": "x cp", "kernels": " us"}
+    while signs[name] not in (line := process.stderr.readline()):
+        assert line, "ended before anything was measured"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    said = "moe-surgery: interrupted; the figures are what was measured until then"
+    assert err.splitlines()[-1] == said
+    if form == "json":
+        found = json.loads(out)
+        assert found["interrupted"] is True
+        assert found["drafts"][0]["figures"] if name == "speculate" else found["rows"]
+    else:
+        assert {"decode": TINY, "speculate": "sums", "surgery": "x cp", "kernels": "route"}[name] in out
+    assert list(work.iterdir()) == []
+
+
+# --- what cannot be
+
+REFUSED: dict[str, tuple[list[str], str]] = {
+    "no numbers": (["decode", TINY, "--experts", "4,x"], "Invalid value for '--experts': '4,x' is no list"),
+    "no rounds": (["decode", TINY, "--rounds", "0"], "--rounds 0: must be at least 1"),
+    "too many experts": (["decode", TINY, "--experts", "33"], "--experts 33: the model has 32 experts"),
+    "no draft": (["speculate", "--target", TINY], "nothing drafts; pass --draft, --draft-plan or"),
+    "no length": (
+        ["speculate", "--target", TINY, "--draft-top-k", "1", "--lengths", "0"],
+        "--draft-length 0: must be 1 to 64",
+    ),
+    "a picture of no kind": (["kernels", "--plot", "out.txt"], "--plot out.txt: name a file that ends in"),
+    "a picture nowhere": (
+        ["kernels", "--plot", "/nowhere/a.png"],
+        "--plot /nowhere/a.png: is a folder, or in",
+    ),
+    "no such backend": (["kernels", "--backend", "magic"], "--backend magic: unknown; known: "),
+}
+
+
+@pytest.mark.parametrize(("options", "said"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_measured_is_one_line(capsys: Capture, options: list[str], said: str) -> None:
+    ended = call(capsys, "bench", *options)
+    assert (ended.code, ended.out) == (2, ""), ended.err
+    assert ended.error.startswith(f"moe-surgery: {said}")
+
+
+def test_without_matplotlib_the_extra_is_named(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    ended = call(capsys, "bench", "kernels", "--plot", "a.png")
+    line = "moe-surgery: --plot needs the matplotlib package: pip install 'moe-surgery[report]'"
+    assert (ended.code, ended.error) == (2, line)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_every_benchmark_has_help_with_an_example_and_a_word_on_every_option(
+    capsys: Capture, name: str
+) -> None:
+    import click
+
+    from moe_surgery.cli.bench import command
+
+    ended = call(capsys, "bench", name, "--help")
+    assert ended.code == 0
+    assert f"moe-surgery bench {name}" in ended.out
+    found = command.get_command(click.Context(command), name)
+    assert found is not None
+    assert [o.opts[0] for o in found.params if isinstance(o, click.Option) and not o.help] == []
