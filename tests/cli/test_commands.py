@@ -231,7 +231,7 @@ def test_verify_tells_sound_from_broken(tmp_path: Path, capsys: Capture) -> None
 
 def test_demo_prunes_verifies_and_runs_every_size(capsys: Capture) -> None:
     rows = done(call(capsys, "demo", "--json")).json()
-    assert sorted(row["experts"] for row in rows) == [4, 8, 8, 16, 32]
+    assert sorted(row["experts"] for row in rows) == [4, 8, 8, 8, 16, 32]
     assert all(row["verified"] for row in rows)
     sizes = {row["experts"]: row["parameters"] for row in rows}
     assert sorted(sizes.values()) == [sizes[n] for n in sorted(sizes)]
@@ -240,9 +240,11 @@ def test_demo_prunes_verifies_and_runs_every_size(capsys: Capture) -> None:
 def test_demo_keeps_its_models_where_it_is_told(tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "models"
     shown = done(call(capsys, "demo", "--output", out))
-    assert shown.out.count("yes") == 5
-    folders = list(out.iterdir())
-    assert len(folders) == 4
+    assert shown.out.count("yes") == 6
+    folders = [place for place in out.iterdir() if place.is_dir()]
+    assert len(folders) == 5
+    kept = {place.name for place in out.iterdir()} - {folder.name for folder in folders}
+    assert kept == {"arithmetic.txt", "code.txt", "tiny.stats"}
     with Checkpoint.open(TINY) as source:
         for folder in folders:
             assert folder.name in shown.out
