@@ -12,6 +12,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.ready
 NATIVE_SOURCES := $(wildcard $(addprefix csrc/,*.cpp *.hpp *.inl cpu/*.cpp cpu/*.hpp cpu/*.inl))
+# What of surgery converts: tested without the extension as well.
+CONVERTING := $(addprefix tests/surgery/test_,equivalence.py producer.py stream.py verify.py)
 # The core without Python: what each self-test is made of.
 CORE_TESTS := formats cpu
 formats_SOURCES := csrc/tests/selftest.cpp $(filter-out csrc/bindings.cpp,$(wildcard csrc/*.cpp))
@@ -27,7 +29,7 @@ demo: $(SETUP)
 
 test: $(SETUP)
 	$(BIN)/python -m pytest -n auto --dist loadfile
-	MOE_SURGERY_NATIVE=0 $(BIN)/python -m pytest -n auto --dist loadfile tests/formats tests/surgery
+	MOE_SURGERY_NATIVE=0 $(BIN)/python -m pytest -n auto --dist loadfile tests/formats $(CONVERTING)
 
 lint: $(SETUP)
 	$(BIN)/ruff format --check .
