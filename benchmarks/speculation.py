@@ -123,7 +123,7 @@ def measured(target: Model, draft: Model, domain: Domain, length: int) -> dict[s
         "prompts": len(domain.prompts),
         "differing_prompts": wrong,
         "acceptance": s.acceptance,
-        "acceptance_by_position": s.acceptance_by_position,
+        "acceptance_by_position": [None if a is None else round(a, 4) for a in s.acceptance_by_position],
         "tried": sum(s.tried),
         "accepted": sum(s.accepted),
         "tokens_per_target_step": s.tokens_per_target_step,
@@ -221,6 +221,7 @@ def main(texts: Path, checkpoint: str, work: Path | None, only: tuple[str, ...],
     target = load_model(checkpoint, dtype=torch.float32)
     report: dict = {
         "how": "python benchmarks/speculation.py: greedy, float32, reference backend, one thread, "
+        "domains in runs of their own, "
         f"{PROMPT_TOKENS} prompt tokens, {NEW_TOKENS} new ones. Own plans: experts with the greatest sum of "
         "router weights on the domain's other texts. Acceptance is of tokens whose predecessors in the draft "
         "were accepted; random plans are pooled over three seeds.",
@@ -246,7 +247,9 @@ def main(texts: Path, checkpoint: str, work: Path | None, only: tuple[str, ...],
 
 def write(report: dict, out: Path) -> None:
     """What there is so far: JSON, text and plot."""
-    (out / "speculation.json").write_text(json.dumps(report, indent=1) + "\n")
+    head = json.dumps({k: v for k, v in report.items() if k != "rows"}, indent=1)
+    rows = ",\n".join(f"  {json.dumps(row)}" for row in report["rows"])
+    (out / "speculation.json").write_text(f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n')
     (out / "speculation.md").write_text(as_markdown(report))
     plot(report["rows"], out / "speculation.png")
 
