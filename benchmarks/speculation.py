@@ -220,7 +220,7 @@ def main(texts: Path, checkpoint: str, work: Path | None, only: tuple[str, ...],
     start = time.perf_counter()
     target = load_model(checkpoint, dtype=torch.float32)
     report: dict = {
-        "how": "python benchmarks/speculation.py: greedy, float32, reference backend, one thread, "
+        "how": f"python benchmarks/speculation.py: greedy, float32, {target.backend.name} backend, one thread, "
         "domains in runs of their own, "
         f"{PROMPT_TOKENS} prompt tokens, {NEW_TOKENS} new ones. Own plans: experts with the greatest sum of "
         "router weights on the domain's other texts. Acceptance is of tokens whose predecessors in the draft "

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from moe_surgery.errors import UsageError
 from moe_surgery.kernels import Backend, backend_states, select_backend
-from moe_surgery.kernels.reference.dense import linear
 from moe_surgery.kernels.weights import ExpertWeights, Mxfp4Weight
 from moe_surgery.measure.memory import synchronize
 from moe_surgery.measure.random_weights import normal, random_experts
@@ -104,7 +103,7 @@ def _calls(
     return [
         (backend.name, "route", router.nbytes, lambda: backend.route(x, router, bias, top_k)[1]),
         (backend.name, "experts", read, partial(backend.experts, x, ids, shares, weights)),
-        (backend.name, "dense", square.nbytes, partial(linear, x, square)),
+        (backend.name, "dense", square.nbytes, partial(backend.linear, x, square)),
     ]
 
 
