@@ -21,7 +21,9 @@ import click
 from machine import describe_machine
 from make_checkpoint import Shape, make_checkpoint
 from make_tokenizer import make_tokenizer
-from surgery_budgets import MIB, RESULTS, timed, tool
+from surgery_budgets import MIB, RESULTS, timed
+
+from moe_surgery.measure.surgery_speed import command_of
 
 RSS_BUDGET_MIB = 192
 PRUNED_TO = 8
@@ -41,7 +43,7 @@ def measure(source: Path, work: Path, rounds: int, options: list[object]) -> dic
     rows = []
     for number in range(rounds):
         copied = copy_seconds(source, work / "copy")
-        seconds, rss = timed(tool("export", source, out, "--quiet", *options))
+        seconds, rss = timed(command_of("export", source, out, "--quiet", *options))
         nbytes = out.stat().st_size
         out.unlink()
         rows.append(
@@ -94,7 +96,7 @@ def main(work: Path, rounds: int) -> None:
     if not (source / "tokenizer.json").exists():
         make_tokenizer(source, Shape().vocabulary)
     plan = work / "plan.json"
-    timed(tool("plan", "--random", "--experts", PRUNED_TO, "--checkpoint", source, "-o", plan, "-q"))
+    timed(command_of("plan", "--random", "--experts", PRUNED_TO, "--checkpoint", source, "-o", plan, "-q"))
     report = {
         "how": "python benchmarks/export_gguf.py: export and `cp --reflink=never` + sync alternate, each from a "
         "dropped page cache until flushed; whole process, /usr/bin/time.",

@@ -200,7 +200,11 @@ def text_files(
 def open_corpus(
     files: Iterable[TextFile], tokenizer: Tokenizer, *, context: int, max_tokens: int | None = None
 ) -> Corpus:
-    """A corpus over `files`, each hashed once. Raises OutputError for one that cannot be read."""
+    """A corpus over `files`, each hashed once.
+
+    Raises OutputError for one that cannot be read, UsageError for one that a domain already has: it
+    would count twice.
+    """
     listed = tuple(files)
     if not listed:
         raise UsageError("no texts; name at least one file with --texts")
@@ -209,7 +213,13 @@ def open_corpus(
     texts: dict[str, list[dict[str, object]]] = {}
     for file in listed:
         told = {"name": file.path.name, "xxh3_128": _digest(file.path), "tokens": 0}
-        texts.setdefault(file.domain, []).append(told)
+        held = texts.setdefault(file.domain, [])
+        if told["xxh3_128"] in [text["xxh3_128"] for text in held]:
+            raise UsageError(
+                f"--texts {printable_path(file.path)}: domain {file.domain!r} already has this text; "
+                "it would count twice"
+            )
+        held.append(told)
     return Corpus(listed, tokenizer, context, max_tokens, texts)
 
 

@@ -215,7 +215,7 @@ def test_a_long_file_is_read_in_blocks_that_end_with_a_line(
 
 @pytest.mark.parametrize("most", [1, 30, 10**6])
 def test_tokens_are_bounded_for_each_domain(most: int, text: Text, texts: Path) -> None:
-    paths = (texts / "words.jsonl", texts / "sums.txt", texts / "words.jsonl")
+    paths = (texts / "words.jsonl", texts / "sums.txt", texts / "sums.txt")
     domains = ("a", "b", "a")
     free = list(opened(text, *paths, domains=domains))
     corpus = opened(text, *paths, domains=domains, max_tokens=most)
@@ -353,3 +353,12 @@ def test_batches_lose_nothing_keep_the_order_and_their_bound(lengths: list[int],
     assert all(size <= most or len(group) == 1 for size, group in zip(sizes, groups, strict=True))
     for size, following in zip(sizes, groups[1:], strict=False):  # no group could have taken one more
         assert size + len(following[0].tokens) > most
+
+
+def test_a_text_given_twice_to_a_domain_is_refused_by_its_bytes(text: Text, tmp_path: Path) -> None:
+    one, other = tmp_path / "one.txt", tmp_path / "other.txt"
+    one.write_text("The same words.")
+    other.write_text("The same words.")
+    with pytest.raises(UsageError, match=r"other\.txt: domain 'd' already has this text"):
+        open_corpus(text_files([one, other], ["d"]), text, context=64)
+    assert open_corpus(text_files([one, other], ["d", "e"]), text, context=64).domains == ["d", "e"]
