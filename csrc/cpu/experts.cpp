@@ -17,8 +17,6 @@ constexpr std::ptrdiff_t kDownRows = 64;
 // Transposed weights are read in long runs of one column's rows.
 constexpr std::ptrdiff_t kTransposedRows = 1024;
 constexpr std::ptrdiff_t kPairsAtOnce = 16;
-// Integers of a token for each of its factors.
-constexpr std::ptrdiff_t kPlanes = kQuad / kLanes;
 
 // One (token, slot) after the other, by expert: those of an expert are pairs[begin .. end).
 struct Group {
@@ -54,14 +52,17 @@ std::vector<Group> groups_in(const std::vector<Pair>& pairs) {
 // Activations in the form that a matrix takes, one entry a row.
 struct Inputs {
     Inputs(bool packed, std::ptrdiff_t count, std::ptrdiff_t columns)
-        : packed(packed), columns(columns), width(packed ? quads_of(columns) * kLanes : columns) {
-        floats.reset(new float[static_cast<std::size_t>(count * width)]);
-        if (packed) planes.reset(new std::int16_t[static_cast<std::size_t>(count * width * kPlanes)]);
+        : packed(packed), columns(columns), width(packed ? spans_of(columns) : columns) {
+        if (packed) {
+            spans.reset(new Span[static_cast<std::size_t>(count * width)]);
+        } else {
+            floats.reset(new float[static_cast<std::size_t>(count * width)]);
+        }
     }
 
     void set(const Kernels& kernels, std::ptrdiff_t i, const float* x) {
         if (packed) {
-            kernels.quantize(x, columns, planes.get() + i * width * kPlanes, floats.get() + i * width);
+            kernels.quantize(x, columns, spans.get() + i * width);
         } else {
             std::copy_n(x, columns, floats.get() + i * width);
         }
@@ -69,8 +70,8 @@ struct Inputs {
 
     bool packed;
     std::ptrdiff_t columns, width;
-    std::unique_ptr<float[]> floats;  // the activations, or the factors of integers
-    std::unique_ptr<std::int16_t[]> planes;
+    std::unique_ptr<float[]> floats;
+    std::unique_ptr<Span[]> spans;
 };
 
 // h[p - begin][r - first] = rows first..last of the group's expert times the activations of its pairs, plus
@@ -82,10 +83,7 @@ void multiply(const Kernels& kernels, const ExpertMatrix& matrix, std::ptrdiff_t
     const std::ptrdiff_t count = end - begin;
     if (matrix.packed) {
         Quantized rows[kPairsAtOnce];
-        for (std::ptrdiff_t i = 0; i < count; ++i) {
-            const std::ptrdiff_t start = of(begin + i) * x.width;
-            rows[i] = {x.planes.get() + start * kPlanes, x.floats.get() + start};
-        }
+        for (std::ptrdiff_t i = 0; i < count; ++i) rows[i] = x.spans.get() + of(begin + i) * x.width;
         Mxfp4Rows weight = matrix.mxfp4;
         weight.blocks += place * matrix.expert_block_stride;
         weight.scales += place * matrix.expert_scale_stride;

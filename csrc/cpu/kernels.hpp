@@ -17,10 +17,14 @@ constexpr std::ptrdiff_t kLanes = 16;
 constexpr std::ptrdiff_t kGroup = 32;        // BF16 columns that are multiplied at a time
 constexpr std::ptrdiff_t kBlock = 32;        // MXFP4 values under one scale
 constexpr std::ptrdiff_t kBlockBytes = 16;   // their codes
-constexpr std::ptrdiff_t kQuad = 4 * kBlock; // MXFP4 columns that are multiplied at a time
+constexpr std::ptrdiff_t kSpan = kLanes * kBlock;            // MXFP4 columns that are multiplied at a time:
+constexpr std::ptrdiff_t kSpanBytes = kLanes * kBlockBytes;  // a block in each lane
 
 constexpr std::ptrdiff_t groups_of(std::ptrdiff_t columns) { return (columns + kGroup - 1) / kGroup; }
-constexpr std::ptrdiff_t quads_of(std::ptrdiff_t columns) { return (columns + kQuad - 1) / kQuad; }
+constexpr std::ptrdiff_t spans_of(std::ptrdiff_t columns) { return (columns + kSpan - 1) / kSpan; }
+
+// The block of a span that a lane holds: what transposing four words of four blocks each brings about.
+constexpr std::ptrdiff_t block_of(std::ptrdiff_t lane) { return lane % 4 * 4 + lane / 4; }
 
 // Rows of BF16 values: row r is `columns` values from data + r * stride.
 struct Bf16Rows {
@@ -42,14 +46,20 @@ struct Mxfp4Rows {
 // zeros after the last column. `groups_of(columns)` times 32 floats a token.
 using Spread = const float*;
 
-// Activations for Mxfp4Rows: integers of 16 bits in four planes (plane k holds columns 4j + k), 32 of each
-// plane for 128 columns, one plane after the other; and for each 8 columns the factor of their block.
-// The largest magnitude of a block of 32 is 32767. Zeros after the last column. Planes are long so that
-// each is one stream to the processor: interleaved, they kept it from seeing the stream of the weights.
-struct Quantized {
-    const std::int16_t* planes;
-    const float* factors;
+// Activations for Mxfp4Rows, 512 columns of them, zeros after the last: integers of 16 bits (the largest
+// magnitude of a block is kMostWhole) as two signed bytes each, 256 high + low.
+struct alignas(64) Span {
+    // Lane i of vector 2k + n: columns 8k + n, 8k + n + 2, + 4 and + 6 of block_of(i), whose weights are the
+    // low (n = 0) or high nibbles of bytes 4k to 4k + 3.
+    std::int8_t high[8][4 * kLanes];
+    std::int8_t low[8][4 * kLanes];
+    // Of each lane: -12 times the sum of its integers, for sets that add 12 to a weight to have no signs.
+    std::int32_t starts[kLanes];
+    // Of each lane: what a product of an integer and a doubled weight counts for, before the weight's scale.
+    float factors[kLanes];
 };
+constexpr float kMostWhole = 32639.0f;  // 256 * 127 + 127
+using Quantized = const Span*;
 
 // What the attention of one query head over one key-value head reads. Key i of `count`, in order of
 // position, lies at keys + slots[i] * key_stride (bytes).
@@ -70,7 +80,7 @@ struct Kernels {
 
     // x[columns] to the activations of Bf16Rows and Mxfp4Rows.
     void (*spread)(const float* x, std::ptrdiff_t columns, float* out);
-    void (*quantize)(const float* x, std::ptrdiff_t columns, std::int16_t* planes, float* factors);
+    void (*quantize)(const float* x, std::ptrdiff_t columns, Span* spans);
 
     // y[t * y_stride + r - first] = row r times token t, for rows first <= r < last.
     void (*bf16_rows)(const Bf16Rows& weight, std::ptrdiff_t first, std::ptrdiff_t last, const Spread* x,

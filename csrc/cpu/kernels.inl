@@ -5,8 +5,9 @@
 namespace moe_surgery::cpu {
 namespace {
 
-// Weights are asked for this many bytes before they are used.
-constexpr std::ptrdiff_t kAhead = 8192;
+// Weights are asked for at least this many bytes before they are used, and at least a tile of rows before:
+// with less, rows of the same tile ask for what their neighbours have already read.
+constexpr std::ptrdiff_t kAhead = 16384;
 
 // Into the second cache: asked for the first, requests are too few at a time.
 inline void fetch(const std::uint8_t* p) { __builtin_prefetch(p, 0, 2); }
@@ -60,18 +61,17 @@ struct Over {
         }
     }
 
-    static void quantize(const float* x, std::ptrdiff_t columns, std::int16_t* planes, float* factors) {
-        const std::ptrdiff_t length = quads_of(columns) * kGroup, blocks = columns / kBlock;
-        for (std::ptrdiff_t b = 0; b < blocks; ++b) {
-            quantize_block(x + b * kBlock, planes + 8 * b, length, factors + 4 * b);
-        }
-        for (std::ptrdiff_t b = blocks; b < 4 * quads_of(columns); ++b) {
-            for (int k = 0; k < 4; ++k) __builtin_memset(planes + k * length + 8 * b, 0, 16);
-            for (int i = 0; i < 4; ++i) factors[4 * b + i] = 0.0f;
+    static void quantize(const float* x, std::ptrdiff_t columns, Span* spans) {
+        for (std::ptrdiff_t s = 0; s < spans_of(columns); ++s) {
+            for (std::ptrdiff_t lane = 0; lane < kLanes; ++lane) {
+                const std::ptrdiff_t start = s * kSpan + block_of(lane) * kBlock;
+                static constexpr float kNone[kBlock] = {};
+                quantize_block(start < columns ? x + start : kNone, spans[s], lane);
+            }
         }
     }
 
-    static void quantize_block(const float* x, std::int16_t* planes, std::ptrdiff_t length, float* factors) {
+    static void quantize_block(const float* x, Span& span, std::ptrdiff_t lane) {
         float most = 0.0f;
         bool finite = true;
         for (int i = 0; i < kBlock; ++i) {
@@ -81,15 +81,23 @@ struct Over {
         }
         // Below this the inverse would overflow; such values count as zeros.
         const bool zero = most < 1e-30f;
-        const F up = V::set(zero ? 0.0f : 32767.0f / most);
+        const F up = V::set(zero ? 0.0f : kMostWhole / most);
         std::int16_t whole[kBlock];
         for (int i = 0; i < kBlock; i += kLanes) {
             V::store_rounded(whole + i, finite ? V::mul(V::load(x + i), up) : V::zero());
         }
-        for (int i = 0; i < kBlock; ++i) planes[i % 4 * length + i / 4] = whole[i];
-        // Half, because the codes are looked up as twice their value; NaN where the input had no number.
-        const float down = zero ? 0.0f : most / 32767.0f * 0.5f * V::kFactor;
-        for (int i = 0; i < 4; ++i) factors[i] = finite ? down : from_bits(0x7fc00000u);
+        std::int32_t sum = 0;
+        for (int i = 0; i < kBlock; ++i) {
+            const int vector = i / 8 * 2 + i % 2, byte = static_cast<int>(4 * lane) + i % 8 / 2;
+            const int low = static_cast<std::int8_t>(whole[i] & 255);
+            span.low[vector][byte] = static_cast<std::int8_t>(low);
+            span.high[vector][byte] = static_cast<std::int8_t>((whole[i] - low) / 256);
+            sum += whole[i];
+        }
+        span.starts[lane] = -12 * sum;
+        // Half, because weights are looked up as twice their value; NaN where the input had no number.
+        const float down = zero ? 0.0f : most / kMostWhole * 0.5f;
+        span.factors[lane] = finite ? down : from_bits(0x7fc00000u);
     }
 
     // --- BF16 rows
@@ -102,11 +110,11 @@ struct Over {
         for (int r = 0; r < R; ++r) {
             for (int t = 0; t < T; ++t) sums[r][t] = V::zero();
         }
-        const std::ptrdiff_t full = columns / kGroup;
+        const std::ptrdiff_t full = columns / kGroup, ahead = R * stride > kAhead ? R * stride : kAhead;
         for (std::ptrdiff_t g = 0; g < full; ++g) {
             multiply<R, T>(x, g, sums, [&](int r) {
                 const std::uint8_t* from = w + r * stride + 2 * kGroup * g;
-                fetch(from + kAhead);
+                fetch(from + ahead);
                 return from;
             });
         }
@@ -175,29 +183,28 @@ struct Over {
                            std::ptrdiff_t y_stride) {
         const std::uint8_t* blocks = weight.blocks + row * weight.block_stride;
         const std::uint8_t* scales = weight.scales + row * weight.scale_stride;
-        const std::ptrdiff_t held = weight.columns / kBlock, full = held / 4;
-        const std::ptrdiff_t length = quads_of(weight.columns) * kGroup;
+        const std::ptrdiff_t held = weight.columns / kBlock, full = held / kLanes;
         F sums[R][T];
         for (int r = 0; r < R; ++r) {
             for (int t = 0; t < T; ++t) sums[r][t] = V::zero();
         }
-        for (std::ptrdiff_t q = 0; q < full; ++q) {
-            multiply_codes<R, T>(x, q, length, sums, [&](int r, auto use) {
-                const std::uint8_t* from = blocks + r * weight.block_stride + q * 4 * kBlockBytes;
-                fetch(from + kAhead);
-                std::uint32_t four;
-                __builtin_memcpy(&four, scales + r * weight.scale_stride + 4 * q, sizeof four);
-                use(V::codes(from), V::scales(four));
+        for (std::ptrdiff_t s = 0; s < full; ++s) {
+            multiply_span<R, T>(x, s, sums, [&](int r, typename V::Packed& packed, F& scale) {
+                const std::uint8_t* from = blocks + r * weight.block_stride + s * kSpanBytes;
+                for (int line = 0; line < kSpanBytes; line += 64) fetch(from + kAhead + line);
+                packed = V::packed(from);
+                scale = V::scales(scales + r * weight.scale_stride + s * kLanes);
             });
         }
-        if (full * 4 < held) {
-            multiply_codes<R, T>(x, full, length, sums, [&](int r, auto use) {
-                const std::uint8_t* from = blocks + r * weight.block_stride + full * 4 * kBlockBytes;
-                std::uint32_t some = 0;
-                for (int i = 0; i < static_cast<int>(held - full * 4); ++i) {
-                    some |= std::uint32_t{scales[r * weight.scale_stride + full * 4 + i]} << (8 * i);
-                }
-                use(V::codes_of(from, static_cast<int>(held - full * 4)), V::scales(some));
+        if (full * kLanes < held) {
+            const std::ptrdiff_t count = held - full * kLanes;
+            multiply_span<R, T>(x, full, sums, [&](int r, typename V::Packed& packed, F& scale) {
+                const std::uint8_t* from = blocks + r * weight.block_stride + full * kSpanBytes;
+                for (std::ptrdiff_t line = 0; line < count * kBlockBytes; line += 64) fetch(from + kAhead + line);
+                std::uint8_t some[kLanes] = {};
+                __builtin_memcpy(some, scales + r * weight.scale_stride + full * kLanes, static_cast<std::size_t>(count));
+                packed = V::packed_of(from, static_cast<int>(count));
+                scale = V::scales(some);
             });
         }
         for (int r = 0; r < R; ++r) {
@@ -205,33 +212,37 @@ struct Over {
         }
     }
 
-    // `with(r, use)` calls use(codes, scales) for quad q of row r.
-    template <int R, int T, class With>
-    static inline void multiply_codes(const Quantized* x, std::ptrdiff_t q, std::ptrdiff_t length, F (&sums)[R][T],
-                                      With with) {
-        for (int r = 0; r < R; ++r) {
-            with(r, [&](const typename V::Codes& codes, F scale) {
-                for (int t = 0; t < T; ++t) {
-                    const F factor = V::mul(V::load(x[t].factors + kLanes * q), scale);
-                    const typename V::I whole = V::dot(codes, x[t].planes + kGroup * q, length);
-                    sums[r][t] = V::fma(V::to_float(whole), factor, sums[r][t]);
-                }
-            });
+    // `at(r, packed, scale)` gives span s of row r.
+    template <int R, int T, class At>
+    static inline void multiply_span(const Quantized* x, std::ptrdiff_t s, F (&sums)[R][T], At at) {
+        typename V::Packed packed[R];
+        F scales[R];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) at(r, packed[r], scales[r]);
+        const Span* spans[T];
+        for (int t = 0; t < T; ++t) spans[t] = x[t] + s;
+        typename V::I whole[R][T];
+        V::template multiply<R, T>(packed, spans, whole);
+        for (int t = 0; t < T; ++t) {
+            const F factors = V::load(spans[t]->factors);
+            for (int r = 0; r < R; ++r) {
+                sums[r][t] = V::fma(V::to_float(whole[r][t]), V::mul(factors, scales[r]), sums[r][t]);
+            }
         }
     }
 
     template <int R>
     static void mxfp4_some_rows(const Mxfp4Rows& weight, std::ptrdiff_t row, const Quantized* x,
                                 std::ptrdiff_t tokens, float* y, std::ptrdiff_t y_stride) {
-        constexpr int kFew = R > 2 ? 2 : R;  // rows at once where tokens take up the registers
-        const auto in_parts = [&](auto tile, std::ptrdiff_t t) {
-            for (int r = 0; r < R; r += kFew) tile(weight, row + r, x + t, y + t * y_stride + r, y_stride);
-        };
         std::ptrdiff_t t = 0;
-        for (; tokens - t >= 4; t += 4) in_parts(mxfp4_tile<kFew, 4>, t);
-        if (tokens - t == 3) in_parts(mxfp4_tile<kFew, 3>, t);
-        if (tokens - t == 2) mxfp4_tile<R, 2>(weight, row, x + t, y + t * y_stride, y_stride);
-        if (tokens - t == 1) mxfp4_tile<R, 1>(weight, row, x + t, y + t * y_stride, y_stride);
+        const auto run = [&](auto tile, std::ptrdiff_t count) {
+            tile(weight, row, x + t, y + t * y_stride, y_stride);
+            t += count;
+        };
+        while (tokens - t >= 4 && tokens - t != 5) run(mxfp4_tile<R, 4>, 4);
+        if (tokens - t >= 3) run(mxfp4_tile<R, 3>, 3);  // of five, so that none is left alone
+        if (tokens - t == 2) run(mxfp4_tile<R, 2>, 2);
+        if (tokens - t == 1) run(mxfp4_tile<R, 1>, 1);
     }
 
     static void mxfp4_rows(const Mxfp4Rows& weight, std::ptrdiff_t first, std::ptrdiff_t last,

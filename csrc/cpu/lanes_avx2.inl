@@ -9,12 +9,13 @@ struct LanesAvx2 {
     struct I {
         __m256i low, high;
     };
-    // 32 bytes of codes as four planes of 16 words, each 256 times the doubled weight; twice.
-    struct Codes {
-        __m256i plane[2][4];
+    // A span as it is stored: it is decoded half by half, so that a half stays in registers.
+    struct Packed {
+        const std::uint8_t* from;
+        std::uint8_t held[kSpanBytes];
+        const std::uint8_t* bytes() const { return from ? from : held; }
     };
-    static constexpr float kFactor = 1.0f / 256;
-    static constexpr int kRows = 2, kTokens = 2, kPackedRows = 2;
+    static constexpr int kRows = 2, kTokens = 2, kPackedRows = 1;
 
     static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
     static F set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
@@ -54,30 +55,32 @@ struct LanesAvx2 {
         odd = {_mm256_castsi256_ps(_mm256_and_si256(low, top)), _mm256_castsi256_ps(_mm256_and_si256(high, top))};
     }
 
-    static Codes codes(const std::uint8_t* p) {
-        Codes found;
-        some_codes(p, found.plane[0]);
-        some_codes(p + 32, found.plane[1]);
+    static Packed packed(const std::uint8_t* p) {
+        Packed found;
+        found.from = p;
         return found;
     }
     // Of so many blocks; zeros after them.
-    static Codes codes_of(const std::uint8_t* p, int blocks) {
-        std::uint8_t held[4 * kBlockBytes] = {};
-        for (int i = 0; i < blocks; ++i) __builtin_memcpy(held + i * kBlockBytes, p + i * kBlockBytes, kBlockBytes);
-        return codes(held);
+    static Packed packed_of(const std::uint8_t* p, int blocks) {
+        Packed found = {};
+        __builtin_memcpy(found.held, p, static_cast<std::size_t>(blocks) * kBlockBytes);
+        return found;
     }
-    static I dot(const Codes& w, const std::int16_t* x, std::ptrdiff_t length) {
-        return {some_dot(w.plane[0], x, length), some_dot(w.plane[1], x + 16, length)};
+    // R rows of a span times T tokens.
+    template <int R, int T>
+    static void multiply(const Packed (&packed)[R], const Span* const (&x)[T], I (&whole)[R][T]) {
+        for (int r = 0; r < R; ++r) {
+            __m256i w[8];
+            weights(packed[r].bytes(), w);
+            for (int t = 0; t < T; ++t) whole[r][t].low = some_dot(*x[t], 0, [&](int j) { return w[j]; });
+            weights(packed[r].bytes() + 32, w);
+            for (int t = 0; t < T; ++t) whole[r][t].high = some_dot(*x[t], 32, [&](int j) { return w[j]; });
+        }
     }
-    static F scales(std::uint32_t four) {
-        const __m256i all = _mm256_set1_epi32(static_cast<int>(four));
-        // Each byte to the top of its block's four lanes (0x80 gives zero), then down to the exponent.
-        const __m256i first = _mm256_set_epi32(0x01808080, 0x01808080, 0x01808080, 0x01808080, 0x00808080,
-                                               0x00808080, 0x00808080, 0x00808080);
-        const __m256i second = _mm256_set_epi32(0x03808080, 0x03808080, 0x03808080, 0x03808080, 0x02808080,
-                                                0x02808080, 0x02808080, 0x02808080);
-        return {_mm256_castsi256_ps(_mm256_srli_epi32(_mm256_shuffle_epi8(all, first), 1)),
-                _mm256_castsi256_ps(_mm256_srli_epi32(_mm256_shuffle_epi8(all, second), 1))};
+    static F scales(const std::uint8_t* p) {
+        const __m128i lanes = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+        const __m128i all = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), lanes);
+        return {exponents(all), exponents(_mm_srli_si128(all, 8))};
     }
     static void store_rounded(std::int16_t* p, F f) {
         const __m256i packed = _mm256_packs_epi32(_mm256_cvtps_epi32(f.low), _mm256_cvtps_epi32(f.high));
@@ -94,25 +97,40 @@ struct LanesAvx2 {
         const __m256i whole = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
         return _mm256_castsi256_ps(_mm256_slli_epi32(whole, 23));
     }
-    static void some_codes(const std::uint8_t* p, __m256i (&plane)[4]) {
-        const __m256i table = _mm256_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12,  //
-                                               0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12);
-        const __m256i packed = bytes(p), nibble = _mm256_set1_epi8(15);
-        const __m256i top = _mm256_set1_epi16(static_cast<short>(0xff00));
-        const __m256i low = _mm256_shuffle_epi8(table, _mm256_and_si256(packed, nibble));
-        const __m256i high = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(packed, 4), nibble));
-        plane[0] = _mm256_slli_epi16(low, 8);
-        plane[1] = _mm256_slli_epi16(high, 8);
-        plane[2] = _mm256_and_si256(low, top);
-        plane[3] = _mm256_and_si256(high, top);
+    static __m256 exponents(__m128i eight) {
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu8_epi32(eight), 23));
     }
-    // Eight products of at most 256 * 12 * 32767 a lane: within 32 bits.
-    static __m256i some_dot(const __m256i (&plane)[4], const std::int16_t* x, std::ptrdiff_t length) {
-        __m256i sums = _mm256_madd_epi16(plane[0], bytes(x));
-        for (int k = 1; k < 4; ++k) {
-            sums = _mm256_add_epi32(sums, _mm256_madd_epi16(plane[k], bytes(x + k * length)));
+    // Eight lanes of a span, from the first's block on: doubled weights plus 12, as the vectors of Span.
+    static void weights(const std::uint8_t* p, __m256i (&w)[8]) {
+        const __m256i table = _mm256_broadcastsi128_si256(
+            _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
+        const __m256i a = bytes(p), b = bytes(p + 64), c = bytes(p + 128), d = bytes(p + 192);
+        const __m256i ab[2] = {_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b)};
+        const __m256i cd[2] = {_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d)};
+        const __m256i nibble = _mm256_set1_epi8(15);
+        for (int k = 0; k < 4; ++k) {
+            const __m256i words = k % 2 ? _mm256_unpackhi_epi64(ab[k / 2], cd[k / 2]) : _mm256_unpacklo_epi64(ab[k / 2], cd[k / 2]);
+            w[2 * k] = _mm256_shuffle_epi8(table, _mm256_and_si256(words, nibble));
+            w[2 * k + 1] = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(words, 4), nibble));
         }
-        return sums;
+    }
+    // Pairs of products are at most 2 * 24 * 128: four of them stay within 16 bits.
+    template <class At>
+    static __m256i some_dot(const Span& x, int start, At at) {
+        __m256i highs[2], lows[2];
+        for (int j = 0; j < 8; ++j) {
+            const __m256i w = at(j);
+            const __m256i high = _mm256_maddubs_epi16(w, bytes(x.high[j] + start));
+            const __m256i low = _mm256_maddubs_epi16(w, bytes(x.low[j] + start));
+            highs[j / 4] = j % 4 ? _mm256_add_epi16(highs[j / 4], high) : high;
+            lows[j / 4] = j % 4 ? _mm256_add_epi16(lows[j / 4], low) : low;
+        }
+        const __m256i one = _mm256_set1_epi16(1);
+        const auto joined = [&](__m256i (&two)[2]) {
+            return _mm256_add_epi32(_mm256_madd_epi16(two[0], one), _mm256_madd_epi16(two[1], one));
+        };
+        const __m256i sums = _mm256_add_epi32(_mm256_slli_epi32(joined(highs), 8), joined(lows));
+        return _mm256_add_epi32(sums, bytes(x.starts + start / 4));
     }
 };
 

@@ -6,11 +6,11 @@ template <bool Vnni>
 struct LanesAvx512 {
     using F = __m512;
     using I = __m512i;
-    struct Codes {
-        __m512i plane[4];
+    // A span's words: lane i of vector k holds word k of block_of(i).
+    struct Packed {
+        __m512i at[4];
     };
-    static constexpr float kFactor = 1.0f;
-    static constexpr int kRows = 5, kTokens = 4, kPackedRows = 4;
+    static constexpr int kRows = 5, kTokens = 4, kPackedRows = 2;
 
     static F zero() { return _mm512_setzero_ps(); }
     static F set(float x) { return _mm512_set1_ps(x); }
@@ -49,43 +49,84 @@ struct LanesAvx512 {
         odd = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
     }
 
-    static Codes codes(const std::uint8_t* p) {
-        return looked_up(_mm512_loadu_si512(p));
+    static Packed packed(const std::uint8_t* p) {
+        return turned(_mm512_loadu_si512(p), _mm512_loadu_si512(p + 64), _mm512_loadu_si512(p + 128),
+                      _mm512_loadu_si512(p + 192));
     }
     // Of so many blocks; zeros after them.
-    static Codes codes_of(const std::uint8_t* p, int blocks) {
-        return looked_up(_mm512_maskz_loadu_epi64(static_cast<__mmask8>((1u << (2 * blocks)) - 1), p));
+    static Packed packed_of(const std::uint8_t* p, int blocks) {
+        I held[4];
+        for (int i = 0; i < 4; ++i) {
+            const int words = blocks < 4 * i ? 0 : blocks > 4 * i + 4 ? 8 : 2 * (blocks - 4 * i);
+            held[i] = _mm512_maskz_loadu_epi64(static_cast<__mmask8>((1u << words) - 1), p + 64 * i);
+        }
+        return turned(held[0], held[1], held[2], held[3]);
     }
-    // The index of `vpermw` has five bits: the table is there twice, so the fifth may be anything.
-    static Codes looked_up(I packed) {
-        alignas(64) static constexpr std::int16_t kDoubled[32] = {
-            0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12,
-            0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
-        const I table = _mm512_load_si512(kDoubled);
-        return {{_mm512_permutexvar_epi16(packed, table),
-                 _mm512_permutexvar_epi16(_mm512_srli_epi16(packed, 4), table),
-                 _mm512_permutexvar_epi16(_mm512_srli_epi16(packed, 8), table),
-                 _mm512_permutexvar_epi16(_mm512_srli_epi16(packed, 12), table)}};
+    // Read once: the compiler would rather read a vector from memory again than keep it.
+    static I kept(I vector) {
+        asm("" : "+v"(vector));
+        return vector;
     }
-    static I dot(const Codes& w, const std::int16_t* x, std::ptrdiff_t length) {
-        I sums = _mm512_madd_epi16(w.plane[0], _mm512_loadu_si512(x));
-        for (int k = 1; k < 4; ++k) {
-            const I plane = _mm512_loadu_si512(x + k * length);
-            if constexpr (Vnni) {
-                sums = _mm512_dpwssd_epi32(sums, w.plane[k], plane);
-            } else {
-                sums = _mm512_add_epi32(sums, _mm512_madd_epi16(w.plane[k], plane));
+    static Packed turned(I a, I b, I c, I d) {
+        a = kept(a), b = kept(b), c = kept(c), d = kept(d);
+        const I ab_low = _mm512_unpacklo_epi32(a, b), ab_high = _mm512_unpackhi_epi32(a, b);
+        const I cd_low = _mm512_unpacklo_epi32(c, d), cd_high = _mm512_unpackhi_epi32(c, d);
+        return {{_mm512_unpacklo_epi64(ab_low, cd_low), _mm512_unpackhi_epi64(ab_low, cd_low),
+                 _mm512_unpacklo_epi64(ab_high, cd_high), _mm512_unpackhi_epi64(ab_high, cd_high)}};
+    }
+    // Doubled weights plus 12: of the low nibbles or, shifted, the high ones.
+    static I looked_up(I nibbles) {
+        const I table = _mm512_broadcast_i32x4(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
+        return _mm512_shuffle_epi8(table, _mm512_and_si512(nibbles, _mm512_set1_epi8(15)));
+    }
+    // Vector j of Span's order.
+    static I weights(const Packed& packed, int j) {
+        return looked_up(j % 2 ? _mm512_srli_epi16(packed.at[j / 2], 4) : packed.at[j / 2]);
+    }
+    // R rows of a span times T tokens.
+    template <int R, int T>
+    static void multiply(const Packed (&packed)[R], const Span* const (&x)[T], I (&whole)[R][T]) {
+        I highs[R][T], lows[R][T];
+        for (int r = 0; r < R; ++r) {
+            for (int t = 0; t < T; ++t) {
+                highs[r][t] = _mm512_setzero_si512();
+                lows[r][t] = _mm512_load_si512(x[t]->starts);
             }
         }
-        return sums;
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; ++j) {
+            I high[T], low[T];
+            for (int t = 0; t < T; ++t) {
+                high[t] = kept(_mm512_load_si512(x[t]->high[j]));
+                low[t] = kept(_mm512_load_si512(x[t]->low[j]));
+            }
+            for (int r = 0; r < R; ++r) {
+                const I w = weights(packed[r], j);
+                for (int t = 0; t < T; ++t) {
+                    highs[r][t] = dot(highs[r][t], w, high[t]);
+                    lows[r][t] = dot(lows[r][t], w, low[t]);
+                }
+            }
+        }
+        for (int r = 0; r < R; ++r) {
+            for (int t = 0; t < T; ++t) {
+                whole[r][t] = _mm512_add_epi32(_mm512_slli_epi32(highs[r][t], 8), lows[r][t]);
+            }
+        }
     }
-    static F scales(std::uint32_t four) {
-        // Each byte to the top of its block's four lanes (0x80 gives zero), then down to the exponent.
-        const I places = _mm512_set_epi32(0x03808080, 0x03808080, 0x03808080, 0x03808080, 0x02808080, 0x02808080,
-                                          0x02808080, 0x02808080, 0x01808080, 0x01808080, 0x01808080, 0x01808080,
-                                          0x00808080, 0x00808080, 0x00808080, 0x00808080);
-        const I spread = _mm512_shuffle_epi8(_mm512_set1_epi32(static_cast<int>(four)), places);
-        return _mm512_castsi512_ps(_mm512_srli_epi32(spread, 1));
+    // Adds four products of a byte without a sign and one with to each lane; without Vnni pairs of products
+    // are added as 16 bits, at most 2 * 24 * 128.
+    static I dot(I sums, I w, I x) {
+        if constexpr (Vnni) {
+            return _mm512_dpbusd_epi32(sums, w, x);
+        } else {
+            return _mm512_add_epi32(sums, _mm512_madd_epi16(_mm512_maddubs_epi16(w, x), _mm512_set1_epi16(1)));
+        }
+    }
+    static F scales(const std::uint8_t* p) {
+        const __m128i lanes = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+        const __m128i bytes = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), lanes);
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu8_epi32(bytes), 23));
     }
     static void store_rounded(std::int16_t* p, F f) {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(f)));

@@ -9,12 +9,11 @@ struct LanesNeon {
     struct I {
         int32x4_t at[4];
     };
-    // Block by block: its doubled weights at even bytes' low and high nibbles, then at odd bytes'.
-    struct Codes {
-        int16x8_t plane[4][4];
+    // Doubled weights, as the vectors of Span: four lanes of each, then the next four.
+    struct Packed {
+        int8x16_t at[4][8];
     };
-    static constexpr float kFactor = 1.0f;
-    static constexpr int kRows = 2, kTokens = 2, kPackedRows = 2;
+    static constexpr int kRows = 2, kTokens = 2, kPackedRows = 1;
 
     template <class Each>
     static F each(Each value) { return {{value(0), value(1), value(2), value(3)}}; }
@@ -66,45 +65,75 @@ struct LanesNeon {
         }
     }
 
-    static Codes codes(const std::uint8_t* p) {
+    static Packed packed(const std::uint8_t* p) {
         static constexpr std::int8_t kDoubled[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
         const int8x16_t table = vld1q_s8(kDoubled);
-        Codes found;
-        for (int block = 0; block < 4; ++block) {
-            const uint8x16_t packed = vld1q_u8(p + 16 * block);
-            const int16x8_t low = vreinterpretq_s16_s8(vqtbl1q_s8(table, vandq_u8(packed, vdupq_n_u8(15))));
-            const int16x8_t high = vreinterpretq_s16_s8(vqtbl1q_s8(table, vshrq_n_u8(packed, 4)));
-            found.plane[block][0] = vshrq_n_s16(vshlq_n_s16(low, 8), 8);
-            found.plane[block][1] = vshrq_n_s16(vshlq_n_s16(high, 8), 8);
-            found.plane[block][2] = vshrq_n_s16(low, 8);
-            found.plane[block][3] = vshrq_n_s16(high, 8);
+        Packed found;
+        for (int four = 0; four < 4; ++four) {
+            uint32x4_t held[4];
+            for (int i = 0; i < 4; ++i) held[i] = vreinterpretq_u32_u8(vld1q_u8(p + 64 * i + 16 * four));
+            const uint64x2_t ab[2] = {zip_low(held[0], held[1]), zip_high(held[0], held[1])};
+            const uint64x2_t cd[2] = {zip_low(held[2], held[3]), zip_high(held[2], held[3])};
+            for (int k = 0; k < 4; ++k) {
+                const uint64x2_t words = k % 2 ? vzip2q_u64(ab[k / 2], cd[k / 2]) : vzip1q_u64(ab[k / 2], cd[k / 2]);
+                const uint8x16_t packed = vreinterpretq_u8_u64(words);
+                found.at[four][2 * k] = vqtbl1q_s8(table, vandq_u8(packed, vdupq_n_u8(15)));
+                found.at[four][2 * k + 1] = vqtbl1q_s8(table, vshrq_n_u8(packed, 4));
+            }
         }
         return found;
     }
     // Of so many blocks; zeros after them.
-    static Codes codes_of(const std::uint8_t* p, int blocks) {
-        std::uint8_t held[4 * kBlockBytes] = {};
-        for (int i = 0; i < blocks; ++i) __builtin_memcpy(held + i * kBlockBytes, p + i * kBlockBytes, kBlockBytes);
-        return codes(held);
+    static Packed packed_of(const std::uint8_t* p, int blocks) {
+        std::uint8_t held[kSpanBytes] = {};
+        __builtin_memcpy(held, p, static_cast<std::size_t>(blocks) * kBlockBytes);
+        return packed(held);
     }
-    static I dot(const Codes& w, const std::int16_t* x, std::ptrdiff_t length) {
-        I sums;
-        for (int block = 0; block < 4; ++block) {
-            int32x4_t low = vdupq_n_s32(0), high = low;
-            for (int k = 0; k < 4; ++k) {
-                const int16x8_t plane = vld1q_s16(x + k * length + 8 * block);
-                low = vmlal_s16(low, vget_low_s16(w.plane[block][k]), vget_low_s16(plane));
-                high = vmlal_high_s16(high, w.plane[block][k], plane);
+    // R rows of a span times T tokens.
+    template <int R, int T>
+    static void multiply(const Packed (&w)[R], const Span* const (&x)[T], I (&whole)[R][T]) {
+        for (int r = 0; r < R; ++r) {
+            for (int t = 0; t < T; ++t) {
+                for (int four = 0; four < 4; ++four) {
+                    whole[r][t].at[four] = dot(*x[t], four, [&](int j) { return w[r].at[four][j]; });
+                }
             }
-            sums.at[block] = vpaddq_s32(low, high);
         }
-        return sums;
     }
-    static F scales(std::uint32_t four) {
-        return each([&](int i) { return vreinterpretq_f32_u32(vdupq_n_u32((four >> (8 * i) & 255) << 23)); });
+    static F scales(const std::uint8_t* p) {
+        return each([&](int i) {
+            const std::uint32_t at[4] = {p[block_of(4 * i)], p[block_of(4 * i + 1)], p[block_of(4 * i + 2)], p[block_of(4 * i + 3)]};
+            return vreinterpretq_f32_u32(vshlq_n_u32(vld1q_u32(at), 23));
+        });
     }
     static void store_rounded(std::int16_t* p, F f) {
         for (int i = 0; i < 4; ++i) vst1_s16(p + 4 * i, vmovn_s32(vcvtnq_s32_f32(f.at[i])));
+    }
+
+  private:
+    static uint64x2_t zip_low(uint32x4_t a, uint32x4_t b) { return vreinterpretq_u64_u32(vzip1q_u32(a, b)); }
+    static uint64x2_t zip_high(uint32x4_t a, uint32x4_t b) { return vreinterpretq_u64_u32(vzip2q_u32(a, b)); }
+
+    // Products are at most 12 * 128: eight of them stay within 16 bits.
+    template <class At>
+    static int32x4_t dot(const Span& x, int four, At at) {
+        int16x8_t highs[2], lows[2];
+        for (int j = 0; j < 8; ++j) {
+            const int8x16_t w = at(j), high = vld1q_s8(x.high[j] + 16 * four), low = vld1q_s8(x.low[j] + 16 * four);
+            if (j == 0) {
+                highs[0] = vmull_s8(vget_low_s8(w), vget_low_s8(high));
+                highs[1] = vmull_high_s8(w, high);
+                lows[0] = vmull_s8(vget_low_s8(w), vget_low_s8(low));
+                lows[1] = vmull_high_s8(w, low);
+            } else {
+                highs[0] = vmlal_s8(highs[0], vget_low_s8(w), vget_low_s8(high));
+                highs[1] = vmlal_high_s8(highs[1], w, high);
+                lows[0] = vmlal_s8(lows[0], vget_low_s8(w), vget_low_s8(low));
+                lows[1] = vmlal_high_s8(lows[1], w, low);
+            }
+        }
+        const int32x4_t high = vpaddq_s32(vpaddlq_s16(highs[0]), vpaddlq_s16(highs[1]));
+        return vaddq_s32(vshlq_n_s32(high, 8), vpaddq_s32(vpaddlq_s16(lows[0]), vpaddlq_s16(lows[1])));
     }
 };
 

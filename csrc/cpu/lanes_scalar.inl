@@ -9,11 +9,10 @@ struct LanesScalar {
     struct I {
         std::int32_t at[16];
     };
-    // 128 weights times two, in the order of Quantized's planes.
-    struct Codes {
-        std::int16_t plane[4][32];
+    // Doubled weights, as the vectors of Span.
+    struct Packed {
+        std::int8_t at[8][64];
     };
-    static constexpr float kFactor = 1.0f;  // of the integers that `dot` returns
     static constexpr int kRows = 1, kTokens = 2, kPackedRows = 1;
 
     template <class Each>
@@ -55,32 +54,39 @@ struct LanesScalar {
         odd = each([&](int i) { return bf16_at(p, 2 * i + 1); });
     }
 
-    static Codes codes(const std::uint8_t* p) {
+    static Packed packed(const std::uint8_t* p) {
         static constexpr std::int8_t kDoubled[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
-        Codes found;
-        for (int j = 0; j < 32; ++j) {
-            found.plane[0][j] = kDoubled[p[2 * j] & 15];
-            found.plane[1][j] = kDoubled[p[2 * j] >> 4];
-            found.plane[2][j] = kDoubled[p[2 * j + 1] & 15];
-            found.plane[3][j] = kDoubled[p[2 * j + 1] >> 4];
+        Packed found;
+        for (int j = 0; j < 8; ++j) {
+            for (int i = 0; i < 64; ++i) {
+                const int byte = p[block_of(i / 4) * kBlockBytes + j / 2 * 4 + i % 4];
+                found.at[j][i] = kDoubled[j % 2 ? byte >> 4 : byte & 15];
+            }
         }
         return found;
     }
     // Of so many blocks; zeros after them.
-    static Codes codes_of(const std::uint8_t* p, int blocks) {
-        std::uint8_t held[4 * kBlockBytes] = {};
-        for (int i = 0; i < blocks; ++i) __builtin_memcpy(held + i * kBlockBytes, p + i * kBlockBytes, kBlockBytes);
-        return codes(held);
+    static Packed packed_of(const std::uint8_t* p, int blocks) {
+        std::uint8_t held[kSpanBytes] = {};
+        std::memcpy(held, p, static_cast<std::size_t>(blocks) * kBlockBytes);
+        return packed(held);
     }
-    static I dot(const Codes& w, const std::int16_t* x, std::ptrdiff_t length) {
+    // R rows of a span times T tokens.
+    template <int R, int T>
+    static void multiply(const Packed (&w)[R], const Span* const (&x)[T], I (&whole)[R][T]) {
+        for (int r = 0; r < R; ++r) {
+            for (int t = 0; t < T; ++t) whole[r][t] = dot(w[r].at[0], *x[t]);
+        }
+    }
+    static I dot(const std::int8_t* w, const Span& x) {
         I sums = {};
-        for (int k = 0; k < 4; ++k) {
-            for (int j = 0; j < 32; ++j) sums.at[j / 2] += w.plane[k][j] * x[k * length + j];
+        for (int j = 0; j < 8; ++j) {
+            for (int i = 0; i < 64; ++i) sums.at[i / 4] += w[64 * j + i] * (256 * x.high[j][i] + x.low[j][i]);
         }
         return sums;
     }
-    static F scales(std::uint32_t four) {
-        return each([&](int i) { return from_bits((four >> (i / 4 * 8) & 255) << 23); });
+    static F scales(const std::uint8_t* p) {
+        return each([&](int i) { return from_bits(static_cast<std::uint32_t>(p[block_of(i)]) << 23); });
     }
     static void store_rounded(std::int16_t* p, F f) {
         for (int i = 0; i < 16; ++i) p[i] = static_cast<std::int16_t>(std::nearbyint(f.at[i]));

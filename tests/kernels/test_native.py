@@ -259,7 +259,8 @@ def test_route_is_the_stable_top_k_and_its_softmax(
     expected_ids, expected = brute_force_route(x.astype(np.float64) @ weight.T + bias, top_k)
     assert np.array_equal(ids.numpy(), expected_ids)
     assert weights.dtype == dtype
-    np.testing.assert_allclose(weights.double().numpy(), expected, rtol=0, atol=4 * torch.finfo(dtype).eps)
+    # The sum of up to 64 terms, each rounded.
+    np.testing.assert_allclose(weights.double().numpy(), expected, rtol=0, atol=16 * torch.finfo(dtype).eps)
 
 
 # --- attention

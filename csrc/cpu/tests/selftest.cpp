@@ -156,14 +156,12 @@ void check_mxfp4(Checked& check, Shape s) {
         }
     }
     compare(check, "mxfp4_rows", s, [&](const Kernels& kernels, Floats& y) {
-        const std::ptrdiff_t quads = quads_of(s.columns);
-        std::vector<std::int16_t> planes(static_cast<std::size_t>(s.tokens * quads * kQuad));
-        Floats factors(static_cast<std::size_t>(s.tokens * quads * kLanes));
+        const std::ptrdiff_t width = spans_of(s.columns);
+        std::vector<Span> spans(static_cast<std::size_t>(s.tokens * width));
         std::vector<Quantized> rows;
         for (std::ptrdiff_t t = 0; t < s.tokens; ++t) {
-            rows.push_back({planes.data() + t * quads * kQuad, factors.data() + t * quads * kLanes});
-            kernels.quantize(x.data() + t * s.columns, s.columns, planes.data() + t * quads * kQuad,
-                             factors.data() + t * quads * kLanes);
+            rows.push_back(spans.data() + t * width);
+            kernels.quantize(x.data() + t * s.columns, s.columns, spans.data() + t * width);
         }
         const Mxfp4Rows weight = {codes.data(), blocks * kBlockBytes, scales.data(), blocks, s.columns};
         kernels.mxfp4_rows(weight, 0, s.rows, rows.data(), s.tokens, y.data(), s.rows);
@@ -217,7 +215,7 @@ void check_threads(Checked& check) {
 
 int main() {
     Checked check;
-    for (Shape shape : {Shape{1, 32, 1}, {2, 64, 2}, {3, 96, 3}, {7, 128, 4}, {12, 160, 5}, {31, 288, 9}, {64, 480, 1}}) {
+    for (Shape shape : {Shape{1, 32, 1}, {2, 64, 2}, {3, 96, 3}, {7, 128, 4}, {12, 160, 5}, {31, 288, 9}, {64, 480, 1}, {19, 512, 6}, {25, 1120, 35}}) {
         check_bf16(check, shape);
         check_mxfp4(check, shape);
         check_rest(check, shape);
