@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -366,6 +367,8 @@ def main(
         return
     if work is None:
         raise click.UsageError("--work FOLDER is missing")
+    if find_spec("llama_cpp") is None:
+        raise click.ClickException("llama-cpp-python is missing: pip install llama-cpp-python")
     work.mkdir(parents=True, exist_ok=True)
     source = locate("example:tiny") if tiny else work / "full"
     if not source.exists():

@@ -23,7 +23,7 @@ from make_checkpoint import Shape, make_checkpoint
 from make_tokenizer import make_tokenizer
 from surgery_budgets import MIB, RESULTS, timed
 
-from moe_surgery.measure.surgery_speed import command_of
+from moe_surgery.measure.surgery_speed import command_of, drop_page_cache
 
 RSS_BUDGET_MIB = 192
 PRUNED_TO = 8
@@ -90,6 +90,8 @@ def as_markdown(report: dict) -> str:
 )
 @click.option("--rounds", default=3, show_default=True)
 def main(work: Path, rounds: int) -> None:
+    if not drop_page_cache():
+        raise click.ClickException("the page cache cannot be dropped; run as root")
     source = work / "full"
     if not source.exists():
         make_checkpoint(source, Shape(), 3)
@@ -99,7 +101,7 @@ def main(work: Path, rounds: int) -> None:
     timed(command_of("plan", "--random", "--experts", PRUNED_TO, "--checkpoint", source, "-o", plan, "-q"))
     report = {
         "how": "python benchmarks/export_gguf.py: export and `cp --reflink=never` + sync alternate, each from a "
-        "dropped page cache until flushed; whole process, /usr/bin/time.",
+        "dropped page cache until flushed; whole process.",
         "date": time.strftime("%Y-%m-%d"),
         "machine": describe_machine(work),
         "jobs": {

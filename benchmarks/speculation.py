@@ -236,6 +236,7 @@ def main(texts: Path, checkpoint: str, work: Path | None, only: tuple[str, ...],
         report["rows"] = [row for row in rows if row["domain"] not in only]
     with tempfile.TemporaryDirectory() as temporary:
         folder = work or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
         for domain in make_domains(target, checkpoint, texts, only):
             report["rows"] += beside(target, domain)
             report["rows"] += product(target, checkpoint, domain, folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from moe_surgery.kernels import Backend
 from moe_surgery.kernels.reference.mxfp4 import decode
@@ -11,6 +10,7 @@ from moe_surgery.kernels.weights import DenseWeight, ExpertWeights, Mxfp4Weight
 from moe_surgery.measure.random_weights import fill_cache, normal, random_experts
 from moe_surgery.runtime.config import ModelConfig, RopeConfig
 from moe_surgery.runtime.model import Layer, Model, Projection
+from moe_surgery.runtime.step_bytes import weight_bytes
 
 __all__ = ["as_dense", "fill_cache", "gpt_oss_20b", "random_experts", "random_model", "weight_bytes"]
 
@@ -69,24 +69,3 @@ def random_model(config: ModelConfig, device: torch.device, backend: Backend) ->
     unembedding = normal(device, c.vocabulary, c.hidden, scale=width)
     norm = normal(device, c.hidden).abs()
     return Model(config, embedding, layers, norm, unembedding, torch.bfloat16, backend)
-
-
-def weight_bytes(model: Model) -> int:
-    """Bytes of all weights as the model holds them, each counted once."""
-    found: dict[int, int] = {}
-    for tensor in _tensors(model):
-        found[tensor.data_ptr()] = tensor.nbytes
-    return sum(found.values())
-
-
-def _tensors(model: Model) -> list[Tensor]:
-    found = [model.embedding, model.unembedding, model.norm]
-    for layer in model.layers:
-        found += [layer.attention_norm, layer.sinks, layer.mlp_norm]
-        for projection in (layer.q, layer.k, layer.v, layer.o, layer.router):
-            found += [projection.weight, *([] if projection.bias is None else [projection.bias])]
-        experts = layer.experts
-        found += [experts.gate_up_bias, experts.down_bias]
-        for weight in (experts.gate_up, experts.down):
-            found += [weight.values] if isinstance(weight, DenseWeight) else [weight.blocks, weight.scales]
-    return found

@@ -17,7 +17,7 @@ from moe_surgery.runtime.generate import decoder
 from moe_surgery.runtime.model import Model
 from moe_surgery.runtime.step_bytes import model_step_bytes, shown_bytes
 
-__all__ = ["DecodeFigures", "DecodeRun", "decode_figures", "measure_decoding", "run_decoding"]
+__all__ = ["DecodeFigures", "DecodeRun", "Decoding", "decode_figures", "measure_decoding", "run_decoding"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,33 +68,59 @@ class DecodeFigures:
         return asdict(self)
 
 
-@torch.inference_mode()
+class Decoding:
+    """`context` random tokens read for each of `batch` sequences; then `step` decodes, up to `steps` times."""
+
+    @torch.inference_mode()
+    def __init__(self, model: Model, name: str, batch: int, context: int, steps: int, seed: int = 0) -> None:
+        random = torch.Generator().manual_seed(seed)
+        ids = torch.randint(0, model.config.vocabulary, (batch, context), generator=random)
+        self._model, self._name, self._batch, self._prompt_tokens = model, name, batch, batch * context
+        self._cache = model.new_cache(batch, context + steps + 1)
+        synchronize(model.device)
+        start = time.perf_counter()
+        logits = model(ids, self._cache, logits_to_keep=1)
+        synchronize(model.device)
+        self._prefill_seconds = time.perf_counter() - start
+        self._tokens = logits[:, -1].argmax(-1)
+        self._tokens.tolist()
+        self._first_token_seconds = time.perf_counter() - start
+        self._step_seconds: list[float] = []
+        self._follow = decoder(model, self._cache)
+        self._next()  # the first step sets up what later ones use
+
+    def step(self) -> None:
+        """Decode one token of each sequence, greedily."""
+        start = time.perf_counter()
+        self._next()
+        self._step_seconds.append(time.perf_counter() - start)
+
+    @torch.inference_mode()
+    def _next(self) -> None:
+        self._tokens = self._follow(self._tokens)[:, -1].argmax(-1)
+        self._tokens.tolist()
+
+    def run(self) -> DecodeRun:
+        """What was measured until now."""
+        return DecodeRun(
+            self._name,
+            self._batch,
+            0,
+            self._prompt_tokens,
+            self._prefill_seconds,
+            self._first_token_seconds,
+            tuple(self._step_seconds),
+            self._cache.nbytes,
+            memory_in_use(self._model.device),
+        )
+
+
 def run_decoding(model: Model, name: str, batch: int, context: int, steps: int, seed: int = 0) -> DecodeRun:
     """Read `context` random tokens for each of `batch` sequences, then decode `steps` greedily."""
-    random = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, model.config.vocabulary, (batch, context), generator=random)
-    cache = model.new_cache(batch, context + steps + 1)
-    synchronize(model.device)
-    start = time.perf_counter()
-    logits = model(ids, cache, logits_to_keep=1)
-    synchronize(model.device)
-    prefilled = time.perf_counter()
-    tokens = logits[:, -1].argmax(-1)
-    tokens.tolist()
-    first = time.perf_counter()
-    follow = decoder(model, cache)
-    tokens = follow(tokens)[:, -1].argmax(-1)  # the first step sets up what later ones use
-    tokens.tolist()
-    seconds = []
+    decoding = Decoding(model, name, batch, context, steps, seed)
     for _ in range(steps):
-        begin = time.perf_counter()
-        tokens = follow(tokens)[:, -1].argmax(-1)
-        tokens.tolist()
-        seconds.append(time.perf_counter() - begin)
-    held = memory_in_use(model.device)
-    return DecodeRun(
-        name, batch, 0, batch * context, prefilled - start, first - start, tuple(seconds), cache.nbytes, held
-    )
+        decoding.step()
+    return decoding.run()
 
 
 def measure_decoding(

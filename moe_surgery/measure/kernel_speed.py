@@ -18,7 +18,7 @@ from moe_surgery.measure.memory import synchronize
 from moe_surgery.measure.random_weights import normal, random_experts
 from moe_surgery.measure.rounds import check_numbers, interleaved
 
-__all__ = ["KernelFigures", "measure_kernels", "usable_backends"]
+__all__ = ["KernelCall", "KernelFigures", "kernel_calls", "measure_kernels", "usable_backends"]
 
 TOP_K = 4
 HIDDEN = 2880
@@ -43,6 +43,18 @@ class KernelFigures:
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class KernelCall:
+    """One operation of one backend: `run` reads `read_bytes` of weights."""
+
+    backend: str
+    operation: str
+    experts: int
+    tokens: int
+    read_bytes: int
+    run: Callable[[], Tensor]
 
 
 def usable_backends(device: torch.device) -> list[str]:
@@ -74,36 +86,66 @@ def measure_kernels(
     out of range (`hidden` must be a multiple of 32).
     """
     check_numbers(experts=experts, tokens=tokens, hidden=[hidden], rounds=[rounds])
+    for count in experts:
+        for calls in kernel_calls(backends, device, count, tokens=tokens, hidden=hidden):
+            seconds = _timed([call.run for call in calls], rounds, device)
+            for call, spent in zip(calls, seconds, strict=True):
+                rate = call.read_bytes / spent
+                yield KernelFigures(
+                    call.backend,
+                    call.operation,
+                    call.experts,
+                    call.tokens,
+                    spent,
+                    call.read_bytes,
+                    rate,
+                    rate / bandwidth,
+                )
+
+
+@torch.inference_mode()
+def kernel_calls(
+    backends: Sequence[str],
+    device: torch.device,
+    experts: int,
+    *,
+    tokens: Sequence[int] = (1,),
+    hidden: int = HIDDEN,
+) -> Iterator[list[KernelCall]]:
+    """For each number of tokens every operation of every backend, all over the same random weights.
+
+    Raises UsageError for a backend that does not run here, or a `hidden` that is no multiple of 32.
+    """
     if hidden % 32:
         raise UsageError(f"--hidden {hidden}: must be a multiple of 32, the block of MXFP4")
     chosen = [select_backend(device, name) for name in backends]
+    weights = random_experts(experts, hidden, device)
+    router, bias = normal(device, experts, hidden, scale=hidden**-0.5), normal(device, experts)
+    square = normal(device, hidden, hidden, scale=hidden**-0.5)
     random = torch.Generator().manual_seed(0)
-    for count in experts:
-        weights = random_experts(count, hidden, device)
-        router, bias = normal(device, count, hidden, scale=hidden**-0.5), normal(device, count)
-        square = normal(device, hidden, hidden, scale=hidden**-0.5)
-        for number in tokens:
-            x = torch.randn(number, hidden, generator=random).to(device, torch.bfloat16)
-            calls: list[tuple[str, str, int, Callable[[], Tensor]]] = []
-            for backend in chosen:
-                calls += _calls(backend, x, router, bias, weights, square)
-            seconds = _timed([call for *_, call in calls], rounds, device)
-            for (name, operation, nbytes, _), spent in zip(calls, seconds, strict=True):
-                rate = nbytes / spent
-                yield KernelFigures(name, operation, count, number, spent, nbytes, rate, rate / bandwidth)
+    for number in tokens:
+        x = torch.randn(number, hidden, generator=random).to(device, torch.bfloat16)
+        calls: list[KernelCall] = []
+        for backend in chosen:
+            calls += _calls(backend, x, router, bias, weights, square)
+        yield calls
 
 
 def _calls(
     backend: Backend, x: Tensor, router: Tensor, bias: Tensor, weights: ExpertWeights, square: Tensor
-) -> list[tuple[str, str, int, Callable[[], Tensor]]]:
-    """(backend, operation, bytes of weights read, call) for each operation."""
+) -> list[KernelCall]:
+    """One of each operation."""
     top_k = min(TOP_K, len(router))
     ids, shares = backend.route(x, router, bias, top_k)
     read = int(torch.unique(ids).numel()) * _expert_bytes(weights)
+    calls: list[tuple[str, int, Callable[[], Tensor]]] = [
+        ("route", router.nbytes, lambda: backend.route(x, router, bias, top_k)[1]),
+        ("experts", read, partial(backend.experts, x, ids, shares, weights)),
+        ("dense", square.nbytes, partial(backend.linear, x, square)),
+    ]
     return [
-        (backend.name, "route", router.nbytes, lambda: backend.route(x, router, bias, top_k)[1]),
-        (backend.name, "experts", read, partial(backend.experts, x, ids, shares, weights)),
-        (backend.name, "dense", square.nbytes, partial(backend.linear, x, square)),
+        KernelCall(backend.name, operation, len(router), len(x), nbytes, run)
+        for operation, nbytes, run in calls
     ]
 
 

@@ -47,7 +47,8 @@ class SpeculationFigures:
     """All prompts of a domain (or of all, "all") at one draft length.
 
     `token_seconds` and `plain_token_seconds`: median over prompts of seconds a token, prefill included.
-    `speed_up`: plain seconds over speculative seconds of the same prompt, median and range.
+    `speed_up`: plain seconds over speculative seconds of the same prompt, median and range. Cache bytes
+    are the largest keys and values that a run held.
     """
 
     domain: str
@@ -60,6 +61,8 @@ class SpeculationFigures:
     token_seconds: float
     plain_token_seconds: float
     speed_up: Spread
+    target_cache_bytes: int
+    draft_cache_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +157,8 @@ def speculation_figures(runs: Sequence[SpeculationRun]) -> list[SpeculationFigur
                     statistics.median(r.seconds / r.tokens for r in mine),
                     statistics.median(r.plain_seconds / r.tokens for r in mine),
                     spread([r.plain_seconds / r.seconds for r in mine]),
+                    total.target_cache_bytes,
+                    total.draft_cache_bytes,
                 )
             )
     return found

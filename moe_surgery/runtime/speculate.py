@@ -17,14 +17,21 @@ from torch import Tensor
 from moe_surgery.errors import UsageError
 from moe_surgery.runtime.acceptance import accept_drawn, accept_greedy
 from moe_surgery.runtime.acceptance_statistics import Round, SpeculationStatistics
-from moe_surgery.runtime.draft import Drafter, Proposal
+from moe_surgery.runtime.draft import BEHIND, Drafter, Proposal
 from moe_surgery.runtime.draft_length import AdaptiveLength, LengthControl
 from moe_surgery.runtime.generate import decoder, pad_left, room_for
 from moe_surgery.runtime.model import Model
 from moe_surgery.runtime.sampling import Sampler, Sampling, distribution
-from moe_surgery.runtime.step_bytes import counted_costs
+from moe_surgery.runtime.step_bytes import cache_bytes, counted_costs
 
-__all__ = ["DEFAULT_LENGTH", "Speculated", "Speculation", "check_pair", "speculate"]
+__all__ = [
+    "DEFAULT_LENGTH",
+    "Speculated",
+    "Speculation",
+    "check_pair",
+    "speculate",
+    "speculation_cache_bytes",
+]
 
 DEFAULT_LENGTH = 4
 
@@ -219,6 +226,18 @@ def check_pair(target: Model, draft: Model) -> None:
             f"the draft has a vocabulary of {draft.config.vocabulary}, the target one of "
             f"{target.config.vocabulary}; draft with a model of the same tokenizer"
         )
+
+
+def speculation_cache_bytes(
+    target: Model, draft: Model, batch: int, tokens: int, length: int
+) -> tuple[int, int]:
+    """Bytes of the target's and the draft's keys and values for `batch` sequences of `tokens` tokens, prompt
+    and answer together: sliding layers hold what may be taken back, drafted tokens lie past the last one."""
+    columns = tokens - 1 + length  # the last token is not looked at again
+    return (
+        cache_bytes(target, batch, min(columns, target.config.context), length),
+        cache_bytes(draft, batch, min(columns, draft.config.context), length + BEHIND),
+    )
 
 
 def speculate(

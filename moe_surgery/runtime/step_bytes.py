@@ -1,4 +1,4 @@
-"""Bytes of weights that a model's step reads, counted from the tensors it holds."""
+"""Bytes that a model's step reads and a model holds: weights counted from its tensors, caches from their shape."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moe_surgery.runtime.decode_cost import distinct_experts
 from moe_surgery.runtime.draft_length import Costs
 from moe_surgery.runtime.model import Layer, Model
 
-__all__ = ["counted_costs", "model_step_bytes", "shown_bytes", "weight_bytes"]
+__all__ = ["cache_bytes", "counted_costs", "model_step_bytes", "shown_bytes", "weight_bytes"]
 
 
 def model_step_bytes(model: Model, tokens: int = 1) -> float:
@@ -39,6 +39,13 @@ def weight_bytes(model: Model, beside: Model | None = None) -> int:
     known = set() if beside is None else {t.data_ptr() for t in _all(beside)}
     held = {t.data_ptr(): t.nbytes for t in _all(model)}
     return sum(nbytes for place, nbytes in held.items() if place not in known)
+
+
+def cache_bytes(model: Model, batch: int, context: int, rollback: int) -> int:
+    """Bytes of keys and values of `Model.new_cache(batch, context, rollback=rollback)`, without making it."""
+    c = model.config
+    slots = sum(context if w is None else min(context, w + rollback) for w in c.windows)
+    return 2 * batch * c.kv_heads * slots * c.head_dim * model.dtype.itemsize
 
 
 def shown_bytes(model: Model) -> int:

@@ -46,7 +46,7 @@ def test_a_benchmark_prints_a_table(capsys: Capture, name: str, texts: Path) -> 
     assert ended.code == 0, ended.err
     words = {
         "decode": ("tokens/s", "4 experts", "read loop"),
-        "speculate": ("break-even", "speed-up", "sums"),
+        "speculate": ("break-even", "speed-up", "sums", "adds", "cache"),
         "surgery": ("x cp", "peak memory", "inspect s"),
         "kernels": ("route", "experts", "dense", "of read loop"),
     }
@@ -69,6 +69,12 @@ def test_json_and_plot_hold_the_figures(capsys: Capture, tmp_path: Path, name: s
         draft = found["drafts"][0]
         assert [row["length"] for row in draft["lengths"]] == [1, 2]
         assert (draft["top_k"], draft["weight_bytes"]) == (1, 0)
+        # Keys and values in float32 of 4 layers with 2 heads of 32. 8 tokens, the last not looked at again,
+        # and 2 drafted ones; likewise 6 and 5 new ones with 1 and 2 drafted: all within the window.
+        column = 2 * 4 * 2 * 32 * 4
+        caches = ("target_cache_bytes", "draft_cache_bytes")
+        assert [draft[side] for side in caches] == [9 * column] * 2
+        assert [[row[side] for side in caches] for row in rows] == [[11 * column] * 2, [12 * column] * 2]
         assert all(row["differing_prompts"] == 0 for row in rows)
 
 
@@ -81,7 +87,10 @@ def test_drafts_of_several_sizes_are_compared(capsys: Capture, tmp_path: Path, t
     chosen = ["--prompt-tokens", "6", "--prompts", "2", "--texts", str(texts), "--json"]
     drafts = [part for plan in plans for part in ("--draft-plan", str(plan))]
     ended = call(capsys, "bench", "speculate", *options, *drafts, *chosen)
-    assert [d["experts"] for d in ended.json()["drafts"]] == [2, 31]
+    found = ended.json()["drafts"]
+    assert [d["experts"] for d in found] == [2, 31]
+    row = 2 * 160 + 2 + 8  # of the router, with its bias, and of the index
+    assert [d["weight_bytes"] for d in found] == [4 * 2 * row, 4 * 31 * row]
 
 
 # --- Ctrl-C

@@ -75,8 +75,10 @@ def command(
 
     First what a step costs: of the draft, and of the target over one and over several tokens. From that
     follows the break-even acceptance: with acceptance a, n drafted tokens give (1 - a^(n+1)) / (1 - a)
-    tokens for n draft steps and a target step over n + 1 tokens (arXiv 2211.17192). With --texts also
-    the acceptance there, by domain and position, and the speed-up.
+    tokens for n draft steps and a target step over n + 1 tokens (arXiv 2211.17192). Beside it the memory:
+    weights that the draft adds to the target's, and both caches for --batch texts of --context tokens at
+    the longest of --lengths. With --texts also the acceptance there, by domain and position, and the
+    speed-up.
 
     \b
     moe-surgery bench speculate --target openai/gpt-oss-20b --draft-plan law-8.json --texts law.jsonl
@@ -135,12 +137,17 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """One draft: what rounds cost, and what came of them on texts."""
+    """One draft: what it adds to the target's memory, what rounds cost, and what came of them on texts.
+
+    Caches are those of a batch whose texts reach --context tokens, at the longest of --lengths.
+    """
 
     draft: str
     experts: float
     top_k: int
     weight_bytes: int
+    target_cache_bytes: int
+    draft_cache_bytes: int
     costs: Costs | None
     lengths: list[LengthCost]
     figures: list[SpeculationFigures]
@@ -171,6 +178,7 @@ def _measured(terminal: Terminal, job: Job, name: str, draft: Model) -> tuple[Re
         measure_speculation,
         speculation_figures,
     )
+    from moe_surgery.runtime.speculate import speculation_cache_bytes
     from moe_surgery.runtime.step_bytes import weight_bytes
 
     costs, rows, interrupted = None, [], False
@@ -195,6 +203,7 @@ def _measured(terminal: Terminal, job: Job, name: str, draft: Model) -> tuple[Re
         statistics.mean(len(layer.router.weight) for layer in draft.layers),
         max(layer.top_k for layer in draft.layers),
         weight_bytes(draft, beside=job.target),
+        *speculation_cache_bytes(job.target, draft, job.batch, job.context, max(job.lengths)),
         costs,
         rows,
         speculation_figures(runs),
@@ -215,6 +224,8 @@ def _say(terminal: Terminal, settings: dict[str, object], found: list[Result], i
                 rounded(r.experts),
                 str(r.top_k),
                 size(r.weight_bytes),
+                size(r.target_cache_bytes),
+                size(r.draft_cache_bytes),
                 str(row.length),
                 rounded(row.draft_seconds * 1e3),
                 rounded(row.target_seconds * 1e3),
@@ -233,7 +244,9 @@ _COST_COLUMNS = (
     "draft",
     "experts",
     "top-k",
-    "adds",
+    "adds weights",
+    "target cache",
+    "draft cache",
     "length",
     "draft ms",
     "target ms",
