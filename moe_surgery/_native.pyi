@@ -4,6 +4,8 @@ Every array is contiguous in all axes but the first, whose stride is free. A sha
 that does not fit raises ValueError, a wrong dtype TypeError.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -77,6 +79,16 @@ def packed_matrix(
 def dense_matrix(
     values: int, expert_stride: int, column_stride: int, experts: int, rows: int, columns: int, bias: int
 ) -> ExpertMatrix: ...
+def rotate(
+    x: int,
+    x_strides: Sequence[int],
+    cos: int,
+    cos_strides: Sequence[int],
+    sin: int,
+    sin_strides: Sequence[int],
+    shape: Sequence[int],
+    y: int,
+) -> None: ...
 def turns(
     positions: int, count: int, frequencies: int, width: int, scale: float, cos: int, sin: int
 ) -> None: ...

@@ -6,10 +6,10 @@ import torch
 
 from moe_surgery.kernels import Backend
 from moe_surgery.kernels.reference.mxfp4 import decode
-from moe_surgery.kernels.weights import DenseWeight, ExpertWeights, Mxfp4Weight
+from moe_surgery.kernels.weights import DenseWeight, ExpertWeights, Layer, Mxfp4Weight, Projection
 from moe_surgery.measure.random_weights import fill_cache, normal, random_experts
 from moe_surgery.runtime.config import ModelConfig, RopeConfig
-from moe_surgery.runtime.model import Layer, Model, Projection
+from moe_surgery.runtime.model import Model
 from moe_surgery.runtime.step_bytes import weight_bytes
 
 __all__ = ["as_dense", "fill_cache", "gpt_oss_20b", "random_experts", "random_model", "weight_bytes"]

@@ -6,19 +6,12 @@
 #include "pool.hpp"
 
 namespace moe_surgery::cpu {
-namespace {
-
-// The slots that a query sees, in order of position; those of all queries of a sequence follow one another.
-struct Seen {
-    std::vector<std::int32_t> slots;
-    std::vector<std::ptrdiff_t> ends;
-};
 
 Seen seen_slots(const Attention& a) {
     Seen seen;
     std::vector<std::int32_t> order;
     for (std::ptrdiff_t b = 0; b < a.batch; ++b) {
-        const std::int64_t* held = a.key_positions + b * a.slots;
+        const std::int64_t* held = a.key_positions + b * a.key_position_stride;
         order.clear();
         for (std::ptrdiff_t s = 0; s < a.slots; ++s) {
             if (held[s] >= 0) order.push_back(static_cast<std::int32_t>(s));
@@ -40,10 +33,7 @@ Seen seen_slots(const Attention& a) {
     return seen;
 }
 
-}  // namespace
-
-void Engine::attend(const Attention& a) const {
-    const Seen seen = seen_slots(a);
+void Engine::attend(const Attention& a, const Seen& seen) const {
     const std::ptrdiff_t group = a.heads / a.kv_heads, all = a.batch * a.queries;
     // A handful of keys is done before another thread has woken up.
     const bool small = static_cast<std::ptrdiff_t>(seen.slots.size()) * a.heads * a.head_dim < 1 << 16;

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "engine.hpp"
+#include "stack.hpp"
 
 namespace moe_surgery::cpu {
 namespace {
@@ -102,10 +103,50 @@ void attend(const Engine& engine, Address q, Address keys, const Strides& key_st
     a.sinks = at<const float>(sinks);
     a.query_positions = at<const std::int64_t>(query_positions);
     a.key_positions = at<const std::int64_t>(key_positions);
+    a.key_position_stride = std::get<4>(sizes);
     std::tie(a.batch, a.heads, a.kv_heads, a.queries, a.slots, a.head_dim, a.window) = sizes;
     a.out = at<float>(out);
     nb::gil_scoped_release released;
-    engine.attend(a);
+    engine.attend(a, seen_slots(a));
+}
+
+// weight, row stride in bytes, rows, columns, bias or 0
+using ProjectionTuple = std::tuple<Address, Length, Length, Length, Address>;
+
+Projection projection_of(const ProjectionTuple& said) {
+    const auto& [weight, stride, rows, columns, bias] = said;
+    return {{at<const std::uint8_t>(weight), stride, columns}, rows, at<const std::uint8_t>(bias)};
+}
+
+// q, k, v, o, router
+using ProjectionTuples = std::tuple<ProjectionTuple, ProjectionTuple, ProjectionTuple, ProjectionTuple, ProjectionTuple>;
+
+void add_layer(Stack& stack, Address attention_norm, Address mlp_norm, Address sinks, const ProjectionTuples& said,
+               const ExpertMatrix& gate_up, const ExpertMatrix& down, float limit, float alpha, Address index,
+               Length top_k, Length window) {
+    const auto& [q, k, v, o, router] = said;
+    stack.layers.push_back({at<const std::uint8_t>(attention_norm), projection_of(q), projection_of(k), projection_of(v),
+                            projection_of(o), at<const std::uint8_t>(sinks), at<const std::uint8_t>(mlp_norm),
+                            projection_of(router), {gate_up, down, limit, alpha}, at<const std::int64_t>(index), top_k,
+                            window});
+}
+
+// keys, their strides, values, theirs, slots, positions, their stride, places, theirs
+using LayerCacheTuple = std::tuple<Address, Strides, Address, Strides, Length, Address, Length, Address, Length>;
+
+void run_stack(const Engine& engine, const Stack& stack, Address x, Length batch, Length columns, Address positions,
+               Address cos, Address sin, const std::vector<LayerCacheTuple>& said) {
+    Step step = {at<float>(x), batch, columns, at<const std::int64_t>(positions), at<const float>(cos), at<const float>(sin), {}};
+    for (const auto& [keys, key_strides, values, value_strides, slots, held, held_stride, places, place_stride] : said) {
+        LayerCache cache = {at<float>(keys), at<float>(values), {}, {}, slots, at<const std::int64_t>(held), held_stride,
+                            at<const std::int64_t>(places), place_stride};
+        std::tie(cache.key_strides[0], cache.key_strides[1], cache.key_strides[2]) = key_strides;
+        std::tie(cache.value_strides[0], cache.value_strides[1], cache.value_strides[2]) = value_strides;
+        step.caches.push_back(cache);
+    }
+    if (step.caches.size() != stack.layers.size()) throw std::invalid_argument("a cache for each layer is needed");
+    nb::gil_scoped_release released;
+    run(engine, stack, step);
 }
 
 void turns_at(Address positions, Length count, Address frequencies, Length width, float scale, Address cos,
@@ -113,6 +154,22 @@ void turns_at(Address positions, Length count, Address frequencies, Length width
     nb::gil_scoped_release released;
     turns(at<const std::int64_t>(positions), count, at<const float>(frequencies), width, scale, at<float>(cos),
           at<float>(sin));
+}
+
+// Strides count floats; the result is contiguous. Missing axes come first.
+void rotate(Address x, const std::vector<Length>& x_strides, Address cos, const std::vector<Length>& cos_strides,
+            Address sin, const std::vector<Length>& sin_strides, const std::vector<Length>& shape, Address y) {
+    Rotation r = {at<const float>(x), at<const float>(cos), at<const float>(sin), {1, 1, 1}, {}, {}, {}, shape.back(), at<float>(y)};
+    const std::size_t axes = shape.size() - 1;
+    for (std::size_t i = 0; i < axes; ++i) {
+        const std::size_t axis = 3 - axes + i;
+        r.sizes[axis] = shape[i];
+        r.x_strides[axis] = x_strides[i];
+        r.cos_strides[axis] = cos_strides[i];
+        r.sin_strides[axis] = sin_strides[i];
+    }
+    nb::gil_scoped_release released;
+    rotate(r);
 }
 
 std::uint64_t read(Address from, Length bytes, int threads) {
@@ -132,9 +189,17 @@ void bind(nb::module_& module) {
     module.def("cpu_instruction_sets", &names, "Names that `Engine` takes on this machine, best first.");
     module.def("read_bytes", &read, "address"_a, "bytes"_a, "threads"_a);
     module.def("turns", &turns_at);
+    module.def("rotate", nb::overload_cast<Address, const std::vector<Length>&, Address, const std::vector<Length>&, Address, const std::vector<Length>&, const std::vector<Length>&, Address>(&rotate));
     nb::class_<ExpertMatrix>(module, "ExpertMatrix");
     module.def("packed_matrix", &packed_matrix);
     module.def("dense_matrix", &dense_matrix);
+    nb::class_<Stack>(module, "Stack")
+        .def("__init__",
+             [](Stack* self, Length hidden, Length heads, Length kv_heads, Length head_dim, float eps) {
+                 new (self) Stack{{}, hidden, heads, kv_heads, head_dim, eps};
+             },
+             "hidden"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "eps"_a)
+        .def("add_layer", &add_layer);
     nb::class_<Engine>(module, "Engine")
         .def("__init__",
              [](Engine* self, const std::string& isa, int threads) {
@@ -148,7 +213,8 @@ void bind(nb::module_& module) {
         .def("route", &route)
         .def("experts", &experts)
         .def("rms_norm", &rms_norm)
-        .def("attend", &attend);
+        .def("attend", &attend)
+        .def("run", &run_stack);
 }
 
 }  // namespace moe_surgery::cpu

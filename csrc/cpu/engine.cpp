@@ -125,6 +125,24 @@ void turns(const std::int64_t* positions, std::ptrdiff_t count, const float* fre
     }
 }
 
+void rotate(const Rotation& r) {
+    const std::ptrdiff_t half = r.head_dim / 2;
+    float* y = r.y;
+    for (std::ptrdiff_t i = 0; i < r.sizes[0]; ++i) {
+        for (std::ptrdiff_t j = 0; j < r.sizes[1]; ++j) {
+            for (std::ptrdiff_t k = 0; k < r.sizes[2]; ++k, y += r.head_dim) {
+                const auto at = [&](const std::ptrdiff_t* strides) { return i * strides[0] + j * strides[1] + k * strides[2]; };
+                const float* x = r.x + at(r.x_strides);
+                const float *cos = r.cos + at(r.cos_strides), *sin = r.sin + at(r.sin_strides);
+                for (std::ptrdiff_t d = 0; d < half; ++d) {
+                    y[d] = x[d] * cos[d] - x[half + d] * sin[d];
+                    y[half + d] = x[half + d] * cos[d] + x[d] * sin[d];
+                }
+            }
+        }
+    }
+}
+
 std::uint64_t read_bytes(const std::uint8_t* from, std::ptrdiff_t bytes, int threads) {
     using Words = std::uint64_t __attribute__((vector_size(16)));
     constexpr std::ptrdiff_t kSize = 1 << 20;

@@ -65,11 +65,19 @@ struct Attention {
     bool wide;
     const float* sinks;  // [heads]
     const std::int64_t* query_positions;  // [batch, queries]
-    const std::int64_t* key_positions;    // [batch, slots], -1 where there is none
+    const std::int64_t* key_positions;    // [batch, slots of key_position_stride], -1 where there is none
+    std::ptrdiff_t key_position_stride;
     std::ptrdiff_t batch, heads, kv_heads, queries, slots, head_dim;
     std::ptrdiff_t window;  // 0 for none
     float* out;             // [batch, queries, heads * head_dim]
 };
+
+// The slots that a query sees, in order of position: those of query i of all [batch, queries] end at ends[i].
+struct Seen {
+    std::vector<std::int32_t> slots;
+    std::vector<std::ptrdiff_t> ends;
+};
+Seen seen_slots(const Attention& attention);
 
 class Engine {
   public:
@@ -82,7 +90,7 @@ class Engine {
     void experts(const float* x, const Choice& choice, const ExpertLayer& layer, float* y) const;
     void rms_norm(const float* x, std::ptrdiff_t tokens, std::ptrdiff_t columns, const std::uint8_t* weight,
                   float eps, float* y) const;
-    void attend(const Attention& attention) const;
+    void attend(const Attention& attention, const Seen& seen) const;
 
     const Kernels& kernels() const { return kernels_; }
     int threads() const { return threads_; }
@@ -100,6 +108,18 @@ void choose(const float* logits, std::ptrdiff_t tokens, std::ptrdiff_t experts, 
 // cos and sin of positions [count] times frequencies [width], times scale: [count, width] each.
 void turns(const std::int64_t* positions, std::ptrdiff_t count, const float* frequencies, std::ptrdiff_t width,
            float scale, float* cos, float* sin);
+
+// y [sizes, head_dim], contiguous: the halves (a, b) of each head turned, (a cos - b sin, b cos + a sin).
+// Strides count floats; those of heads and angles are 1.
+struct Rotation {
+    const float* x;
+    const float* cos;
+    const float* sin;
+    std::ptrdiff_t sizes[3], x_strides[3], cos_strides[3], sin_strides[3];
+    std::ptrdiff_t head_dim;
+    float* y;
+};
+void rotate(const Rotation& rotation);
 
 // The bytes summed as 64-bit words by `threads` threads: the memory's speed, for benchmarks.
 std::uint64_t read_bytes(const std::uint8_t* from, std::ptrdiff_t bytes, int threads);

@@ -7,9 +7,9 @@
 namespace moe_surgery::cpu {
 namespace {
 
-// How often a thread looks before it lets others run, and before it sleeps: some 50 us and 200 us.
+// How often a thread looks before it lets others run, and before it sleeps: some 50 us and 1 ms.
 constexpr int kLooksBeforeYield = 1000;
-constexpr int kLooksBeforeSleep = 4000;
+constexpr int kLooksBeforeSleep = 20000;
 
 void pause() {
 #if defined(__x86_64__)

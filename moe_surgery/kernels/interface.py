@@ -3,14 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from moe_surgery.kernels.weights import ExpertWeights
+from moe_surgery.kernels.weights import ExpertWeights, Layer
 
-__all__ = ["Backend"]
+__all__ = ["Backend", "LayerSlots", "LayerStack", "StackShape"]
+
+
+@dataclass(frozen=True, slots=True)
+class StackShape:
+    """What decoder layers have in common; `windows` has an entry a layer, None for full attention."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    eps: float
+    windows: Sequence[int | None]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSlots:
+    """One layer's cache in a step.
+
+    `keys` and `values` [batch, kv_heads, slots, head_dim] and `positions` int64 [batch, slots] of the
+    slots, the step's included, -1 for none; `places` int64 [columns] or [batch, columns] says in which
+    slots the step's columns are to be stored.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    places: Tensor
+
+
+class LayerStack(Protocol):
+    """All decoder layers as one operation."""
+
+    def __call__(
+        self, x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, caches: Sequence[LayerSlots]
+    ) -> Tensor:
+        """The hidden states x [batch, columns, hidden] behind the last layer, whose memory may be x's.
+
+        `positions` int64 [batch, columns], cos and sin float32 [batch, columns, head_dim / 2].
+        """
+        ...
 
 
 class Backend(Protocol):
@@ -50,6 +90,13 @@ class Backend(Protocol):
         """cos and sin of positions [...] times frequencies float32 [n], times scale: float32 [..., n]."""
         ...
 
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x [..., head_dim], at most four axes, its halves (a, b) turned: (a cos - b sin, b cos + a sin).
+
+        cos and sin float32, broadcast to [..., head_dim / 2].
+        """
+        ...
+
     def attend(
         self,
         q: Tensor,
@@ -66,5 +113,12 @@ class Backend(Protocol):
         positions `queries` int64 [batch, queries] and `keys` [batch, keys], negative for none: a query
         sees the keys at its own position and before, at most `window` of them. Returns
         [batch, queries, heads * head_dim]; a query that sees nothing gives zeros.
+        """
+        ...
+
+    def stack(self, layers: Sequence[Layer], shape: StackShape) -> LayerStack | None:
+        """`layers` as one operation that gives what the others above give one by one, bit for bit.
+
+        None where there is no such thing for these weights.
         """
         ...

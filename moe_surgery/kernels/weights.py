@@ -1,4 +1,4 @@
-"""Expert weights as a backend receives them: packed as stored, with the experts that are in use."""
+"""Weights as a backend receives them: as stored, experts packed and with those that are in use."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["DenseWeight", "ExpertWeights", "Mxfp4Weight", "Weight"]
+__all__ = ["DenseWeight", "ExpertWeights", "Layer", "Mxfp4Weight", "Projection", "Weight"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,3 +67,31 @@ class ExpertWeights:
     index: Tensor | None = None
     limit: float = 7.0
     alpha: float = 1.702
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """weight [rows, columns] as stored, bias [rows] or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    @property
+    def pair(self) -> tuple[Tensor, Tensor | None]:
+        return self.weight, self.bias
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One decoder layer's weights. `router` has a row per kept expert, in plan order."""
+
+    attention_norm: Tensor
+    q: Projection
+    k: Projection
+    v: Projection
+    o: Projection
+    sinks: Tensor
+    mlp_norm: Tensor
+    router: Projection
+    experts: ExpertWeights
+    top_k: int

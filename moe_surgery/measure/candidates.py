@@ -9,7 +9,8 @@ from moe_surgery.checkpoint.files import printable_path, read_small_file
 from moe_surgery.checkpoint.locate import locate
 from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.errors import InvalidInputError, PlanMismatchError
-from moe_surgery.runtime.model import Layer, Model
+from moe_surgery.kernels.weights import Layer
+from moe_surgery.runtime.model import Model
 from moe_surgery.runtime.view import view_layer
 from moe_surgery.surgery.manifest import is_ours, load_manifest
 from moe_surgery.surgery.names import MANIFEST_NAME, MAPPING_NAME

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe_surgery.kernels import Backend
+from moe_surgery.kernels.weights import Layer
 from moe_surgery.measure.states import HiddenStates
-from moe_surgery.runtime.model import Layer, Model
-from moe_surgery.runtime.rope import rotate
+from moe_surgery.runtime.model import Model
 
 __all__ = ["apply_attention", "apply_experts", "choose_experts", "embed", "logits_of"]
 
@@ -45,7 +45,8 @@ def apply_attention(model: Model, number: int, layer: Layer, states: HiddenState
             y.view(len(x), -1, c.head_dim)
             for y in backend.linears(h, [layer.q.pair, layer.k.pair, layer.v.pair])
         )
-        split = (torch.split(a, lengths) for a in (rotate(q, cos, sin), rotate(k, cos, sin), v))
+        q, k = (backend.rotate(a, cos, sin) for a in (q, k))
+        split = (torch.split(a, lengths) for a in (q, k, v))
         mixed = [
             _attended(backend, q1, k1, v1, layer.sinks, window) for q1, k1, v1 in zip(*split, strict=True)
         ]

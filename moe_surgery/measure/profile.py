@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe_surgery.kernels.weights import Layer
 from moe_surgery.measure.corpus import Passage
 from moe_surgery.measure.layerwise import apply_attention, choose_experts, embed
 from moe_surgery.measure.states import TOGETHER, HiddenStates, rows_buffer
-from moe_surgery.runtime.model import Layer, Model
+from moe_surgery.runtime.model import Model
 from moe_surgery.runtime.view import view_layer
 from moe_surgery.selection.plan import Plan
 from moe_surgery.selection.statistics import ExpertStatistics

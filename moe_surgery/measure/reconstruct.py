@@ -20,10 +20,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe_surgery.kernels.weights import Layer
 from moe_surgery.measure.corpus import Passage
 from moe_surgery.measure.layerwise import apply_attention, apply_experts, embed
 from moe_surgery.measure.states import HiddenStates, rows_buffer
-from moe_surgery.runtime.model import Layer, Model
+from moe_surgery.runtime.model import Model
 
 __all__ = ["LayerOrder", "eliminate", "reconstruct"]
 

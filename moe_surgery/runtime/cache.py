@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_surgery.errors import UsageError
+from moe_surgery.kernels.interface import LayerSlots
 
 __all__ = ["Cache"]
 
@@ -43,7 +44,8 @@ class Cache:
         self._furthest = [0] * batch  # greatest lengths so far; rings have lost what lies too far before
         self._pads = torch.zeros(batch, dtype=torch.int64, device=device)
         self._new = self._pads[:, None]  # positions of the step's columns, [batch, columns]
-        self._columns = self._new[0]  # where they go: [columns], or [batch, columns] where lengths differ
+        self._columns = self._new[0]  # which they are: [columns], or [batch, columns] where lengths differ
+        self._places: dict[int, slice | Tensor] = {}  # where a layer of so many slots keeps them
         self.slots = [context if w is None else min(context, w + rollback) for w in windows]
         shapes = [(batch, kv_heads, slots, head_dim) for slots in self.slots]
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
@@ -109,6 +111,7 @@ class Cache:
             pads = self._pads[:, None] + (mask == 0).long().cumsum(dim=1)
             self._pads = pads[:, -1]
             self._new = torch.where(mask == 0, NOWHERE, self._columns - pads)
+        self._places = {slots: self._place(slots, columns) for slots in self.positions}
         for slots in self.positions:
             if self._overwrites_nothing_seen(slots, columns):
                 self._store_positions(slots)
@@ -130,15 +133,26 @@ class Cache:
                 torch.cat((self.values[layer], values), dim=2),
                 torch.cat((held, self._new), dim=1),
             )
-        where = self._where(slots)
-        last = where.shape[-1]
-        _put(self.keys[layer], where, keys[:, :, -last:])
-        _put(self.values[layer], where, values[:, :, -last:])
-        if direct and slots == self.context:
-            # Rounded up, so that a captured step keeps its shapes for a while.
-            used = min(slots, -(-(self.length + columns) // 64) * 64)
+        where = self._places[slots]
+        _put(self.keys[layer], where, keys[:, :, -slots:])
+        _put(self.values[layer], where, values[:, :, -slots:])
+        if direct:
+            used = self._used(slots, columns)
             return seen[0][:, :, :used], seen[1][:, :, :used], seen[2][:, :used]
         return seen
+
+    def stores_before_reading(self, columns: int) -> bool:
+        """Whether a step of `columns` may be stored in every layer before any of them attends."""
+        return all(self._overwrites_nothing_seen(slots, columns) for slots in self.positions)
+
+    def layer_slots(self) -> list[LayerSlots]:
+        """What `update` would fill and return for each layer, for a step that the caller stores himself."""
+        used = {slots: self._used(slots, self._new.shape[1]) for slots in self.positions}
+        places = {slots: self._columns % slots for slots in self.positions}
+        return [
+            LayerSlots(k[:, :, : used[n]], v[:, :, : used[n]], self.positions[n], places[n])
+            for k, v, n in zip(self.keys, self.values, self.slots, strict=True)
+        ]
 
     def end(self) -> None:
         """All layers have been updated: the step's columns are part of the cache."""
@@ -152,10 +166,16 @@ class Cache:
         """Whether `columns` new ones can be stored before they attend: a ring has `rollback` to spare."""
         return slots == self.context or columns <= self.rollback + 1
 
+    def _used(self, slots: int, columns: int) -> int:
+        """How many of a layer's slots hold anything with `columns` more; all of a ring's."""
+        if slots < self.context:
+            return slots
+        # Rounded up, so that a captured step keeps its shapes for a while.
+        return min(slots, -(-(self.length + columns) // 64) * 64)
+
     def _store_positions(self, slots: int) -> None:
-        where = self._where(slots)
-        held, new = self.positions[slots], self._new[:, -where.shape[-1] :]
-        if where.ndim == 1:
+        where, held, new = self._places[slots], self.positions[slots], self._new[:, -slots:]
+        if isinstance(where, slice) or where.ndim == 1:
             held[:, where] = new
         else:
             held.scatter_(1, where, new)
@@ -184,14 +204,20 @@ class Cache:
         self._furthest = [f if n else 0 for f, n in zip(self._furthest, lengths, strict=True)]
         self._pads = torch.minimum(self._pads, kept)
 
-    def _where(self, slots: int) -> Tensor:
-        """Slots of the last of the new columns that a layer of `slots` keeps: [kept], or [batch, kept]."""
+    def _place(self, slots: int, columns: int) -> slice | Tensor:
+        """Slots of the last of the new columns that a layer of `slots` keeps: [kept], or [batch, kept].
+
+        A slice where they follow one another and the host need not wait for a device to say so.
+        """
+        start = self.length % slots
+        if self._pads.device.type == "cpu" and not self.ragged and start + columns <= slots:
+            return slice(start, start + columns)
         return self._columns[..., -slots:] % slots
 
 
-def _put(held: Tensor, where: Tensor, new: Tensor) -> None:
+def _put(held: Tensor, where: slice | Tensor, new: Tensor) -> None:
     """Store new [batch, kv_heads, columns, head_dim] in the slots `where` of each row of `held`."""
-    if where.ndim == 1:
+    if isinstance(where, slice) or where.ndim == 1:
         held[:, :, where] = new
     else:
         held.scatter_(2, where[:, None, :, None].expand(new.shape), new)

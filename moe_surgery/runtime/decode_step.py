@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from moe_surgery.errors import UsageError
+from moe_surgery.kernels.weights import Layer, Projection
 from moe_surgery.runtime.cache import NOWHERE, Cache
-from moe_surgery.runtime.model import Layer, Model, Projection
+from moe_surgery.runtime.model import Model
 
 if TYPE_CHECKING:  # importing triton is left until it is known to be there
     from moe_surgery.kernels.triton.launch import Launch

@@ -15,11 +15,11 @@ from moe_surgery.errors import UsageError
 from moe_surgery.families import Model as Described
 from moe_surgery.families import ModelTensor
 from moe_surgery.kernels import Backend, select_backend
-from moe_surgery.kernels.weights import DenseWeight, ExpertWeights, Mxfp4Weight, Weight
+from moe_surgery.kernels.weights import DenseWeight, ExpertWeights, Layer, Mxfp4Weight, Projection, Weight
 from moe_surgery.runtime.config import ModelConfig
 from moe_surgery.runtime.device import check_memory, open_device
 from moe_surgery.runtime.mapped import MappedShards
-from moe_surgery.runtime.model import Layer, Model, Projection
+from moe_surgery.runtime.model import Model
 from moe_surgery.runtime.view import view_layer
 from moe_surgery.selection.plan import Plan
 

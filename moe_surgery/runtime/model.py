@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,45 +10,18 @@ from torch.nn import functional as F
 
 from moe_surgery.errors import UsageError
 from moe_surgery.kernels import Backend
-from moe_surgery.kernels.weights import ExpertWeights
+from moe_surgery.kernels.interface import LayerStack, StackShape
+from moe_surgery.kernels.weights import Layer
 from moe_surgery.runtime.cache import Cache
 from moe_surgery.runtime.config import ModelConfig
-from moe_surgery.runtime.rope import Rope, rotate
+from moe_surgery.runtime.rope import Rope
 
-__all__ = ["Layer", "Model", "Projection"]
+__all__ = ["Model"]
 
 DEFAULT_ROLLBACK = 16
 # Bounds attention scores during prefill: tokens of a chunk x keys x heads, four bytes each.
 SCORE_BYTES = 128 << 20
 MOST_PREFILL = 512
-
-
-@dataclass(frozen=True, slots=True)
-class Projection:
-    """weight [rows, columns] as stored, bias [rows] or None."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    @property
-    def pair(self) -> tuple[Tensor, Tensor | None]:
-        return self.weight, self.bias
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """One decoder layer's weights. `router` has a row per kept expert, in plan order."""
-
-    attention_norm: Tensor
-    q: Projection
-    k: Projection
-    v: Projection
-    o: Projection
-    sinks: Tensor
-    mlp_norm: Tensor
-    router: Projection
-    experts: ExpertWeights
-    top_k: int
 
 
 class Model:
@@ -78,6 +50,7 @@ class Model:
         self.backend = backend
         self.device = norm.device
         self.rope = Rope(config.rope, config.head_dim, self.device)
+        self._stacked: tuple[Sequence[Layer], LayerStack | None] | None = None
 
     def new_cache(self, batch: int, context: int, *, rollback: int = DEFAULT_ROLLBACK) -> Cache:
         """A KV cache for `batch` sequences of up to `context` tokens, padding included.
@@ -141,11 +114,24 @@ class Model:
         positions = cache.begin(ids.shape[1], mask)
         angles = self.rope(positions, self.backend)
         x = F.embedding(ids, self.embedding).to(self.dtype)
-        for number, layer in enumerate(self.layers):
-            x = x + self._attention(number, layer, x, cache, positions, angles)
-            x = x + self._experts(layer, x)
+        stack = self._stack() if cache.stores_before_reading(ids.shape[1]) else None
+        if stack is not None:
+            x = stack(x, positions, *angles, cache.layer_slots())
+        else:
+            for number, layer in enumerate(self.layers):
+                x = x + self._attention(number, layer, x, cache, positions, angles)
+                x = x + self._experts(layer, x)
         cache.end()
         return x
+
+    def _stack(self) -> LayerStack | None:
+        """The layers as one operation, where the backend has it for them as they are now."""
+        if self._stacked is None or self._stacked[0] is not self.layers:
+            c = self.config
+            shape = StackShape(c.heads, c.kv_heads, c.head_dim, c.eps, c.windows)
+            whole = isinstance(self.layers, list) and self.dtype == self.backend.dtype
+            self._stacked = (self.layers, self.backend.stack(self.layers, shape) if whole else None)
+        return self._stacked[1]
 
     def _attention(
         self,
@@ -164,8 +150,8 @@ class Model:
             y.view(batch, tokens, -1, c.head_dim).transpose(1, 2)
             for y in self.backend.linears(h, [layer.q.pair, layer.k.pair, layer.v.pair])
         )
-        keys, values, held = cache.update(number, rotate(k, cos, sin), v)
-        q = rotate(q, cos, sin)
+        keys, values, held = cache.update(number, self.backend.rotate(k, cos, sin), v)
+        q = self.backend.rotate(q, cos, sin)
         mixed = self.backend.attend(q, keys, values, layer.sinks, positions, held, c.windows[number])
         return self.backend.linear(mixed, *layer.o.pair)
 

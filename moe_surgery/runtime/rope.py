@@ -1,4 +1,4 @@
-"""Rotary position embedding with YaRN (arXiv 2309.00071), halves rotated."""
+"""The angles of rotary position embedding with YaRN (arXiv 2309.00071)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from moe_surgery.kernels import Backend
 from moe_surgery.runtime.config import RopeConfig
 
-__all__ = ["Rope", "rotate"]
+__all__ = ["Rope"]
 
 
 class Rope:
@@ -23,12 +23,6 @@ class Rope:
     def __call__(self, positions: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
         """positions int64 [...] -> cos, sin float32 [..., head_dim / 2]."""
         return backend.turns(positions, self._frequencies, self._scale)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [..., head_dim] by angles broadcast to [..., head_dim / 2]; the result has x's dtype."""
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 def inverse_frequencies(config: RopeConfig, head_dim: int) -> Tensor:

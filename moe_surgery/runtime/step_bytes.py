@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from moe_surgery.kernels.weights import DenseWeight, Weight
+from moe_surgery.kernels.weights import DenseWeight, Layer, Weight
 from moe_surgery.runtime.decode_cost import distinct_experts
 from moe_surgery.runtime.draft_length import Costs
-from moe_surgery.runtime.model import Layer, Model
+from moe_surgery.runtime.model import Model
 
 __all__ = ["cache_bytes", "counted_costs", "model_step_bytes", "shown_bytes", "weight_bytes"]
 

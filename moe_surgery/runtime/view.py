@@ -8,8 +8,9 @@ from dataclasses import replace
 import torch
 
 from moe_surgery.errors import PlanMismatchError, UsageError
+from moe_surgery.kernels.weights import Layer, Projection
 from moe_surgery.runtime.decode_step import join_projections
-from moe_surgery.runtime.model import Layer, Model, Projection
+from moe_surgery.runtime.model import Model
 from moe_surgery.selection.plan import Plan
 
 __all__ = ["view", "view_layer"]

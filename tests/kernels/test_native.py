@@ -357,6 +357,39 @@ def test_turns_are_cosine_and_sine_however_many_are_asked_for(
     assert torch.equal(native().turns(at[-1:], frequencies, scale)[0], cos[0, -1:])
 
 
+@settings(max_examples=60)
+@given(
+    sizes=st.lists(st.integers(1, 5), max_size=3),
+    half=st.integers(1, 40),
+    alone=st.lists(st.booleans(), min_size=3, max_size=3),
+    turned=st.booleans(),
+)
+def test_heads_are_rotated_by_their_angles(
+    sizes: list[int], half: int, alone: list[bool], turned: bool
+) -> None:
+    x = draw(0, *sizes, 2 * half)
+    if turned and len(sizes) > 1:  # as a model's heads, which are a view
+        x = x.transpose(0, 1).contiguous().transpose(0, 1)
+    shape = [1 if one else n for n, one in zip(sizes, alone, strict=False)]
+    angles = draw(1, *shape, half).double()
+    cos, sin = angles.cos().float(), angles.sin().float()
+    turn = torch.complex(cos.double(), sin.double())
+    expected = torch.view_as_real(torch.complex(*x.double().chunk(2, -1)) * turn)
+    found = native().rotate(x, cos, sin)
+    torch.testing.assert_close(found.double(), torch.cat(expected.unbind(-1), -1), rtol=0, atol=1e-5)
+    assert torch.equal(native().rotate(x.bfloat16(), cos, sin), REFERENCE.rotate(x.bfloat16(), cos, sin))
+    assert torch.equal(found, REFERENCE.rotate(x, cos, sin))
+
+
+def test_angles_that_fit_no_head_are_refused() -> None:
+    x, angles = draw(0, 2, 3, 8), draw(1, 2, 1, 4)
+    for wrong in (draw(1, 2, 1, 3), draw(1, 2, 2, 4), draw(1, 3, 4)):
+        with pytest.raises(UsageError, match="not rotated by angles"):
+            native().rotate(x, wrong, wrong)
+        with pytest.raises(UsageError, match="not rotated by angles"):
+            native().rotate(x, angles, wrong)
+
+
 # --- threads
 
 

@@ -14,8 +14,9 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from moe_surgery import Plan, load_model  # noqa: E402
+from moe_surgery.kernels.weights import Layer  # noqa: E402
 from moe_surgery.runtime.generate import generate  # noqa: E402
-from moe_surgery.runtime.model import Layer, Model  # noqa: E402
+from moe_surgery.runtime.model import Model  # noqa: E402
 from tests.runtime.conftest import SMALL  # noqa: E402
 from tests.runtime.models import write_lively  # noqa: E402
 from tests.support.checkpoints import load_tensors  # noqa: E402

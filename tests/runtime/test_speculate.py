@@ -111,7 +111,7 @@ def test_a_batch_accepts_different_numbers(tiny_model: Model, prompts: list[list
 def test_an_identical_draft_is_accepted_whole(
     tiny: Path, tiny_model: Model, prompts: list[list[int]], length: int, rows: slice
 ) -> None:
-    other = load_model(tiny, dtype=torch.float32)
+    other = load_model(tiny, dtype=torch.float32, backend=tiny_model.backend.name)
     for draft in (tiny_model, other, view(tiny_model, plan_random(32, 0, inspect(tiny)))):
         found = speculate(tiny_model, draft, prompts[rows], length=length, max_new_tokens=NEW, stop_tokens=())
         assert found.statistics.acceptance == 1

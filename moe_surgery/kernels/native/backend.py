@@ -11,9 +11,11 @@ from torch import Tensor
 
 from moe_surgery.errors import UsageError
 from moe_surgery.formats.native import native_module, native_reason
+from moe_surgery.kernels.interface import LayerStack, StackShape
 from moe_surgery.kernels.native.operands import BF16, F32, Plain, in_float32, matrix_of, plain_bf16
+from moe_surgery.kernels.native.stack import NativeStack
 from moe_surgery.kernels.reference import ReferenceBackend
-from moe_surgery.kernels.weights import ExpertWeights
+from moe_surgery.kernels.weights import ExpertWeights, Layer
 
 __all__ = ["THREADS_VARIABLE", "NativeBackend", "availability"]
 
@@ -81,7 +83,7 @@ class NativeBackend:
         logits = torch.empty((tokens, rows))
         router = _product(weight, bias, logits)
         self._engine.route(wide.data_ptr(), tokens, router, top_k, ids.data_ptr(), weights.data_ptr())
-        return ids, weights.to(x.dtype)
+        return ids, _as(weights, x)
 
     def experts(self, x: Tensor, ids: Tensor, weights: Tensor, expert_weights: ExpertWeights) -> Tensor:
         _check_place("x", x)
@@ -117,7 +119,7 @@ class NativeBackend:
             e.alpha,
             y.data_ptr(),
         )
-        return y.to(x.dtype)
+        return _as(y, x)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return self.linears(x, [(weight, bias)])[0]
@@ -135,7 +137,7 @@ class NativeBackend:
         found = [torch.empty((*x.shape[:-1], len(weight))) for weight, _ in layers]
         products = [_product(w, b, y) for (w, b), y in zip(layers, found, strict=True)]
         self._engine.products(wide.data_ptr(), wide.numel() // columns, products)
-        return found if x.dtype == F32 else [y.to(x.dtype) for y in found]
+        return [_as(y, x) for y in found]
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         _check_place("x", x)
@@ -148,7 +150,7 @@ class NativeBackend:
         self._engine.rms_norm(
             wide.data_ptr(), wide.numel() // columns, columns, weight.data_ptr(), eps, y.data_ptr()
         )
-        return y.to(x.dtype)
+        return _as(y, x)
 
     def turns(self, positions: Tensor, frequencies: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         _check_place("positions", positions)
@@ -164,6 +166,19 @@ class NativeBackend:
             sin.data_ptr(),
         )
         return cos, sin
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        _check_place("x", x)
+        wide = x if x.dtype == F32 and x.stride(-1) == 1 else in_float32(x)
+        cos, sin = in_float32(cos), in_float32(sin)
+        if x.ndim > 4 or not _turn(x, cos) or not _turn(x, sin):
+            raise UsageError(
+                f"native backend: x {tuple(x.shape)} is not rotated by angles {tuple(cos.shape)} and {tuple(sin.shape)}"
+            )
+        y = torch.empty(tuple(x.shape))
+        angles = (cos.data_ptr(), _spread(cos), sin.data_ptr(), _spread(sin))
+        self._native.rotate(wide.data_ptr(), wide.stride(), *angles, y.shape, y.data_ptr())
+        return _as(y, x)
 
     def attend(
         self,
@@ -206,7 +221,13 @@ class NativeBackend:
             (batch, heads, kv_heads, columns, slots, head_dim, window or 0),
             out.data_ptr(),
         )
-        return out.to(q.dtype)
+        return _as(out, q)
+
+    def stack(self, layers: Sequence[Layer], shape: StackShape) -> LayerStack | None:
+        try:
+            return NativeStack(self._native, self._engine, layers, shape)
+        except Plain:
+            return None
 
 
 def _thread_count() -> int:
@@ -223,6 +244,25 @@ def _product(weight: Tensor, bias: Tensor | None, y: Tensor) -> tuple[int, int, 
     rows, columns = weight.shape
     held = 0 if bias is None else bias.data_ptr()
     return weight.data_ptr(), 2 * weight.stride(0), rows, columns, held, y.data_ptr()
+
+
+def _as(y: Tensor, x: Tensor) -> Tensor:
+    return y if y.dtype == x.dtype else y.to(x.dtype)
+
+
+def _turn(x: Tensor, angles: Tensor) -> bool:
+    """Whether `angles` broadcast to one for each half of x's heads."""
+    shape = zip(angles.shape[:-1], x.shape[:-1], strict=False)
+    return (
+        angles.ndim == x.ndim
+        and 2 * angles.shape[-1] == x.shape[-1]
+        and all(mine == 1 or mine == wanted for mine, wanted in shape)
+    )
+
+
+def _spread(angles: Tensor) -> list[int]:
+    """Strides that repeat an axis of one."""
+    return [0 if n == 1 else s for n, s in zip(angles.shape, angles.stride(), strict=True)]
 
 
 def _check_place(what: str, tensor: Tensor) -> None:

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moe_surgery.kernels.interface import LayerStack, StackShape
 from moe_surgery.kernels.reference.attention import attend, visible
+from moe_surgery.kernels.weights import Layer
 
-__all__ = ["TorchDense", "linear", "rms_norm"]
+__all__ = ["TorchDense", "linear", "rms_norm", "rotate"]
 
 PIECE_BYTES = 32 << 20
 
@@ -37,6 +39,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * scale * weight.float()).to(x.dtype)
 
 
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [..., head_dim], its halves turned by angles broadcast to [..., head_dim / 2], in x's dtype."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
 class TorchDense:
     """The operations of `Backend` that are no mixture's, on plain PyTorch."""
 
@@ -55,6 +63,9 @@ class TorchDense:
         angles = positions[..., None].float() * frequencies
         return angles.cos() * scale, angles.sin() * scale
 
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return rotate(x, cos, sin)
+
     def attend(
         self,
         q: Tensor,
@@ -66,3 +77,6 @@ class TorchDense:
         window: int | None,
     ) -> Tensor:
         return attend(q, k, v, sinks, visible(queries, keys, window))
+
+    def stack(self, layers: Sequence[Layer], shape: StackShape) -> LayerStack | None:
+        return None

@@ -10,12 +10,11 @@ import pytest
 import torch
 
 from moe_surgery.kernels.reference.attention import attend, visible
-from moe_surgery.kernels.reference.dense import linear, rms_norm
+from moe_surgery.kernels.reference.dense import linear, rms_norm, rotate
 from moe_surgery.kernels.triton.decode import attention as attention_module
 from moe_surgery.kernels.triton.decode.attention import attention, splits_for
 from moe_surgery.kernels.triton.decode.norm import residual_norm
 from moe_surgery.kernels.triton.decode.project import Place, Stream, output, qkv, unembed
-from moe_surgery.runtime.rope import rotate
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"

@@ -1,0 +1,144 @@
+#include "stack.hpp"
+
+#include <algorithm>
+#include <map>
+#include <utility>
+
+#include "bits.hpp"
+
+namespace moe_surgery::cpu {
+namespace {
+
+using Floats = std::vector<float>;
+
+Product product_of(const Projection& projection, float* y) {
+    return {projection.weight, projection.rows, projection.bias, y};
+}
+
+void add(Floats& terms, float* x) {
+    for (std::size_t i = 0; i < terms.size(); ++i) x[i] += terms[i];
+}
+
+// One step through one layer after the other, with room for what lies between two operations.
+class Run {
+  public:
+    Run(const Engine& engine, const Stack& stack, const Step& step)
+        : engine_(engine), stack_(stack), step_(step), tokens_(step.batch * step.columns) {
+        const std::ptrdiff_t queries = stack.heads * stack.head_dim, keys = stack.kv_heads * stack.head_dim;
+        h_.resize(static_cast<std::size_t>(tokens_ * stack.hidden));
+        y_.resize(h_.size());
+        q_.resize(static_cast<std::size_t>(tokens_ * queries));
+        turned_.resize(q_.size());
+        k_.resize(static_cast<std::size_t>(tokens_ * keys));
+        v_.resize(k_.size());
+        sinks_.resize(static_cast<std::size_t>(stack.heads));
+    }
+
+    void attention(const DecoderLayer& layer, const LayerCache& cache) {
+        norm(layer.attention_norm);
+        engine_.products(h_.data(), tokens_, {product_of(layer.q, q_.data()), product_of(layer.k, k_.data()),
+                                              product_of(layer.v, v_.data())});
+        turn_queries();
+        store(cache);
+        attend(layer, cache);
+        engine_.products(q_.data(), tokens_, {product_of(layer.o, y_.data())});
+        add(y_, step_.x);
+    }
+
+    void experts(const DecoderLayer& layer) {
+        norm(layer.mlp_norm);
+        logits_.resize(static_cast<std::size_t>(tokens_ * layer.router.rows));
+        ids_.resize(static_cast<std::size_t>(tokens_ * layer.top_k));
+        weights_.resize(ids_.size());
+        engine_.products(h_.data(), tokens_, {product_of(layer.router, logits_.data())});
+        choose(logits_.data(), tokens_, layer.router.rows, layer.top_k, ids_.data(), weights_.data());
+        if (layer.index) {
+            for (std::int64_t& id : ids_) id = layer.index[id];
+        }
+        engine_.experts(h_.data(), {ids_.data(), weights_.data(), tokens_, layer.top_k}, layer.experts, y_.data());
+        add(y_, step_.x);
+    }
+
+  private:
+    void norm(const std::uint8_t* weight) {
+        engine_.rms_norm(step_.x, tokens_, stack_.hidden, weight, stack_.eps, h_.data());
+    }
+
+    // [batch, columns, heads, head_dim] to [batch, heads, columns, head_dim].
+    void turn_queries() {
+        const std::ptrdiff_t d = stack_.head_dim, width = stack_.heads * d, half = d / 2;
+        const std::ptrdiff_t angles[3] = {step_.columns * half, 0, half};
+        rotate({q_.data(), step_.cos, step_.sin,
+                {step_.batch, stack_.heads, step_.columns},
+                {step_.columns * width, d, width},
+                {angles[0], angles[1], angles[2]},
+                {angles[0], angles[1], angles[2]},
+                d, turned_.data()});
+    }
+
+    void store(const LayerCache& cache) {
+        const std::ptrdiff_t d = stack_.head_dim;
+        for (std::ptrdiff_t t = 0; t < tokens_; ++t) {
+            const std::ptrdiff_t b = t / step_.columns, column = t % step_.columns;
+            const std::ptrdiff_t slot = cache.places[b * cache.place_stride + column];
+            for (std::ptrdiff_t head = 0; head < stack_.kv_heads; ++head) {
+                const std::ptrdiff_t from = (t * stack_.kv_heads + head) * d;
+                rotate({k_.data() + from, step_.cos + t * d / 2, step_.sin + t * d / 2, {1, 1, 1}, {}, {}, {}, d,
+                        cache.keys + b * cache.key_strides[0] + head * cache.key_strides[1] + slot * cache.key_strides[2]});
+                std::copy_n(v_.data() + from, d,
+                            cache.values + b * cache.value_strides[0] + head * cache.value_strides[1] +
+                                slot * cache.value_strides[2]);
+            }
+        }
+    }
+
+    // To q_ [batch, columns, heads * head_dim].
+    void attend(const DecoderLayer& layer, const LayerCache& cache) {
+        Attention a = {};
+        a.q = turned_.data();
+        a.keys = reinterpret_cast<const std::uint8_t*>(cache.keys);
+        a.values = reinterpret_cast<const std::uint8_t*>(cache.values);
+        for (int i = 0; i < 3; ++i) {
+            a.key_strides[i] = cache.key_strides[i] * static_cast<std::ptrdiff_t>(sizeof(float));
+            a.value_strides[i] = cache.value_strides[i] * static_cast<std::ptrdiff_t>(sizeof(float));
+        }
+        a.wide = true;
+        for (std::ptrdiff_t i = 0; i < stack_.heads; ++i) sinks_[static_cast<std::size_t>(i)] = bf16_at(layer.sinks, i);
+        a.sinks = sinks_.data();
+        a.query_positions = step_.positions;
+        a.key_positions = cache.positions;
+        a.key_position_stride = cache.position_stride;
+        a.batch = step_.batch;
+        a.heads = stack_.heads;
+        a.kv_heads = stack_.kv_heads;
+        a.queries = step_.columns;
+        a.slots = cache.slots;
+        a.head_dim = stack_.head_dim;
+        a.window = layer.window;
+        a.out = q_.data();
+        // Layers of one kind see the same slots.
+        const auto kind = std::make_pair(cache.positions, layer.window);
+        const auto found = seen_.find(kind);
+        engine_.attend(a, found != seen_.end() ? found->second : seen_.emplace(kind, seen_slots(a)).first->second);
+    }
+
+    const Engine& engine_;
+    const Stack& stack_;
+    const Step& step_;
+    const std::ptrdiff_t tokens_;
+    Floats h_, y_, q_, turned_, k_, v_, sinks_, logits_, weights_;
+    std::vector<std::int64_t> ids_;
+    std::map<std::pair<const std::int64_t*, std::ptrdiff_t>, Seen> seen_;
+};
+
+}  // namespace
+
+void run(const Engine& engine, const Stack& stack, const Step& step) {
+    Run run(engine, stack, step);
+    for (std::size_t i = 0; i < stack.layers.size(); ++i) {
+        run.attention(stack.layers[i], step.caches[i]);
+        run.experts(stack.layers[i]);
+    }
+}
+
+}  // namespace moe_surgery::cpu

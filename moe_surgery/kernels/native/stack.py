@@ -1,0 +1,114 @@
+"""All decoder layers in one call of the extension."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_surgery.kernels.interface import LayerSlots, StackShape
+from moe_surgery.kernels.native.operands import F32, Plain, matrix_of, plain_bf16
+from moe_surgery.kernels.weights import Layer, Projection
+
+__all__ = ["NativeStack"]
+
+
+class NativeStack:
+    """See `moe_surgery.kernels.interface.LayerStack`. Float32 hidden states and caches on the CPU.
+
+    Between two operations there is no Python: on the full-size model that is a tenth of a token's time.
+    Raises Plain, when made, for weights that the kernels do not multiply.
+    """
+
+    def __init__(self, native: Any, engine: Any, layers: Sequence[Layer], shape: StackShape) -> None:
+        self._engine = engine
+        self._held = list(layers)  # what the addresses below belong to
+        hidden = layers[0].q.weight.shape[1]
+        self._stack = native.Stack(hidden, shape.heads, shape.kv_heads, shape.head_dim, shape.eps)
+        for layer, window in zip(layers, shape.windows, strict=True):
+            _check(layer, hidden, shape)
+            e = layer.experts
+            projections = (layer.q, layer.k, layer.v, layer.o, layer.router)
+            self._stack.add_layer(
+                layer.attention_norm.data_ptr(),
+                layer.mlp_norm.data_ptr(),
+                layer.sinks.data_ptr(),
+                tuple(_address(p) for p in projections),
+                matrix_of(native, "gate_up", e.gate_up, e.gate_up_bias),
+                matrix_of(native, "down", e.down, e.down_bias),
+                e.limit,
+                e.alpha,
+                0 if e.index is None else e.index.data_ptr(),
+                layer.top_k,
+                window or 0,
+            )
+
+    def __call__(
+        self, x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, caches: Sequence[LayerSlots]
+    ) -> Tensor:
+        x, positions, cos, sin = (a.contiguous() for a in (x, positions, cos, sin))
+        batch, columns, _ = x.shape
+        self._engine.run(
+            self._stack,
+            x.data_ptr(),
+            batch,
+            columns,
+            positions.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            [_slots(cache) for cache in caches],
+        )
+        return x
+
+
+def _check(layer: Layer, hidden: int, shape: StackShape) -> None:
+    """Raise Plain unless all that is not an expert is BF16 of the shapes that belong together."""
+    wide, narrow = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    wanted = {"q": (wide, hidden), "k": (narrow, hidden), "v": (narrow, hidden), "o": (hidden, wide)}
+    experts = len(layer.router.weight)
+    for projection, size in (
+        *((getattr(layer, name), size) for name, size in wanted.items()),
+        (layer.router, (experts, hidden)),
+    ):
+        bias = projection.bias
+        whole = bias is None or (plain_bf16(bias) and bias.shape == (size[0],))
+        if projection.weight.shape != size or not plain_bf16(projection.weight) or not whole:
+            raise Plain
+    for vector, length in (
+        (layer.attention_norm, hidden),
+        (layer.mlp_norm, hidden),
+        (layer.sinks, shape.heads),
+    ):
+        if vector.shape != (length,) or not plain_bf16(vector):
+            raise Plain
+    e, index = layer.experts, layer.experts.index
+    fits = (e.gate_up.columns, e.gate_up.rows, e.down.rows) == (hidden, 2 * e.down.columns, hidden)
+    named = index is None or (index.dtype == torch.int64 and index.is_contiguous() and len(index) == experts)
+    if not (fits and named and 1 <= layer.top_k <= experts):
+        raise Plain
+
+
+def _address(projection: Projection) -> tuple[int, int, int, int, int]:
+    """`ProjectionTuple` of the extension."""
+    weight, bias = projection.weight, projection.bias
+    rows, columns = weight.shape
+    return weight.data_ptr(), 2 * weight.stride(0), rows, columns, 0 if bias is None else bias.data_ptr()
+
+
+def _slots(cache: LayerSlots) -> tuple[object, ...]:
+    """`LayerCacheTuple` of the extension."""
+    keys, values, positions, places = cache.keys, cache.values, cache.positions, cache.places
+    assert keys.dtype == values.dtype == F32
+    return (
+        keys.data_ptr(),
+        keys.stride()[:3],
+        values.data_ptr(),
+        values.stride()[:3],
+        keys.shape[2],
+        positions.data_ptr(),
+        positions.stride(0),
+        places.data_ptr(),
+        places.stride(0) if places.ndim == 2 else 0,
+    )

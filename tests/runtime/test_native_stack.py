@@ -1,0 +1,105 @@
+"""All layers in one call of the extension against the same layers one operation at a time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from moe_surgery import inspect, load_model, plan_random  # noqa: E402
+from moe_surgery.kernels.native import NativeBackend  # noqa: E402
+from moe_surgery.kernels.weights import Layer, Projection  # noqa: E402
+from moe_surgery.runtime.model import Model  # noqa: E402
+from moe_surgery.runtime.view import view  # noqa: E402
+from tests.kernels.native_cases import every_variant, native, needs_native  # noqa: E402
+
+pytestmark = needs_native
+
+
+class OneByOne(NativeBackend):
+    """The native kernels without a stack."""
+
+    def stack(self, layers: object, shape: object) -> None:
+        return None
+
+
+def model_of(folder: Path, isa: str, threads: int, *, stacked: bool) -> Model:
+    model = load_model(folder, dtype=torch.float32, backend="native")
+    model.backend = native(isa, threads) if stacked else OneByOne(isa, 1)
+    assert (model._stack() is not None) == stacked
+    return model
+
+
+def draw_ids(batch: int, tokens: int) -> torch.Tensor:
+    return torch.randint(0, 500, (batch, tokens), generator=torch.Generator().manual_seed(batch))
+
+
+def outcome(model: Model, batch: int) -> list[torch.Tensor]:
+    """Logits and caches of a prompt with padding, steps of one and several tokens, and one taken back."""
+    ids, cache, found = draw_ids(batch, 190), model.new_cache(batch, 300), []
+    mask = torch.ones(batch, 140, dtype=torch.int64)
+    mask[0, :3] = 0
+    found.append(model(ids[:, :140], cache, mask))
+    for start, stop in ((140, 141), (141, 146), (146, 147), (147, 163), (163, 190)):
+        found.append(model(ids[:, start:stop], cache))
+        if stop == 146:
+            cache.truncate([145 - row for row in range(batch)])
+    return [*found, *cache.keys, *cache.values, *cache.positions.values()]
+
+
+@every_variant
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_stack_gives_what_its_layers_give(tiny: Path, isa: str, batch: int) -> None:
+    expected = outcome(model_of(tiny, isa, 1, stacked=False), batch)
+    found = outcome(model_of(tiny, isa, 2, stacked=True), batch)
+    assert len(found) == len(expected)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize(("kept", "top_k"), [(3, None), (31, 1), (None, 2)])
+def test_a_view_has_a_stack_of_its_own(tiny: Path, kept: int | None, top_k: int | None) -> None:
+    plan = None if kept is None else plan_random(kept, 1, inspect(tiny))
+    whole, plain = (model_of(tiny, "", 2, stacked=stacked) for stacked in (True, False))
+    before = outcome(whole, 2)
+    for mine, theirs in zip(
+        outcome(view(whole, plan, top_k), 2), outcome(view(plain, plan, top_k), 2), strict=True
+    ):
+        assert torch.equal(mine, theirs)
+    for mine, theirs in zip(outcome(whole, 2), before, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def float_projection(p: Projection) -> Projection:
+    return replace(p, weight=p.weight.float())
+
+
+def strided_index(layer: Layer) -> Layer:
+    rows = torch.arange(len(layer.router.weight))
+    return replace(layer, experts=replace(layer.experts, index=torch.stack([rows, rows], 1)[:, 0]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: replace(layer, o=float_projection(layer.o)),
+        lambda layer: replace(layer, sinks=layer.sinks.float()),
+        lambda layer: replace(layer, mlp_norm=layer.mlp_norm.float()),
+        lambda layer: replace(layer, router=replace(layer.router, bias=layer.router.bias.float())),
+        lambda layer: replace(layer, attention_norm=layer.attention_norm[:-1]),
+        strided_index,
+    ],
+    ids=["o", "sinks", "norm", "router's bias", "short norm", "strided index"],
+)
+def test_weights_of_another_kind_have_no_stack(tiny: Path, change: object) -> None:
+    model = model_of(tiny, "", 1, stacked=True)
+    model.layers = [*model.layers[:-1], change(model.layers[-1])]  # type: ignore[operator]
+    assert model._stack() is None
+
+
+def test_other_dtypes_and_single_layers_have_no_stack(tiny: Path) -> None:
+    assert load_model(tiny, dtype=torch.bfloat16, backend="native")._stack() is None
+    assert load_model(tiny, dtype=torch.float32, backend="native", one_layer=True)._stack() is None
