@@ -5,12 +5,12 @@
 
 Needs llama-cpp-python, and 30 GB in FOLDER for the full-size model. FOLDER holds, or is given, the
 full-size checkpoint of `surgery_budgets.py`; per expert count it is pruned and exported to GGUF, so both
-sides have the same weights. Every measurement is a process of its own, and the two sides take turns,
-first one and then the other beginning a round; the files they map are read into the page cache before
-each. A process loads, warms up, decodes at batch 1 and 8 from a short prompt, and reads a prompt of 512
-tokens. Beside them, in every round, a plain loop reads memory with as many threads. Ratios are of the
-two in one round, ours to llama.cpp's; medians over rounds. Weights are random: speed and memory, not
-quality. Routers of random weights have near ties that any rounding decides, so the logits of the two are
+sides have the same weights. Each side is a process: it loads, warms up, decodes at batch 1 and 8 from a
+short prompt, and reads a prompt of 512 tokens; the files they map are read into the page cache before.
+Where memory holds both they take turns every four steps, else one process follows the other; who begins
+changes. Beside them, in every round, a plain loop reads memory with as many threads. A rate is the median
+over turns; ratios are of the two in one round, ours to llama.cpp's; medians over rounds. Weights are
+random: speed and memory, not quality. Routers of random weights have near ties that any rounding decides, so the logits of the two are
 compared with a control, ours in BF16 beside ours in float32; no ratio is given where they agree much less
 than that. Results go to benchmarks/results/.
 """
@@ -46,7 +46,12 @@ RESULTS = Path(__file__).parent / "results"
 SIDES = ("ours", "llama.cpp")
 PROMPT, PREFILL, BATCHES = 16, 512, (1, 8)
 WARM_UP = 3
+TURN = 4  # steps between one side's turn and the other's
+CONTEXT = 256
 READ_BYTES, READ_PASSES = 1 << 30, 5
+REPACKED = 0.8
+"""Of its file, what llama.cpp holds a second time: its experts in another order."""
+MEMORY = {"private_mib": "RssAnon", "mapped_mib": "RssFile", "peak_rss_mib": "VmHWM"}
 AGREEMENT = 0.8
 """Least cosine of the two sides' logits, as a share of the control's."""
 GOALS = {"batch 1": 1.0, "batch 8": 1.0, "prefill": 0.5}
@@ -131,36 +136,35 @@ class Llama:
         return np.stack(rows)
 
 
-def run_side(side: str, checkpoint: str, gguf: str, threads: int, tokens: int, logits: str) -> dict:
-    """Load and measure one side in this process; the logits of the prompts go to the file `logits`.
+def serve(side: str, checkpoint: str, gguf: str, threads: int, logits: str) -> None:
+    """One side in this process: load, then do what each line of the input says, one line of JSON for each.
 
-    The libraries are imported before the clock starts: what is timed is the model.
+    The libraries are imported before the clock starts: what is timed is the model. The logits of the
+    prompts go to the file `logits`.
     """
     import_module("moe_surgery.runtime.load" if side == "ours" else "llama_cpp")
+    vocabulary, kept = vocabulary_of(checkpoint), []
     start = time.perf_counter()
     runner = (Ours if side == "ours" else Llama)(checkpoint, gguf, threads)
-    found: dict = {"load_s": time.perf_counter() - start, "name": runner.name}
-    vocabulary = vocabulary_of(checkpoint)
-    kept = []
-    for batch in BATCHES:
-        runner.begin(batch, PROMPT + WARM_UP + tokens + 1)
-        last = runner.step(prompts(vocabulary, batch, PROMPT))
-        found.setdefault("first_token_s", time.perf_counter() - start)
-        kept.append(last)
-        for _ in range(WARM_UP):
-            last = runner.step(last.argmax(-1)[:, None])
+    print(json.dumps({"load_s": time.perf_counter() - start, "name": runner.name}), flush=True)
+    last = np.zeros((1, 1))
+    for line in sys.stdin:
+        what, number = line.split()
         begin = time.perf_counter()
-        for _ in range(tokens):
-            last = runner.step(last.argmax(-1)[:, None])
-        found[f"batch {batch}"] = batch * tokens / (time.perf_counter() - begin)
-    runner.begin(1, PREFILL + 1)
-    begin = time.perf_counter()
-    runner.step(prompts(vocabulary, 1, PREFILL))
-    found["prefill"] = PREFILL / (time.perf_counter() - begin)
+        if what == "prompt":  # as a batch of so many
+            runner.begin(int(number), CONTEXT)
+            last = runner.step(prompts(vocabulary, int(number), PROMPT))
+            kept.append(last)
+        elif what == "steps":
+            for _ in range(int(number)):
+                last = runner.step(last.argmax(-1)[:, None])
+        elif what == "prefill":
+            runner.begin(1, int(number) + 1)
+            runner.step(prompts(vocabulary, 1, int(number)))
+        seconds = time.perf_counter() - begin
+        said = {name: status_mib(key) for name, key in MEMORY.items()}
+        print(json.dumps({"seconds": seconds, **said}), flush=True)
     np.save(logits, np.concatenate(kept))
-    for name, key in (("private_mib", "RssAnon"), ("mapped_mib", "RssFile"), ("peak_rss_mib", "VmHWM")):
-        found[name] = status_mib(key)
-    return found
 
 
 def run_control(checkpoint: str, threads: int, logits: str) -> dict:
@@ -241,37 +245,103 @@ def make_model(source: Path, experts: int, work: Path) -> tuple[Path, Path, Call
     return checkpoint, gguf, remove
 
 
-def measure(source: Path, experts: int, work: Path, rounds: int, threads: int, tokens: int) -> dict:
+class Side:
+    """A side's process, and what it has been measured to do."""
+
+    def __init__(self, name: str, checkpoint: Path, gguf: Path, threads: int, logits: Path) -> None:
+        warm(checkpoint if name == "ours" else gguf)
+        arguments = ("--side", name, checkpoint, gguf, "--threads", threads, "--logits", logits)
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, *map(str, arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self.found: dict = self._answer()
+
+    def _answer(self) -> dict:
+        assert self._process.stdout
+        while (line := self._process.stdout.readline()) and not line.startswith("{"):
+            pass
+        if not line:
+            raise click.ClickException(f"a side ended early: exit {self._process.wait()}")
+        found: dict = json.loads(line)
+        return found
+
+    def ask(self, what: str, number: int) -> float:
+        """Seconds that it took."""
+        assert self._process.stdin
+        self._process.stdin.write(f"{what} {number}\n")
+        self._process.stdin.flush()
+        answer = self._answer()
+        self.found |= {name: answer[name] for name in MEMORY}
+        if "first_token_s" not in self.found:
+            self.found["first_token_s"] = self.found["load_s"] + answer["seconds"]
+        return float(answer["seconds"])
+
+    def close(self) -> None:
+        assert self._process.stdin
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def take_turns(sides: dict[str, Side], steps: int) -> None:
+    """Everything that is measured; where there are two sides they take turns in it."""
+    for batch in BATCHES:
+        seconds: dict[str, list[float]] = {name: [] for name in sides}
+        for side in sides.values():
+            side.ask("prompt", batch)
+            side.ask("steps", WARM_UP)
+        for turn in range(steps // TURN):
+            for name in list(sides)[:: 1 if turn % 2 == 0 else -1]:
+                seconds[name].append(sides[name].ask("steps", TURN) / TURN)
+        for name, side in sides.items():
+            side.found[f"batch {batch}"] = batch / statistics.median(seconds[name])
+            side.found[f"best batch {batch}"] = batch / min(seconds[name])
+    for side in sides.values():
+        side.found["prefill"] = PREFILL / side.ask("prefill", PREFILL)
+
+
+def measure(source: Path, experts: int, work: Path, rounds: int, threads: int, steps: int) -> dict:
     checkpoint, gguf, remove = make_model(source, experts, work)
+    logits = {name: work / f"logits-{name}.npy" for name in (*SIDES, "control")}
+
+    def open_side(name: str) -> Side:
+        return Side(name, checkpoint, gguf, threads, logits[name])
+
     try:
         with Checkpoint.open(checkpoint) as opened:
             config = ModelConfig.of(describe(opened))
-        context = PROMPT + WARM_UP + tokens
-        nbytes = {f"batch {b}": bytes_per_token(config, experts, b, context).token for b in BATCHES}
+        nbytes = {f"batch {b}": bytes_per_token(config, experts, b, CONTEXT).token for b in BATCHES}
+        together = (2 + REPACKED) * gguf.stat().st_size < available_bytes()
         rows = []
         for number in range(rounds):
-            row: dict = {"read_gb_s": child("--bandwidth", threads)["bytes_per_s"] / 1e9}
-            for side in SIDES if number % 2 == 0 else SIDES[::-1]:
-                warm(checkpoint if side == "ours" else gguf)
-                logits = work / f"logits-{side}.npy"
-                row[side] = child(
+            order = SIDES if number % 2 == 0 else SIDES[::-1]
+            row: dict = {
+                "read_gb_s": child("--bandwidth", threads)["bytes_per_s"] / 1e9,
+                "together": together,
+            }
+            for group in [order] if together else [order[:1], order[1:]]:
+                sides = {name: open_side(name) for name in group}
+                take_turns(sides, steps)
+                for name, side in sides.items():
+                    side.close()
+                    row[name] = side.found
+                    click.echo(f"{experts} experts, round {number}, {name}: {shown(side.found)}")
+            row["agreement"] = agreement(logits["ours"], logits["llama.cpp"])
+            if number == 0:
+                control = (
                     "--side",
-                    side,
+                    "control",
                     checkpoint,
-                    gguf,
                     "--threads",
                     threads,
-                    "--tokens",
-                    tokens,
                     "--logits",
-                    logits,
+                    logits["control"],
                 )
-                click.echo(f"{experts} experts, round {number}, {side}: {shown(row[side])}")
-            row["agreement"] = agreement(*(work / f"logits-{side}.npy" for side in SIDES))
-            if number == 0:
-                control = work / "logits-control.npy"
-                child("--side", "control", checkpoint, "--threads", threads, "--logits", control)
-                alone = agreement(work / f"logits-{SIDES[0]}.npy", control)
+                child(*control)
+                alone = agreement(logits["ours"], logits["control"])
             row["control"] = alone
             click.echo(
                 f"read {row['read_gb_s']:.1f} GB/s, agreement {row['agreement']:.4f}, control {alone:.4f}"
@@ -280,8 +350,13 @@ def measure(source: Path, experts: int, work: Path, rounds: int, threads: int, t
         return summary(rows, nbytes)
     finally:
         remove()
-        for side in (*SIDES, "control"):
-            (work / f"logits-{side}.npy").unlink(missing_ok=True)
+        for file in logits.values():
+            file.unlink(missing_ok=True)
+
+
+def available_bytes() -> int:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
 
 def agreement(one: Path, other: Path) -> float:
@@ -331,6 +406,7 @@ def as_markdown(report: dict) -> str:
         ratios = [model[f"ratio {key}"] for key in GOALS]
         cells = ["logits disagree" if r is None else f"{r:.2f}" for r in ratios]
         cells += [f"{model['agreement']:.3f}", f"{model['control']:.3f}", f"{model['read_gb_s']:.1f} GB/s"]
+        cells.append("in turns" if model["rounds"][0]["together"] else "one after the other")
         lines.append(f"| {experts} | {' | '.join(cells)} |")
     columns = {
         "batch 1": "tokens/s, batch 1",
@@ -361,7 +437,7 @@ def as_markdown(report: dict) -> str:
 @click.option("--experts", type=int, multiple=True, help="Default: 4, 8 and 32.")
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--threads", default=os.cpu_count() or 1, show_default=True)
-@click.option("--tokens", default=32, show_default=True, help="Decoded at each batch size.")
+@click.option("--steps", default=32, show_default=True, help="Decoded at each batch size and round.")
 @click.option("--tiny", is_flag=True, help="Run on example:tiny, and print instead of writing results.")
 @click.option("--side", type=click.Choice([*SIDES, "control"]), hidden=True)
 @click.option("--logits", hidden=True)
@@ -372,7 +448,7 @@ def main(
     experts: tuple[int, ...],
     rounds: int,
     threads: int,
-    tokens: int,
+    steps: int,
     tiny: bool,
     side: str | None,
     logits: str,
@@ -385,7 +461,7 @@ def main(
         click.echo(json.dumps(run_control(files[0], threads, logits)))
         return
     if side:
-        click.echo(json.dumps(run_side(side, files[0], files[1], threads, tokens, logits)))
+        serve(side, files[0], files[1], threads, logits)
         return
     if work is None:
         raise click.UsageError("--work FOLDER is missing")
@@ -397,10 +473,10 @@ def main(
         make_checkpoint(source, Shape(), 3)
     report = {
         "how": f"python benchmarks/beside_llama_cpp.py: processes in turn, {rounds} rounds, {threads} threads each, "
-        f"{tokens} tokens decoded after a prompt of {PROMPT}, a prompt of {PREFILL}; random weights.",
+        f"{steps} steps after a prompt of {PROMPT}, a prompt of {PREFILL}; random weights.",
         "date": time.strftime("%Y-%m-%d"),
         "machine": describe_machine(work),
-        "models": {str(n): measure(source, n, work, rounds, threads, tokens) for n in experts or (4, 8, 32)},
+        "models": {str(n): measure(source, n, work, rounds, threads, steps) for n in experts or (4, 8, 32)},
     }
     if not tiny:
         (RESULTS / "llama_cpp.json").write_text(json.dumps(report, indent=1) + "\n")
