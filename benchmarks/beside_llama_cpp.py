@@ -10,9 +10,9 @@ short prompt, and reads a prompt of 512 tokens; the files they map are read into
 Where memory holds both they take turns every four steps, else one process follows the other; who begins
 changes. Beside them, in every round, a plain loop reads memory with as many threads. A rate is the median
 over turns; ratios are of the two in one round, ours to llama.cpp's; medians over rounds. Weights are
-random: speed and memory, not quality. Routers of random weights have near ties that any rounding decides, so the logits of the two are
-compared with a control, ours in BF16 beside ours in float32; no ratio is given where they agree much less
-than that. Results go to benchmarks/results/.
+random: speed and memory, not quality. Routers of random weights have near ties that any rounding decides,
+so the logits of the two are compared with a control, ours in BF16 beside ours in float32; no ratio is given
+where they agree much less than that. Results go to benchmarks/results/.
 """
 
 from __future__ import annotations

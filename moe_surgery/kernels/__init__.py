@@ -6,22 +6,25 @@ import torch
 
 from moe_surgery.errors import UsageError
 from moe_surgery.kernels.interface import Backend
+from moe_surgery.kernels.invariant import SUFFIX, InvariantBackend
 from moe_surgery.kernels.reference import ReferenceBackend
 
 __all__ = ["BACKENDS", "Backend", "backend_states", "select_backend"]
 
-BACKENDS = ("reference", "native", "triton")
+BACKENDS = ("reference", "native", "triton", "reference-invariant", "triton-invariant")
 
 
 def select_backend(device: torch.device, name: str | None = None) -> Backend:
     """The backend called `name`, or the best one for `device`: triton on CUDA, native on the CPU, where
-    they work, else reference.
+    they work, else reference. Those called invariant do one token at a time (see `InvariantBackend`).
 
     Raises UsageError for an unknown name and for a backend that cannot run here; one that was asked
     for is never replaced by another.
     """
     if name is not None and name not in BACKENDS:
         raise UsageError(f"--backend {name}: unknown; known: {', '.join(BACKENDS)}")
+    if name is not None and name.endswith(SUFFIX):
+        return InvariantBackend(select_backend(device, name.removesuffix(SUFFIX)))
     if name == "native" or (name is None and device.type == "cpu" and _native_reason() is None):
         if device.type != "cpu":
             raise UsageError(f"--backend native: runs on the CPU, not on {device}")
@@ -47,7 +50,12 @@ def backend_states() -> dict[str, str]:
         "reference": "yes",
         "native": f"yes: {_native_details()}" if native is None else f"no: {native}",
         "triton": "yes" if triton is None else f"no: {triton}",
+        "reference-invariant": f"yes: {_INVARIANT}",
+        "triton-invariant": f"yes: {_INVARIANT}" if triton is None else f"no: {triton}",
     }
+
+
+_INVARIANT = "one token at a time, so that none depends on the others; native never does"
 
 
 def _native_details() -> str:

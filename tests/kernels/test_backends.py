@@ -21,6 +21,12 @@ def test_plain_pytorch_runs_on_the_cpu_when_asked_for() -> None:
     assert select_backend(torch.device("cpu"), "reference").name == "reference"
 
 
+def test_an_invariant_backend_is_that_backend_one_token_at_a_time() -> None:
+    assert select_backend(torch.device("cpu"), "reference-invariant").name == "reference-invariant"
+    with pytest.raises(UsageError, match="unknown"):
+        select_backend(torch.device("cpu"), "native-invariant")
+
+
 def test_states_say_what_is_chosen_on_the_cpu_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(backend_states()) == set(BACKENDS)
     monkeypatch.setenv("MOE_SURGERY_NATIVE", "0")

@@ -1,4 +1,5 @@
-"""On the native backend a token's logits have the same bits however its text was fed to the model."""
+"""A token's logits have the same bits however its text was fed to the model: natively, and with any backend
+that is made invariant."""
 
 from __future__ import annotations
 
@@ -30,11 +31,14 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return write_lively(folder, SMALL, request.param, edit_config=lambda c: c.update(sliding_window=WINDOW))
 
 
-def model_of(folder: Path, dtype: torch.dtype, plan: Plan | None = None, threads: int = 1) -> Model:
-    key = folder, dtype, plan is None, threads
+def model_of(
+    folder: Path, dtype: torch.dtype, plan: Plan | None = None, threads: int = 1, backend: str = "native"
+) -> Model:
+    key = folder, dtype, plan is None, threads, backend
     if key not in _loaded:
-        _loaded[key] = load_model(folder, dtype=dtype, plan=plan, backend="native")
-        _loaded[key].backend = native("", threads)
+        _loaded[key] = load_model(folder, dtype=dtype, plan=plan, backend=backend)
+        if backend == "native":
+            _loaded[key].backend = native("", threads)
     return _loaded[key]
 
 
@@ -100,3 +104,43 @@ def test_the_embedded_model_too(tiny: Path, dtype: torch.dtype) -> None:
     expected = in_pieces(model, ids, [*range(151)], 16)
     for step in (2, 5, 16, 64, 150):
         assert torch.equal(in_pieces(model, ids, [*range(0, 150, step), 150], 16), expected), step
+
+
+# --- any backend, one token at a time
+
+INVARIANT = "reference-invariant"
+
+
+@settings(max_examples=10)
+@given(
+    seed=st.integers(0, 99),
+    batch=st.integers(1, 3),
+    steps=st.lists(st.integers(1, 16), min_size=1, max_size=LENGTH),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    viewed=st.booleans(),
+)
+def test_an_invariant_backend_gives_the_bits_of_one_token_at_a_time(
+    folder: Path, seed: int, batch: int, steps: list[int], dtype: torch.dtype, viewed: bool
+) -> None:
+    plan = PLAN if viewed else None
+    model = model_of(folder, dtype, plan, backend=INVARIANT)
+    ids = torch.randint(0, SMALL.vocabulary, (batch, LENGTH), generator=torch.Generator().manual_seed(seed))
+    one_by_one = in_pieces(model, ids, [*range(LENGTH + 1)], 16)
+    cuts = [0]
+    while cuts[-1] < LENGTH:
+        cuts.append(min(LENGTH, cuts[-1] + steps[len(cuts) % len(steps)]))
+    assert torch.equal(in_pieces(model, ids, cuts, WINDOW), one_by_one)
+    assert torch.equal(in_pieces(model, ids[:1], [0, LENGTH], WINDOW), one_by_one[:1])
+    # and what the backend computes otherwise, up to rounding
+    plain = in_pieces(model_of(folder, dtype, plan, backend="reference"), ids, [0, LENGTH], WINDOW)
+    if dtype == torch.float32:
+        torch.testing.assert_close(one_by_one, plain, rtol=0, atol=1e-4)
+
+
+def test_padding_changes_no_bit_of_an_invariant_backend(folder: Path) -> None:
+    model = model_of(folder, torch.float32, backend=INVARIANT)
+    ids = torch.randint(0, SMALL.vocabulary, (1, LENGTH), generator=torch.Generator().manual_seed(3))
+    padded = torch.cat((torch.zeros(1, 5, dtype=torch.int64), ids), dim=1)
+    mask = torch.ones_like(padded)
+    mask[:, :5] = 0
+    assert torch.equal(model(padded, None, mask)[:, 5:], model(ids))

@@ -15,7 +15,6 @@ pytest.importorskip("tokenizers")
 
 from moe_surgery import Plan, inspect, load_model, plan_random, prune  # noqa: E402
 from moe_surgery.errors import PlanMismatchError, UsageError  # noqa: E402
-from moe_surgery.kernels import BACKENDS  # noqa: E402
 from moe_surgery.runtime.acceptance_statistics import Round, SpeculationStatistics  # noqa: E402
 from moe_surgery.runtime.draft_length import AdaptiveLength, Costs  # noqa: E402
 from moe_surgery.runtime.generate import generate  # noqa: E402
@@ -25,6 +24,7 @@ from moe_surgery.runtime.speculate import Speculation, speculate  # noqa: E402
 from moe_surgery.runtime.step_bytes import weight_bytes  # noqa: E402
 from moe_surgery.runtime.text import Text  # noqa: E402
 from moe_surgery.runtime.view import view  # noqa: E402
+from tests.kernels.native_cases import needs_native  # noqa: E402
 from tests.runtime.conftest import SMALL, WINDOW  # noqa: E402
 from tests.runtime.models import write_lively  # noqa: E402
 from tests.runtime.speculation import arithmetic, program  # noqa: E402
@@ -424,14 +424,21 @@ def test_what_cannot_be_generated_is_refused(
 # --- rounding
 
 
-@pytest.mark.skipif("native" not in BACKENDS, reason="there are no kernels that promise it")
 @pytest.mark.parametrize(
-    ("experts", "length", "batch"), [(4, 3, MANY), (16, 1, ONE), (16, 8, MANY), (31, 4, ONE)]
+    ("backend", "experts", "length", "batch"),
+    [
+        *(
+            pytest.param("native", *case, marks=needs_native)
+            for case in [(4, 3, MANY), (16, 1, ONE), (16, 8, MANY), (31, 4, ONE)]
+        ),
+        ("reference-invariant", 8, 4, ONE),
+        ("reference-invariant", 16, 3, MANY),
+    ],
 )
 def test_bf16_is_exact_where_a_token_does_not_depend_on_the_others(
-    tiny: Path, prompts: list[list[int]], experts: int, length: int, batch: str
+    tiny: Path, prompts: list[list[int]], backend: str, experts: int, length: int, batch: str
 ) -> None:
-    target = load_model(tiny, dtype=torch.bfloat16, backend="native")
+    target = load_model(tiny, dtype=torch.bfloat16, backend=backend)
     draft = view(target, plan_random(experts, 0, inspect(tiny)))
     rows = prompts if batch == MANY else prompts[1:2]
     alone = [generate(target, [p], max_new_tokens=NEW, stop_tokens=()).tokens[0] for p in rows]

@@ -1,0 +1,92 @@
+"""Any backend made shape-invariant: what a token gets does not depend on the tokens beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from moe_surgery.kernels.interface import Backend, LayerStack, StackShape
+from moe_surgery.kernels.weights import ExpertWeights, Layer
+
+__all__ = ["SUFFIX", "InvariantBackend"]
+
+SUFFIX = "-invariant"
+
+
+class InvariantBackend:
+    """See `moe_surgery.kernels.interface.Backend`: every operation of `backend`, one token at a time.
+
+    A library chooses its kernels, and so its order of summation, by the number of rows: a step of several
+    tokens rounds otherwise than as many steps of one. Here all are steps of one, bit for bit: each token's
+    products by themselves, and attention over the keys it sees and no others, in order of position. The
+    cost is that nothing is shared: a step over n tokens reads the weights n times. The native backend is
+    shape-invariant by itself and needs none of this.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self.name = backend.name + SUFFIX
+        self.dtype = backend.dtype
+
+    def route(self, x: Tensor, weight: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        ids, weights = zip(
+            *(self._backend.route(row, weight, bias, top_k) for row in torch.split(x, 1)), strict=True
+        )
+        return torch.cat(ids), torch.cat(weights)
+
+    def experts(self, x: Tensor, ids: Tensor, weights: Tensor, expert_weights: ExpertWeights) -> Tensor:
+        rows = zip(*(torch.split(a, 1) for a in (x, ids, weights)), strict=True)
+        return torch.cat([self._backend.experts(a, b, c, expert_weights) for a, b, c in rows])
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return _by_row(lambda row: self._backend.linear(row, weight, bias), x)
+
+    def linears(self, x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+        return [self.linear(x, weight, bias) for weight, bias in layers]
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return _by_row(lambda row: self._backend.rms_norm(row, weight, eps), x)
+
+    def turns(self, positions: Tensor, frequencies: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        each = [self._backend.turns(p, frequencies, scale) for p in torch.split(positions.reshape(-1), 1)]
+        shape = (*positions.shape, len(frequencies))
+        cos, sin = (torch.cat(part).view(shape) for part in zip(*each, strict=True))
+        return cos, sin
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return self._backend.rotate(x, cos, sin)  # each product and sum is rounded by itself
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor,
+        queries: Tensor,
+        keys: Tensor,
+        window: int | None,
+    ) -> Tensor:
+        out = q.new_zeros((q.shape[0], q.shape[2], q.shape[1] * q.shape[3]))
+        for b in range(q.shape[0]):
+            order = keys[b].argsort(stable=True)
+            held = keys[b][order]
+            for i, position in enumerate(queries[b].tolist()):
+                first = 0 if window is None else max(0, position - window + 1)
+                seen = order[(held >= first) & (held <= position)]
+                if not len(seen):
+                    continue
+                one = (q[b : b + 1, :, i : i + 1], k[b : b + 1, :, seen], v[b : b + 1, :, seen], sinks)
+                at = (queries[b : b + 1, i : i + 1], keys[b : b + 1, seen])
+                out[b : b + 1, i : i + 1] = self._backend.attend(*one, *at, window)
+        return out
+
+    def stack(self, layers: Sequence[Layer], shape: StackShape) -> LayerStack | None:
+        return None
+
+
+def _by_row(operation: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`operation` on each row of x [..., columns] as [1, columns]."""
+    rows = torch.cat([operation(row) for row in torch.split(x.reshape(-1, x.shape[-1]), 1)])
+    return rows.view(*x.shape[:-1], rows.shape[-1])
