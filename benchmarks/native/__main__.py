@@ -34,6 +34,7 @@ def measure(candidates: dict[str, Measured], rounds: int) -> dict[str, dict[str,
     cpu: dict[str, list[float]] = {name: [] for name in candidates}
     for round_ in range(rounds + 1):
         for name, measured in candidates.items():
+            time.sleep(0.02)  # until the threads of the one before have stopped looking for work
             started, used = time.perf_counter(), time.process_time()
             measured.run()
             if round_:  # the first warms up
