@@ -55,7 +55,7 @@ def backend_states() -> dict[str, str]:
     }
 
 
-_INVARIANT = "one token at a time, so that none depends on the others; native never does"
+_INVARIANT = "one token at a time, so that no result depends on the tokens beside it (with native none does)"
 
 
 def _native_details() -> str:
