@@ -140,7 +140,7 @@ def main(work: Path, context: int, steps: int, rounds: int) -> None:
         "machine": describe_machine(work),
         "read_bandwidth": decode["read_bandwidth"],
         "settings": decode["settings"],
-        "decode": decode["rows"],
+        "decode": [row | {"model": Path(row["model"]).name} for row in decode["rows"]],
         "speculation": speculation_rows(full, plans, context, rounds),
     }
     (RESULTS / "full_size_costs.json").write_text(json.dumps(report, indent=1) + "\n")
