@@ -12,7 +12,15 @@ from torch import Tensor
 from moe_surgery.errors import UsageError
 from moe_surgery.formats.native import native_module, native_reason
 from moe_surgery.kernels.interface import LayerStack, StackShape
-from moe_surgery.kernels.native.operands import BF16, F32, Plain, in_float32, matrix_of, plain_bf16
+from moe_surgery.kernels.native.operands import (
+    BF16,
+    F32,
+    Plain,
+    in_float32,
+    matrix_of,
+    plain_bf16,
+    projection_of,
+)
 from moe_surgery.kernels.native.stack import NativeStack
 from moe_surgery.kernels.reference import ReferenceBackend
 from moe_surgery.kernels.weights import ExpertWeights, Layer
@@ -81,7 +89,7 @@ class NativeBackend:
         ids = torch.empty((tokens, top_k), dtype=torch.int64)
         weights = torch.empty((tokens, top_k))
         logits = torch.empty((tokens, rows))
-        router = _product(weight, bias, logits)
+        router = (*projection_of(weight, bias), logits.data_ptr())
         self._engine.route(wide.data_ptr(), tokens, router, top_k, ids.data_ptr(), weights.data_ptr())
         return ids, _as(weights, x)
 
@@ -135,7 +143,7 @@ class NativeBackend:
                 _check_shape("bias", bias, (weight.shape[0],))
         wide = in_float32(x)
         found = [torch.empty((*x.shape[:-1], len(weight))) for weight, _ in layers]
-        products = [_product(w, b, y) for (w, b), y in zip(layers, found, strict=True)]
+        products = [(*projection_of(w, b), y.data_ptr()) for (w, b), y in zip(layers, found, strict=True)]
         self._engine.products(wide.data_ptr(), wide.numel() // columns, products)
         return [_as(y, x) for y in found]
 
@@ -237,13 +245,6 @@ def _thread_count() -> int:
     if not said.isdecimal() or not 1 <= int(said) <= MOST_THREADS:
         raise UsageError(f"{THREADS_VARIABLE}={said}: must be a number from 1 to {MOST_THREADS}")
     return int(said)
-
-
-def _product(weight: Tensor, bias: Tensor | None, y: Tensor) -> tuple[int, int, int, int, int, int]:
-    """`ProductTuple` of the extension."""
-    rows, columns = weight.shape
-    held = 0 if bias is None else bias.data_ptr()
-    return weight.data_ptr(), 2 * weight.stride(0), rows, columns, held, y.data_ptr()
 
 
 def _as(y: Tensor, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from moe_surgery.errors import UsageError
 from moe_surgery.kernels.weights import DenseWeight, Weight
 
-__all__ = ["BF16", "F32", "Plain", "in_float32", "matrix_of", "plain_bf16"]
+__all__ = ["BF16", "F32", "Plain", "in_float32", "matrix_of", "plain_bf16", "projection_of"]
 
 BF16 = torch.bfloat16
 F32 = torch.float32
@@ -28,6 +28,12 @@ def in_float32(x: Tensor) -> Tensor:
 def plain_bf16(tensor: Tensor) -> bool:
     """Whether it is BF16 in memory of the CPU with a contiguous last axis."""
     return tensor.dtype == BF16 and tensor.is_cpu and tensor.stride(-1) == 1
+
+
+def projection_of(weight: Tensor, bias: Tensor | None) -> tuple[int, int, int, int, int]:
+    """`ProjectionTuple` of the extension, for BF16 tensors."""
+    rows, columns = weight.shape
+    return weight.data_ptr(), 2 * weight.stride(0), rows, columns, 0 if bias is None else bias.data_ptr()
 
 
 def matrix_of(native: Any, what: str, weight: Weight, bias: Tensor) -> Any:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from moe_surgery.kernels.interface import LayerSlots, StackShape
-from moe_surgery.kernels.native.operands import F32, Plain, matrix_of, plain_bf16
-from moe_surgery.kernels.weights import Layer, Projection
+from moe_surgery.kernels.native.operands import F32, Plain, matrix_of, plain_bf16, projection_of
+from moe_surgery.kernels.weights import Layer
 
 __all__ = ["NativeStack"]
 
@@ -35,7 +35,7 @@ class NativeStack:
                 layer.attention_norm.data_ptr(),
                 layer.mlp_norm.data_ptr(),
                 layer.sinks.data_ptr(),
-                tuple(_address(p) for p in projections),
+                tuple(projection_of(*p.pair) for p in projections),
                 matrix_of(native, "gate_up", e.gate_up, e.gate_up_bias),
                 matrix_of(native, "down", e.down, e.down_bias),
                 e.limit,
@@ -88,13 +88,6 @@ def _check(layer: Layer, hidden: int, shape: StackShape) -> None:
     named = index is None or (index.dtype == torch.int64 and index.is_contiguous() and len(index) == experts)
     if not (fits and named and 1 <= layer.top_k <= experts):
         raise Plain
-
-
-def _address(projection: Projection) -> tuple[int, int, int, int, int]:
-    """`ProjectionTuple` of the extension."""
-    weight, bias = projection.weight, projection.bias
-    rows, columns = weight.shape
-    return weight.data_ptr(), 2 * weight.stride(0), rows, columns, 0 if bias is None else bias.data_ptr()
 
 
 def _slots(cache: LayerSlots) -> tuple[object, ...]:
