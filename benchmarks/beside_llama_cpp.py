@@ -17,7 +17,6 @@ where they agree much less than that. Results go to benchmarks/results/.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import shutil
@@ -26,13 +25,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import click
 import numpy as np
+from decode_sides import BATCHES, CONTEXT, MEMORY, PREFILL, PROMPT, SIDES
 from machine import describe_machine
 from make_checkpoint import Shape, make_checkpoint
 
@@ -43,170 +41,19 @@ from moe_surgery.runtime.config import ModelConfig
 from moe_surgery.runtime.decode_cost import bytes_per_token
 
 RESULTS = Path(__file__).parent / "results"
-SIDES = ("ours", "llama.cpp")
-PROMPT, PREFILL, BATCHES = 16, 512, (1, 8)
+ONE_SIDE = Path(__file__).with_name("decode_sides.py")
 WARM_UP = 3
 TURN = 4  # steps between one side's turn and the other's
-CONTEXT = 256
-READ_BYTES, READ_PASSES = 1 << 30, 5
 REPACKED = 0.8
 """Of its file, what llama.cpp holds a second time: its experts in another order."""
-MEMORY = {"private_mib": "RssAnon", "mapped_mib": "RssFile", "peak_rss_mib": "VmHWM"}
 AGREEMENT = 0.8
 """Least cosine of the two sides' logits, as a share of the control's."""
 GOALS = {"batch 1": 1.0, "batch 8": 1.0, "prefill": 0.5}
 MIB = 1 << 20
 
 
-def status_mib(key: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
-
-
-def prompts(vocabulary: int, batch: int, length: int) -> np.ndarray:
-    """Tokens int64 [batch, length]; the first row of every batch is the same."""
-    return np.random.default_rng(length).integers(0, vocabulary, (batch, length))
-
-
-# --- one side, in a process of its own
-
-
-class Ours:
-    def __init__(self, checkpoint: str, _: str, threads: int, dtype: str | None = None) -> None:
-        import torch
-
-        from moe_surgery.runtime.load import load_model
-
-        torch.set_num_threads(threads)
-        self._torch = torch
-        self._model = load_model(checkpoint, dtype=dtype and getattr(torch, dtype))
-        self.name = f"{self._model.backend.name} backend, {self._model.dtype}"
-
-    def begin(self, batch: int, context: int) -> None:
-        self._cache = self._model.new_cache(batch, context)
-
-    def step(self, tokens: np.ndarray) -> np.ndarray:
-        """Logits [batch, vocabulary] behind the last column of tokens [batch, n]."""
-        ids = self._torch.from_numpy(np.ascontiguousarray(tokens))
-        logits: np.ndarray = self._model(ids, self._cache, logits_to_keep=1)[:, -1].float().numpy()
-        return logits
-
-
-class Llama:
-    """llama.cpp through its C interface: as many sequences as the largest batch."""
-
-    def __init__(self, _: str, gguf: str, threads: int) -> None:
-        import llama_cpp as api
-
-        self._api = api
-        self._model = api.llama_model_load_from_file(gguf.encode(), api.llama_model_default_params())
-        options = api.llama_context_default_params()
-        options.n_ctx = max(PREFILL + 32, max(BATCHES) * 256)
-        options.n_batch = options.n_ubatch = PREFILL
-        options.n_seq_max = max(BATCHES)
-        options.kv_unified = True
-        options.n_threads = options.n_threads_batch = threads
-        self._context = api.llama_init_from_model(self._model, options)
-        self._vocabulary = api.llama_vocab_n_tokens(api.llama_model_get_vocab(self._model))
-        self._batch = api.llama_batch_init(PREFILL, 0, 1)
-        self.name = f"llama-cpp-python {api.__version__}"
-
-    def begin(self, batch: int, context: int) -> None:
-        self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)
-        self._position = 0
-
-    def step(self, tokens: np.ndarray) -> np.ndarray:
-        batch, (sequences, length) = self._batch, tokens.shape
-        batch.n_tokens = tokens.size
-        for number, (sequence, place) in enumerate(np.ndindex(sequences, length)):
-            batch.token[number] = int(tokens[sequence, place])
-            batch.pos[number] = self._position + place
-            batch.n_seq_id[number] = 1
-            batch.seq_id[number][0] = sequence
-            batch.logits[number] = place == length - 1
-        if self._api.llama_decode(self._context, batch):
-            raise click.ClickException("llama_decode failed")
-        self._position += length
-        rows = [
-            np.ctypeslib.as_array(
-                self._api.llama_get_logits_ith(self._context, (s + 1) * length - 1), (self._vocabulary,)
-            )
-            for s in range(sequences)
-        ]
-        return np.stack(rows)
-
-
-def serve(side: str, checkpoint: str, gguf: str, threads: int, logits: str) -> None:
-    """One side in this process: load, then do what each line of the input says, one line of JSON for each.
-
-    The libraries are imported before the clock starts: what is timed is the model. The logits of the
-    prompts go to the file `logits`.
-    """
-    import_module("moe_surgery.runtime.load" if side == "ours" else "llama_cpp")
-    vocabulary, kept = vocabulary_of(checkpoint), []
-    start = time.perf_counter()
-    runner = (Ours if side == "ours" else Llama)(checkpoint, gguf, threads)
-    print(json.dumps({"load_s": time.perf_counter() - start, "name": runner.name}), flush=True)
-    last = np.zeros((1, 1))
-    for line in sys.stdin:
-        what, number = line.split()
-        begin = time.perf_counter()
-        if what == "prompt":  # as a batch of so many
-            runner.begin(int(number), CONTEXT)
-            last = runner.step(prompts(vocabulary, int(number), PROMPT))
-            kept.append(last)
-        elif what == "steps":
-            for _ in range(int(number)):
-                last = runner.step(last.argmax(-1)[:, None])
-        elif what == "prefill":
-            runner.begin(1, int(number) + 1)
-            runner.step(prompts(vocabulary, 1, int(number)))
-        seconds = time.perf_counter() - begin
-        said = {name: status_mib(key) for name, key in MEMORY.items()}
-        print(json.dumps({"seconds": seconds, **said}), flush=True)
-    np.save(logits, np.concatenate(kept))
-
-
-def run_control(checkpoint: str, threads: int, logits: str) -> dict:
-    """Ours in BF16: the logits of the prompts go to the file `logits`."""
-    runner, kept = Ours(checkpoint, "", threads, "bfloat16"), []
-    for batch in BATCHES:
-        runner.begin(batch, PROMPT + 1)
-        kept.append(runner.step(prompts(vocabulary_of(checkpoint), batch, PROMPT)))
-    np.save(logits, np.concatenate(kept))
-    return {}
-
-
-def vocabulary_of(checkpoint: str) -> int:
-    with Checkpoint.open(checkpoint) as opened:
-        return ModelConfig.of(describe(opened)).vocabulary
-
-
-def read_bandwidth(threads: int) -> float:
-    """Bytes a second that `threads` threads read from memory, each its own block, by libc's memchr."""
-    library = ctypes.CDLL(None)
-    library.memchr.restype = ctypes.c_void_p
-    library.memchr.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
-    share = READ_BYTES // threads
-    blocks = [np.full(share, 1, np.uint8) for _ in range(threads)]
-
-    def search(block: np.ndarray) -> None:
-        assert library.memchr(block.ctypes.data, 0, share) is None
-
-    best = 0.0
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in range(READ_PASSES):
-            begin = time.perf_counter()
-            list(pool.map(search, blocks))
-            best = max(best, share * threads / (time.perf_counter() - begin))
-    return best
-
-
-# --- the run
-
-
 def child(*arguments: object) -> dict:
-    command = [sys.executable, __file__, *map(str, arguments)]
+    command = [sys.executable, str(ONE_SIDE), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise click.ClickException(
@@ -250,9 +97,9 @@ class Side:
 
     def __init__(self, name: str, checkpoint: Path, gguf: Path, threads: int, logits: Path) -> None:
         warm(checkpoint if name == "ours" else gguf)
-        arguments = ("--side", name, checkpoint, gguf, "--threads", threads, "--logits", logits)
+        arguments = (name, checkpoint, gguf, "--threads", threads, "--logits", logits)
         self._process = subprocess.Popen(
-            [sys.executable, __file__, *map(str, arguments)],
+            [sys.executable, str(ONE_SIDE), *map(str, arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -319,7 +166,7 @@ def measure(source: Path, experts: int, work: Path, rounds: int, threads: int, s
         for number in range(rounds):
             order = SIDES if number % 2 == 0 else SIDES[::-1]
             row: dict = {
-                "read_gb_s": child("--bandwidth", threads)["bytes_per_s"] / 1e9,
+                "read_gb_s": child("bandwidth", "--threads", threads)["bytes_per_s"] / 1e9,
                 "together": together,
             }
             for group in [order] if together else [order[:1], order[1:]]:
@@ -331,16 +178,7 @@ def measure(source: Path, experts: int, work: Path, rounds: int, threads: int, s
                     click.echo(f"{experts} experts, round {number}, {name}: {shown(side.found)}")
             row["agreement"] = agreement(logits["ours"], logits["llama.cpp"])
             if number == 0:
-                control = (
-                    "--side",
-                    "control",
-                    checkpoint,
-                    "--threads",
-                    threads,
-                    "--logits",
-                    logits["control"],
-                )
-                child(*control)
+                child("control", checkpoint, "--threads", threads, "--logits", logits["control"])
                 alone = agreement(logits["ours"], logits["control"])
             row["control"] = alone
             click.echo(
@@ -432,37 +270,20 @@ def as_markdown(report: dict) -> str:
 
 
 @click.command(help=__doc__)
-@click.argument("files", nargs=-1)
 @click.option("--work", type=click.Path(path_type=Path), help="Scratch folder.")
 @click.option("--experts", type=int, multiple=True, help="Default: 4, 8 and 32.")
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--threads", default=os.cpu_count() or 1, show_default=True)
 @click.option("--steps", default=32, show_default=True, help="Decoded at each batch size and round.")
 @click.option("--tiny", is_flag=True, help="Run on example:tiny, and print instead of writing results.")
-@click.option("--side", type=click.Choice([*SIDES, "control"]), hidden=True)
-@click.option("--logits", hidden=True)
-@click.option("--bandwidth", type=int, hidden=True)
 def main(
-    files: tuple[str, ...],
     work: Path | None,
     experts: tuple[int, ...],
     rounds: int,
     threads: int,
     steps: int,
     tiny: bool,
-    side: str | None,
-    logits: str,
-    bandwidth: int | None,
 ) -> None:
-    if bandwidth:
-        click.echo(json.dumps({"bytes_per_s": read_bandwidth(bandwidth)}))
-        return
-    if side == "control":
-        click.echo(json.dumps(run_control(files[0], threads, logits)))
-        return
-    if side:
-        serve(side, files[0], files[1], threads, logits)
-        return
     if work is None:
         raise click.UsageError("--work FOLDER is missing")
     if find_spec("llama_cpp") is None:
