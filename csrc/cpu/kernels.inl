@@ -259,37 +259,77 @@ struct Over {
     static void bf16_transposed(const Bf16Rows& weight, std::ptrdiff_t first, std::ptrdiff_t last,
                                 const float* const* x, std::ptrdiff_t tokens, float* y,
                                 std::ptrdiff_t y_stride) {
-        constexpr std::ptrdiff_t kDepth = 8;  // columns between a load and a store of the sums
         for (std::ptrdiff_t t = 0; t < tokens; ++t) {
             __builtin_memset(y + t * y_stride, 0, static_cast<std::size_t>(last - first) * sizeof(float));
         }
-        std::ptrdiff_t c = 0;
-        for (; weight.columns - c >= kDepth; c += kDepth) {
-            transposed_some<kDepth>(weight, c, first, last, x, tokens, y, y_stride);
+        constexpr std::ptrdiff_t kDepth = 64;  // columns between a load and a store of the sums
+        constexpr std::ptrdiff_t kTile = V::kColumnRows * kLanes;
+        for (std::ptrdiff_t c = 0; c < weight.columns; c += kDepth) {
+            const Columns columns = {weight, c, smaller(kDepth, weight.columns - c), kDepth * weight.stride};
+            std::ptrdiff_t r = first;
+            for (; last - r >= kTile; r += kTile) {
+                columns_some_rows<V::kColumnRows, true>(columns, r, kLanes, x, tokens, y + r - first, y_stride);
+            }
+            for (; last - r >= kLanes; r += kLanes) {
+                columns_some_rows<1, true>(columns, r, kLanes, x, tokens, y + r - first, y_stride);
+            }
+            if (r < last) columns_some_rows<1, false>(columns, r, last - r, x, tokens, y + r - first, y_stride);
         }
-        for (; c < weight.columns; ++c) transposed_some<1>(weight, c, first, last, x, tokens, y, y_stride);
     }
 
-    template <int D>
-    static void transposed_some(const Bf16Rows& weight, std::ptrdiff_t c, std::ptrdiff_t first,
-                                std::ptrdiff_t last, const float* const* x, std::ptrdiff_t tokens, float* y,
-                                std::ptrdiff_t y_stride) {
-        for (std::ptrdiff_t r = first; r < last; r += kLanes) {
-            const std::ptrdiff_t count = smaller(kLanes, last - r);
-            F w[D];
-            for (int d = 0; d < D; ++d) {
-                const std::uint8_t* from = weight.data + (c + d) * weight.stride + 2 * r;
-                if ((r - first) % (2 * kLanes) == 0) fetch(from + D * weight.stride);
-                w[d] = count == kLanes ? V::bf16(from) : bf16_partial(from, count);
+    // Columns start .. start + count of a transposed weight; those so many bytes further on are next.
+    struct Columns {
+        const Bf16Rows& weight;
+        std::ptrdiff_t start, count, ahead;
+    };
+
+    // Sixteen rows R times from row r on; only `rows` of them where they are not `Whole`.
+    template <int R, bool Whole>
+    static void columns_some_rows(const Columns& columns, std::ptrdiff_t r, std::ptrdiff_t rows,
+                                  const float* const* x, std::ptrdiff_t tokens, float* y,
+                                  std::ptrdiff_t y_stride) {
+        std::ptrdiff_t t = 0;
+        const auto run = [&](auto tile, std::ptrdiff_t count) {
+            for (; tokens - t >= count; t += count) tile(columns, r, rows, t == 0, x + t, y + t * y_stride, y_stride);
+        };
+        run(columns_tile<R, 4, Whole>, 4);
+        run(columns_tile<R, 3, Whole>, 3);
+        run(columns_tile<R, 2, Whole>, 2);
+        run(columns_tile<R, 1, Whole>, 1);
+    }
+
+    template <int R, int T, bool Whole>
+    static void columns_tile(const Columns& columns, std::ptrdiff_t row, std::ptrdiff_t rows, bool fetching,
+                             const float* const* x, float* y, std::ptrdiff_t y_stride) {
+        F sums[R][T];
+        for (int r = 0; r < R; ++r) {
+            for (int t = 0; t < T; ++t) {
+                const float* from = y + t * y_stride + r * kLanes;
+                sums[r][t] = Whole ? V::load(from) : partial(from, rows);
             }
-            for (std::ptrdiff_t t = 0; t < tokens; ++t) {
-                float* into = y + t * y_stride + r - first;
-                F sums = count == kLanes ? V::load(into) : partial(into, count);
-                for (int d = 0; d < D; ++d) sums = V::fma(V::set(x[t][c + d]), w[d], sums);
-                if (count == kLanes) {
-                    V::store(into, sums);
+        }
+        const std::uint8_t* from = columns.weight.data + columns.start * columns.weight.stride + 2 * row;
+        for (std::ptrdiff_t c = 0; c < columns.count; ++c, from += columns.weight.stride) {
+            if (fetching) {
+                for (int line = 0; line < 2 * R * kLanes; line += 64) fetch(from + columns.ahead + line);
+            }
+            F w[R];
+            for (int r = 0; r < R; ++r) {
+                const std::uint8_t* p = from + 2 * r * kLanes;
+                w[r] = Whole ? V::bf16(p) : bf16_partial(p, rows);
+            }
+            for (int t = 0; t < T; ++t) {
+                const F value = V::set(x[t][columns.start + c]);
+                for (int r = 0; r < R; ++r) sums[r][t] = V::fma(value, w[r], sums[r][t]);
+            }
+        }
+        for (int r = 0; r < R; ++r) {
+            for (int t = 0; t < T; ++t) {
+                float* into = y + t * y_stride + r * kLanes;
+                if constexpr (Whole) {
+                    V::store(into, sums[r][t]);
                 } else {
-                    store_partial(into, sums, count);
+                    store_partial(into, sums[r][t], rows);
                 }
             }
         }

@@ -15,7 +15,7 @@ struct LanesAvx2 {
         std::uint8_t held[kSpanBytes];
         const std::uint8_t* bytes() const { return from ? from : held; }
     };
-    static constexpr int kRows = 2, kTokens = 2, kPackedRows = 1;
+    static constexpr int kRows = 2, kTokens = 2, kPackedRows = 1, kColumnRows = 1;
 
     static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
     static F set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }

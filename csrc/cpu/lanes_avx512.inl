@@ -10,7 +10,7 @@ struct LanesAvx512 {
     struct Packed {
         __m512i at[4];
     };
-    static constexpr int kRows = 5, kTokens = 4, kPackedRows = 2;
+    static constexpr int kRows = 5, kTokens = 4, kPackedRows = 2, kColumnRows = 4;
 
     static F zero() { return _mm512_setzero_ps(); }
     static F set(float x) { return _mm512_set1_ps(x); }

@@ -13,7 +13,7 @@ struct LanesNeon {
     struct Packed {
         int8x16_t at[4][8];
     };
-    static constexpr int kRows = 2, kTokens = 2, kPackedRows = 1;
+    static constexpr int kRows = 2, kTokens = 2, kPackedRows = 1, kColumnRows = 1;
 
     template <class Each>
     static F each(Each value) { return {{value(0), value(1), value(2), value(3)}}; }

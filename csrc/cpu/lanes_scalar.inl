@@ -13,7 +13,7 @@ struct LanesScalar {
     struct Packed {
         std::int8_t at[8][64];
     };
-    static constexpr int kRows = 1, kTokens = 2, kPackedRows = 1;
+    static constexpr int kRows = 1, kTokens = 2, kPackedRows = 1, kColumnRows = 1;
 
     template <class Each>
     static F each(Each value) {

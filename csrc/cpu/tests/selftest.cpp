@@ -220,7 +220,7 @@ int main() {
         check_mxfp4(check, shape);
         check_rest(check, shape);
     }
-    for (Shape shape : {Shape{1, 1, 1}, {5, 7, 3}, {17, 33, 2}, {40, 66, 8}}) {
+    for (Shape shape : {Shape{1, 1, 1}, {5, 7, 3}, {17, 33, 2}, {40, 66, 8}, {84, 65, 7}}) {
         check_bf16(check, shape);
         check_rest(check, shape);
     }
