@@ -38,7 +38,7 @@ void Engine::attend(const Attention& a, const Seen& seen) const {
     // A handful of keys is done before another thread has woken up.
     const bool small = static_cast<std::ptrdiff_t>(seen.slots.size()) * a.heads * a.head_dim < 1 << 16;
     const int threads = small ? 1 : threads_;
-    const std::ptrdiff_t room = a.slots + kLanes;
+    const std::ptrdiff_t room = kHeadsAtOnce * (a.slots + kLanes);
     std::vector<float> scores(static_cast<std::size_t>(room * threads));
     const auto one = [&](std::ptrdiff_t piece, int thread) {
         const std::ptrdiff_t which = piece / a.kv_heads, kv_head = piece % a.kv_heads;
@@ -52,10 +52,10 @@ void Engine::attend(const Attention& a, const Seen& seen) const {
                                     seen.ends[static_cast<std::size_t>(which)] - begin,
                                     a.head_dim,
                                     a.wide};
-        for (std::ptrdiff_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-            kernels_.attend(a.q + ((b * a.heads + head) * a.queries + query) * a.head_dim, a.sinks[head], span,
-                            scores.data() + room * thread, a.out + (which * a.heads + head) * a.head_dim);
-        }
+        const std::ptrdiff_t head = kv_head * group;
+        kernels_.attend(a.q + ((b * a.heads + head) * a.queries + query) * a.head_dim, a.queries * a.head_dim,
+                        a.sinks + head, group, span, scores.data() + room * thread,
+                        a.out + (which * a.heads + head) * a.head_dim);
     };
     Pool::shared().run(threads, {{all * a.kv_heads, one}});
 }

@@ -61,7 +61,10 @@ struct alignas(64) Span {
 constexpr float kMostWhole = 32639.0f;  // 256 * 127 + 127
 using Quantized = const Span*;
 
-// What the attention of one query head over one key-value head reads. Key i of `count`, in order of
+// Query heads that go through a key-value head's keys together.
+constexpr int kHeadsAtOnce = 4;
+
+// What the attention of query heads over one key-value head reads. Key i of `count`, in order of
 // position, lies at keys + slots[i] * key_stride (bytes).
 struct AttentionSpan {
     const std::uint8_t* keys;
@@ -100,9 +103,11 @@ struct Kernels {
     // y = x / sqrt(mean(x^2) + eps) * weight, weight in BF16.
     void (*rms_norm)(const float* x, const std::uint8_t* weight, std::ptrdiff_t columns, float eps, float* y);
 
-    // out[head_dim] = softmax over the span's keys and the sink, times its values. `scores` is room for
-    // `count` floats rounded up to 16.
-    void (*attend)(const float* q, float sink, const AttentionSpan& span, float* scores, float* out);
+    // out[h * head_dim] for `heads` query heads from q + h * q_stride: softmax over the span's keys and the
+    // head's sink, times the span's values. `scores` is room for kHeadsAtOnce times `count` floats rounded
+    // up to 16.
+    void (*attend)(const float* q, std::ptrdiff_t q_stride, const float* sinks, std::ptrdiff_t heads,
+                   const AttentionSpan& span, float* scores, float* out);
 };
 
 extern const Kernels kScalarKernels;

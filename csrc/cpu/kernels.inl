@@ -389,48 +389,38 @@ struct Over {
         }
     }
 
-    // D: the head's sixteens where they are known when compiling, so that they stay in registers; else 0.
-    template <bool Wide, int D>
-    static void scores_of(const float* q, const AttentionSpan& span, float* scores) {
-        const std::ptrdiff_t head_dim = D ? D * kLanes : span.head_dim;
-        const std::uint8_t* query = reinterpret_cast<const std::uint8_t*>(q);
-        for (std::ptrdiff_t i = 0; i < span.count; ++i) {
-            const std::uint8_t* key = span.keys + span.slots[i] * span.key_stride;
-            F sums = V::zero();
-            for (std::ptrdiff_t d = 0; d < head_dim; d += kLanes) {
-                sums = V::fma(head_part<true>(query, d, head_dim), head_part<Wide>(key, d, head_dim), sums);
-            }
-            scores[i] = V::sum(sums);
-        }
-    }
+    // Below: H heads together; D: a head's sixteens where they are known when compiling, else 0.
 
-    template <bool Wide, int D>
-    static void mix(const float* weights, const AttentionSpan& span, F share, float* out) {
-        constexpr int kAtOnce = D ? D : 1;
-        const std::ptrdiff_t head_dim = D ? D * kLanes : span.head_dim;
-        for (std::ptrdiff_t d = 0; d < head_dim; d += kAtOnce * kLanes) {
-            F mixed[kAtOnce];
-            for (int j = 0; j < kAtOnce; ++j) mixed[j] = V::zero();
-            for (std::ptrdiff_t i = 0; i < span.count; ++i) {
-                const std::uint8_t* value = span.values + span.slots[i] * span.value_stride;
-                const F weight = V::set(weights[i]);
-                for (int j = 0; j < kAtOnce; ++j) {
-                    mixed[j] = V::fma(weight, head_part<Wide>(value, d + j * kLanes, head_dim), mixed[j]);
+    // scores[h * stride + i] of key i, and some after the last one.
+    template <bool Wide, int D, int H>
+    static void scores_of(const float* q, std::ptrdiff_t q_stride, const AttentionSpan& span, float* scores,
+                          std::ptrdiff_t stride) {
+        const std::ptrdiff_t parts = D ? D : (span.head_dim + kLanes - 1) / kLanes;
+        for (std::ptrdiff_t i = 0; i < span.count; i += 4) {
+            const std::uint8_t* keys[4];
+            F held[4][D ? D : 1];
+            for (int k = 0; k < 4; ++k) {
+                keys[k] = span.keys + span.slots[smaller(i + k, span.count - 1)] * span.key_stride;
+                for (int d = 0; d < D; ++d) held[k][d] = head_part<Wide>(keys[k], d * kLanes, D * kLanes);
+            }
+            for (int h = 0; h < H; ++h) {
+                const std::uint8_t* query = reinterpret_cast<const std::uint8_t*>(q + h * q_stride);
+                F sums[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+                for (std::ptrdiff_t d = 0; d < parts; ++d) {
+                    const F value = head_part<true>(query, d * kLanes, D ? D * kLanes : span.head_dim);
+                    for (int k = 0; k < 4; ++k) {
+                        const F key = D ? held[k][d] : head_part<Wide>(keys[k], d * kLanes, span.head_dim);
+                        sums[k] = V::fma(value, key, sums[k]);
+                    }
                 }
-            }
-            for (int j = 0; j < kAtOnce; ++j) {
-                const std::ptrdiff_t start = d + j * kLanes;
-                store_partial(out + start, V::mul(mixed[j], share), smaller(kLanes, head_dim - start));
+                V::sum_four(sums, scores + h * stride + i);
             }
         }
     }
 
-    template <bool Wide, int D>
-    static void attend_over(const float* q, float sink, const AttentionSpan& span, float* scores, float* out) {
-        const F factor = V::set(1.0f / __builtin_sqrtf(static_cast<float>(span.head_dim)));
-        scores_of<Wide, D>(q, span, scores);
-        const std::ptrdiff_t padded = (span.count + kLanes - 1) / kLanes * kLanes;
-        for (std::ptrdiff_t i = span.count; i < padded; ++i) scores[i] = -__builtin_inff();
+    // Scores to weights; one over their sum.
+    static float soften(float* scores, std::ptrdiff_t count, std::ptrdiff_t padded, float sink, F factor) {
+        for (std::ptrdiff_t i = count; i < padded; ++i) scores[i] = -__builtin_inff();
         F tops = V::set(sink);
         for (std::ptrdiff_t i = 0; i < padded; i += kLanes) {
             const F scaled = V::mul(V::load(scores + i), factor);
@@ -443,19 +433,76 @@ struct Over {
         F totals = V::zero();
         for (std::ptrdiff_t i = 0; i < padded; i += kLanes) {
             V::store(held, exp(V::sub(V::load(scores + i), V::set(top))));
-            for (std::ptrdiff_t j = smaller(kLanes, span.count - i); j < kLanes; ++j) held[j] = 0.0f;
+            for (std::ptrdiff_t j = smaller(kLanes, count - i); j < kLanes; ++j) held[j] = 0.0f;
             const F kept = V::load(held);
             V::store(scores + i, kept);
             totals = V::add(totals, kept);
         }
         V::store(held, exp(V::set(sink - top)));
-        mix<Wide, D>(scores, span, V::set(1.0f / (V::sum(totals) + held[0])), out);
+        return 1.0f / (V::sum(totals) + held[0]);
     }
 
-    static void attend(const float* q, float sink, const AttentionSpan& span, float* scores, float* out) {
-        const auto over = span.head_dim == 4 * kLanes ? (span.wide ? attend_over<true, 4> : attend_over<false, 4>)
-                                                      : (span.wide ? attend_over<true, 0> : attend_over<false, 0>);
-        over(q, sink, span, scores, out);
+    template <bool Wide, int D, int H>
+    static void mix(const float* weights, std::ptrdiff_t stride, const float* shares,
+                    const AttentionSpan& span, float* out) {
+        constexpr int kAtOnce = D ? D : 1;
+        const std::ptrdiff_t head_dim = D ? D * kLanes : span.head_dim;
+        for (std::ptrdiff_t d = 0; d < head_dim; d += kAtOnce * kLanes) {
+            F mixed[H][kAtOnce];
+            for (int h = 0; h < H; ++h) {
+                for (int j = 0; j < kAtOnce; ++j) mixed[h][j] = V::zero();
+            }
+            for (std::ptrdiff_t i = 0; i < span.count; ++i) {
+                const std::uint8_t* value = span.values + span.slots[i] * span.value_stride;
+                F held[kAtOnce];
+                for (int j = 0; j < kAtOnce; ++j) held[j] = head_part<Wide>(value, d + j * kLanes, head_dim);
+                for (int h = 0; h < H; ++h) {
+                    const F weight = V::set(weights[h * stride + i]);
+                    for (int j = 0; j < kAtOnce; ++j) mixed[h][j] = V::fma(weight, held[j], mixed[h][j]);
+                }
+            }
+            for (int h = 0; h < H; ++h) {
+                for (int j = 0; j < kAtOnce; ++j) {
+                    const std::ptrdiff_t start = d + j * kLanes;
+                    store_partial(out + h * head_dim + start, V::mul(mixed[h][j], V::set(shares[h])),
+                                  smaller(kLanes, head_dim - start));
+                }
+            }
+        }
+    }
+
+    template <bool Wide, int D, int H>
+    static void attend_some(const float* q, std::ptrdiff_t q_stride, const float* sinks,
+                            const AttentionSpan& span, float* scores, float* out) {
+        const F factor = V::set(1.0f / __builtin_sqrtf(static_cast<float>(span.head_dim)));
+        const std::ptrdiff_t padded = (span.count + kLanes - 1) / kLanes * kLanes;
+        scores_of<Wide, D, H>(q, q_stride, span, scores, padded);
+        float shares[H];
+        for (int h = 0; h < H; ++h) shares[h] = soften(scores + h * padded, span.count, padded, sinks[h], factor);
+        constexpr int kStep = H < V::kMixedHeads ? H : V::kMixedHeads;
+        for (int h = 0; h < H; h += kStep) {
+            mix<Wide, D, kStep>(scores + h * padded, padded, shares + h, span, out + h * span.head_dim);
+        }
+    }
+
+    template <bool Wide, int D>
+    static void attend_heads(const float* q, std::ptrdiff_t q_stride, const float* sinks, std::ptrdiff_t heads,
+                             const AttentionSpan& span, float* scores, float* out) {
+        std::ptrdiff_t h = 0;
+        const auto run = [&](auto some, std::ptrdiff_t count) {
+            for (; heads - h >= count; h += count) {
+                some(q + h * q_stride, q_stride, sinks + h, span, scores, out + h * span.head_dim);
+            }
+        };
+        run(attend_some<Wide, D, kHeadsAtOnce>, kHeadsAtOnce);
+        run(attend_some<Wide, D, 1>, 1);
+    }
+
+    static void attend(const float* q, std::ptrdiff_t q_stride, const float* sinks, std::ptrdiff_t heads,
+                       const AttentionSpan& span, float* scores, float* out) {
+        const auto over = span.head_dim == 4 * kLanes ? (span.wide ? attend_heads<true, 4> : attend_heads<false, 4>)
+                                                      : (span.wide ? attend_heads<true, 0> : attend_heads<false, 0>);
+        over(q, q_stride, sinks, heads, span, scores, out);
     }
 
     static constexpr Kernels set(const char* name) {

@@ -15,7 +15,7 @@ struct LanesAvx2 {
         std::uint8_t held[kSpanBytes];
         const std::uint8_t* bytes() const { return from ? from : held; }
     };
-    static constexpr int kRows = 2, kTokens = 2, kPackedRows = 1, kColumnRows = 1;
+    static constexpr int kRows = 2, kTokens = 2, kPackedRows = 1, kColumnRows = 1, kMixedHeads = 1;
 
     static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
     static F set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
@@ -45,6 +45,22 @@ struct LanesAvx2 {
         __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
         four = _mm_add_ps(four, _mm_movehl_ps(four, four));
         return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+    }
+
+    // The sums of four, each added up as above.
+    static void sum_four(const F (&f)[4], float* out) {
+        __m256 eight[4];
+        for (int i = 0; i < 4; ++i) eight[i] = _mm256_add_ps(f[i].low, f[i].high);
+        const __m256d ab = joined(eight[0], eight[1]), cd = joined(eight[2], eight[3]);
+        __m256 two = _mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd));  // of a and c, then of b and d
+        two = _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd)), two);
+        const __m256 one = _mm256_add_ps(two, _mm256_movehdup_ps(two));
+        const __m128 ac = _mm256_castps256_ps128(one), bd = _mm_moveldup_ps(_mm256_extractf128_ps(one, 1));
+        _mm_storeu_ps(out, _mm_blend_ps(ac, bd, 0b1010));
+    }
+    // a's halves added, then b's.
+    static __m256d joined(__m256 a, __m256 b) {
+        return _mm256_castps_pd(_mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31)));
     }
 
     static F bf16(const std::uint8_t* p) { return {half(p), half(p + 16)}; }

@@ -10,7 +10,7 @@ struct LanesAvx512 {
     struct Packed {
         __m512i at[4];
     };
-    static constexpr int kRows = 5, kTokens = 4, kPackedRows = 2, kColumnRows = 4;
+    static constexpr int kRows = 5, kTokens = 4, kPackedRows = 2, kColumnRows = 4, kMixedHeads = 4;
 
     static F zero() { return _mm512_setzero_ps(); }
     static F set(float x) { return _mm512_set1_ps(x); }
@@ -37,6 +37,17 @@ struct LanesAvx512 {
         __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
         four = _mm_add_ps(four, _mm_movehl_ps(four, four));
         return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+    }
+
+    // The sums of four, each added up as above.
+    static void sum_four(const F (&f)[4], float* out) {
+        const F ab = add(_mm512_shuffle_f32x4(f[0], f[1], 0x44), _mm512_shuffle_f32x4(f[0], f[1], 0xee));
+        const F cd = add(_mm512_shuffle_f32x4(f[2], f[3], 0x44), _mm512_shuffle_f32x4(f[2], f[3], 0xee));
+        F all = add(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+        all = add(all, _mm512_permute_ps(all, 0x4e));
+        all = add(all, _mm512_permute_ps(all, 0xb1));
+        _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(
+                               _mm512_setr_epi32(0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12), all)));
     }
 
     static F bf16(const std::uint8_t* p) {

@@ -13,7 +13,7 @@ struct LanesNeon {
     struct Packed {
         int8x16_t at[4][8];
     };
-    static constexpr int kRows = 2, kTokens = 2, kPackedRows = 1, kColumnRows = 1;
+    static constexpr int kRows = 2, kTokens = 2, kPackedRows = 1, kColumnRows = 1, kMixedHeads = 1;
 
     template <class Each>
     static F each(Each value) { return {{value(0), value(1), value(2), value(3)}}; }
@@ -46,10 +46,21 @@ struct LanesNeon {
     static F to_float(const I& x) { return each([&](int i) { return vcvtq_f32_s32(x.at[i]); }); }
 
     static float sum(F f) {
-        const float32x4_t four = vaddq_f32(vaddq_f32(f.at[0], f.at[2]), vaddq_f32(f.at[1], f.at[3]));
-        const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
+        const float32x4_t sums = four(f);
+        const float32x2_t two = vadd_f32(vget_low_f32(sums), vget_high_f32(sums));
         return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
     }
+
+    // The sums of four, each added up as above.
+    static void sum_four(const F (&f)[4], float* out) {
+        float32x4_t two[2];
+        for (int i = 0; i < 2; ++i) {
+            const float32x4_t a = four(f[2 * i]), b = four(f[2 * i + 1]);
+            two[i] = vaddq_f32(vcombine_f32(vget_low_f32(a), vget_low_f32(b)), vcombine_f32(vget_high_f32(a), vget_high_f32(b)));
+        }
+        vst1q_f32(out, vpaddq_f32(two[0], two[1]));
+    }
+    static float32x4_t four(const F& f) { return vaddq_f32(vaddq_f32(f.at[0], f.at[2]), vaddq_f32(f.at[1], f.at[3])); }
 
     static F bf16(const std::uint8_t* p) {
         return each([&](int i) {

@@ -13,7 +13,7 @@ struct LanesScalar {
     struct Packed {
         std::int8_t at[8][64];
     };
-    static constexpr int kRows = 1, kTokens = 2, kPackedRows = 1, kColumnRows = 1;
+    static constexpr int kRows = 1, kTokens = 2, kPackedRows = 1, kColumnRows = 1, kMixedHeads = 1;
 
     template <class Each>
     static F each(Each value) {
@@ -46,6 +46,10 @@ struct LanesScalar {
             for (int i = 0; i < width; ++i) f.at[i] += f.at[i + width];
         }
         return f.at[0];
+    }
+
+    static void sum_four(const F (&f)[4], float* out) {
+        for (int i = 0; i < 4; ++i) out[i] = sum(f[i]);
     }
 
     static F bf16(const std::uint8_t* p) { return each([&](int i) { return bf16_at(p, i); }); }

@@ -1,5 +1,6 @@
 // The CPU kernels without Python: every instruction set that runs here against plain C++, bit for bit, plain
 // C++ against double precision, and the threads. Exits with 1 where something differs.
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdio>
@@ -168,17 +169,13 @@ void check_mxfp4(Checked& check, Shape s) {
     }, exact, size, 2e-5);
 }
 
-void check_rest(Checked& check, Shape s) {
+void check_between(Checked& check, Shape s) {
     const Floats h = random_floats(2 * s.columns), x = random_floats(s.columns);
-    const Bytes loud = random_bf16(s.columns), keys = random_bf16(s.rows * s.columns), values = random_bf16(s.rows * s.columns);
-    std::vector<std::int32_t> slots;
-    for (std::ptrdiff_t r = s.rows - 1; r >= 0; --r) slots.push_back(static_cast<std::int32_t>(r));
+    const Bytes loud = random_bf16(s.columns);
     const auto run = [&](const Kernels& kernels) {
-        Floats all(static_cast<std::size_t>(3 * s.columns)), scores(static_cast<std::size_t>(s.rows + kLanes));
+        Floats all(static_cast<std::size_t>(2 * s.columns));
         kernels.swiglu(h.data(), s.columns, 7.0f, 1.702f, all.data());
         kernels.rms_norm(x.data(), loud.data(), s.columns, 1e-5f, all.data() + s.columns);
-        kernels.attend(x.data(), 0.5f, {keys.data(), values.data(), 2 * s.columns, 2 * s.columns, slots.data(), s.rows, s.columns, false},
-                       scores.data(), all.data() + 2 * s.columns);
         return all;
     };
     const Floats expected = run(kScalarKernels);
@@ -187,7 +184,48 @@ void check_rest(Checked& check, Shape s) {
         const double exact = (up + 1) * gate / (1 + std::exp(-1.702 * gate));
         check(std::fabs(expected[static_cast<std::size_t>(i)] - exact) <= 1e-6 * (1 + std::fabs(exact)), "scalar", "swiglu", s);
     }
-    for (const Kernels* kernels : available_kernels()) check(same(run(*kernels), expected), kernels->name, "the rest", s);
+    for (const Kernels* kernels : available_kernels()) check(same(run(*kernels), expected), kernels->name, "swiglu, rms_norm", s);
+}
+
+// `s.tokens` query heads of `s.columns` over `s.rows` keys, which lie in the opposite order.
+void check_attend(Checked& check, Shape s, bool wide) {
+    const std::ptrdiff_t width = s.rows * s.columns, size = wide ? 4 : 2;
+    const Floats q = random_floats(s.tokens * s.columns), sinks = random_floats(s.tokens), floats = random_floats(2 * width);
+    Bytes held(static_cast<std::size_t>(2 * width * size));
+    for (std::size_t i = 0; i < floats.size(); ++i) {
+        const auto* bytes = reinterpret_cast<const std::uint8_t*>(&floats[i]);
+        std::memcpy(held.data() + i * static_cast<std::size_t>(size), bytes + 4 - size, static_cast<std::size_t>(size));
+    }
+    const auto value = [&](std::ptrdiff_t i) { return wide ? floats[static_cast<std::size_t>(i)] : bf16_value(held, i); };
+    std::vector<std::int32_t> slots;
+    for (std::ptrdiff_t r = s.rows - 1; r >= 0; --r) slots.push_back(static_cast<std::int32_t>(r));
+    const AttentionSpan span = {held.data(), held.data() + width * size, s.columns * size, s.columns * size, slots.data(), s.rows, s.columns, wide};
+    const auto run = [&](const Kernels& kernels, std::ptrdiff_t at_once) {
+        Floats out(q.size()), scores(static_cast<std::size_t>(kHeadsAtOnce * (s.rows + kLanes)));
+        for (std::ptrdiff_t h = 0; h < s.tokens; h += at_once) {
+            kernels.attend(q.data() + h * s.columns, s.columns, sinks.data() + h, std::min(at_once, s.tokens - h), span, scores.data(), out.data() + h * s.columns);
+        }
+        return out;
+    };
+    const Floats expected = run(kScalarKernels, 1);
+    for (std::ptrdiff_t h = 0; h < s.tokens; ++h) {
+        std::vector<double> weights;
+        double total = std::exp(static_cast<double>(sinks[static_cast<std::size_t>(h)]));
+        for (std::ptrdiff_t r = 0; r < s.rows; ++r) {
+            double score = 0;
+            for (std::ptrdiff_t c = 0; c < s.columns; ++c) score += q[static_cast<std::size_t>(h * s.columns + c)] * value(r * s.columns + c);
+            weights.push_back(std::exp(score / std::sqrt(static_cast<double>(s.columns))));
+            total += weights.back();
+        }
+        for (std::ptrdiff_t c = 0; c < s.columns; ++c) {
+            double exact = 0;
+            for (std::ptrdiff_t r = 0; r < s.rows; ++r) exact += weights[static_cast<std::size_t>(r)] / total * value(width + r * s.columns + c);
+            check(std::fabs(expected[static_cast<std::size_t>(h * s.columns + c)] - exact) <= 1e-5, "scalar", "attend", s);
+        }
+    }
+    for (const Kernels* kernels : available_kernels()) {
+        for (std::ptrdiff_t at_once : {std::ptrdiff_t{1}, s.tokens}) check(same(run(*kernels, at_once), expected), kernels->name, "attend", s);
+    }
 }
 
 void check_threads(Checked& check) {
@@ -218,11 +256,15 @@ int main() {
     for (Shape shape : {Shape{1, 32, 1}, {2, 64, 2}, {3, 96, 3}, {7, 128, 4}, {12, 160, 5}, {31, 288, 9}, {64, 480, 1}, {19, 512, 6}, {25, 1120, 35}}) {
         check_bf16(check, shape);
         check_mxfp4(check, shape);
-        check_rest(check, shape);
+        check_between(check, shape);
     }
     for (Shape shape : {Shape{1, 1, 1}, {5, 7, 3}, {17, 33, 2}, {40, 66, 8}, {84, 65, 7}}) {
         check_bf16(check, shape);
-        check_rest(check, shape);
+        check_between(check, shape);
+    }
+    for (Shape shape : {Shape{1, 64, 1}, {2, 64, 4}, {5, 64, 8}, {33, 64, 7}, {130, 64, 9}, {3, 16, 4}, {21, 7, 5}, {18, 80, 6}}) {
+        check_attend(check, shape, true);
+        check_attend(check, shape, false);
     }
     check_threads(check);
     for (const Kernels* kernels : available_kernels()) std::printf("%s\n", kernels->name);
