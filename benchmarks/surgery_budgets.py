@@ -170,6 +170,11 @@ def as_markdown(report: dict) -> str:
         lines.append(
             f"| {name} | {c['seconds_cold']:.2f} s | {c['seconds_warm']:.2f} s | {c['peak_rss_mib']:.1f} |"
         )
+    lines += [
+        "",
+        "`cp` and `dd` read through the page cache, which may cost more than the reading once the cache grows; the",
+        "engine reads past it where the kernel can (RWF_DONTCACHE, Linux 6.14).",
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -12,7 +12,7 @@ import stat
 from moe_surgery.checkpoint.text import printable
 from moe_surgery.errors import InvalidInputError, OutputError
 
-__all__ = ["open_regular", "pread_exact", "printable_path", "read_small_file"]
+__all__ = ["is_safetensors", "open_regular", "pread_exact", "printable_path", "read_small_file"]
 
 _PATH_LIMIT = 1024
 _READ_BYTES = 1 << 20
@@ -56,6 +56,20 @@ def open_regular(path: str | os.PathLike[str], *, dir_fd: int | None = None) -> 
         os.close(fd)
         raise InvalidInputError(f"{printable_path(path)}: is {_kind(mode)}, not a regular file")
     return fd
+
+
+def is_safetensors(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is a safetensors file, as statistics are, rather than JSON, as rankings are, or a folder.
+
+    Raises OutputError where there is nothing.
+    """
+    if not os.path.exists(path):
+        raise OutputError(f"{printable_path(path)}: cannot open: no such file or folder")
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        start = file.read(9)
+    return start[7:] == b"\0{"  # the end of a length, which no text has
 
 
 def read_small_file(path: str | os.PathLike[str], *, limit: int, what: str) -> bytes:

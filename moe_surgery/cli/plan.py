@@ -165,18 +165,20 @@ def _ranked(
     protect_super_experts: bool,
     checkpoint: str | None,
 ) -> tuple[Ranking, Statistics | None]:
-    from moe_surgery.pipeline import check_statistics
-    from moe_surgery.selection.metrics import METRICS
-    from moe_surgery.selection.rank import rank
+    from moe_surgery.checkpoint.files import is_safetensors
     from moe_surgery.selection.ranking import load_ranking
-    from moe_surgery.selection.statistics import is_statistics, load_statistics
 
-    if not is_statistics(source):
+    if not is_safetensors(source):
         if metric is not None or domains is not None or protect_super_experts:
             raise UsageError(
                 f"{source}: is a ranking; --metric, --domain and --protect-super-experts go with STATS"
             )
         return load_ranking(source), None
+    from moe_surgery.pipeline import check_statistics
+    from moe_surgery.selection.metrics import METRICS
+    from moe_surgery.selection.rank import rank
+    from moe_surgery.selection.statistics import load_statistics
+
     if metric is None:
         raise UsageError(f"{source}: are statistics; say how to rank them: --metric {'|'.join(METRICS)}")
     statistics = load_statistics(source)

@@ -62,13 +62,13 @@ def command(
     moe-surgery rank activations/mmlu_test/professional_law --interleave-with all.json -o law.json
     """
     from moe_surgery.checkpoint.fileops import FileOps
+    from moe_surgery.checkpoint.files import is_safetensors
     from moe_surgery.checkpoint.writer import write_file
     from moe_surgery.selection.published import interleave
     from moe_surgery.selection.ranking import load_ranking
-    from moe_surgery.selection.statistics import is_statistics
 
     terminal = terminal_of(context)
-    ours = [source for source in sources if is_statistics(source)]
+    ours = [source for source in sources if is_safetensors(source)]
     if ours and len(ours) < len(sources):
         other = next(source for source in sources if source not in ours)
         raise UsageError(f"{other}: is no statistics file as {ours[0]} is; rank the two kinds apart")

@@ -16,9 +16,9 @@ from moe_surgery.checkpoint.files import printable_path, read_small_file
 from moe_surgery.checkpoint.header import parse_header
 from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.checkpoint.writer import write_file
-from moe_surgery.errors import InvalidInputError, OutputError, PlanMismatchError
+from moe_surgery.errors import InvalidInputError, PlanMismatchError
 
-__all__ = ["ExpertStatistics", "Statistics", "is_statistics", "load_statistics", "merge", "save_statistics"]
+__all__ = ["ExpertStatistics", "Statistics", "load_statistics", "merge", "save_statistics"]
 
 STATISTICS_FORMAT = "moe-surgery.statistics"
 VERSION = 1
@@ -178,20 +178,6 @@ def save_statistics(statistics: Statistics, path: str | os.PathLike[str]) -> Non
         "settings": statistics.settings,
     }
     write_file(Path(path), save(tensors, {"moe_surgery": json.dumps(described)}), FileOps())
-
-
-def is_statistics(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is a safetensors file, as statistics are, and not JSON, as rankings are.
-
-    Raises OutputError where there is nothing.
-    """
-    if not os.path.exists(path):
-        raise OutputError(f"{printable_path(path)}: cannot open: no such file or folder")
-    if not os.path.isfile(path):
-        return False
-    with open(path, "rb") as file:
-        start = file.read(9)
-    return start[7:] == b"\0{"  # the end of a length, which no text has
 
 
 def load_statistics(path: str | os.PathLike[str]) -> Statistics:

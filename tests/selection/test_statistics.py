@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+from moe_surgery.checkpoint.files import is_safetensors
 from moe_surgery.errors import InvalidInputError, OutputError, PlanMismatchError, UsageError
 from moe_surgery.selection.metrics import METRICS, order, score, super_experts
 from moe_surgery.selection.rank import rank
 from moe_surgery.selection.statistics import (
     ExpertStatistics,
     Statistics,
-    is_statistics,
     load_statistics,
     merge,
     save_statistics,
@@ -215,13 +215,13 @@ def test_sums_that_make_no_sense_are_refused(case: str, tmp_path: Path) -> None:
 
 def test_statistics_are_told_from_rankings_and_published_files(tmp_path: Path) -> None:
     save_statistics(statistics(1), tmp_path / "s")
-    assert is_statistics(tmp_path / "s")
+    assert is_safetensors(tmp_path / "s")
     for content in (b"", b"{}", b'{"layer_0": [0, 1]}', b'{"abcd":{"x": 1}}', b"[       {"):
         (tmp_path / "other").write_bytes(content)
-        assert not is_statistics(tmp_path / "other")
-    assert not is_statistics(tmp_path)
+        assert not is_safetensors(tmp_path / "other")
+    assert not is_safetensors(tmp_path)
     with pytest.raises(OutputError, match="gone: cannot open"):
-        is_statistics(tmp_path / "gone")
+        is_safetensors(tmp_path / "gone")
 
 
 def test_an_unknown_domain_is_named_with_those_there_are() -> None:
