@@ -24,7 +24,7 @@ from moe_surgery.surgery.serving import serving_notes
 
 if TYPE_CHECKING:
     from moe_surgery.export.program import GgufProgram
-    from moe_surgery.formats.mxfp4 import EncodeReport
+    from moe_surgery.formats.encode_report import EncodeReport
     from moe_surgery.selection.statistics import Statistics
     from moe_surgery.surgery.run import Outcome
 
@@ -138,7 +138,7 @@ def prune(
             on_start(program)
         outcome = None
         if not dry_run:
-            from moe_surgery.surgery.run import run_program  # brings numpy, which nothing else needs
+            from moe_surgery.surgery.run import run_program
 
             outcome = run_program(
                 program,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from math import fsum
 from typing import Final
 
 import numpy as np
@@ -15,6 +14,7 @@ from moe_surgery.errors import InvalidInputError
 from moe_surgery.export import ggml
 from moe_surgery.export.program import GgufProgram, Pack, Pad, Quantise, Transpose, Widen
 from moe_surgery.formats import mxfp4
+from moe_surgery.formats.encode_report import EncodeReport
 from moe_surgery.surgery.chunks import Chunk
 from moe_surgery.surgery.program import Copy, Span
 from moe_surgery.surgery.windows import Windows
@@ -36,18 +36,12 @@ class GgufProducer:
         self._windows = Windows(sources)
         self._scratch = threading.local()
         self._lock = threading.Lock()
-        self._reports: list[mxfp4.EncodeReport] = []
+        self._reports: list[EncodeReport] = []
 
-    def report(self) -> mxfp4.EncodeReport:
-        """What conversion to MXFP4 lost, summed so that the order of threads does not show."""
+    def report(self) -> EncodeReport:
+        """What conversion to MXFP4 lost."""
         with self._lock:
-            reports = list(self._reports)
-        return mxfp4.EncodeReport(
-            sum(r.blocks for r in reports),
-            sum(r.inexact_blocks for r in reports),
-            fsum(r.error_sq for r in reports),
-            fsum(r.norm_sq for r in reports),
-        )
+            return EncodeReport.total(self._reports)
 
     def fill(self, chunk: Chunk, buffer: memoryview) -> None:
         """Write the chunk's bytes to `buffer`. Raises InvalidInputError or OutputError."""

@@ -13,7 +13,7 @@ from moe_surgery.checkpoint.writer import OutputFile, output_failure
 from moe_surgery.errors import DiskFullError, OutputError
 from moe_surgery.export.producer import GgufProducer
 from moe_surgery.export.program import GgufProgram
-from moe_surgery.formats.mxfp4 import EncodeReport
+from moe_surgery.formats.encode_report import EncodeReport
 from moe_surgery.surgery.chunks import AnyPart, Chunk, chunks_over
 from moe_surgery.surgery.stream import stream
 

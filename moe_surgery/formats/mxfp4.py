@@ -13,8 +13,6 @@ Calls release the GIL and run on one thread: to use more, call them for disjoint
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -22,12 +20,12 @@ from numpy.typing import NDArray
 
 from moe_surgery.errors import InvalidInputError, UsageError
 from moe_surgery.formats import mxfp4_numpy
+from moe_surgery.formats.encode_report import EncodeReport
 from moe_surgery.formats.native import native_module, native_status
 
 __all__ = [
     "BLOCK_BYTES",
     "BLOCK_VALUES",
-    "EncodeReport",
     "decode",
     "decode_transposed",
     "encode_transposed",
@@ -38,33 +36,6 @@ BLOCK_VALUES: Final = 32
 BLOCK_BYTES: Final = 16
 
 _NATIVE_NAMES: Final = ("avx512", "avx2", "neon", "scalar")
-
-
-@dataclass(frozen=True)
-class EncodeReport:
-    """What encoding to MXFP4 lost; reports of parts add up.
-
-    blocks: blocks encoded. inexact_blocks: those that do not decode to the same bits. error_sq and
-    norm_sq: sums, in float64, of (value - decoded value)^2 and value^2 over the blocks of finite values.
-    """
-
-    blocks: int = 0
-    inexact_blocks: int = 0
-    error_sq: float = 0.0
-    norm_sq: float = 0.0
-
-    @property
-    def relative_error(self) -> float:
-        """The root of error_sq / norm_sq; 0 when there is no error."""
-        return math.sqrt(self.error_sq / self.norm_sq) if self.error_sq else 0.0
-
-    def __add__(self, other: EncodeReport) -> EncodeReport:
-        return EncodeReport(
-            self.blocks + other.blocks,
-            self.inexact_blocks + other.inexact_blocks,
-            self.error_sq + other.error_sq,
-            self.norm_sq + other.norm_sq,
-        )
 
 
 def instruction_sets() -> tuple[str, ...]:

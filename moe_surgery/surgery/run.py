@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import astuple, dataclass
-from math import fsum
 from pathlib import Path
 
 import xxhash
@@ -17,7 +16,7 @@ from moe_surgery.checkpoint.files import printable_path
 from moe_surgery.checkpoint.staging import Staging
 from moe_surgery.checkpoint.writer import OutputFile, copy_file, output_failure, write_file
 from moe_surgery.errors import DiskFullError, OutputError
-from moe_surgery.formats.mxfp4 import EncodeReport
+from moe_surgery.formats.encode_report import EncodeReport
 from moe_surgery.surgery.chunks import Chunk, chunks_of
 from moe_surgery.surgery.digest import FileDigest, digest_file
 from moe_surgery.surgery.manifest import FileRecord, manifest_bytes
@@ -227,13 +226,7 @@ def _conversion(reports: Iterable[EncodeReport]) -> dict[str, object] | None:
 
     The error has six digits: more would differ with the instruction set that summed it.
     """
-    parts = list(reports)
-    total = EncodeReport(
-        sum(r.blocks for r in parts),
-        sum(r.inexact_blocks for r in parts),
-        fsum(r.error_sq for r in parts),
-        fsum(r.norm_sq for r in parts),
-    )
+    total = EncodeReport.total(reports)
     if not total.blocks:
         return None
     return {

@@ -56,6 +56,21 @@ def test_the_engines_commands_never_import_torch(tmp_path: Path) -> None:
         assert not modules & HEAVY, command
 
 
+def test_what_only_moves_bytes_does_without_numpy(tmp_path: Path) -> None:
+    """Importing it costs more memory than the whole job."""
+    source, ranking, plan = write_checkpoint(tmp_path / "in"), tmp_path / "ranking.json", tmp_path / "plan.json"
+    found = moe_surgery.inspect(source)
+    ranking.write_text(json.dumps({f"layer_{i}": list(range(found.experts)) for i in range(found.layers)}))
+    commands: list[list[str | Path]] = [
+        ["inspect", source],
+        ["plan", ranking, "--experts", "2", "--checkpoint", source, "-o", plan],
+        ["prune", source, tmp_path / "out", "--plan", plan],
+        ["verify", tmp_path / "out", "--source", source],
+    ]
+    for command in commands:
+        assert "numpy" not in modules_after(*command), command
+
+
 @pytest.mark.parametrize("command", [[], ["inspect"], ["prune"], ["export"]], ids=str)
 def test_help_imports_no_library_of_the_engine(command: list[str]) -> None:
     modules = modules_after(*command, "--help")
