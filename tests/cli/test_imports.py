@@ -58,7 +58,11 @@ def test_the_engines_commands_never_import_torch(tmp_path: Path) -> None:
 
 def test_what_only_moves_bytes_does_without_numpy(tmp_path: Path) -> None:
     """Importing it costs more memory than the whole job."""
-    source, ranking, plan = write_checkpoint(tmp_path / "in"), tmp_path / "ranking.json", tmp_path / "plan.json"
+    source, ranking, plan = (
+        write_checkpoint(tmp_path / "in"),
+        tmp_path / "ranking.json",
+        tmp_path / "plan.json",
+    )
     found = moe_surgery.inspect(source)
     ranking.write_text(json.dumps({f"layer_{i}": list(range(found.experts)) for i in range(found.layers)}))
     commands: list[list[str | Path]] = [
