@@ -24,6 +24,7 @@ __all__ = [
     "check_new_output",
     "common",
     "compute",
+    "dtype_name",
     "needs_torch",
     "ranked",
     "terminal_of",
@@ -33,6 +34,7 @@ __all__ = [
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+_DTYPES = {"bf16": "bfloat16", "f32": "float32", "f16": "float16"}
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}
 _UNITS |= {f"{p}IB": 1024**i for i, p in enumerate("KMGT", 1)}
@@ -65,9 +67,12 @@ def torch_dtype(name: str | None) -> torch.dtype | None:
     """The compute dtype that --dtype names; None where it was not given."""
     import torch
 
-    return (
-        None if name is None else {"bf16": torch.bfloat16, "f32": torch.float32, "f16": torch.float16}[name]
-    )
+    return None if name is None else getattr(torch, _DTYPES[name])
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """What --dtype calls it."""
+    return next(name for name, whole in _DTYPES.items() if str(dtype) == f"torch.{whole}")
 
 
 def compute(command: Command) -> Command:
@@ -76,7 +81,7 @@ def compute(command: Command) -> Command:
         click.option("--backend", help="Force the kernels' backend by name; see moe-surgery doctor."),
         click.option(
             "--dtype",
-            type=click.Choice(["bf16", "f32", "f16"]),
+            type=click.Choice(list(_DTYPES)),
             help="What to compute in; unless given, f32 with the native backend and bf16 with others.",
         ),
         click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N or mps."),

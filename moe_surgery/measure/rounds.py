@@ -10,9 +10,16 @@ from typing import TypeVar
 
 from moe_surgery.errors import UsageError
 
-__all__ = ["Spread", "check_numbers", "interleaved", "percentile", "spread"]
+__all__ = ["Spread", "check_numbers", "interleaved", "percentile", "rounded", "spread"]
 
 T = TypeVar("T")
+
+
+def rounded(value: float | None, digits: int = 3) -> str:
+    """So many significant digits, all of those before the point, no exponent above; "" for None."""
+    if value is None:
+        return ""
+    return f"{value:.{digits}g}" if abs(value) < 10**digits - 0.5 else f"{value:.0f}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +31,7 @@ class Spread:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.median:.3g} ({self.low:.3g}-{self.high:.3g})"
+        return f"{rounded(self.median)} ({rounded(self.low)}-{rounded(self.high)})"
 
 
 def spread(values: Sequence[float]) -> Spread:

@@ -65,6 +65,9 @@ def test_json_and_plot_hold_the_figures(capsys: Capture, tmp_path: Path, name: s
     rows = found["drafts"][0]["figures"] if name == "speculate" else found["rows"]
     assert rows
     assert picture.read_bytes().startswith(b"\x89PNG")
+    if name in ("decode", "speculate"):
+        settings = found["settings"]
+        assert settings["dtype"] == ("f32" if settings["backend"] == "native" else "bf16")
     if name == "speculate":
         draft = found["drafts"][0]
         assert [row["length"] for row in draft["lengths"]] == [1, 2]

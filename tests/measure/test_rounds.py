@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_surgery.errors import UsageError
-from moe_surgery.measure.rounds import check_numbers, interleaved, percentile, spread
+from moe_surgery.measure.rounds import check_numbers, interleaved, percentile, rounded, spread
 
 figures = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=40)
 
@@ -38,6 +38,13 @@ def test_a_spread_is_median_and_range(values: list[float]) -> None:
 def test_a_percentile_is_the_nearest_rank(values: list[float], share: float) -> None:
     expected = np.quantile(values, share, method="inverted_cdf")
     assert percentile(values, share) == expected
+
+
+@given(st.floats(1e-3, 1e9))
+def test_three_digits_are_kept_and_large_figures_have_no_exponent(value: float) -> None:
+    found = rounded(value)
+    assert "e" not in found
+    assert float(found) == pytest.approx(value, rel=5e-3)
 
 
 def test_numbers_below_one_name_their_option() -> None:

@@ -7,16 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moe_surgery.cli.bench.shared import (
-    NUMBERS,
-    collect,
-    finish,
-    machine,
-    plot_option,
-    rounded,
-)
-from moe_surgery.cli.options import common, compute, needs_torch, terminal_of, torch_dtype
+from moe_surgery.cli.bench.shared import NUMBERS, collect, finish, machine, plot_option
+from moe_surgery.cli.options import common, compute, dtype_name, needs_torch, terminal_of, torch_dtype
 from moe_surgery.cli.terminal import Terminal, size
+from moe_surgery.measure.rounds import rounded
 
 if TYPE_CHECKING:
     from moe_surgery.measure.decode_speed import DecodeFigures
@@ -80,7 +74,13 @@ def command(
         terminal,
     )
     figures = decode_figures(runs, models, bandwidth)
-    settings = {"context": context, "steps": steps, "rounds": rounds, "dtype": dtype, "device": device}
+    settings = {
+        "context": context,
+        "steps": steps,
+        "rounds": rounds,
+        "dtype": dtype_name(full.dtype),
+        "device": device,
+    }
     _say(terminal, figures, bandwidth, settings | {"backend": full.backend.name}, interrupted)
     if plot and figures:
         _plot(plot, figures)

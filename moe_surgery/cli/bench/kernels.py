@@ -6,15 +6,9 @@ from pathlib import Path
 
 import click
 
-from moe_surgery.cli.bench.shared import (
-    NUMBERS,
-    collect,
-    finish,
-    machine,
-    plot_option,
-    rounded,
-)
+from moe_surgery.cli.bench.shared import NUMBERS, collect, finish, machine, plot_option
 from moe_surgery.cli.options import common, needs_torch, terminal_of
+from moe_surgery.measure.rounds import rounded
 
 
 @click.command("kernels")

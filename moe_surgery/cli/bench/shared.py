@@ -17,7 +17,6 @@ __all__ = [
     "finish",
     "machine",
     "plot_option",
-    "rounded",
 ]
 
 T = TypeVar("T")
@@ -75,10 +74,3 @@ def machine() -> dict[str, object]:
 
     found = examine()
     return {"machine": found["machine"], "versions": found["versions"]}
-
-
-def rounded(value: float | None, digits: int = 3) -> str:
-    """So many significant digits, without an exponent in the range people read; "" for None."""
-    if value is None:
-        return ""
-    return f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:.0f}"

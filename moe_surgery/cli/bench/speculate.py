@@ -10,17 +10,11 @@ from typing import TYPE_CHECKING
 import click
 
 from moe_surgery.cli import drafts
-from moe_surgery.cli.bench.shared import (
-    NUMBERS,
-    collect,
-    finish,
-    machine,
-    plot_option,
-    rounded,
-)
-from moe_surgery.cli.options import common, compute, needs_torch, terminal_of, torch_dtype
+from moe_surgery.cli.bench.shared import NUMBERS, collect, finish, machine, plot_option
+from moe_surgery.cli.options import common, compute, dtype_name, needs_torch, terminal_of, torch_dtype
 from moe_surgery.cli.terminal import Terminal, size
 from moe_surgery.errors import UsageError
+from moe_surgery.measure.rounds import check_numbers, rounded
 
 if TYPE_CHECKING:
     from moe_surgery.measure.speculation_speed import LengthCost, SpeculationFigures, SpeculationRun
@@ -88,7 +82,6 @@ def command(
     from moe_surgery.measure.corpus import open_corpus, text_files
     from moe_surgery.measure.plots import check_plot
     from moe_surgery.measure.prompts import prompts_of
-    from moe_surgery.measure.rounds import check_numbers
     from moe_surgery.runtime.load import load_model
     from moe_surgery.runtime.text import Text
 
@@ -110,7 +103,7 @@ def command(
             break
     settings: dict[str, object] = {
         "target": target,
-        "dtype": dtype,
+        "dtype": dtype_name(model.dtype),
         "device": device,
         "backend": model.backend.name,
         "batch": batch,

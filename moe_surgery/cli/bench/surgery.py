@@ -7,10 +7,11 @@ from pathlib import Path
 
 import click
 
-from moe_surgery.cli.bench.shared import NUMBERS, collect, finish, machine, plot_option, rounded
+from moe_surgery.cli.bench.shared import NUMBERS, collect, finish, machine, plot_option
 from moe_surgery.cli.options import common, terminal_of
 from moe_surgery.cli.terminal import size
 from moe_surgery.errors import UsageError
+from moe_surgery.measure.rounds import rounded
 
 
 @click.command("surgery")
