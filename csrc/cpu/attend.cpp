@@ -1,5 +1,7 @@
 // Attention over a cache whose slots are in any order: each query's keys are taken in order of position.
 #include <algorithm>
+#include <memory>
+#include <utility>
 
 #include "bits.hpp"
 #include "engine.hpp"
@@ -38,8 +40,10 @@ void Engine::attend(const Attention& a, const Seen& seen) const {
     // A handful of keys is done before another thread has woken up.
     const bool small = static_cast<std::ptrdiff_t>(seen.slots.size()) * a.heads * a.head_dim < 1 << 16;
     const int threads = small ? 1 : threads_;
-    const std::ptrdiff_t room = kHeadsAtOnce * (a.slots + kLanes);
-    std::vector<float> scores(static_cast<std::size_t>(room * threads));
+    std::ptrdiff_t longest = 0, before = 0;
+    for (std::ptrdiff_t end : seen.ends) longest = std::max(longest, end - std::exchange(before, end));
+    const std::ptrdiff_t room = attention_room(longest);
+    const std::unique_ptr<float[]> scores(new float[static_cast<std::size_t>(room * threads)]);
     const auto one = [&](std::ptrdiff_t piece, int thread) {
         const std::ptrdiff_t which = piece / a.kv_heads, kv_head = piece % a.kv_heads;
         const std::ptrdiff_t b = which / a.queries, query = which % a.queries;
@@ -54,7 +58,7 @@ void Engine::attend(const Attention& a, const Seen& seen) const {
                                     a.wide};
         const std::ptrdiff_t head = kv_head * group;
         kernels_.attend(a.q + ((b * a.heads + head) * a.queries + query) * a.head_dim, a.queries * a.head_dim,
-                        a.sinks + head, group, span, scores.data() + room * thread,
+                        a.sinks + head, group, span, scores.get() + room * thread,
                         a.out + (which * a.heads + head) * a.head_dim);
     };
     Pool::shared().run(threads, {{all * a.kv_heads, one}});

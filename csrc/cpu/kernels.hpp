@@ -64,6 +64,11 @@ using Quantized = const Span*;
 // Query heads that go through a key-value head's keys together.
 constexpr int kHeadsAtOnce = 4;
 
+// Floats that they write meanwhile: for each head as many as keys, rounded up to a vector.
+constexpr std::ptrdiff_t attention_room(std::ptrdiff_t keys) {
+    return kHeadsAtOnce * ((keys + kLanes - 1) / kLanes * kLanes);
+}
+
 // What the attention of query heads over one key-value head reads. Key i of `count`, in order of
 // position, lies at keys + slots[i] * key_stride (bytes).
 struct AttentionSpan {
@@ -104,8 +109,7 @@ struct Kernels {
     void (*rms_norm)(const float* x, const std::uint8_t* weight, std::ptrdiff_t columns, float eps, float* y);
 
     // out[h * head_dim] for `heads` query heads from q + h * q_stride: softmax over the span's keys and the
-    // head's sink, times the span's values. `scores` is room for kHeadsAtOnce times `count` floats rounded
-    // up to 16.
+    // head's sink, times the span's values. `scores` is room for attention_room(span.count) floats.
     void (*attend)(const float* q, std::ptrdiff_t q_stride, const float* sinks, std::ptrdiff_t heads,
                    const AttentionSpan& span, float* scores, float* out);
 };
