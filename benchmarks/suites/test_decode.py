@@ -18,5 +18,5 @@ def test_step(benchmark, shown: Model, bandwidth: float, batch: int) -> None:
     benchmark.group = f"decode step, batch {batch}"
     decoding = Decoding(shown, "model", batch, CONTEXT, STEPS)
     benchmark.pedantic(decoding.step, rounds=STEPS)
-    figures = decode_figures([decoding.run()], {"model": shown}, bandwidth)[0]
+    figures = decode_figures([decoding.run(bandwidth)], {"model": shown})[0]
     benchmark.extra_info.update(figures.as_dict())

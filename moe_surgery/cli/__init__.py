@@ -83,6 +83,12 @@ def _one_line(error: click.ClickException) -> str:
     return f"{error.format_message().rstrip('.')} (see {path} --help)"
 
 
+def _out_of_memory(error: BaseException) -> bool:
+    """Python's own error, or what torch's allocators say."""
+    said = str(error)
+    return isinstance(error, MemoryError) or "can't allocate memory" in said or "out of memory" in said
+
+
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Entry point: runs a command and exits with its code; one line instead of a traceback."""
     terminal = Terminal()
@@ -105,5 +111,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         code = IO_ERROR
     except OSError as error:
         terminal.failed(error)
+        code = IO_ERROR
+    except (MemoryError, RuntimeError) as error:
+        if terminal.debug or not _out_of_memory(error):
+            raise
+        terminal.error("not enough memory; try a smaller --batch, --context or model")
         code = IO_ERROR
     sys.exit(code if isinstance(code, int) else 0)

@@ -40,7 +40,7 @@ def _options(command: Command, several: bool) -> Command:
             multiple=several,
             help=f"Let the model itself draft, with this plan's experts only: no weights are added.{again}",
         ),
-        click.option("--draft-top-k", type=int, help="Experts a token chooses in the draft, at most."),
+        click.option("--draft-top-k", type=int, help="Experts a token chooses in the draft."),
     )
     for option in reversed(options):
         command = option(command)
@@ -83,6 +83,8 @@ def load_draft(
         raise UsageError(f"--draft-top-k {top_k}: must be at least 1")
     if draft is None and plan_file is None and top_k is None:
         return None
+    if top_k is not None and top_k > (own := max(layer.top_k for layer in target.layers)):
+        raise UsageError(f"--draft-top-k {top_k}: {ckpt} takes {own} itself; a draft is to take fewer")
     if draft is None:
         return view(target, None if plan_file is None else load_plan(plan_file), top_k, name=ckpt)
     model = load_model(draft, target.device, target.dtype, backend=target.backend.name)

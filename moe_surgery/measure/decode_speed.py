@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from moe_surgery.errors import UsageError
-from moe_surgery.measure.memory import memory_in_use, synchronize
+from moe_surgery.measure.memory import memory_in_use, read_bandwidth, synchronize
 from moe_surgery.measure.rounds import Spread, check_numbers, interleaved, percentile, spread
 from moe_surgery.runtime.generate import decoder
 from moe_surgery.runtime.model import Model
@@ -22,7 +22,8 @@ __all__ = ["DecodeFigures", "DecodeRun", "Decoding", "decode_figures", "measure_
 
 @dataclass(frozen=True, slots=True)
 class DecodeRun:
-    """One prefill and the decoding after it. Seconds; the first token's are prefill's and its choice's."""
+    """One prefill and the decoding after it. Seconds; the first token's are prefill's and its choice's.
+    `read_bandwidth`: bytes a second of a plain read loop just before."""
 
     model: str
     batch: int
@@ -33,6 +34,7 @@ class DecodeRun:
     step_seconds: tuple[float, ...]
     cache_bytes: int
     memory_bytes: int
+    read_bandwidth: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +43,9 @@ class DecodeFigures:
 
     `decode_rate` and `prefill_rate` are medians of rounds with their range. `latency` and `latency_p95`
     are median and 95th percentile of a step, seconds. `bytes_per_token` is weights and cache that a
-    step must read, by count, over the batch; `bandwidth_share` what that makes of the measured read
-    bandwidth. `weight_bytes` are those a checkpoint of the shown experts holds, `memory_bytes` what the
+    step must read, by count, over the batch; `bandwidth_share` what that makes of the read bandwidth, the
+    median of rounds with a read loop just before each: it exceeds 1 where the machine's memory was faster
+    meanwhile. `weight_bytes` are those a checkpoint of the shown experts holds, `memory_bytes` what the
     process (or device) held at the end of a run, all models of the benchmark included. `ratio` is the
     decode rate over the first model's in the same round.
     """
@@ -100,7 +103,7 @@ class Decoding:
         self._tokens = self._follow(self._tokens)[:, -1].argmax(-1)
         self._tokens.tolist()
 
-    def run(self) -> DecodeRun:
+    def run(self, read_bandwidth: float) -> DecodeRun:
         """What was measured until now."""
         return DecodeRun(
             self._name,
@@ -112,15 +115,18 @@ class Decoding:
             tuple(self._step_seconds),
             self._cache.nbytes,
             memory_in_use(self._model.device),
+            read_bandwidth,
         )
 
 
 def run_decoding(model: Model, name: str, batch: int, context: int, steps: int, seed: int = 0) -> DecodeRun:
-    """Read `context` random tokens for each of `batch` sequences, then decode `steps` greedily."""
+    """Read memory plainly, then `context` random tokens for each of `batch` sequences, then decode `steps`
+    greedily."""
+    bandwidth = read_bandwidth(model.device)
     decoding = Decoding(model, name, batch, context, steps, seed)
     for _ in range(steps):
         decoding.step()
-    return decoding.run()
+    return decoding.run(bandwidth)
 
 
 def measure_decoding(
@@ -144,16 +150,14 @@ def measure_decoding(
         )
     jobs = [(name, model, batch) for batch in batches for name, model in models.items()]
     for name, model, batch in jobs:
-        run_decoding(model, name, batch, context, min(steps, 2))
+        Decoding(model, name, batch, context, 2).step()
     calls = [partial(run_decoding, model, name, batch, context, steps) for name, model, batch in jobs]
     for number, _, run in interleaved(calls, rounds):
         yield replace(run, number=number)
 
 
-def decode_figures(
-    runs: Sequence[DecodeRun], models: Mapping[str, Model], bandwidth: float
-) -> list[DecodeFigures]:
-    """Figures of what was run so far; `bandwidth` in bytes a second. The first model is the full one."""
+def decode_figures(runs: Sequence[DecodeRun], models: Mapping[str, Model]) -> list[DecodeFigures]:
+    """Figures of what was run so far. The first model is the full one."""
     full = next(iter(models), None)
     rates = {(r.model, r.batch, r.number): _rate(r) for r in runs}
     found = []
@@ -170,7 +174,7 @@ def decode_figures(
             steps = [s for r in mine for s in r.step_seconds]
             positions = mine[0].prompt_tokens // batch + len(mine[0].step_seconds) // 2
             read = model_step_bytes(model, batch) + cache_step_bytes(model, batch, positions)
-            latency = statistics.median(steps)
+            shares = [read / statistics.median(r.step_seconds) / r.read_bandwidth for r in mine]
             found.append(
                 DecodeFigures(
                     name,
@@ -180,10 +184,10 @@ def decode_figures(
                     spread([r.prompt_tokens / r.prefill_seconds for r in mine]),
                     spread([_rate(r) for r in mine]),
                     statistics.median(r.first_token_seconds for r in mine),
-                    latency,
+                    statistics.median(steps),
                     percentile(steps, 0.95),
                     read / batch,
-                    read / latency / bandwidth,
+                    statistics.median(shares),
                     shown_bytes(model),
                     mine[0].cache_bytes,
                     max(r.memory_bytes for r in mine),

@@ -18,10 +18,31 @@ from moe_surgery.measure.memory import synchronize
 from moe_surgery.measure.random_weights import normal, random_experts
 from moe_surgery.measure.rounds import check_numbers, interleaved
 
-__all__ = ["KernelCall", "KernelFigures", "kernel_calls", "measure_kernels", "usable_backends"]
+__all__ = [
+    "KernelCall",
+    "KernelFigures",
+    "KernelRun",
+    "kernel_calls",
+    "kernel_figures",
+    "measure_kernels",
+    "usable_backends",
+]
 
 TOP_K = 4
 HIDDEN = 2880
+
+
+@dataclass(frozen=True, slots=True)
+class KernelRun:
+    """One call in round `number`: see `KernelFigures`."""
+
+    backend: str
+    operation: str
+    experts: int
+    tokens: int
+    read_bytes: int
+    number: int
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,34 +94,39 @@ def usable_backends(device: torch.device) -> list[str]:
 def measure_kernels(
     backends: Sequence[str],
     device: torch.device,
-    bandwidth: float,
     *,
     experts: Sequence[int] = (4, 8, 16, 32),
     tokens: Sequence[int] = (1,),
     hidden: int = HIDDEN,
     rounds: int = 10,
-) -> Iterator[KernelFigures]:
+) -> Iterator[KernelRun]:
     """Every operation for each number of experts and tokens, backends in turn. BF16, random weights.
 
-    `bandwidth` in bytes a second. Raises UsageError for a backend that does not run here, or numbers
-    out of range (`hidden` must be a multiple of 32).
+    Raises UsageError for a backend that does not run here, or numbers out of range (`hidden` must be a
+    multiple of 32).
     """
     check_numbers(experts=experts, tokens=tokens, hidden=[hidden], rounds=[rounds])
     for count in experts:
         for calls in kernel_calls(backends, device, count, tokens=tokens, hidden=hidden):
-            seconds = _timed([call.run for call in calls], rounds, device)
-            for call, spent in zip(calls, seconds, strict=True):
-                rate = call.read_bytes / spent
-                yield KernelFigures(
-                    call.backend,
-                    call.operation,
-                    call.experts,
-                    call.tokens,
-                    spent,
-                    call.read_bytes,
-                    rate,
-                    rate / bandwidth,
-                )
+            jobs = [partial(_seconds, call.run, device) for call in calls]
+            for job in jobs:  # not counted
+                job()
+            for number, which, seconds in interleaved(jobs, rounds):
+                c = calls[which]
+                yield KernelRun(c.backend, c.operation, c.experts, c.tokens, c.read_bytes, number, seconds)
+
+
+def kernel_figures(runs: Sequence[KernelRun], bandwidth: float) -> list[KernelFigures]:
+    """Figures of what was run so far; `bandwidth` in bytes a second."""
+    spent: dict[tuple[str, str, int, int, int], list[float]] = {}
+    for r in runs:
+        spent.setdefault((r.backend, r.operation, r.experts, r.tokens, r.read_bytes), []).append(r.seconds)
+    found = []
+    for call, several in spent.items():
+        seconds = statistics.median(several)
+        rate = call[-1] / seconds
+        found.append(KernelFigures(*call[:-1], seconds, call[-1], rate, rate / bandwidth))
+    return found
 
 
 @torch.inference_mode()
@@ -149,23 +175,12 @@ def _calls(
     ]
 
 
-def _timed(calls: Sequence[Callable[[], Tensor]], rounds: int, device: torch.device) -> list[float]:
-    """Median seconds of each call, taken in turn after one that does not count."""
-
-    def once(call: Callable[[], Tensor]) -> float:
-        synchronize(device)
-        start = time.perf_counter()
-        call()
-        synchronize(device)
-        return time.perf_counter() - start
-
-    jobs = [partial(once, call) for call in calls]
-    for job in jobs:
-        job()
-    found: list[list[float]] = [[] for _ in jobs]
-    for _, number, seconds in interleaved(jobs, rounds):
-        found[number].append(seconds)
-    return [statistics.median(values) for values in found]
+def _seconds(call: Callable[[], Tensor], device: torch.device) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - start
 
 
 def _expert_bytes(weights: ExpertWeights) -> int:

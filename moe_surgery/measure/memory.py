@@ -26,7 +26,8 @@ def synchronize(device: torch.device) -> None:
 def read_bandwidth(device: torch.device, nbytes: int = BUFFER_BYTES) -> float:
     """Bytes a second of a plain read loop: a sum over `nbytes` of float32, the best of a few runs.
 
-    On the CPU with as many threads as torch uses, so it is what its kernels could reach at most.
+    On the CPU with as many threads as torch uses. What kernels could reach at most while memory is as fast
+    as during the loop; on machines shared with others it changes by the second.
     """
     buffer = torch.ones(nbytes // 4, dtype=torch.float32, device=device)
     best = float("inf")

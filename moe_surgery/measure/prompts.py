@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
+
 from moe_surgery.errors import UsageError
 from moe_surgery.measure.corpus import Corpus, Document
 
-__all__ = ["prompts_of"]
+__all__ = ["check_prompts", "prompts_of"]
 
 
 def prompts_of(corpus: Corpus, tokens: int, most: int | None = None) -> dict[str, list[list[int]]]:
@@ -20,8 +22,21 @@ def prompts_of(corpus: Corpus, tokens: int, most: int | None = None) -> dict[str
         if (most is None or len(mine) < most) and (ids := _prompt(corpus, document, tokens)):
             mine.append(ids)
     if not any(found.values()):
-        raise UsageError(f"no text has {tokens} tokens; pass a smaller --prompt-tokens")
+        raise UsageError(f"--texts: none has {tokens} tokens; pass longer ones or a smaller --prompt-tokens")
     return {domain: prompts for domain, prompts in found.items() if prompts}
+
+
+def check_prompts(
+    prompts: Mapping[str, Sequence[Sequence[int]]], new_tokens: int, contexts: Iterable[int]
+) -> None:
+    """Raise UsageError unless each prompt and `new_tokens` more fit into models of these contexts."""
+    most = min(contexts)
+    for domain, some in prompts.items():
+        if (longest := max(map(len, some), default=0)) + new_tokens > most:
+            raise UsageError(
+                f"--texts: a prompt of '{domain}' has {longest} tokens; with --new-tokens {new_tokens} that is more "
+                f"than the {most} the models take"
+            )
 
 
 def _prompt(corpus: Corpus, document: Document, tokens: int) -> list[int]:

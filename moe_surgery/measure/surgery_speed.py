@@ -135,7 +135,7 @@ def copy_seconds(out: Path, target: Path, *, cold: bool = True) -> Measured:
     try:
         return timed(["sh", "-c", script, "sh", str(target), *share, *files], out.parent, cold=cold)
     finally:
-        shutil.rmtree(target)
+        _remove(target)
 
 
 def read_seconds(out: Path, *, cold: bool = True) -> float:

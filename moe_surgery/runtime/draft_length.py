@@ -3,7 +3,8 @@
 With acceptance a of each drafted token, independent of the others, a target step over n drafted tokens
 yields (1 - a^(n+1)) / (1 - a) tokens (Leviathan, Kalman and Matias, arXiv 2211.17192, equation 1). Where one
 draft step costs d and a target step over n drafted tokens t_n, a token costs (n d + t_n) over that; plain
-decoding costs t_0 a token.
+decoding costs t_0 a token. Where all n were accepted (probability a^n) the draft has not seen the last of them:
+its next step takes two tokens, which costs c more.
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ HALVINGS = 60
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Cost of one draft step, and of a target step over 0, 1, 2, ... drafted tokens, in the same unit."""
+    """Cost of one draft step, and of a target step over 0, 1, 2, ... drafted tokens, in the same unit;
+    `catch_up` is what a draft step over two tokens costs more than one over one."""
 
     draft: float
     target: Sequence[float]
+    catch_up: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +46,7 @@ class AdaptiveLength:
 
     Drafting stops before a token whose distribution (the draft's, unfiltered, at temperature 1) gives
     no token a probability of `confidence`: that depends on the tokens before it alone, so the output
-    stays the target's. The length is the best for the acceptance measured so far, of which each round
+    stays the target's. The length, at least 1, is the best for the acceptance measured so far, of which each round
     keeps `memory`, starting from `acceptance`. `costs` None: counted from the bytes that steps read.
     """
 
@@ -65,10 +68,10 @@ class AdaptiveLength:
             )
 
 
-def check_length(length: int) -> None:
+def check_length(length: int, option: str = "--draft-length", other: str = ", or auto") -> None:
     """Raise UsageError unless 1 <= length <= MOST_DRAFTED."""
     if not 1 <= length <= MOST_DRAFTED:
-        raise UsageError(f"--draft-length {length}: must be 1 to {MOST_DRAFTED}, or auto")
+        raise UsageError(f"{option} {length}: must be 1 to {MOST_DRAFTED}{other}")
 
 
 def expected_tokens(acceptance: float, length: int) -> float:
@@ -77,8 +80,9 @@ def expected_tokens(acceptance: float, length: int) -> float:
 
 
 def speed_up(acceptance: float, length: int, costs: Costs) -> float:
-    """How many times faster than plain decoding: E tokens t_0 / (n d + t_n) (theorem 3.8, with t_n for 1)."""
-    spent = length * costs.draft + costs.target[length]
+    """How many times faster than plain decoding: E tokens t_0 / (n d + a^n c + t_n) (theorem 3.8, with t_n for 1
+    and c for 0)."""
+    spent = length * costs.draft + acceptance**length * costs.catch_up + costs.target[length]
     return expected_tokens(acceptance, length) * costs.target[0] / spent
 
 

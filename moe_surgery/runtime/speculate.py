@@ -1,8 +1,8 @@
 """Speculative decoding: a draft proposes, the target checks several tokens in one step.
 
 Greedy, the output is the target's own, token for token, where a token's logits do not depend on how many
-tokens go through the target together (float32 in practice, and kernels that promise it). Sampled, its
-distribution is the target's own. `measure.mismatch` counts what differs otherwise.
+tokens go through the target together: with kernels that promise it; with others in float32 near ties alone
+could turn. Sampled, its distribution is the target's own. `measure.mismatch` counts what differs otherwise.
 """
 
 from __future__ import annotations
@@ -252,7 +252,7 @@ def speculate(
     context: int | None = None,
     callback: Callable[[Round], None] | None = None,
 ) -> Speculated:
-    """Generate with `target`, `draft` proposing `length` tokens a round, or as many as pay.
+    """Generate with `target`, `draft` proposing `length` tokens a round, or how many are best (at least one).
 
     `draft` is another checkpoint's model, or a `view` of the target, which adds no weights. Both
     choose by `sampling`. Other arguments are those of `generate`; `callback` is told each round

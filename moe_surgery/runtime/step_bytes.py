@@ -31,7 +31,8 @@ def model_step_bytes(model: Model, tokens: int = 1) -> float:
 def counted_costs(target: Model, draft: Model, batch: int, most: int) -> Costs:
     """Costs in bytes: what a decode step takes where memory is the limit."""
     read = [model_step_bytes(target, batch * (n + 1)) for n in range(most + 1)]
-    return Costs(model_step_bytes(draft, batch), read)
+    one, two = (model_step_bytes(draft, batch * tokens) for tokens in (1, 2))
+    return Costs(one, read, two - one)
 
 
 def weight_bytes(model: Model, beside: Model | None = None) -> int:

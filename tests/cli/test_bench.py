@@ -7,12 +7,15 @@ import signal
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("tokenizers")
 
 from moe_surgery import inspect, plan_random
+from moe_surgery.cli.bench.shared import finish
+from moe_surgery.cli.terminal import Terminal
 from tests.support.command import PATIENCE, call, start
 
 Capture = pytest.CaptureFixture[str]
@@ -105,7 +108,11 @@ LONG = {
         *("--context", "8", "--prompt-tokens", "6", "--prompts", "5", "--new-tokens", "3000"),
     ],
     "surgery": ["surgery", TINY, "--experts", "4", "--rounds", "1000"],
-    "kernels": ["kernels", "--hidden", "64", "--experts", "2", "--rounds", "1", "--tokens"],
+    "kernels": ["kernels", "--hidden", "64", "--experts", "2", "--rounds", "1000000"],
+    "costs": [
+        *("speculate", "--target", TINY, "--draft-top-k", "1", "--lengths", "1", "--context", "8"),
+        *("--rounds", "1000000"),
+    ],
 }
 
 
@@ -120,13 +127,18 @@ def test_interrupting_prints_what_was_measured_so_far(
     more = {
         "speculate": ["--texts", str(texts)],
         "surgery": ["--work", str(work)],
-        "kernels": [",".join(map(str, range(1, 5000)))],
     }
     options = ["--json"] if form == "json" else []
     short = [option if option != "3000" else "40" for option in LONG[name]]
     process = start("bench", *short, *more.get(name, []), "-v", *options)
     assert process.stderr is not None
-    signs = {"decode": "round 0", "speculate": "x plain", "surgery": "x cp", "kernels": " us"}
+    signs = {
+        "decode": "round 0",
+        "speculate": "x plain",
+        "surgery": "x cp",
+        "kernels": " us",
+        "costs": "check step",
+    }
     while signs[name] not in (line := process.stderr.readline()):
         assert line, "ended before anything was measured"
     process.send_signal(signal.SIGINT)
@@ -138,10 +150,28 @@ def test_interrupting_prints_what_was_measured_so_far(
     if form == "json":
         found = json.loads(out)
         assert found["interrupted"] is True
-        assert found["drafts"][0]["figures"] if name == "speculate" else found["rows"]
+        if name in ("speculate", "costs"):
+            assert found["drafts"][0]["figures" if name == "speculate" else "lengths"]
+        else:
+            assert found["rows"]
     else:
-        assert {"decode": TINY, "speculate": "sums", "surgery": "x cp", "kernels": "route"}[name] in out
+        words = {
+            "decode": TINY,
+            "speculate": "sums",
+            "surgery": "x cp",
+            "kernels": "route",
+            "costs": "break-even",
+        }
+        assert words[name] in out
     assert list(work.iterdir()) == []
+
+
+def test_what_was_interrupted_before_anything_was_measured_says_so() -> None:
+    terminal = Terminal()
+    with pytest.raises(click.Abort):
+        finish(terminal, interrupted=True, measured=False)
+    assert terminal.after_interrupt == "; nothing was measured yet"
+    finish(terminal, interrupted=False, measured=True)
 
 
 # --- what cannot be
@@ -153,8 +183,21 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "no draft": (["speculate", "--target", TINY], "nothing drafts; pass --draft, --draft-plan or"),
     "no length": (
         ["speculate", "--target", TINY, "--draft-top-k", "1", "--lengths", "0"],
-        "--draft-length 0: must be 1 to 64",
+        "--lengths 0: must be 1 to 64",
     ),
+    "too long a context": (
+        ["speculate", "--target", TINY, "--draft-top-k", "1", "--context", "5000"],
+        "--context 5000 and --lengths need 5010 tokens; these models take 4096",
+    ),
+    "no new tokens": (
+        ["speculate", "--target", TINY, "--draft-top-k", "1", "--new-tokens", "0"],
+        "--new-tokens 0: must be at least 1",
+    ),
+    "a draft that takes more": (
+        ["speculate", "--target", TINY, "--draft-top-k", "5"],
+        "--draft-top-k 5: example:tiny takes 4 itself; a draft is to take fewer",
+    ),
+    "more experts than there are": (["surgery", TINY, "--experts", "33"], "--experts 33: the model has 32"),
     "a picture of no kind": (["kernels", "--plot", "out.txt"], "--plot out.txt: name a file that ends in"),
     "a picture nowhere": (
         ["kernels", "--plot", "/nowhere/a.png"],
@@ -169,6 +212,23 @@ def test_what_cannot_be_measured_is_one_line(capsys: Capture, options: list[str]
     ended = call(capsys, "bench", *options)
     assert (ended.code, ended.out) == (2, ""), ended.err
     assert ended.error.startswith(f"moe-surgery: {said}")
+
+
+def test_a_checkpoint_that_is_not_there_is_named(capsys: Capture) -> None:
+    ended = call(capsys, "bench", "surgery", "nowhere")
+    assert (ended.code, ended.error) == (5, "moe-surgery: nowhere: no such checkpoint folder or file")
+
+
+def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_measured(
+    capsys: Capture, tmp_path: Path
+) -> None:
+    asked = [{"role": "user", "content": "Why? " * 3000}, {"role": "assistant", "content": "So."}]
+    (tmp_path / "long.jsonl").write_text(json.dumps({"messages": asked}) + "\n")
+    options = ["--target", TINY, "--draft-top-k", "1", "--texts", str(tmp_path / "long.jsonl"), "-v"]
+    ended = call(capsys, "bench", "speculate", *options)
+    assert (ended.code, ended.out) == (2, "")
+    assert "--texts: a prompt of 'long' has" in ended.err
+    assert "step" not in ended.err
 
 
 def test_without_matplotlib_the_extra_is_named(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from moe_surgery.errors import UsageError  # noqa: E402
-from moe_surgery.measure.kernel_speed import measure_kernels, usable_backends  # noqa: E402
+from moe_surgery.measure.kernel_speed import kernel_figures, measure_kernels, usable_backends  # noqa: E402
 from moe_surgery.measure.memory import read_bandwidth  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -19,9 +19,9 @@ def test_the_reference_runs_everywhere_and_triton_not_on_the_cpu() -> None:
 
 
 def test_bytes_and_rates_agree() -> None:
-    figures = list(
-        measure_kernels(["reference"], CPU, 1e9, experts=[2, 6], tokens=[1, 3], hidden=64, rounds=2)
-    )
+    runs = list(measure_kernels(["reference"], CPU, experts=[2, 6], tokens=[1, 3], hidden=64, rounds=2))
+    figures = kernel_figures(runs, 1e9)
+    assert len(runs) == 2 * len(figures)
     assert [(f.operation, f.experts, f.tokens) for f in figures] == [
         (o, n, t) for n in (2, 6) for t in (1, 3) for o in ("route", "experts", "dense")
     ]
@@ -47,7 +47,7 @@ def test_bytes_and_rates_agree() -> None:
 )
 def test_shapes_that_cannot_be_are_refused(options: dict[str, object], said: str) -> None:
     with pytest.raises(UsageError, match=said):
-        next(measure_kernels(["reference"], CPU, 1e9, **options))  # type: ignore[arg-type]
+        next(measure_kernels(["reference"], CPU, **options))  # type: ignore[arg-type]
 
 
 def test_a_read_loop_reads() -> None:

@@ -17,7 +17,9 @@ from moe_surgery.measure.decode_speed import (  # noqa: E402
 )
 from moe_surgery.measure.mismatch import compare_tokens, greedy_mismatch  # noqa: E402
 from moe_surgery.measure.speculation_speed import (  # noqa: E402
+    StepTime,
     break_even_rows,
+    costs_of,
     measure_costs,
     measure_speculation,
     speculation_figures,
@@ -81,7 +83,7 @@ def test_every_model_and_batch_has_its_turn_in_every_round(model: Model, draft: 
     seen = sorted((r.number, r.model, r.batch) for r in runs)
     assert seen == [(i, name, b) for i in range(3) for name in models for b in (1, 3)]
     assert all(len(r.step_seconds) == 4 and r.prompt_tokens == 5 * r.batch for r in runs)
-    figures = decode_figures(runs, models, bandwidth=1e9)
+    figures = decode_figures(runs, models)
     assert [(f.model, f.batch, f.experts, f.top_k) for f in figures] == [
         (name, b, n, k) for b in (1, 3) for name, n, k in (("full", 6, 2), ("pruned", 3, 1))
     ]
@@ -90,7 +92,7 @@ def test_every_model_and_batch_has_its_turn_in_every_round(model: Model, draft: 
 
 def test_figures_follow_from_the_runs(model: Model, draft: Model) -> None:
     def run(name: str, number: int, *seconds: float) -> DecodeRun:
-        return DecodeRun(name, 2, number, 20, 0.5, 0.6, seconds, 100, 1000 + number)
+        return DecodeRun(name, 2, number, 20, 0.5, 0.6, seconds, 100, 1000 + number, 1e6 * (1 + number))
 
     runs = [
         run("full", 0, 1.0, 3.0),
@@ -99,7 +101,7 @@ def test_figures_follow_from_the_runs(model: Model, draft: Model) -> None:
         run("pruned", 1, 1.0, 3.0),
         run("full", 2, 4.0, 4.0),  # interrupted before the other's turn
     ]
-    full, pruned = decode_figures(runs, {"full": model, "pruned": draft}, bandwidth=1e6)
+    full, pruned = decode_figures(runs, {"full": model, "pruned": draft})
     assert (full.decode_rate.median, full.decode_rate.low, full.decode_rate.high) == (1.0, 0.5, 1.0)
     assert full.prefill_rate.median == 40
     assert (full.latency, full.latency_p95, full.memory_bytes, full.rounds) == (2.5, 4.0, 1002, 3)
@@ -108,11 +110,12 @@ def test_figures_follow_from_the_runs(model: Model, draft: Model) -> None:
     # Weights, and keys and values of two sequences at 11 positions: 2 layers, 2 heads of 8, 4 bytes.
     read = model_step_bytes(model, 2) + 2 * 2 * 11 * 2 * 2 * 8 * 4
     assert full.bytes_per_token == read / 2
-    assert full.bandwidth_share == pytest.approx(read / 2.5 / 1e6)
+    # Of each round's own bandwidth: its median step takes 2, 2 and 4 seconds.
+    assert full.bandwidth_share == pytest.approx(read / 2 / 2e6)
 
 
 def test_what_was_interrupted_before_anything_came_has_no_figures(model: Model) -> None:
-    assert decode_figures([], {"full": model}, 1e9) == []
+    assert decode_figures([], {"full": model}) == []
 
 
 @pytest.mark.parametrize(
@@ -152,11 +155,28 @@ def test_every_prompt_runs_at_every_length(model: Model, draft: Model) -> None:
 
 
 def test_costs_cover_all_lengths_and_caches_stay_as_they_were(model: Model, draft: Model) -> None:
-    costs = measure_costs(model, draft, lengths=[1, 4], batch=2, context=6, rounds=2)
+    times = list(measure_costs(model, draft, lengths=[1, 4], batch=2, context=6, rounds=2))
+    kinds = [("plain", 1), ("draft", 1), ("draft", 2), ("check", 2), ("check", 5)]
+    assert sorted((t.kind, t.tokens) for t in times) == sorted(2 * kinds)
+    costs = costs_of(times)
+    assert costs is not None
     assert len(costs.target) == 5
     assert min(costs.draft, *costs.target) > 0
     a, b = costs.target[1], costs.target[4]
     assert costs.target[2] == pytest.approx(a + (b - a) / 3)
+
+
+def test_costs_of_what_was_measured_until_an_interrupt() -> None:
+    steps = [("plain", 1, 1.0), ("draft", 1, 0.25), ("draft", 2, 0.5), ("check", 2, 2.0), ("check", 5, 3.0)]
+    times = [StepTime(*step) for step in steps]
+    assert [costs_of(times[:n]) for n in range(4)] == [None] * 4
+    assert costs_of(times[:4]) == Costs(0.25, [1.0, 2.0], 0.25)
+    some = costs_of(times[:4])
+    assert some is not None
+    assert [row.length for row in break_even_rows(some, [1, 4])] == [1]
+    assert costs_of([*times, StepTime("plain", 1, 2.0), StepTime("plain", 1, 9.0)]) == Costs(
+        0.25, [2.0, 2.0, pytest.approx(2 + 1 / 3), pytest.approx(2 + 2 / 3), 3.0], 0.25
+    )
 
 
 def test_break_even_rows_say_what_a_round_costs() -> None:

@@ -10,7 +10,7 @@ import click
 from moe_surgery.cli.bench.shared import NUMBERS, collect, finish, machine, plot_option
 from moe_surgery.cli.options import common, compute, dtype_name, needs_torch, terminal_of, torch_dtype
 from moe_surgery.cli.terminal import Terminal, size
-from moe_surgery.measure.rounds import rounded
+from moe_surgery.measure.rounds import Spread, rounded, spread
 
 if TYPE_CHECKING:
     from moe_surgery.measure.decode_speed import DecodeFigures
@@ -48,8 +48,9 @@ def command(
     """Decode with every CKPT, the first being what the others are compared with.
 
     Tokens a second of prefill and of decoding, time to the first token, a step's latency, the bytes it
-    must read and their share of what a plain read loop reads on this machine. Tokens are random: they
-    spread over experts more evenly than a text's.
+    must read and their share of what a plain read loop reads just before; the memory of the process with
+    all its models (or what the device's allocator holds). Tokens are random: they spread over experts more
+    evenly than a text's.
 
     \b
     moe-surgery bench decode openai/gpt-oss-20b gpt-oss-law-8 --batch 1,8
@@ -57,7 +58,6 @@ def command(
     """
     needs_torch("bench decode")
     from moe_surgery.measure.decode_speed import decode_figures, measure_decoding
-    from moe_surgery.measure.memory import read_bandwidth
     from moe_surgery.measure.plots import check_plot
     from moe_surgery.runtime.load import load_model
 
@@ -66,14 +66,13 @@ def command(
     models = {name: load_model(name, device, torch_dtype(dtype), backend=backend) for name in ckpts}
     full = models[ckpts[0]]
     models |= _views(full, experts or [], ranking)
-    bandwidth = read_bandwidth(full.device)
-    terminal.detail(f"a plain read loop reads {bandwidth / 1e9:.1f} GB/s")
     runs, interrupted = collect(
         measure_decoding(models, batches=batch, context=context, steps=steps, rounds=rounds),
         lambda r: f"round {r.number}: {r.model}, batch {r.batch}: {sum(r.step_seconds):.3f} s",
         terminal,
     )
-    figures = decode_figures(runs, models, bandwidth)
+    figures = decode_figures(runs, models)
+    bandwidth = spread([r.read_bandwidth for r in runs]) if runs else None
     settings = {
         "context": context,
         "steps": steps,
@@ -84,7 +83,7 @@ def command(
     _say(terminal, figures, bandwidth, settings | {"backend": full.backend.name}, interrupted)
     if plot and figures:
         _plot(plot, figures)
-    finish(terminal, interrupted)
+    finish(terminal, interrupted, bool(figures))
 
 
 def _views(full: Model, experts: list[int], ranking: Path | None) -> dict[str, Model]:
@@ -108,13 +107,19 @@ def _views(full: Model, experts: list[int], ranking: Path | None) -> dict[str, M
 def _say(
     terminal: Terminal,
     figures: list[DecodeFigures],
-    bandwidth: float,
+    bandwidth: Spread | None,
     settings: dict[str, object],
     interrupted: bool,
 ) -> None:
     if terminal.json:
-        said = {"read_bandwidth": bandwidth, "settings": settings, "interrupted": interrupted}
+        said = {
+            "read_bandwidth": bandwidth and bandwidth.median,
+            "settings": settings,
+            "interrupted": interrupted,
+        }
         terminal.data(machine() | said | {"rows": [f.as_dict() for f in figures]})
+        return
+    if bandwidth is None:
         return
     columns = (
         "model",
@@ -130,7 +135,7 @@ def _say(
         "of bandwidth",
         "weights",
         "cache",
-        "memory",
+        "process",
     )
     rows = [
         (
@@ -152,7 +157,8 @@ def _say(
         for f in figures
     ]
     told = ", ".join(f"{name} {value}" for name, value in settings.items())
-    terminal.table(f"Decoding ({told}; a plain read loop: {bandwidth / 1e9:.1f} GB/s)", columns, rows)
+    read = f"{bandwidth.median / 1e9:.1f} GB/s ({bandwidth.low / 1e9:.1f}-{bandwidth.high / 1e9:.1f})"
+    terminal.table(f"Decoding ({told}; a plain read loop: {read})", columns, rows)
 
 
 def _plot(file: Path, figures: list[DecodeFigures]) -> None:

@@ -34,14 +34,15 @@ def command(
     """Route, experts and a dense product of one layer, by backend, beside a plain read loop.
 
     Random weights of gpt-oss-20b's size unless --hidden says otherwise; the bytes are those of the
-    weights a call has to read, the share is of what the read loop reads.
+    weights a call has to read, the share is of what the read loop reads. A call takes the same weights every
+    time: what fits into the last cache is measured there, at --hidden 2880 most of it does not.
 
     \b
     moe-surgery bench kernels --tokens 1,8
     moe-surgery bench kernels --hidden 256 --experts 4,32 --rounds 3
     """
     needs_torch("bench kernels")
-    from moe_surgery.measure.kernel_speed import measure_kernels, usable_backends
+    from moe_surgery.measure.kernel_speed import kernel_figures, measure_kernels, usable_backends
     from moe_surgery.measure.memory import read_bandwidth
     from moe_surgery.measure.plots import Panel, check_plot, draw_panels
     from moe_surgery.runtime.device import open_device
@@ -51,19 +52,19 @@ def command(
     place = open_device(device)
     names = usable_backends(place) if backend is None else [backend]
     bandwidth = read_bandwidth(place)
-    figures, interrupted = collect(
-        measure_kernels(
-            names, place, bandwidth, experts=experts, tokens=tokens, hidden=hidden, rounds=rounds
-        ),
-        lambda f: (
-            f"{f.backend} {f.operation}, {f.experts} experts, {f.tokens} tokens: {f.seconds * 1e6:.0f} us"
+    runs, interrupted = collect(
+        measure_kernels(names, place, experts=experts, tokens=tokens, hidden=hidden, rounds=rounds),
+        lambda r: (
+            f"round {r.number}: {r.backend} {r.operation}, {r.experts} experts, {r.tokens} tokens: "
+            f"{r.seconds * 1e6:.0f} us"
         ),
         terminal,
     )
+    figures = kernel_figures(runs, bandwidth)
     if terminal.json:
         said = {"read_bandwidth": bandwidth, "hidden": hidden, "interrupted": interrupted}
         terminal.data(machine() | said | {"rows": [f.as_dict() for f in figures]})
-    else:
+    elif figures:
         columns = ("backend", "operation", "experts", "tokens", "us", "MB", "GB/s", "of read loop")
         rows = [
             (
@@ -85,4 +86,4 @@ def command(
         for f in figures:
             lines.setdefault(f"{f.backend} {f.operation}, {f.tokens}", []).append((f.experts, f.rate / 1e9))
         draw_panels(plot, [Panel("Kernels", "experts", "GB/s of weights", lines)])
-    finish(terminal, interrupted)
+    finish(terminal, interrupted, bool(figures))

@@ -61,10 +61,10 @@ def collect(results: Iterator[T], said: Callable[[T], str], terminal: Terminal) 
     return found, False
 
 
-def finish(terminal: Terminal, interrupted: bool) -> None:
-    """End as an interrupted command does, where this one was."""
+def finish(terminal: Terminal, interrupted: bool, measured: bool) -> None:
+    """End as an interrupted command does, where this one was; `measured`: anything at all."""
     if interrupted:
-        terminal.after_interrupt = INTERRUPTED
+        terminal.after_interrupt = INTERRUPTED if measured else "; nothing was measured yet"
         raise click.Abort
 
 

@@ -69,10 +69,10 @@ def command(
 
     First what a step costs: of the draft, and of the target over one and over several tokens. From that
     follows the break-even acceptance: with acceptance a, n drafted tokens give (1 - a^(n+1)) / (1 - a)
-    tokens for n draft steps and a target step over n + 1 tokens (arXiv 2211.17192). Beside it the memory:
-    weights that the draft adds to the target's, and both caches for --batch texts of --context tokens at
-    the longest of --lengths. With --texts also the acceptance there, by domain and position, and the
-    speed-up.
+    tokens for n draft steps and a target step over n + 1 tokens (arXiv 2211.17192; where all were accepted
+    the draft's next step takes two tokens). Beside it the memory: weights that the draft adds to the
+    target's, and both caches for --batch texts of --context tokens at the longest of --lengths. With
+    --texts also the acceptance there, by domain and position, and the speed-up, both prefills included.
 
     \b
     moe-surgery bench speculate --target openai/gpt-oss-20b --draft-plan law-8.json --texts law.jsonl
@@ -81,13 +81,13 @@ def command(
     needs_torch("bench speculate")
     from moe_surgery.measure.corpus import open_corpus, text_files
     from moe_surgery.measure.plots import check_plot
-    from moe_surgery.measure.prompts import prompts_of
+    from moe_surgery.measure.prompts import check_prompts, prompts_of
     from moe_surgery.runtime.load import load_model
     from moe_surgery.runtime.text import Text
 
     terminal = terminal_of(context_)
     check_plot(plot)
-    check_numbers(prompts=[prompts], prompt_tokens=[prompt_tokens])
+    check_numbers(prompts=[prompts], prompt_tokens=[prompt_tokens], new_tokens=[new_tokens])
     asked = {}
     if texts:
         corpus = open_corpus(text_files(texts), Text(target), context=prompt_tokens)
@@ -96,7 +96,9 @@ def command(
     job = Job(model, asked, lengths, new_tokens, batch, context, rounds)
     found: list[Result] = []
     interrupted = False
-    for name, drafter in _drafts(model, target, draft, draft_plan, draft_top_k):
+    drafters = _drafts(model, target, draft, draft_plan, draft_top_k)
+    check_prompts(asked, new_tokens, [m.config.context for m in (model, *(d for _, d in drafters))])
+    for name, drafter in drafters:
         result, interrupted = _measured(terminal, job, name, drafter)
         found.append(result)
         if interrupted:
@@ -112,7 +114,7 @@ def command(
     _say(terminal, settings, found, interrupted)
     if plot and any(r.lengths for r in found):
         _plot(plot, found)
-    finish(terminal, interrupted)
+    finish(terminal, interrupted, any(r.lengths or r.figures for r in found))
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,7 @@ def _measured(terminal: Terminal, job: Job, name: str, draft: Model) -> tuple[Re
     """What was measured of one draft, and whether Ctrl-C ended it early."""
     from moe_surgery.measure.speculation_speed import (
         break_even_rows,
+        costs_of,
         measure_costs,
         measure_speculation,
         speculation_figures,
@@ -174,14 +177,15 @@ def _measured(terminal: Terminal, job: Job, name: str, draft: Model) -> tuple[Re
     from moe_surgery.runtime.speculate import speculation_cache_bytes
     from moe_surgery.runtime.step_bytes import weight_bytes
 
-    costs, rows, interrupted = None, [], False
-    try:
-        costs = measure_costs(
+    times, interrupted = collect(
+        measure_costs(
             job.target, draft, lengths=job.lengths, batch=job.batch, context=job.context, rounds=job.rounds
-        )
-        rows = break_even_rows(costs, job.lengths)
-    except KeyboardInterrupt:
-        interrupted = True
+        ),
+        lambda t: f"{name}: {t.kind} step, {t.tokens} tokens: {t.seconds * 1e3:.3g} ms",
+        terminal,
+    )
+    costs = costs_of(times)
+    rows = break_even_rows(costs, job.lengths) if costs else []
     runs: list[SpeculationRun] = []
     if job.prompts and not interrupted:
         runs, interrupted = collect(

@@ -61,9 +61,14 @@ def command(
         measure_surgery,
         surgery_figures,
     )
+    from moe_surgery.pipeline import inspect
+    from moe_surgery.selection.plan import check_count
 
     terminal = terminal_of(context)
     check_plot(plot)
+    model = inspect(ckpt)
+    for count in experts:
+        check_count(count, model.experts)
     folder = work or Path(tempfile.gettempdir())
     if cold and not drop_page_cache():
         raise UsageError("--cold: the page cache cannot be dropped; run as root on Linux, or without --cold")
@@ -89,7 +94,7 @@ def command(
     if plot and rows:
         points = [(float(str(r["experts"])), float(str(r["ratio_to_copy"]))) for r in rows]
         draw_panels(plot, [Panel("Pruning", "experts kept", "x cp + sync", {ckpt: points})])
-    finish(terminal, interrupted)
+    finish(terminal, interrupted, bool(rows))
 
 
 def _table(
