@@ -68,7 +68,11 @@ def as_markdown(report: dict) -> str:
     lines = ["# Decoding and speculation on the full-size checkpoint, CPU", "", report["how"], ""]
     lines += [f"- {name}: {value}" for name, value in report["machine"].items()]
     read = f"{report['read_bandwidth'] / 1e9:.1f} GB/s"
-    lines += ["", f"Plain read loop before every run: {read} (median); shares are of the one just before.", ""]
+    lines += [
+        "",
+        f"Plain read loop before every run: {read} (median); shares are of the one just before.",
+        "",
+    ]
     lines += [
         "| experts kept | batch | step, ms (median) | p95 | tokens/s | GB a step | share of the read loop |"
     ]

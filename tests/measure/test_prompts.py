@@ -32,7 +32,9 @@ def test_prompts_are_the_beginnings_of_texts_long_enough(tmp_path: Path) -> None
     found = prompts_of(given, 8, 2)
     assert found == {"math": [text.encode(LONG)[:8], text.encode("def f():\n    return 1 + 1\n")[:8]]}
     assert len(prompts_of(given, 8)["math"]) == 3
-    with pytest.raises(UsageError, match="--texts: none has 500 tokens; pass longer ones or a smaller --prompt-tokens"):
+    with pytest.raises(
+        UsageError, match="--texts: none has 500 tokens; pass longer ones or a smaller --prompt-tokens"
+    ):
         prompts_of(given, 500)
 
 

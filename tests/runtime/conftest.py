@@ -73,3 +73,11 @@ def small_model(small: Path, backend: str) -> Model:
     from moe_surgery.runtime.load import load_model
 
     return load_model(small, dtype=torch.float32, backend=backend)
+
+
+@pytest.fixture(scope="session")
+def steady_model(small_model: Model) -> Model:
+    """`small_model` with all experts chosen: no tie in a router goes one way in a batch and another way alone."""
+    from moe_surgery.runtime.view import view
+
+    return view(small_model, None, top_k=SMALL.experts)

@@ -46,10 +46,10 @@ def in_pieces(model: Model, ids: torch.Tensor, cuts: list[int], rollback: int) -
 )
 @settings(max_examples=30)
 def test_any_split_gives_the_logits_of_the_whole(
-    small_model: Model, seed: int, batch: int, cuts: list[int], rollback: int
+    steady_model: Model, seed: int, batch: int, cuts: list[int], rollback: int
 ) -> None:
     ids = text_of(seed, batch, LENGTH)
-    close(in_pieces(small_model, ids, cuts, rollback), small_model(ids))
+    close(in_pieces(steady_model, ids, cuts, rollback), steady_model(ids))
 
 
 @pytest.mark.parametrize("rollback", [0, 1, WINDOW, 3 * WINDOW])
@@ -109,17 +109,17 @@ def test_a_prefill_may_keep_no_logits(small_model: Model) -> None:
 )
 @settings(max_examples=30)
 def test_a_left_padded_batch_gives_what_each_text_gives_alone(
-    small_model: Model, seed: int, lengths: list[int], cuts: list[int], steps: int, rollback: int
+    steady_model: Model, seed: int, lengths: list[int], cuts: list[int], steps: int, rollback: int
 ) -> None:
     longest = max(lengths)
     ids = text_of(seed, len(lengths), longest + steps)
     mask = torch.stack([torch.arange(longest) >= longest - n for n in lengths]).long()
-    cache = small_model.new_cache(len(lengths), longest + steps, rollback=rollback)
+    cache = steady_model.new_cache(len(lengths), longest + steps, rollback=rollback)
     edges = sorted({0, longest, *(c for c in cuts if c < longest)})
-    got = [small_model(ids[:, a:b], cache, mask[:, a:b]) for a, b in pairwise(edges)]
-    got += [small_model(ids[:, c : c + 1], cache) for c in range(longest, longest + steps)]
+    got = [steady_model(ids[:, a:b], cache, mask[:, a:b]) for a, b in pairwise(edges)]
+    got += [steady_model(ids[:, c : c + 1], cache) for c in range(longest, longest + steps)]
     for row, length in enumerate(lengths):
-        alone = small_model(ids[row : row + 1, longest - length :])
+        alone = steady_model(ids[row : row + 1, longest - length :])
         close(torch.cat(got, dim=1)[row, longest - length :], alone[0])
 
 
@@ -150,10 +150,10 @@ def edits(draw: st.DrawFn) -> tuple[int, list[tuple[int, int]]]:
 @given(seed=st.integers(0, 99), plan=edits(), pads=st.integers(0, 3))
 @settings(max_examples=30)
 def test_other_tokens_after_a_truncation_give_what_a_fresh_run_gives(
-    small_model: Model, seed: int, plan: tuple[int, list[tuple[int, int]]], pads: int
+    steady_model: Model, seed: int, plan: tuple[int, list[tuple[int, int]]], pads: int
 ) -> None:
     rollback, steps = plan
-    cache = small_model.new_cache(2, 120, rollback=rollback)
+    cache = steady_model.new_cache(2, 120, rollback=rollback)
     text, mask = torch.zeros(2, 0, dtype=torch.int64), torch.zeros(2, 0, dtype=torch.int64)
     for number, (back, new) in enumerate(steps):
         kept = text.shape[1] - back
@@ -163,8 +163,8 @@ def test_other_tokens_after_a_truncation_give_what_a_fresh_run_gives(
         real = torch.ones(2, new, dtype=torch.int64)
         real[1, : max(0, min(pads - kept, new))] = 0
         text, mask = torch.cat((text[:, :kept], more), 1), torch.cat((mask[:, :kept], real), 1)
-        got = small_model(more, cache, real)
-        whole = small_model(text, None, mask)[:, kept:]
+        got = steady_model(more, cache, real)
+        whole = steady_model(text, None, mask)[:, kept:]
         close(got[mask[:, kept:] == 1], whole[mask[:, kept:] == 1])
 
 

@@ -41,12 +41,12 @@ def edits(draw: st.DrawFn) -> tuple[int, list[int], list[tuple[list[int], int]]]
 @given(seed=st.integers(0, 99), plan=edits())
 @settings(max_examples=60)
 def test_rows_that_take_back_their_own_number_give_what_each_gives_alone(
-    small_model: Model, seed: int, plan: tuple[int, list[int], list[tuple[list[int], int]]]
+    steady_model: Model, seed: int, plan: tuple[int, list[int], list[tuple[list[int], int]]]
 ) -> None:
     rollback, pads, steps = plan
     random = torch.Generator().manual_seed(seed)
     context = sum(new for _, new in steps)
-    cache = small_model.new_cache(ROWS, context, rollback=rollback)
+    cache = steady_model.new_cache(ROWS, context, rollback=rollback)
     nbytes = cache.nbytes
     texts: list[list[int]] = [[] for _ in range(ROWS)]
     for number, (kept, new) in enumerate(steps):
@@ -56,12 +56,12 @@ def test_rows_that_take_back_their_own_number_give_what_each_gives_alone(
         mask = None
         if not number:
             mask = torch.tensor([[0] * pad + [1] * (new - pad) for pad in pads])
-        got = small_model(more, cache, mask)
+        got = steady_model(more, cache, mask)
         assert cache.lengths == tuple(k + new for k in kept)
         for row in range(ROWS):
             pads[row] = min(pads[row], kept[row]) if number else pads[row]
             texts[row] = texts[row][: kept[row]] + more[row].tolist()
-            alone = small_model(torch.tensor([texts[row][pads[row] :]]))[0]
+            alone = steady_model(torch.tensor([texts[row][pads[row] :]]))[0]
             first = max(kept[row], pads[row])
             torch.testing.assert_close(
                 got[row, first - kept[row] :], alone[first - pads[row] :], rtol=0, atol=TOLERANCE
