@@ -5,7 +5,7 @@
 Runs `bench decode` and `bench speculate` on random weights of gpt-oss-20b's sizes (13.76 GB in FOLDER,
 made where missing), the drafts views of 4, 8 and 16 random experts with a top-k of 1, 2 and 4, batch 1
 and 8. Random weights show costs, not acceptance; what is said of acceptance is the break-even that
-follows from the costs. Results go to benchmarks/results/; about half an hour on 2 cores.
+follows from the costs. Results go to benchmarks/results/; some twelve minutes on 2 cores.
 """
 
 from __future__ import annotations

@@ -150,7 +150,7 @@ def measure_decoding(
         )
     jobs = [(name, model, batch) for batch in batches for name, model in models.items()]
     for name, model, batch in jobs:
-        Decoding(model, name, batch, context, 2).step()
+        Decoding(model, name, batch, context, 1).step()
     calls = [partial(run_decoding, model, name, batch, context, steps) for name, model, batch in jobs]
     for number, _, run in interleaved(calls, rounds):
         yield replace(run, number=number)

@@ -194,12 +194,12 @@ class _Steps:
         columns = context + most + BEHIND
         self._ids = torch.randint(0, target.config.vocabulary, (batch, columns), generator=random)
         self._target, self._draft, self._context = target, draft, context
-        self._caches = {True: target.new_cache(batch, columns, rollback=most + 1)}
-        self._caches[False] = draft.new_cache(batch, columns, rollback=most + BEHIND)
-        for own, model in ((True, target), (False, draft)):
-            model(self._ids[:, :context], self._caches[own], logits_to_keep=1)
-        self._plain = decoder(target, self._caches[True])
-        self._drafting = decoder(draft, self._caches[False])
+        self._target_cache = target.new_cache(batch, columns, rollback=most + 1)
+        self._draft_cache = draft.new_cache(batch, columns, rollback=most + BEHIND)
+        for model, cache in ((target, self._target_cache), (draft, self._draft_cache)):
+            model(self._ids[:, :context], cache, logits_to_keep=1)
+        self._plain = decoder(target, self._target_cache)
+        self._drafting = decoder(draft, self._draft_cache)
         self._sampler = Sampler(Sampling())
 
     @torch.inference_mode()
@@ -215,14 +215,14 @@ class _Steps:
         if fed.shape == (1, 1):  # as the drafter has it
             logits = self._drafting(fed[:, 0])
         else:
-            logits = self._draft(fed, self._caches[False], logits_to_keep=1)
+            logits = self._draft(fed, self._draft_cache, logits_to_keep=1)
         logits[:, -1].argmax(-1).tolist()
         return self._ended("draft", tokens, start)
 
     @torch.inference_mode()
     def check(self, tokens: int) -> StepTime:
         start, fed = self._begun(), self._fed(tokens)
-        logits = self._target(fed, self._caches[True])
+        logits = self._target(fed, self._target_cache)
         drafted = fed[:, 1:].to(logits.device)
         counts = torch.full((len(fed),), tokens - 1, device=logits.device)
         kept, after = accept_greedy(drafted, counts, logits)
@@ -245,7 +245,7 @@ class _Steps:
         return StepTime(kind, tokens, seconds)
 
     def _take_back(self) -> None:
-        for cache in self._caches.values():
+        for cache in (self._target_cache, self._draft_cache):
             cache.truncate(self._context)
 
 
