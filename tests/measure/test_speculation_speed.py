@@ -16,14 +16,13 @@ from moe_surgery.measure.decode_speed import (  # noqa: E402
     measure_decoding,
 )
 from moe_surgery.measure.mismatch import compare_tokens, greedy_mismatch  # noqa: E402
-from moe_surgery.measure.speculation_speed import (  # noqa: E402
+from moe_surgery.measure.speculation_costs import (  # noqa: E402
     StepTime,
     break_even_rows,
     costs_of,
     measure_costs,
-    measure_speculation,
-    speculation_figures,
 )
+from moe_surgery.measure.speculation_speed import measure_speculation, speculation_figures  # noqa: E402
 from moe_surgery.runtime.decode_cost import bytes_per_token  # noqa: E402
 from moe_surgery.runtime.draft_length import Costs  # noqa: E402
 from moe_surgery.runtime.model import Model  # noqa: E402
@@ -112,6 +111,11 @@ def test_figures_follow_from_the_runs(model: Model, draft: Model) -> None:
     assert full.bytes_per_token == read / 2
     # Of each round's own bandwidth: its median step takes 2, 2 and 4 seconds.
     assert full.bandwidth_share == pytest.approx(read / 2 / 2e6)
+
+
+def test_a_context_that_just_fits_runs(model: Model) -> None:
+    context = model.config.context - 2  # a step, and the token after it
+    assert len(list(measure_decoding({"full": model}, context=context, steps=1, rounds=1))) == 1
 
 
 def test_what_was_interrupted_before_anything_came_has_no_figures(model: Model) -> None:

@@ -17,7 +17,8 @@ from moe_surgery.errors import UsageError
 from moe_surgery.measure.rounds import check_numbers, rounded
 
 if TYPE_CHECKING:
-    from moe_surgery.measure.speculation_speed import LengthCost, SpeculationFigures, SpeculationRun
+    from moe_surgery.measure.speculation_costs import LengthCost
+    from moe_surgery.measure.speculation_speed import SpeculationFigures, SpeculationRun
     from moe_surgery.runtime.draft_length import Costs
     from moe_surgery.runtime.model import Model
 
@@ -167,13 +168,8 @@ def _drafts(
 
 def _measured(terminal: Terminal, job: Job, name: str, draft: Model) -> tuple[Result, bool]:
     """What was measured of one draft, and whether Ctrl-C ended it early."""
-    from moe_surgery.measure.speculation_speed import (
-        break_even_rows,
-        costs_of,
-        measure_costs,
-        measure_speculation,
-        speculation_figures,
-    )
+    from moe_surgery.measure.speculation_costs import break_even_rows, costs_of, measure_costs
+    from moe_surgery.measure.speculation_speed import measure_speculation, speculation_figures
     from moe_surgery.runtime.speculate import speculation_cache_bytes
     from moe_surgery.runtime.step_bytes import weight_bytes
 
