@@ -13,6 +13,7 @@ from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.checkpoint.text import describe
 from moe_surgery.errors import InvalidInputError
 from moe_surgery.selection.fields import integer_rows, is_integer, number_rows, optional_text, positive
+from moe_surgery.selection.shipped import is_shipped, shipped_ranking
 
 __all__ = ["RANKING_FORMAT", "Ranking", "load_ranking"]
 
@@ -55,9 +56,14 @@ class Ranking:
 def load_ranking(path: str | os.PathLike[str]) -> Ranking:
     """Read a ranking file: ours, or the published form `{"layer_0": [31, 9, ...], ...}`.
 
+    `published:NAME` is one of the eight rankings published for gpt-oss-20b, which the package holds.
+
     Raises InvalidInputError for an unknown version, or a layer that is not a full order of experts;
-    OutputError where the file cannot be read.
+    OutputError where the file cannot be read; UsageError for an unknown published name.
     """
+    if is_shipped(path):
+        layers = shipped_ranking(path)
+        return Ranking(len(layers[0]), layers, "gpt_oss", provenance={"ranking": os.fspath(path)})
     where = printable_path(path)
     root = parse_json(
         read_small_file(path, limit=MAX_BYTES, what="a ranking"), where=where, allow_floats=True
