@@ -92,11 +92,12 @@ def command(
 ) -> None:
     """Decide which experts of each layer stay.
 
-    RANKING is a ranking file: ours, or a published one ({"layer_0": [31, 9, ...], ...}); or published:NAME,
-    one of those published for gpt-oss-20b (all, health_or_medicine, instruction_following, law, math, safety,
-    science, unsafety). STATS is what `profile` made, ranked here by --metric. How many stay is said by
-    exactly one of --experts, --coverage, --target-size and --target-params. The plan is a small JSON file
-    for `prune --plan`, `evaluate --plan` and `generate --plan`.
+    RANKING is a ranking file: ours, or layers by name ({"layer_0": [31, 9, ...], ...} or {"0": [...], ...},
+    one object or one a line); or published:NAME, one of those published for gpt-oss-20b (all,
+    health_or_medicine, instruction_following, law, math, safety, science, unsafety). STATS is what `profile`
+    made, ranked here by --metric. How many stay is said by exactly one of --experts, --coverage,
+    --target-size and --target-params. The plan is a small JSON file for `prune --plan`, `evaluate --plan`
+    and `generate --plan`.
 
     \b
     moe-surgery plan published:law --experts 8 -o law-8.json

@@ -13,7 +13,7 @@ from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.checkpoint.text import describe
 from moe_surgery.errors import InvalidInputError, PlanMismatchError, UsageError
 from moe_surgery.selection.fields import integer_rows, is_integer, optional_text, positive
-from moe_surgery.selection.ranking import RANKING_FORMAT, Ranking
+from moe_surgery.selection.ranking import Ranking, is_ranking
 
 __all__ = ["ORDERS", "PLAN_FORMAT", "Plan", "load_plan", "plan_from_ranking", "plan_keeping", "plan_random"]
 
@@ -101,9 +101,9 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
     """
     where = printable_path(path)
     raw = read_small_file(path, limit=MAX_BYTES, what="a plan")
-    root = parse_json(raw, where=where, allow_floats=True)
-    if isinstance(root, dict) and (root.get("format") == RANKING_FORMAT or "layer_0" in root):
+    if is_ranking(raw):
         raise InvalidInputError(f"{where}: is a ranking, not a plan; pass it with --ranking and --experts")
+    root = parse_json(raw, where=where, allow_floats=True)
     if not isinstance(root, dict) or root.get("format") != PLAN_FORMAT:
         raise InvalidInputError(f'{where}: not a plan: expected a JSON object with "format": "{PLAN_FORMAT}"')
     return plan_from_dict(root, where)

@@ -1,4 +1,4 @@
-"""The published rankings on the command line: by name, and made from a statistics tree by topic."""
+"""Rankings of others on the command line: the published ones by name and by topic, and layers in lines."""
 
 from __future__ import annotations
 
