@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,8 @@ from moe_surgery.checkpoint.staging import stale_partials
 from moe_surgery.errors import PlanMismatchError
 from moe_surgery.families.identity import identity
 from moe_surgery.families.model import Model
-from moe_surgery.selection.plan import Plan
+from moe_surgery.selection.given import PathLike
+from moe_surgery.selection.plan import Plan, as_plan
 from moe_surgery.surgery.compiler import DEFAULT_SHARD_SIZE, compile_program
 from moe_surgery.surgery.inspect import Inspection, inspect_checkpoint
 from moe_surgery.surgery.preflight import check_output, check_output_file
@@ -38,7 +38,6 @@ __all__ = [
     "prune",
 ]
 
-PathLike = str | os.PathLike[str]
 PlanMaker = Callable[[Model], Plan]
 
 
@@ -84,8 +83,11 @@ def make_plan(checkpoint: PathLike, choose: PlanMaker) -> Plan:
     return plan
 
 
-def check_statistics(checkpoint: PathLike, statistics: Statistics) -> None:
-    """Raise PlanMismatchError unless `statistics` are of the model in `checkpoint`."""
+def check_statistics(checkpoint: PathLike, statistics: Statistics | PathLike) -> None:
+    """Raise PlanMismatchError unless `statistics` (or those in the file of that path) are of `checkpoint`."""
+    from moe_surgery.selection.statistics import as_statistics
+
+    statistics = as_statistics(statistics)
     with Checkpoint.open(checkpoint) as opened:
         known = identity(opened, families.describe(opened))
     if statistics.identity != known:
@@ -98,7 +100,7 @@ def check_statistics(checkpoint: PathLike, statistics: Statistics) -> None:
 def prune(
     checkpoint: PathLike,
     out: PathLike,
-    plan: Plan | PlanMaker,
+    plan: Plan | PathLike | PlanMaker,
     *,
     dtype: str = "keep",
     max_shard_size: int = DEFAULT_SHARD_SIZE,
@@ -114,8 +116,8 @@ def prune(
 ) -> PruneResult:
     """Write the experts of `checkpoint` that `plan` keeps as the new checkpoint folder `out`.
 
-    `plan` is a `Plan`, or makes one of the described model. `dtype`: "keep" moves expert weights as
-    they are stored, "bf16" and "mxfp4" convert them. `max_shard_size` in bytes of tensors.
+    `plan` is a `Plan`, the path of a plan file, or makes a plan of the described model. `dtype`: "keep"
+    moves expert weights as they are stored, "bf16" and "mxfp4" convert them. `max_shard_size` in bytes of tensors.
     `card` writes a model card as README.md (a README.md of the source becomes README.source.md in
     any case); `base_model` is the source's id on the hub, where its path and files do not say it.
     `dry_run` stops before anything is written. `on_start` is told the program, `progress` the bytes
@@ -130,7 +132,7 @@ def prune(
 
     with Checkpoint.open(checkpoint, ignore_unlisted=ignore_unlisted, ops=ops) as opened:
         model = families.describe(opened)
-        chosen = plan if isinstance(plan, Plan) else plan(model)
+        chosen = plan(model) if callable(plan) else as_plan(plan)
         program = compile_program(opened, model, chosen, dtype=dtype, max_shard_size=max_shard_size)
         program = with_card(program, opened, model, base_model=base_model, card=card)
         target = check_output(opened, out, overwrite=overwrite)
@@ -157,7 +159,7 @@ def export_gguf(
     checkpoint: PathLike,
     out: PathLike,
     *,
-    plan: Plan | None = None,
+    plan: Plan | PathLike | None = None,
     dtype: str = "keep",
     name: str | None = None,
     tokenizer: bool = True,
@@ -171,6 +173,7 @@ def export_gguf(
 ) -> ExportResult:
     """Write `checkpoint`, with `plan` applied to it if given, as the GGUF file `out` for llama.cpp.
 
+    `plan` is a `Plan` or the path of a plan file.
     MXFP4 weights keep their bits; `dtype` "mxfp4" converts BF16 experts. `name` is shown by programs
     (default: from the path). `tokenizer` False leaves tokenizer and chat template out. `on_start` is
     told the program, `progress` bytes of the file as they pass.
@@ -190,7 +193,7 @@ def export_gguf(
             opened,
             model,
             find_tokenizer(opened, model) if tokenizer else None,
-            plan=plan,
+            plan=None if plan is None else as_plan(plan),
             name=name or default_name(opened.path),
             dtype=dtype,
         )

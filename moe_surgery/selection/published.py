@@ -20,7 +20,8 @@ from pathlib import Path
 from moe_surgery.checkpoint.files import printable_path, read_small_file
 from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.errors import InvalidInputError, OutputError, PlanMismatchError, UsageError
-from moe_surgery.selection.ranking import Ranking
+from moe_surgery.selection.given import PathLike
+from moe_surgery.selection.ranking import Ranking, as_ranking
 from moe_surgery.selection.shipped import RANKINGS, topic_folders
 
 __all__ = ["TREE_FILES", "interleave", "rank_published", "rank_topic", "statistics_files"]
@@ -110,11 +111,14 @@ def rank_topic(tree: str | os.PathLike[str], topic: str, experts: int | None = N
     )
 
 
-def interleave(own: Ranking, other: Ranking) -> Ranking:
+def interleave(own: Ranking | PathLike, other: Ranking | PathLike) -> Ranking:
     """Position by position, what `own` has there and then what `other` has, unless already taken.
+
+    Either may be what `load_ranking` takes.
 
     Raises PlanMismatchError where the two are not of one shape.
     """
+    own, other = as_ranking(own), as_ranking(other)
     if (own.num_experts, len(own.layers)) != (other.num_experts, len(other.layers)):
         raise PlanMismatchError(
             f"cannot interleave rankings of {len(own.layers)} x {own.num_experts} and "

@@ -20,9 +20,10 @@ from moe_surgery.selection.fields import (
     optional_text,
     positive,
 )
+from moe_surgery.selection.given import PathLike, loaded
 from moe_surgery.selection.shipped import is_shipped, shipped_ranking
 
-__all__ = ["RANKING_FORMAT", "Ranking", "load_ranking"]
+__all__ = ["RANKING_FORMAT", "Ranking", "as_ranking", "is_ranking", "load_ranking"]
 
 RANKING_FORMAT = "moe-surgery.ranking"
 VERSION = 1
@@ -77,6 +78,11 @@ def load_ranking(path: str | os.PathLike[str]) -> Ranking:
     if len(objects) == 1 and "format" in objects[0][1]:
         return _own(objects[0][1], where)
     return _by_layer(objects, where, os.path.basename(os.fspath(path)))
+
+
+def as_ranking(given: Ranking | PathLike) -> Ranking:
+    """`given`, read by `load_ranking` where it is a path."""
+    return loaded(given, Ranking, load_ranking)
 
 
 def is_ranking(raw: bytes) -> bool:
