@@ -52,8 +52,12 @@ def write_card(
 
 
 def _replace(path: Path, content: bytes, ops: FileOps) -> None:
-    with suppress(FileNotFoundError):  # of a run that was killed
-        ops.unlink(path.with_name(f".{path.name}.tmp"))
+    leftover = path.with_name(f".{path.name}.tmp")  # of a run that was killed
+    try:
+        with suppress(FileNotFoundError):
+            ops.unlink(leftover)
+    except OSError as error:
+        raise output_failure(error, leftover, "remove") from error
     write_file(path, content, ops)
     try:
         ops.fsync_dir(path.parent)

@@ -14,6 +14,8 @@ from moe_surgery.checkpoint.files import open_regular, pread_exact, read_small_f
 from moe_surgery.checkpoint.header import build_header, frame_header, read_header
 from moe_surgery.errors import InvalidInputError, MoeSurgeryError, OutputError
 
+from ..support.faults import open_files
+
 needs_permissions = pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 
 
@@ -24,18 +26,14 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def descriptors() -> int:
-    return len(os.listdir("/dev/fd"))
-
-
 def refused(path: Path | str, kind: type[MoeSurgeryError], why: str) -> None:
     """`path` is refused within a second, with one line that names it, and no descriptor stays open."""
-    before = descriptors()
+    before = open_files(Path(path))
     begin = time.perf_counter()
     with pytest.raises(kind, match=why) as caught:
         open_regular(path)
     assert time.perf_counter() - begin < 1
-    assert descriptors() == before
+    assert open_files(Path(path)) == before
     assert Path(path).name in str(caught.value)
     assert str(caught.value).isprintable()
 
@@ -227,9 +225,9 @@ def test_read_small_file_of_an_empty_file(tmp_path: Path) -> None:
 
 
 def test_no_descriptor_stays_open(file: Path) -> None:
-    before = descriptors()
+    before = open_files(file.parent)
     read_small_file(file, limit=10, what="config")
     for limit in (9, 0):
         with pytest.raises(InvalidInputError):
             read_small_file(file, limit=limit, what="config")
-    assert descriptors() == before
+    assert open_files(file.parent) == before
