@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import socket
@@ -222,6 +223,23 @@ def test_read_small_file_counts_what_it_reads_not_what_the_size_says() -> None:
 def test_read_small_file_of_an_empty_file(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     assert read_small_file(tmp_path / "empty", limit=0, what="config") == b""
+
+
+def test_descriptors_are_counted_by_folder(tmp_path: Path) -> None:
+    """What other tests left to the garbage collector changes no count; a mapping counts as open."""
+    ours, other = tmp_path / "ours", tmp_path / "ours-not"
+    for folder in (ours, other):
+        folder.mkdir()
+        (folder / "file").write_bytes(b"0123")
+    with open(other / "file", "rb"):
+        assert open_files(ours) == []
+        with open(ours / "file", "rb") as file:
+            assert open_files(ours) == [os.path.realpath(ours / "file")]
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        assert len(open_files(ours)) == 1
+        mapped.close()
+        assert open_files(ours) == []
+        assert len(open_files(tmp_path)) == 1
 
 
 def test_no_descriptor_stays_open(file: Path) -> None:
