@@ -14,6 +14,7 @@ import xxhash
 from moe_surgery.checkpoint.files import open_regular, printable_path
 from moe_surgery.checkpoint.text import describe
 from moe_surgery.errors import InvalidInputError, OutputError, UsageError
+from moe_surgery.measure.conversation import Conversation, answer_start, common_length, conversation
 
 __all__ = [
     "FORMATS",
@@ -37,7 +38,17 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
-    def chat(self, messages: Sequence[Mapping[str, str]], *, prompt: bool = True) -> str: ...
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        prompt: bool = True,
+        tools: Sequence[object] | None = None,
+        documents: Sequence[object] | None = None,
+        variables: Mapping[str, object] | None = None,
+    ) -> str: ...
+
+    def reads(self, name: str) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +72,12 @@ class Passage:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text (a long one comes in several), or the messages of a conversation."""
+    """A text (a long one comes in several), or a conversation."""
 
     domain: str
     where: str
     text: str | None = None
-    messages: tuple[Mapping[str, str], ...] = ()
+    chat: Conversation | None = None
 
 
 @dataclass(slots=True)
@@ -101,15 +112,14 @@ class Corpus:
         for file in self.files:
             document = None
             for document in _documents(file):
-                if document.text is not None:
+                if document.chat is None:
                     raise InvalidInputError(
-                        f'{document.where}: answers are generated for conversations: {{"messages": [...]}} lines'
+                        f'{document.where}: answers are generated for conversations: {{"messages": [...]}} rows'
                     )
-                said = document.messages
-                asked = said[:-1] if said[-1]["role"] == "assistant" else said
-                if not asked:
+                asked = document.chat.question()
+                if not asked.messages:
                     raise InvalidInputError(f"{document.where}: an answer without a question")
-                yield file.domain, tuple(self._chat(asked, document.where))
+                yield file.domain, tuple(self.encode_chat(asked, document.where))
             if document is None:
                 raise InvalidInputError(f"{printable_path(file.path)}: holds no text")
 
@@ -141,31 +151,41 @@ class Corpus:
                 raise InvalidInputError(f"{printable_path(file.path)}: holds no text")
             told["tokens"] = tokens
 
+    def encode_chat(self, chat: Conversation, where: str, *, prompt: bool = True) -> list[int]:
+        """Tokens of a conversation; with `prompt` an answer is left open. Raises InvalidInputError,
+        beginning with `where`, for what the chat template cannot take."""
+        return self._encoded(self._rendered(chat, where, prompt=prompt), where)
+
     def _passages(self, document: Document) -> Iterator[Passage]:
-        if document.text is not None:
-            tokens, answer = self._encoded(document.text, document.where), None
+        if document.chat is not None:
+            tokens, answer = self._conversation(document.chat, document.where)
         else:
-            tokens, answer = self._conversation(document)
+            tokens, answer = self._encoded(document.text or "", document.where), None
         for start in range(0, len(tokens), self.context):
             piece = tuple(tokens[start : start + self.context])
             yield Passage(document.domain, piece, None if answer is None else max(0, answer - start))
 
-    def _conversation(self, document: Document) -> tuple[list[int], int | None]:
+    def _conversation(self, chat: Conversation, where: str) -> tuple[list[int], int | None]:
         """Tokens of a conversation, and where its last message starts if the assistant said it."""
-        last = document.messages[-1]
-        if last["role"] != "assistant":
-            return self._chat(document.messages, document.where), None
-        whole = self._chat(document.messages, document.where, prompt=False)
-        asked = self._chat(document.messages[:-1], document.where)
-        same = (i for i, (a, b) in enumerate(zip(whole, asked, strict=False)) if a != b)
-        return whole, next(same, min(len(whole), len(asked)))
+        if chat.question() is chat:
+            return self.encode_chat(chat, where), None
+        whole = self._rendered(chat, where, prompt=False)
+        start = answer_start(lambda c, prompt: self._rendered(c, where, prompt=prompt), chat)
+        tokens, before = self._encoded(whole, where), self._encoded(whole[:start], where)
+        return tokens, common_length(tokens, before)
 
-    def _chat(self, messages: Sequence[Mapping[str, str]], where: str, *, prompt: bool = True) -> list[int]:
+    def _rendered(self, chat: Conversation, where: str, *, prompt: bool) -> str:
         try:
-            text = self.tokenizer.chat(messages, prompt=prompt)
+            also = {key: value for key, value in chat.also.items() if self.tokenizer.reads(key)}
+            return self.tokenizer.chat(
+                chat.messages,
+                prompt=prompt,
+                tools=chat.tools,
+                documents=chat.documents,
+                variables={**also, **chat.variables},
+            )
         except InvalidInputError as error:
             raise InvalidInputError(f"{where}: {error}") from None
-        return self._encoded(text, where)
 
     def _encoded(self, text: str, where: str) -> list[int]:
         try:
@@ -263,19 +283,7 @@ def _documents(file: TextFile) -> Iterator[Document]:
                 raise InvalidInputError(f'{line}: expected {{"text": "..."}}, got {describe(value)}')
             yield Document(file.domain, line, text)
         else:
-            yield Document(file.domain, line, messages=_messages(value, line))
-
-
-def _messages(value: object, line: str) -> tuple[Mapping[str, str], ...]:
-    messages = value.get("messages") if isinstance(value, dict) else None
-    if not isinstance(messages, list) or not messages:
-        raise InvalidInputError(f'{line}: expected {{"messages": [...]}}, got {describe(value)}')
-    for message in messages:
-        if not isinstance(message, dict) or not all(
-            isinstance(message.get(key), str) for key in ("role", "content")
-        ):
-            raise InvalidInputError(f'{line}: a message is not {{"role": "...", "content": "..."}}')
-    return tuple(messages)
+            yield Document(file.domain, line, chat=conversation(value, line))
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, object]]:

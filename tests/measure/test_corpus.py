@@ -262,12 +262,12 @@ BAD: dict[str, tuple[str, bytes, str | None, str]] = {
     "half a character": ("x.jsonl", b'"fine"\n"\\ud800"\n', None, "line 2: the text is not Unicode"),
     "no messages": ("x.jsonl", b'{"text": "x"}\n', "chat", 'line 1: expected {"messages": [...]}'),
     "an empty conversation": ("x.jsonl", b'{"messages": []}\n', None, "line 1: expected"),
-    "a message that is a text": ("x.jsonl", b'{"messages": ["x"]}\n', None, "line 1: a message is not"),
+    "a message that is a text": ("x.jsonl", b'{"messages": ["x"]}\n', None, "line 1: message 1: expected {"),
     "a message without content": (
         "x.jsonl",
         b'{"messages": [{"role": "user"}]}\n',
         None,
-        "line 1: a message",
+        "line 1: message 1: has neither content nor tool_calls",
     ),
     "a role that the template does not know": (
         "x.jsonl",
