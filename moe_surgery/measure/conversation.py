@@ -79,8 +79,7 @@ def answer_start(render: Callable[[Conversation, bool], str], chat: Conversation
 
     `render` gives a conversation's text, with an open turn or without. Templates may write earlier
     messages differently once an answer follows (they leave reasoning out), so that the question with an
-    open turn does not begin the text: the turn is then found by what opens it, before the first
-    character that changes with the answer.
+    open turn does not begin the text: the turn is then found in the text with another answer.
     """
     question = chat.question()
     whole = render(chat, False)
@@ -92,8 +91,11 @@ def answer_start(render: Callable[[Conversation, bool], str], chat: Conversation
     if start == len(asked):
         return start
     opening = asked[common_length(asked, render(question, False)) :]
-    found = whole.rfind(opening, 0, common_length(whole, render(another, False))) if opening else -1
-    return max(start, found + len(opening))
+    beside = render(another, False)
+    turn = beside.rfind(opening) if opening else -1
+    if start < turn <= common_length(whole, beside):
+        start = turn + common_length(whole[turn:], opening)
+    return start
 
 
 def common_length(one: Sequence[object], other: Sequence[object]) -> int:
@@ -128,7 +130,7 @@ def _message(value: object, where: str) -> Row:
             raise InvalidInputError(f"{where}: has neither content nor tool_calls")
     elif not isinstance(content, str):
         raise InvalidInputError(f"{where}: content is {describe(content)}, not a string")
-    return value
+    return {key: item for key, item in value.items() if key != "tool_calls" or item}
 
 
 def _parsed(value: object, where: str) -> object:

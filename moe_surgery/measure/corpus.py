@@ -1,8 +1,7 @@
-"""Texts as token sequences: files of text, lines of JSON, or conversations, by domain."""
+"""Texts as token sequences: files of text, rows of JSON, or conversations, by domain."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,9 +11,15 @@ from typing import Protocol
 import xxhash
 
 from moe_surgery.checkpoint.files import open_regular, printable_path
-from moe_surgery.checkpoint.text import describe
 from moe_surgery.errors import InvalidInputError, OutputError, UsageError
-from moe_surgery.measure.conversation import Conversation, answer_start, common_length, conversation
+from moe_surgery.measure.conversation import (
+    Conversation,
+    answer_start,
+    common_length,
+    conversation,
+    described,
+)
+from moe_surgery.measure.text_files import FORMATS, TextFile, blocks, rows, text_files
 
 __all__ = [
     "FORMATS",
@@ -28,9 +33,7 @@ __all__ = [
     "text_files",
 ]
 
-FORMATS = ("text", "jsonl", "chat")
 READ_BYTES = 1 << 20
-BLOCK_CHARACTERS = 1 << 20
 
 
 class Tokenizer(Protocol):
@@ -49,15 +52,6 @@ class Tokenizer(Protocol):
     ) -> str: ...
 
     def reads(self, name: str) -> bool: ...
-
-
-@dataclass(frozen=True, slots=True)
-class TextFile:
-    """A file to read: `format` is one of `FORMATS`."""
-
-    path: Path
-    domain: str
-    format: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,29 +188,6 @@ class Corpus:
             raise InvalidInputError(f"{where}: {error}") from None
 
 
-def text_files(
-    paths: Sequence[Path], domains: Sequence[str] = (), format: str | None = None
-) -> tuple[TextFile, ...]:
-    """Files with their domains: one name for all, one for each, or without any the file's own name.
-
-    The format is guessed for each file unless given: .jsonl holds conversations if its first line
-    has "messages", else texts; other files are one text. Raises UsageError, OutputError.
-    """
-    if domains and len(domains) not in (1, len(paths)):
-        raise UsageError(
-            f"--domain: {len(domains)} names for {len(paths)} --texts; give one for all, or one for each"
-        )
-    named = domains or [p.stem for p in paths]
-    if len(named) == 1:
-        named = list(named) * len(paths)
-    for name in named:
-        if not name or not name.isprintable() or any(c in name for c in ",/:"):
-            raise UsageError(f"--domain {name!r}: a domain is a name without commas, colons and slashes")
-    return tuple(
-        TextFile(path, domain, format or _guessed(path)) for path, domain in zip(paths, named, strict=True)
-    )
-
-
 def open_corpus(
     files: Iterable[TextFile], tokenizer: Tokenizer, *, context: int, max_tokens: int | None = None
 ) -> Corpus:
@@ -261,70 +232,19 @@ def _shortened(passage: Passage, room: int | None) -> Passage:
     return passage if room is None else replace(passage, tokens=passage.tokens[:room])
 
 
-def _guessed(path: Path) -> str:
-    if path.suffix != ".jsonl":
-        return "text"
-    for _, value in _json_lines(path):
-        return "chat" if isinstance(value, dict) and "messages" in value else "jsonl"
-    return "jsonl"
-
-
 def _documents(file: TextFile) -> Iterator[Document]:
-    where = printable_path(file.path)
     if file.format == "text":
-        for block in _blocks(file.path):
-            yield Document(file.domain, where, block)
+        for block in blocks(file.path):
+            yield Document(file.domain, printable_path(file.path), block)
         return
-    for number, value in _json_lines(file.path):
-        line = f"{where}: line {number}"
-        if file.format == "jsonl":
-            text = value.get("text") if isinstance(value, dict) else value
-            if not isinstance(text, str):
-                raise InvalidInputError(f'{line}: expected {{"text": "..."}}, got {describe(value)}')
-            yield Document(file.domain, line, text)
-        else:
-            yield Document(file.domain, line, chat=conversation(value, line))
-
-
-def _json_lines(path: Path) -> Iterator[tuple[int, object]]:
-    where = printable_path(path)
-    number = 0
-    try:
-        for number, line in enumerate(_lines(path), 1):
-            if line.strip():
-                yield number, json.loads(line)
-    except UnicodeDecodeError:
-        raise InvalidInputError(f"{where}: line {number + 1}: not UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        raise InvalidInputError(f"{where}: line {number}: not JSON: {error}") from None
-
-
-def _blocks(path: Path) -> Iterator[str]:
-    """A text whole, or if it is long in pieces that end with a line."""
-    held: list[str] = []
-    size = 0
-    try:
-        for line in _lines(path):
-            held.append(line)
-            size += len(line)
-            if size >= BLOCK_CHARACTERS:
-                yield "".join(held)
-                held, size = [], 0
-    except UnicodeDecodeError as error:
-        raise InvalidInputError(f"{printable_path(path)}: not UTF-8: {error.reason}") from None
-    if held:
-        yield "".join(held)
-
-
-def _lines(path: Path) -> Iterator[str]:
-    _check_regular(path)
-    with open(path, "rb") as opened:  # decoded line by line, so that an error is of the line it is said of
-        for line in opened:
-            yield line.decode()
-
-
-def _check_regular(path: Path) -> None:
-    os.close(open_regular(path))
+    for where, row in rows(file.path):
+        if file.format == "chat":
+            yield Document(file.domain, where, chat=conversation(row, where))
+            continue
+        text = row.get("text") if isinstance(row, dict) else row
+        if not isinstance(text, str):
+            raise InvalidInputError(f'{where}: expected {{"text": "..."}}, got {described(row)}')
+        yield Document(file.domain, where, text)
 
 
 def _digest(path: Path) -> str:

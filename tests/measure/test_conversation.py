@@ -22,7 +22,7 @@ from moe_surgery.measure.corpus import Corpus, open_corpus, text_files
 from moe_surgery.measure.prompts import prompts_of
 from moe_surgery.runtime.text import Text
 from tests.measure.conftest import write_lines
-from tests.support.harmony import write_harmony
+from tests.support.harmony import TEMPLATE, write_harmony
 
 Row = dict[str, Any]
 
@@ -153,6 +153,20 @@ def test_an_answer_begins_where_its_turn_was_opened(
     if thought := last.get("thinking") or last.get("reasoning_content"):
         assert after.startswith(f"<|channel|>analysis<|message|>{thought}<|end|><|start|>assistant")
     assert after.endswith("<|call|>" if last.get("tool_calls") else "final<|message|>Yes.<|return|>")
+
+
+def test_an_answer_begins_within_a_turn_that_the_template_opens_further(tmp_path: Path) -> None:
+    """Where the open turn names the final channel, reasoning belongs to the answer all the same."""
+    source = TEMPLATE.replace(
+        '{{ open("assistant") }}{% endif -%}', '{{ open("assistant", "final") + "<|message|>" }}{% endif -%}'
+    )
+    assert source != TEMPLATE
+    text = Text(write_harmony(tmp_path / "model", source))
+    [passage] = corpus(text, tmp_path / "x.jsonl", [ROWS["a call, its result, an answer"]])
+    assert passage.answer is not None
+    before = text.encode("<|start|>assistant<|channel|>")
+    assert list(passage.tokens[: passage.answer][-len(before) :]) == before
+    assert text.decode(passage.tokens[passage.answer :]) == "analysis21 is warm.assistantfinalYes."
 
 
 def test_tools_may_be_json_in_strings(harmony: Text, theirs: Any, tmp_path: Path) -> None:
