@@ -23,6 +23,7 @@ class JsonList:
     def __init__(self, pieces: Iterator[str], where: str) -> None:
         self._pieces = pieces
         self._where = where
+        self._decoder = json.JSONDecoder()
         self._held = ""
         self._at = 0
         self._line = 1
@@ -46,7 +47,7 @@ class JsonList:
     def _value(self) -> object:
         while True:
             try:
-                value, end = json.JSONDecoder().raw_decode(self._held, self._at)
+                value, end = self._decoder.raw_decode(self._held, self._at)
             except json.JSONDecodeError as error:
                 unfinished = error.pos + _LOOKAHEAD > len(self._held) or error.msg.startswith("Unterminated")
                 if unfinished and self._read():

@@ -12,6 +12,8 @@ from moe_surgery.checkpoint.locate import locate
 from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.errors import InvalidInputError, OutputError, UsageError
 from moe_surgery.runtime.config import token_ids
+from moe_surgery.runtime.harmony import Harmony, Markers, Reply
+from moe_surgery.runtime.text_stream import TextStream
 
 if TYPE_CHECKING:
     from moe_surgery.runtime.chat_template import ChatTemplate
@@ -67,6 +69,22 @@ class Text:
     def decode(self, tokens: Sequence[int]) -> str:
         """Text without special tokens."""
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def parser(self, prompt: Sequence[int]) -> Harmony:
+        """What splits the tokens generated after `prompt` into reasoning, answer and tool calls."""
+        return Harmony(self, self._markers(), prompt)
+
+    def split(self, prompt: Sequence[int], tokens: Sequence[int]) -> Reply:
+        """All `tokens` generated after `prompt`, split."""
+        parser = self.parser(prompt)
+        return Reply.of([*(p for token in tokens for p in parser.push(token)), *parser.flush()])
+
+    def _markers(self) -> Markers | None:
+        names = ("start", "message", "end", "channel", "constrain", "call", "return")
+        start, message, end, *others = (self._tokenizer.token_to_id(f"<|{name}|>") for name in names)
+        if start is None or message is None or end is None:
+            return None
+        return Markers(start, message, end, *others)
 
     def same_tokens(self, other: Text) -> bool:
         """Whether both tokenizers give every token the same number."""
@@ -173,33 +191,6 @@ class Text:
         raw = read_small_file(file, limit=MAX_BYTES, what="a config")
         value = parse_json(raw, where=printable_path(file), allow_floats=True)
         return value if isinstance(value, dict) else {}
-
-
-class TextStream:
-    """Turns tokens into text as they come, holding back what is not yet a whole character."""
-
-    def __init__(self, text: Text) -> None:
-        self._text = text
-        self._tokens: list[int] = []
-        self._shown = ""
-
-    def push(self, token: int) -> str:
-        """The text that `token` completes, possibly empty."""
-        self._tokens.append(token)
-        whole = self._text.decode(self._tokens)
-        if whole.endswith("\N{REPLACEMENT CHARACTER}"):
-            return ""
-        new = whole[len(self._shown) :]
-        # Tokens before the last complete text no longer matter: keep decoding short.
-        if len(self._tokens) > 64 and new:
-            self._tokens, self._shown = [token], self._text.decode([token])
-        else:
-            self._shown = whole
-        return new
-
-    def flush(self) -> str:
-        """Whatever is left, incomplete characters included."""
-        return self._text.decode(self._tokens)[len(self._shown) :]
 
 
 def _source(file: Path) -> str:
