@@ -41,12 +41,12 @@ class Settings(TypedDict):
     type=click.Choice(["show", "hide"]),
     default="show",
     show_default=True,
-    help="What the model thinks before its answer: on stderr, dimmed, or not at all.",
+    help="Show the model's reasoning on stderr, dimmed on a terminal, or hide it.",
 )
 @click.option(
     "--reasoning-effort",
     type=click.Choice(["low", "medium", "high"]),
-    help="How much the model is to think, for chat templates that read it.",
+    help="Reasoning effort, for chat templates that read it.",
 )
 @click.option(
     "--plan", "plan_file", type=click.Path(path_type=Path), help="Show the model only this plan's experts."
@@ -99,8 +99,8 @@ def command(
     Weights are used where the files are mapped, so a model starts at once and experts stay packed.
     With --plan the full checkpoint behaves as the pruned one would, without writing it.
 
-    The answer goes to stdout. What a model in the harmony format thinks before it goes to stderr, and
-    --json has both: "answer" and "reasoning".
+    The answer goes to stdout; the reasoning of a model in the harmony format goes to stderr. --json has
+    both: "answer" and "reasoning".
 
     With --draft, --draft-plan or --draft-top-k a cheaper model proposes tokens that the full one checks
     several at a time: the output stays its own (exactly in float32, --dtype f32).

@@ -1,4 +1,4 @@
-"""Rows of chat data sets as conversations: messages, tools, and what else a chat template reads."""
+"""Rows of chat data sets as conversations: messages, tools, and other arguments of a chat template."""
 
 from __future__ import annotations
 
@@ -61,7 +61,9 @@ def conversation(row: object, where: str) -> Conversation:
             raise InvalidInputError(f"{where}: chat_template_kwargs may not set '{key}'")
         if value is not None:
             if key in left and key in ("tools", "documents"):
-                raise InvalidInputError(f"{where}: '{key}' stands in the row and in its chat_template_kwargs")
+                raise InvalidInputError(
+                    f"{where}: '{key}' is both in the row and in its chat_template_kwargs"
+                )
             (left if key in ("tools", "documents") else variables)[key] = value
     if "builtin_tools" in variables:
         variables["builtin_tools"] = _parsed(variables["builtin_tools"], f"{where}: builtin_tools")
@@ -91,9 +93,9 @@ def answer_start(render: Callable[[Conversation, bool], str], chat: Conversation
     if start == len(asked):
         return start
     opening = asked[common_length(asked, render(question, False)) :]
-    beside = render(another, False)
-    turn = beside.rfind(opening) if opening else -1
-    if start < turn <= common_length(whole, beside):
+    altered = render(another, False)
+    turn = altered.rfind(opening) if opening else -1
+    if start < turn <= common_length(whole, altered):
         start = turn + common_length(whole[turn:], opening)
     return start
 

@@ -143,7 +143,7 @@ def _guessed(path: Path) -> str:
         return "jsonl"
     if _holds_rows(_head(path)):
         raise InvalidInputError(
-            f"{printable_path(path)}: holds rows of JSON; name it .jsonl or .json, or say --format jsonl, chat or text"
+            f"{printable_path(path)}: holds rows of JSON; name it .jsonl or .json, or pass --format jsonl, chat or text"
         )
     return "text"
 

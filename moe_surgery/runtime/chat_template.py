@@ -1,4 +1,4 @@
-"""Chat templates: what transformers' `apply_chat_template` renders, from a template nobody here trusts."""
+"""Chat templates, rendered as transformers' `apply_chat_template` does, in a sandbox: they are untrusted."""
 
 from __future__ import annotations
 
@@ -137,13 +137,13 @@ class ChatTemplate:
 
 def _message(message: Mapping[str, object]) -> dict[str, object]:
     """As transformers hands it on: without nulls, reasoning under both names that templates read."""
-    told = {key: value for key, value in message.items() if value is not None}
-    reasoning = next((told[key] for key in REASONING if key in told), None)
+    given = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((given[key] for key in REASONING if key in given), None)
     if reasoning is not None:
-        told = {"thinking": reasoning, **told, "reasoning_content": reasoning}
-    if isinstance(told.get("content"), list):
-        told["content"] = _Parts(told["content"])  # type: ignore[call-overload]
-    return told
+        given = {"thinking": reasoning, **given, "reasoning_content": reasoning}
+    if isinstance(given.get("content"), list):
+        given["content"] = _Parts(given["content"])  # type: ignore[call-overload]
+    return given
 
 
 def _reads_whole_messages(tree: nodes.Template) -> bool:

@@ -112,11 +112,11 @@ class Text:
         given = {"tools": tools, "documents": documents, **(variables or {})}
         for key, value in given.items():
             if value and not template.takes(key):
-                raise InvalidInputError(f"the model's chat template does not read {key!r}")
+                raise InvalidInputError(f"the model's chat template does not read {key!r}; leave it out")
         for number, message in enumerate(messages, 1):
             if unread := template.unread(message):
                 raise InvalidInputError(
-                    f"message {number}: the model's chat template does not read {unread!r}"
+                    f"message {number}: the model's chat template does not read {unread!r}; leave it out"
                 )
         try:
             return template.render(

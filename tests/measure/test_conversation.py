@@ -349,7 +349,7 @@ BAD: dict[str, tuple[Any, str]] = {
     ),
     "tools twice": (
         {"messages": [ASK], "tools": [CLOCK], "chat_template_kwargs": {"tools": [CLOCK]}},
-        "'tools' stands in the row and in its chat_template_kwargs",
+        "'tools' is both in the row and in its chat_template_kwargs",
     ),
     "no messages": ({"conversations": []}, "got an object with 'conversations'"),
     "the template's own refusal": (

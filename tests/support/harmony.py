@@ -41,7 +41,7 @@ def write_scripted(folder: Path, template: str, said: str) -> Path:
     """A model that says `said` after a prompt, whatever the prompt is, as long as its last token stays the
     same: a token's successor depends on that token alone, so each token of `said` may stand there once.
 
-    Role and channel names are tokens of their own. `template` ends with the prompt's last token.
+    Role and channel names are single tokens. `template` ends with the prompt's last token.
     """
     names = ("assistant", "final", "analysis", "commentary")
     tokens = write_harmony(folder.with_name(f"{folder.name}-tokens"), names=names) / "tokenizer.json"
