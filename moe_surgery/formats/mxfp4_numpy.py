@@ -186,13 +186,13 @@ def _least_error(values: NDArray[np.uint16], first: NDArray[np.uint8]) -> NDArra
     all scales. That is 0 where q is 0, and x is at least a quarter of the scale where it is not; so with
     BF16's 8 bits (and up to float32's 24) float64 holds every term and every sum exactly.
     """
-    x = np.ldexp(np.abs(bf16_to_float64(values)), 127 - first.astype(np.int64))
+    x = np.abs(bf16_to_float64(values)) * np.ldexp(1.0, 127 - first.astype(np.int64))
     columns = np.arange(values.shape[1])
     largest = x.argmax(axis=0)
 
     def errors(scale: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         codes = nearest_codes(values, scale.astype(np.uint8)) & 7
-        q = np.ldexp(np.array(MAGNITUDES)[codes], scale - first)
+        q = np.array(MAGNITUDES)[codes] * np.ldexp(1.0, scale - first)
         return np.sum(q * (q - 2 * x), axis=0), np.abs(x - q)[largest, columns]
 
     best = first.astype(np.int64)
