@@ -14,7 +14,8 @@
 // wins if the gains exceed the loss; with equal sums the coarse one has the lower error of m.
 //
 //     m > 7:        the first scale is the fine one (z > 3.5), if the coarse one is finite throughout.
-//     m <= 7:       the scale above has nothing to offer: it has fewer codes up to 6, and no better one up to 7.
+//     m <= 7:       the scale above cannot be better: its codes up to 6 are some of the first scale's, and
+//                   its next one, 8, is not nearer than 6.
 //     m < 4.46875:  the first scale is the coarse one. From there on the loss of m alone, 2m - 7 or more, is
 //                   at least 31/16, and 31 other values gain 1/16 each at most.
 #pragma once

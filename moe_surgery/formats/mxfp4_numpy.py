@@ -161,8 +161,8 @@ def choose_scales(values: NDArray[np.uint16]) -> NDArray[np.uint8]:
     scale = first_scales(values)
     exact = decode_table()[scale, nearest_codes(values, scale)] == values
     finite = (values & MAGNITUDE) < INFINITY
-    open_blocks = np.flatnonzero(finite.all(axis=0) & ~exact.all(axis=0))
-    scale[open_blocks] = _least_error(values[:, open_blocks], scale[open_blocks])
+    inexact = np.flatnonzero(finite.all(axis=0) & ~exact.all(axis=0))
+    scale[inexact] = _least_error(values[:, inexact], scale[inexact])
     return scale
 
 
