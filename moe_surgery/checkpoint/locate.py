@@ -7,12 +7,14 @@ import re
 from pathlib import Path
 
 from moe_surgery.checkpoint.files import printable_path
+from moe_surgery.checkpoint.kinds import STATISTICS, WEIGHTS, kind_of, wrong_kind
 from moe_surgery.errors import OutputError, UsageError
 
-__all__ = ["EXAMPLES", "locate"]
+__all__ = ["EXAMPLES", "check_is_path", "locate"]
 
 EXAMPLES = {"tiny": "tiny-gpt-oss"}
 _EXAMPLES_FOLDER = Path(__file__).parent.parent / "examples"
+_SOURCE = re.compile(r"(example|published):|[a-z][a-z0-9+.-]*://", re.ASCII)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", re.ASCII)
 
 
@@ -33,6 +35,10 @@ def locate(name: str | os.PathLike[str]) -> Path:
     if path.is_dir():
         return path
     if path.exists():
+        kind = kind_of(path)
+        if kind == STATISTICS or (kind not in (None, WEIGHTS) and path.suffix != ".safetensors"):
+            assert kind is not None
+            raise UsageError(wrong_kind(path, "a checkpoint", kind))
         if path.suffix != ".safetensors":
             raise UsageError(
                 f"{printable_path(path)}: is neither a folder nor a .safetensors file; "
@@ -42,6 +48,23 @@ def locate(name: str | os.PathLike[str]) -> Path:
     if _HUB_ID.fullmatch(text) and not text.startswith("."):
         return _from_hub_cache(text)
     raise OutputError(f"{printable_path(path)}: no such checkpoint folder or file")
+
+
+def check_is_path(out: str | os.PathLike[str]) -> None:
+    """Raise UsageError where the string `out`, which is to be written, reads as a source.
+
+    That is `example:...`, `published:...`, `scheme://...`, and `owner/model@revision` unless there is a
+    folder `owner`. A `Path`, and a string that begins with "./" or "/", is a path whatever it holds.
+    """
+    if not isinstance(out, str):
+        return
+    hub = _HUB_ID.fullmatch(out)
+    revision = hub is not None and hub[1] and not out.startswith(".") and not Path(out).parent.is_dir()
+    if _SOURCE.match(out) or revision:
+        shown = printable_path(out)
+        raise UsageError(
+            f"{shown}: names something to read, not to write; if a path is meant, write ./{shown}"
+        )
 
 
 def _example(name: str) -> Path:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from moe_surgery.cli.options import (
+    OUTPUT,
     check_new_output,
     common,
     compute,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 @texts
 @click.option("--answers-only", is_flag=True, help="Count the answers of conversations only.")
 @click.option("--batch-tokens", type=int, help="Tokens taken through a layer together. Default 8192.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write all figures here, for `report`.")
+@click.option("-o", "--output", type=OUTPUT, help="Write all figures here, for `report`.")
 @compute
 @common
 @click.pass_context

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moe_surgery.cli.options import common, terminal_of
+from moe_surgery.cli.options import OUTPUT, common, terminal_of
 from moe_surgery.cli.terminal import Advance, Terminal, count, size
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @click.command("export")
 @click.argument("ckpt")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=OUTPUT)
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Write this plan's experts only.")
 @click.option(
     "--dtype",

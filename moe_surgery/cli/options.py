@@ -20,6 +20,7 @@ __all__ = [
     "COUNT",
     "EXPERT_LIST",
     "NAMES",
+    "OUTPUT",
     "SIZE",
     "check_new_output",
     "common",
@@ -243,7 +244,21 @@ class _Names(click.ParamType):  # type: ignore[type-arg]
         return names
 
 
+class _Output(click.Path):
+    """A path to write; what reads as a source (example:tiny, owner/model@revision) is refused."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from moe_surgery.checkpoint.locate import check_is_path
+
+        try:
+            check_is_path(value)
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
+        return super().convert(value, param, ctx)
+
+
 SIZE = _Size()
 COUNT = _Count()
+OUTPUT = _Output(path_type=Path)
 EXPERT_LIST = _ExpertList()
 NAMES = _Names()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from moe_surgery.cli.options import (
+    OUTPUT,
     check_new_output,
     common,
     compute,
@@ -26,9 +27,7 @@ if TYPE_CHECKING:
 @click.command("profile")
 @click.argument("ckpt")
 @texts
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), required=True, help="The statistics file to write."
-)
+@click.option("-o", "--output", type=OUTPUT, required=True, help="The statistics file to write.")
 @click.option(
     "--batch-tokens",
     type=int,

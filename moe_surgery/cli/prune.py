@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moe_surgery.cli.options import EXPERT_LIST, SIZE, common, terminal_of
+from moe_surgery.cli.options import EXPERT_LIST, OUTPUT, SIZE, common, terminal_of
 from moe_surgery.cli.terminal import Advance, Terminal, count, size
 from moe_surgery.errors import UsageError
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @click.command("prune")
 @click.argument("ckpt")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=OUTPUT)
 @click.option(
     "--plan", "plan_file", type=click.Path(path_type=Path), help="A plan file of `moe-surgery plan`."
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from moe_surgery.cli.options import (
+    OUTPUT,
     check_new_output,
     common,
     compute,
@@ -22,9 +23,7 @@ from moe_surgery.cli.terminal import Advance
 @click.command("search")
 @click.argument("ckpt")
 @texts
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), required=True, help="The ranking file to write."
-)
+@click.option("-o", "--output", type=OUTPUT, required=True, help="The ranking file to write.")
 @compute
 @common
 @click.pass_context

@@ -12,6 +12,7 @@ from typing import Protocol
 import xxhash
 
 from moe_surgery.checkpoint.files import open_regular, printable_path
+from moe_surgery.checkpoint.kinds import NOT_TEXTS, kind_of, wrong_kind
 from moe_surgery.checkpoint.text import describe
 from moe_surgery.errors import InvalidInputError, OutputError, UsageError
 
@@ -180,8 +181,12 @@ def text_files(
     """Files with their domains: one name for all, one for each, or without any the file's own name.
 
     The format is guessed for each file unless given: .jsonl holds conversations if its first line
-    has "messages", else texts; other files are one text. Raises UsageError, OutputError.
+    has "messages", else texts; other files are one text. Raises UsageError, OutputError, and
+    InvalidInputError for a file of another kind: a plan, statistics, weights.
     """
+    for path in paths:
+        if (kind := kind_of(path)) in NOT_TEXTS:
+            raise InvalidInputError(wrong_kind(path, "texts", kind))
     if domains and len(domains) not in (1, len(paths)):
         raise UsageError(
             f"--domain: {len(domains)} names for {len(paths)} --texts; give one for all, or one for each"

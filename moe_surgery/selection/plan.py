@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from moe_surgery.checkpoint.files import printable_path, read_small_file
+from moe_surgery.checkpoint.kinds import PLAN, reads
 from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.checkpoint.text import describe
 from moe_surgery.errors import InvalidInputError, PlanMismatchError, UsageError
 from moe_surgery.selection.fields import integer_rows, is_integer, optional_text, positive
-from moe_surgery.selection.ranking import RANKING_FORMAT, Ranking
+from moe_surgery.selection.ranking import Ranking
 
 __all__ = ["ORDERS", "PLAN_FORMAT", "Plan", "load_plan", "plan_from_ranking", "plan_keeping", "plan_random"]
 
@@ -93,6 +94,7 @@ class Plan:
             )
 
 
+@reads("a plan", PLAN)
 def load_plan(path: str | os.PathLike[str]) -> Plan:
     """Read a plan file.
 
@@ -102,8 +104,6 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
     where = printable_path(path)
     raw = read_small_file(path, limit=MAX_BYTES, what="a plan")
     root = parse_json(raw, where=where, allow_floats=True)
-    if isinstance(root, dict) and (root.get("format") == RANKING_FORMAT or "layer_0" in root):
-        raise InvalidInputError(f"{where}: is a ranking, not a plan; pass it with --ranking and --experts")
     if not isinstance(root, dict) or root.get("format") != PLAN_FORMAT:
         raise InvalidInputError(f'{where}: not a plan: expected a JSON object with "format": "{PLAN_FORMAT}"')
     return plan_from_dict(root, where)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from moe_surgery.checkpoint.files import printable_path, read_small_file
+from moe_surgery.checkpoint.kinds import RANKING, reads
 from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.checkpoint.text import describe
 from moe_surgery.errors import InvalidInputError
@@ -52,6 +53,7 @@ class Ranking:
         )
 
 
+@reads("a ranking", RANKING)
 def load_ranking(path: str | os.PathLike[str]) -> Ranking:
     """Read a ranking file: ours, or the published form `{"layer_0": [31, 9, ...], ...}`.
 

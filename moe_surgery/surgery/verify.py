@@ -68,7 +68,7 @@ def verify_checkpoint(
     """
     folder = locate(out)
     if not folder.is_dir():
-        raise OutputError(f"{printable_path(folder)}: no such folder")
+        raise OutputError(f"{printable_path(folder)}: is a file; name the folder of the checkpoint")
     return _Verifier(folder, progress or (lambda _: None)).run(source, structure_only)
 
 

@@ -110,7 +110,7 @@ MALFORMED = {
     "a number": ("1", "not a plan"),
     "no format": ({k: v for k, v in FILE.items() if k != "format"}, "not a plan"),
     "another format": (FILE | {"format": "other"}, "not a plan"),
-    "a published ranking": ({"layer_0": [0, 1]}, "is a ranking, not a plan; pass it with --ranking"),
+    "a published ranking": ({"layer_0": [0, 1]}, "is a ranking, not a plan; moe-surgery plan RANKING"),
     "our ranking": ({"format": "moe-surgery.ranking", "version": 1}, "is a ranking, not a plan"),
     "a key twice": ('{"format": "moe-surgery.plan", "version": 1, "version": 1}', "plan.json"),
     "a later version": (FILE | {"version": 2}, "plan version 2 is not known here (this reads version 1)"),

@@ -187,7 +187,7 @@ def test_checkpoint_that_is_not_there(
 def test_file_that_is_no_checkpoint(capsys: Capture, source: Path) -> None:
     ended = call(capsys, "prune", source / "config.json", source.parent / "out", "--keep", "0")
     assert ended.code == 2
-    assert "is neither a folder nor a .safetensors file" in ended.error
+    assert "is the config.json of a model, not a checkpoint; name its folder" in ended.error
 
 
 def test_unknown_example(capsys: Capture, tmp_path: Path) -> None:
