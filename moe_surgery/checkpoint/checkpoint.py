@@ -13,6 +13,7 @@ from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.checkpoint.files import printable_path, read_small_file
 from moe_surgery.checkpoint.index import MAX_INDEX_BYTES, Index, parse_index
 from moe_surgery.checkpoint.locate import locate
+from moe_surgery.checkpoint.other_formats import instead
 from moe_surgery.checkpoint.shard import Shard
 from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.checkpoint.text import printable
@@ -125,6 +126,7 @@ def _read_config(path: Path) -> dict[str, object]:
     if not path.exists():
         raise OutputError(
             f"{printable_path(path)}: not found; a checkpoint needs its config.json beside the shards"
+            + instead(path.parent)
         )
     raw = read_small_file(path, limit=MAX_CONFIG_BYTES, what="a model config")
     config = parse_json(raw, where=printable_path(path), allow_floats=True)
@@ -145,7 +147,7 @@ def _shard_names(folder: Path, index: Index | None, ignore_unlisted: bool) -> li
     present = {e.name for e in os.scandir(folder) if e.name.endswith(".safetensors")}
     if index is None:
         if not present:
-            raise OutputError(f"{printable_path(folder)}: holds no .safetensors file")
+            raise OutputError(f"{printable_path(folder)}: holds no .safetensors file{instead(folder)}")
         return sorted(present)
     listed = set(index.weight_map.values())
     if missing := sorted(listed - present):

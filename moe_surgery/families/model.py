@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
-from moe_surgery.checkpoint.checkpoint import Checkpoint, TensorRef
+from moe_surgery.checkpoint.checkpoint import INDEX_NAME, Checkpoint, TensorRef
 from moe_surgery.checkpoint.text import describe as described
 from moe_surgery.errors import InvalidInputError
 from moe_surgery.families.base import DENSE, EXPERT_WEIGHT, Family, Layout, Slice, Tensor
@@ -130,8 +130,8 @@ def _recognise(checkpoint: Checkpoint, families: tuple[Family, ...]) -> tuple[Fa
                 return family, layout
         if model_type == family.model_type:
             raise InvalidInputError(
-                f"{checkpoint.path}: tensor {family.tensors[0].name!r} is in no shard; "
-                f"download the missing files of this {family.title} checkpoint"
+                f"{checkpoint.path}: tensor {family.tensors[0].name!r} is in no shard of this "
+                f"{family.title} checkpoint; a file is missing, or it was saved without it"
             )
     raise InvalidInputError(
         f"{checkpoint.config_path}: model_type {described(model_type)} is not supported; known: {known}"
@@ -257,9 +257,12 @@ def _find_expert_weight(
 def _get(checkpoint: Checkpoint, name: str) -> TensorRef:
     ref = checkpoint.tensors.get(name)
     if ref is None:
-        raise InvalidInputError(
-            f"{checkpoint.path}: tensor {name!r} is in no shard; a shard is missing or the file was cut"
+        reason = (
+            f"{INDEX_NAME} does not list it either: it was saved without it"
+            if checkpoint.index is not None
+            else "a file is missing, or it was saved without it"
         )
+        raise InvalidInputError(f"{checkpoint.path}: tensor {name!r} is in no shard; {reason}")
     return ref
 
 
