@@ -13,6 +13,7 @@ from moe_surgery.cli.options import (
     common,
     compute,
     needs_torch,
+    say_notes,
     terminal_of,
     texts,
     torch_dtype,
@@ -86,6 +87,7 @@ def command(
         raise UsageError("nothing to hold against the full model; name PRUNED checkpoints or --plan files")
     files = text_files(text_paths, domain, text_format)
     plans = [(str(path), load_plan(path)) for path in plan_files]
+    say_notes(terminal, ckpt, *pruned)
     corpus = open_corpus(
         files, Text(ckpt), context=default_context(ckpt, context_tokens), max_tokens=max_tokens
     )

@@ -28,6 +28,7 @@ __all__ = [
     "dtype_name",
     "needs_torch",
     "ranked",
+    "say_notes",
     "terminal_of",
     "texts",
     "torch_dtype",
@@ -62,6 +63,17 @@ def needs_torch(command: str) -> None:
         raise UsageError(
             f"{command} needs torch: pip install 'moe-surgery[torch]', or '.[torch]' in a checkout"
         )
+
+
+def say_notes(terminal: Terminal, *checkpoints: str) -> None:
+    """Say what of the checkpoints is ignored."""
+    from moe_surgery import families
+    from moe_surgery.checkpoint.checkpoint import Checkpoint
+
+    for name in checkpoints:
+        with Checkpoint.open(name) as opened:
+            for note in families.describe(opened).notes:
+                terminal.say(f"note: {note}")
 
 
 def torch_dtype(name: str | None) -> torch.dtype | None:

@@ -50,7 +50,11 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Print what would be read and written, and stop.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is a checkpoint that moe-surgery wrote.")
 @click.option("--ignore-free-space", is_flag=True, help="Start even if the output seems not to fit the disk.")
-@click.option("--ignore-unlisted", is_flag=True, help="Skip shards and tensors that the index does not list.")
+@click.option(
+    "--ignore-unlisted",
+    is_flag=True,
+    help="Skip tensors and a model.safetensors that the index does not list.",
+)
 @click.option(
     "--card/--no-card", default=True, show_default=True, help="Write a model card as README.md of OUT."
 )

@@ -13,6 +13,7 @@ from moe_surgery.cli.options import (
     common,
     compute,
     needs_torch,
+    say_notes,
     terminal_of,
     texts,
     torch_dtype,
@@ -61,6 +62,7 @@ def command(
     terminal = terminal_of(context)
     check_new_output(output, text_paths)
     files = text_files(text_paths, domain, text_format)
+    say_notes(terminal, ckpt)
     terminal.after_interrupt = "; the same command goes on after the last finished layer"
     with ExitStack() as stack:
         advance: list[Advance] = []

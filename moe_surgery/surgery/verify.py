@@ -10,6 +10,7 @@ from pathlib import Path
 import xxhash
 
 from moe_surgery import families
+from moe_surgery.checkpoint.additions import is_addition
 from moe_surgery.checkpoint.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint
 from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.checkpoint.files import open_regular, printable_path
@@ -147,7 +148,7 @@ class _Verifier:
     def _structure(self) -> None:
         def check() -> None:
             with Checkpoint.open(self._folder) as checkpoint:
-                families.describe(checkpoint)
+                self._notes.extend(families.describe(checkpoint).notes)
                 self._tensors = len(checkpoint.tensors)
 
         self._attempt(check)
@@ -253,7 +254,8 @@ class _Verifier:
                 hidden.append(printable(entry.name))
                 continue
             line = f"{printable_path(entry.path)}: not listed in {MANIFEST_NAME}"
-            fault = entry.name.endswith(SHARD_SUFFIX) or entry.name in (CONFIG_NAME, INDEX_NAME)
+            shard = entry.name.endswith(SHARD_SUFFIX) and not is_addition(entry.name)
+            fault = shard or entry.name in (CONFIG_NAME, INDEX_NAME)
             (self._problems if fault else self._notes).append(line)
         if hidden:  # .gitattributes, .git, .cache: of git, the hub or the desktop
             self._notes.append(
