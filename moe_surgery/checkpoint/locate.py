@@ -15,6 +15,7 @@ __all__ = ["EXAMPLES", "check_is_path", "locate"]
 EXAMPLES = {"tiny": "tiny-gpt-oss"}
 _EXAMPLES_FOLDER = Path(__file__).parent.parent / "examples"
 _SOURCE = re.compile(r"(example|published):|[a-z][a-z0-9+.-]*://", re.ASCII)
+_NOT_READ = ("original/*", "metal/*")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", re.ASCII)
 
 
@@ -73,6 +74,12 @@ def _example(name: str) -> Path:
     return _EXAMPLES_FOLDER / EXAMPLES[name]
 
 
+def _download(repository: str, revision: str) -> str:
+    """The command that fetches what is read here: not the copies of the same weights in other formats."""
+    at = f" --revision {revision}" if revision else ""
+    return f"hf download {repository}{at}" + "".join(f' --exclude "{pattern}"' for pattern in _NOT_READ)
+
+
 def _from_hub_cache(hub_id: str) -> Path:
     repository, _, revision = hub_id.partition("@")
     try:
@@ -88,5 +95,5 @@ def _from_hub_cache(hub_id: str) -> Path:
     except (LocalEntryNotFoundError, HFValidationError):
         raise OutputError(
             f"{hub_id}: no such folder, and not in the local hub cache; "
-            f"download it first (hf download {repository})"
+            f"download it first: {_download(repository, revision)}"
         ) from None
