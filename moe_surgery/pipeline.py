@@ -43,8 +43,8 @@ PlanMaker = Callable[[Model], Plan]
 
 @dataclass(frozen=True, slots=True)
 class PruneResult:
-    """What `prune` did. `outcome` is None for a dry run; `notes` say what serving engines make of
-    the result; `stale` are partial folders of other jobs, left where they are."""
+    """What `prune` did. `outcome` is None for a dry run; `notes` say what of the source was ignored and
+    what serving engines make of the result; `stale` are partial folders of other jobs, left where they are."""
 
     out: Path
     program: Program
@@ -55,11 +55,13 @@ class PruneResult:
 
 @dataclass(frozen=True, slots=True)
 class ExportResult:
-    """What `export_gguf` did. `conversion` says what BF16 -> MXFP4 lost; None for a dry run."""
+    """What `export_gguf` did. `conversion` says what BF16 -> MXFP4 lost; None for a dry run. `notes` say
+    what of the source was ignored."""
 
     out: Path
     program: GgufProgram
     conversion: EncodeReport | None
+    notes: tuple[str, ...] = ()
 
 
 def inspect(checkpoint: PathLike, *, ignore_unlisted: bool = False) -> Inspection:
@@ -151,7 +153,7 @@ def prune(
                 progress=progress,
                 ops=ops,
             )
-    notes = serving_notes(chosen.uniform_experts or 0, program.top_k, model.top_k)
+    notes = [*model.notes, *serving_notes(chosen.uniform_experts or 0, program.top_k, model.top_k)]
     return PruneResult(target, program, outcome, tuple(notes), tuple(stale_partials(target)))
 
 
@@ -210,4 +212,4 @@ def export_gguf(
                 progress=progress,
                 ops=ops,
             )
-    return ExportResult(target, program, conversion)
+    return ExportResult(target, program, conversion, model.notes)

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 import click
 
 from moe_surgery.cli.options import (
+    OUTPUT,
     check_new_output,
     common,
     compute,
     needs_torch,
+    say_notes,
     terminal_of,
     texts,
     torch_dtype,
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 @texts
 @click.option("--answers-only", is_flag=True, help="Count the answers of conversations only.")
 @click.option("--batch-tokens", type=int, help="Tokens taken through a layer together. Default 8192.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write all figures here, for `report`.")
+@click.option("-o", "--output", type=OUTPUT, help="Write all figures here, for `report`.")
 @compute
 @common
 @click.pass_context
@@ -85,6 +87,7 @@ def command(
         raise UsageError("nothing to hold against the full model; name PRUNED checkpoints or --plan files")
     files = text_files(text_paths, domain, text_format)
     plans = [(str(path), load_plan(path)) for path in plan_files]
+    say_notes(terminal, ckpt, *pruned)
     corpus = open_corpus(
         files, Text(ckpt), context=default_context(ckpt, context_tokens), max_tokens=max_tokens
     )

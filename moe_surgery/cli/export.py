@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moe_surgery.cli.options import common, terminal_of
+from moe_surgery.cli.options import OUTPUT, common, terminal_of
 from moe_surgery.cli.terminal import Advance, Terminal, count, size
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @click.command("export")
 @click.argument("ckpt")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=OUTPUT)
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Write this plan's experts only.")
 @click.option(
     "--dtype",
@@ -33,7 +33,11 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Print what would be written, and stop.")
 @click.option("--overwrite", is_flag=True, help="Replace the file OUT if it is there.")
 @click.option("--ignore-free-space", is_flag=True, help="Start even if the output seems not to fit the disk.")
-@click.option("--ignore-unlisted", is_flag=True, help="Skip shards and tensors that the index does not list.")
+@click.option(
+    "--ignore-unlisted",
+    is_flag=True,
+    help="Skip tensors and a model.safetensors that the index does not list.",
+)
 @common
 @click.pass_context
 def command(
@@ -105,6 +109,7 @@ def _as_dict(result: ExportResult, seconds: float) -> dict[str, object]:
         "seconds": seconds,
         **result.program.as_dict(),
         "written": done is not None,
+        "notes": result.notes,
         "conversion": {**asdict(done), "relative_error": done.relative_error} if done and converted else None,
     }
 
@@ -125,5 +130,7 @@ def _print(terminal: Terminal, result: ExportResult, seconds: float) -> None:
             f"MXFP4: {conversion.inexact_blocks:,} of {conversion.blocks:,} blocks inexact, "
             f"relative error {conversion.relative_error:.3g}"
         )
+    for note in result.notes:
+        terminal.say(f"note: {note}")
     if program.tokens and not program.chat_template:
         terminal.say("note: the checkpoint has no chat template; programs will fall back on one of theirs")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypedDict
 import click
 
 from moe_surgery.cli import drafts
-from moe_surgery.cli.options import common, compute, needs_torch, terminal_of, torch_dtype
+from moe_surgery.cli.options import common, compute, needs_torch, say_notes, terminal_of, torch_dtype
 from moe_surgery.cli.reply import ReplyView
 from moe_surgery.cli.terminal import Terminal, size
 from moe_surgery.errors import UsageError
@@ -127,6 +127,7 @@ def command(
     tokens = text.encode(asked if asked is not None else _stdin())
     if not tokens:
         raise UsageError("the prompt is empty; pass --prompt TEXT, --chat TEXT, or text on stdin")
+    say_notes(terminal, ckpt)
     model = _loaded(ckpt, device, dtype, plan_file, backend)
     terminal.detail(f"{model.backend.name} backend on {model.device}, {len(tokens)} prompt tokens")
     drafter = drafts.load_draft(model, ckpt, draft, draft_plan, draft_top_k)

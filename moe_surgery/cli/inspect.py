@@ -18,7 +18,11 @@ MAX_ROWS = 10
 @click.command("inspect")
 @click.argument("ckpt")
 @click.option("--all-sizes", is_flag=True, help="List every expert count, not one in a few.")
-@click.option("--ignore-unlisted", is_flag=True, help="Skip shards and tensors that the index does not list.")
+@click.option(
+    "--ignore-unlisted",
+    is_flag=True,
+    help="Skip tensors and a model.safetensors that the index does not list.",
+)
 @common
 @click.pass_context
 def command(context: click.Context, ckpt: str, all_sizes: bool, ignore_unlisted: bool) -> None:
@@ -40,6 +44,8 @@ def command(context: click.Context, ckpt: str, all_sizes: bool, ignore_unlisted:
         return
     _summary(terminal, found)
     _sizes(terminal, found, all_sizes)
+    for note in found.notes:
+        terminal.say(f"note: {note}")
 
 
 def _summary(terminal: Terminal, found: Inspection) -> None:

@@ -20,6 +20,7 @@ __all__ = [
     "COUNT",
     "EXPERT_LIST",
     "NAMES",
+    "OUTPUT",
     "SIZE",
     "check_new_output",
     "common",
@@ -27,6 +28,7 @@ __all__ = [
     "dtype_name",
     "needs_torch",
     "ranked",
+    "say_notes",
     "terminal_of",
     "texts",
     "torch_dtype",
@@ -61,6 +63,17 @@ def needs_torch(command: str) -> None:
         raise UsageError(
             f"{command} needs torch: pip install 'moe-surgery[torch]', or '.[torch]' in a checkout"
         )
+
+
+def say_notes(terminal: Terminal, *checkpoints: str) -> None:
+    """Say what of the checkpoints is ignored."""
+    from moe_surgery import families
+    from moe_surgery.checkpoint.checkpoint import Checkpoint
+
+    for name in checkpoints:
+        with Checkpoint.open(name) as opened:
+            for note in families.describe(opened).notes:
+                terminal.say(f"note: {note}")
 
 
 def torch_dtype(name: str | None) -> torch.dtype | None:
@@ -243,7 +256,21 @@ class _Names(click.ParamType):  # type: ignore[type-arg]
         return names
 
 
+class _Output(click.Path):
+    """A path to write; what reads as a source (example:tiny, owner/model@revision) is refused."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from moe_surgery.checkpoint.locate import check_is_path
+
+        try:
+            check_is_path(value)
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
+        return super().convert(value, param, ctx)
+
+
 SIZE = _Size()
 COUNT = _Count()
+OUTPUT = _Output(path_type=Path)
 EXPERT_LIST = _ExpertList()
 NAMES = _Names()

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moe_surgery.cli.options import COUNT, EXPERT_LIST, SIZE, check_new_output, common, ranked, terminal_of
+from moe_surgery.cli.options import (
+    COUNT,
+    EXPERT_LIST,
+    OUTPUT,
+    SIZE,
+    check_new_output,
+    common,
+    ranked,
+    terminal_of,
+)
 from moe_surgery.errors import UsageError
 
 if TYPE_CHECKING:
@@ -67,7 +76,7 @@ class _Amount:
     show_default=True,
     help="Order of the kept experts: by number, or best first as the published pruned models have them.",
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the plan here, not to stdout.")
+@click.option("-o", "--output", type=OUTPUT, help="Write the plan here, not to stdout.")
 @common
 @click.pass_context
 def command(
@@ -168,9 +177,12 @@ def _ranked(
     checkpoint: str | None,
 ) -> tuple[Ranking, Statistics | None]:
     from moe_surgery.checkpoint.files import is_safetensors
+    from moe_surgery.checkpoint.kinds import RANKING, STATISTICS, check_kind
     from moe_surgery.selection.ranking import load_ranking
     from moe_surgery.selection.shipped import is_shipped
 
+    if not is_shipped(source):
+        check_kind(source, "a ranking or a statistics file", RANKING, STATISTICS)
     if is_shipped(source) or not is_safetensors(source):
         if metric is not None or domains is not None or protect_super_experts:
             raise UsageError(

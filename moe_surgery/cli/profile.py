@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 import click
 
 from moe_surgery.cli.options import (
+    OUTPUT,
     check_new_output,
     common,
     compute,
     needs_torch,
+    say_notes,
     terminal_of,
     texts,
     torch_dtype,
@@ -26,9 +28,7 @@ if TYPE_CHECKING:
 @click.command("profile")
 @click.argument("ckpt")
 @texts
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), required=True, help="The statistics file to write."
-)
+@click.option("-o", "--output", type=OUTPUT, required=True, help="The statistics file to write.")
 @click.option(
     "--batch-tokens",
     type=int,
@@ -89,6 +89,7 @@ def command(
     check_new_output(output, [*text_paths, sequential])
     files = text_files(text_paths, domain, text_format)
     plan = None if sequential is None else load_plan(sequential)
+    say_notes(terminal, ckpt)
     terminal.after_interrupt = "; the same command goes on after the last finished batch"
     with ExitStack() as stack:
         found = profile(

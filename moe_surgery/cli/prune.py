@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moe_surgery.cli.options import EXPERT_LIST, SIZE, common, terminal_of
+from moe_surgery.cli.options import EXPERT_LIST, OUTPUT, SIZE, common, terminal_of
 from moe_surgery.cli.terminal import Advance, Terminal, count, size
 from moe_surgery.errors import UsageError
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @click.command("prune")
 @click.argument("ckpt")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=OUTPUT)
 @click.option(
     "--plan", "plan_file", type=click.Path(path_type=Path), help="A plan file of `moe-surgery plan`."
 )
@@ -54,7 +54,11 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Print what would be read and written, and stop.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is a checkpoint that moe-surgery wrote.")
 @click.option("--ignore-free-space", is_flag=True, help="Start even if the output seems not to fit the disk.")
-@click.option("--ignore-unlisted", is_flag=True, help="Skip shards and tensors that the index does not list.")
+@click.option(
+    "--ignore-unlisted",
+    is_flag=True,
+    help="Skip tensors and a model.safetensors that the index does not list.",
+)
 @click.option(
     "--card/--no-card", default=True, show_default=True, help="Write a model card as README.md of OUT."
 )

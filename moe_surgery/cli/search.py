@@ -8,10 +8,12 @@ from pathlib import Path
 import click
 
 from moe_surgery.cli.options import (
+    OUTPUT,
     check_new_output,
     common,
     compute,
     needs_torch,
+    say_notes,
     terminal_of,
     texts,
     torch_dtype,
@@ -22,9 +24,7 @@ from moe_surgery.cli.terminal import Advance
 @click.command("search")
 @click.argument("ckpt")
 @texts
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), required=True, help="The ranking file to write."
-)
+@click.option("-o", "--output", type=OUTPUT, required=True, help="The ranking file to write.")
 @compute
 @common
 @click.pass_context
@@ -62,6 +62,7 @@ def command(
     terminal = terminal_of(context)
     check_new_output(output, text_paths)
     files = text_files(text_paths, domain, text_format)
+    say_notes(terminal, ckpt)
     terminal.after_interrupt = "; the same command goes on after the last finished layer"
     with ExitStack() as stack:
         advance: list[Advance] = []

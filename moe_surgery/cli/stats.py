@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from moe_surgery.cli.options import check_new_output, common, terminal_of
+from moe_surgery.cli.options import OUTPUT, check_new_output, common, terminal_of
 
 
 @click.group("stats")
@@ -21,9 +21,7 @@ def command() -> None:
 
 @command.command("merge")
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), required=True, help="The statistics file to write."
-)
+@click.option("-o", "--output", type=OUTPUT, required=True, help="The statistics file to write.")
 @common
 @click.pass_context
 def merge_command(context: click.Context, files: tuple[Path, ...], output: Path) -> None:

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
-from moe_surgery.checkpoint.checkpoint import Checkpoint, TensorRef
+from moe_surgery.checkpoint.checkpoint import INDEX_NAME, Checkpoint, TensorRef
+from moe_surgery.checkpoint.files import printable_path
 from moe_surgery.checkpoint.text import describe as described
+from moe_surgery.checkpoint.text import printable
 from moe_surgery.errors import InvalidInputError
 from moe_surgery.families.base import DENSE, EXPERT_WEIGHT, Family, Layout, Slice, Tensor
 
 __all__ = ["Model", "ModelTensor", "describe"]
 
 FLOATS = frozenset({"BF16", "F16", "F32"})
+UNTIED = ("!tie_word_embeddings", True)
+# Stored by old versions of transformers and by TRL, used by no model.
+IGNORED_TENSORS = (
+    (re.compile(r"(^|\.)rotary_emb\.inv_freq$"), "a buffer that follows from config.json"),
+    (re.compile(r"^v_head\."), "a value head of TRL"),
+)
 MAX_EXPERTS = 1024
 MAX_LAYERS = 10_000
 
@@ -46,7 +55,8 @@ class ModelTensor:
 class Model:
     """A checkpoint understood: family, layout, dimensions and all tensors in output order.
 
-    `storage` says how expert weights are stored: "mxfp4" or "bf16".
+    `storage` says how expert weights are stored: "mxfp4" or "bf16". `notes` are lines on what of the
+    checkpoint is ignored or used in spite of its config.
     """
 
     family: Family
@@ -55,6 +65,7 @@ class Model:
     dimensions: Mapping[str, int]
     tensors: tuple[ModelTensor, ...]
     storage: str
+    notes: tuple[str, ...] = ()
 
     @property
     def model_type(self) -> str:
@@ -101,10 +112,31 @@ def describe(checkpoint: Checkpoint, families: tuple[Family, ...]) -> Model:
     dimensions = _dimensions(checkpoint, family)
     tensors: list[ModelTensor] = []
     used: set[str] = set()
+    notes = list(checkpoint.notes)
     for layer, tensor in _expand(family, dimensions["layers"]):
-        if _present(tensor, checkpoint.config):
+        present = _present(tensor, checkpoint.config)
+        if (
+            not present
+            and tensor.present_if == UNTIED
+            and layout.find(tensor.name).name in checkpoint.tensors
+        ):
+            present = True
+            notes.append(
+                f"{checkpoint.config_path}: ties the embeddings, but {tensor.name} is stored; it is used as "
+                "stored, as in transformers"
+            )
+        if present:
             tensors.append(_locate(checkpoint, layout, tensor, layer, dimensions, used))
-    if surplus := sorted(set(checkpoint.tensors) - used):
+    surplus = sorted(set(checkpoint.tensors) - used)
+    ignored = {n: why for n in surplus for pattern, why in IGNORED_TENSORS if pattern.search(n)}
+    if ignored:
+        count = "1 tensor is" if len(ignored) == 1 else f"{len(ignored)} tensors are"
+        example = next(iter(ignored))
+        notes.append(
+            f"{printable_path(checkpoint.path)}: {count} ignored, as in transformers: {printable(example)} "
+            f"({ignored[example]})"
+        )
+    if surplus := [name for name in surplus if name not in ignored]:
         raise InvalidInputError(
             f"{checkpoint.where(surplus[0])}: a {family.model_type} model of {dimensions['layers']} layers has no "
             f"such tensor ({len(surplus)} surplus in all); {checkpoint.config_path} and the shards disagree"
@@ -115,7 +147,8 @@ def describe(checkpoint: Checkpoint, families: tuple[Family, ...]) -> Model:
         raise InvalidInputError(
             f"{one} is stored otherwise than {other}: expert weights must be all MXFP4 or all BF16"
         )
-    return Model(family, layout, checkpoint.config, dimensions, tuple(tensors), next(iter(storages)))
+    storage = next(iter(storages))
+    return Model(family, layout, checkpoint.config, dimensions, tuple(tensors), storage, tuple(notes))
 
 
 def _recognise(checkpoint: Checkpoint, families: tuple[Family, ...]) -> tuple[Family, Layout]:
@@ -130,8 +163,8 @@ def _recognise(checkpoint: Checkpoint, families: tuple[Family, ...]) -> tuple[Fa
                 return family, layout
         if model_type == family.model_type:
             raise InvalidInputError(
-                f"{checkpoint.path}: tensor {family.tensors[0].name!r} is in no shard; "
-                f"download the missing files of this {family.title} checkpoint"
+                f"{checkpoint.path}: tensor {family.tensors[0].name!r} is in no shard of this "
+                f"{family.title} checkpoint; a file is missing, or it was saved without it"
             )
     raise InvalidInputError(
         f"{checkpoint.config_path}: model_type {described(model_type)} is not supported; known: {known}"
@@ -257,9 +290,12 @@ def _find_expert_weight(
 def _get(checkpoint: Checkpoint, name: str) -> TensorRef:
     ref = checkpoint.tensors.get(name)
     if ref is None:
-        raise InvalidInputError(
-            f"{checkpoint.path}: tensor {name!r} is in no shard; a shard is missing or the file was cut"
+        reason = (
+            f"{INDEX_NAME} does not list it either: it was saved without it"
+            if checkpoint.index is not None
+            else "a file is missing, or it was saved without it"
         )
+        raise InvalidInputError(f"{checkpoint.path}: tensor {name!r} is in no shard; {reason}")
     return ref
 
 

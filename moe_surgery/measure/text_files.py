@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from moe_surgery.checkpoint.files import open_regular, printable_path
+from moe_surgery.checkpoint.kinds import NOT_TEXTS, kind_of, wrong_kind
 from moe_surgery.errors import InvalidInputError, OutputError, UsageError
 from moe_surgery.measure.json_list import JsonList
 
@@ -75,8 +76,12 @@ def text_files(
     The format is guessed for each file unless given: .jsonl and .json hold conversations if their first
     row has "messages", else texts; other files are one text. All may be compressed with gzip.
     Raises UsageError, OutputError; InvalidInputError for a file whose name or beginning says that it is
-    neither text nor rows, or that holds rows under the name of a text.
+    neither text nor rows, that holds rows under the name of a text, or that is a file of another kind: a
+    plan, statistics, weights.
     """
+    for path in paths:
+        if (kind := kind_of(path)) in NOT_TEXTS:
+            raise InvalidInputError(wrong_kind(path, "texts", kind))
     if domains and len(domains) not in (1, len(paths)):
         raise UsageError(
             f"--domain: {len(domains)} names for {len(paths)} --texts; give one for all, or one for each"

@@ -82,7 +82,7 @@ def make_card(
         evaluation = as_evaluation(evaluation)
     folder = locate(out)
     if not folder.is_dir():
-        raise OutputError(f"{printable_path(folder)}: no such folder")
+        raise OutputError(f"{printable_path(folder)}: is a file; name the folder of the checkpoint")
     path = folder / MANIFEST_NAME
     if not os.path.lexists(path):
         raise OutputError(

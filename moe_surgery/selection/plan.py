@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from moe_surgery.checkpoint.files import printable_path, read_small_file
+from moe_surgery.checkpoint.kinds import PLAN, reads
 from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.checkpoint.text import describe
 from moe_surgery.errors import InvalidInputError, PlanMismatchError, UsageError
 from moe_surgery.selection.fields import integer_rows, is_integer, optional_text, positive
 from moe_surgery.selection.given import PathLike, loaded
-from moe_surgery.selection.ranking import Ranking, as_ranking, is_ranking
+from moe_surgery.selection.ranking import Ranking, as_ranking
 
 __all__ = [
     "ORDERS",
@@ -103,6 +104,7 @@ class Plan:
             )
 
 
+@reads("a plan", PLAN)
 def load_plan(path: str | os.PathLike[str]) -> Plan:
     """Read a plan file.
 
@@ -111,8 +113,6 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
     """
     where = printable_path(path)
     raw = read_small_file(path, limit=MAX_BYTES, what="a plan")
-    if is_ranking(raw):
-        raise InvalidInputError(f"{where}: is a ranking, not a plan; pass it with --ranking and --experts")
     root = parse_json(raw, where=where, allow_floats=True)
     if not isinstance(root, dict) or root.get("format") != PLAN_FORMAT:
         raise InvalidInputError(f'{where}: not a plan: expected a JSON object with "format": "{PLAN_FORMAT}"')

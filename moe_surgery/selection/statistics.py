@@ -14,6 +14,7 @@ import numpy.typing as npt
 from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.checkpoint.files import printable_path, read_small_file
 from moe_surgery.checkpoint.header import parse_header
+from moe_surgery.checkpoint.kinds import STATISTICS, reads
 from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.checkpoint.writer import write_file
 from moe_surgery.errors import InvalidInputError, PlanMismatchError
@@ -181,6 +182,7 @@ def save_statistics(statistics: Statistics, path: str | os.PathLike[str]) -> Non
     write_file(Path(path), save(tensors, {"moe_surgery": json.dumps(described)}), FileOps())
 
 
+@reads("a statistics file", STATISTICS)
 def load_statistics(path: str | os.PathLike[str]) -> Statistics:
     """Read a statistics file.
 

@@ -6,6 +6,7 @@ from moe_surgery.families.model import Model
 
 __all__ = ["output_config"]
 
+TIED = "tie_word_embeddings"
 QUANTIZATION = "quantization_config"
 
 
@@ -13,7 +14,8 @@ def output_config(model: Model, experts: int, top_k: int, storage: str) -> dict[
     """The configuration of `model` with `experts` experts, `top_k` of them active, stored as `storage`.
 
     Keys keep their order. Every spelling of the two counts that the source uses is changed;
-    "quantization_config" leaves with "bf16" and enters with "mxfp4".
+    "quantization_config" leaves with "bf16" and enters with "mxfp4"; "tie_word_embeddings" is false where
+    lm_head.weight is stored.
     """
     source = dict(model.config)
     config = model.layout.hub_config(source) if model.layout.hub_config else source
@@ -22,6 +24,8 @@ def output_config(model: Model, experts: int, top_k: int, storage: str) -> dict[
         for key in dimensions[dimension].keys:
             if key in config:
                 config[key] = value
+    if config.get(TIED) and any(t.name == "lm_head.weight" for t in model.tensors):
+        config[TIED] = False  # transformers takes a stored lm_head even so, others do not
     if storage == "bf16":
         config.pop(QUANTIZATION, None)
     elif QUANTIZATION not in config:

@@ -250,7 +250,7 @@ def test_super_experts_are_outliers_of_the_first_three_quarters() -> None:
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
     save_file({"x": np.zeros(3)}, tmp_path / "x")
-    with pytest.raises(InvalidInputError, match="no statistics of moe-surgery"):
+    with pytest.raises(InvalidInputError, match="is a safetensors file of weights, not a statistics file"):
         load_statistics(tmp_path / "x")
     save_statistics(statistics(0), tmp_path / "cut")
     raw = (tmp_path / "cut").read_bytes()
