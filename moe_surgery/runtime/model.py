@@ -52,6 +52,13 @@ class Model:
         self.rope = Rope(config.rope, config.head_dim, self.device)
         self._stacked: tuple[Sequence[Layer], LayerStack | None] | None = None
 
+    @property
+    def computation(self) -> dict[str, str]:
+        """Who computes, and in what: "backend", "device" (its type) and "dtype" (compute). Results of two
+        that differ here are not the same bits."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {"backend": self.backend.name, "device": self.device.type, "dtype": dtype}
+
     def new_cache(self, batch: int, context: int, *, rollback: int = DEFAULT_ROLLBACK) -> Cache:
         """A KV cache for `batch` sequences of up to `context` tokens, padding included.
 
