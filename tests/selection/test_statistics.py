@@ -172,7 +172,7 @@ def test_statistics_computed_differently_do_not_merge(other: dict[str, str]) -> 
         f"statistics computed differently cannot be merged: {key} is {COMPUTED[key]} in a.stats "
         f"and {value} in c.stats; profile both with the same --{key}"
     )
-    with pytest.raises(PlanMismatchError, match="in part 1 and .* in part 2"):
+    with pytest.raises(PlanMismatchError, match=r"in part 1 and .* in part 2"):
         merge([computed(0, **other), computed(1)])
 
 
