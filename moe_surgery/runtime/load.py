@@ -20,6 +20,7 @@ from moe_surgery.runtime.config import ModelConfig
 from moe_surgery.runtime.device import check_memory, open_device
 from moe_surgery.runtime.mapped import MappedShards
 from moe_surgery.runtime.model import Model
+from moe_surgery.runtime.projections import join_projections
 from moe_surgery.runtime.view import view_layer
 from moe_surgery.selection.plan import Plan
 
@@ -124,7 +125,9 @@ def _assembled(
     embedding = get("model.embed_tokens.weight")
 
     def make(number: int) -> Layer:
-        return _layer(number, config, tensors, get, fetch, plan)
+        layer = _layer(number, config, tensors, get, fetch, plan)
+        # For captured decode steps, of this model and of its views, which share the tensors.
+        return join_projections(layer) if backend.name == "triton" and not one_layer else layer
 
     def release(number: int) -> None:
         for name, tensor in tensors.items():
