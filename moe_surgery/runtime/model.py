@@ -16,10 +16,10 @@ from moe_surgery.runtime.cache import Cache
 from moe_surgery.runtime.config import ModelConfig
 from moe_surgery.runtime.rope import Rope
 
-__all__ = ["Model"]
+__all__ = ["SCORE_BYTES", "Model"]
 
 DEFAULT_ROLLBACK = 16
-# Bounds attention scores during prefill: tokens of a chunk x keys x heads, four bytes each.
+# Attention scores held at once: queries x keys x heads, four bytes each.
 SCORE_BYTES = 128 << 20
 MOST_PREFILL = 512
 
