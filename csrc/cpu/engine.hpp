@@ -1,6 +1,7 @@
 // The operations of a model, over one instruction set and a number of threads.
 //
-// Tokens' activations are float32, contiguous rows. Results do not depend on the number of threads, nor on
+// Tokens' activations are float32, contiguous rows; products with MXFP4 weights round them to 16-bit integers.
+// Results do not depend on the number of threads, nor on
 // which tokens are computed together.
 #pragma once
 

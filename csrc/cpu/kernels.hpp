@@ -1,6 +1,6 @@
 // Products with weights as a checkpoint stores them: the interface of the instruction sets.
 //
-// Activations are float32. A product's value is the sum of 16 partial sums ("lanes"), each added up in the
+// Activations are float32, those of MXFP4 products rounded to 16-bit integers (see Span). A product's value is the sum of 16 partial sums ("lanes"), each added up in the
 // order of the columns, then joined in a fixed tree; which lane a column belongs to is part of the format
 // below. So a value depends on its row and its activations alone: not on the tile it was
 // computed in, on the tokens beside it, on the threads, nor on the instruction set.

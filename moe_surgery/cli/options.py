@@ -93,7 +93,8 @@ def compute(command: Command) -> Command:
         click.option(
             "--dtype",
             type=click.Choice(list(_DTYPES)),
-            help="What to compute in; default: f32 with the native backend, bf16 with others.",
+            help="What to compute in; default: f32 with the native backend (whose products with MXFP4 weights "
+            "round activations to 16-bit integers all the same), bf16 with others.",
         ),
         click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N or mps."),
     ):

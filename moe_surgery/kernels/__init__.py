@@ -94,7 +94,10 @@ def _native_details() -> str:
     from moe_surgery.kernels.native import NativeBackend
 
     backend = NativeBackend()
-    return f"{backend.isa}, threads: {backend.threads}; chosen on the CPU unless --backend says otherwise"
+    return (
+        f"{backend.isa}, threads: {backend.threads}; the default on the CPU; float32, but products with MXFP4 "
+        "weights round activations to 16-bit integers"
+    )
 
 
 def _native_reason() -> str | None:

@@ -74,8 +74,8 @@ def load_model(
 
     On the CPU weights are views over the mapped files: loading reads headers only. On other devices
     they are moved tensor by tensor, so host memory stays bounded. MXFP4 experts stay packed
-    everywhere. `dtype` is the compute dtype: unless given, float32 with the native backend and
-    bfloat16 with the others. `plan` shows the
+    everywhere. `dtype` is the compute dtype: unless given, float32 with the native backend (whose
+    products with MXFP4 weights round activations to 16-bit integers) and bfloat16 with the others. `plan` shows the
     model only the kept experts of each layer: no copy is made, and layers may keep different
     numbers; logits are those of the checkpoint pruned by that plan, bit for bit. With `one_layer` a
     layer is mapped, or moved to the device, when `Model.layers` is asked for it, and let go for the
