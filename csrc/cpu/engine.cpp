@@ -4,6 +4,10 @@
 #include <atomic>
 #include <stdexcept>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "bits.hpp"
 #include "pool.hpp"
 
@@ -15,6 +19,14 @@ constexpr std::ptrdiff_t kPieceBytes = 96 << 10;
 // Tokens whose activations a thread goes through with one piece of weights, so that both stay in its cache.
 constexpr std::ptrdiff_t kTokensAtOnce = 32;
 
+#if defined(__x86_64__)
+// F16C, whose name older compilers' __builtin_cpu_supports does not know.
+bool converts_f16() {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 std::vector<const Kernels*> find_kernels() {
     std::vector<const Kernels*> found;
 #if defined(__x86_64__)
@@ -23,8 +35,7 @@ std::vector<const Kernels*> find_kernels() {
                       __builtin_cpu_supports("avx512dq");
     if (wide && __builtin_cpu_supports("avx512vnni")) found.push_back(&kAvx512VnniKernels);
     if (wide) found.push_back(&kAvx512Kernels);
-    // Every processor with AVX2 converts F16 (F16C), which not every compiler knows how to ask for.
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&kAvx2Kernels);
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && converts_f16()) found.push_back(&kAvx2Kernels);
 #elif defined(__aarch64__)
     found.push_back(&kNeonKernels);
 #endif
