@@ -12,6 +12,7 @@ from moe_surgery.cli.options import (
     check_new_output,
     common,
     compute,
+    computed_by,
     needs_torch,
     say_notes,
     terminal_of,
@@ -118,6 +119,7 @@ def command(
 
 
 def _print(terminal: Terminal, found: Evaluation) -> None:
+    terminal.say(computed_by(found.settings))
     columns = ["model", "experts", "tokens", "loss", "perplexity", "KL", "top-1", "redirected"]
     sections = [(domain, domain) for domain in found.domains]
     if len(sections) > 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -25,6 +25,7 @@ __all__ = [
     "check_new_output",
     "common",
     "compute",
+    "computed_by",
     "dtype_name",
     "needs_torch",
     "ranked",
@@ -88,14 +89,25 @@ def dtype_name(dtype: torch.dtype) -> str:
     return next(name for name, whole in _DTYPES.items() if str(dtype) == f"torch.{whole}")
 
 
+def computed_by(settings: Mapping[str, object]) -> str:
+    """The line that says who computed, from the settings of statistics, a ranking or an evaluation."""
+    backend, device, dtype = (settings.get(key) or "unknown" for key in ("backend", "device", "dtype"))
+    return f"computed by backend {backend} on device {device} in {dtype}"
+
+
 def compute(command: Command) -> Command:
     """--device, --dtype and --backend, for commands that run a model."""
     for option in (
-        click.option("--backend", help="Force the kernels' backend by name; see moe-surgery doctor."),
+        click.option(
+            "--backend",
+            help="The kernels' backend by name (see moe-surgery doctor); default: triton on CUDA and native on the "
+            "CPU where they work, else reference.",
+        ),
         click.option(
             "--dtype",
             type=click.Choice(list(_DTYPES)),
-            help="What to compute in; unless given, f32 with the native backend and bf16 with others.",
+            help="What to compute in; default: f32 with the native backend (whose products with MXFP4 weights "
+            "round activations to 16-bit integers all the same), bf16 with others.",
         ),
         click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N or mps."),
     ):

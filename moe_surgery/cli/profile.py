@@ -13,6 +13,7 @@ from moe_surgery.cli.options import (
     check_new_output,
     common,
     compute,
+    computed_by,
     needs_torch,
     say_notes,
     terminal_of,
@@ -145,6 +146,7 @@ def _print(terminal: Terminal, found: Profiled) -> None:
         return
     if found.resumed_tokens:
         terminal.say(f"kept {found.resumed_tokens:,} tokens of an interrupted run")
+    terminal.say(computed_by(statistics.settings))
     for domain in statistics.domains:
         never = sum(int((layer.count == 0).sum()) for layer in statistics.data[domain])
         unused = f"; {never} of its experts were never chosen" if never else ""

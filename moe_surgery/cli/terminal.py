@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import time
@@ -85,6 +86,19 @@ class Terminal:
         _console(sys.stdout).print(table)
 
     @contextmanager
+    def logged(self) -> Iterator[None]:
+        """Within the block, what the library logs is shown: warnings as notes, the rest with -v."""
+        logger, handler = logging.getLogger("moe_surgery"), _Logged(self)
+        before = logger.level
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(before)
+
+    @contextmanager
     def progress(self, title: str, total: int, unit: str = "bytes") -> Iterator[Advance]:
         """Show what is done, rate and time left while the block runs; yields what to call with the
         `unit`s done."""
@@ -115,6 +129,18 @@ class Terminal:
         with Progress(*columns, console=_console(sys.stderr), transient=True) as bar:
             task = bar.add_task(title, total=total)
             yield lambda nbytes: bar.update(task, advance=nbytes)
+
+
+class _Logged(logging.Handler):
+    def __init__(self, terminal: Terminal) -> None:
+        super().__init__()
+        self._terminal = terminal
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.WARNING:
+            self._terminal.say(f"note: {record.getMessage()}")
+        else:
+            self._terminal.detail(record.getMessage())
 
 
 def _safe(text: str) -> str:

@@ -89,9 +89,7 @@ def evaluate(
     groups = batches(corpus, batch_tokens)
     models = evaluate_passages(model, groups, candidates, answers_only=answers_only, progress=progress)
     settings: dict[str, object] = {
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "backend": model.backend.name,
-        "device": str(model.device),
+        **model.computation,
         "context": corpus.context,
         "max_tokens": corpus.max_tokens,
         "answers_only": answers_only,

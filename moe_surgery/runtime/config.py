@@ -32,10 +32,12 @@ class RopeConfig:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """A decoder's dimensions and constants. `windows[i]` is layer i's sliding window, None for full."""
+    """A decoder's dimensions and constants. `intermediate` is an expert's inner size. `windows[i]` is
+    layer i's sliding window, None for full."""
 
     layers: int
     hidden: int
+    intermediate: int
     heads: int
     kv_heads: int
     head_dim: int
@@ -65,6 +67,7 @@ class ModelConfig:
         return cls(
             layers=dims["layers"],
             hidden=dims["hidden"],
+            intermediate=dims["intermediate"],
             heads=dims["heads"],
             kv_heads=dims["kv_heads"],
             head_dim=dims["head_dim"],

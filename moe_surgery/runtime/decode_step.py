@@ -6,22 +6,21 @@ column) is read from the device, so a replay needs no word from the host and nev
 
 from __future__ import annotations
 
-from dataclasses import replace
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from moe_surgery.errors import UsageError
-from moe_surgery.kernels.weights import Layer, Projection
+from moe_surgery.kernels.weights import Layer
 from moe_surgery.runtime.cache import NOWHERE, Cache
 from moe_surgery.runtime.model import Model
+from moe_surgery.runtime.projections import bias_of, join_projections
 
 if TYPE_CHECKING:  # importing triton is left until it is known to be there
     from moe_surgery.kernels.triton.launch import Launch
 
-__all__ = ["DecodeStep", "join_projections"]
+__all__ = ["DecodeStep"]
 
 
 class DecodeStep:
@@ -34,7 +33,8 @@ class DecodeStep:
     def __init__(self, model: Model, cache: Cache, *, capture: bool = True) -> None:
         """Lay out buffers and launches, run them once, and capture them where `capture` is set.
 
-        From here on the model's q, k and v are views of one tensor a layer. Raises UsageError where
+        From here on the model's q, k and v are views of one tensor a layer, as `load_model` makes them for
+        the triton backend. Raises UsageError where
         `unavailable` gives a reason, or the cache is full: the first run needs a free column.
         """
         reason = self.unavailable(model, cache)
@@ -43,7 +43,8 @@ class DecodeStep:
         cache.check_room(1)
         self._model, self._cache = model, cache
         self._graph: torch.cuda.CUDAGraph | None = None
-        join_projections(model)
+        assert isinstance(model.layers, list)  # a model that holds one layer at a time decodes nothing
+        model.layers[:] = map(join_projections, model.layers)
         batch, device = cache.batch, model.device
         self._ids = torch.zeros(batch, dtype=torch.int64, device=device)
         self._column = torch.full((1,), cache.length, dtype=torch.int64, device=device)
@@ -182,7 +183,7 @@ class DecodeStep:
             window, sinks = c.windows[number], layer.sinks
             given = (q, keys, values, held, self._column, self._pads, sinks, window, mixed)
             launches.append(attention(*given, multiprocessors, wide))
-            launches.append(output(mixed, total, layer.o.weight, _bias(layer.o), mid, wide))
+            launches.append(output(mixed, total, layer.o.weight, bias_of(layer.o), mid, wide))
             launches.append(residual_norm(mid, None, layer.mlp_norm, h, c.eps))
             launches += _moe(layer, h, y)
         stream = normed(mid, y, model.norm)
@@ -203,40 +204,9 @@ def _moe(layer: Layer, h: Tensor, y: Tensor) -> list[Launch]:
     ]
 
 
-def join_projections(model: Model) -> None:
-    """Put q, k and v of each layer next to each other, their places becoming views; no second copy stays."""
-    layers = model.layers
-    assert isinstance(layers, list)  # a model that holds one layer at a time decodes nothing
-    for number, layer in enumerate(layers):
-        parts = (layer.q, layer.k, layer.v)
-        if _adjacent([p.weight for p in parts]) and _adjacent([_bias(p) for p in parts]):
-            continue
-        rows = [len(p.weight) for p in parts]
-        weights = torch.split(torch.cat([p.weight for p in parts]), rows)
-        biases = torch.split(torch.cat([_bias(p) for p in parts]), rows)
-        q, k, v = (Projection(w, b) for w, b in zip(weights, biases, strict=True))
-        layers[number] = replace(layer, q=q, k=k, v=v)
-
-
-def _bias(projection: Projection) -> Tensor:
-    weight = projection.weight
-    return weight.new_zeros(len(weight)) if projection.bias is None else projection.bias
-
-
 def _joined(layer: Layer) -> tuple[Tensor, Tensor]:
     """Weight [rows, hidden] and bias [rows] over all of q, k and v, which `join_projections` made adjacent."""
     rows = sum(len(p.weight) for p in (layer.q, layer.k, layer.v))
     columns = layer.q.weight.shape[1]
     weight = layer.q.weight.as_strided((rows, columns), (columns, 1))
-    return weight, _bias(layer.q).as_strided((rows,), (1,))
-
-
-def _adjacent(parts: list[Tensor]) -> bool:
-    """Whether the tensors lie one after the other in one storage."""
-    storage = parts[0].untyped_storage().data_ptr()
-    return all(
-        later.untyped_storage().data_ptr() == storage
-        and later.data_ptr() == earlier.data_ptr() + earlier.nbytes
-        and later.is_contiguous()
-        for earlier, later in pairwise(parts)
-    )
+    return weight, bias_of(layer.q).as_strided((rows,), (1,))

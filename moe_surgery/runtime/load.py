@@ -20,6 +20,7 @@ from moe_surgery.runtime.config import ModelConfig
 from moe_surgery.runtime.device import check_memory, open_device
 from moe_surgery.runtime.mapped import MappedShards
 from moe_surgery.runtime.model import Model
+from moe_surgery.runtime.projections import join_projections
 from moe_surgery.runtime.view import view_layer
 from moe_surgery.selection.given import PathLike
 from moe_surgery.selection.plan import Plan, as_plan
@@ -74,12 +75,12 @@ def load_model(
 
     On the CPU weights are views over the mapped files: loading reads headers only. On other devices
     they are moved tensor by tensor, so host memory stays bounded. MXFP4 experts stay packed
-    everywhere. `dtype` is the compute dtype: unless given, float32 with the native backend and
-    bfloat16 with the others. `plan` (a `Plan`, or the path of a plan file) shows the model only the kept
-    experts of each layer: no copy is made, and layers may keep different numbers; logits are those of the
-    checkpoint pruned by that plan, bit for bit. With `one_layer` a layer is mapped, or moved to the
-    device, when `Model.layers` is asked for it, and let go for the next one: for work that takes all
-    texts through one layer at a time.
+    everywhere. `dtype` is the compute dtype: unless given, float32 with the native backend (whose
+    products with MXFP4 weights round activations to 16-bit integers) and bfloat16 with the others. `plan`
+    (a `Plan`, or the path of a plan file) shows the model only the kept experts of each layer: no copy is
+    made, and layers may keep different numbers; logits are those of the checkpoint pruned by that plan,
+    bit for bit. With `one_layer` a layer is mapped, or moved to the device, when `Model.layers` is asked
+    for it, and let go for the next one: for work that takes all texts through one layer at a time.
 
     Raises InvalidInputError or OutputError for the checkpoint, PlanMismatchError for a plan of
     another model, UsageError for an unknown device, dtype or backend, or a device without the memory.
@@ -126,7 +127,9 @@ def _assembled(
     embedding = get("model.embed_tokens.weight")
 
     def make(number: int) -> Layer:
-        return _layer(number, config, tensors, get, fetch, plan)
+        layer = _layer(number, config, tensors, get, fetch, plan)
+        # For captured decode steps, of this model and of its views, which share the tensors.
+        return join_projections(layer) if backend.name == "triton" and not one_layer else layer
 
     def release(number: int) -> None:
         for name, tensor in tensors.items():

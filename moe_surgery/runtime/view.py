@@ -9,7 +9,6 @@ import torch
 
 from moe_surgery.errors import PlanMismatchError, UsageError
 from moe_surgery.kernels.weights import Layer, Projection
-from moe_surgery.runtime.decode_step import join_projections
 from moe_surgery.runtime.model import Model
 from moe_surgery.selection.given import PathLike
 from moe_surgery.selection.plan import Plan, as_plan
@@ -38,11 +37,12 @@ def view_layer(layer: Layer, kept: tuple[int, ...], top_k: int | None = None) ->
 def view(
     model: Model, plan: Plan | PathLike | None = None, top_k: int | None = None, *, name: str = "the model"
 ) -> Model:
-    """`model` as `plan` prunes it, with at most `top_k` experts a token (default: the plan's, else the model's).
+    """A model that is `model` as `plan` prunes it, with at most `top_k` experts a token (default: the
+    plan's, else the model's).
 
     Every weight tensor is the model's own; new are the router's rows in plan order and an index, a few
-    kilobytes a layer. `plan` may be the path of a plan file; without one all experts stay. `name` is what
-    errors call the model.
+    kilobytes a layer. `model` stays as it is. `plan` may be the path of a plan file; without one all
+    experts stay. `name` is what errors call the model.
 
     Raises PlanMismatchError for a plan of another model, or one that keeps an expert which `model`,
     being a view itself, does not show; UsageError for a top-k below 1.
@@ -53,8 +53,6 @@ def view(
     if plan is not None:
         plan = as_plan(plan)
         plan.check_fits(c.model_type, c.experts, c.layers, name)
-    if model.backend.name == "triton":
-        join_projections(model)  # a captured step of either would, and they should share the result
     viewed = copy(model)
     if plan is None:
         viewed.layers = [

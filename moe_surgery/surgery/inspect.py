@@ -11,13 +11,11 @@ from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.errors import UsageError
 from moe_surgery.families.base import EXPERT_WEIGHT
 from moe_surgery.families.model import Model
+from moe_surgery.formats.sizes import BF16_BYTES, MXFP4_BYTES
 
 __all__ = ["MEMORY_SIZES_GB", "Inspection", "Size", "inspect_checkpoint"]
 
 MEMORY_SIZES_GB = (8, 16, 24)
-# Bytes a weight takes: MXFP4 is 16 + 1 bytes for 32 values, BF16 two.
-MXFP4_BYTES = 17 / 32
-BF16_BYTES = 2.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import xxhash
 from moe_surgery.checkpoint.files import printable_path, read_small_file
 from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.checkpoint.text import describe, printable
-from moe_surgery.errors import InvalidInputError, VerificationError
+from moe_surgery.errors import InvalidInputError, OutputError, VerificationError
 from moe_surgery.selection.plan import Plan, plan_from_dict
 from moe_surgery.surgery.names import MANIFEST_NAME
 from moe_surgery.surgery.program import Program
@@ -112,12 +112,19 @@ def _sealed(document: Mapping[str, object]) -> bytes:
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether `folder` holds a manifest of this tool (its digest need not hold)."""
+    """Whether `folder` holds a manifest of this tool (its digest need not hold).
+
+    Raises OutputError where there is one that cannot be read: no permission, a device error.
+    """
+    path = folder / MANIFEST_NAME
     try:
-        raw = read_small_file(folder / MANIFEST_NAME, limit=MAX_BYTES, what="a manifest")
+        path.lstat()
+        raw = read_small_file(path, limit=MAX_BYTES, what="a manifest")
         root = parse_json(raw, where=MANIFEST_NAME, allow_floats=True)
-    except Exception:
+    except (FileNotFoundError, NotADirectoryError, InvalidInputError):
         return False
+    except OSError as error:
+        raise OutputError(f"{printable_path(path)}: cannot open: {error.strerror}") from None
     return isinstance(root, dict) and root.get("format") == MANIFEST_FORMAT
 
 

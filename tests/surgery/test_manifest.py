@@ -139,6 +139,14 @@ def test_manifest_that_cannot_be_read_is_not_ours(tmp_path: Path) -> None:
         load_manifest(tmp_path / "nowhere" / "surgery.json")
 
 
+def test_a_manifest_that_the_system_refuses_to_read_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "surgery.json").symlink_to("surgery.json")
+    with pytest.raises(OutputError, match=r"surgery\.json: cannot open: Too many levels of symbolic links"):
+        is_ours(tmp_path)
+    with pytest.raises(OutputError, match=r"cannot open: File name too long"):
+        is_ours(tmp_path / ("x" * 300))
+
+
 def test_altered_manifest_is_still_ours_but_does_not_hold(out: Path) -> None:
     path = out / "surgery.json"
     path.write_bytes(path.read_bytes() + b"\n")

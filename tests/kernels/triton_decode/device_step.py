@@ -9,14 +9,13 @@ import torch
 
 from moe_surgery import load_model, plan_random
 from moe_surgery.errors import UsageError
-from moe_surgery.kernels.reference import ReferenceBackend
-from moe_surgery.kernels.triton import TritonBackend
 from moe_surgery.kernels.triton.blocks import Chip
 from moe_surgery.runtime.cache import Cache
 from moe_surgery.runtime.decode_cost import launch_count
-from moe_surgery.runtime.decode_step import DecodeStep, join_projections
+from moe_surgery.runtime.decode_step import DecodeStep
 from moe_surgery.runtime.generate import generate
 from moe_surgery.runtime.model import Model
+from moe_surgery.runtime.projections import join_projections
 from moe_surgery.runtime.speculate import speculate
 from moe_surgery.runtime.view import view
 from tests.runtime.models import write_lively
@@ -58,16 +57,14 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def models(folder: Path, keep: int | None = None) -> tuple[Model, Model]:
     """The same weights twice, in float32: with triton and with plain PyTorch."""
     found = []
-    for backend in (TritonBackend(), ReferenceBackend()):
+    for backend in ("triton", "reference"):
         plan = None
         if keep is not None:
             from moe_surgery import Checkpoint, describe
 
             with Checkpoint.open(folder) as checkpoint:
                 plan = plan_random(keep, 1, describe(checkpoint))
-        model = load_model(folder, DEVICE, torch.float32, plan, backend="reference")
-        model.backend = backend
-        found.append(model)
+        found.append(load_model(folder, DEVICE, torch.float32, plan, backend=backend))
     return found[0], found[1]
 
 
@@ -146,10 +143,13 @@ def test_launches_are_as_many_as_counted(folder: Path, batch: int) -> None:
 def test_projections_are_joined_once_and_the_model_stays_the_same(folder: Path) -> None:
     ours, plain = models(folder)
     prompt, mask = prompts(2, 5)
-    join_projections(ours)
-    first = ours.layers[0].q.weight.data_ptr()
-    join_projections(ours)
-    assert ours.layers[0].q.weight.data_ptr() == first
+    cache = prefilled(plain, 2, 6, mask, prompt)
+    first = [layer.q.weight.data_ptr() for layer in ours.layers]
+    for layer in ours.layers:  # as loaded
+        assert join_projections(layer) is layer
+    assert all(join_projections(layer) is not layer for layer in plain.layers)
+    DecodeStep(ours, cache, capture=False)
+    assert [layer.q.weight.data_ptr() for layer in ours.layers] == first
     ours.backend = plain.backend
     torch.testing.assert_close(
         ours(prompt, None, mask), plain(prompt, None, mask), rtol=0, atol=1e-6, equal_nan=True
@@ -173,6 +173,16 @@ def test_what_cannot_be_done_is_refused(folder: Path) -> None:
         step(prompt[:, 0])
     with pytest.raises(UsageError, match="do not fit the context of 6"):
         DecodeStep(ours, cache)
+
+
+def test_a_view_changes_nothing_of_its_model(folder: Path) -> None:
+    model, plain = models(folder)
+    model.layers = plain.layers  # q, k and v apart, as no captured step has seen them
+    before = list(model.layers)
+    for drawn in (view(model, plan_random(4, 0, model.config)), view(model, None, 1)):
+        assert all(one is other for one, other in zip(model.layers, before, strict=True))
+        for one, other in zip(model.layers, drawn.layers, strict=True):
+            assert one.q.weight.data_ptr() == other.q.weight.data_ptr()
 
 
 def test_a_view_that_drafts_step_by_step_leaves_the_output_the_targets(folder: Path) -> None:
