@@ -15,7 +15,7 @@ from moe_surgery.checkpoint.staging import stale_partials
 from moe_surgery.errors import PlanMismatchError
 from moe_surgery.families.identity import identity
 from moe_surgery.families.model import Model
-from moe_surgery.selection.plan import Plan
+from moe_surgery.selection.plan import Plan, check_top_k, plan_keeping
 from moe_surgery.surgery.compiler import DEFAULT_SHARD_SIZE, compile_program
 from moe_surgery.surgery.inspect import Inspection, inspect_checkpoint
 from moe_surgery.surgery.preflight import check_output, check_output_file
@@ -100,6 +100,7 @@ def prune(
     out: PathLike,
     plan: Plan | PlanMaker,
     *,
+    top_k: int | None = None,
     dtype: str = "keep",
     max_shard_size: int = DEFAULT_SHARD_SIZE,
     dry_run: bool = False,
@@ -114,7 +115,8 @@ def prune(
 ) -> PruneResult:
     """Write the experts of `checkpoint` that `plan` keeps as the new checkpoint folder `out`.
 
-    `plan` is a `Plan`, or makes one of the described model. `dtype`: "keep" moves expert weights as
+    `plan` is a `Plan`, or makes one of the described model; `top_k` replaces its number of experts a
+    token, and may be more than the source's, up to the experts kept. `dtype`: "keep" moves expert weights as
     they are stored, "bf16" and "mxfp4" convert them. `max_shard_size` in bytes of tensors.
     `card` writes a model card as README.md (a README.md of the source becomes README.source.md in
     any case); `base_model` is the source's id on the hub, where its path and files do not say it.
@@ -130,7 +132,7 @@ def prune(
 
     with Checkpoint.open(checkpoint, ignore_unlisted=ignore_unlisted, ops=ops) as opened:
         model = families.describe(opened)
-        chosen = plan if isinstance(plan, Plan) else plan(model)
+        chosen = (plan if isinstance(plan, Plan) else plan(model)).with_top_k(top_k)
         program = compile_program(opened, model, chosen, dtype=dtype, max_shard_size=max_shard_size)
         program = with_card(program, opened, model, base_model=base_model, card=card)
         target = check_output(opened, out, overwrite=overwrite)
@@ -158,6 +160,7 @@ def export_gguf(
     out: PathLike,
     *,
     plan: Plan | None = None,
+    top_k: int | None = None,
     dtype: str = "keep",
     name: str | None = None,
     tokenizer: bool = True,
@@ -171,7 +174,8 @@ def export_gguf(
 ) -> ExportResult:
     """Write `checkpoint`, with `plan` applied to it if given, as the GGUF file `out` for llama.cpp.
 
-    MXFP4 weights keep their bits; `dtype` "mxfp4" converts BF16 experts. `name` is shown by programs
+    `top_k` replaces the plan's or the model's number of experts a token, up to the experts that are
+    kept. MXFP4 weights keep their bits; `dtype` "mxfp4" converts BF16 experts. `name` is shown by programs
     (default: from the path). `tokenizer` False leaves tokenizer and chat template out. `on_start` is
     told the program, `progress` bytes of the file as they pass.
 
@@ -185,6 +189,10 @@ def export_gguf(
 
     with Checkpoint.open(checkpoint, ignore_unlisted=ignore_unlisted, ops=ops) as opened:
         model = families.describe(opened)
+        if plan is None and top_k is not None:
+            check_top_k(top_k, model.experts, f"{checkpoint} has")
+            plan = plan_keeping(None, model)
+        plan = None if plan is None else plan.with_top_k(top_k)
         target = check_output_file(opened, out, overwrite=overwrite)
         program = compile_gguf(
             opened,

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib
 import sys
-from typing import NoReturn
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn, TextIO
 
 import click
 
 from moe_surgery.cli.terminal import Terminal
-from moe_surgery.errors import MoeSurgeryError
+from moe_surgery.errors import CheckpointWarning, MoeSurgeryError
 from moe_surgery.version import __version__
 
 __all__ = ["main"]
@@ -89,11 +92,38 @@ def _out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or "can't allocate memory" in said or "out of memory" in said
 
 
+@contextmanager
+def _notes(terminal: Terminal) -> Iterator[None]:
+    """Print each CheckpointWarning of the block once, as a note."""
+    shown: set[str] = set()
+    usual = warnings.showwarning
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if not issubclass(category, CheckpointWarning):
+            usual(message, category, filename, lineno, file, line)
+        elif str(message) not in shown:
+            shown.add(str(message))
+            terminal.say(f"note: {message}")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", CheckpointWarning)
+        warnings.showwarning = show
+        yield
+
+
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Entry point: runs a command and exits with its code; one line instead of a traceback."""
     terminal = Terminal()
     try:
-        code = cli.main(arguments, prog_name="moe-surgery", standalone_mode=False, obj=terminal)
+        with _notes(terminal):
+            code = cli.main(arguments, prog_name="moe-surgery", standalone_mode=False, obj=terminal)
     except click.ClickException as error:
         if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
             error.show()  # its message is the help

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moe_surgery.cli.options import common, terminal_of
+from moe_surgery.cli.options import common, router_top_k, terminal_of
 from moe_surgery.cli.terminal import Advance, Terminal, count, size
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 @click.argument("ckpt")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Write this plan's experts only.")
+@router_top_k
 @click.option(
     "--dtype",
     type=click.Choice(["keep", "mxfp4"]),
@@ -41,6 +42,7 @@ def command(
     ckpt: str,
     out: Path,
     plan_file: Path | None,
+    top_k: int | None,
     dtype: str,
     name: str | None,
     no_tokenizer: bool,
@@ -78,6 +80,7 @@ def command(
             ckpt,
             out,
             plan=plan,
+            top_k=top_k,
             dtype=dtype,
             name=name,
             tokenizer=not no_tokenizer,

@@ -27,6 +27,7 @@ __all__ = [
     "dtype_name",
     "needs_torch",
     "ranked",
+    "router_top_k",
     "terminal_of",
     "texts",
     "torch_dtype",
@@ -88,6 +89,17 @@ def compute(command: Command) -> Command:
     ):
         command = option(command)
     return command
+
+
+def router_top_k(command: Command) -> Command:
+    """--top-k, for commands that let it replace the number that a plan or model has."""
+    return click.option(
+        "--top-k",
+        "top_k",
+        type=int,
+        metavar="N",
+        help="Experts the router chooses for each token, up to those kept; default: the plan's or the model's.",
+    )(command)
 
 
 def ranked(command: Command) -> Command:

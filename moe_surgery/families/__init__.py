@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+
 from moe_surgery.checkpoint.checkpoint import Checkpoint
+from moe_surgery.errors import CheckpointWarning
 from moe_surgery.families import model as _model
 from moe_surgery.families.base import Family
 from moe_surgery.families.gpt_oss import GPT_OSS
@@ -16,6 +19,10 @@ FAMILIES: tuple[Family, ...] = (GPT_OSS,)
 def describe(checkpoint: Checkpoint) -> Model:
     """The `Model` that `checkpoint` holds, every tensor's presence, shape and dtype checked.
 
-    Raises InvalidInputError where the model type is unknown or config and tensors disagree.
+    Each of its notes is also a CheckpointWarning. Raises InvalidInputError where the model type is
+    unknown or config and tensors disagree.
     """
-    return _model.describe(checkpoint, FAMILIES)
+    model = _model.describe(checkpoint, FAMILIES)
+    for note in model.notes:
+        warnings.warn(note, CheckpointWarning, stacklevel=2)
+    return model

@@ -35,7 +35,7 @@ class Size:
 class Inspection:
     """A checkpoint in numbers. `dtypes` and `parts` are bytes by dtype and by part of the model;
     `fits` maps a memory size in GB (10^9 bytes) to the most experts whose weights take less, per
-    storage (None where not even one expert fits)."""
+    storage (None where not even one expert fits); `notes` is what to know of its config.json."""
 
     path: str
     family: str
@@ -55,6 +55,7 @@ class Inspection:
     shards: dict[str, int]
     sizes: tuple[Size, ...]
     fits: dict[int, dict[str, int | None]]
+    notes: tuple[str, ...] = ()
 
     def largest(self, nbytes: int | None, parameters: int | None, storage: str) -> int:
         """The most experts with at most so many tensor bytes (in `storage`) and weights.
@@ -107,6 +108,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, model: Model) -> Inspection:
         shards={name: shard.identity.size for name, shard in sorted(checkpoint.shards.items())},
         sizes=sizes,
         fits={gb: _fitting(sizes, gb * 10**9) for gb in MEMORY_SIZES_GB},
+        notes=model.notes,
     )
 
 
