@@ -115,15 +115,15 @@ def command(
     if not tokens:
         raise UsageError("the prompt is empty; pass --prompt TEXT, --chat TEXT, or text on stdin")
     model = _loaded(ckpt, device, dtype, plan_file, backend, top_k)
+    terminal.detail(f"{model.backend.name} backend on {model.device}, {len(tokens)} prompt tokens")
+    drafter = drafts.load_draft(model, ckpt, draft, draft_plan, draft_top_k)
+    if drafter is None and length is not None:
+        raise UsageError("--draft-length: nothing drafts; pass --draft, --draft-plan or --draft-top-k")
     if top_k is not None and top_k != model.config.top_k:
         terminal.say(
             f"note: the router chooses {top_k} experts for each token instead of {model.config.top_k}; "
             "--sampling-top-k limits the tokens to draw from"
         )
-    terminal.detail(f"{model.backend.name} backend on {model.device}, {len(tokens)} prompt tokens")
-    drafter = drafts.load_draft(model, ckpt, draft, draft_plan, draft_top_k)
-    if drafter is None and length is not None:
-        raise UsageError("--draft-length: nothing drafts; pass --draft, --draft-plan or --draft-top-k")
     settings: Settings = {
         "max_new_tokens": max_new_tokens,
         "sampling": sampling,
