@@ -151,7 +151,7 @@ def prune(
                 progress=progress,
                 ops=ops,
             )
-    notes = serving_notes(chosen.uniform_experts or 0, program.top_k, model.top_k)
+    notes = serving_notes(chosen.uniform_experts or 0, program.top_k, model.top_k, chosen.top_k)
     return PruneResult(target, program, outcome, tuple(notes), tuple(stale_partials(target)))
 
 
