@@ -16,8 +16,8 @@ __all__ = ["Model", "ModelTensor", "describe"]
 FLOATS = frozenset({"BF16", "F16", "F32"})
 MAX_EXPERTS = 1024
 MAX_LAYERS = 10_000
-PER_LAYER = "per_layer_config"
-"""Where transformers keeps what differs by layer."""
+PER_LAYER = ("per_layer_config", "block_configs")
+"""Where transformers, and NVIDIA's Puzzle models, keep what differs by layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,11 +148,11 @@ def _dimensions(
     """The dimensions that config.json gives, and a note for each that it gives in two ways."""
     found: dict[str, int] = {}
     notes: list[str] = []
-    if checkpoint.config.get(PER_LAYER):
-        raise InvalidInputError(
-            f"{checkpoint.config_path}: {PER_LAYER} gives some layers their own configuration, which is not "
-            "supported"
-        )
+    for name in PER_LAYER:
+        if checkpoint.config.get(name):
+            raise InvalidInputError(
+                f"{checkpoint.config_path}: {name} gives some layers their own configuration, which is not supported"
+            )
     for dimension, key in {**family.dimensions, **layout.dimensions}.items():
         said: dict[str, object] = {k: _positive(checkpoint, k) for k in key.keys if k in checkpoint.config}
         used = next(iter(said), None)

@@ -57,6 +57,14 @@ CONFIGS: Mapping[str, tuple[Callable[[Config], object], str]] = {
         lambda c: c.update(num_experts=True),
         "num_experts is true, not a positive integer",
     ),
+    "layers of different sizes": (
+        lambda c: c.update(block_configs=[{"ffn": {"num_local_experts": 4}}]),
+        "block_configs gives some layers their own configuration, which is not supported",
+    ),
+    "another model type with layers of different sizes": (
+        lambda c: c.update(model_type="gpt_oss_puzzle", block_configs=[{"num_local_experts": 4}]),
+        "model_type the string 'gpt_oss_puzzle' is not supported; known: gpt_oss",
+    ),
     "layers configured one by one": (
         lambda c: c.update(per_layer_config={"0": {"num_experts_per_tok": 1}}),
         "per_layer_config gives some layers their own configuration, which is not supported",
