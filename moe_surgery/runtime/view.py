@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import torch
 
-from moe_surgery.errors import PlanMismatchError
+from moe_surgery.errors import PlanMismatchError, UsageError
 from moe_surgery.kernels.weights import Layer, Projection
 from moe_surgery.runtime.decode_step import join_projections
 from moe_surgery.runtime.model import Model
-from moe_surgery.selection.plan import Plan, check_top_k
+from moe_surgery.selection.plan import Plan
 
 __all__ = ["view", "view_layer"]
 
@@ -37,22 +37,20 @@ def view_layer(layer: Layer, kept: tuple[int, ...], top_k: int | None = None) ->
 def view(
     model: Model, plan: Plan | None = None, top_k: int | None = None, *, name: str = "the model"
 ) -> Model:
-    """`model` as `plan` prunes it, with `top_k` experts a token (default: the plan's, else the model's).
+    """`model` as `plan` prunes it, with at most `top_k` experts a token (default: the plan's, else the model's).
 
     Every weight tensor is the model's own; new are the router's rows in plan order and an index, a few
-    kilobytes a layer. Without a plan all experts stay. A layer with fewer experts than `top_k` uses all
-    of them. `name` is what errors call the model.
+    kilobytes a layer. Without a plan all experts stay. `top_k` may be more than the model's; a layer with
+    fewer experts uses all of them. `name` is what errors call the model.
 
     Raises PlanMismatchError for a plan of another model, or one that keeps an expert which `model`,
-    being a view itself, does not show; UsageError for a top-k below 1 or above the
-    most experts of a layer.
+    being a view itself, does not show; UsageError for a top-k below 1.
     """
+    if top_k is not None and top_k < 1:
+        raise UsageError(f"top-k {top_k}: must be at least 1")
     c = model.config
     if plan is not None:
         plan.check_fits(c.model_type, c.experts, c.layers, name)
-        plan = plan.with_top_k(top_k)
-    elif top_k is not None:
-        check_top_k(top_k, max(len(layer.router.weight) for layer in model.layers), f"{name} has")
     if model.backend.name == "triton":
         join_projections(model)  # a captured step of either would, and they should share the result
     viewed = copy(model)
@@ -63,7 +61,7 @@ def view(
         ]
     else:
         viewed.layers = [
-            view_layer(layer, _rows(layer, kept, number), plan.top_k)
+            view_layer(layer, _rows(layer, kept, number), top_k or plan.top_k)
             for number, (layer, kept) in enumerate(zip(model.layers, plan.layers, strict=True))
         ]
     return viewed

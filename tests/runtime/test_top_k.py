@@ -110,13 +110,10 @@ def test_a_top_k_outside_the_experts_is_refused(top_k: int, small: Path, tmp_pat
         UsageError, match=rf"--top-k {top_k}: .*small has 5 experts in a layer; choose 1 to 5"
     ):
         load_model(small, top_k=top_k)
-    with pytest.raises(UsageError, match=rf"--top-k {top_k}: the model has 5 experts"):
-        view(load_model(small), None, top_k)
     said = rf"^--top-k {top_k}: the plan keeps 3 experts in a layer; choose 1 to 3$"
     for call in (
         lambda: plan.with_top_k(top_k),
         lambda: load_model(small, plan=plan, top_k=top_k),
-        lambda: view(load_model(small), plan, top_k),
         lambda: prune(small, tmp_path / "out", plan, top_k=top_k),
     ):
         with pytest.raises(UsageError, match=said):
