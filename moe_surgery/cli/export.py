@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moe_surgery.cli.options import OUTPUT, common, terminal_of
+from moe_surgery.cli.options import OUTPUT, common, router_top_k, terminal_of
 from moe_surgery.cli.terminal import Advance, Terminal, count, size
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 @click.argument("ckpt")
 @click.argument("out", type=OUTPUT)
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Write this plan's experts only.")
+@router_top_k
 @click.option(
     "--dtype",
     type=click.Choice(["keep", "mxfp4"]),
@@ -45,6 +46,7 @@ def command(
     ckpt: str,
     out: Path,
     plan_file: Path | None,
+    top_k: int | None,
     dtype: str,
     name: str | None,
     no_tokenizer: bool,
@@ -82,6 +84,7 @@ def command(
             ckpt,
             out,
             plan=plan,
+            top_k=top_k,
             dtype=dtype,
             name=name,
             tokenizer=not no_tokenizer,
@@ -131,6 +134,6 @@ def _print(terminal: Terminal, result: ExportResult, seconds: float) -> None:
             f"relative error {conversion.relative_error:.3g}"
         )
     for note in result.notes:
-        terminal.say(f"note: {note}")
+        terminal.note(note)
     if program.tokens and not program.chat_template:
         terminal.say("note: the checkpoint has no chat template; programs will fall back on one of theirs")

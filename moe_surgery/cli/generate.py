@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypedDict
 import click
 
 from moe_surgery.cli import drafts
-from moe_surgery.cli.options import common, compute, needs_torch, say_notes, terminal_of, torch_dtype
+from moe_surgery.cli.options import common, compute, needs_torch, router_top_k, terminal_of, torch_dtype
 from moe_surgery.cli.reply import ReplyView
 from moe_surgery.cli.terminal import Terminal, size
 from moe_surgery.errors import UsageError
@@ -51,12 +51,19 @@ class Settings(TypedDict):
 @click.option(
     "--plan", "plan_file", type=click.Path(path_type=Path), help="Show the model only this plan's experts."
 )
+@router_top_k
 @click.option("--max-new-tokens", type=int, default=256, show_default=True, help="Most tokens to generate.")
 @click.option("--context", type=int, help="Most tokens of prompt and answer together; default: the model's.")
 @click.option(
     "--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token."
 )
-@click.option("--top-k", type=int, default=0, help="Draw from so many likeliest tokens only; 0: all.")
+@click.option(
+    "--sampling-top-k",
+    type=int,
+    default=0,
+    metavar="N",
+    help="Draw from the N likeliest tokens only; 0: all. (--top-k is about experts.)",
+)
 @click.option(
     "--top-p", type=float, default=1.0, show_default=True, help="Draw from this share of probability."
 )
@@ -79,10 +86,11 @@ def command(
     reasoning: str,
     reasoning_effort: str | None,
     plan_file: Path | None,
+    top_k: int | None,
     max_new_tokens: int,
     context: int | None,
     temperature: float,
-    top_k: int,
+    sampling_top_k: int,
     top_p: float,
     min_p: float,
     seed: int | None,
@@ -118,7 +126,7 @@ def command(
     terminal = terminal_of(click_context)
     if prompt is not None and chat is not None:
         raise UsageError("--prompt and --chat exclude each other")
-    sampling = Sampling(temperature, top_k, top_p, min_p, seed)
+    sampling = Sampling(temperature, sampling_top_k, top_p, min_p, seed)
     length = drafts.draft_length(draft_length)
     text = Text(ckpt)
     asked = prompt if chat is None else _framed(text, ckpt, chat, reasoning_effort)
@@ -127,12 +135,16 @@ def command(
     tokens = text.encode(asked if asked is not None else _stdin())
     if not tokens:
         raise UsageError("the prompt is empty; pass --prompt TEXT, --chat TEXT, or text on stdin")
-    say_notes(terminal, ckpt)
-    model = _loaded(ckpt, device, dtype, plan_file, backend)
+    model = _loaded(ckpt, device, dtype, plan_file, backend, top_k)
     terminal.detail(f"{model.backend.name} backend on {model.device}, {len(tokens)} prompt tokens")
     drafter = drafts.load_draft(model, ckpt, draft, draft_plan, draft_top_k)
     if drafter is None and length is not None:
         raise UsageError("--draft-length: nothing drafts; pass --draft, --draft-plan or --draft-top-k")
+    if top_k is not None and top_k != model.config.top_k:
+        terminal.say(
+            f"note: the router chooses {top_k} experts for each token instead of {model.config.top_k}; "
+            "--sampling-top-k limits the tokens to draw from"
+        )
     settings: Settings = {
         "max_new_tokens": max_new_tokens,
         "sampling": sampling,
@@ -157,12 +169,14 @@ def _stdin() -> str:
         raise UsageError(f"stdin: not UTF-8 at byte {error.start}") from None
 
 
-def _loaded(ckpt: str, device: str, dtype: str | None, plan_file: Path | None, backend: str | None) -> Model:
+def _loaded(
+    ckpt: str, device: str, dtype: str | None, plan_file: Path | None, backend: str | None, top_k: int | None
+) -> Model:
     from moe_surgery.runtime.load import load_model
     from moe_surgery.selection.plan import load_plan
 
     plan = None if plan_file is None else load_plan(plan_file)
-    return load_model(ckpt, device, torch_dtype(dtype), plan, backend)
+    return load_model(ckpt, device, torch_dtype(dtype), plan, backend, top_k=top_k)
 
 
 def _run(

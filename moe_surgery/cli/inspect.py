@@ -45,7 +45,7 @@ def command(context: click.Context, ckpt: str, all_sizes: bool, ignore_unlisted:
     _summary(terminal, found)
     _sizes(terminal, found, all_sizes)
     for note in found.notes:
-        terminal.say(f"note: {note}")
+        terminal.note(note)
 
 
 def _summary(terminal: Terminal, found: Inspection) -> None:

@@ -29,7 +29,7 @@ __all__ = [
     "dtype_name",
     "needs_torch",
     "ranked",
-    "say_notes",
+    "router_top_k",
     "terminal_of",
     "texts",
     "torch_dtype",
@@ -64,17 +64,6 @@ def needs_torch(command: str) -> None:
         raise UsageError(
             f"{command} needs torch: pip install 'moe-surgery[torch]', or '.[torch]' in a checkout"
         )
-
-
-def say_notes(terminal: Terminal, *checkpoints: str) -> None:
-    """Say what of the checkpoints is ignored."""
-    from moe_surgery import families
-    from moe_surgery.checkpoint.checkpoint import Checkpoint
-
-    for name in checkpoints:
-        with Checkpoint.open(name) as opened:
-            for note in families.describe(opened).notes:
-                terminal.say(f"note: {note}")
 
 
 def torch_dtype(name: str | None) -> torch.dtype | None:
@@ -113,6 +102,17 @@ def compute(command: Command) -> Command:
     ):
         command = option(command)
     return command
+
+
+def router_top_k(command: Command) -> Command:
+    """--top-k, for commands that let it replace the number that a plan or model has."""
+    return click.option(
+        "--top-k",
+        "top_k",
+        type=int,
+        metavar="N",
+        help="Experts the router chooses for each token, up to those kept; default: the plan's or the model's.",
+    )(command)
 
 
 def ranked(command: Command) -> Command:

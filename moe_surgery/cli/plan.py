@@ -16,6 +16,7 @@ from moe_surgery.cli.options import (
     check_new_output,
     common,
     ranked,
+    router_top_k,
     terminal_of,
 )
 from moe_surgery.errors import UsageError
@@ -67,6 +68,7 @@ class _Amount:
 @click.option("--keep", type=EXPERT_LIST, help="Keep these experts in every layer, in this order: 0,3,8-11.")
 @click.option("--random", "at_random", is_flag=True, help="Draw the experts, as a baseline to compare with.")
 @click.option("--seed", type=int, help="Seed of --random; default 0.")
+@router_top_k
 @click.option("--checkpoint", metavar="CKPT", help="The checkpoint that the plan is for.")
 @click.option("--model-type", help="The model type, where neither ranking nor checkpoint says it.")
 @click.option(
@@ -94,6 +96,7 @@ def command(
     keep: list[int] | str | None,
     at_random: bool,
     seed: int | None,
+    top_k: int | None,
     checkpoint: str | None,
     model_type: str | None,
     order: str,
@@ -113,6 +116,7 @@ def command(
     moe-surgery plan tiny.stats --metric reap --domain code --coverage 0.95 -o code.json
     moe-surgery plan tiny.stats --metric reap --target-size 5MB --checkpoint example:tiny
     moe-surgery plan --random --experts 8 --seed 1 --checkpoint example:tiny
+    moe-surgery plan --keep all --top-k 2 --checkpoint example:tiny
     """
     from moe_surgery.checkpoint.fileops import FileOps
     from moe_surgery.checkpoint.writer import write_file
@@ -139,6 +143,7 @@ def command(
     else:
         ranking, statistics = _ranked(source, metric, domains, protect_super_experts, checkpoint)
         plan = _first(ranking, statistics, amount, checkpoint, model_type, order)
+    plan = plan.with_top_k(top_k)
     text = plan.to_json()
     if output is None:
         click.echo(text, nl=False)
@@ -148,6 +153,7 @@ def command(
         terminal.data({"output": str(output), **plan.as_dict()})
     terminal.say(
         f"{output}: keeps {plan.uniform_experts} of {plan.num_source_experts} experts in {plan.num_layers} layers"
+        + (f", top-{plan.top_k}" if plan.top_k is not None else "")
     )
 
 

@@ -15,7 +15,6 @@ from moe_surgery.cli.options import (
     compute,
     computed_by,
     needs_torch,
-    say_notes,
     terminal_of,
     texts,
     torch_dtype,
@@ -90,7 +89,6 @@ def command(
     check_new_output(output, [*text_paths, sequential])
     files = text_files(text_paths, domain, text_format)
     plan = None if sequential is None else load_plan(sequential)
-    say_notes(terminal, ckpt)
     terminal.after_interrupt = "; the same command goes on after the last finished batch"
     with ExitStack() as stack:
         found = profile(

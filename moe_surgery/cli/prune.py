@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moe_surgery.cli.options import EXPERT_LIST, OUTPUT, SIZE, common, terminal_of
+from moe_surgery.cli.options import EXPERT_LIST, OUTPUT, SIZE, common, router_top_k, terminal_of
 from moe_surgery.cli.terminal import Advance, Terminal, count, size
 from moe_surgery.errors import UsageError
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 )
 @click.option("--experts", "-n", type=int, help="How many experts of --ranking each layer keeps.")
 @click.option("--keep", type=EXPERT_LIST, help="Keep these experts in every layer: 0,3,8-11, or all.")
+@router_top_k
 @click.option(
     "--dtype",
     type=click.Choice(["keep", "bf16", "mxfp4"]),
@@ -73,6 +74,7 @@ def command(
     ranking: Path | None,
     experts: int | None,
     keep: list[int] | str | None,
+    top_k: int | None,
     dtype: str,
     max_shard_size: int,
     order: str,
@@ -88,11 +90,12 @@ def command(
     CKPT is only read, and never loaded: bytes go from its files straight to OUT, in less than 100 MB of
     memory whatever its size. OUT appears whole or not at all. Stop it at any time; the same command
     goes on where it stopped. Say which experts stay by exactly one of --plan, --ranking and --keep;
-    `--keep all` with --dtype converts.
+    `--keep all` with --dtype converts, with --top-k it changes the experts a token only.
 
     \b
     moe-surgery prune example:tiny tiny-8 --keep 0-7
     moe-surgery prune openai/gpt-oss-20b law-8 --ranking published:law --experts 8
+    moe-surgery prune example:tiny tiny-16-top-2 --keep 0-15 --top-k 2
     moe-surgery prune some/pruned-bf16-model smaller --keep all --dtype mxfp4
     """
     from moe_surgery.pipeline import prune
@@ -113,6 +116,7 @@ def command(
             ckpt,
             out,
             plan,
+            top_k=top_k,
             dtype=dtype,
             max_shard_size=max_shard_size,
             dry_run=dry_run,
@@ -133,7 +137,7 @@ def command(
     else:
         _print_outcome(terminal, result, seconds)
     for note in result.notes:
-        terminal.say(f"note: {note}")
+        terminal.note(note)
     for stale in result.stale:
         held = sum(f.stat().st_size for f in stale.iterdir() if f.is_file()) if stale.is_dir() else 0
         terminal.say(

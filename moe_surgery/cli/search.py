@@ -14,7 +14,6 @@ from moe_surgery.cli.options import (
     compute,
     computed_by,
     needs_torch,
-    say_notes,
     terminal_of,
     texts,
     torch_dtype,
@@ -63,7 +62,6 @@ def command(
     terminal = terminal_of(context)
     check_new_output(output, text_paths)
     files = text_files(text_paths, domain, text_format)
-    say_notes(terminal, ckpt)
     terminal.after_interrupt = "; the same command goes on after the last finished layer"
     with ExitStack() as stack:
         advance: list[Advance] = []

@@ -8,11 +8,14 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
+
+from moe_surgery.errors import CheckpointWarning
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,6 +35,7 @@ class Terminal:
         self.debug = False
         self.json = False
         self.after_interrupt = ""
+        self._notes: set[str] = set()
 
     def say(self, text: str) -> None:
         """A line on stderr, unless -q."""
@@ -85,18 +89,39 @@ class Terminal:
             table.add_row(*map(_safe, row))
         _console(sys.stdout).print(table)
 
+    def note(self, text: str) -> None:
+        """A note on stderr, unless -q; each is printed once."""
+        if text not in self._notes:
+            self._notes.add(text)
+            self.say(f"note: {text}")
+
     @contextmanager
-    def logged(self) -> Iterator[None]:
-        """Within the block, what the library logs is shown: warnings as notes, the rest with -v."""
+    def notes(self) -> Iterator[None]:
+        """Within the block the library's CheckpointWarnings and logged warnings are printed as notes, and
+        what else it logs with -v."""
         logger, handler = logging.getLogger("moe_surgery"), _Logged(self)
         before = logger.level
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
         try:
-            yield
+            with warnings.catch_warnings():
+                warnings.simplefilter("always", CheckpointWarning)
+                warnings.showwarning = self._shown(warnings.showwarning)
+                yield
         finally:
             logger.removeHandler(handler)
             logger.setLevel(before)
+
+    def _shown(self, usual: Callable[..., None]) -> Callable[..., None]:
+        """What shows a warning: a CheckpointWarning as a note, others as before."""
+
+        def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+            if issubclass(category, CheckpointWarning):
+                self.note(str(message))
+            else:
+                usual(message, category, *rest, **more)
+
+        return show
 
     @contextmanager
     def progress(self, title: str, total: int, unit: str = "bytes") -> Iterator[Advance]:
@@ -138,7 +163,7 @@ class _Logged(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno >= logging.WARNING:
-            self._terminal.say(f"note: {record.getMessage()}")
+            self._terminal.note(record.getMessage())
         else:
             self._terminal.detail(record.getMessage())
 

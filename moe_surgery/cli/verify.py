@@ -60,7 +60,7 @@ def command(
     if terminal.json:
         terminal.data({"output": out, "ok": found.ok, **asdict(found)})
     for note in found.notes:
-        terminal.say(f"note: {note}")
+        terminal.note(note)
     if not found.ok:
         problems = list(found.problems)
         if found.weights_ok:

@@ -10,7 +10,7 @@ from moe_surgery.checkpoint.checkpoint import Checkpoint, TensorRef
 from moe_surgery.errors import PlanMismatchError, UsageError
 from moe_surgery.export.ggml import BLOCK_VALUES
 from moe_surgery.export.gguf import Metadata, TensorEntry, TensorType, header, padding
-from moe_surgery.export.gpt_oss import NAMES, WIDENED, add_model, check_supported
+from moe_surgery.export.gpt_oss import ARCHITECTURE, NAMES, WIDENED, add_model, check_supported
 from moe_surgery.export.program import (
     GgufPart,
     GgufProgram,
@@ -98,8 +98,10 @@ def _kept(
     plan.check_fits(model.model_type, model.experts, model.layers, str(checkpoint.path))
     kept = plan.uniform_experts
     if kept is None:
+        counts = sorted({len(row) for row in plan.layers})
         raise PlanMismatchError(
-            "the plan keeps different numbers of experts in different layers, which llama.cpp cannot load"
+            f"the plan keeps between {counts[0]} and {counts[-1]} experts per layer, but a GGUF file of the "
+            f"architecture {ARCHITECTURE} gives one number for all layers; keep the same number in every layer"
         )
     return plan.layers, kept, min(plan.top_k or model.top_k, kept)
 

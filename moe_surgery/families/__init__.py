@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+
 from moe_surgery.checkpoint.checkpoint import Checkpoint
-from moe_surgery.errors import InvalidInputError
+from moe_surgery.errors import CheckpointWarning, InvalidInputError
 from moe_surgery.families import model as _model
 from moe_surgery.families.base import Family
 from moe_surgery.families.foreign import foreign
@@ -18,12 +20,16 @@ FAMILIES: tuple[Family, ...] = (GPT_OSS,)
 def describe(checkpoint: Checkpoint) -> Model:
     """The `Model` that `checkpoint` holds, every tensor's presence, shape and dtype checked.
 
-    Raises InvalidInputError where the model type is unknown or config and tensors disagree; a checkpoint
-    of another family, class, layout or quantisation is named as such.
+    Each of its notes is also a CheckpointWarning. Raises InvalidInputError where the model type is
+    unknown or config and tensors disagree; a checkpoint of another family, class, layout or quantisation is
+    named as such.
     """
     try:
-        return _model.describe(checkpoint, FAMILIES)
+        model = _model.describe(checkpoint, FAMILIES)
     except InvalidInputError as error:
         if (instead := foreign(checkpoint, FAMILIES)) is None:
             raise
         raise InvalidInputError(instead) from error
+    for note in model.notes:
+        warnings.warn(note, CheckpointWarning, stacklevel=2)
+    return model

@@ -50,10 +50,14 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class ConfigKey:
-    """A dimension in config.json: the first of `keys` that is there, else `default`."""
+    """A dimension in config.json: the first of `keys` that is there, else `default`.
+
+    `unread` are spellings that `Layout.reader` does not read; they are written along with `keys`.
+    """
 
     keys: tuple[str, ...]
     default: int | None = None
+    unread: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +67,20 @@ class Layout:
     `names` maps an output name to its `Slice`; names not in it are the same. `blocks` and `scales`
     are the two suffixes of an MXFP4 tensor. `side_files_dropped` are files that only make sense in
     this layout; `parent_side_files` are taken from the folder above when that holds the tokenizer.
-    `hub_config` makes a config.json of the hub's layout from this layout's.
+    `hub_config` makes a config.json of the hub's layout from this layout's. `reader` is the program
+    whose reading of config.json is followed, and `dimensions` replaces the family's where it reads
+    other keys.
     """
 
     name: str
+    reader: str
     names: Mapping[str, Slice] = field(default_factory=dict)
     blocks: str = "_blocks"
     scales: str = "_scales"
     side_files_dropped: frozenset[str] = frozenset()
     parent_side_files: tuple[str, ...] = ()
     hub_config: Callable[[Mapping[str, object]], dict[str, object]] | None = None
+    dimensions: Mapping[str, ConfigKey] = field(default_factory=dict)
 
     def find(self, name: str) -> Slice:
         return self.names.get(name, Slice(name))

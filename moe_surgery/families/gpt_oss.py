@@ -84,17 +84,27 @@ QUANTIZATION_CONFIG: Final = MappingProxyType(
     }
 )
 
+# As transformers' GptOssConfig reads them: num_experts is an alias that is set last, experts_per_token
+# is kept and not used.
 DIMENSIONS: Final = MappingProxyType(
     {
         "layers": ConfigKey(("num_hidden_layers",)),
-        "experts": ConfigKey(("num_local_experts", "num_experts")),
-        "top_k": ConfigKey(("num_experts_per_tok", "experts_per_token")),
+        "experts": ConfigKey(("num_experts", "num_local_experts")),
+        "top_k": ConfigKey(("num_experts_per_tok",), default=4, unread=("experts_per_token",)),
         "hidden": ConfigKey(("hidden_size",)),
         "intermediate": ConfigKey(("intermediate_size",)),
         "heads": ConfigKey(("num_attention_heads",)),
         "kv_heads": ConfigKey(("num_key_value_heads",)),
         "head_dim": ConfigKey(("head_dim",), default=64),
         "vocabulary": ConfigKey(("vocab_size",)),
+    }
+)
+
+# openai/gpt-oss's own ModelConfig knows the first spelling only.
+_ORIGINAL_DIMENSIONS: Final = MappingProxyType(
+    {
+        "experts": ConfigKey(("num_experts", "num_local_experts")),
+        "top_k": ConfigKey(("experts_per_token", "num_experts_per_tok")),
     }
 )
 
@@ -111,7 +121,8 @@ def hub_config(original: Mapping[str, object]) -> dict[str, object]:
 
     Raises InvalidInputError for a value that should be a number and is missing or none.
     """
-    dimensions = {name: _dimension(original, key) for name, key in DIMENSIONS.items()}
+    keys = {**DIMENSIONS, **_ORIGINAL_DIMENSIONS}
+    dimensions = {name: _dimension(original, key) for name, key in keys.items()}
     layers, vocabulary = dimensions["layers"], dimensions["vocabulary"]
     length = int(_number(original, "initial_context_length", _YARN_ORIGINAL_LENGTH))
     factor = float(_number(original, "rope_scaling_factor", 32.0))
@@ -170,9 +181,10 @@ def _number(original: Mapping[str, object], key: str, default: float | None) -> 
     return value
 
 
-HUB: Final = Layout("hub")
+HUB: Final = Layout("hub", "transformers")
 ORIGINAL: Final = Layout(
     "original",
+    "OpenAI's code",
     names=MappingProxyType(_ORIGINAL_NAMES),
     blocks=".blocks",
     scales=".scales",
@@ -188,6 +200,7 @@ ORIGINAL: Final = Layout(
         "tokenizer_config.json",
     ),
     hub_config=hub_config,
+    dimensions=_ORIGINAL_DIMENSIONS,
 )
 
 GPT_OSS: Final = Family(

@@ -25,6 +25,8 @@ IGNORED_TENSORS = (
 )
 MAX_EXPERTS = 1024
 MAX_LAYERS = 10_000
+PER_LAYER = ("per_layer_config", "block_configs")
+"""Where transformers, and NVIDIA's Puzzle models, keep what differs by layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,7 @@ class Model:
     """A checkpoint understood: family, layout, dimensions and all tensors in output order.
 
     `storage` says how expert weights are stored: "mxfp4" or "bf16". `notes` are lines on what of the
-    checkpoint is ignored or used in spite of its config.
+    checkpoint is ignored, and on what is read in another way than someone might expect.
     """
 
     family: Family
@@ -109,10 +111,10 @@ def describe(checkpoint: Checkpoint, families: tuple[Family, ...]) -> Model:
     configuration that contradicts the tensors; one line, naming file and tensor.
     """
     family, layout = _recognise(checkpoint, families)
-    dimensions = _dimensions(checkpoint, family)
+    dimensions, config_notes = _dimensions(checkpoint, family, layout)
     tensors: list[ModelTensor] = []
     used: set[str] = set()
-    notes = list(checkpoint.notes)
+    notes = [*config_notes, *checkpoint.notes]
     for layer, tensor in _expand(family, dimensions["layers"]):
         present = _present(tensor, checkpoint.config)
         if (
@@ -171,20 +173,39 @@ def _recognise(checkpoint: Checkpoint, families: tuple[Family, ...]) -> tuple[Fa
     )
 
 
-def _dimensions(checkpoint: Checkpoint, family: Family) -> dict[str, int]:
+def _dimensions(
+    checkpoint: Checkpoint, family: Family, layout: Layout
+) -> tuple[dict[str, int], tuple[str, ...]]:
+    """The dimensions that config.json gives, and a note for each that it gives in two ways."""
     found: dict[str, int] = {}
-    for dimension, key in family.dimensions.items():
-        said = {k: _positive(checkpoint, k) for k in key.keys if k in checkpoint.config}
-        values = list(said.values()) or ([key.default] if key.default is not None else [])
-        if not values:
-            raise InvalidInputError(f"{checkpoint.config_path}: key {key.keys[0]!r} is missing")
-        if len(set(values)) > 1:
+    notes: list[str] = []
+    for name in PER_LAYER:
+        if checkpoint.config.get(name):
             raise InvalidInputError(
-                f"{checkpoint.config_path}: "
-                + " but ".join(f"{k} is {v}" for k, v in said.items())
-                + "; they must be equal"
+                f"{checkpoint.config_path}: {name} gives some layers their own configuration, which is not supported"
             )
-        found[dimension] = values[0]
+    for dimension, key in {**family.dimensions, **layout.dimensions}.items():
+        said: dict[str, object] = {k: _positive(checkpoint, k) for k in key.keys if k in checkpoint.config}
+        used = next(iter(said), None)
+        if used is None and key.default is None:
+            names = " or ".join(map(repr, key.keys))
+            raise InvalidInputError(f"{checkpoint.config_path}: key {names} is missing")
+        value = key.default if used is None else said[used]
+        assert isinstance(value, int)
+        found[dimension] = value
+        said |= {k: checkpoint.config[k] for k in key.unread if k in checkpoint.config}
+        others = " and ".join(f"{k} is {described(v)}" for k, v in said.items() if v != value)
+        if used is None and key.unread:
+            others = f"{others}, " if others else ""
+            notes.append(
+                f"{checkpoint.config_path}: {others}{key.keys[0]} is missing; {layout.reader} and moe-surgery use "
+                f"{key.keys[0]} {value}"
+            )
+        elif others:
+            notes.append(
+                f"{checkpoint.config_path}: {used} is {value} but {others}; {layout.reader} and moe-surgery use "
+                f"{used}"
+            )
     for dimension, most in (("experts", MAX_EXPERTS), ("layers", MAX_LAYERS)):
         if found[dimension] > most:
             raise InvalidInputError(
@@ -194,7 +215,7 @@ def _dimensions(checkpoint: Checkpoint, family: Family) -> dict[str, int]:
         raise InvalidInputError(
             f"{checkpoint.config_path}: top-k {found['top_k']} is more than the {found['experts']} experts"
         )
-    return found
+    return found, tuple(notes)
 
 
 def _positive(checkpoint: Checkpoint, key: str) -> int:

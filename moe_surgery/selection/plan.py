@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from moe_surgery.checkpoint.files import printable_path, read_small_file
@@ -72,6 +72,17 @@ class Plan:
         """The number of experts that every layer keeps, or None where layers differ."""
         counts = {len(kept) for kept in self.layers}
         return counts.pop() if len(counts) == 1 else None
+
+    def with_top_k(self, top_k: int | None, name: str = "the plan") -> Plan:
+        """The plan with `top_k` experts a token, which may be more than the model's; itself for None.
+
+        A layer that keeps fewer uses all of them. Raises UsageError, calling the plan `name`, for a
+        number below 1 or above the most experts that a layer keeps.
+        """
+        if top_k is None:
+            return self
+        check_top_k(top_k, max(map(len, self.layers)), f"{name} keeps")
+        return replace(self, top_k=top_k)
 
     def as_dict(self) -> dict[str, object]:
         """The plan as the JSON object of its file form (version 1)."""
@@ -171,6 +182,15 @@ def check_count(count: int, experts: int) -> None:
     """Raise UsageError unless 1 <= count <= experts."""
     if not 1 <= count <= experts:
         raise UsageError(f"--experts {count}: the model has {experts} experts; choose 1 to {experts}")
+
+
+def check_top_k(top_k: int, experts: int, whose: str, option: str = "--top-k") -> None:
+    """Raise UsageError unless 1 <= top_k <= experts; `whose` says what has so many, as in "the plan keeps"."""
+    if not 1 <= top_k <= experts:
+        raise UsageError(
+            f"{option} {top_k}: {whose} {experts} {'expert' if experts == 1 else 'experts'} in a layer; "
+            f"choose 1 to {experts}"
+        )
 
 
 def plan_from_ranking(

@@ -64,9 +64,11 @@ def compile_program(
     kept = plan.uniform_experts
     if kept is None:
         counts = sorted({len(row) for row in plan.layers})
+        # nvidia/gpt-oss-puzzle-88B has a count for each layer, as another model type with its own code.
         raise PlanMismatchError(
-            f"the plan keeps between {counts[0]} and {counts[-1]} experts per layer, and no runtime loads such a "
-            "checkpoint; keep the same number in every layer (a plan like this serves as a view only)"
+            f"the plan keeps between {counts[0]} and {counts[-1]} experts per layer, but config.json of a "
+            f"{model.model_type} model gives one number for all layers; keep the same number in every layer, or use "
+            "the plan with generate --plan and evaluate --plan, which write no checkpoint"
         )
     storage = model.storage if dtype == "keep" else dtype
     top_k = min(plan.top_k or model.top_k, kept)

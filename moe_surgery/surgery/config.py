@@ -13,17 +13,20 @@ QUANTIZATION = "quantization_config"
 def output_config(model: Model, experts: int, top_k: int, storage: str) -> dict[str, object]:
     """The configuration of `model` with `experts` experts, `top_k` of them active, stored as `storage`.
 
-    Keys keep their order. Every spelling of the two counts that the source uses is changed;
-    "quantization_config" leaves with "bf16" and enters with "mxfp4"; "tie_word_embeddings" is false where
-    lm_head.weight is stored.
+    Keys keep their order. Every spelling of the two counts that the source uses is changed, and one
+    that transformers reads is added where there is none; "quantization_config" leaves with "bf16" and
+    enters with "mxfp4"; "tie_word_embeddings" is false where lm_head.weight is stored.
     """
     source = dict(model.config)
     config = model.layout.hub_config(source) if model.layout.hub_config else source
     dimensions = model.family.dimensions
     for dimension, value in (("experts", experts), ("top_k", top_k)):
-        for key in dimensions[dimension].keys:
-            if key in config:
-                config[key] = value
+        key = dimensions[dimension]
+        for name in (*key.keys, *key.unread):
+            if name in config:
+                config[name] = value
+        if not any(name in config for name in key.keys):
+            config = _inserted(config, key.keys[0], value)
     if config.get(TIED) and any(t.name == "lm_head.weight" for t in model.tensors):
         config[TIED] = False  # transformers takes a stored lm_head even so, others do not
     if storage == "bf16":

@@ -33,7 +33,8 @@ class Size:
 class Inspection:
     """A checkpoint in numbers. `dtypes` and `parts` are bytes by dtype and by part of the model;
     `fits` maps a memory size in GB (10^9 bytes) to the most experts whose weights take less, per
-    storage (None where not even one expert fits). `notes` say what of the checkpoint is ignored."""
+    storage (None where not even one expert fits). `notes` say what of the checkpoint is ignored, and what
+    of its config.json to know."""
 
     path: str
     family: str

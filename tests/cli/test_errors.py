@@ -93,7 +93,11 @@ CASES: dict[str, tuple[str, int, str]] = {
         4,
         "the plan is for gpt_oss with 2 layers of 4 experts",
     ),
-    "an uneven plan": ("prune {tmp}/in {tmp}/out --plan {tmp}/uneven.json", 4, "between 1 and 2 experts"),
+    "an uneven plan": (
+        "prune {tmp}/in {tmp}/out --plan {tmp}/uneven.json",
+        4,
+        "config.json of a gpt_oss model gives one number for all layers",
+    ),
     "an output that is there": ("prune {tmp}/in {tmp}/bare --keep 0", 5, "{tmp}/bare: exists"),
     "an output that is the source": ("prune {tmp}/in {tmp}/in --keep 0", 2, "{tmp}/in: is the source"),
     "an output in no folder": ("prune {tmp}/in {tmp}/no/out --keep 0", 5, "{tmp}/no: no such folder"),

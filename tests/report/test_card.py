@@ -399,9 +399,14 @@ def test_choice_is_told_in_words(provenance: dict[str, object], words: list[str]
     assert "best first" in told
 
 
-def test_random_choice_is_told_and_remade_by_the_commands(source: Path, out: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("top_k", [None, 1, 3])
+def test_random_choice_is_told_and_remade_by_the_commands(
+    top_k: int | None, source: Path, tmp_path: Path
+) -> None:
     from moe_surgery.cli import main
 
+    out = tmp_path / "out"
+    prune(source, out, cut, top_k=top_k)
     card = readme(out)
     assert "drawn at random (seed `5`)" in card
     commands = [line for block in blocks(card, "sh") for line in block.splitlines()]
