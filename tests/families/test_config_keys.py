@@ -63,7 +63,7 @@ CONFIGS: Mapping[str, tuple[Callable[[Config], object], str]] = {
     ),
     "another model type with layers of different sizes": (
         lambda c: c.update(model_type="gpt_oss_puzzle", block_configs=[{"num_local_experts": 4}]),
-        "model_type the string 'gpt_oss_puzzle' is not supported; known: gpt_oss",
+        "is a gpt_oss_puzzle checkpoint (GptOssForCausalLM); supported is model_type gpt_oss",
     ),
     "layers configured one by one": (
         lambda c: c.update(per_layer_config={"0": {"num_experts_per_tok": 1}}),
