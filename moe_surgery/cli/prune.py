@@ -13,6 +13,7 @@ import click
 from moe_surgery.cli.options import EXPERT_LIST, SIZE, common, terminal_of
 from moe_surgery.cli.terminal import Advance, Terminal, count, size
 from moe_surgery.errors import UsageError
+from moe_surgery.formats.expert_format import EXPERT_DTYPES
 
 if TYPE_CHECKING:
     from moe_surgery.families.model import Model
@@ -32,10 +33,10 @@ if TYPE_CHECKING:
 @click.option("--keep", type=EXPERT_LIST, help="Keep these experts in every layer: 0,3,8-11, or all.")
 @click.option(
     "--dtype",
-    type=click.Choice(["keep", "bf16", "mxfp4"]),
+    type=click.Choice(EXPERT_DTYPES),
     default="keep",
     show_default=True,
-    help="How expert weights are stored. To bf16 is exact; to mxfp4 for weights that came from it.",
+    help="Format of expert weights; a smaller one rounds to nearest. To mxfp4 is exact for what came from it.",
 )
 @click.option(
     "--max-shard-size", type=SIZE, default="5GB", show_default=True, help="Most tensor bytes in a file."
@@ -194,7 +195,7 @@ def _print_outcome(terminal: Terminal, result: PruneResult, seconds: float) -> N
     terminal.result(
         f"{result.out}: {kept} of {program.plan.num_source_experts} experts, top-{program.top_k}, "
         f"{count(program.parameters)} parameters, {size(program.nbytes)} in {len(program.shards)} "
-        f"{'shard' if len(program.shards) == 1 else 'shards'} ({program.storage.upper()} experts), {seconds:.1f} s"
+        f"{'shard' if len(program.shards) == 1 else 'shards'} ({program.expert_format.label} experts), {seconds:.1f} s"
     )
     if outcome.shards_resumed:
         terminal.say(

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from moe_surgery.families.model import Model
+from moe_surgery.formats.expert_format import ExpertFormat
 
 __all__ = ["output_config"]
 
 QUANTIZATION = "quantization_config"
 
 
-def output_config(model: Model, experts: int, top_k: int, storage: str) -> dict[str, object]:
-    """The configuration of `model` with `experts` experts, `top_k` of them active, stored as `storage`.
+def output_config(model: Model, experts: int, top_k: int, expert_format: ExpertFormat) -> dict[str, object]:
+    """The configuration of `model` with `experts` experts, `top_k` of them active, stored as `expert_format`.
 
     Keys keep their order. Every spelling of the two counts that the source uses is changed;
-    "quantization_config" leaves with "bf16" and enters with "mxfp4".
+    "quantization_config" leaves with a dense format and enters with MXFP4.
     """
     source = dict(model.config)
     config = model.layout.hub_config(source) if model.layout.hub_config else source
@@ -22,7 +23,7 @@ def output_config(model: Model, experts: int, top_k: int, storage: str) -> dict[
         for key in dimensions[dimension].keys:
             if key in config:
                 config[key] = value
-    if storage == "bf16":
+    if not expert_format.packed:
         config.pop(QUANTIZATION, None)
     elif QUANTIZATION not in config:
         config = _inserted(config, QUANTIZATION, dict(model.family.quantization_config))
