@@ -28,6 +28,9 @@ __all__ = ["STRIP_ROWS", "Words", "cast", "encode_transposed", "round_to_odd", "
 STRIP_ROWS: Final = 64
 """Rows encoded at a time: what is made of them on the way stays small, whatever the matrix."""
 
+STRIP_VALUES: Final = 1 << 16
+"""Values cast at a time: they stay in the processor's cache."""
+
 Words = NDArray[np.unsignedinteger[Any]]
 
 _F32_INFINITY: Final = 0x7F800000
@@ -48,25 +51,30 @@ def cast(values: Words, source: ExpertFormat, target: ExpertFormat) -> Words:
     """
     if source == target:
         return values
-    wide = _widened(values, source)
-    if target == F32:
-        return wide
-    magnitude = wide & np.uint32(0x7FFFFFFF)
-    over = (magnitude >= _OVERFLOW[target]) & (magnitude < _F32_INFINITY)
-    if over.any():
-        largest = float(magnitude[over].max().view(np.float32))
+    flat, out = values.reshape(-1), np.empty(values.size, np.uint32 if target == F32 else np.uint16)
+    too_large, largest = 0, 0.0
+    for first in range(0, flat.size, STRIP_VALUES):
+        strip = slice(first, first + STRIP_VALUES)
+        wide = _widened(flat[strip], source)
+        if target == F32:
+            out[strip] = wide
+            continue
+        magnitude = wide & np.uint32(0x7FFFFFFF)
+        if magnitude.max(initial=0) >= _OVERFLOW[target]:
+            over = (magnitude >= _OVERFLOW[target]) & (magnitude < _F32_INFINITY)
+            too_large += np.count_nonzero(over)
+            largest = max(largest, float(magnitude[over].max(initial=0).view(np.float32)))
+        out[strip] = _to_bf16(wide, magnitude) if target == BF16 else _to_f16(wide)
+    if too_large:
         raise InvalidInputError(
-            f"{np.count_nonzero(over):,} values, up to {largest:.6g}, are too large for {target.label}"
+            f"{too_large:,} values, up to {largest:.6g}, are too large for {target.label}"
         )
-    return _to_bf16(wide, magnitude) if target == BF16 else _to_f16(wide)
+    return out.reshape(values.shape)
 
 
 def round_to_odd(values: Words, source: ExpertFormat) -> NDArray[np.uint16]:
     """Bits of F16 or F32 as BF16 bits: cut, the last bit set where a cut bit was."""
-    wide = _widened(values, source)
-    cut: NDArray[np.uint16] = (wide >> np.uint32(16)).astype(np.uint16)
-    cut |= (wide & np.uint32(0xFFFF)) != 0
-    return cut
+    return _cut(_widened(values, source))
 
 
 def encode_transposed(
@@ -82,35 +90,38 @@ def encode_transposed(
     reports = []
     for first in range(0, values.shape[1], STRIP_ROWS):
         strip = slice(first, first + STRIP_ROWS)
-        part = values[:, strip]
-        odd = round_to_odd(part, source)
+        wide = _widened(values[:, strip], source)
         try:
-            report = mxfp4.encode_transposed(odd, blocks[strip], scales[strip])[2]
+            report = mxfp4.encode_transposed(_cut(wide), blocks[strip], scales[strip])[2]
         except InvalidInputError:
             mxfp4.encode_transposed(round_to_odd(values, source))  # names the row of the whole matrix
             raise
-        reports.append(_measured(part, source, blocks[strip], scales[strip], report))
+        reports.append(_measured(wide, blocks[strip], scales[strip], report))
     return EncodeReport.total(reports)
 
 
 def _measured(
-    values: Words,
-    source: ExpertFormat,
-    blocks: NDArray[np.uint8],
-    scales: NDArray[np.uint8],
-    report: EncodeReport,
+    wide: NDArray[np.uint32], blocks: NDArray[np.uint8], scales: NDArray[np.uint8], report: EncodeReport
 ) -> EncodeReport:
-    """`report` with errors against `values`, over the blocks of finite ones: exact in float64."""
-    original = _widened(values, source)
-    decoded = _widened(mxfp4.decode_transposed(blocks, scales), BF16)
-    shape = (scales.shape[1], mxfp4.BLOCK_VALUES, scales.shape[0])
-    finite = ((original & np.uint32(_F32_INFINITY)) != _F32_INFINITY).reshape(shape).all(axis=1)
+    """`report` with errors against F32 bits [K, R], over the blocks of finite values; sums in float64."""
+    original = wide.view(np.float32).astype(np.float64)
+    decoded = _widened(mxfp4.decode_transposed(blocks, scales), BF16).view(np.float32)
     with np.errstate(invalid="ignore", over="ignore"):
-        wide = original.view(np.float32).astype(np.float64).reshape(shape)
-        error = wide - decoded.view(np.float32).astype(np.float64).reshape(shape)
-        error_sq = np.einsum("gvr,gvr->gr", error, error)[finite].sum()
-        norm_sq = np.einsum("gvr,gvr->gr", wide, wide)[finite].sum()
-    return EncodeReport(report.blocks, report.inexact_blocks, float(error_sq), float(norm_sq))
+        error = original - decoded
+    if (wide & np.uint32(0x7FFFFFFF)).max() >= _F32_INFINITY:
+        grouped = wide.reshape(scales.shape[1], mxfp4.BLOCK_VALUES, scales.shape[0])
+        finite = ((grouped & np.uint32(_F32_INFINITY)) != _F32_INFINITY).all(axis=1, keepdims=True)
+        for values in (original, error):
+            values.reshape(grouped.shape)[~np.broadcast_to(finite, grouped.shape)] = 0.0
+    error_sq, norm_sq = (float(np.einsum("kr,kr->", v, v)) for v in (error, original))
+    return EncodeReport(report.blocks, report.inexact_blocks, error_sq, norm_sq)
+
+
+def _cut(wide: NDArray[np.uint32]) -> NDArray[np.uint16]:
+    """F32 bits as BF16 bits, rounded to odd. Little endian: the halves of a word are read in place."""
+    halves = wide.view(np.uint16).reshape(*wide.shape, 2)
+    odd: NDArray[np.uint16] = halves[..., 1] | (halves[..., 0] != 0)
+    return odd
 
 
 def _widened(values: Words, source: ExpertFormat) -> NDArray[np.uint32]:
@@ -126,16 +137,21 @@ def _widened(values: Words, source: ExpertFormat) -> NDArray[np.uint32]:
 
 def _to_bf16(wide: NDArray[np.uint32], magnitude: NDArray[np.uint32]) -> NDArray[np.uint16]:
     """F32 bits rounded to BF16; those beyond its largest value are infinities and NaN alone."""
-    high = wide >> np.uint32(16)
-    rounded = (wide + np.uint32(0x7FFF) + (high & np.uint32(1))) >> np.uint32(16)
-    nan = magnitude > _F32_INFINITY
-    if nan.any():
-        rounded[nan] = high[nan] | np.uint32(0x40)  # quiet, so that no NaN becomes an infinity
+    rounded = wide >> np.uint32(16)
+    rounded &= np.uint32(1)
+    rounded += np.uint32(0x7FFF)
+    rounded += wide
+    rounded >>= np.uint32(16)
+    if magnitude.max(initial=0) > _F32_INFINITY:
+        nan = magnitude > _F32_INFINITY
+        rounded[nan] = (wide[nan] >> np.uint32(16)) | np.uint32(
+            0x40
+        )  # quiet, so that none becomes an infinity
     found: NDArray[np.uint16] = rounded.astype(np.uint16)
     return found
 
 
 def _to_f16(wide: NDArray[np.uint32]) -> NDArray[np.uint16]:
     """F32 bits rounded to F16, subnormal results included."""
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):
         return wide.view(np.float32).astype(np.float16).view(np.uint16)
