@@ -56,7 +56,7 @@ class PruneResult:
 
 @dataclass(frozen=True, slots=True)
 class ExportResult:
-    """What `export_gguf` did. `conversion` says what BF16 -> MXFP4 lost; None for a dry run."""
+    """What `export_gguf` did. `conversion` says what conversion to MXFP4 lost; None for a dry run."""
 
     out: Path
     program: GgufProgram
@@ -115,7 +115,9 @@ def prune(
     """Write the experts of `checkpoint` that `plan` keeps as the new checkpoint folder `out`.
 
     `plan` is a `Plan`, or makes one of the described model. `dtype`: "keep" moves expert weights as
-    they are stored, "bf16" and "mxfp4" convert them. `max_shard_size` in bytes of tensors.
+    they are stored; "bf16", "mxfp4", "f16" and "f32" convert them, each value rounded once to the
+    nearest (see `moe_surgery.formats.convert`), and one too large for the format is refused. Other
+    tensors keep their dtype. `max_shard_size` in bytes of tensors.
     `card` writes a model card as README.md (a README.md of the source becomes README.source.md in
     any case); `base_model` is the source's id on the hub, where its path and files do not say it.
     `dry_run` stops before anything is written. `on_start` is told the program, `progress` the bytes
@@ -171,8 +173,8 @@ def export_gguf(
 ) -> ExportResult:
     """Write `checkpoint`, with `plan` applied to it if given, as the GGUF file `out` for llama.cpp.
 
-    MXFP4 weights keep their bits; `dtype` "mxfp4" converts BF16 experts. `name` is shown by programs
-    (default: from the path). `tokenizer` False leaves tokenizer and chat template out. `on_start` is
+    Weights keep their format and bits, norms and biases become F32; `dtype` "mxfp4" converts experts.
+    `name` is shown by programs (default: from the path). `tokenizer` False leaves tokenizer and chat template out. `on_start` is
     told the program, `progress` bytes of the file as they pass.
 
     `out` appears whole or not at all, and the source is only ever read. Raises UsageError,

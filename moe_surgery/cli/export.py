@@ -51,8 +51,8 @@ def command(
 ) -> None:
     """Write a full or pruned checkpoint as one GGUF file, for llama.cpp, Ollama and LM Studio.
 
-    MXFP4 experts keep every bit, other weights stay BF16, and tokenizer and chat template go into the
-    file. CKPT is only read, and never loaded; OUT appears whole or not at all. With --plan a full
+    Weights keep their format and every bit (norms, biases and router become F32), and tokenizer and chat
+    template go into the file. CKPT is only read, and never loaded; OUT appears whole or not at all. With --plan a full
     checkpoint is written as its pruned self.
 
     \b

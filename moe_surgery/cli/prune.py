@@ -79,8 +79,8 @@ def command(
     """Write a smaller checkpoint with the kept experts only.
 
     CKPT is only read, and never loaded: bytes go from its files straight to OUT, in less than 100 MB of
-    memory whatever its size. OUT appears whole or not at all. Stop it at any time; the same command
-    goes on where it stopped. Say which experts stay by exactly one of --plan, --ranking and --keep;
+    memory whatever its size (300 MB where --dtype converts). OUT appears whole or not at all. Stop it at
+    any time; the same command continues where it stopped. Say which experts stay by exactly one of --plan, --ranking and --keep;
     `--keep all` with --dtype converts.
 
     \b

@@ -84,6 +84,7 @@ def test_manifest_with_a_fitting_digest_is_read(out: Path) -> None:
         lambda d: d.update(tool="moe-surgery"),
         lambda d: d.update(tool={"name": "moe-surgery"}),
         lambda d: d.update(expert_storage=4),
+        lambda d: d.update(expert_storage="q4_0"),
         lambda d: d.update(plan=[]),
         lambda d: d.update(plan={}),
         lambda d: d["plan"].update(layers=[[0, 9], [0, 1]]),
