@@ -174,8 +174,8 @@ def export_gguf(
     """Write `checkpoint`, with `plan` applied to it if given, as the GGUF file `out` for llama.cpp.
 
     Weights keep their format and bits, norms and biases become F32; `dtype` "mxfp4" converts experts.
-    `name` is shown by programs (default: from the path). `tokenizer` False leaves tokenizer and chat template out. `on_start` is
-    told the program, `progress` bytes of the file as they pass.
+    `name` is shown by programs (default: from the path). `tokenizer` False leaves tokenizer and chat
+    template out. `on_start` is told the program, `progress` bytes of the file as they pass.
 
     `out` appears whole or not at all, and the source is only ever read. Raises UsageError,
     InvalidInputError, PlanMismatchError, OutputError or DiskFullError, each with one line that says

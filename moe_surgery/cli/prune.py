@@ -80,8 +80,8 @@ def command(
 
     CKPT is only read, and never loaded: bytes go from its files straight to OUT, in less than 100 MB of
     memory whatever its size (300 MB where --dtype converts). OUT appears whole or not at all. Stop it at
-    any time; the same command continues where it stopped. Say which experts stay by exactly one of --plan, --ranking and --keep;
-    `--keep all` with --dtype converts.
+    any time; the same command continues where it stopped. Say which experts stay by exactly one of
+    --plan, --ranking and --keep; `--keep all` with --dtype converts.
 
     \b
     moe-surgery prune example:tiny tiny-8 --keep 0-7
