@@ -10,7 +10,7 @@ from moe_surgery.checkpoint.checkpoint import Checkpoint, TensorRef
 from moe_surgery.errors import PlanMismatchError, UsageError
 from moe_surgery.export.ggml import BLOCK_VALUES
 from moe_surgery.export.gguf import Metadata, TensorEntry, TensorType, header, padding
-from moe_surgery.export.gpt_oss import NAMES, WIDENED, add_model, check_supported
+from moe_surgery.export.gpt_oss import NAMES, add_model, check_supported
 from moe_surgery.export.program import (
     GgufPart,
     GgufProgram,
@@ -33,7 +33,9 @@ from moe_surgery.surgery.program import Copy, Span
 __all__ = ["DTYPES", "compile_gguf", "default_name"]
 
 DTYPES = ("keep", "mxfp4")
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_HEAD = "lm_head.weight"
+# Roles whose tensors llama.cpp wants in float32 whatever their shape; so are all of one axis.
+_FLOAT32 = (Role.ROUTER, Role.EXPERT_BIAS)
 _LAYER = re.compile(r"(?<=^model\.layers\.)\d+(?=\.)")
 
 
@@ -111,10 +113,10 @@ def _tensors(model: Model, layers: Sequence[Sequence[int]], target: ExpertFormat
         names = [n.replace("{layer}", str(tensor.layer)) for n in NAMES[pattern]]
         kept = layers[tensor.layer] if tensor.has_experts and tensor.layer is not None else None
         for first, name in enumerate(names):
-            yield _tensor(tensor, name, kept, target, pattern in WIDENED, first, len(names))
-    if not any(t.name == _HEAD for t in model.tensors):  # tied: llama.cpp wants the matrix twice
-        embedding = next(t for t in model.tensors if t.name == _EMBEDDING)
-        yield _tensor(embedding, NAMES[_HEAD][0], None, target, False, 0, 1)
+            yield _tensor(tensor, name, kept, target, first, len(names))
+    if not any(t.role is Role.UNEMBEDDING for t in model.tensors):  # tied: llama.cpp wants the matrix twice
+        embedding = next(t for t in model.tensors if t.role is Role.EMBEDDING)
+        yield _tensor(embedding, NAMES[_HEAD][0], None, target, 0, 1)
 
 
 def _tensor(
@@ -122,7 +124,6 @@ def _tensor(
     name: str,
     kept: Sequence[int] | None,
     target: ExpertFormat,
-    widened: bool,
     first: int,
     step: int,
 ) -> GgufTensor:
@@ -137,7 +138,7 @@ def _tensor(
         refs = [tensor.stored] if kept is None else [tensor.stored.rows(e, 1) for e in kept]
         spans = list(joined(map(_span, refs)))
         dtype = tensor.stored.dtype
-        if len(shape) == 1 or widened or name.endswith(".bias"):
+        if len(shape) == 1 or tensor.role in _FLOAT32:
             kind = TensorType.F32
             parts = tuple(Widen(s, dtype, first, step) for s in spans)
         else:

@@ -15,7 +15,7 @@ from moe_surgery.families.model import Model
 from moe_surgery.formats.expert_format import BF16, F16, F32, MXFP4, ExpertFormat
 from moe_surgery.runtime.config import ModelConfig
 
-__all__ = ["ARCHITECTURE", "NAMES", "WIDENED", "add_model", "check_supported"]
+__all__ = ["ARCHITECTURE", "NAMES", "add_model", "check_supported"]
 
 ARCHITECTURE: Final = "gpt-oss"
 SWIGLU_LIMIT, SWIGLU_ALPHA = 7.0, 1.702
@@ -54,9 +54,6 @@ NAMES: Final = MappingProxyType(
     }
 )
 """Tensor -> its name in GGUF, or two names for tensors whose rows alternate between two of GGUF."""
-
-WIDENED: Final = frozenset({_MLP + "router.weight"})
-"""Tensors that are float32 in GGUF whatever their rank (those of one dimension and biases all are)."""
 
 
 def check_supported(model: Model, config: ModelConfig) -> None:
