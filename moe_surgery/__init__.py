@@ -1,8 +1,8 @@
 """Surgery on mixture-of-experts checkpoints: remove experts without ever loading the model.
 
-    from moe_surgery import load_ranking, plan_from_ranking, prune, verify
+    from moe_surgery import plan_from_ranking, prune, verify
 
-    plan = plan_from_ranking(load_ranking("law.json"), 8, model_type="gpt_oss")
+    plan = plan_from_ranking("published:law", 8)
     prune("openai/gpt-oss-20b", "gpt-oss-20b-law-8", plan)
     verify("gpt-oss-20b-law-8")
 
@@ -24,23 +24,31 @@ if TYPE_CHECKING:
     from moe_surgery.pipeline import export_gguf, inspect, make_plan, prune
     from moe_surgery.report.card import make_card
     from moe_surgery.report.card_write import write_card
+    from moe_surgery.runtime.generate import generate, stream
     from moe_surgery.runtime.load import load_model
+    from moe_surgery.runtime.speculate import speculate
+    from moe_surgery.runtime.view import view
     from moe_surgery.selection.plan import Plan, load_plan, plan_from_ranking, plan_keeping, plan_random
+    from moe_surgery.selection.rank import rank
     from moe_surgery.selection.ranking import Ranking, load_ranking
+    from moe_surgery.selection.statistics import Statistics, load_statistics
     from moe_surgery.surgery.verify import verify_checkpoint as verify
 
 __all__ = [
     "Checkpoint",
     "Plan",
     "Ranking",
+    "Statistics",
     "__version__",
     "describe",
     "evaluate",
     "export_gguf",
+    "generate",
     "inspect",
     "load_model",
     "load_plan",
     "load_ranking",
+    "load_statistics",
     "make_card",
     "make_plan",
     "plan_from_ranking",
@@ -48,8 +56,12 @@ __all__ = [
     "plan_random",
     "profile",
     "prune",
+    "rank",
     "search",
+    "speculate",
+    "stream",
     "verify",
+    "view",
     "write_card",
 ]
 
@@ -57,22 +69,29 @@ _HOMES = {
     "Checkpoint": ("moe_surgery.checkpoint.checkpoint", "Checkpoint"),
     "Plan": ("moe_surgery.selection.plan", "Plan"),
     "Ranking": ("moe_surgery.selection.ranking", "Ranking"),
+    "Statistics": ("moe_surgery.selection.statistics", "Statistics"),
     "describe": ("moe_surgery.families", "describe"),
+    "evaluate": ("moe_surgery.measure.evaluate", "evaluate"),
     "export_gguf": ("moe_surgery.pipeline", "export_gguf"),
+    "generate": ("moe_surgery.runtime.generate", "generate"),
     "inspect": ("moe_surgery.pipeline", "inspect"),
     "load_model": ("moe_surgery.runtime.load", "load_model"),
     "load_plan": ("moe_surgery.selection.plan", "load_plan"),
     "load_ranking": ("moe_surgery.selection.ranking", "load_ranking"),
+    "load_statistics": ("moe_surgery.selection.statistics", "load_statistics"),
     "make_card": ("moe_surgery.report.card", "make_card"),
     "make_plan": ("moe_surgery.pipeline", "make_plan"),
     "plan_from_ranking": ("moe_surgery.selection.plan", "plan_from_ranking"),
     "plan_keeping": ("moe_surgery.selection.plan", "plan_keeping"),
     "plan_random": ("moe_surgery.selection.plan", "plan_random"),
-    "evaluate": ("moe_surgery.measure.evaluate", "evaluate"),
     "profile": ("moe_surgery.measure.job", "profile"),
     "prune": ("moe_surgery.pipeline", "prune"),
+    "rank": ("moe_surgery.selection.rank", "rank"),
     "search": ("moe_surgery.measure.search", "search"),
+    "speculate": ("moe_surgery.runtime.speculate", "speculate"),
+    "stream": ("moe_surgery.runtime.generate", "stream"),
     "verify": ("moe_surgery.surgery.verify", "verify_checkpoint"),
+    "view": ("moe_surgery.runtime.view", "view"),
     "write_card": ("moe_surgery.report.card_write", "write_card"),
 }
 
@@ -86,3 +105,7 @@ def __getattr__(name: str) -> object:
     value = getattr(import_module(module), attribute)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,8 @@ from moe_surgery.checkpoint.staging import stale_partials
 from moe_surgery.errors import PlanMismatchError
 from moe_surgery.families.identity import identity
 from moe_surgery.families.model import Model
-from moe_surgery.selection.plan import Plan
+from moe_surgery.selection.given import PathLike
+from moe_surgery.selection.plan import Plan, as_plan
 from moe_surgery.surgery.compiler import DEFAULT_SHARD_SIZE, compile_program
 from moe_surgery.surgery.inspect import Inspection, inspect_checkpoint
 from moe_surgery.surgery.preflight import check_output, check_output_file
@@ -38,7 +38,6 @@ __all__ = [
     "prune",
 ]
 
-PathLike = str | os.PathLike[str]
 PlanMaker = Callable[[Model], Plan]
 
 
@@ -84,8 +83,11 @@ def make_plan(checkpoint: PathLike, choose: PlanMaker) -> Plan:
     return plan
 
 
-def check_statistics(checkpoint: PathLike, statistics: Statistics) -> None:
-    """Raise PlanMismatchError unless `statistics` are of the model in `checkpoint`."""
+def check_statistics(checkpoint: PathLike, statistics: Statistics | PathLike) -> None:
+    """Raise PlanMismatchError unless `statistics` (or those in the file of that path) are of `checkpoint`."""
+    from moe_surgery.selection.statistics import as_statistics
+
+    statistics = as_statistics(statistics)
     with Checkpoint.open(checkpoint) as opened:
         known = identity(opened, families.describe(opened))
     if statistics.identity != known:
@@ -98,7 +100,7 @@ def check_statistics(checkpoint: PathLike, statistics: Statistics) -> None:
 def prune(
     checkpoint: PathLike,
     out: PathLike,
-    plan: Plan | PlanMaker,
+    plan: Plan | PathLike | PlanMaker,
     *,
     dtype: str = "keep",
     max_shard_size: int = DEFAULT_SHARD_SIZE,
@@ -114,10 +116,10 @@ def prune(
 ) -> PruneResult:
     """Write the experts of `checkpoint` that `plan` keeps as the new checkpoint folder `out`.
 
-    `plan` is a `Plan`, or makes one of the described model. `dtype`: "keep" moves expert weights as
-    they are stored; "bf16", "mxfp4", "f16" and "f32" convert them, each value rounded once to the
-    nearest (see `moe_surgery.formats.convert`), and one too large for the format is refused. Other
-    tensors keep their dtype. `max_shard_size` in bytes of tensors.
+    `plan` is a `Plan`, the path of a plan file, or makes a plan of the described model. `dtype`: "keep"
+    moves expert weights as they are stored; "bf16", "mxfp4", "f16" and "f32" convert them, each value
+    rounded once to the nearest (see `moe_surgery.formats.convert`), and one too large for the format is
+    refused. Other tensors keep their dtype. `max_shard_size` in bytes of tensors.
     `card` writes a model card as README.md (a README.md of the source becomes README.source.md in
     any case); `base_model` is the source's id on the hub, where its path and files do not say it.
     `dry_run` stops before anything is written. `on_start` is told the program, `progress` the bytes
@@ -132,7 +134,7 @@ def prune(
 
     with Checkpoint.open(checkpoint, ignore_unlisted=ignore_unlisted, ops=ops) as opened:
         model = families.describe(opened)
-        chosen = plan if isinstance(plan, Plan) else plan(model)
+        chosen = plan(model) if callable(plan) else as_plan(plan)
         program = compile_program(opened, model, chosen, dtype=dtype, max_shard_size=max_shard_size)
         program = with_card(program, opened, model, base_model=base_model, card=card)
         target = check_output(opened, out, overwrite=overwrite)
@@ -159,7 +161,7 @@ def export_gguf(
     checkpoint: PathLike,
     out: PathLike,
     *,
-    plan: Plan | None = None,
+    plan: Plan | PathLike | None = None,
     dtype: str = "keep",
     name: str | None = None,
     tokenizer: bool = True,
@@ -173,9 +175,10 @@ def export_gguf(
 ) -> ExportResult:
     """Write `checkpoint`, with `plan` applied to it if given, as the GGUF file `out` for llama.cpp.
 
-    Weights keep their format and bits, norms and biases become F32; `dtype` "mxfp4" converts experts.
-    `name` is shown by programs (default: from the path). `tokenizer` False leaves tokenizer and chat
-    template out. `on_start` is told the program, `progress` bytes of the file as they pass.
+    `plan` is a `Plan` or the path of a plan file. Weights keep their format and bits, norms and biases
+    become F32; `dtype` "mxfp4" converts experts. `name` is shown by programs (default: from the path).
+    `tokenizer` False leaves tokenizer and chat template out. `on_start` is told the program, `progress`
+    bytes of the file as they pass.
 
     `out` appears whole or not at all, and the source is only ever read. Raises UsageError,
     InvalidInputError, PlanMismatchError, OutputError or DiskFullError, each with one line that says
@@ -192,7 +195,7 @@ def export_gguf(
             opened,
             model,
             find_tokenizer(opened, model) if tokenizer else None,
-            plan=plan,
+            plan=None if plan is None else as_plan(plan),
             name=name or default_name(opened.path),
             dtype=dtype,
         )

@@ -14,7 +14,7 @@ from moe_surgery.checkpoint.fileops import UNSUPPORTED, FileOps
 from moe_surgery.checkpoint.files import open_regular, printable_path
 from moe_surgery.errors import DiskFullError, OutputError
 
-__all__ = ["OutputFile", "copy_file", "output_failure", "write_file"]
+__all__ = ["OutputFile", "copy_file", "output_failure", "remove_leftover", "write_file"]
 
 DIRECT_BLOCK: Final = 4096
 WRITEBACK_BYTES: Final = 32 << 20
@@ -30,6 +30,16 @@ def output_failure(error: OSError, path: str | os.PathLike[str], doing: str) -> 
             f"{printable_path(path)}: cannot {doing}: {reason}; free some space and run again"
         )
     return OutputError(f"{printable_path(path)}: cannot {doing}: {reason}")
+
+
+def remove_leftover(path: Path, ops: FileOps) -> None:
+    """Remove what a killed run left at `path`, if anything; OutputError where it cannot be removed."""
+    try:
+        ops.unlink(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise output_failure(error, path, "remove") from error
 
 
 class OutputFile:

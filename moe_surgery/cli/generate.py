@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
@@ -11,6 +12,7 @@ import click
 
 from moe_surgery.cli import drafts
 from moe_surgery.cli.options import common, compute, needs_torch, terminal_of, torch_dtype
+from moe_surgery.cli.reply import ReplyView
 from moe_surgery.cli.terminal import Terminal, size
 from moe_surgery.errors import UsageError
 
@@ -34,6 +36,18 @@ class Settings(TypedDict):
 @click.argument("ckpt")
 @click.option("--prompt", help="Text to go on from. Without --prompt and --chat it is read from stdin.")
 @click.option("--chat", help="A message to answer, by the checkpoint's chat template.")
+@click.option(
+    "--reasoning",
+    type=click.Choice(["show", "hide"]),
+    default="show",
+    show_default=True,
+    help="Show the model's reasoning on stderr, dimmed on a terminal, or hide it.",
+)
+@click.option(
+    "--reasoning-effort",
+    type=click.Choice(["low", "medium", "high"]),
+    help="Reasoning effort, for chat templates that read it.",
+)
 @click.option(
     "--plan", "plan_file", type=click.Path(path_type=Path), help="Show the model only this plan's experts."
 )
@@ -62,6 +76,8 @@ def command(
     ckpt: str,
     prompt: str | None,
     chat: str | None,
+    reasoning: str,
+    reasoning_effort: str | None,
     plan_file: Path | None,
     max_new_tokens: int,
     context: int | None,
@@ -83,6 +99,9 @@ def command(
     Weights are used where the files are mapped, so a model starts at once and experts stay packed.
     With --plan the full checkpoint behaves as the pruned one would, without writing it.
 
+    The answer goes to stdout; the reasoning of a model in the harmony format goes to stderr. --json has
+    both: "answer" and "reasoning".
+
     With --draft, --draft-plan or --draft-top-k a cheaper model proposes tokens that the full one checks
     several at a time: the output stays its own (exactly in float32, --dtype f32).
 
@@ -102,7 +121,9 @@ def command(
     sampling = Sampling(temperature, top_k, top_p, min_p, seed)
     length = drafts.draft_length(draft_length)
     text = Text(ckpt)
-    asked = text.chat([{"role": "user", "content": chat}]) if chat is not None else prompt
+    asked = prompt if chat is None else _framed(text, ckpt, chat, reasoning_effort)
+    if chat is None and reasoning_effort is not None:
+        raise UsageError("--reasoning-effort: only with --chat")
     tokens = text.encode(asked if asked is not None else _stdin())
     if not tokens:
         raise UsageError("the prompt is empty; pass --prompt TEXT, --chat TEXT, or text on stdin")
@@ -117,7 +138,15 @@ def command(
         "stop_tokens": text.stop_tokens or None,
         "context": context,
     }
-    _run(terminal, model, drafter, length, text, tokens, settings)
+    view = ReplyView(terminal, reasoning=reasoning == "show")
+    _run(terminal, view, model, drafter, length, text, tokens, settings)
+
+
+def _framed(text: Text, ckpt: str, chat: str, effort: str | None) -> str:
+    variables = {} if effort is None else {"reasoning_effort": effort}
+    if effort is not None and not text.reads("reasoning_effort"):
+        raise UsageError(f"--reasoning-effort {effort}: the chat template of {ckpt} does not read it")
+    return text.chat([{"role": "user", "content": chat}], variables=variables)
 
 
 def _stdin() -> str:
@@ -137,6 +166,7 @@ def _loaded(ckpt: str, device: str, dtype: str | None, plan_file: Path | None, b
 
 def _run(
     terminal: Terminal,
+    view: ReplyView,
     model: Model,
     draft: Model | None,
     length: int | AdaptiveLength | None,
@@ -147,17 +177,14 @@ def _run(
     from moe_surgery.runtime.acceptance_statistics import Round
     from moe_surgery.runtime.generate import Generated, Step, generate
     from moe_surgery.runtime.speculate import DEFAULT_LENGTH, Speculated, speculate
-    from moe_surgery.runtime.text import TextStream
     from moe_surgery.runtime.usage import Stopwatch, peak_memory
 
-    watch, shown = Stopwatch(), TextStream(text)
+    watch, parser = Stopwatch(), text.parser(tokens)
 
     def on_step(step: Step | Round) -> None:
         new = step.tokens.tolist() if isinstance(step, Step) else step.tokens[0]
         watch.step(len(new))
-        pieces = [shown.push(token) for token in new]
-        if not terminal.json:
-            terminal.stream("".join(pieces))
+        view.show([piece for token in new for piece in parser.push(token)])
 
     found: Generated | Speculated
     if draft is None:
@@ -167,10 +194,16 @@ def _run(
         found = speculate(model, draft, [tokens], length=asked, callback=on_step, **settings)
     new, peak = found.tokens[0], peak_memory(model.device)
     drafted = found.statistics if isinstance(found, Speculated) else None
+    view.show(parser.flush())
+    view.end()
     if terminal.json:
+        reply = text.split(tokens, new)
         terminal.data(
             {
                 "text": text.decode(new),
+                "answer": reply.answer,
+                "reasoning": reply.reasoning,
+                "tool_calls": [asdict(call) for call in reply.tool_calls],
                 "tokens": new,
                 "log_probabilities": found.log_probabilities[0],
                 "prompt_tokens": len(tokens),
@@ -183,7 +216,6 @@ def _run(
             }
         )
         return
-    terminal.stream(shown.flush() + "\n")
     terminal.say(
         f"{len(tokens)} prompt tokens at {len(tokens) / watch.prefill_seconds:.1f}/s, {len(new)} new tokens at "
         f"{watch.decode_rate():.1f}/s, peak memory {size(peak)} ({model.backend.name} on {model.device})"

@@ -12,20 +12,21 @@ from moe_surgery.cli.terminal import Terminal, count, size
 if TYPE_CHECKING:
     from moe_surgery.surgery.inspect import Inspection
 
-ROWS_SHOWN = 40
+MAX_ROWS = 10
 
 
 @click.command("inspect")
 @click.argument("ckpt")
-@click.option("--all-sizes", is_flag=True, help="List every expert count, also of models with many.")
+@click.option("--all-sizes", is_flag=True, help="List every expert count, not one in a few.")
 @click.option("--ignore-unlisted", is_flag=True, help="Skip shards and tensors that the index does not list.")
 @common
 @click.pass_context
 def command(context: click.Context, ckpt: str, all_sizes: bool, ignore_unlisted: bool) -> None:
     """Show what a checkpoint is and what fewer experts would make of it.
 
-    Reads headers only, so it is instant at any size. The table says for n = 1..E kept experts how
-    many parameters remain and how many bytes they take in MXFP4, BF16 and the format they are stored in.
+    Reads headers only, so it is instant at any size. The table shows how many parameters remain with
+    n experts kept in each layer, and how many bytes they take in MXFP4, BF16 and the format they are
+    stored in. JSON lists every n.
 
     \b
     moe-surgery inspect example:tiny
@@ -60,8 +61,10 @@ def _summary(terminal: Terminal, found: Inspection) -> None:
 
 
 def _sizes(terminal: Terminal, found: Inspection, all_sizes: bool) -> None:
-    step = 1 if all_sizes else -(-len(found.sizes) // ROWS_SHOWN)
-    shown = [s for s in found.sizes if s.experts % step == 0 or s.experts == 1]
+    step = 1
+    while not all_sizes and found.experts > step * MAX_ROWS:
+        step *= 2
+    shown = [s for s in found.sizes if s.experts % step == 0 or s.experts == found.experts]
     rows = [
         [
             str(s.experts),

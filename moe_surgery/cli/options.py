@@ -128,7 +128,7 @@ def texts(command: Command) -> Command:
             "--format",
             "text_format",
             type=click.Choice(["text", "jsonl", "chat"]),
-            help='One text a file, {"text": ...} lines, or {"messages": [...]} lines; default: guessed.',
+            help='One text a file, {"text": ...} rows, or {"messages": [...]} rows; default: by name and first row.',
         ),
         click.option(
             "--domain",
@@ -142,7 +142,7 @@ def texts(command: Command) -> Command:
             type=path,
             multiple=True,
             required=True,
-            help="A file of texts; repeat for more.",
+            help="A file of text, or of rows in .jsonl or .json, gzip or not; repeat for more.",
         ),
     ):
         command = option(command)

@@ -93,13 +93,15 @@ def command(
 ) -> None:
     """Decide which experts of each layer stay.
 
-    RANKING is a ranking file: ours, or a published one ({"layer_0": [31, 9, ...], ...}). STATS is what
-    `profile` made, ranked here by --metric. How many stay is said by exactly one of --experts,
-    --coverage, --target-size and --target-params. The plan is a small JSON file for `prune --plan`,
-    `evaluate --plan` and `generate --plan`.
+    RANKING is a ranking file: ours, or layers by name ({"layer_0": [31, 9, ...], ...} or {"0": [...], ...},
+    one object or one a line); or published:NAME, one of those published for gpt-oss-20b (all,
+    health_or_medicine, instruction_following, law, math, safety, science, unsafety). STATS is what `profile`
+    made, ranked here by --metric. How many stay is said by exactly one of --experts, --coverage,
+    --target-size and --target-params. The plan is a small JSON file for `prune --plan`, `evaluate --plan`
+    and `generate --plan`.
 
     \b
-    moe-surgery plan law.json --experts 8 --model-type gpt_oss -o law-8.json
+    moe-surgery plan published:law --experts 8 -o law-8.json
     moe-surgery plan tiny.stats --metric reap --domain code --coverage 0.95 -o code.json
     moe-surgery plan tiny.stats --metric reap --target-size 5MB --checkpoint example:tiny
     moe-surgery plan --random --experts 8 --seed 1 --checkpoint example:tiny
@@ -168,8 +170,9 @@ def _ranked(
 ) -> tuple[Ranking, Statistics | None]:
     from moe_surgery.checkpoint.files import is_safetensors
     from moe_surgery.selection.ranking import load_ranking
+    from moe_surgery.selection.shipped import is_shipped
 
-    if not is_safetensors(source):
+    if is_shipped(source) or not is_safetensors(source):
         if metric is not None or domains is not None or protect_super_experts:
             raise UsageError(
                 f"{source}: is a ranking; --metric, --domain and --protect-super-experts go with STATS"

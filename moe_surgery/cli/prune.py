@@ -28,7 +28,11 @@ if TYPE_CHECKING:
 @click.option(
     "--plan", "plan_file", type=click.Path(path_type=Path), help="A plan file of `moe-surgery plan`."
 )
-@click.option("--ranking", type=click.Path(path_type=Path), help="A ranking file; needs --experts.")
+@click.option(
+    "--ranking",
+    type=click.Path(path_type=Path),
+    help="A ranking file or published:NAME (see plan); needs --experts.",
+)
 @click.option("--experts", "-n", type=int, help="How many experts of --ranking each layer keeps.")
 @click.option("--keep", type=EXPERT_LIST, help="Keep these experts in every layer: 0,3,8-11, or all.")
 @click.option(
@@ -85,7 +89,7 @@ def command(
 
     \b
     moe-surgery prune example:tiny tiny-8 --keep 0-7
-    moe-surgery prune openai/gpt-oss-20b law-8 --ranking law.json --experts 8
+    moe-surgery prune openai/gpt-oss-20b law-8 --ranking published:law --experts 8
     moe-surgery prune some/pruned-bf16-model smaller --keep all --dtype mxfp4
     """
     from moe_surgery.pipeline import prune

@@ -9,6 +9,7 @@ import click
 
 from moe_surgery.cli.options import check_new_output, common, ranked, terminal_of
 from moe_surgery.errors import UsageError
+from moe_surgery.selection.shipped import RANKINGS
 
 if TYPE_CHECKING:
     from moe_surgery.selection.ranking import Ranking
@@ -20,7 +21,12 @@ if TYPE_CHECKING:
 @click.option(
     "--interleave-with",
     type=click.Path(path_type=Path),
-    help="Take alternately from this ranking too, as the published topic rankings do.",
+    help="Interleave with this ranking, position by position, as the published topic rankings are.",
+)
+@click.option(
+    "--topic",
+    type=click.Choice(RANKINGS),
+    help="Rank the whole published tree for this topic, as published.",
 )
 @click.option("--model-type", help="The model type to record: published statistics do not say it.")
 @click.option(
@@ -38,6 +44,7 @@ def command(
     domains: list[str] | None,
     protect_super_experts: bool,
     interleave_with: Path | None,
+    topic: str | None,
     model_type: str | None,
     experts: int | None,
     output: Path | None,
@@ -46,8 +53,9 @@ def command(
 
     SOURCES are statistics files that `profile` made, ranked by --metric over all domains or those of
     --domain; or folders of the published statistics tree (<dataset>/<category>/<outcome>.json) and
-    single files of it, ranked by frequency, by the published formula. The ranking goes to `plan` or
-    `prune --ranking`.
+    single files of it, ranked by frequency, by the published formula. With --topic the one source is the
+    root of that tree: the topic's folders are ranked and interleaved with the ranking of the whole, which
+    gives the published ranking (published:NAME in `plan` and `prune --ranking`, where rankings go).
 
     \b
     frequency      how many tokens chose the expert
@@ -59,12 +67,13 @@ def command(
     \b
     moe-surgery rank tiny.stats --metric reap --domain code -o code-ranking.json
     moe-surgery rank activations/ -o all.json --model-type gpt_oss
-    moe-surgery rank activations/mmlu_test/professional_law --interleave-with all.json -o law.json
+    moe-surgery rank activations/ --topic law -o law.json --model-type gpt_oss
+    moe-surgery rank activations/mmlu_test/professional_law --interleave-with published:all -o law.json
     """
     from moe_surgery.checkpoint.fileops import FileOps
     from moe_surgery.checkpoint.files import is_safetensors
     from moe_surgery.checkpoint.writer import write_file
-    from moe_surgery.selection.published import interleave
+    from moe_surgery.selection.published import TREE_FILES, interleave
     from moe_surgery.selection.ranking import load_ranking
 
     terminal = terminal_of(context)
@@ -75,6 +84,8 @@ def command(
     if ours:
         if model_type is not None or experts is not None:
             raise UsageError("--model-type and --experts go with published statistics; ours say both")
+        if topic is not None:
+            raise UsageError("--topic goes with the published tree; --domain with statistics of `profile`")
         check_new_output(output, [*sources, interleave_with])
         ranking = _gathered(sources, metric, domains, protect_super_experts)
         told = f"{len(sources)} statistics {'file' if len(sources) == 1 else 'files'}"
@@ -84,7 +95,17 @@ def command(
                 "published statistics are ranked by frequency alone; --metric, --domain and "
                 "--protect-super-experts go with statistics that `profile` made"
             )
-        ranking, told = _published(sources, experts, model_type, [output, interleave_with])
+        if topic is not None and (len(sources) > 1 or interleave_with is not None):
+            raise UsageError(
+                "--topic takes one source, the root of the published tree, and says what to interleave with"
+            )
+        ranking, files = _published(sources, topic, experts, model_type, [output, interleave_with])
+        told = f"{files} files"
+        if topic is not None and files != TREE_FILES:
+            terminal.say(
+                f"note: the published tree has {TREE_FILES} files, {sources[0]} has {files}: "
+                "this is not the published ranking"
+            )
     if interleave_with is not None:
         ranking = interleave(ranking, load_ranking(interleave_with))
     if output is None:
@@ -110,13 +131,19 @@ def _gathered(
 
 
 def _published(
-    sources: tuple[Path, ...], experts: int | None, model_type: str | None, others: list[Path | None]
-) -> tuple[Ranking, str]:
+    sources: tuple[Path, ...],
+    topic: str | None,
+    experts: int | None,
+    model_type: str | None,
+    others: list[Path | None],
+) -> tuple[Ranking, int]:
+    """The ranking, and the number of files below `sources`."""
     from dataclasses import replace
 
-    from moe_surgery.selection.published import rank_published, statistics_files
+    from moe_surgery.selection.published import rank_published, rank_topic, statistics_files
 
     files = [file for source in sources for file in statistics_files(source)]
     output, interleave_with = others
     check_new_output(output, [*files, interleave_with])
-    return replace(rank_published(files, experts), model_type=model_type), f"{len(files)} files"
+    ranking = rank_published(files, experts) if topic is None else rank_topic(sources[0], topic, experts)
+    return replace(ranking, model_type=model_type), len(files)

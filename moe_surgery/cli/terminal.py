@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import traceback
@@ -56,8 +57,15 @@ class Terminal:
 
     def stream(self, text: str) -> None:
         """A piece of generated text on stdout, at once; line breaks stay."""
-        safe = "\n".join(map(_safe, text.expandtabs(4).split("\n")))
-        click.echo(safe, nl=False)
+        click.echo(_safe_lines(text), nl=False)
+
+    def aside(self, text: str) -> None:
+        """A piece of generated text that is not the result, on stderr, dimmed on a terminal, unless -q."""
+        if self.verbosity >= 0:
+            dim = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+            click.echo(
+                click.style(_safe_lines(text), dim=True) if dim else _safe_lines(text), err=True, nl=False
+            )
 
     def data(self, value: object) -> None:
         """The command's result as JSON, on stdout."""
@@ -114,6 +122,10 @@ def _safe(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _safe_lines(text: str) -> str:
+    return "\n".join(map(_safe, text.expandtabs(4).split("\n")))
 
 
 def _plain(title: str, total: int, unit: str, say: Callable[[str], None]) -> Advance:

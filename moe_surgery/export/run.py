@@ -9,7 +9,7 @@ from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.checkpoint.files import printable_path
 from moe_surgery.checkpoint.staging import exclusive
-from moe_surgery.checkpoint.writer import OutputFile, output_failure
+from moe_surgery.checkpoint.writer import OutputFile, output_failure, remove_leftover
 from moe_surgery.errors import DiskFullError, OutputError
 from moe_surgery.export.producer import GgufProducer
 from moe_surgery.export.program import GgufProgram
@@ -42,7 +42,7 @@ def write_gguf(
     """
     ops = ops or FileOps()
     with exclusive(out):
-        _remove_leftover(OutputFile.temporary(out), ops)
+        remove_leftover(OutputFile.temporary(out), ops)
         if not ignore_free_space:
             _check_space(program, out, ops)
         file = OutputFile(out, ops)
@@ -74,16 +74,6 @@ def _parts(program: GgufProgram) -> Iterator[tuple[int, AnyPart | None, int]]:
     for number, tensor in enumerate(program.tensors):
         for part in tensor.parts:
             yield number, part, part.nbytes
-
-
-def _remove_leftover(path: Path, ops: FileOps) -> None:
-    """What a run that was killed left: the lock says that no other run is at it."""
-    try:
-        ops.unlink(path)
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise output_failure(error, path, "remove") from error
 
 
 def _check_space(program: GgufProgram, out: Path, ops: FileOps) -> None:

@@ -21,7 +21,8 @@ from moe_surgery.measure.layerwise import apply_attention, apply_experts, embed,
 from moe_surgery.measure.states import HiddenStates
 from moe_surgery.runtime.load import load_model
 from moe_surgery.runtime.model import Model
-from moe_surgery.selection.plan import Plan
+from moe_surgery.selection.given import Named, loaded_pairs
+from moe_surgery.selection.plan import Plan, load_plan
 
 __all__ = ["evaluate", "evaluate_passages"]
 
@@ -52,7 +53,7 @@ def evaluate(
     checkpoint: str | os.PathLike[str],
     corpus: Corpus,
     *,
-    plans: Sequence[tuple[str, Plan]] = (),
+    plans: Named[Plan] = (),
     pruned: Sequence[str | os.PathLike[str]] = (),
     answers_only: bool = False,
     batch_tokens: int = BATCH_TOKENS,
@@ -63,22 +64,23 @@ def evaluate(
 ) -> Evaluation:
     """What plans and pruned checkpoints cost against the full `checkpoint` on the texts of `corpus`.
 
-    Plans (with the names they get) are evaluated as views: nothing is written. All models go through
-    a layer together, which is then let go, so memory holds one layer and each model's hidden states
-    for a batch. `answers_only` counts tokens of the conversations' answers alone. `progress` is told
-    the tokens that all models are done with.
+    Plans (with the names they get, or as paths of plan files) are evaluated as views: nothing is
+    written. All models go through a layer together, which is then let go, so memory holds one layer and
+    each model's hidden states for a batch. `answers_only` counts tokens of the conversations' answers
+    alone. `progress` is told the tokens that all models are done with.
 
     Raises UsageError where there is nothing to predict, PlanMismatchError for a plan or checkpoint of
     another model, and any error of opening the checkpoint.
     """
     if batch_tokens < 1:
         raise UsageError(f"--batch-tokens {batch_tokens}: must be at least 1")
+    named_plans = loaded_pairs(plans, Plan, load_plan)
     with Checkpoint.open(checkpoint) as opened:
         described = families.describe(opened)
         known = identity(opened, described)
     model = load_model(checkpoint, device, dtype, backend=backend, one_layer=True)
     candidates = []
-    for name, plan in plans:
+    for name, plan in named_plans:
         plan.check_fits(described.model_type, described.experts, described.layers, str(checkpoint))
         candidates.append(Candidate(name, plan.layers, plan.top_k, None, dict(plan.provenance)))
     for path in pruned:

@@ -13,8 +13,9 @@ from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.checkpoint.text import describe
 from moe_surgery.errors import InvalidInputError
 from moe_surgery.selection.fields import is_integer
+from moe_surgery.selection.given import PathLike, loaded
 
-__all__ = ["EVALUATION_FORMAT", "Evaluated", "Evaluation", "Quality", "load_evaluation"]
+__all__ = ["EVALUATION_FORMAT", "Evaluated", "Evaluation", "Quality", "as_evaluation", "load_evaluation"]
 
 EVALUATION_FORMAT = "moe-surgery.evaluation"
 VERSION = 1
@@ -116,6 +117,11 @@ class Evaluation:
 
     def to_json(self) -> str:
         return json.dumps(self.as_dict(), indent=1, allow_nan=False) + "\n"
+
+
+def as_evaluation(given: Evaluation | PathLike) -> Evaluation:
+    """`given`, read by `load_evaluation` where it is a path."""
+    return loaded(given, Evaluation, load_evaluation)
 
 
 def load_evaluation(path: str | os.PathLike[str]) -> Evaluation:

@@ -21,7 +21,8 @@ from moe_surgery.measure.profile import profile_passages
 from moe_surgery.measure.resume import check_writable, default_context, job_digest, partial_path
 from moe_surgery.runtime.load import load_model
 from moe_surgery.runtime.text import Text
-from moe_surgery.selection.plan import Plan
+from moe_surgery.selection.given import PathLike
+from moe_surgery.selection.plan import Plan, as_plan
 from moe_surgery.selection.statistics import (
     ExpertStatistics,
     Statistics,
@@ -67,7 +68,7 @@ def profile(
     max_tokens: int | None = None,
     batch_tokens: int = BATCH_TOKENS,
     generate: int | None = None,
-    sequential: Plan | None = None,
+    sequential: Plan | PathLike | None = None,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     backend: str | None = None,
@@ -79,7 +80,8 @@ def profile(
     the model's); longer texts are split. `max_tokens` bounds each domain. All passages of a batch of
     `batch_tokens` go through a layer before the next one is touched: memory holds a layer and the
     batch's hidden states. `generate`: the model first answers each conversation in so many tokens.
-    `sequential`: layers see what earlier layers give with the experts of this plan only.
+    `sequential`: layers see what earlier layers give with the experts of this plan (or of the
+    plan file of that path) only.
 
     After each batch the sums so far go to `.NAME.partial` beside `output`; the same call goes on
     there. Raises UsageError, InvalidInputError (a file without text, not UTF-8, malformed),
@@ -91,6 +93,7 @@ def profile(
         described = families.describe(opened)
         known = identity(opened, described)
     if sequential is not None:
+        sequential = as_plan(sequential)
         sequential.check_fits(described.model_type, described.experts, described.layers, str(checkpoint))
     if batch_tokens < 1:
         raise UsageError(f"--batch-tokens {batch_tokens}: must be at least 1")

@@ -31,6 +31,7 @@ from moe_surgery.surgery.program import Program
 
 if TYPE_CHECKING:
     from moe_surgery.measure.evaluation import Evaluation
+    from moe_surgery.selection.given import PathLike
 
 __all__ = ["make_card", "with_card"]
 
@@ -61,20 +62,24 @@ def with_card(
 def make_card(
     out: str | os.PathLike[str],
     *,
-    evaluation: Evaluation | None = None,
+    evaluation: Evaluation | PathLike | None = None,
     base_model: str | None = None,
     license: str | None = None,
 ) -> str:
     """The card of the pruned checkpoint folder `out`, from its manifest and headers.
 
-    `evaluation` adds its figures, `base_model` (an id on the hub) and `license` (an identifier such
-    as "apache-2.0") replace what the source said. Without any of them it is the card that `prune`
-    wrote.
+    `evaluation` (or the evaluation file of that path) adds its figures, `base_model` (an id on the hub)
+    and `license` (an identifier such as "apache-2.0") replace what the source said. Without any of them
+    it is the card that `prune` wrote.
 
     Raises OutputError where `out` is no folder or has no manifest, PlanMismatchError for an
     evaluation of something else, UsageError for a base_model or license that is none, and any error
     of opening the checkpoint.
     """
+    if evaluation is not None:
+        from moe_surgery.measure.evaluation import as_evaluation
+
+        evaluation = as_evaluation(evaluation)
     folder = locate(out)
     if not folder.is_dir():
         raise OutputError(f"{printable_path(folder)}: no such folder")

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from moe_surgery.report.card_facts import Facts
 from moe_surgery.report.card_text import code, counted, fenced, ranges, table
 from moe_surgery.selection.plan import Plan
+from moe_surgery.selection.shipped import is_shipped
 
 __all__ = ["METHODS", "SOURCE", "chosen", "plan_section", "remade"]
 
@@ -58,6 +59,11 @@ def _method(plan: Plan, said: Mapping[str, object]) -> str:
             f"The {kept} of every layer were drawn at random (seed {code(said.get('seed'))}), without looking at "
             "the model: a baseline to compare choices with, not a choice."
         )
+    if _from_published(said):
+        return (
+            f"The first {kept} of every layer in {code(said['ranking'])}, one of the rankings by routing frequency "
+            "that were published for gpt-oss-20b (the GPT-OSS MoE ExpertFingerprinting project, Apache-2.0)."
+        )
     if method == "ranking":
         return (
             f"The first {kept} of every layer in the ranking file {code(said.get('ranking'))}. How that ranking was "
@@ -75,6 +81,12 @@ def _method(plan: Plan, said: Mapping[str, object]) -> str:
     return f"The plan says it was made by {code(method)}."
 
 
+def _from_published(said: Mapping[str, object]) -> bool:
+    """Whether the choice is the first experts of a ranking `published:NAME`."""
+    named = said.get("ranking")
+    return said.get("method") == "ranking" and isinstance(named, str) and is_shipped(named)
+
+
 def _data(said: Mapping[str, object]) -> Iterator[str]:
     """What the choice looked at."""
     files, texts = said.get("statistics"), said.get("texts")
@@ -88,7 +100,7 @@ def _data(said: Mapping[str, object]) -> Iterator[str]:
     other = said.get("interleaved_with")
     if isinstance(other, Mapping):
         name = other.get("ranking") or other.get("method")
-        yield f"The order takes turns between that ranking, first, and a second one ({code(name)})."
+        yield f"That ranking, first, is interleaved with a second one ({code(name)}), position by position."
     if isinstance(texts, Mapping) and texts:
         rows = []
         for domain, entries in list(texts.items())[:MAX_ROWS]:
@@ -107,6 +119,7 @@ def _data(said: Mapping[str, object]) -> Iterator[str]:
         not isinstance(texts, Mapping)
         and "tokens" not in said
         and said.get("method") not in ("keep", "random")
+        and not _from_published(said)
     ):
         yield "Which texts stand behind the choice is not recorded."
 

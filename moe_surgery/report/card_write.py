@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from pathlib import Path
 
 import xxhash
@@ -11,7 +10,7 @@ import xxhash
 from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.checkpoint.files import printable_path, read_small_file
 from moe_surgery.checkpoint.locate import locate
-from moe_surgery.checkpoint.writer import output_failure, write_file
+from moe_surgery.checkpoint.writer import output_failure, remove_leftover, write_file
 from moe_surgery.errors import InvalidInputError, OutputError
 from moe_surgery.surgery.manifest import MAX_BYTES, load_manifest, with_file
 from moe_surgery.surgery.names import MANIFEST_NAME, README_NAME
@@ -52,8 +51,7 @@ def write_card(
 
 
 def _replace(path: Path, content: bytes, ops: FileOps) -> None:
-    with suppress(FileNotFoundError):  # of a run that was killed
-        ops.unlink(path.with_name(f".{path.name}.tmp"))
+    remove_leftover(path.with_name(f".{path.name}.tmp"), ops)
     write_file(path, content, ops)
     try:
         ops.fsync_dir(path.parent)

@@ -10,7 +10,7 @@ from importlib.resources import files
 import numpy as np
 
 from moe_surgery.errors import InvalidInputError, PlanMismatchError
-from moe_surgery.measure.evaluation import Evaluation
+from moe_surgery.measure.evaluation import Evaluation, load_evaluation
 from moe_surgery.report.content import content
 from moe_surgery.report.figures import check_identity, check_plan, views
 from moe_surgery.report.heading import header
@@ -30,27 +30,29 @@ from moe_surgery.report.sections import (
     map_section,
     overlap_section,
 )
-from moe_surgery.selection.plan import Plan
-from moe_surgery.selection.statistics import Statistics
+from moe_surgery.selection.given import Named, PathLike, loaded_pairs
+from moe_surgery.selection.plan import Plan, load_plan
+from moe_surgery.selection.statistics import Statistics, as_statistics
 
-__all__ = ["build_report", "check_inputs"]
+__all__ = ["build_report", "read_inputs"]
 
 SCRIPTS = ("base.js", "chart.js", "map.js", "panels.js", "tables.js", "start.js")
 
 
 def build_report(
-    statistics: Statistics,
-    plans: Sequence[tuple[str, Plan]] = (),
-    evaluations: Sequence[tuple[str, Evaluation]] = (),
+    statistics: Statistics | PathLike,
+    plans: Named[Plan] = (),
+    evaluations: Named[Evaluation] = (),
     title: str | None = None,
 ) -> str:
     """The page, as the text of an HTML file that needs no other file and no network.
 
-    Plans and evaluations come with the names they are shown under. `title` is the page's heading.
+    Plans and evaluations come with the names they are shown under, or as paths of their files, which then
+    are the names; `statistics` may be a path too. `title` is the page's heading.
     Raises PlanMismatchError where a plan or evaluation is not of the statistics' checkpoint,
     InvalidInputError for statistics without domains or figures that are not finite.
     """
-    check_inputs(statistics, plans, evaluations)
+    statistics, plans, evaluations = read_inputs(statistics, plans, evaluations)
     shown_views = views(statistics)
     data = content(statistics, shown_views, plans, evaluations)
     heading = title or f"Experts of {statistics.model_type}"
@@ -88,15 +90,17 @@ def build_report(
     return "".join(page)
 
 
-def check_inputs(
-    statistics: Statistics,
-    plans: Sequence[tuple[str, Plan]],
-    evaluations: Sequence[tuple[str, Evaluation]],
-) -> None:
-    """Raise as `build_report` unless everything is of one checkpoint and fit to be shown."""
-    for name, plan in plans:
+def read_inputs(
+    statistics: Statistics | PathLike, plans: Named[Plan], evaluations: Named[Evaluation]
+) -> tuple[Statistics, list[tuple[str, Plan]], list[tuple[str, Evaluation]]]:
+    """The inputs with paths read. Raises as `build_report` unless all are of one
+    checkpoint and fit to be shown."""
+    statistics = as_statistics(statistics)
+    named_plans = loaded_pairs(plans, Plan, load_plan)
+    named_evaluations = loaded_pairs(evaluations, Evaluation, load_evaluation)
+    for name, plan in named_plans:
         check_plan(plan, statistics, name)
-    for name, evaluation in evaluations:
+    for name, evaluation in named_evaluations:
         check_identity(evaluation.identity, statistics, name)
         mine, theirs = (
             (evaluation.model_type, evaluation.num_experts),
@@ -119,6 +123,7 @@ def check_inputs(
                     )
         if missing := [d for m in evaluation.models for d in m.domains if d not in evaluation.domains]:
             raise InvalidInputError(f"{name}: domain {missing[0]!r} has no figures of the full model")
+    return statistics, named_plans, named_evaluations
 
 
 def _asset(name: str) -> str:

@@ -25,10 +25,11 @@ from moe_surgery.report.content import TOGETHER
 from moe_surgery.report.curves import FEW, MEASURES, lines, meant_for
 from moe_surgery.report.figures import View, views
 from moe_surgery.report.markup import shown
-from moe_surgery.report.page import check_inputs
+from moe_surgery.report.page import read_inputs
 from moe_surgery.report.palette import SERIES_LIGHT, sequential
 from moe_surgery.report.sections import first_overlap
 from moe_surgery.report.svg import Chart, Series, ticks, whole_ticks
+from moe_surgery.selection.given import Named, PathLike
 from moe_surgery.selection.metrics import METRICS
 from moe_surgery.selection.plan import Plan
 from moe_surgery.selection.statistics import Statistics
@@ -66,16 +67,20 @@ def check_plotting() -> None:
 
 
 def write_pictures(
-    folder: str | os.PathLike[str], statistics: Statistics, plans: Plans = (), evaluations: Evaluations = ()
+    folder: str | os.PathLike[str],
+    statistics: Statistics | PathLike,
+    plans: Named[Plan] = (),
+    evaluations: Named[Evaluation] = (),
 ) -> Iterator[Path]:
     """Write every figure to `folder`, made where it is missing; yields each file's path when it is whole.
 
     heatmap-METRIC (a panel for each domain; the first plan marked), overlap-METRIC (a panel for a
     quarter and a half of the experts), coverage-DOMAIN, and of each evaluation evaluation-MEASURE (a
-    panel for each domain). Raises as `build_report`, UsageError without matplotlib, OutputError.
+    panel for each domain). Takes inputs and raises as `build_report`; UsageError without matplotlib,
+    OutputError.
     """
     check_plotting()
-    check_inputs(statistics, plans, evaluations)
+    statistics, named_plans, named_evaluations = read_inputs(statistics, plans, evaluations)
     from matplotlib import rc_context
 
     place = Path(folder)
@@ -84,7 +89,7 @@ def write_pictures(
     except OSError as error:
         raise OutputError(f"--png {printable_path(place)}: cannot create: {error.strerror}") from None
     used: set[str] = set()
-    for name, figure in _figures(views(statistics), plans, evaluations):
+    for name, figure in _figures(views(statistics), named_plans, named_evaluations):
         with rc_context(FONT):
             content = BytesIO()
             figure().savefig(content, format="png", dpi=DPI)

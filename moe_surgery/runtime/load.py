@@ -21,7 +21,8 @@ from moe_surgery.runtime.device import check_memory, open_device
 from moe_surgery.runtime.mapped import MappedShards
 from moe_surgery.runtime.model import Model
 from moe_surgery.runtime.view import view_layer
-from moe_surgery.selection.plan import Plan
+from moe_surgery.selection.given import PathLike
+from moe_surgery.selection.plan import Plan, as_plan
 
 __all__ = ["load_model"]
 
@@ -64,7 +65,7 @@ def load_model(
     path: str | os.PathLike[str],
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
-    plan: Plan | None = None,
+    plan: Plan | PathLike | None = None,
     backend: str | None = None,
     *,
     one_layer: bool = False,
@@ -74,15 +75,16 @@ def load_model(
     On the CPU weights are views over the mapped files: loading reads headers only. On other devices
     they are moved tensor by tensor, so host memory stays bounded. MXFP4 experts stay packed
     everywhere. `dtype` is the compute dtype: unless given, float32 with the native backend and
-    bfloat16 with the others. `plan` shows the
-    model only the kept experts of each layer: no copy is made, and layers may keep different
-    numbers; logits are those of the checkpoint pruned by that plan, bit for bit. With `one_layer` a
-    layer is mapped, or moved to the device, when `Model.layers` is asked for it, and let go for the
-    next one: for work that takes all texts through one layer at a time.
+    bfloat16 with the others. `plan` (a `Plan`, or the path of a plan file) shows the model only the kept
+    experts of each layer: no copy is made, and layers may keep different numbers; logits are those of the
+    checkpoint pruned by that plan, bit for bit. With `one_layer` a layer is mapped, or moved to the
+    device, when `Model.layers` is asked for it, and let go for the next one: for work that takes all
+    texts through one layer at a time.
 
     Raises InvalidInputError or OutputError for the checkpoint, PlanMismatchError for a plan of
     another model, UsageError for an unknown device, dtype or backend, or a device without the memory.
     """
+    plan = None if plan is None else as_plan(plan)
     place = open_device(device)
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype}: choose one of {', '.join(map(str, DTYPES))}")

@@ -11,7 +11,8 @@ from moe_surgery.errors import PlanMismatchError, UsageError
 from moe_surgery.kernels.weights import Layer, Projection
 from moe_surgery.runtime.decode_step import join_projections
 from moe_surgery.runtime.model import Model
-from moe_surgery.selection.plan import Plan
+from moe_surgery.selection.given import PathLike
+from moe_surgery.selection.plan import Plan, as_plan
 
 __all__ = ["view", "view_layer"]
 
@@ -35,12 +36,13 @@ def view_layer(layer: Layer, kept: tuple[int, ...], top_k: int | None = None) ->
 
 
 def view(
-    model: Model, plan: Plan | None = None, top_k: int | None = None, *, name: str = "the model"
+    model: Model, plan: Plan | PathLike | None = None, top_k: int | None = None, *, name: str = "the model"
 ) -> Model:
     """`model` as `plan` prunes it, with at most `top_k` experts a token (default: the plan's, else the model's).
 
     Every weight tensor is the model's own; new are the router's rows in plan order and an index, a few
-    kilobytes a layer. Without a plan all experts stay. `name` is what errors call the model.
+    kilobytes a layer. `plan` may be the path of a plan file; without one all experts stay. `name` is what
+    errors call the model.
 
     Raises PlanMismatchError for a plan of another model, or one that keeps an expert which `model`,
     being a view itself, does not show; UsageError for a top-k below 1.
@@ -49,6 +51,7 @@ def view(
         raise UsageError(f"top-k {top_k}: must be at least 1")
     c = model.config
     if plan is not None:
+        plan = as_plan(plan)
         plan.check_fits(c.model_type, c.experts, c.layers, name)
     if model.backend.name == "triton":
         join_projections(model)  # a captured step of either would, and they should share the result

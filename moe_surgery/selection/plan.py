@@ -13,9 +13,19 @@ from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.checkpoint.text import describe
 from moe_surgery.errors import InvalidInputError, PlanMismatchError, UsageError
 from moe_surgery.selection.fields import integer_rows, is_integer, optional_text, positive
-from moe_surgery.selection.ranking import RANKING_FORMAT, Ranking
+from moe_surgery.selection.given import PathLike, loaded
+from moe_surgery.selection.ranking import Ranking, as_ranking, is_ranking
 
-__all__ = ["ORDERS", "PLAN_FORMAT", "Plan", "load_plan", "plan_from_ranking", "plan_keeping", "plan_random"]
+__all__ = [
+    "ORDERS",
+    "PLAN_FORMAT",
+    "Plan",
+    "as_plan",
+    "load_plan",
+    "plan_from_ranking",
+    "plan_keeping",
+    "plan_random",
+]
 
 PLAN_FORMAT = "moe-surgery.plan"
 VERSION = 1
@@ -101,12 +111,17 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
     """
     where = printable_path(path)
     raw = read_small_file(path, limit=MAX_BYTES, what="a plan")
-    root = parse_json(raw, where=where, allow_floats=True)
-    if isinstance(root, dict) and (root.get("format") == RANKING_FORMAT or "layer_0" in root):
+    if is_ranking(raw):
         raise InvalidInputError(f"{where}: is a ranking, not a plan; pass it with --ranking and --experts")
+    root = parse_json(raw, where=where, allow_floats=True)
     if not isinstance(root, dict) or root.get("format") != PLAN_FORMAT:
         raise InvalidInputError(f'{where}: not a plan: expected a JSON object with "format": "{PLAN_FORMAT}"')
     return plan_from_dict(root, where)
+
+
+def as_plan(given: Plan | PathLike) -> Plan:
+    """`given`, read by `load_plan` where it is a path."""
+    return loaded(given, Plan, load_plan)
 
 
 def plan_from_dict(root: Mapping[str, object], where: str) -> Plan:
@@ -159,13 +174,14 @@ def check_count(count: int, experts: int) -> None:
 
 
 def plan_from_ranking(
-    ranking: Ranking, experts: int, *, model_type: str | None = None, order: str = "ascending"
+    ranking: Ranking | PathLike, experts: int, *, model_type: str | None = None, order: str = "ascending"
 ) -> Plan:
-    """Keep the first `experts` of every layer of `ranking`.
+    """Keep the first `experts` of every layer of `ranking`, a `Ranking` or what `load_ranking` takes.
 
     `model_type` is needed where the ranking does not say, and must agree where it does. `order`:
     "ascending" (by source number) or "ranking" (best first, as the published models have them).
     """
+    ranking = as_ranking(ranking)
     check_count(experts, ranking.num_experts)
     if order not in ORDERS:
         raise UsageError(f"--order {order}: choose one of {', '.join(ORDERS)}")

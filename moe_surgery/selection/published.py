@@ -3,8 +3,8 @@
 Each file holds, for the phases think and answer, how often each expert was chosen in each layer
 (`count_frequency`), as a mean over `sample_count` samples. Per layer, experts are ranked by the sum
 over files and phases of sample_count * count_frequency, descending, ties in order of first
-appearance. A topic's published ranking takes alternately from the topic's own order and from that of
-all files, skipping what is taken.
+appearance. A topic's published ranking interleaves the order over the topic's folders with that over
+all files, position by position.
 """
 
 from __future__ import annotations
@@ -12,17 +12,25 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 from moe_surgery.checkpoint.files import printable_path, read_small_file
 from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.errors import InvalidInputError, OutputError, PlanMismatchError, UsageError
-from moe_surgery.selection.ranking import Ranking
+from moe_surgery.selection.given import PathLike
+from moe_surgery.selection.ranking import Ranking, as_ranking
+from moe_surgery.selection.shipped import RANKINGS, topic_folders
 
-__all__ = ["interleave", "rank_published", "statistics_files"]
+__all__ = ["TREE_FILES", "interleave", "rank_published", "rank_topic", "statistics_files"]
 
 PHASES = ("think_expert_analytics", "answer_expert_analytics")
+OUTCOMES = ("False_False", "True_False", "False_True", "True_True")
+TREE_FILES = 703
+"""How many files the whole published tree has."""
+
 MAX_BYTES = 100_000_000
 MAX_EXPERTS = 1024
 _LAYER = re.compile(r"layer_(0|[1-9][0-9]{0,4})", re.ASCII)
@@ -74,30 +82,73 @@ def rank_published(files: Iterable[Path], experts: int | None = None) -> Ranking
     )
 
 
-def interleave(own: Ranking, other: Ranking) -> Ranking:
-    """Take alternately from `own` (first) and `other`, skipping experts already taken.
+def rank_topic(tree: str | os.PathLike[str], topic: str, experts: int | None = None) -> Ranking:
+    """The ranking of `topic` as published, from the whole statistics tree below the folder `tree`.
+
+    "all" ranks over every file; "unsafety" reverses "safety"; the others interleave the order over the
+    topic's folders with that of "all". `experts` as in `rank_published`. Raises UsageError for an unknown
+    topic, OutputError where the tree lacks one of its folders, and as `rank_published`.
+    """
+    if topic not in RANKINGS:
+        raise UsageError(f"unknown topic {topic!r}; known: {', '.join(RANKINGS)}")
+    counted = "safety" if topic == "unsafety" else topic
+    files = [] if topic == "all" else _topic_files(Path(tree), counted)
+    statistics = statistics_files(tree)
+    everything = rank_published(statistics, experts)
+    if topic == "all":
+        return replace(everything, provenance={**everything.provenance, "topic": topic})
+    own = rank_published(files, everything.num_experts)
+    named = {"ranking": "all", "method": "frequency", "files": len(statistics)}
+    ranking = interleave(
+        replace(own, provenance={**own.provenance, "topic": topic}), replace(everything, provenance=named)
+    )
+    if topic != "unsafety":
+        return ranking
+    return replace(
+        ranking,
+        layers=tuple(row[::-1] for row in ranking.layers),
+        provenance={**ranking.provenance, "method": "frequency, reversed"},
+    )
+
+
+def interleave(own: Ranking | PathLike, other: Ranking | PathLike) -> Ranking:
+    """Position by position, what `own` has there and then what `other` has, unless already taken.
+
+    Either may be what `load_ranking` takes.
 
     Raises PlanMismatchError where the two are not of one shape.
     """
+    own, other = as_ranking(own), as_ranking(other)
     if (own.num_experts, len(own.layers)) != (other.num_experts, len(other.layers)):
         raise PlanMismatchError(
             f"cannot interleave rankings of {len(own.layers)} x {own.num_experts} and "
             f"{len(other.layers)} x {other.num_experts} experts"
         )
-    layers = tuple(_alternate(a, b) for a, b in zip(own.layers, other.layers, strict=True))
+    layers = tuple(
+        tuple(dict.fromkeys(chain.from_iterable(zip(a, b, strict=True))))
+        for a, b in zip(own.layers, other.layers, strict=True)
+    )
     provenance = {**own.provenance, "interleaved_with": dict(other.provenance)}
     return Ranking(own.num_experts, layers, own.model_type or other.model_type, None, provenance)
 
 
-def _alternate(one: Sequence[int], other: Sequence[int]) -> tuple[int, ...]:
-    sources = (iter(one), iter(other))
-    taken: dict[int, None] = {}
-    while len(taken) < len(one):
-        for source in sources:
-            fresh = next((e for e in source if e not in taken), None)
-            if fresh is not None:
-                taken[fresh] = None
-    return tuple(taken)
+def _topic_files(tree: Path, topic: str) -> list[Path]:
+    """The topic's files: its folders in order, each one's files by outcome."""
+    files: list[Path] = []
+    lacking = []
+    folders = topic_folders(topic)
+    for folder in folders:
+        found = [f for name in OUTCOMES if (f := tree / folder / f"{name}.json").is_file()]
+        files += found
+        if not found:
+            lacking.append(folder)
+    if lacking:
+        more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
+        raise OutputError(
+            f"{printable_path(tree)}: lacks {len(lacking)} of the {len(folders)} folders of topic {topic}: "
+            f"{', '.join(lacking[:3])}{more}; name the root of the whole published tree"
+        )
+    return files
 
 
 def _ordered(row: Mapping[int, float], experts: int) -> tuple[int, ...]:

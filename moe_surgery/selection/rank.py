@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from moe_surgery.selection.given import PathLike
 from moe_surgery.selection.metrics import order, score, super_experts
 from moe_surgery.selection.ranking import Ranking
-from moe_surgery.selection.statistics import Statistics
+from moe_surgery.selection.statistics import Statistics, as_statistics
 
 __all__ = ["rank"]
 
 
 def rank(
-    statistics: Statistics,
+    statistics: Statistics | PathLike,
     metric: str,
     *,
     domains: Sequence[str] | None = None,
@@ -20,9 +21,12 @@ def rank(
 ) -> Ranking:
     """Order each layer's experts by `metric` over `domains` (default: all), best first.
 
+    `statistics` may be the path of a statistics file.
+
     `protect_super_experts` puts the outliers of REAP's rule first whatever their score. Raises
     UsageError for an unknown metric, InvalidInputError for an unknown domain.
     """
+    statistics = as_statistics(statistics)
     layers = statistics.over(domains)
     scores = score(metric, layers)
     orders = [order(row) for row in scores]

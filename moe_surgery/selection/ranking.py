@@ -12,14 +12,23 @@ from moe_surgery.checkpoint.files import printable_path, read_small_file
 from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.checkpoint.text import describe
 from moe_surgery.errors import InvalidInputError
-from moe_surgery.selection.fields import integer_rows, is_integer, number_rows, optional_text, positive
+from moe_surgery.selection.fields import (
+    MAX_ROWS,
+    integer_rows,
+    is_integer,
+    number_rows,
+    optional_text,
+    positive,
+)
+from moe_surgery.selection.given import PathLike, loaded
+from moe_surgery.selection.shipped import is_shipped, shipped_ranking
 
-__all__ = ["RANKING_FORMAT", "Ranking", "load_ranking"]
+__all__ = ["RANKING_FORMAT", "Ranking", "as_ranking", "is_ranking", "load_ranking"]
 
 RANKING_FORMAT = "moe-surgery.ranking"
 VERSION = 1
 MAX_BYTES = 100_000_000
-_PUBLISHED_KEY = re.compile(r"layer_(0|[1-9][0-9]*)", re.ASCII)
+_LAYER_KEY = re.compile(r"(?:layer_)?(0|[1-9][0-9]{0,4})", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,21 +62,57 @@ class Ranking:
 
 
 def load_ranking(path: str | os.PathLike[str]) -> Ranking:
-    """Read a ranking file: ours, or the published form `{"layer_0": [31, 9, ...], ...}`.
+    """Read a ranking file: ours, or layers by name, `{"layer_0": [31, 9, ...], ...}` or `{"0": [...], ...}`.
+
+    Layers by name come in one JSON object or as JSONL, an object a line, in any order. `published:NAME` is one
+    of the eight rankings published for gpt-oss-20b, which the package holds.
 
     Raises InvalidInputError for an unknown version, or a layer that is not a full order of experts;
-    OutputError where the file cannot be read.
+    OutputError where the file cannot be read; UsageError for an unknown published name.
     """
+    if is_shipped(path):
+        layers = shipped_ranking(path)
+        return Ranking(len(layers[0]), layers, "gpt_oss", provenance={"ranking": os.fspath(path)})
     where = printable_path(path)
-    root = parse_json(
-        read_small_file(path, limit=MAX_BYTES, what="a ranking"), where=where, allow_floats=True
+    objects = _objects(read_small_file(path, limit=MAX_BYTES, what="a ranking"), where)
+    if len(objects) == 1 and "format" in objects[0][1]:
+        return _own(objects[0][1], where)
+    return _by_layer(objects, where, os.path.basename(os.fspath(path)))
+
+
+def as_ranking(given: Ranking | PathLike) -> Ranking:
+    """`given`, read by `load_ranking` where it is a path."""
+    return loaded(given, Ranking, load_ranking)
+
+
+def is_ranking(raw: bytes) -> bool:
+    """Whether the bytes of a file are a ranking by their keys, sound or not."""
+    try:
+        objects = _objects(raw, "")
+    except InvalidInputError:
+        return False
+    return all(
+        root.get("format") == RANKING_FORMAT
+        or all(_LAYER_KEY.fullmatch(key) and isinstance(row, list) for key, row in root.items())
+        for _, root in objects
     )
-    if not isinstance(root, dict) or not root:
-        raise InvalidInputError(f"{where}: not a ranking: expected a JSON object with layers")
-    name = os.path.basename(os.fspath(path))
-    if "format" in root:
-        return _own(root, where)
-    return _published(root, where, name)
+
+
+def _objects(raw: bytes, where: str) -> list[tuple[str, dict[str, object]]]:
+    """The file's JSON objects with what errors call them: one, or one a line (JSONL)."""
+    lines = [(n, line) for n, line in enumerate(raw.splitlines(), 1) if line.strip()]
+    found = [(where, raw)]
+    if len(lines) > 1 and _is_object(lines[0][1].strip()):
+        if len(lines) > MAX_ROWS:
+            raise InvalidInputError(f"{where}: not a ranking: has {len(lines)} lines, expected one a layer")
+        found = [(f"{where}: line {n}", line) for n, line in lines]
+    objects = []
+    for name, text in found:
+        root = parse_json(text, where=name, allow_floats=True)
+        if not isinstance(root, dict) or not root:
+            raise InvalidInputError(f"{name}: not a ranking: expected a JSON object with layers")
+        objects.append((name, root))
+    return objects
 
 
 def _own(root: Mapping[str, object], where: str) -> Ranking:
@@ -94,18 +139,28 @@ def _own(root: Mapping[str, object], where: str) -> Ranking:
     )
 
 
-def _published(root: Mapping[str, object], where: str, name: str) -> Ranking:
+def _is_object(line: bytes) -> bool:
+    """Whether a line holds a JSON object to its end, as the first of JSONL does."""
+    return line[:1] == b"{" and line[-1:] == b"}" and line.count(b"{") == line.count(b"}")
+
+
+def _by_layer(objects: Sequence[tuple[str, Mapping[str, object]]], where: str, name: str) -> Ranking:
     numbers: dict[int, object] = {}
-    for key, value in root.items():
-        match = _PUBLISHED_KEY.fullmatch(key)
-        if not match:
-            raise InvalidInputError(
-                f"{where}: key {key[:60]!r} is neither of a moe-surgery ranking nor 'layer_N' of a published one"
-            )
-        numbers[int(match[1])] = value
+    for inside, root in objects:
+        if "format" in root:
+            raise InvalidInputError(f"{inside}: a moe-surgery ranking is one JSON object, alone in its file")
+        for key, value in root.items():
+            match = _LAYER_KEY.fullmatch(key)
+            if not match:
+                raise InvalidInputError(
+                    f"{inside}: key {key[:60]!r} is neither of a moe-surgery ranking nor a layer (layer_0, or 0)"
+                )
+            if int(match[1]) in numbers:
+                raise InvalidInputError(f"{inside}: layer {match[1]} is there twice")
+            numbers[int(match[1])] = value
     if sorted(numbers) != list(range(len(numbers))):
         missing = next(i for i in range(len(numbers)) if i not in numbers)
-        raise InvalidInputError(f"{where}: layer_{missing} is missing among {len(numbers)} layers")
+        raise InvalidInputError(f"{where}: layer {missing} is missing among {len(numbers)} layers")
     layers = integer_rows([numbers[i] for i in range(len(numbers))], where)
     return Ranking(len(layers[0]), _checked(layers, len(layers[0]), where), provenance={"ranking": name})
 

@@ -17,8 +17,9 @@ from moe_surgery.checkpoint.header import parse_header
 from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.checkpoint.writer import write_file
 from moe_surgery.errors import InvalidInputError, PlanMismatchError
+from moe_surgery.selection.given import PathLike, loaded
 
-__all__ = ["ExpertStatistics", "Statistics", "load_statistics", "merge", "save_statistics"]
+__all__ = ["ExpertStatistics", "Statistics", "as_statistics", "load_statistics", "merge", "save_statistics"]
 
 STATISTICS_FORMAT = "moe-surgery.statistics"
 VERSION = 1
@@ -115,12 +116,12 @@ class Statistics:
         return totals
 
 
-def merge(parts: Iterable[Statistics]) -> Statistics:
-    """The statistics of all parts' texts together.
+def merge(parts: Iterable[Statistics | PathLike]) -> Statistics:
+    """The statistics of all parts' texts together; a part may be the path of a statistics file.
 
     Raises PlanMismatchError unless all are of one checkpoint, and no text is in two of them.
     """
-    first, *others = parts
+    first, *others = (as_statistics(part) for part in parts)
     total = Statistics(first.model_type, first.identity, first.experts, first.hidden, first.top_k)
     total.settings = dict(first.settings)
     for part in (first, *others):
@@ -207,6 +208,11 @@ def load_statistics(path: str | os.PathLike[str]) -> Statistics:
         return _assembled(said, arrays)
     except (KeyError, TypeError, ValueError) as error:
         raise InvalidInputError(f"{where}: incomplete statistics: {error}") from None
+
+
+def as_statistics(given: Statistics | PathLike) -> Statistics:
+    """`given`, read by `load_statistics` where it is a path."""
+    return loaded(given, Statistics, load_statistics)
 
 
 _DTYPES = {"F64": np.float64, "I64": np.int64}

@@ -14,7 +14,7 @@ from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.checkpoint.files import printable_path
 from moe_surgery.checkpoint.staging import Staging
-from moe_surgery.checkpoint.writer import OutputFile, copy_file, output_failure, write_file
+from moe_surgery.checkpoint.writer import OutputFile, copy_file, output_failure, remove_leftover, write_file
 from moe_surgery.errors import DiskFullError, OutputError
 from moe_surgery.formats.encode_report import EncodeReport
 from moe_surgery.surgery.chunks import Chunk, chunks_of
@@ -128,8 +128,7 @@ class _Run:
                     finished[shard.name] = record
                     self._reports[shard.name] = EncodeReport(*entry["conversion"])  # type: ignore[misc]
                     continue
-            if os.path.lexists(path):
-                self._ops.unlink(path)
+            remove_leftover(path, self._ops)
         return finished
 
     def _check_space(self, shard_bytes: int) -> None:
@@ -216,8 +215,7 @@ class _Run:
     def _fresh(self, name: str) -> Path:
         """Where a small file goes, after removing what a run that was killed late left there."""
         path = self._staging.folder / name
-        if os.path.lexists(path):
-            self._ops.unlink(path)
+        remove_leftover(path, self._ops)
         return path
 
 

@@ -18,7 +18,7 @@ from moe_surgery.errors import InvalidInputError, MoeSurgeryError, OutputError, 
 
 from ..support.checkpoints import INDEX, load_tensors, save_tensors, write_checkpoint
 from ..support.command import untouched
-from ..support.faults import ShortOps, descriptors
+from ..support.faults import ShortOps, open_files
 
 ROUTER = "model.layers.1.mlp.router.weight"
 
@@ -51,14 +51,14 @@ def test_rows_of_a_tensor_are_its_slices(folder: Path) -> None:
 
 
 def test_nothing_stays_open_or_mapped(folder: Path) -> None:
-    before = descriptors()
+    before = open_files(folder)
     with Checkpoint.open(folder) as opened:
         ref = opened.tensors[ROUTER]
         view = opened.shards[ref.shard].window(ref.offset, ref.nbytes)
-        assert descriptors() > before
+        assert len(open_files(folder)) > len(before)
     assert len(view) == ref.nbytes  # a view outlives the checkpoint
     view.release()
-    assert descriptors() == before
+    assert open_files(folder) == before
     opened.close()
 
 
@@ -76,10 +76,10 @@ def test_checkpoint_that_is_refused_leaves_nothing_open(folder: Path, damage: st
     else:
         (folder / INDEX).unlink()
         save_tensors(folder / "z.safetensors", {ROUTER: np.zeros((4, 64), np.uint16)})
-    before = descriptors()
+    before = open_files(folder)
     with pytest.raises(MoeSurgeryError, match=str(folder)):
         Checkpoint.open(folder)
-    assert descriptors() == before
+    assert open_files(folder) == before
 
 
 def test_without_an_index_all_shards_count(folder: Path) -> None:

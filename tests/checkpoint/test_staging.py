@@ -14,7 +14,7 @@ from moe_surgery.checkpoint.staging import Staging, stale_partials
 from moe_surgery.errors import DiskFullError, OutputError
 
 from ..support.command import contents, siblings
-from ..support.faults import FaultyOps, ShortOps, descriptors
+from ..support.faults import FaultyOps, ShortOps, open_files
 
 ENTRIES: list[dict[str, object]] = [
     {"name": "a", "xxh3_128": "0" * 32, "n": [1, 2.5, None]},
@@ -133,12 +133,12 @@ def test_something_else_under_the_name_of_the_folder_is_in_the_way(
 
 
 def test_second_one_is_refused_until_the_first_is_done(out: Path) -> None:
-    before = descriptors()
+    before = open_files(out.parent)
     with staging(out), pytest.raises(OutputError, match="another run is writing it"):
         staging(out, "e" * 32)
     with staging(out):
         pass
-    assert descriptors() == before
+    assert open_files(out.parent) == before
     assert siblings(out) == [f".out.partial-{'d' * 32}"]
 
 
@@ -162,11 +162,11 @@ def test_lock_file_is_not_followed_as_a_link(out: Path, tmp_path: Path) -> None:
 
 
 def test_lock_is_let_go_when_the_folder_cannot_be_made(out: Path) -> None:
-    before = descriptors()
+    before = open_files(out.parent)
     for code, error in ((errno.EIO, OutputError), (errno.ENOSPC, DiskFullError)):
         with pytest.raises(error):
             staging(out, ops=FaultyOps("mkdir", 1, code))
-    assert descriptors() == before
+    assert open_files(out.parent) == before
     assert os.listdir(out.parent) == []
 
 
@@ -245,7 +245,7 @@ def test_short_writes_of_the_journal_are_continued(out: Path) -> None:
 @pytest.mark.parametrize("kind", ["open", "pwrite", "fsync", "close"])
 def test_journal_that_cannot_be_written_is_an_error(out: Path, kind: str) -> None:
     with staging(out, ops=FaultyOps(kind, 1, errno.ENOSPC)) as stage:
-        before = descriptors()
+        before = open_files(out.parent)
         with pytest.raises(DiskFullError, match=r"\.journal: cannot write"):
             stage.record(ENTRIES[0])
-        assert descriptors() == before
+        assert open_files(out.parent) == before

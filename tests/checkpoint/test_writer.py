@@ -15,7 +15,7 @@ from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.checkpoint.writer import OutputFile, write_file
 from moe_surgery.errors import DiskFullError, OutputError
 
-from ..support.faults import FaultyOps, ShortOps, descriptors
+from ..support.faults import FaultyOps, ShortOps, open_files
 
 
 @pytest.fixture
@@ -137,13 +137,13 @@ def test_file_is_flushed_before_it_has_its_name(path: Path) -> None:
 def test_failure_leaves_neither_file_nor_descriptor(
     path: Path, kind: str, forever: bool, code: int, error: type[OutputError]
 ) -> None:
-    before = descriptors()
+    before = open_files(path.parent)
     with pytest.raises(OutputError) as caught:
         write_file(path, b"content", FaultyOps(kind, 1, code, forever=forever))
     assert type(caught.value) is error
     assert path.name in str(caught.value)
     assert os.strerror(code) in str(caught.value)
-    assert descriptors() == before
+    assert open_files(path.parent) == before
     assert os.listdir(path.parent) == []
 
 
@@ -167,10 +167,10 @@ def test_temporary_name_that_is_taken_is_not_written_to(path: Path, tmp_path: Pa
 
 
 def test_discarded_file_is_gone_and_may_be_discarded_twice(path: Path) -> None:
-    before = descriptors()
+    before = open_files(path.parent)
     file = OutputFile(path, FileOps())
     file.write(aligned(bytes(5000)), 0)
     file.discard()
     file.discard()
-    assert descriptors() == before
+    assert open_files(path.parent) == before
     assert os.listdir(path.parent) == []

@@ -31,26 +31,35 @@ def done(ended: Ended) -> Ended:
 # --- inspect
 
 
-def test_inspect_shows_the_model_and_a_row_for_every_count(capsys: Capture) -> None:
+def test_inspect_shows_the_model_and_a_row_for_every_fourth_count(capsys: Capture) -> None:
     told = done(call(capsys, "inspect", TINY)).out
     assert "gpt-oss (gpt_oss, hub layout)" in told
     assert "32 in each of 4 layers, top-4, stored as MXFP4" in told
     rows = [line.split() for line in told.splitlines()]
-    assert [int(r[0]) for r in rows if len(r) > 5 and r[0].isdigit()] == list(range(1, 33))
+    assert [int(r[0]) for r in rows if len(r) > 5 and r[0].isdigit()] == list(range(4, 33, 4))
     assert "most experts whose weights fit 8 GB: 32 in MXFP4, 32 in BF16" in told
 
 
-def test_inspect_of_many_experts_shows_some_rows_and_all_when_asked(tmp_path: Path, capsys: Capture) -> None:
-    source = write_checkpoint(tmp_path / "in", Shape(layers=1, experts=100, hidden=32))
+@pytest.mark.parametrize(
+    ("experts", "rows"),
+    [
+        (10, list(range(1, 11))),
+        (30, [4, 8, 12, 16, 20, 24, 28, 30]),
+        (100, [16, 32, 48, 64, 80, 96, 100]),
+        (256, list(range(32, 257, 32))),
+    ],
+)
+def test_inspect_shows_at_most_ten_counts_and_all_when_asked(
+    tmp_path: Path, capsys: Capture, experts: int, rows: list[int]
+) -> None:
+    source = write_checkpoint(tmp_path / "in", Shape(layers=1, experts=experts, hidden=32))
 
     def counts(*options: str) -> list[int]:
         lines = done(call(capsys, "inspect", source, *options)).out.splitlines()
         return [int(r[0]) for r in map(str.split, lines) if len(r) > 5 and r[0].isdigit()]
 
-    some = counts()
-    assert some[0] == 1
-    assert len(some) < 45
-    assert counts("--all-sizes") == list(range(1, 101))
+    assert counts() == rows
+    assert counts("--all-sizes") == list(range(1, experts + 1))
 
 
 def test_inspect_in_json_holds_the_numbers(capsys: Capture) -> None:

@@ -193,15 +193,17 @@ def test_rank_adds_sources_up_and_interleaves(place: Path, tmp_path: Path, capsy
     ).json()
     own = done(call(capsys, "rank", place / "both.stats", "--metric", "reap")).json()
     for row, first in zip(mixed["layers"], own["layers"], strict=True):
-        assert row == taken_in_turn(first, list(range(32)))
+        assert row == interleaved(first, list(range(32)))
 
 
-def taken_in_turn(first: list[int], second: list[int]) -> list[int]:
-    """From the one and the other, what is not yet taken."""
-    queues, taken = [list(first), list(second)], []
-    while queues[0]:
-        taken.append(queues[0][0])
-        queues = [[e for e in queue if e != taken[-1]] for queue in reversed(queues)]
+def interleaved(first: list[int], second: list[int]) -> list[int]:
+    """Position by position, the one's expert and then the other's, unless already taken."""
+    taken: list[int] = []
+    for i in range(len(first)):
+        if first[i] not in taken:
+            taken.append(first[i])
+        if second[i] not in taken:
+            taken.append(second[i])
     return taken
 
 
@@ -228,9 +230,6 @@ def test_super_experts_come_first_when_they_are_protected(
 
 
 # --- rank of the published tree
-
-
-TREE = Path(__file__).parents[3] / "shared" / "data" / "activations"
 
 
 def made_up_tree(folder: Path) -> Path:
@@ -275,13 +274,10 @@ def by_hand(files: list[Path], experts: int) -> list[list[int]]:
     return ranked
 
 
-@pytest.mark.parametrize("source", ["made up", "published"])
 def test_rank_of_a_published_tree_is_the_formula_whole_by_dataset_and_interleaved(
-    source: str, tmp_path: Path, capsys: Capture
+    tmp_path: Path, capsys: Capture
 ) -> None:
-    if source == "published" and not TREE.is_dir():
-        pytest.skip("the published statistics are not at hand")
-    tree, experts = (TREE, 32) if source == "published" else (made_up_tree(tmp_path / "tree"), 10)
+    tree, experts = made_up_tree(tmp_path / "tree"), 10
     options = ["-n", experts, "--model-type", "gpt_oss"]
 
     def files(folder: Path) -> list[Path]:
@@ -299,7 +295,7 @@ def test_rank_of_a_published_tree_is_the_formula_whole_by_dataset_and_interleave
             call(capsys, "rank", dataset, *options, "--interleave-with", tmp_path / "all.json")
         ).json()
         for row, first, second in zip(mixed["layers"], own["layers"], everything, strict=True):
-            assert row == taken_in_turn(first, second)
+            assert row == interleaved(first, second)
     several = sorted(p for p in tree.iterdir() if p.is_dir())[:2]
     joint = done(call(capsys, "rank", *several, *options)).json()
     assert joint["layers"] == by_hand([f for folder in several for f in files(folder)], experts)

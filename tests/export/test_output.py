@@ -18,7 +18,7 @@ from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.errors import DiskFullError, InvalidInputError, MoeSurgeryError, OutputError, UsageError
 from tests.support.checkpoints import Shape, write_checkpoint, write_sparse_checkpoint
 from tests.support.command import ended, run, siblings, start, untouched, wait_for
-from tests.support.faults import FaultyOps, ShortOps, descriptors
+from tests.support.faults import FaultyOps, ShortOps, open_files
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 KINDS = ("open", "pread_into", "pwrite", "fsync", "fsync_dir", "close", "rename_new")
@@ -54,14 +54,14 @@ def attempt(
     source: Path, out: Path, dtype: str, ops: FileOps | None = None, overwrite: bool = False
 ) -> MoeSurgeryError | None:
     """Export with `ops`; the error, if any. No descriptor, thread or sibling of `out` may stay."""
-    before = descriptors(), threading.active_count()
+    before = open_files(source, out.parent), threading.active_count()
     error: MoeSurgeryError | None = None
     try:
         exported(source, out, dtype, ops, overwrite)
     except MoeSurgeryError as caught:
         error = caught
         assert "\n" not in str(error)
-    assert (descriptors(), threading.active_count()) == before
+    assert (open_files(source, out.parent), threading.active_count()) == before
     assert siblings(out) == []
     return error
 

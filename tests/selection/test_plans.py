@@ -111,6 +111,12 @@ MALFORMED = {
     "no format": ({k: v for k, v in FILE.items() if k != "format"}, "not a plan"),
     "another format": (FILE | {"format": "other"}, "not a plan"),
     "a published ranking": ({"layer_0": [0, 1]}, "is a ranking, not a plan; pass it with --ranking"),
+    "a ranking by number": ({"0": [0, 1]}, "is a ranking, not a plan; pass it with --ranking"),
+    "a ranking in lines": (
+        '{"0": [0, 1]}\n{"1": [1, 0]}\n',
+        "is a ranking, not a plan; pass it with --ranking",
+    ),
+    "a mapping of experts": ({"0": {"3": 0}}, "not a plan"),
     "our ranking": ({"format": "moe-surgery.ranking", "version": 1}, "is a ranking, not a plan"),
     "a key twice": ('{"format": "moe-surgery.plan", "version": 1, "version": 1}', "plan.json"),
     "a later version": (FILE | {"version": 2}, "plan version 2 is not known here (this reads version 1)"),

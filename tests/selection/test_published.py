@@ -1,4 +1,4 @@
-"""The rankings published with the pruned gpt-oss-20b models, and the mapping files of those models."""
+"""The shipped rankings of the published gpt-oss-20b models, their plans and the mapping files of those models."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from moe_surgery import load_ranking, plan_from_ranking, prune
+import moe_surgery
+from moe_surgery import Ranking, load_ranking, plan_from_ranking, prune
+from moe_surgery.errors import UsageError
+from moe_surgery.selection.published import interleave
+from moe_surgery.selection.shipped import RANKINGS
 from moe_surgery.surgery.compiler import expert_mapping
 from tests.support.checkpoints import (
     Shape,
@@ -17,7 +21,7 @@ from tests.support.checkpoints import (
     write_checkpoint,
 )
 
-RANKINGS = Path(__file__).resolve().parents[3] / "shared" / "data" / "rankings"
+DATA = Path(moe_surgery.__file__).parent / "selection" / "data"
 DOMAINS = (
     "all",
     "health_or_medicine",
@@ -28,6 +32,7 @@ DOMAINS = (
     "science",
     "unsafety",
 )
+TOPICS = tuple(name for name in DOMAINS if name not in ("all", "unsafety"))
 MADE_UP = {
     "layer_0": [4, 2, 0, 5, 1, 3],
     "layer_1": [3, 1, 2, 0, 4, 5],
@@ -43,9 +48,7 @@ def mapping_of(ranking: dict[str, list[int]], experts: int) -> dict[str, dict[st
     }
 
 
-def check(path: Path, counts: range) -> None:
-    raw = json.loads(path.read_text())
-    ranking = load_ranking(path)
+def check(ranking: Ranking, raw: dict[str, list[int]], counts: range) -> None:
     for experts in counts:
         firsts = [raw[f"layer_{layer}"][:experts] for layer in range(len(raw))]
         plan = plan_from_ranking(ranking, experts, model_type="gpt_oss")
@@ -55,20 +58,102 @@ def check(path: Path, counts: range) -> None:
         assert expert_mapping(plan) == mapping_of(raw, experts)
 
 
+def shipped(name: str) -> list[list[int]]:
+    rows: list[list[int]] = json.loads((DATA / "rankings.json").read_text())[name]
+    return rows
+
+
+def test_the_shipped_data_are_eight_orders_of_32_experts_in_24_layers() -> None:
+    said = json.loads((DATA / "rankings.json").read_text())
+    assert sorted(said) == sorted(DOMAINS) == sorted(RANKINGS)
+    for rows in said.values():
+        assert len(rows) == 24
+        assert all(sorted(row) == list(range(32)) for row in rows)
+    assert said["unsafety"] == [row[::-1] for row in said["safety"]]
+    assert len({json.dumps(rows) for rows in said.values()}) == 8
+
+
+def test_the_shipped_topics_are_folders_of_the_tree() -> None:
+    topics = json.loads((DATA / "topics.json").read_text())
+    assert sorted(topics) == sorted(TOPICS)
+    folders = [folder for found in topics.values() for folder in found]
+    assert len(set(folders)) == len(folders) == 196
+    assert all(len(folder.split("/")) == 2 and all(folder.split("/")) for folder in folders)
+
+
+def own_order(mixed: list[int], other: list[int]) -> list[int] | None:
+    """An order that gives `mixed` when interleaved with `other` position by position; None if none does.
+
+    Step i takes the own order's expert, which is either the next of `mixed` or one that came from
+    `other` before, and then other[i], unless taken.
+    """
+
+    def steps(i: int, own: tuple[int, ...], taken: int) -> tuple[int, ...] | None:
+        if i == len(other):
+            return own if taken == len(mixed) else None
+        spare = [e for e in mixed[:taken] if e not in own]
+        for expert in [*mixed[taken : taken + 1], *spare[:1]]:
+            held = max(taken, mixed.index(expert) + 1)
+            if other[i] not in mixed[:held]:
+                if mixed[held] != other[i]:
+                    continue
+                held += 1
+            if found := steps(i + 1, (*own, expert), held):
+                return found
+        return None
+
+    found = steps(0, (), 0)
+    return None if found is None else list(found)
+
+
+@pytest.mark.parametrize("topic", TOPICS)
+def test_a_shipped_topic_interleaves_an_order_with_all_position_by_position(topic: str) -> None:
+    everything, mixed = shipped("all"), shipped(topic)
+    own = [own_order(row, other) for row, other in zip(mixed, everything, strict=True)]
+    assert None not in own
+    found = interleave(
+        Ranking(32, tuple(tuple(row) for row in own if row)), Ranking(32, tuple(map(tuple, everything)))
+    )
+    assert [list(row) for row in found.layers] == mixed
+
+
 @pytest.mark.parametrize("domain", DOMAINS)
-def test_published_rankings_give_the_kept_sets_and_mappings_of_their_models(domain: str) -> None:
-    path = RANKINGS / f"{domain}.json"
-    if not path.is_file():
-        pytest.skip("the published rankings are not beside this repository")
-    ranking = load_ranking(path)
+def test_shipped_rankings_give_the_kept_sets_and_mappings_of_all_232_models(domain: str) -> None:
+    ranking = load_ranking(f"published:{domain}")
     assert (ranking.num_experts, len(ranking.layers)) == (32, 24)
-    check(path, range(4, 33))
+    assert (ranking.model_type, ranking.provenance) == ("gpt_oss", {"ranking": f"published:{domain}"})
+    check(ranking, {f"layer_{i}": row for i, row in enumerate(shipped(domain))}, range(4, 33))
+
+
+def test_an_unknown_published_ranking_is_refused_with_the_known_names() -> None:
+    for name in ("published:maths", "published:", "published:law.json"):
+        with pytest.raises(UsageError) as caught:
+            load_ranking(Path(name))
+        assert str(caught.value) == f"{name}: unknown published ranking; known: {', '.join(DOMAINS)}"
+
+
+def test_the_data_and_its_source_are_part_of_a_built_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    setuptools = pytest.importorskip("setuptools")
+    root = DATA.parents[2]
+    if not (root / "pyproject.toml").is_file():
+        pytest.skip("the package is installed, not checked out")
+    monkeypatch.chdir(root)
+    distribution = setuptools.Distribution()
+    distribution.parse_config_files()
+    distribution.include_package_data = False  # else what git lists is asked for, and an egg-info is written
+    build = distribution.get_command_obj("build_py")
+    build.ensure_finalized()
+    packed = {Path(folder) / name for _, folder, _, names in build.data_files for name in names}
+    assert {Path("moe_surgery/selection/data") / f.name for f in DATA.iterdir()} <= packed
+    told = (DATA / "README.md").read_text()
+    assert "ExpertFingerprinting" in told
+    assert "Apache License" in told
 
 
 def test_a_made_up_ranking_in_the_published_form_gives_its_kept_sets_and_mappings(tmp_path: Path) -> None:
     path = tmp_path / "made_up.json"
     path.write_text(json.dumps(MADE_UP))
-    check(path, range(1, 7))
+    check(load_ranking(path), MADE_UP, range(1, 7))
 
 
 @pytest.mark.parametrize("experts", [1, 4, 6])

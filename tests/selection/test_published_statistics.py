@@ -1,72 +1,18 @@
-"""The published statistics tree against a brute-force ranking."""
+"""The published statistics tree: files read, ranked and refused; rankings interleaved."""
 
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moe_surgery.cli import main
 from moe_surgery.errors import InvalidInputError, OutputError, PlanMismatchError, UsageError
 from moe_surgery.selection.published import interleave, rank_published, statistics_files
 from moe_surgery.selection.ranking import Ranking, load_ranking
-
-TREE = Path(__file__).parents[3] / "shared" / "data" / "activations"
-RANKINGS = TREE.parent / "rankings"
-needs_tree = pytest.mark.skipif(not TREE.is_dir(), reason="the published statistics are not at hand")
-
-
-def brute_force(files: list[Path], experts: int = 32) -> list[list[int]]:
-    """Straight from the formula, with lists and a stable sort."""
-    totals: dict[int, dict[int, float]] = defaultdict(dict)
-    for file in files:
-        said = json.loads(file.read_text())
-        for phase in ("think_expert_analytics", "answer_expert_analytics"):
-            for layer, row in (said.get(phase) or {}).items():
-                for expert, entry in row.items():
-                    held = totals[int(layer.removeprefix("layer_"))]
-                    amount = said["sample_count"] * entry.get("count_frequency", 0)
-                    held[int(expert)] = held.get(int(expert), 0) + amount
-    ranked = []
-    for layer in range(len(totals)):
-        pairs = list(totals[layer].items())
-        for i in range(1, len(pairs)):  # insertion sort: equal totals keep their order
-            j = i
-            while j and pairs[j][1] > pairs[j - 1][1]:
-                pairs[j - 1], pairs[j] = pairs[j], pairs[j - 1]
-                j -= 1
-        named = [e for e, _ in pairs]
-        ranked.append(named + [e for e in range(experts) if e not in named])
-    return ranked
-
-
-@needs_tree
-def test_the_sample_ranks_as_by_brute_force_whole_and_per_dataset() -> None:
-    folders = [TREE, *sorted(p for p in TREE.iterdir() if p.is_dir())]
-    assert len(folders) > 2
-    for folder in folders:
-        files = statistics_files(folder)
-        assert [list(row) for row in rank_published(files, 32).layers] == brute_force(files)
-
-
-@needs_tree
-def test_a_topic_is_interleaved_with_all_topic_first() -> None:
-    own = rank_published(statistics_files(TREE / "mmlu_test" / "professional_law"), 32)
-    everything = load_ranking(RANKINGS / "all.json")
-    mixed = interleave(own, everything)
-    for row, first, second in zip(mixed.layers, own.layers, everything.layers, strict=True):
-        expected: list[int] = []
-        queues = [list(first), list(second)]
-        while len(expected) < 32:
-            for queue in queues:
-                while queue and queue[0] in expected:
-                    queue.pop(0)
-                if queue:
-                    expected.append(queue.pop(0))
-        assert list(row) == expected
-        assert row[0] == first[0]
 
 
 def write(path: Path, samples: float, think: dict[str, dict[str, float]]) -> Path:
@@ -139,6 +85,31 @@ def test_an_output_that_is_an_input_is_refused(tmp_path: Path, capsys: pytest.Ca
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="no statistics"):
         statistics_files(tmp_path)
+
+
+orders = st.integers(1, 12).flatmap(lambda n: st.lists(st.permutations(range(n)), min_size=2, max_size=6))
+
+
+@given(orders)
+def test_rankings_interleave_position_by_position(rows: list[list[int]]) -> None:
+    half = len(rows) // 2
+    own, other = rows[:half], rows[half : 2 * half]
+    mixed = interleave(
+        Ranking(len(rows[0]), tuple(map(tuple, own))), Ranking(len(rows[0]), tuple(map(tuple, other)))
+    )
+    for row, first, second in zip(mixed.layers, own, other, strict=True):
+        expected: list[int] = []
+        for i in range(len(first)):
+            if first[i] not in expected:
+                expected.append(first[i])
+            if second[i] not in expected:
+                expected.append(second[i])
+        assert list(row) == expected
+
+
+def test_an_expert_taken_before_costs_its_place() -> None:
+    own, other = Ranking(5, ((0, 1, 2, 3, 4),)), Ranking(5, ((1, 4, 3, 2, 0),))
+    assert interleave(own, other).layers == ((0, 1, 4, 2, 3),)  # taking the next free one: 0, 1, 2, 4, 3
 
 
 def test_rankings_of_different_shape_do_not_interleave() -> None:

@@ -47,6 +47,41 @@ def test_layers_of_a_published_ranking_are_ordered_by_number_not_by_place(tmp_pa
     assert [order[0] for order in ranking.layers] == list(range(12))
 
 
+def lines(*objects: object) -> str:
+    return "".join(json.dumps(o) + "\n" for o in objects)
+
+
+BY_NUMBER = {str(i): order for i, order in enumerate(PUBLISHED.values())}
+FORMS = {
+    "an object by number": json.dumps(BY_NUMBER),
+    "an object over several lines": json.dumps(BY_NUMBER, indent=1),
+    "an object by number, last first": json.dumps(dict(reversed(BY_NUMBER.items()))),
+    "a line a layer": lines(*({key: order} for key, order in BY_NUMBER.items())),
+    "a line a layer, last first": lines(*({key: order} for key, order in reversed(BY_NUMBER.items()))),
+    "no newline at the end": lines(*({key: order} for key, order in BY_NUMBER.items())).rstrip("\n"),
+    "lines that end as on Windows, with empty ones between": lines(
+        *({key: order} for key, order in BY_NUMBER.items())
+    ).replace("\n", "\r\n\r\n"),
+    "two layers in a line": lines({"0": BY_NUMBER["0"], "2": BY_NUMBER["2"]}, {"1": BY_NUMBER["1"]}),
+    "a line a layer by name": lines(*({key: order} for key, order in PUBLISHED.items())),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_layers_by_number_are_read_from_one_object_or_one_a_line(form: str, tmp_path: Path) -> None:
+    ranking = load_ranking(write(tmp_path, FORMS[form]))
+    assert ranking.layers == tuple(map(tuple, PUBLISHED.values()))
+    assert (ranking.num_experts, ranking.model_type) == (6, None)
+    assert ranking.provenance == {"ranking": "ranking.json"}
+
+
+def test_layers_of_jsonl_are_ordered_by_number(tmp_path: Path) -> None:
+    rows = {str(i): [(i + j) % 12 for j in range(12)] for i in range(12)}
+    text = lines(*({key: rows[key]} for key in sorted(rows)))  # 10 before 2
+    ranking = load_ranking(write(tmp_path, text))
+    assert [order[0] for order in ranking.layers] == list(range(12))
+
+
 def test_our_own_ranking_is_read(tmp_path: Path) -> None:
     ranking = load_ranking(write(tmp_path, OURS | {"unknown": {"of": "a later release"}}))
     assert (ranking.num_experts, ranking.layers) == (3, ((2, 0, 1), (0, 1, 2)))
@@ -85,9 +120,29 @@ MALFORMED = {
     "a number that is not plain": ({"layer_0": [0], "layer_01": [0]}, "key 'layer_01' is neither"),
     "digits of another script": ({"layer_\u0660": [0]}, "is neither"),
     "a negative layer": ({"layer_-1": [0]}, "key 'layer_-1' is neither"),
-    "no layer 0": ({"layer_1": [0, 1]}, "layer_0 is missing among 1 layers"),
-    "a layer missing": ({"layer_0": [0], "layer_2": [0]}, "layer_1 is missing among 2 layers"),
+    "no layer 0": ({"layer_1": [0, 1]}, "layer 0 is missing among 1 layers"),
+    "a layer missing": ({"layer_0": [0], "layer_2": [0]}, "layer 1 is missing among 2 layers"),
     "a layer twice": ('{"layer_0": [0, 1], "layer_0": [1, 0]}', "ranking.json"),
+    "a layer twice, by name and number": ({"layer_0": [0, 1], "0": [1, 0]}, "layer 0 is there twice"),
+    "a layer twice in lines": (lines({"0": [0]}, {"1": [0]}, {"0": [0]}), "line 3: layer 0 is there twice"),
+    "a layer missing in lines": (lines({"0": [0]}, {"2": [0]}), "layer 1 is missing among 2 layers"),
+    "a line that is no order": (
+        lines({"0": [0, 1]}, {"1": [0, 0]}),
+        "layer 1 is not an order of experts 0..1",
+    ),
+    "a line that ranks some only": (
+        lines({"0": [0, 1]}, {"1": [1]}),
+        "layer 1 ranks 1 experts, expected all 2",
+    ),
+    "a line that is no JSON": ('{"0": [0]}\n{"1": [0}\n', "line 2: not valid JSON"),
+    "a line that is a list": ('{"0": [0]}\n[0]\n', "line 2: not a ranking: expected a JSON object"),
+    "an empty object in a line": ('{"0": [0]}\n{}\n', "line 2: not a ranking"),
+    "a line with another key": (lines({"0": [0]}, {"reap": [0]}), "line 2: key 'reap' is neither"),
+    "our ranking and a line more": (
+        lines(OURS, {"0": [0]}),
+        "line 1: a moe-surgery ranking is one JSON object",
+    ),
+    "far too many lines": ('{"0": [0]}\n' * 10_001, "has 10001 lines, expected one a layer"),
     "a layer that is no list": ({"layer_0": {"0": 1}}, "layer 0 is not a list"),
     "an empty layer": ({"layer_0": []}, "layer 0 is not a list of 1 to"),
     "an expert twice": ({"layer_0": [0, 1, 1]}, "layer 0 is not an order of experts 0..2"),

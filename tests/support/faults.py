@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from moe_surgery.checkpoint.fileops import FileOps
@@ -80,6 +84,20 @@ class ShortOps(FileOps):
         return super().pwrite(fd, data[: self._some(len(data))], offset)
 
 
-def descriptors() -> int:
-    """Open descriptors of this process."""
-    return len(os.listdir("/dev/fd"))
+def open_files(*folders: Path) -> list[str]:
+    """Paths of this process's open descriptors that are one of `folders` or lie in one, sorted.
+
+    Other descriptors are not counted: the garbage collector may close one of an earlier test at any time.
+    """
+    inside = tuple(os.path.realpath(folder) for folder in folders)
+    paths = (_descriptor_path(int(fd)) for fd in os.listdir("/dev/fd"))
+    return sorted(p for p in paths if any(p == f or p.startswith(f + os.sep) for f in inside))
+
+
+def _descriptor_path(fd: int) -> str:
+    """The path that `fd` was opened at; empty if it has none, or is closed by now."""
+    with suppress(OSError):
+        if sys.platform == "darwin":
+            return fcntl.fcntl(fd, fcntl.F_GETPATH, bytes(1024)).rstrip(b"\0").decode()
+        return os.readlink(f"/proc/self/fd/{fd}")
+    return ""

@@ -17,7 +17,7 @@ from moe_surgery.selection.plan import plan_keeping
 
 from ..support.checkpoints import Shape, write_checkpoint
 from ..support.command import assert_sound, contents, siblings, untouched
-from ..support.faults import KINDS, FaultyOps, ShortOps, descriptors
+from ..support.faults import KINDS, FaultyOps, ShortOps, open_files
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -47,14 +47,14 @@ def pruned(source: Path, out: Path, dtype: str, ops: FileOps | None = None) -> N
 
 def attempt(source: Path, out: Path, dtype: str, ops: FileOps) -> MoeSurgeryError | None:
     """Prune with `ops`; the error, if any. No descriptor, thread or sibling of `out` may stay."""
-    before = descriptors(), threading.active_count()
+    before = open_files(source, out.parent), threading.active_count()
     error: MoeSurgeryError | None = None
     try:
         pruned(source, out, dtype, ops)
     except MoeSurgeryError as caught:
         error = caught
         assert "\n" not in str(error)
-    assert (descriptors(), threading.active_count()) == before
+    assert (open_files(source, out.parent), threading.active_count()) == before
     assert siblings(out) == []
     return error
 

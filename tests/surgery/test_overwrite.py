@@ -22,7 +22,7 @@ from moe_surgery.selection.plan import plan_keeping
 
 from ..support.checkpoints import write_checkpoint
 from ..support.command import assert_sound, call, contents, run, siblings, start, untouched
-from ..support.faults import FaultyOps, descriptors
+from ..support.faults import FaultyOps, open_files
 
 Capture = pytest.CaptureFixture[str]
 
@@ -311,13 +311,13 @@ def test_failure_leaves_the_old_output_or_the_new(
     old = contents(out)
     for at in range(1, 100):
         ops = table(kind, at, errno.EIO, forever=forever)
-        before = descriptors()
+        before = open_files(source, out.parent)
         error: MoeSurgeryError | None = None
         try:
             replace(source, out, ops)
         except MoeSurgeryError as caught:
             error = caught
-        assert descriptors() == before
+        assert open_files(source, out.parent) == before
         now = contents(out) if out.exists() else None
         if table is NoExchange and kind == "rename_new" and forever and ops.failures > 1:
             # Neither the new output could be moved in nor the old one back: it must still be somewhere.

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 @click.argument("ckpts", nargs=-1, required=True, metavar="CKPT...")
 @click.option("--experts", type=NUMBERS, help="Also views of the first CKPT with so many experts.")
 @click.option(
-    "--ranking", type=click.Path(path_type=Path), help="Which experts views keep; default: drawn at random."
+    "--ranking",
+    type=click.Path(path_type=Path),
+    help="Which experts views keep: a ranking file or published:NAME; default: drawn at random.",
 )
 @click.option("--batch", type=NUMBERS, default="1", show_default=True, help="Sequences decoded together.")
 @click.option("--context", default=128, show_default=True, help="Tokens of each sequence read before.")

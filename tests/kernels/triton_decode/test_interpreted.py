@@ -1,36 +1,20 @@
-"""The decode step's kernels where there is no GPU: run in Triton's interpreter.
+"""The decode step's kernels where there is no GPU: run in Triton's interpreter, a process each file.
 
-Their compilation for absent ones is tested with that of all kernels, in tests/kernels/triton/.
+Their compilation for absent GPUs is tested with that of all kernels, in tests/kernels/triton/.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-pytest.importorskip("torch")
-pytest.importorskip("triton", reason="triton is not installed")
+from tests.support.interpreted import needs_interpreter, run_interpreted
 
-HERE = Path(__file__).parent
-# A process each, so that they can run beside one another.
-FILES = sorted(p.name for p in HERE.glob("device_*.py"))
+FILES = sorted(Path(__file__).parent.glob("device_*.py"))
+pytestmark = needs_interpreter
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_numerics_in_the_interpreter(file: str) -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    # Options of the outer run (workers, plugins) are not for the inner one.
-    environment.pop("PYTEST_ADDOPTS", None)
-    quiet = ["-q", "-p", "no:cacheprovider", "-W", "ignore::DeprecationWarning"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *quiet, HERE / file],
-        cwd=HERE.parents[2],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_numerics_in_the_interpreter(file: Path) -> None:
+    run_interpreted(file)
