@@ -8,7 +8,8 @@ To MXFP4 from F16 or F32: every value is cut to BF16 with the cut bits folded in
 stays (rounding to odd: it is set if any cut bit was). MXFP4's values and the midpoints between them
 have far fewer bits than BF16, so the nearest code of the cut value, ties to even, is that of the value
 itself: rounded once. The scale is chosen by BF16's rule (`moe_surgery.formats.mxfp4_numpy`) on the cut
-values. Errors are counted against the values themselves. Values that BF16 holds give BF16's bytes.
+values: another one than the values themselves would choose in near ties only. Errors are counted
+against the values themselves. Values that BF16 holds give BF16's bytes.
 """
 
 from __future__ import annotations

@@ -153,6 +153,22 @@ def test_what_is_lost_is_counted_against_the_values_themselves(source: ExpertFor
     assert report.norm_sq == pytest.approx(np.sum(values**2), rel=1e-12)
 
 
+@pytest.mark.parametrize("spread", ["normal", "uniform"])
+def test_scales_lose_hardly_more_than_the_best_of_three(spread: str) -> None:
+    draw = getattr(np.random.default_rng(4), "standard_normal" if spread == "normal" else "random")
+    values = draw((320, 400)).astype(np.float32)
+    _, _, report = encoded(values.view(np.uint32), F32)
+    x = values.astype(np.float64).T.reshape(400, 10, 32)
+    first = np.floor(np.log2(np.abs(x).max(axis=-1))).astype(int) + 125
+
+    def error_under(scales: np.ndarray) -> np.ndarray:
+        q = np.ldexp(oracle.E2M1, scales[..., None] - 127)[..., None, :]
+        return (np.abs(np.abs(x)[..., None] - q).min(axis=-1) ** 2).sum(axis=-1)
+
+    best = np.minimum.reduce([error_under(first + step) for step in (-1, 0, 1)]).sum()
+    assert best * (1 - 1e-12) <= report.error_sq <= best * 1.0005
+
+
 @pytest.mark.parametrize("source", [F16, F32], ids=lambda f: f.name)
 def test_values_that_bf16_holds_give_its_bytes(source: ExpertFormat) -> None:
     rng = np.random.default_rng(5)
