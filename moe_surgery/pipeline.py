@@ -55,8 +55,8 @@ class PruneResult:
 
 @dataclass(frozen=True, slots=True)
 class ExportResult:
-    """What `export_gguf` did. `conversion` says what BF16 -> MXFP4 lost; None for a dry run. `notes` say
-    what of the source was ignored."""
+    """What `export_gguf` did. `conversion` says what conversion to MXFP4 lost; None for a dry run. `notes`
+    say what of the source was ignored."""
 
     out: Path
     program: GgufProgram
@@ -121,8 +121,9 @@ def prune(
 
     `plan` is a `Plan`, the path of a plan file, or makes a plan of the described model; `top_k` replaces its
     number of experts a token, and may be more than the source's, up to the experts kept. `dtype`: "keep"
-    moves expert weights as they are stored, "bf16" and "mxfp4" convert them. `max_shard_size` in bytes of
-    tensors.
+    moves expert weights as they are stored; "bf16", "mxfp4", "f16" and "f32" convert them, each value
+    rounded once to the nearest (see `moe_surgery.formats.convert`), and one too large for the format is
+    refused. Other tensors keep their dtype. `max_shard_size` in bytes of tensors.
     `card` writes a model card as README.md (a README.md of the source becomes README.source.md in
     any case); `base_model` is the source's id on the hub, where its path and files do not say it.
     `dry_run` stops before anything is written. `on_start` is told the program, `progress` the bytes
@@ -183,10 +184,10 @@ def export_gguf(
     """Write `checkpoint`, with `plan` applied to it if given, as the GGUF file `out` for llama.cpp.
 
     `plan` is a `Plan` or the path of a plan file. `top_k` replaces the plan's or the model's number of
-    experts a token, up to the experts that are kept. MXFP4 weights keep their bits; `dtype` "mxfp4"
-    converts BF16 experts. `name` is shown by programs
-    (default: from the path). `tokenizer` False leaves tokenizer and chat template out. `on_start` is
-    told the program, `progress` bytes of the file as they pass.
+    experts a token, up to the experts that are kept. Weights keep their format and bits, norms and biases
+    become F32; `dtype` "mxfp4" converts experts. `name` is shown by programs (default: from the path).
+    `tokenizer` False leaves tokenizer and chat template out. `on_start` is told the program, `progress`
+    bytes of the file as they pass.
 
     `out` appears whole or not at all, and the source is only ever read. Raises UsageError,
     InvalidInputError, PlanMismatchError, OutputError or DiskFullError, each with one line that says

@@ -57,8 +57,8 @@ def command(
 ) -> None:
     """Write a full or pruned checkpoint as one GGUF file, for llama.cpp, Ollama and LM Studio.
 
-    MXFP4 experts keep every bit, other weights stay BF16, and tokenizer and chat template go into the
-    file. CKPT is only read, and never loaded; OUT appears whole or not at all. With --plan a full
+    Weights keep their format and every bit (norms, biases and router become F32), and tokenizer and chat
+    template go into the file. CKPT is only read, and never loaded; OUT appears whole or not at all. With --plan a full
     checkpoint is written as its pruned self.
 
     \b
@@ -122,7 +122,7 @@ def _print(terminal: Terminal, result: ExportResult, seconds: float) -> None:
     terminal.result(
         f"{'would write ' if conversion is None else ''}{result.out}: {program.experts} experts, "
         f"top-{program.top_k}, {count(program.parameters)} parameters, {size(program.nbytes)} in "
-        f"{len(program.tensors)} tensors ({program.storage.upper()} experts)"
+        f"{len(program.tensors)} tensors ({program.expert_format.label} experts)"
         + (f", {seconds:.1f} s" if conversion is not None else "")
     )
     if conversion is None:

@@ -20,6 +20,7 @@ from moe_surgery.cli.options import (
     terminal_of,
 )
 from moe_surgery.errors import UsageError
+from moe_surgery.formats.expert_format import EXPERT_DTYPES, format_named
 
 if TYPE_CHECKING:
     from moe_surgery.selection.plan import Plan
@@ -60,7 +61,7 @@ class _Amount:
 @click.option("--target-params", type=COUNT, help="Keep the most experts with at most so many weights: 6.6B.")
 @click.option(
     "--dtype",
-    type=click.Choice(["keep", "bf16", "mxfp4"]),
+    type=click.Choice(EXPERT_DTYPES),
     default="keep",
     show_default=True,
     help="How experts will be stored, for --target-size.",
@@ -256,10 +257,10 @@ def _count(
     from moe_surgery.pipeline import inspect
 
     found = inspect(_needed(checkpoint, said[0]))
-    storage = found.expert_storage if amount.storage == "keep" else amount.storage
-    best = found.largest(amount.target_size, amount.target_params, storage)
+    stored = found.expert_format if amount.storage == "keep" else format_named(amount.storage)
+    best = found.largest(amount.target_size, amount.target_params, stored)
     if amount.target_size is not None:
-        return best, {"target_size": amount.target_size, "expert_storage": storage}
+        return best, {"target_size": amount.target_size, "expert_storage": stored.name}
     return best, {"target_params": amount.target_params}
 
 

@@ -13,6 +13,7 @@ import click
 from moe_surgery.cli.options import EXPERT_LIST, OUTPUT, SIZE, common, router_top_k, terminal_of
 from moe_surgery.cli.terminal import Advance, Terminal, count, size
 from moe_surgery.errors import UsageError
+from moe_surgery.formats.expert_format import EXPERT_DTYPES
 
 if TYPE_CHECKING:
     from moe_surgery.families.model import Model
@@ -37,10 +38,10 @@ if TYPE_CHECKING:
 @router_top_k
 @click.option(
     "--dtype",
-    type=click.Choice(["keep", "bf16", "mxfp4"]),
+    type=click.Choice(EXPERT_DTYPES),
     default="keep",
     show_default=True,
-    help="How expert weights are stored. To bf16 is exact; to mxfp4 for weights that came from it.",
+    help="Format of expert weights; a smaller one rounds to nearest. To mxfp4 is exact for what came from it.",
 )
 @click.option(
     "--max-shard-size", type=SIZE, default="5GB", show_default=True, help="Most tensor bytes in a file."
@@ -88,9 +89,10 @@ def command(
     """Write a smaller checkpoint with the kept experts only.
 
     CKPT is only read, and never loaded: bytes go from its files straight to OUT, in less than 100 MB of
-    memory whatever its size. OUT appears whole or not at all. Stop it at any time; the same command
-    goes on where it stopped. Say which experts stay by exactly one of --plan, --ranking and --keep;
-    `--keep all` with --dtype converts, with --top-k it changes the experts a token only.
+    memory whatever its size (300 MB where --dtype converts). OUT appears whole or not at all. Stop it at
+    any time; the same command resumes where it stopped. Say which experts stay by exactly one of --plan,
+    --ranking and --keep; `--keep all` with --dtype converts, with --top-k it only changes the experts per
+    token.
 
     \b
     moe-surgery prune example:tiny tiny-8 --keep 0-7
@@ -206,7 +208,7 @@ def _print_outcome(terminal: Terminal, result: PruneResult, seconds: float) -> N
     terminal.result(
         f"{result.out}: {kept} of {program.plan.num_source_experts} experts, top-{program.top_k}, "
         f"{count(program.parameters)} parameters, {size(program.nbytes)} in {len(program.shards)} "
-        f"{'shard' if len(program.shards) == 1 else 'shards'} ({program.storage.upper()} experts), {seconds:.1f} s"
+        f"{'shard' if len(program.shards) == 1 else 'shards'} ({program.expert_format.label} experts), {seconds:.1f} s"
     )
     if outcome.shards_resumed:
         terminal.say(

@@ -7,12 +7,12 @@ import warnings
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.errors import CheckpointWarning, InvalidInputError
 from moe_surgery.families import model as _model
-from moe_surgery.families.base import Family
+from moe_surgery.families.base import Family, Role
 from moe_surgery.families.foreign import foreign
 from moe_surgery.families.gpt_oss import GPT_OSS
 from moe_surgery.families.model import Model, ModelTensor
 
-__all__ = ["FAMILIES", "Family", "Model", "ModelTensor", "describe"]
+__all__ = ["FAMILIES", "Family", "Model", "ModelTensor", "Role", "describe"]
 
 FAMILIES: tuple[Family, ...] = (GPT_OSS,)
 

@@ -9,11 +9,10 @@ from typing import Final
 from moe_surgery.checkpoint.text import describe
 from moe_surgery.errors import InvalidInputError
 from moe_surgery.families.base import (
-    EXPERT_WEIGHT,
-    PER_EXPERT,
     ConfigKey,
     Family,
     Layout,
+    Role,
     Slice,
     Tensor,
 )
@@ -23,26 +22,31 @@ _MLP: Final = "model.layers.{layer}.mlp."
 _BIAS: Final = ("attention_bias", True)
 
 TENSORS: Final = (
-    Tensor("model.embed_tokens.weight", ("vocabulary", "hidden")),
-    Tensor("model.layers.{layer}.input_layernorm.weight", ("hidden",)),
-    Tensor(_ATTENTION + "q_proj.weight", ("heads*head_dim", "hidden")),
-    Tensor(_ATTENTION + "q_proj.bias", ("heads*head_dim",), present_if=_BIAS),
-    Tensor(_ATTENTION + "k_proj.weight", ("kv_heads*head_dim", "hidden")),
-    Tensor(_ATTENTION + "k_proj.bias", ("kv_heads*head_dim",), present_if=_BIAS),
-    Tensor(_ATTENTION + "v_proj.weight", ("kv_heads*head_dim", "hidden")),
-    Tensor(_ATTENTION + "v_proj.bias", ("kv_heads*head_dim",), present_if=_BIAS),
-    Tensor(_ATTENTION + "o_proj.weight", ("hidden", "heads*head_dim")),
-    Tensor(_ATTENTION + "o_proj.bias", ("hidden",), present_if=_BIAS),
-    Tensor(_ATTENTION + "sinks", ("heads",)),
-    Tensor("model.layers.{layer}.post_attention_layernorm.weight", ("hidden",)),
-    Tensor(_MLP + "router.weight", ("experts", "hidden"), PER_EXPERT),
-    Tensor(_MLP + "router.bias", ("experts",), PER_EXPERT),
-    Tensor(_MLP + "experts.gate_up_proj", ("experts", "2*intermediate", "hidden"), EXPERT_WEIGHT),
-    Tensor(_MLP + "experts.gate_up_proj_bias", ("experts", "2*intermediate"), PER_EXPERT),
-    Tensor(_MLP + "experts.down_proj", ("experts", "hidden", "intermediate"), EXPERT_WEIGHT),
-    Tensor(_MLP + "experts.down_proj_bias", ("experts", "hidden"), PER_EXPERT),
-    Tensor("model.norm.weight", ("hidden",)),
-    Tensor("lm_head.weight", ("vocabulary", "hidden"), present_if=("!tie_word_embeddings", True)),
+    Tensor("model.embed_tokens.weight", ("vocabulary", "hidden"), Role.EMBEDDING),
+    Tensor("model.layers.{layer}.input_layernorm.weight", ("hidden",), Role.NORM),
+    Tensor(_ATTENTION + "q_proj.weight", ("heads*head_dim", "hidden"), Role.ATTENTION),
+    Tensor(_ATTENTION + "q_proj.bias", ("heads*head_dim",), Role.ATTENTION, present_if=_BIAS),
+    Tensor(_ATTENTION + "k_proj.weight", ("kv_heads*head_dim", "hidden"), Role.ATTENTION),
+    Tensor(_ATTENTION + "k_proj.bias", ("kv_heads*head_dim",), Role.ATTENTION, present_if=_BIAS),
+    Tensor(_ATTENTION + "v_proj.weight", ("kv_heads*head_dim", "hidden"), Role.ATTENTION),
+    Tensor(_ATTENTION + "v_proj.bias", ("kv_heads*head_dim",), Role.ATTENTION, present_if=_BIAS),
+    Tensor(_ATTENTION + "o_proj.weight", ("hidden", "heads*head_dim"), Role.ATTENTION),
+    Tensor(_ATTENTION + "o_proj.bias", ("hidden",), Role.ATTENTION, present_if=_BIAS),
+    Tensor(_ATTENTION + "sinks", ("heads",), Role.ATTENTION),
+    Tensor("model.layers.{layer}.post_attention_layernorm.weight", ("hidden",), Role.NORM),
+    Tensor(_MLP + "router.weight", ("experts", "hidden"), Role.ROUTER),
+    Tensor(_MLP + "router.bias", ("experts",), Role.ROUTER),
+    Tensor(_MLP + "experts.gate_up_proj", ("experts", "2*intermediate", "hidden"), Role.EXPERT_WEIGHT),
+    Tensor(_MLP + "experts.gate_up_proj_bias", ("experts", "2*intermediate"), Role.EXPERT_BIAS),
+    Tensor(_MLP + "experts.down_proj", ("experts", "hidden", "intermediate"), Role.EXPERT_WEIGHT),
+    Tensor(_MLP + "experts.down_proj_bias", ("experts", "hidden"), Role.EXPERT_BIAS),
+    Tensor("model.norm.weight", ("hidden",), Role.NORM),
+    Tensor(
+        "lm_head.weight",
+        ("vocabulary", "hidden"),
+        Role.UNEMBEDDING,
+        present_if=("!tie_word_embeddings", True),
+    ),
 )
 
 _BLOCK: Final = "block.{layer}."

@@ -12,11 +12,12 @@ from moe_surgery.checkpoint.files import printable_path
 from moe_surgery.checkpoint.text import describe as described
 from moe_surgery.checkpoint.text import printable
 from moe_surgery.errors import InvalidInputError
-from moe_surgery.families.base import DENSE, EXPERT_WEIGHT, Family, Layout, Slice, Tensor
+from moe_surgery.families.base import Family, Layout, Role, Slice, Tensor
+from moe_surgery.formats.expert_format import FORMATS, MXFP4, ExpertFormat, format_of_dtype
 
 __all__ = ["Model", "ModelTensor", "describe"]
 
-FLOATS = frozenset({"BF16", "F16", "F32"})
+FLOATS = frozenset(f.dtype for f in FORMATS.values() if not f.packed)
 UNTIED = ("!tie_word_embeddings", True)
 # Stored by old versions of transformers and by TRL, used by no model.
 IGNORED_TENSORS = (
@@ -34,31 +35,38 @@ class ModelTensor:
     """One tensor of the output layout and where the source keeps it.
 
     `shape` is the logical shape with all source experts: for an expert weight (experts, rows,
-    columns). `stored` is the source tensor (for MXFP4 its blocks), `scales` the MXFP4 scales.
+    columns). `stored` is the source tensor (for MXFP4 its blocks), `scales` the MXFP4 scales. `format`
+    is that of an expert weight, None for others.
     """
 
     name: str
-    kind: str
+    role: Role
     layer: int | None
     shape: tuple[int, ...]
     stored: TensorRef
     scales: TensorRef | None = None
+    format: ExpertFormat | None = None
 
     @property
     def parameters(self) -> int:
         return prod(self.shape)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes in the source, scales included."""
+        return self.stored.nbytes + (self.scales.nbytes if self.scales else 0)
+
+    @property
     def has_experts(self) -> bool:
-        return self.kind != DENSE
+        return self.role.has_experts
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
     """A checkpoint understood: family, layout, dimensions and all tensors in output order.
 
-    `storage` says how expert weights are stored: "mxfp4" or "bf16". `notes` are lines on what of the
-    checkpoint is ignored, and on what is read in another way than someone might expect.
+    `expert_format` is how all expert weights are stored. `notes` are lines on what of the checkpoint is
+    ignored, and on what is read in another way than someone might expect.
     """
 
     family: Family
@@ -66,7 +74,7 @@ class Model:
     config: Mapping[str, object]
     dimensions: Mapping[str, int]
     tensors: tuple[ModelTensor, ...]
-    storage: str
+    expert_format: ExpertFormat
     notes: tuple[str, ...] = ()
 
     @property
@@ -99,9 +107,7 @@ class Model:
 
     def expert_parameters(self) -> int:
         """Weights of one expert over all layers, without its router rows."""
-        return sum(
-            t.parameters // self.experts for t in self.tensors if t.has_experts and ".router." not in t.name
-        )
+        return sum(t.parameters // self.experts for t in self.tensors if t.role.in_expert)
 
 
 def describe(checkpoint: Checkpoint, families: tuple[Family, ...]) -> Model:
@@ -143,14 +149,15 @@ def describe(checkpoint: Checkpoint, families: tuple[Family, ...]) -> Model:
             f"{checkpoint.where(surplus[0])}: a {family.model_type} model of {dimensions['layers']} layers has no "
             f"such tensor ({len(surplus)} surplus in all); {checkpoint.config_path} and the shards disagree"
         )
-    storages = {("mxfp4" if t.scales else "bf16"): t for t in tensors if t.kind == EXPERT_WEIGHT}
-    if len(storages) > 1:
-        one, other = (checkpoint.where(t.stored.name) for t in storages.values())
+    stored = {t.format: t for t in tensors if t.format is not None}
+    if len(stored) > 1:
+        (one, first), (other, second) = list(stored.items())[:2]
         raise InvalidInputError(
-            f"{one} is stored otherwise than {other}: expert weights must be all MXFP4 or all BF16"
+            f"{checkpoint.where(first.stored.name)} is stored as {one.label}, "
+            f"{checkpoint.where(second.stored.name)} as {other.label}: expert weights must be all in one format"
         )
-    storage = next(iter(storages))
-    return Model(family, layout, checkpoint.config, dimensions, tuple(tensors), storage, tuple(notes))
+    expert_format = next(iter(stored))
+    return Model(family, layout, checkpoint.config, dimensions, tuple(tensors), expert_format, tuple(notes))
 
 
 def _recognise(checkpoint: Checkpoint, families: tuple[Family, ...]) -> tuple[Family, Layout]:
@@ -266,12 +273,15 @@ def _locate(
     where = layout.find(tensor.name)
     where = replace(where, name=where.name.replace("{layer}", str(layer)))
     name = tensor.name.replace("{layer}", str(layer))
-    if tensor.kind == EXPERT_WEIGHT:
-        stored, scales = _find_expert_weight(checkpoint, layout, where.name, shape)
+    scales: TensorRef | None = None
+    expert_format: ExpertFormat | None = None
+    stored: TensorRef
+    if tensor.role is Role.EXPERT_WEIGHT:
+        expert_format, stored, scales = _find_expert_weight(checkpoint, layout, where.name, shape)
     else:
-        stored, scales = _find_plain(checkpoint, where, shape, dimensions), None
+        stored = _find_plain(checkpoint, where, shape, dimensions)
     used.update(ref.name for ref in (stored, scales) if ref)
-    return ModelTensor(name, tensor.kind, layer, shape, stored, scales)
+    return ModelTensor(name, tensor.role, layer, shape, stored, scales, expert_format)
 
 
 def _find_plain(
@@ -285,27 +295,29 @@ def _find_plain(
 
 def _find_expert_weight(
     checkpoint: Checkpoint, layout: Layout, name: str, shape: tuple[int, ...]
-) -> tuple[TensorRef, TensorRef | None]:
-    """MXFP4 blocks with their scales, or a BF16 tensor: told apart by dtype and rank, not by name.
+) -> tuple[ExpertFormat, TensorRef, TensorRef | None]:
+    """MXFP4 blocks with their scales, or a dense tensor: told apart by dtype and by the scales.
 
-    (transformers saves a dequantised model's BF16 weights under the name of the blocks.)
+    (transformers saves a dequantised model's dense weights under the name of the blocks.)
     """
     experts, rows, columns = shape
     blocks = checkpoint.tensors.get(name + layout.blocks)
-    if blocks is not None and blocks.dtype == "U8":
-        if columns % 32:
+    if blocks is not None and (blocks.dtype == "U8" or name + layout.scales in checkpoint.tensors):
+        if not MXFP4.takes(columns):
             raise InvalidInputError(
                 f"{checkpoint.where(blocks.name)}: {columns} columns are not whole MXFP4 blocks of 32"
             )
         scales = _get(checkpoint, name + layout.scales)
-        _expect(checkpoint, blocks, (experts, rows, columns // 32, 16), frozenset({"U8"}))
-        _expect(checkpoint, scales, (experts, rows, columns // 32), frozenset({"U8"}))
-        return blocks, scales
+        for part, tensor in zip((blocks, scales), MXFP4.tensors(rows, columns), strict=True):
+            _expect(checkpoint, part, (experts, *tensor.shape), frozenset({tensor.dtype}))
+        return MXFP4, blocks, scales
     ref = blocks if blocks is not None else checkpoint.tensors.get(name)
     if ref is None:
         ref = _get(checkpoint, name + layout.blocks)
-    _expect(checkpoint, ref, (experts, columns, rows), frozenset({"BF16"}))
-    return ref, None
+    _expect(checkpoint, ref, (experts, columns, rows), FLOATS)
+    dense = format_of_dtype(ref.dtype)
+    assert dense is not None
+    return dense, ref, None
 
 
 def _get(checkpoint: Checkpoint, name: str) -> TensorRef:

@@ -139,7 +139,11 @@ def plan_section(plan: Plan) -> str:
 def remade(facts: Facts) -> str:
     """Commands that make the same tensors again."""
     source = facts.source_id or SOURCE
-    dtype = f" --dtype {facts.this.storage}" if facts.converted or facts.source.storage is None else ""
+    dtype = (
+        f" --dtype {facts.expert_format.name}"
+        if facts.converted or facts.source.expert_format is None
+        else ""
+    )
     commands = [
         'python3 -c \'import json; print(json.dumps(json.load(open("surgery.json"))["plan"]))\' > plan.json',
         f"moe-surgery prune {source} OUT --plan plan.json{dtype}",

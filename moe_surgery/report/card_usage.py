@@ -53,8 +53,8 @@ def usage_section(facts: Facts) -> str:
 
 
 def _memory(facts: Facts) -> str:
-    if facts.this.storage == "bf16":
-        return f"The weights take {size(facts.bf16_bytes)} of memory on any device. {_TRIED}"
+    if not facts.expert_format.packed:
+        return f"The weights take {size(facts.tensor_bytes)} of memory on any device. {_TRIED}"
     return (
         f"On CPU and MPS transformers unpacks the MXFP4 weights to BF16, which takes {size(facts.bf16_bytes)} of "
         f"memory. On a GPU they stay packed ({size(facts.this.nbytes)}) where the packages `triton` (3.4 or later) "
@@ -96,7 +96,7 @@ def limits_section(facts: Facts, evaluated: bool) -> str:
     if facts.whole:
         rounding = (
             "`conversion` in `surgery.json` counts the blocks that MXFP4 could not hold exactly"
-            if facts.converted and this.storage == "mxfp4"
+            if facts.converted and facts.expert_format.packed
             else ""
         )
         if not changed:

@@ -327,7 +327,7 @@ def test_experts_stored_in_two_ways(capsys: Capture, tmp_path: Path) -> None:
         tensors[BLOCKS.removesuffix("_blocks")] = np.zeros((4, 32, 64), np.uint16)
 
     source = write_checkpoint(tmp_path / "source", edit_tensors=mix)
-    refused(capsys, 3, "is stored otherwise than", "all MXFP4 or all BF16", source=source)
+    refused(capsys, 3, "is stored as MXFP4", "as BF16", "must be all in one format", source=source)
 
 
 # --- values that MXFP4 cannot hold
