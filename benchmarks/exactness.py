@@ -29,7 +29,7 @@ from machine import describe_machine
 from moe_surgery import inspect, load_model, plan_random, prune
 from moe_surgery.checkpoint.locate import locate
 from moe_surgery.runtime.generate import generate
-from moe_surgery.runtime.speculate import speculate
+from moe_surgery.runtime.speculation.speculate import speculate
 from moe_surgery.runtime.text import Text
 from moe_surgery.runtime.view import view
 

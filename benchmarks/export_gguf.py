@@ -23,7 +23,7 @@ from make_checkpoint import Shape, make_checkpoint
 from make_tokenizer import make_tokenizer
 from surgery_budgets import MIB, RESULTS, timed
 
-from moe_surgery.measure.surgery_speed import command_of, drop_page_cache
+from moe_surgery.bench.surgery import command_of, drop_page_cache
 
 RSS_BUDGET_MIB = 192
 PRUNED_TO = 8

@@ -32,12 +32,12 @@ from machine import describe_machine
 from safetensors.torch import load_file, save_file
 
 from moe_surgery import inspect, prune
+from moe_surgery.bench.rounds import interleaved
 from moe_surgery.formats import mxfp4, mxfp4_numpy
 from moe_surgery.formats.encode_report import EncodeReport
 from moe_surgery.formats.native import native_module
-from moe_surgery.measure.corpus import open_corpus, text_files
-from moe_surgery.measure.evaluate import evaluate
-from moe_surgery.measure.rounds import interleaved
+from moe_surgery.quality.corpus import open_corpus, text_files
+from moe_surgery.quality.evaluate import evaluate
 from moe_surgery.runtime.text import Text
 from moe_surgery.selection.plan import plan_keeping
 

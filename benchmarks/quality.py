@@ -22,11 +22,11 @@ import torch
 from machine import describe_machine
 
 from moe_surgery import inspect
-from moe_surgery.measure.corpus import open_corpus, text_files
-from moe_surgery.measure.evaluate import evaluate
-from moe_surgery.measure.evaluation import Evaluated
-from moe_surgery.measure.job import profile
-from moe_surgery.measure.search import METHOD, search
+from moe_surgery.quality.corpus import open_corpus, text_files
+from moe_surgery.quality.evaluate import evaluate
+from moe_surgery.quality.evaluation import Evaluated
+from moe_surgery.quality.job import profile
+from moe_surgery.quality.search import METHOD, search
 from moe_surgery.runtime.text import Text
 from moe_surgery.selection.metrics import METRICS
 from moe_surgery.selection.plan import Plan, plan_from_ranking, plan_random

@@ -25,13 +25,13 @@ import torch
 from machine import describe_machine
 
 from moe_surgery import Plan, load_model, prune
-from moe_surgery.measure.corpus import Passage, open_corpus, text_files
-from moe_surgery.measure.profile import profile_passages
-from moe_surgery.measure.prompts import prompts_of
-from moe_surgery.runtime.acceptance_statistics import SpeculationStatistics
+from moe_surgery.quality.corpus import Passage, open_corpus, text_files
+from moe_surgery.quality.profile import profile_passages
+from moe_surgery.quality.prompts import prompts_of
 from moe_surgery.runtime.generate import generate
 from moe_surgery.runtime.model import Model
-from moe_surgery.runtime.speculate import speculate
+from moe_surgery.runtime.speculation.speculate import speculate
+from moe_surgery.runtime.speculation.statistics import SpeculationStatistics
 from moe_surgery.runtime.text import Text
 from moe_surgery.runtime.view import view
 from moe_surgery.selection.metrics import order, score

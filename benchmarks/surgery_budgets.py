@@ -25,7 +25,7 @@ from cgroup import enter_command, memory_cgroup
 from machine import describe_machine
 from make_checkpoint import Shape, make_checkpoint
 
-from moe_surgery.measure import surgery_speed
+from moe_surgery.bench import surgery as bench
 
 RESULTS = Path(__file__).parent / "results"
 CGROUP_BYTES = 128 << 20
@@ -52,12 +52,12 @@ JOBS = (
 def timed(command: list[str], group: Path | None = None) -> tuple[float, int]:
     """Run from a dropped page cache; seconds and peak resident bytes of the whole process."""
     wrapped = command if group is None else enter_command(group, command)
-    found = surgery_speed.timed(wrapped, RESULTS)
+    found = bench.timed(wrapped, RESULTS)
     return found.seconds, found.peak_bytes
 
 
 def prune_command(source: Path, out: Path, job: Job, plan: Path) -> list[str]:
-    return surgery_speed.command_of("prune", source, out, "--plan", plan, "--dtype", job.dtype, "--quiet")
+    return bench.command_of("prune", source, out, "--plan", plan, "--dtype", job.dtype, "--quiet")
 
 
 def in_cgroup(source: Path, out: Path, job: Job, plan: Path) -> dict[str, object]:
@@ -77,7 +77,7 @@ def in_cgroup(source: Path, out: Path, job: Job, plan: Path) -> dict[str, object
 def measure(job: Job, source: Path, work: Path, rounds: int) -> dict[str, object]:
     out, target, plan = work / "out", work / "copy", work / "plan.json"
     timed(
-        surgery_speed.command_of(
+        bench.command_of(
             "plan", "--random", "--experts", job.experts, "--checkpoint", source, "-o", plan, "-q"
         )
     )
@@ -85,12 +85,12 @@ def measure(job: Job, source: Path, work: Path, rounds: int) -> dict[str, object
     for number in range(rounds):
         shutil.rmtree(out, ignore_errors=True)
         seconds, rss = timed(prune_command(source, out, job, plan))
-        copied = surgery_speed.copy_seconds(out, target).seconds
+        copied = bench.copy_seconds(out, target).seconds
         rows.append({"prune_s": seconds, "cp_s": copied, "ratio": seconds / copied, "rss_mib": rss / MIB})
         click.echo(f"{job.name} round {number}: " + ", ".join(f"{k} {v:.2f}" for k, v in rows[-1].items()))
     nbytes = sum(f.stat().st_size for f in out.iterdir())
-    verified, verify_rss = timed(surgery_speed.command_of("verify", out, "-q"))
-    read = surgery_speed.read_seconds(out)
+    verified, verify_rss = timed(bench.command_of("verify", out, "-q"))
+    read = bench.read_seconds(out)
     click.echo(f"{job.name} verify: {verified:.2f} s, read once {read:.2f} s, rss {verify_rss / MIB:.1f}")
     shutil.rmtree(out)
     result: dict[str, object] = {
@@ -119,9 +119,9 @@ def small_commands(source: Path, work: Path) -> dict[str, object]:
     ranking.write_text(json.dumps({f"layer_{i}": list(range(32)) for i in range(24)}))
     chosen = ["--experts", 8, "--checkpoint", source, "-o", work / "plan.json"]
     jobs = {
-        "inspect": surgery_speed.command_of("inspect", source, "--json"),
-        "plan": surgery_speed.command_of("plan", ranking, *chosen),
-        "plan --random": surgery_speed.command_of("plan", "--random", *chosen),
+        "inspect": bench.command_of("inspect", source, "--json"),
+        "plan": bench.command_of("plan", ranking, *chosen),
+        "plan --random": bench.command_of("plan", "--random", *chosen),
     }
     found = {}
     for name, command in jobs.items():
@@ -190,7 +190,7 @@ def _span(seconds: list[float]) -> str:
 @click.option("--only", multiple=True, type=click.Choice([j.name for j in JOBS]))
 def main(work: Path, rounds: int, only: tuple[str, ...]) -> None:
     work.mkdir(parents=True, exist_ok=True)
-    if not surgery_speed.drop_page_cache():
+    if not bench.drop_page_cache():
         raise click.ClickException("the page cache cannot be dropped; run as root")
     RESULTS.mkdir(exist_ok=True)
     source = work / "full"

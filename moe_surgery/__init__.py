@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING
 from moe_surgery.version import __version__
 
 if TYPE_CHECKING:
+    from moe_surgery.card.card import make_card
+    from moe_surgery.card.write import write_card
     from moe_surgery.checkpoint.checkpoint import Checkpoint
     from moe_surgery.families import describe
-    from moe_surgery.measure.evaluate import evaluate
-    from moe_surgery.measure.job import profile
-    from moe_surgery.measure.search import search
     from moe_surgery.pipeline import export_gguf, inspect, make_plan, prune
-    from moe_surgery.report.card import make_card
-    from moe_surgery.report.card_write import write_card
+    from moe_surgery.quality.evaluate import evaluate
+    from moe_surgery.quality.job import profile
+    from moe_surgery.quality.search import search
     from moe_surgery.runtime.generate import generate, stream
     from moe_surgery.runtime.load import load_model
-    from moe_surgery.runtime.speculate import speculate
+    from moe_surgery.runtime.speculation.speculate import speculate
     from moe_surgery.runtime.view import view
     from moe_surgery.selection.plan import Plan, load_plan, plan_from_ranking, plan_keeping, plan_random
     from moe_surgery.selection.rank import rank
@@ -71,7 +71,7 @@ _HOMES = {
     "Ranking": ("moe_surgery.selection.ranking", "Ranking"),
     "Statistics": ("moe_surgery.selection.statistics", "Statistics"),
     "describe": ("moe_surgery.families", "describe"),
-    "evaluate": ("moe_surgery.measure.evaluate", "evaluate"),
+    "evaluate": ("moe_surgery.quality.evaluate", "evaluate"),
     "export_gguf": ("moe_surgery.pipeline", "export_gguf"),
     "generate": ("moe_surgery.runtime.generate", "generate"),
     "inspect": ("moe_surgery.pipeline", "inspect"),
@@ -79,20 +79,20 @@ _HOMES = {
     "load_plan": ("moe_surgery.selection.plan", "load_plan"),
     "load_ranking": ("moe_surgery.selection.ranking", "load_ranking"),
     "load_statistics": ("moe_surgery.selection.statistics", "load_statistics"),
-    "make_card": ("moe_surgery.report.card", "make_card"),
+    "make_card": ("moe_surgery.card.card", "make_card"),
     "make_plan": ("moe_surgery.pipeline", "make_plan"),
     "plan_from_ranking": ("moe_surgery.selection.plan", "plan_from_ranking"),
     "plan_keeping": ("moe_surgery.selection.plan", "plan_keeping"),
     "plan_random": ("moe_surgery.selection.plan", "plan_random"),
-    "profile": ("moe_surgery.measure.job", "profile"),
+    "profile": ("moe_surgery.quality.job", "profile"),
     "prune": ("moe_surgery.pipeline", "prune"),
     "rank": ("moe_surgery.selection.rank", "rank"),
-    "search": ("moe_surgery.measure.search", "search"),
-    "speculate": ("moe_surgery.runtime.speculate", "speculate"),
+    "search": ("moe_surgery.quality.search", "search"),
+    "speculate": ("moe_surgery.runtime.speculation.speculate", "speculate"),
     "stream": ("moe_surgery.runtime.generate", "stream"),
     "verify": ("moe_surgery.surgery.verify", "verify_checkpoint"),
     "view": ("moe_surgery.runtime.view", "view"),
-    "write_card": ("moe_surgery.report.card_write", "write_card"),
+    "write_card": ("moe_surgery.card.write", "write_card"),
 }
 
 

@@ -126,8 +126,8 @@ def arithmetic(rng: random.Random, characters: int) -> str:
 
 def _ranking(folder: Path, say: Callable[[str], None]) -> Ranking:
     """Experts of the embedded model in the order in which `profile_texts` need them."""
-    from moe_surgery.measure.corpus import text_files
-    from moe_surgery.measure.job import profile
+    from moe_surgery.quality.corpus import text_files
+    from moe_surgery.quality.job import profile
     from moe_surgery.selection.rank import rank
 
     paths = []
@@ -146,7 +146,7 @@ def _run(row: DemoRow, path: str | Path, say: Callable[[str], None]) -> DemoRow:
 
     import torch
 
-    from moe_surgery.measure.loss import cross_entropy
+    from moe_surgery.quality.loss import cross_entropy
     from moe_surgery.runtime.generate import generate
     from moe_surgery.runtime.load import load_model
     from moe_surgery.runtime.text import Text

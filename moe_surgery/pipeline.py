@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,8 +18,10 @@ from moe_surgery.selection.given import PathLike
 from moe_surgery.selection.plan import Plan, as_plan, check_top_k, plan_keeping
 from moe_surgery.surgery.compiler import DEFAULT_SHARD_SIZE, compile_program
 from moe_surgery.surgery.inspect import Inspection, inspect_checkpoint
+from moe_surgery.surgery.names import SOURCE_README_NAME
 from moe_surgery.surgery.preflight import check_output, check_output_file
 from moe_surgery.surgery.program import Program
+from moe_surgery.surgery.provenance import origin_of
 from moe_surgery.surgery.serving import serving_notes
 
 if TYPE_CHECKING:
@@ -134,13 +136,19 @@ def prune(
     InvalidInputError, PlanMismatchError, OutputError or DiskFullError, each with one line that says
     what to do; interrupted (KeyboardInterrupt or a kill), the same call goes on where it stopped.
     """
-    from moe_surgery.report.card import with_card  # nothing but prune needs it
+    # Nothing but prune needs these.
+    from moe_surgery.card.card import with_card
+    from moe_surgery.card.front_matter import read_readme
 
     with Checkpoint.open(checkpoint, ignore_unlisted=ignore_unlisted, ops=ops) as opened:
         model = families.describe(opened)
         chosen = (plan(model) if callable(plan) else as_plan(plan)).with_top_k(top_k)
         program = compile_program(opened, model, chosen, dtype=dtype, max_shard_size=max_shard_size)
-        program = with_card(program, opened, model, base_model=base_model, card=card)
+        said = read_readme(program.copies.get(SOURCE_README_NAME)).base_model
+        origin = origin_of(opened, model, base_model=base_model, card_base_model=said)
+        program = replace(program, origin=origin)
+        if card:
+            program = with_card(program, model)
         target = check_output(opened, out, overwrite=overwrite)
         if on_start:
             on_start(program)

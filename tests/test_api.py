@@ -15,15 +15,15 @@ import moe_surgery
 from moe_surgery import export_gguf, load_plan, make_card, plan_from_ranking, prune, rank
 from moe_surgery.checkpoint.locate import locate
 from moe_surgery.errors import OutputError, PlanMismatchError
-from moe_surgery.measure.evaluation import load_evaluation
 from moe_surgery.pipeline import check_statistics
+from moe_surgery.quality.evaluation import load_evaluation
 from moe_surgery.report.page import build_report
 from moe_surgery.report.png import write_pictures
 from moe_surgery.selection.plan import Plan
 from moe_surgery.selection.published import interleave
 from moe_surgery.selection.ranking import Ranking
 from moe_surgery.selection.statistics import merge, save_statistics
-from tests.report.cards import evaluation_of
+from tests.card.cards import evaluation_of
 from tests.report.inputs import made_up
 from tests.support.checkpoints import assert_same_tensors, kept_tensors, load_config, load_tensors
 
@@ -152,7 +152,7 @@ def test_profile_and_evaluate_take_the_path_of_a_plan(folder: Path, tmp_path: Pa
     pytest.importorskip("torch")
     pytest.importorskip("tokenizers")
     from moe_surgery import evaluate, profile
-    from moe_surgery.measure.corpus import open_corpus, text_files
+    from moe_surgery.quality.corpus import open_corpus, text_files
     from moe_surgery.runtime.text import Text
 
     notes, plan = tmp_path / "notes.txt", as_path(folder / "plan.json")

@@ -48,6 +48,6 @@ def shown(target: Model, experts: int | None) -> Model:
 @pytest.fixture(scope="session")
 def bandwidth(target: Model) -> float:
     """Bytes a second of a plain read loop."""
-    from moe_surgery.measure.memory import read_bandwidth
+    from moe_surgery.bench.memory import read_bandwidth
 
     return read_bandwidth(target.device)

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from moe_surgery.measure.decode_speed import Decoding, decode_figures
+from moe_surgery.bench.decode import Decoding, decode_figures
 from moe_surgery.runtime.model import Model
 
 CONTEXT, STEPS = 32, 16

@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from moe_surgery.measure.kernel_speed import KernelCall, kernel_calls, usable_backends  # noqa: E402
+from moe_surgery.bench.kernels import KernelCall, kernel_calls, usable_backends  # noqa: E402
 from moe_surgery.runtime.model import Model  # noqa: E402
 
 CPU = torch.device("cpu")

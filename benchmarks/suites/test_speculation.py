@@ -9,7 +9,7 @@ pytest.importorskip("tokenizers")
 
 from moe_surgery.errors import MoeSurgeryError
 from moe_surgery.runtime.model import Model
-from moe_surgery.runtime.speculate import Speculation
+from moe_surgery.runtime.speculation.speculate import Speculation
 from moe_surgery.runtime.step_bytes import weight_bytes
 from moe_surgery.runtime.text import Text
 

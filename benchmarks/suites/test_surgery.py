@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moe_surgery import inspect, plan_random
-from moe_surgery.measure.surgery_speed import Measured, command_of, copy_seconds, timed
+from moe_surgery.bench.surgery import Measured, command_of, copy_seconds, timed
 
 ROUNDS = 3
 

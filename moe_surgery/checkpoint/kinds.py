@@ -172,7 +172,8 @@ def _of_file(fd: int, size: int) -> Kind | None:
     start = head.lstrip()
     if start.startswith(b"GGUF"):
         return GGUF
-    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+    torch_archive = start.startswith(b"PK\x03\x04") and b"data.pkl" in start[:200]  # its first member
+    if torch_archive or start.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
         return PICKLE
     if start[:15].lower().startswith((b"<!doctype html", b"<html")):
         return PAGE

@@ -42,12 +42,12 @@ def command(
     moe-surgery card law-8
     moe-surgery card law-8 --base-model openai/gpt-oss-20b --evaluation law.evaluation.json --write
     """
+    from moe_surgery.card.card import make_card
+    from moe_surgery.card.write import write_card
     from moe_surgery.checkpoint.fileops import FileOps
     from moe_surgery.checkpoint.locate import locate
     from moe_surgery.checkpoint.writer import write_file
-    from moe_surgery.measure.evaluation import load_evaluation
-    from moe_surgery.report.card import make_card
-    from moe_surgery.report.card_write import write_card
+    from moe_surgery.quality.evaluation import load_evaluation
 
     terminal = terminal_of(context)
     if write and output is not None:

@@ -11,8 +11,8 @@ import click
 from moe_surgery.errors import UsageError
 
 if TYPE_CHECKING:
-    from moe_surgery.runtime.draft_length import AdaptiveLength
     from moe_surgery.runtime.model import Model
+    from moe_surgery.runtime.speculation.draft_length import AdaptiveLength
 
 __all__ = ["draft_length", "draft_options", "load_draft", "several_draft_options"]
 
@@ -51,7 +51,7 @@ def _options(command: Command, several: bool) -> Command:
 
 def draft_length(said: str | None) -> int | AdaptiveLength | None:
     """The value of --draft-length; None where it is not given. Raises UsageError."""
-    from moe_surgery.runtime.draft_length import AdaptiveLength, check_length
+    from moe_surgery.runtime.speculation.draft_length import AdaptiveLength, check_length
 
     if said is None:
         return None
@@ -74,7 +74,7 @@ def load_draft(
     for options that exclude each other or a draft of another vocabulary.
     """
     from moe_surgery.runtime.load import load_model
-    from moe_surgery.runtime.speculate import check_pair
+    from moe_surgery.runtime.speculation.speculate import check_pair
     from moe_surgery.runtime.text import Text
     from moe_surgery.runtime.view import view
     from moe_surgery.selection.plan import check_top_k, load_plan

@@ -22,7 +22,7 @@ from moe_surgery.cli.options import (
 
 if TYPE_CHECKING:
     from moe_surgery.cli.terminal import Terminal
-    from moe_surgery.measure.evaluation import Evaluation, Quality
+    from moe_surgery.quality.evaluation import Evaluation, Quality
 
 
 @click.command("evaluate")
@@ -82,9 +82,9 @@ def command(
     from moe_surgery.checkpoint.fileops import FileOps
     from moe_surgery.checkpoint.writer import write_file
     from moe_surgery.errors import UsageError
-    from moe_surgery.measure.corpus import open_corpus, text_files
-    from moe_surgery.measure.evaluate import BATCH_TOKENS, evaluate
-    from moe_surgery.measure.resume import default_context
+    from moe_surgery.quality.corpus import open_corpus, text_files
+    from moe_surgery.quality.evaluate import BATCH_TOKENS, evaluate
+    from moe_surgery.quality.resume import default_context
     from moe_surgery.runtime.text import Text
     from moe_surgery.selection.plan import load_plan
 

@@ -17,9 +17,9 @@ from moe_surgery.cli.terminal import Terminal, size
 from moe_surgery.errors import UsageError
 
 if TYPE_CHECKING:
-    from moe_surgery.runtime.draft_length import AdaptiveLength
     from moe_surgery.runtime.model import Model
     from moe_surgery.runtime.sampling import Sampling
+    from moe_surgery.runtime.speculation.draft_length import AdaptiveLength
     from moe_surgery.runtime.text import Text
 
 
@@ -189,9 +189,9 @@ def _run(
     tokens: list[int],
     settings: Settings,
 ) -> None:
-    from moe_surgery.runtime.acceptance_statistics import Round
     from moe_surgery.runtime.generate import Generated, Step, generate
-    from moe_surgery.runtime.speculate import DEFAULT_LENGTH, Speculated, speculate
+    from moe_surgery.runtime.speculation.speculate import DEFAULT_LENGTH, Speculated, speculate
+    from moe_surgery.runtime.speculation.statistics import Round
     from moe_surgery.runtime.usage import Stopwatch, peak_memory
 
     watch, parser = Stopwatch(), text.parser(tokens)

@@ -22,7 +22,7 @@ from moe_surgery.cli.options import (
 from moe_surgery.cli.terminal import Advance, Terminal
 
 if TYPE_CHECKING:
-    from moe_surgery.measure.job import Listener, Profiled
+    from moe_surgery.quality.job import Listener, Profiled
 
 
 @click.command("profile")
@@ -81,8 +81,8 @@ def command(
     Stop it at any time; the same command goes on after the last finished batch.
     """
     needs_torch("profile")
-    from moe_surgery.measure.corpus import text_files
-    from moe_surgery.measure.job import BATCH_TOKENS, profile
+    from moe_surgery.quality.corpus import text_files
+    from moe_surgery.quality.job import BATCH_TOKENS, profile
     from moe_surgery.selection.plan import load_plan
 
     terminal = terminal_of(context)
@@ -109,7 +109,7 @@ def command(
 
 
 def _listener(terminal: Terminal, stack: ExitStack) -> Listener:
-    from moe_surgery.measure.job import Listener
+    from moe_surgery.quality.job import Listener
 
     class Shown(Listener):
         _advance: Advance = staticmethod(lambda _: None)

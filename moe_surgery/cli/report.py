@@ -57,7 +57,7 @@ def command(
     """
     from moe_surgery.checkpoint.fileops import FileOps
     from moe_surgery.checkpoint.writer import write_file
-    from moe_surgery.measure.evaluation import load_evaluation
+    from moe_surgery.quality.evaluation import load_evaluation
     from moe_surgery.report.page import build_report
     from moe_surgery.report.png import check_plotting, write_pictures
     from moe_surgery.selection.plan import load_plan

@@ -56,8 +56,8 @@ def command(
     Stop it at any time; the same command goes on after the last finished layer.
     """
     needs_torch("search")
-    from moe_surgery.measure.corpus import text_files
-    from moe_surgery.measure.search import search
+    from moe_surgery.quality.corpus import text_files
+    from moe_surgery.quality.search import search
 
     terminal = terminal_of(context)
     check_new_output(output, text_paths)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from moe_surgery.checkpoint.checkpoint import Checkpoint, TensorRef
+from moe_surgery.checkpoint.hub import snapshot_of
 from moe_surgery.errors import PlanMismatchError, UsageError
 from moe_surgery.export.ggml import BLOCK_VALUES
 from moe_surgery.export.gguf import Metadata, TensorEntry, TensorType, header, padding
@@ -86,9 +87,10 @@ def compile_gguf(
 
 def default_name(path: Path) -> str:
     """What to call the model in `path`: the folder's name, for a snapshot in the hub cache the model's."""
+    hub_id, _ = snapshot_of(path)
+    if hub_id:
+        return hub_id.rpartition("/")[2]
     real = path.resolve()
-    if real.parent.name == "snapshots" and real.parent.parent.name.startswith("models--"):
-        return real.parent.parent.name.rpartition("--")[2]
     return real.parent.name if real.name == "original" else real.name
 
 

@@ -1,1 +1,1 @@
-"""What people look at: model cards and pages."""
+"""The report page and the figures for papers."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moe_surgery.measure.evaluation import Evaluation
+from moe_surgery.quality.evaluation import Evaluation
 from moe_surgery.report.content import line_name
 from moe_surgery.report.curves import FEW, MEASURES, Line, lines, meant_for
 from moe_surgery.report.figures import View, coverage, plan_coverage

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from moe_surgery.measure.evaluation import Evaluated, Evaluation, Quality
+from moe_surgery.quality.evaluation import Evaluated, Evaluation, Quality
 from moe_surgery.report.curves import MEASURES, Line, lines, ranked_for
 from moe_surgery.report.figures import CARRIED, View, coverage, overlap, plan_coverage
 from moe_surgery.report.markup import number, shown

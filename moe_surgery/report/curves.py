@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from moe_surgery.measure.evaluation import Evaluated, Evaluation, Quality
+from moe_surgery.quality.evaluation import Evaluated, Evaluation, Quality
 
 __all__ = ["FEW", "MEASURES", "Line", "Point", "lines", "meant_for", "method_of", "ranked_for"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from moe_surgery.measure.evaluation import Evaluation
+from moe_surgery.quality.evaluation import Evaluation
 from moe_surgery.report.content import plan_method
 from moe_surgery.report.markup import Html, shown, table, tag
 from moe_surgery.report.parts import least_to_most, scroll

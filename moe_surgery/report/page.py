@@ -10,7 +10,7 @@ from importlib.resources import files
 import numpy as np
 
 from moe_surgery.errors import InvalidInputError, PlanMismatchError
-from moe_surgery.measure.evaluation import Evaluation, load_evaluation
+from moe_surgery.quality.evaluation import Evaluation, load_evaluation
 from moe_surgery.report.content import content
 from moe_surgery.report.figures import check_identity, check_plan, views
 from moe_surgery.report.heading import header

@@ -19,7 +19,7 @@ from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.checkpoint.files import printable_path
 from moe_surgery.checkpoint.writer import write_file
 from moe_surgery.errors import OutputError, UsageError
-from moe_surgery.measure.evaluation import Evaluation
+from moe_surgery.quality.evaluation import Evaluation
 from moe_surgery.report.charts import TITLES, coverage_charts, evaluation_chart
 from moe_surgery.report.content import TOGETHER
 from moe_surgery.report.curves import FEW, MEASURES, lines, meant_for

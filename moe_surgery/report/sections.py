@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import isnan
 
-from moe_surgery.measure.evaluation import Evaluated, Evaluation
+from moe_surgery.quality.evaluation import Evaluated, Evaluation
 from moe_surgery.report.charts import coverage_charts, evaluation_charts
 from moe_surgery.report.content import TOGETHER, data_of
 from moe_surgery.report.curves import MEASURES

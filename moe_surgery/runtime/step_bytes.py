@@ -8,8 +8,8 @@ from torch import Tensor
 
 from moe_surgery.kernels.weights import DenseWeight, Layer, Weight
 from moe_surgery.runtime.decode_cost import distinct_experts
-from moe_surgery.runtime.draft_length import Costs
 from moe_surgery.runtime.model import Model
+from moe_surgery.runtime.speculation.draft_length import Costs
 
 __all__ = ["cache_bytes", "counted_costs", "model_step_bytes", "shown_bytes", "weight_bytes"]
 

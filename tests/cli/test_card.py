@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moe_surgery import plan_keeping, prune
-from tests.report.cards import cells, evaluation_of, metadata, section
+from tests.card.cards import cells, evaluation_of, metadata, section
 from tests.support.checkpoints import write_checkpoint
 from tests.support.command import assert_sound, call, contents, run
 

@@ -16,8 +16,8 @@ pytest.importorskip("torch")
 from moe_surgery import load_plan, load_ranking
 from moe_surgery.demo import arithmetic
 from moe_surgery.kernels import select_backend
-from moe_surgery.measure.evaluation import load_evaluation
 from moe_surgery.pipeline import inspect
+from moe_surgery.quality.evaluation import load_evaluation
 from moe_surgery.selection.metrics import METRICS
 from moe_surgery.selection.statistics import load_statistics, save_statistics
 from tests.support.checkpoints import load_tensors, write_checkpoint
@@ -50,8 +50,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"messages": m}) + "\n" for m in lines))
     import torch
 
-    from moe_surgery.measure.corpus import text_files
-    from moe_surgery.measure.job import profile
+    from moe_surgery.quality.corpus import text_files
+    from moe_surgery.quality.job import profile
 
     sources = {"sums": ["sums.txt"], "talk": ["talk.jsonl"], "both": ["sums.txt", "talk.jsonl"]}
     for name, files in sources.items():

@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 import torch
 
 from moe_surgery import inspect, load_plan, verify
-from moe_surgery.measure.corpus import open_corpus, text_files
+from moe_surgery.quality.corpus import open_corpus, text_files
 from moe_surgery.runtime.text import Text
 from moe_surgery.selection.plan import Plan
 from tests.export.reading import read

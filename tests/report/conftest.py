@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_surgery.measure.evaluation import Evaluation
+from moe_surgery.quality.evaluation import Evaluation
 from moe_surgery.selection.plan import Plan, plan_random
 from moe_surgery.selection.statistics import Statistics
 from tests.report.browser import MISSING, Browser, browser
@@ -29,10 +29,10 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Real:
     torch = pytest.importorskip("torch")
     pytest.importorskip("tokenizers")
     from moe_surgery.demo import demo_texts
-    from moe_surgery.measure.corpus import open_corpus, text_files
-    from moe_surgery.measure.evaluate import evaluate
-    from moe_surgery.measure.job import profile
     from moe_surgery.pipeline import inspect
+    from moe_surgery.quality.corpus import open_corpus, text_files
+    from moe_surgery.quality.evaluate import evaluate
+    from moe_surgery.quality.job import profile
     from moe_surgery.runtime.text import Text
 
     folder = tmp_path_factory.mktemp("texts")

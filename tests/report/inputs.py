@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moe_surgery.measure.evaluation import Evaluated, Evaluation, Quality
+from moe_surgery.quality.evaluation import Evaluated, Evaluation, Quality
 from moe_surgery.selection.plan import Plan, plan_from_ranking
 from moe_surgery.selection.rank import rank
 from moe_surgery.selection.statistics import ExpertStatistics, Statistics

@@ -24,7 +24,7 @@ from moe_surgery import Plan, load_model  # noqa: E402
 from moe_surgery.kernels.interface import Backend  # noqa: E402
 from moe_surgery.kernels.reference import ReferenceBackend  # noqa: E402
 from moe_surgery.kernels.reference.experts import experts_gathered, experts_grouped  # noqa: E402
-from moe_surgery.measure.loss import cross_entropy  # noqa: E402
+from moe_surgery.quality.loss import cross_entropy  # noqa: E402
 from moe_surgery.runtime.sampling import Sampler, Sampling  # noqa: E402
 from tests.runtime.conftest import SMALL  # noqa: E402
 from tests.runtime.models import write_lively  # noqa: E402

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import click
 
+from moe_surgery.bench.rounds import Spread, rounded, spread
 from moe_surgery.cli.bench.shared import NUMBERS, collect, finish, machine, plot_option
 from moe_surgery.cli.options import common, compute, dtype_name, needs_torch, terminal_of, torch_dtype
 from moe_surgery.cli.terminal import Terminal, size
-from moe_surgery.measure.rounds import Spread, rounded, spread
 
 if TYPE_CHECKING:
-    from moe_surgery.measure.decode_speed import DecodeFigures
+    from moe_surgery.bench.decode import DecodeFigures
     from moe_surgery.runtime.model import Model
 
 
@@ -59,8 +59,8 @@ def command(
     moe-surgery bench decode example:tiny --experts 4,16 --context 32 --steps 4 --rounds 2
     """
     needs_torch("bench decode")
-    from moe_surgery.measure.decode_speed import decode_figures, measure_decoding
-    from moe_surgery.measure.plots import check_plot
+    from moe_surgery.bench.decode import decode_figures, measure_decoding
+    from moe_surgery.bench.plots import check_plot
     from moe_surgery.runtime.load import load_model
 
     terminal = terminal_of(context_)
@@ -164,7 +164,7 @@ def _say(
 
 
 def _plot(file: Path, figures: list[DecodeFigures]) -> None:
-    from moe_surgery.measure.plots import Panel, draw_panels
+    from moe_surgery.bench.plots import Panel, draw_panels
 
     lines: dict[str, list[tuple[float, float]]] = {}
     for f in sorted(figures, key=lambda f: f.experts):

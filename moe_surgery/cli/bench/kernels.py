@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
+from moe_surgery.bench.rounds import rounded
 from moe_surgery.cli.bench.shared import NUMBERS, collect, finish, machine, plot_option
 from moe_surgery.cli.options import common, needs_torch, terminal_of
-from moe_surgery.measure.rounds import rounded
 
 
 @click.command("kernels")
@@ -42,9 +42,9 @@ def command(
     moe-surgery bench kernels --hidden 256 --experts 4,32 --rounds 3
     """
     needs_torch("bench kernels")
-    from moe_surgery.measure.kernel_speed import kernel_figures, measure_kernels, usable_backends
-    from moe_surgery.measure.memory import read_bandwidth
-    from moe_surgery.measure.plots import Panel, check_plot, draw_panels
+    from moe_surgery.bench.kernels import kernel_figures, measure_kernels, usable_backends
+    from moe_surgery.bench.memory import read_bandwidth
+    from moe_surgery.bench.plots import Panel, check_plot, draw_panels
     from moe_surgery.runtime.device import open_device
 
     terminal = terminal_of(context)

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING
 
 import click
 
+from moe_surgery.bench.rounds import check_numbers, rounded
 from moe_surgery.cli import drafts
 from moe_surgery.cli.bench.shared import NUMBERS, collect, finish, machine, plot_option
 from moe_surgery.cli.options import common, compute, dtype_name, needs_torch, terminal_of, torch_dtype
 from moe_surgery.cli.terminal import Terminal, size
 from moe_surgery.errors import UsageError
-from moe_surgery.measure.rounds import check_numbers, rounded
 
 if TYPE_CHECKING:
-    from moe_surgery.measure.speculation_costs import LengthCost
-    from moe_surgery.measure.speculation_speed import SpeculationFigures, SpeculationRun
-    from moe_surgery.runtime.draft_length import Costs
+    from moe_surgery.bench.speculation import SpeculationFigures, SpeculationRun
+    from moe_surgery.bench.speculation_costs import LengthCost
     from moe_surgery.runtime.model import Model
+    from moe_surgery.runtime.speculation.draft_length import Costs
 
 
 @click.command("speculate")
@@ -80,9 +80,9 @@ def command(
     moe-surgery bench speculate --target example:tiny --draft-top-k 1 --lengths 1,4 --context 32
     """
     needs_torch("bench speculate")
-    from moe_surgery.measure.corpus import open_corpus, text_files
-    from moe_surgery.measure.plots import check_plot
-    from moe_surgery.measure.prompts import check_prompts, prompts_of
+    from moe_surgery.bench.plots import check_plot
+    from moe_surgery.quality.corpus import open_corpus, text_files
+    from moe_surgery.quality.prompts import check_prompts, prompts_of
     from moe_surgery.runtime.load import load_model
     from moe_surgery.runtime.text import Text
 
@@ -168,9 +168,9 @@ def _drafts(
 
 def _measured(terminal: Terminal, job: Job, name: str, draft: Model) -> tuple[Result, bool]:
     """What was measured of one draft, and whether Ctrl-C ended it early."""
-    from moe_surgery.measure.speculation_costs import break_even_rows, costs_of, measure_costs
-    from moe_surgery.measure.speculation_speed import measure_speculation, speculation_figures
-    from moe_surgery.runtime.speculate import speculation_cache_bytes
+    from moe_surgery.bench.speculation import measure_speculation, speculation_figures
+    from moe_surgery.bench.speculation_costs import break_even_rows, costs_of, measure_costs
+    from moe_surgery.runtime.speculation.speculate import speculation_cache_bytes
     from moe_surgery.runtime.step_bytes import weight_bytes
 
     times, interrupted = collect(
@@ -283,7 +283,7 @@ def _cells(draft: str, f: SpeculationFigures) -> tuple[str, ...]:
 
 def _plot(file: Path, found: list[Result]) -> None:
     """Acceptance by draft length, by experts kept where drafts differ in them, and the speed-up."""
-    from moe_surgery.measure.plots import Panel, draw_panels
+    from moe_surgery.bench.plots import Panel, draw_panels
 
     by_length: dict[str, list[tuple[float, float]]] = {}
     by_experts: dict[str, list[tuple[float, float]]] = {}

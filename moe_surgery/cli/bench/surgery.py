@@ -7,12 +7,12 @@ from pathlib import Path
 
 import click
 
+from moe_surgery.bench.rounds import rounded
 from moe_surgery.cli.bench.shared import NUMBERS, collect, finish, machine, plot_option
 from moe_surgery.cli.options import common, terminal_of
 from moe_surgery.cli.terminal import size
 from moe_surgery.errors import UsageError
 from moe_surgery.formats.expert_format import EXPERT_DTYPES
-from moe_surgery.measure.rounds import rounded
 
 
 @click.command("surgery")
@@ -56,8 +56,8 @@ def command(
     moe-surgery bench surgery openai/gpt-oss-20b --experts 8 --work /var/tmp
     moe-surgery bench surgery example:tiny --experts 8 --rounds 1
     """
-    from moe_surgery.measure.plots import Panel, check_plot, draw_panels
-    from moe_surgery.measure.surgery_speed import (
+    from moe_surgery.bench.plots import Panel, check_plot, draw_panels
+    from moe_surgery.bench.surgery import (
         drop_page_cache,
         measure_surgery,
         surgery_figures,

@@ -16,7 +16,7 @@ from moe_surgery.runtime.decode_step import DecodeStep
 from moe_surgery.runtime.generate import generate
 from moe_surgery.runtime.model import Model
 from moe_surgery.runtime.projections import join_projections
-from moe_surgery.runtime.speculate import speculate
+from moe_surgery.runtime.speculation.speculate import speculate
 from moe_surgery.runtime.view import view
 from tests.runtime.models import write_lively
 from tests.support.checkpoints import Shape

@@ -1,0 +1,1 @@
+"""Measurements of speed and memory; `moe-surgery bench` prints them and benchmarks/ calls them."""

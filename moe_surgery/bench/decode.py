@@ -1,0 +1,210 @@
+"""How fast models decode, beside one another in one run: full and pruned, or views of one checkpoint."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+
+import torch
+
+from moe_surgery.bench.memory import memory_in_use, read_bandwidth, synchronize
+from moe_surgery.bench.rounds import Spread, check_numbers, interleaved, percentile, spread
+from moe_surgery.errors import UsageError
+from moe_surgery.runtime.generate import decoder
+from moe_surgery.runtime.model import Model
+from moe_surgery.runtime.step_bytes import model_step_bytes, shown_bytes
+
+__all__ = ["DecodeFigures", "DecodeRun", "Decoding", "decode_figures", "measure_decoding", "run_decoding"]
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRun:
+    """One prefill and the decoding after it. Seconds; the first token's are prefill's and its choice's.
+    `read_bandwidth`: bytes a second of a plain read loop just before."""
+
+    model: str
+    batch: int
+    number: int
+    prompt_tokens: int
+    prefill_seconds: float
+    first_token_seconds: float
+    step_seconds: tuple[float, ...]
+    cache_bytes: int
+    memory_bytes: int
+    read_bandwidth: float
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeFigures:
+    """A model at one batch size, over all rounds. Rates are tokens a second of all sequences together.
+
+    `decode_rate` and `prefill_rate` are medians of rounds with their range. `latency` and `latency_p95`
+    are median and 95th percentile of a step, seconds. `bytes_per_token` is weights and cache that a
+    step must read, by count, over the batch; `bandwidth_share` what that makes of the read bandwidth, the
+    median of rounds with a read loop just before each: it exceeds 1 where the machine's memory was faster
+    meanwhile. `weight_bytes` are those a checkpoint of the shown experts holds, `memory_bytes` what the
+    process (or device) held at the end of a run, all models of the benchmark included. `ratio` is the
+    decode rate over the first model's in the same round.
+    """
+
+    model: str
+    experts: float
+    top_k: int
+    batch: int
+    prefill_rate: Spread
+    decode_rate: Spread
+    first_token_seconds: float
+    latency: float
+    latency_p95: float
+    bytes_per_token: float
+    bandwidth_share: float
+    weight_bytes: int
+    cache_bytes: int
+    memory_bytes: int
+    ratio: Spread | None
+    rounds: int
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+class Decoding:
+    """`context` random tokens read for each of `batch` sequences; then `step` decodes, up to `steps` times."""
+
+    @torch.inference_mode()
+    def __init__(self, model: Model, name: str, batch: int, context: int, steps: int, seed: int = 0) -> None:
+        random = torch.Generator().manual_seed(seed)
+        ids = torch.randint(0, model.config.vocabulary, (batch, context), generator=random)
+        self._model, self._name, self._batch, self._prompt_tokens = model, name, batch, batch * context
+        self._cache = model.new_cache(batch, context + steps + 1)
+        synchronize(model.device)
+        start = time.perf_counter()
+        logits = model(ids, self._cache, logits_to_keep=1)
+        synchronize(model.device)
+        self._prefill_seconds = time.perf_counter() - start
+        self._tokens = logits[:, -1].argmax(-1)
+        self._tokens.tolist()
+        self._first_token_seconds = time.perf_counter() - start
+        self._step_seconds: list[float] = []
+        self._follow = decoder(model, self._cache)
+        self._next()  # the first step sets up what later ones use
+
+    def step(self) -> None:
+        """Decode one token of each sequence, greedily."""
+        start = time.perf_counter()
+        self._next()
+        self._step_seconds.append(time.perf_counter() - start)
+
+    @torch.inference_mode()
+    def _next(self) -> None:
+        self._tokens = self._follow(self._tokens)[:, -1].argmax(-1)
+        self._tokens.tolist()
+
+    def run(self, read_bandwidth: float) -> DecodeRun:
+        """What was measured until now."""
+        return DecodeRun(
+            self._name,
+            self._batch,
+            0,
+            self._prompt_tokens,
+            self._prefill_seconds,
+            self._first_token_seconds,
+            tuple(self._step_seconds),
+            self._cache.nbytes,
+            memory_in_use(self._model.device),
+            read_bandwidth,
+        )
+
+
+def run_decoding(model: Model, name: str, batch: int, context: int, steps: int, seed: int = 0) -> DecodeRun:
+    """Read memory plainly, then `context` random tokens for each of `batch` sequences, then decode `steps`
+    greedily."""
+    bandwidth = read_bandwidth(model.device)
+    decoding = Decoding(model, name, batch, context, steps, seed)
+    for _ in range(steps):
+        decoding.step()
+    return decoding.run(bandwidth)
+
+
+def measure_decoding(
+    models: Mapping[str, Model],
+    *,
+    batches: Sequence[int] = (1,),
+    context: int = 128,
+    steps: int = 16,
+    rounds: int = 3,
+) -> Iterator[DecodeRun]:
+    """Every model at every batch size, in turn, `rounds` times after one run that does not count.
+
+    Raises UsageError for numbers below 1, or a context and steps that no model takes.
+    """
+    check_numbers(context=[context], steps=[steps], rounds=[rounds], batch=batches)
+    shortest = min(model.config.context for model in models.values())
+    if context + steps + 1 > shortest:
+        raise UsageError(
+            f"--context {context} and --steps {steps} need {context + steps + 1} tokens; "
+            f"these models take {shortest}"
+        )
+    jobs = [(name, model, batch) for batch in batches for name, model in models.items()]
+    for name, model, batch in jobs:
+        Decoding(model, name, batch, context, 1).step()
+    calls = [partial(run_decoding, model, name, batch, context, steps) for name, model, batch in jobs]
+    for number, _, run in interleaved(calls, rounds):
+        yield replace(run, number=number)
+
+
+def decode_figures(runs: Sequence[DecodeRun], models: Mapping[str, Model]) -> list[DecodeFigures]:
+    """Figures of what was run so far. The first model is the full one."""
+    full = next(iter(models), None)
+    rates = {(r.model, r.batch, r.number): _rate(r) for r in runs}
+    found = []
+    for batch in dict.fromkeys(r.batch for r in runs):
+        for name, model in models.items():
+            mine = [r for r in runs if (r.model, r.batch) == (name, batch)]
+            if not mine:
+                continue
+            ratios = [
+                _rate(r) / rates[full, batch, r.number]
+                for r in mine
+                if full is not None and (full, batch, r.number) in rates
+            ]
+            steps = [s for r in mine for s in r.step_seconds]
+            positions = mine[0].prompt_tokens // batch + len(mine[0].step_seconds) // 2
+            read = model_step_bytes(model, batch) + cache_step_bytes(model, batch, positions)
+            shares = [read / statistics.median(r.step_seconds) / r.read_bandwidth for r in mine]
+            found.append(
+                DecodeFigures(
+                    name,
+                    statistics.mean(len(layer.router.weight) for layer in model.layers),
+                    max(layer.top_k for layer in model.layers),
+                    batch,
+                    spread([r.prompt_tokens / r.prefill_seconds for r in mine]),
+                    spread([_rate(r) for r in mine]),
+                    statistics.median(r.first_token_seconds for r in mine),
+                    statistics.median(steps),
+                    percentile(steps, 0.95),
+                    read / batch,
+                    statistics.median(shares),
+                    shown_bytes(model),
+                    mine[0].cache_bytes,
+                    max(r.memory_bytes for r in mine),
+                    spread(ratios) if ratios else None,
+                    len(mine),
+                )
+            )
+    return found
+
+
+def cache_step_bytes(model: Model, batch: int, positions: int) -> int:
+    """Bytes of keys and values that a step reads behind `positions` positions of each sequence."""
+    c = model.config
+    seen = sum(positions if w is None else min(positions, w) for w in c.windows)
+    return 2 * batch * seen * c.kv_heads * c.head_dim * model.dtype.itemsize
+
+
+def _rate(run: DecodeRun) -> float:
+    """Tokens a second of a run, all sequences together."""
+    return run.batch * len(run.step_seconds) / sum(run.step_seconds)

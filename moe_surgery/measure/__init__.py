@@ -1,1 +1,0 @@
-"""What a model does with texts, in numbers."""

@@ -1,0 +1,250 @@
+"""Models against the full one on the same texts, all taken through a layer together."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from moe_surgery import families
+from moe_surgery.checkpoint.checkpoint import Checkpoint
+from moe_surgery.errors import InvalidInputError, UsageError
+from moe_surgery.families.identity import identity
+from moe_surgery.quality.candidates import Candidate, pruned_candidate
+from moe_surgery.quality.corpus import Corpus, Passage, batches
+from moe_surgery.quality.evaluation import Evaluated, Evaluation, Quality
+from moe_surgery.quality.hidden_states import HiddenStates
+from moe_surgery.quality.layerwise import apply_attention, apply_experts, embed, logits_of
+from moe_surgery.runtime.load import load_model
+from moe_surgery.runtime.model import Model
+from moe_surgery.selection.given import Named, loaded_pairs
+from moe_surgery.selection.plan import Plan, check_top_k, load_plan, plan_keeping
+
+__all__ = ["evaluate", "evaluate_passages"]
+
+BATCH_TOKENS = 8192
+LOGIT_BYTES = 64 << 20
+Progress = Callable[[int], None]
+
+
+@dataclass(slots=True)
+class _Sums:
+    """Sums over predicted tokens of one domain (see `Quality`), and over routes per layer."""
+
+    tokens: int = 0
+    loss: float = 0.0
+    kl: float = 0.0
+    agreed: int = 0
+    routes: list[int] = field(default_factory=list)
+    redirected: list[int] = field(default_factory=list)
+
+    def quality(self, counted: bool) -> Quality:
+        pairs = zip(self.redirected, self.routes, strict=True)
+        shares = tuple(moved / max(1, routes) for moved, routes in pairs) if counted else ()
+        n = self.tokens
+        return Quality(n, self.loss / n, max(0.0, self.kl / n), self.agreed / n, shares)
+
+
+def evaluate(
+    checkpoint: str | os.PathLike[str],
+    corpus: Corpus,
+    *,
+    plans: Named[Plan] = (),
+    pruned: Sequence[str | os.PathLike[str]] = (),
+    top_k: int | None = None,
+    answers_only: bool = False,
+    batch_tokens: int = BATCH_TOKENS,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """What plans and pruned checkpoints cost against the full `checkpoint` on the texts of `corpus`.
+
+    Plans (with the names they get, or as paths of plan files) are evaluated as views: nothing is
+    written. All models go through a layer together, which is then let go, so memory holds one layer and
+    each model's hidden states for a batch. `top_k` is how many experts the router chooses for a token in
+    all plans and pruned checkpoints; without any, the full model is compared with itself with that top-k.
+    `answers_only` counts tokens of the conversations' answers alone. `progress` is told the tokens that
+    all models are done with.
+
+    Raises UsageError where there is nothing to predict or `top_k` is not from 1 to the experts kept,
+    PlanMismatchError for a plan or checkpoint of another model, and any error of opening the checkpoint.
+    """
+    if batch_tokens < 1:
+        raise UsageError(f"--batch-tokens {batch_tokens}: must be at least 1")
+    named_plans = loaded_pairs(plans, Plan, load_plan)
+    with Checkpoint.open(checkpoint) as opened:
+        described = families.describe(opened)
+        known = identity(opened, described)
+    model = load_model(checkpoint, device, dtype, backend=backend, one_layer=True)
+    candidates = []
+    if top_k is not None and not named_plans and not pruned:
+        check_top_k(top_k, described.experts, f"{checkpoint} has")
+        named_plans = [(f"top-k {top_k}", plan_keeping(None, described))]
+    for name, given in named_plans:
+        given.check_fits(described.model_type, described.experts, described.layers, str(checkpoint))
+        plan = given.with_top_k(top_k, name)
+        candidates.append(Candidate(name, plan.layers, plan.top_k, None, dict(plan.provenance)))
+    for path in pruned:
+        other = load_model(path, device, dtype, backend=backend, top_k=top_k, one_layer=True)
+        candidates.append(pruned_candidate(os.fspath(path), other, model))
+    groups = batches(corpus, batch_tokens)
+    models = evaluate_passages(model, groups, candidates, answers_only=answers_only, progress=progress)
+    settings: dict[str, object] = {
+        **model.computation,
+        "context": corpus.context,
+        "max_tokens": corpus.max_tokens,
+        "answers_only": answers_only,
+    }
+    return Evaluation(
+        described.model_type, str(checkpoint), known, described.experts, models, corpus.texts, settings
+    )
+
+
+@torch.inference_mode()
+def evaluate_passages(
+    model: Model,
+    groups: Iterable[Sequence[Passage]],
+    candidates: Sequence[Candidate],
+    *,
+    answers_only: bool = False,
+    progress: Progress | None = None,
+) -> tuple[Evaluated, ...]:
+    """The full `model` and the candidates on batches of passages, in that order.
+
+    Raises UsageError where no batch has a token to predict, InvalidInputError where a model's predictions
+    are no numbers (weights that overflow in the compute dtype).
+    """
+    experts = model.layers[0].router.weight.shape[0]
+    full = Candidate("full", (tuple(range(experts)),) * len(model.layers))
+    everyone = [full, *candidates]
+    sums: list[dict[str, _Sums]] = [{} for _ in everyone]
+    counts: list[list[tuple[int, int]]] = [[] for _ in everyone]  # experts and top-k of each layer
+    for passages in groups:
+        targets = _targets(passages, answers_only)
+        for per_domain in sums:
+            for domain in targets.domains:
+                zeros = [0] * len(model.layers)
+                per_domain.setdefault(domain, _Sums(routes=list(zeros), redirected=zeros))
+        states = [embed(c.model or model, [p.tokens for p in passages]) for c in everyone]
+        for number in range(len(model.layers)):
+            whole = model.layers[number]
+            reference: Tensor | None = None
+            for place, (candidate, state) in enumerate(zip(everyone, states, strict=True)):
+                own = candidate.model or model
+                layer = whole if place == 0 else candidate.layer(number, whole)
+                if len(counts[place]) == number:
+                    counts[place].append((layer.router.weight.shape[0], layer.top_k))
+                apply_attention(own, number, layer, state)
+                ids = apply_experts(own, layer, state)
+                if reference is None:
+                    reference = ids
+                if candidate.kept is not None:
+                    moved = _redirected(ids, candidate.kept[number], reference)
+                    _count_routes(sums[place], targets, number, moved)
+        _compare(model, everyone, states, targets, sums)
+        if progress:
+            progress(states[0].tokens)
+    if not any(s.tokens for s in sums[0].values()):
+        raise UsageError(
+            "the texts have no token to predict"
+            + (" in an answer of a conversation (--answers-only)" if answers_only else "; give longer ones")
+        )
+    found = []
+    for place, (candidate, per_domain) in enumerate(zip(everyone, sums, strict=True)):
+        kind = "full" if place == 0 else ("plan" if candidate.model is None else "checkpoint")
+        kept = tuple(n for n, _ in counts[place])
+        for domain, s in per_domain.items():
+            if not math.isfinite(s.loss + s.kl):
+                raise InvalidInputError(
+                    f"{candidate.name}: its predictions on domain {domain!r} are no finite numbers; "
+                    "try --dtype f32"
+                )
+        domains = {d: s.quality(candidate.kept is not None) for d, s in per_domain.items() if s.tokens}
+        most = max(k for _, k in counts[place])
+        found.append(Evaluated(candidate.name, kind, kept, most, domains, candidate.provenance))
+    return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class _Targets:
+    """Which rows predict what: rows, next tokens and domains, int64 [predicted]; and the domain for which
+    each row's routes count, -1 for none."""
+
+    domains: list[str]
+    rows: Tensor
+    tokens: Tensor
+    owner: Tensor
+    row_owner: Tensor
+
+
+def _targets(passages: Sequence[Passage], answers_only: bool) -> _Targets:
+    domains: dict[str, int] = {}
+    rows: list[int] = []
+    tokens: list[int] = []
+    owner: list[int] = []
+    row_owner: list[int] = []
+    start = 0
+    for passage in passages:
+        domain = domains.setdefault(passage.domain, len(domains))
+        first = 1
+        if answers_only:
+            first = len(passage.tokens) if passage.answer is None else max(1, passage.answer)
+        for place in range(first, len(passage.tokens)):
+            rows.append(start + place - 1)
+            tokens.append(passage.tokens[place])
+            owner.append(domain)
+        counted = range(first - 1, len(passage.tokens) - 1) if answers_only else range(len(passage.tokens))
+        row_owner.extend(domain if row in counted else -1 for row in range(len(passage.tokens)))
+        start += len(passage.tokens)
+    return _Targets(
+        list(domains), *(torch.tensor(x, dtype=torch.int64) for x in (rows, tokens, owner, row_owner))
+    )
+
+
+def _redirected(ids: Tensor, kept: tuple[int, ...], reference: Tensor) -> Tensor:
+    """Which routes go to experts that the full model did not choose for the token, bool [tokens, slots]."""
+    source = torch.tensor(kept, dtype=torch.int64)[ids[:, : reference.shape[1]]]
+    return ~(source[:, :, None] == reference[:, None, :]).any(dim=-1)
+
+
+def _count_routes(sums: dict[str, _Sums], targets: _Targets, number: int, moved: Tensor) -> None:
+    for place, domain in enumerate(targets.domains):
+        mine = moved[targets.row_owner == place]
+        sums[domain].redirected[number] += int(mine.sum())
+        sums[domain].routes[number] += mine.numel()
+
+
+def _compare(
+    model: Model,
+    everyone: Sequence[Candidate],
+    states: Sequence[HiddenStates],
+    targets: _Targets,
+    sums: Sequence[dict[str, _Sums]],
+) -> None:
+    """Add the predictions of all models for the target rows to `sums`, a bounded piece at a time."""
+    step = max(1, LOGIT_BYTES // (model.config.vocabulary * 4))
+    for start in range(0, len(targets.rows), step):
+        piece = slice(start, start + step)
+        rows, owner = targets.rows[piece], targets.owner[piece]
+        wanted = targets.tokens[piece].to(model.device)
+        reference: Tensor | None = None
+        for candidate, state, per_domain in zip(everyone, states, sums, strict=True):
+            log_p = torch.log_softmax(logits_of(candidate.model or model, state[rows]), dim=-1)
+            if reference is None:
+                reference, chances, likeliest = log_p, log_p.exp(), log_p.argmax(dim=-1)
+            loss = -log_p.gather(1, wanted[:, None])[:, 0]
+            kl = (chances * (reference - log_p)).sum(dim=-1)
+            agreed = log_p.argmax(dim=-1) == likeliest
+            for place, domain in enumerate(targets.domains):
+                mine = (owner == place).to(loss.device)
+                found = per_domain[domain]
+                found.tokens += int(mine.sum())
+                found.loss += float(loss[mine].cpu().double().sum())
+                found.kl += float(kl[mine].cpu().double().sum())
+                found.agreed += int(agreed[mine].sum())

@@ -1,0 +1,187 @@
+"""The whole job of profiling: texts in, a statistics file out, resumed where it stopped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from moe_surgery import families
+from moe_surgery.checkpoint.checkpoint import Checkpoint
+from moe_surgery.errors import InvalidInputError, UsageError
+from moe_surgery.families.identity import identity
+from moe_surgery.quality.answers import generate_answers
+from moe_surgery.quality.corpus import Passage, TextFile, batches, open_corpus
+from moe_surgery.quality.profile import profile_passages
+from moe_surgery.quality.resume import check_writable, default_context, job_digest, partial_path
+from moe_surgery.runtime.load import load_model
+from moe_surgery.runtime.text import Text
+from moe_surgery.selection.given import PathLike
+from moe_surgery.selection.plan import Plan, as_plan
+from moe_surgery.selection.statistics import (
+    ExpertStatistics,
+    Statistics,
+    load_statistics,
+    merge,
+    save_statistics,
+)
+from moe_surgery.version import __version__
+
+__all__ = ["BATCH_TOKENS", "Listener", "Profiled", "profile"]
+
+BATCH_TOKENS = 8192
+
+
+class Listener:
+    """What `profile` tells as it goes; every method may be overridden."""
+
+    def start(self, stage: str, total: int) -> None:
+        """A stage begins: "answers" (total prompts) or "profile" (total tokens x layers)."""
+
+    def advance(self, amount: int) -> None:
+        """So much of the stage is done."""
+
+    def remark(self, text: str) -> None:
+        """Something a user should know."""
+
+
+@dataclass(frozen=True, slots=True)
+class Profiled:
+    """The statistics, where they were saved, and tokens that an earlier, interrupted run had done."""
+
+    statistics: Statistics
+    output: Path
+    resumed_tokens: int
+
+
+def profile(
+    checkpoint: str | os.PathLike[str],
+    files: Sequence[TextFile],
+    output: str | os.PathLike[str],
+    *,
+    context: int | None = None,
+    max_tokens: int | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+    generate: int | None = None,
+    sequential: Plan | PathLike | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+    listener: Listener | None = None,
+) -> Profiled:
+    """Run texts through a checkpoint one layer at a time and save what its experts did.
+
+    `files` as `corpus.text_files` makes them. `context`: most tokens of a passage (default 4096 or
+    the model's); longer texts are split. `max_tokens` bounds each domain. All passages of a batch of
+    `batch_tokens` go through a layer before the next one is touched: memory holds a layer and the
+    batch's hidden states. `generate`: the model first answers each conversation in so many tokens.
+    `sequential`: layers see what earlier layers give with the experts of this plan (or of the plan file of
+    that path) only. `device`, `dtype` and `backend` are as for `load_model`.
+
+    After each batch the sums so far go to `.NAME.partial` beside `output`; the same call goes on
+    there. Raises UsageError, InvalidInputError (a file without text, not UTF-8, malformed),
+    PlanMismatchError, OutputError.
+    """
+    told = listener or Listener()
+    out = Path(output)
+    with Checkpoint.open(checkpoint) as opened:
+        described = families.describe(opened)
+        known = identity(opened, described)
+    if sequential is not None:
+        sequential = as_plan(sequential)
+        sequential.check_fits(described.model_type, described.experts, described.layers, str(checkpoint))
+    if batch_tokens < 1:
+        raise UsageError(f"--batch-tokens {batch_tokens}: must be at least 1")
+    partial = partial_path(out)
+    check_writable(out, partial)
+    model = load_model(checkpoint, device, dtype, backend=backend, one_layer=True)
+    text = Text(checkpoint)
+    corpus = open_corpus(files, text, context=default_context(checkpoint, context), max_tokens=max_tokens)
+    settings: dict[str, object] = {
+        **model.computation,
+        "context": corpus.context,
+        "max_tokens": max_tokens,
+        "generate": generate,
+        "sequential": None if sequential is None else sequential.as_dict(),
+    }
+    job = job_digest(
+        [known, corpus.texts, [f.format for f in corpus.files], settings, batch_tokens, __version__]
+    )
+    passages: Iterable[Passage] = corpus
+    if generate is not None:
+        whole = load_model(checkpoint, device, dtype, backend=backend)
+        told.start("answers", sum(1 for _ in corpus.prompts()))
+        file = out.with_name(f"{out.name}.answers.jsonl")
+        stops = text.stop_tokens or None
+        passages, skipped = generate_answers(
+            whole, corpus, generate, file, job=job, stop_tokens=stops, progress=told.advance
+        )
+        del whole
+        if skipped:
+            told.remark(f"{skipped} prompts leave no room for an answer in the context and were skipped")
+    total = sum(len(p.tokens) for p in passages)  # reads all texts once, before any long work
+    if corpus.split:
+        told.remark(f"{corpus.split} texts are longer than {corpus.context} tokens and were split")
+    found, finished = _resumed(partial, job)
+    resumed = sum(found.tokens.values()) if found else 0
+    layers = len(model.layers)
+    told.start("profile", total * layers)
+    told.advance(resumed * layers)
+    for number, batch in enumerate(batches(passages, batch_tokens)):
+        if number < finished:
+            continue
+        data = profile_passages(model, batch, sequential=sequential, progress=told.advance)
+        _check_finite(data, str(checkpoint))
+        part = Statistics(
+            described.model_type,
+            known,
+            described.experts,
+            model.config.hidden,
+            described.top_k,
+            {d: int(data[d][0].count.sum()) // described.top_k for d in data},
+            {d: [] for d in data},
+            data,
+        )
+        found = part if found is None else merge([found, part])
+        found.settings = {"job": job, "batches": number + 1}
+        save_statistics(found, partial)
+    assert found is not None
+    if generate is not None:  # files hold prompts only; the tokens counted are the domain's
+        for told_text in (t for texts in corpus.texts.values() for t in texts):
+            told_text.pop("tokens")
+    for domain in found.domains:
+        listed = corpus.texts.get(domain) or corpus.texts[domain.rpartition(":")[0]]
+        found.texts[domain] = [text for text in listed if text.get("tokens") != 0]  # the bound was met before
+    found.settings = settings
+    save_statistics(found, out)
+    with suppress(OSError):
+        partial.unlink()
+    return Profiled(found, out, resumed)
+
+
+def _resumed(partial: Path, job: str) -> tuple[Statistics | None, int]:
+    """What an interrupted run of this job has gathered, and how many batches that was."""
+    if not partial.exists():
+        return None, 0
+    try:
+        found = load_statistics(partial)
+    except InvalidInputError:
+        return None, 0
+    batches_done = found.settings.get("batches")
+    if found.settings.get("job") != job or not isinstance(batches_done, int):
+        return None, 0
+    return found, batches_done
+
+
+def _check_finite(data: Mapping[str, Sequence[ExpertStatistics]], checkpoint: str) -> None:
+    for layers in data.values():
+        for number, layer in enumerate(layers):
+            if not np.isfinite(layer.gate.sum() + layer.weighted_norm.sum() + layer.norm.sum()):
+                raise InvalidInputError(
+                    f"{checkpoint}: layer {number} gives numbers that are not finite; try --dtype f32"
+                )

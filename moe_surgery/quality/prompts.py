@@ -1,0 +1,47 @@
+"""Prompts that benchmarks make of texts: their beginnings, and conversations up to the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from moe_surgery.errors import UsageError
+from moe_surgery.quality.corpus import Corpus, Document
+
+__all__ = ["check_prompts", "prompts_of"]
+
+
+def prompts_of(corpus: Corpus, tokens: int, most: int | None = None) -> dict[str, list[list[int]]]:
+    """Up to `most` prompts of each domain of `corpus`, as token numbers.
+
+    The first `tokens` tokens of a text (shorter texts are left out), or a conversation without its
+    answer. Raises UsageError where nothing is left, InvalidInputError naming a broken line.
+    """
+    found: dict[str, list[list[int]]] = {domain: [] for domain in corpus.domains}
+    for document in corpus.documents():
+        mine = found[document.domain]
+        if (most is None or len(mine) < most) and (ids := _prompt(corpus, document, tokens)):
+            mine.append(ids)
+    if not any(found.values()):
+        raise UsageError(f"--texts: none has {tokens} tokens; pass longer ones or a smaller --prompt-tokens")
+    return {domain: prompts for domain, prompts in found.items() if prompts}
+
+
+def check_prompts(
+    prompts: Mapping[str, Sequence[Sequence[int]]], new_tokens: int, contexts: Iterable[int]
+) -> None:
+    """Raise UsageError unless each prompt and `new_tokens` more fit into models of these contexts."""
+    most = min(contexts)
+    for domain, some in prompts.items():
+        if (longest := max(map(len, some), default=0)) + new_tokens > most:
+            raise UsageError(
+                f"--texts: a prompt of '{domain}' has {longest} tokens; with --new-tokens {new_tokens} that is more "
+                f"than the {most} the models take"
+            )
+
+
+def _prompt(corpus: Corpus, document: Document, tokens: int) -> list[int]:
+    if document.chat is not None:
+        asked = document.chat.question()
+        return corpus.encode_chat(asked, document.where) if asked.messages else []
+    ids = corpus.tokenizer.encode(document.text or "")
+    return ids[:tokens] if len(ids) >= tokens else []

@@ -1,0 +1,116 @@
+"""The whole job of choosing by reconstruction: texts in, a ranking file out, resumed layer by layer."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from moe_surgery import families
+from moe_surgery.checkpoint.checkpoint import Checkpoint
+from moe_surgery.checkpoint.fileops import FileOps
+from moe_surgery.checkpoint.writer import write_file
+from moe_surgery.families.identity import identity
+from moe_surgery.quality.corpus import TextFile, open_corpus
+from moe_surgery.quality.greedy_elimination import LayerOrder, reconstruct
+from moe_surgery.quality.resume import check_writable, default_context, job_digest, partial_path
+from moe_surgery.runtime.load import load_model
+from moe_surgery.runtime.text import Text
+from moe_surgery.selection.ranking import Ranking
+from moe_surgery.version import __version__
+
+__all__ = ["METHOD", "search"]
+
+METHOD = "reconstruction"
+
+
+def search(
+    checkpoint: str | os.PathLike[str],
+    files: Sequence[TextFile],
+    output: str | os.PathLike[str],
+    *,
+    context: int | None = None,
+    max_tokens: int | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+    start: Callable[[int, int], None] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Ranking:
+    """Rank each layer's experts by how well the first n rebuild its output on texts; save the ranking.
+
+    `files` as `corpus.text_files` makes them, all domains together; `context` and `max_tokens` as for
+    `profile`. All tokens go through together (see `reconstruct` for what that costs). `start` is told
+    tokens and layers, `progress` each layer that is done. After each layer the orders so far go to
+    `.NAME.partial` beside `output`; the same call goes on there. Raises UsageError, InvalidInputError
+    and OutputError.
+    """
+    out = Path(output)
+    partial = partial_path(out)
+    check_writable(out, partial)
+    with Checkpoint.open(checkpoint) as opened:
+        described = families.describe(opened)
+        known = identity(opened, described)
+    model = load_model(checkpoint, device, dtype, backend=backend, one_layer=True)
+    corpus = open_corpus(
+        files, Text(checkpoint), context=default_context(checkpoint, context), max_tokens=max_tokens
+    )
+    settings: dict[str, object] = {
+        **model.computation,
+        "context": corpus.context,
+        "max_tokens": max_tokens,
+    }
+    job = job_digest([METHOD, known, corpus.texts, [f.format for f in files], settings, __version__])
+    passages = list(corpus)
+    tokens = sum(len(p.tokens) for p in passages)
+    done = _resumed(partial, job)
+    if start:
+        start(tokens, described.layers)
+    if progress:
+        progress(len(done))
+    orders = list(done)
+
+    def finished(_: int, order: LayerOrder) -> None:
+        orders.append(order)
+        said = {"job": job, "layers": [asdict(o) for o in orders]}
+        write_file(partial, json.dumps(said).encode(), FileOps())
+        if progress:
+            progress(1)
+
+    reconstruct(model, passages, known=done, finished=finished)
+    ranking = Ranking(
+        described.experts,
+        tuple(o.experts for o in orders),
+        described.model_type,
+        None,
+        {
+            "method": METHOD,
+            "domains": sorted(corpus.domains),
+            "tokens": tokens,
+            "checkpoint": known,
+            "texts": {d: [t for t in ts if t["tokens"]] for d, ts in corpus.texts.items()},
+            "settings": settings,
+            # By layer: mean relative squared error of the output with the first 1, 2, ... experts.
+            "errors": [[float(f"{e:.6g}") for e in o.errors] for o in orders],
+        },
+    )
+    write_file(out, ranking.to_json().encode() + b"\n", FileOps())
+    with suppress(OSError):
+        partial.unlink()
+    return ranking
+
+
+def _resumed(partial: Path, job: str) -> list[LayerOrder]:
+    """Layers that an interrupted run of this job has done."""
+    try:
+        said = json.loads(partial.read_bytes())
+        if said["job"] != job:
+            return []
+        return [LayerOrder(tuple(o["experts"]), tuple(o["errors"])) for o in said["layers"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []

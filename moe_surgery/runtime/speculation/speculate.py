@@ -1,0 +1,277 @@
+"""Speculative decoding: a draft proposes, the target checks several tokens in one step.
+
+Greedy, the output is the target's own, token for token, where a token's logits do not depend on how many
+tokens go through the target together: with kernels that promise it; with others in float32 near ties alone
+could turn. Sampled, its distribution is the target's own. `mismatch` counts what differs otherwise.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_surgery.errors import UsageError
+from moe_surgery.runtime.generate import decoder, pad_left, room_for
+from moe_surgery.runtime.model import Model
+from moe_surgery.runtime.sampling import Sampler, Sampling, distribution
+from moe_surgery.runtime.speculation.acceptance import accept_drawn, accept_greedy
+from moe_surgery.runtime.speculation.draft import BEHIND, Drafter, Proposal
+from moe_surgery.runtime.speculation.draft_length import AdaptiveLength, LengthControl
+from moe_surgery.runtime.speculation.statistics import Round, SpeculationStatistics
+from moe_surgery.runtime.step_bytes import cache_bytes, counted_costs
+
+__all__ = [
+    "DEFAULT_LENGTH",
+    "Speculated",
+    "Speculation",
+    "check_pair",
+    "speculate",
+    "speculation_cache_bytes",
+]
+
+DEFAULT_LENGTH = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Speculated:
+    """New tokens per sequence, the stop token included where one was met, their log-probabilities
+    under the unfiltered target, and what speculation did."""
+
+    tokens: list[list[int]]
+    log_probabilities: list[list[float]]
+    statistics: SpeculationStatistics
+
+
+class Speculation:
+    """One run: iterate over it for its rounds; `statistics` and `tokens` grow as it goes."""
+
+    def __init__(
+        self,
+        target: Model,
+        draft: Model,
+        prompts: Sequence[Sequence[int]],
+        *,
+        length: int | AdaptiveLength = DEFAULT_LENGTH,
+        sampling: Sampling | None = None,
+        max_new_tokens: int = 256,
+        stop_tokens: Sequence[int] | None = None,
+        context: int | None = None,
+    ) -> None:
+        """See `speculate`."""
+        check_pair(target, draft)
+        self._ids, self._mask = pad_left(prompts)
+        tokens = self._ids.shape[1]
+        self._new = room_for(target, tokens, max_new_tokens, context)
+        needed = tokens + self._new - 1  # the last token is not looked at again
+        if needed > draft.config.context:
+            raise UsageError(
+                f"the draft takes {draft.config.context} tokens, but prompt and answer may reach {needed + 1}; "
+                f"pass --context {draft.config.context}"
+            )
+        costs = None
+        if isinstance(length, AdaptiveLength) and length.costs is None:
+            costs = counted_costs(target, draft, len(prompts), length.most)
+        self._control = LengthControl(length, costs)
+        # Refused tokens lie past the last one that stays until they are taken back.
+        self._columns = min(needed + self._control.most, target.config.context)
+        self._draft_columns = min(needed + self._control.most, draft.config.context)
+        stops = target.config.stop_tokens if stop_tokens is None else stop_tokens
+        self._stops = torch.tensor(stops, dtype=torch.int64)
+        self._sampler = Sampler(sampling or Sampling())
+        self._target = target
+        self._drafter = Drafter(draft, self._sampler, self._stops, self._control.confidence)
+        self._prompts = [list(p) for p in prompts]
+        self._sequences = [list(p) for p in prompts]
+        self._log_probabilities: list[list[float]] = [[] for _ in prompts]
+        self._ended = [False] * len(prompts)
+        self.statistics = SpeculationStatistics()
+
+    @property
+    def tokens(self) -> list[list[int]]:
+        """New tokens of each sequence so far."""
+        return [s[len(p) :] for s, p in zip(self._sequences, self._prompts, strict=True)]
+
+    @property
+    def log_probabilities(self) -> list[list[float]]:
+        """Log-probabilities of `tokens` under the unfiltered target."""
+        return [list(values) for values in self._log_probabilities]
+
+    def __iter__(self) -> Iterator[Round]:
+        """Read the prompts and yield round after round until every sequence has ended."""
+        yield self._counted(self._prefill())
+        if not all(self._ended):
+            self._prefill_draft()
+        while not all(self._ended):
+            yield self._counted(self._round())
+
+    def _counted(self, done: Round) -> Round:
+        self.statistics.add(done)
+        return done
+
+    @torch.inference_mode()
+    def _prefill(self) -> Round:
+        """The first token of each sequence comes from the target alone."""
+        start = time.perf_counter()
+        target = self._target
+        self._cache = target.new_cache(len(self._ids), self._columns, rollback=self._control.most)
+        self._step: Callable[[Tensor], Tensor] | None = None
+        self.statistics.target_cache_bytes = self._cache.nbytes
+        logits = target(self._ids, self._cache, self._mask.to(target.device), logits_to_keep=1)
+        tokens, log_probabilities = self._sampler(logits[:, -1])
+        new = [[t] for t in tokens.tolist()]
+        found = self._taken(new, [[v] for v in log_probabilities.tolist()])
+        nothing = [0] * len(new)
+        return Round(*found, nothing, nothing, 0.0, time.perf_counter() - start, first=True)
+
+    @torch.inference_mode()
+    def _prefill_draft(self) -> None:
+        start = time.perf_counter()
+        self._drafter.prefill(self._ids, self._mask, self._draft_columns, self._control.most)
+        self.statistics.draft_cache_bytes = self._drafter.cache.nbytes
+        lengths = [0 if e else n for n, e in zip(self._cache.lengths, self._ended, strict=True)]
+        self._cache.truncate(lengths)
+        self._drafter.follow(lengths)
+        self.statistics.prefill_seconds += time.perf_counter() - start
+
+    @torch.inference_mode()
+    def _round(self) -> Round:
+        start = time.perf_counter()
+        proposal = self._proposed()
+        drafted = time.perf_counter()
+        logits = self._verified(proposal)
+        kept, after = self._accepted(proposal, logits)
+        log_probabilities = torch.log_softmax(logits, dim=-1)
+        n = proposal.tokens.shape[1]
+        slots = torch.arange(n + 1, device=logits.device)
+        padded = torch.cat((proposal.tokens.to(logits.device), after[:, None]), dim=1)
+        chosen = torch.where(slots == kept[:, None], after[:, None], padded)
+        values = log_probabilities.gather(-1, chosen[..., None])[..., 0].tolist()
+        accepted = kept.tolist()
+        live = [not ended for ended in self._ended]
+        new = [row[: a + 1] if on else [] for row, a, on in zip(chosen.tolist(), accepted, live, strict=True)]
+        counts = [n if on else 0 for n, on in zip(proposal.counts, live, strict=True)]
+        accepted = [a if on else 0 for a, on in zip(accepted, live, strict=True)]
+        found = self._taken(new, [v[: len(t)] for v, t in zip(values, new, strict=True)])
+        self._control.observe(counts, accepted)
+        # Whatever was refused, or belongs to a sequence that has ended, is taken back.
+        lengths = [
+            0 if ended else length - n + a
+            for length, a, ended in zip(self._cache.lengths, accepted, self._ended, strict=True)
+        ]
+        self._cache.truncate(lengths)
+        self._drafter.follow(lengths)
+        stop = time.perf_counter()
+        return Round(*found, counts, accepted, drafted - start, stop - drafted)
+
+    def _proposed(self) -> Proposal:
+        """Draft as many tokens as the rule says, the context holds, and each sequence may still use."""
+        lengths = self._cache.lengths
+        room = min(self._columns, self._draft_columns) - 1 - max(lengths)
+        most = min(self._control.next(), room)
+        left = [self._new - len(s) + len(p) for s, p in zip(self._sequences, self._prompts, strict=True)]
+        limits = [0 if ended else min(most, n - 1) for n, ended in zip(left, self._ended, strict=True)]
+        if max(limits) == 0:
+            empty = torch.zeros(len(limits), 0, dtype=torch.int64, device=self._target.device)
+            return Proposal(empty, limits, None)
+        return self._drafter.propose(self._sequences, lengths, limits)
+
+    def _verified(self, proposal: Proposal) -> Tensor:
+        """The target's logits [batch, n + 1, vocabulary] after the last token and each drafted one."""
+        last = [0 if e else s[-1] for s, e in zip(self._sequences, self._ended, strict=True)]
+        before = torch.tensor(last, dtype=torch.int64)
+        if proposal.tokens.shape == (1, 0):
+            self._step = self._step or decoder(self._target, self._cache)
+            return self._step(before)
+        drafted = proposal.tokens.to(self._target.device)
+        return self._target(torch.cat((before[:, None].to(drafted.device), drafted), dim=1), self._cache)
+
+    def _accepted(self, proposal: Proposal, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """How many drafted tokens stay, and the token that follows them, int64 [batch] each."""
+        drafted = proposal.tokens.to(logits.device)
+        counts = torch.tensor(proposal.counts, device=logits.device)
+        sampling = self._sampler.sampling
+        if sampling.temperature == 0:
+            return accept_greedy(drafted, counts, logits)
+        p = distribution(logits.flatten(0, 1), sampling).view(logits.shape)
+        q = p[:, :0] if proposal.distributions is None else proposal.distributions.to(p.device)
+        uniform = self._sampler.uniform(len(drafted), drafted.shape[1] + 1).to(p.device)
+        return accept_drawn(drafted, counts, q, p, uniform)
+
+    def _taken(
+        self, new: list[list[int]], log_probabilities: list[list[float]]
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """Append each sequence's new tokens up to its stop token or limit; returns what was appended."""
+        stops = set(self._stops.tolist())
+        for row, tokens in enumerate(new):
+            if self._ended[row]:
+                continue
+            ends = [i for i, token in enumerate(tokens) if token in stops][:1]
+            del tokens[ends[0] + 1 if ends else len(tokens) :]
+            del log_probabilities[row][len(tokens) :]
+            self._sequences[row] += tokens
+            self._log_probabilities[row] += log_probabilities[row]
+            full = len(self._sequences[row]) - len(self._prompts[row]) >= self._new
+            self._ended[row] = bool(ends) or full
+        return new, log_probabilities
+
+
+def check_pair(target: Model, draft: Model) -> None:
+    """Raise UsageError unless `draft` can draft for `target`."""
+    if draft.config.vocabulary != target.config.vocabulary:
+        raise UsageError(
+            f"the draft has a vocabulary of {draft.config.vocabulary}, the target one of "
+            f"{target.config.vocabulary}; draft with a model of the same tokenizer"
+        )
+
+
+def speculation_cache_bytes(
+    target: Model, draft: Model, batch: int, tokens: int, length: int
+) -> tuple[int, int]:
+    """Bytes of the target's and the draft's keys and values for `batch` sequences of `tokens` tokens, prompt
+    and answer together: sliding layers hold what may be taken back, drafted tokens lie past the last one."""
+    columns = tokens - 1 + length  # the last token is not looked at again
+    return (
+        cache_bytes(target, batch, min(columns, target.config.context), length),
+        cache_bytes(draft, batch, min(columns, draft.config.context), length + BEHIND),
+    )
+
+
+def speculate(
+    target: Model,
+    draft: Model,
+    prompts: Sequence[Sequence[int]],
+    *,
+    length: int | AdaptiveLength = DEFAULT_LENGTH,
+    sampling: Sampling | None = None,
+    max_new_tokens: int = 256,
+    stop_tokens: Sequence[int] | None = None,
+    context: int | None = None,
+    callback: Callable[[Round], None] | None = None,
+) -> Speculated:
+    """Generate with `target`, `draft` proposing `length` tokens a round, or how many are best (at least one).
+
+    `draft` is another checkpoint's model, or a `view` of the target, which adds no weights. Both
+    choose by `sampling`. Other arguments are those of `generate`; `callback` is told each round
+    (iterate over a `Speculation` for a stream).
+
+    Raises UsageError for models of different vocabularies, a prompt that does not fit, or a length
+    out of range.
+    """
+    run = Speculation(
+        target,
+        draft,
+        prompts,
+        length=length,
+        sampling=sampling,
+        max_new_tokens=max_new_tokens,
+        stop_tokens=stop_tokens,
+        context=context,
+    )
+    for done in run:
+        if callback:
+            callback(done)
+    return Speculated(run.tokens, run.log_probabilities, run.statistics)

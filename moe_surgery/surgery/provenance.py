@@ -1,0 +1,61 @@
+"""Where a checkpoint comes from: its name, and the published model that it is or descends from."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from moe_surgery.checkpoint.checkpoint import Checkpoint
+from moe_surgery.checkpoint.hub import is_hub_id, snapshot_of
+from moe_surgery.errors import UsageError
+from moe_surgery.families.identity import identity
+from moe_surgery.families.model import Model
+
+__all__ = ["checked_base_model", "origin_of"]
+
+
+def origin_of(
+    checkpoint: Checkpoint, model: Model, *, base_model: str | None = None, card_base_model: str | None = None
+) -> dict[str, object]:
+    """What the manifest records of the source beside its files; no path of this machine in it.
+
+    `name` and `identity` of the checkpoint, its `expert_storage` and `top_k`; where known
+    `base_model`, an id on the hub, `base_model_from` ("option", "cache", "config" or "card") and, for
+    a snapshot in the hub's cache, `revision`. `base_model` is what the user says, `card_base_model` what
+    the source's model card does. Raises UsageError for a `base_model` that is not an id.
+    """
+    origin: dict[str, object] = {
+        "name": _name(checkpoint, model),
+        "identity": identity(checkpoint, model),
+        "expert_storage": model.expert_format.name,
+        "top_k": model.top_k,
+    }
+    cached, revision = snapshot_of(checkpoint.path)
+    named = checkpoint.config.get("_name_or_path")
+    if cached:
+        origin["name"] = cached.rpartition("/")[2]
+    if base_model is not None:
+        origin |= {"base_model": checked_base_model(base_model), "base_model_from": "option"}
+    elif cached:
+        origin |= {"base_model": cached, "base_model_from": "cache", "revision": revision}
+    elif isinstance(named, str) and "/" in named and is_hub_id(named):
+        origin |= {"base_model": named, "base_model_from": "config"}
+    elif card_base_model:
+        origin |= {"base_model": card_base_model, "base_model_from": "card"}
+    return origin
+
+
+def checked_base_model(text: str) -> str:
+    """`text` if it has the form of an id on the hub; raises UsageError."""
+    if not is_hub_id(text):
+        raise UsageError(f"--base-model {text}: is no model id of the hub; write OWNER/NAME")
+    return text
+
+
+def _name(checkpoint: Checkpoint, model: Model) -> str:
+    """The folder's name; that of its parent for OpenAI's layout in `original/`."""
+    folder = Path(os.path.abspath(checkpoint.path))
+    if model.layout.hub_config is not None and folder.name == "original" and folder.parent.name:
+        folder = folder.parent
+    # A name of this system may be no Unicode, which JSON has to be.
+    return os.fsencode(folder.name).decode("utf-8", "replace") or "source"

@@ -1,0 +1,364 @@
+"""What plans and pruned checkpoints cost, against transformers with masked routers in float64."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from moe_surgery import prune  # noqa: E402
+from moe_surgery.checkpoint.locate import locate  # noqa: E402
+from moe_surgery.errors import InvalidInputError, PlanMismatchError, UsageError  # noqa: E402
+from moe_surgery.quality import evaluate as module  # noqa: E402
+from moe_surgery.quality.candidates import Candidate  # noqa: E402
+from moe_surgery.quality.corpus import Corpus, Passage, open_corpus, text_files  # noqa: E402
+from moe_surgery.quality.evaluate import evaluate, evaluate_passages  # noqa: E402
+from moe_surgery.quality.evaluation import Evaluation, Quality  # noqa: E402
+from moe_surgery.runtime.model import Model  # noqa: E402
+from moe_surgery.runtime.text import Text  # noqa: E402
+from moe_surgery.selection.plan import Plan  # noqa: E402
+from tests.runtime.models import write_lively  # noqa: E402
+from tests.support.checkpoints import Shape, Tensors, write_checkpoint  # noqa: E402
+from tests.support.routed import Routed, Seen  # noqa: E402
+
+TINY = "example:tiny"
+F32 = torch.float32
+Kept = tuple[tuple[int, ...], ...]
+
+
+def drawn(seed: int, *counts: int) -> Kept:
+    """Experts of each of 4 layers, in any order."""
+    rng = np.random.default_rng(seed)
+    sizes = counts if len(counts) == 4 else counts * 4
+    return tuple(tuple(int(e) for e in rng.permutation(32)[:n]) for n in sizes)
+
+
+PLANS = {
+    "eight": Plan("gpt_oss", 32, drawn(5, 8)),
+    "top-2 of eight": Plan("gpt_oss", 32, drawn(5, 8), top_k=2),
+    "different counts": Plan("gpt_oss", 32, drawn(1, 2, 30, 5, 1)),
+    "top-6 of twenty": Plan("gpt_oss", 32, drawn(2, 20), top_k=6),
+    "all": Plan("gpt_oss", 32, drawn(3, 32)),
+}
+
+
+def opened(text: Text, *paths: Path, context: int = 4096) -> Corpus:
+    return open_corpus(text_files(paths), text, context=context)
+
+
+@pytest.fixture(scope="module")
+def paths(texts: Path) -> list[Path]:
+    return [texts / "sums.txt", texts / "words.jsonl", texts / "talk.jsonl"]
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+def expected(
+    passages: Sequence[Passage], full: Sequence[Seen], cut: Sequence[Seen], answers_only: bool = False
+) -> dict[str, Quality]:
+    """From the definitions, token by token."""
+    rows: dict[str, list[tuple[float, float, bool]]] = {}
+    routes: dict[str, list[list[bool]]] = {}
+    for passage, a, b in zip(passages, full, cut, strict=True):
+        p, q = log_softmax(a.logits), log_softmax(b.logits)
+        told = rows.setdefault(passage.domain, [])
+        moved = routes.setdefault(passage.domain, [[] for _ in a.routes])
+        for t in range(len(passage.tokens)):
+            following = t + 1 < len(passage.tokens)
+            counts = following and (
+                not answers_only or (passage.answer is not None and t + 1 >= passage.answer)
+            )
+            if counts:
+                kl = float((np.exp(p[t]) * (p[t] - q[t])).sum())
+                told.append((-q[t, passage.tokens[t + 1]], kl, p[t].argmax() == q[t].argmax()))
+            if counts or not answers_only:
+                for layer, (first, second) in enumerate(zip(a.routes, b.routes, strict=True)):
+                    moved[layer] += [e not in first[t] for e in second[t][: len(first[t])]]
+    found = {}
+    for domain, values in rows.items():
+        if values:
+            loss, kl, same = (float(np.mean(column)) for column in zip(*values, strict=True))
+            found[domain] = Quality(
+                len(values), loss, kl, same, tuple(map(float, map(np.mean, routes[domain])))
+            )
+    return found
+
+
+def assert_close(mine: Quality, theirs: Quality) -> None:
+    assert mine.tokens == theirs.tokens
+    assert mine.cross_entropy == pytest.approx(theirs.cross_entropy, rel=1e-4)
+    assert mine.perplexity == pytest.approx(math.exp(theirs.cross_entropy), rel=1e-3)
+    assert mine.kl == pytest.approx(theirs.kl, rel=1e-3, abs=1e-5)
+    assert mine.agreement == pytest.approx(theirs.agreement, abs=1e-12)
+    assert mine.redirected == pytest.approx(theirs.redirected, abs=1e-12)
+
+
+@pytest.fixture(scope="module")
+def found(text: Text, paths: list[Path]) -> Evaluation:
+    return evaluate(TINY, opened(text, *paths), plans=list(PLANS.items()), dtype=F32)
+
+
+@pytest.fixture(scope="module")
+def full(text: Text, paths: list[Path], routed: Routed) -> list[Seen]:
+    return [routed.see(p.tokens) for p in opened(text, *paths)]
+
+
+def seen(routed: Routed, plan: Plan, passages: Sequence[Passage]) -> list[Seen]:
+    with routed.only(plan.layers, plan.top_k):
+        return [routed.see(p.tokens) for p in passages]
+
+
+# --- views against masked routers
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_plans_figures_are_those_of_masked_routers(
+    name: str, found: Evaluation, full: list[Seen], routed: Routed, text: Text, paths: list[Path]
+) -> None:
+    passages, plan = list(opened(text, *paths)), PLANS[name]
+    mine = found.models[1 + list(PLANS).index(name)]
+    assert (mine.name, mine.kind) == (name, "plan")
+    assert mine.experts == tuple(map(len, plan.layers))
+    assert mine.top_k == max(min(plan.top_k or 4, len(row)) for row in plan.layers)
+    theirs = expected(passages, full, seen(routed, plan, passages))
+    assert mine.domains.keys() == theirs.keys() == {"sums", "words", "talk"}
+    for domain, quality in theirs.items():
+        assert_close(mine.domains[domain], quality)
+    everything = [replace(p, domain="x") for p in passages]
+    overall = expected(everything, full, seen(routed, plan, passages))["x"]
+    assert_close(replace(mine.overall, redirected=()), replace(overall, redirected=()))
+
+
+def test_the_full_model_is_its_own_measure(
+    found: Evaluation, full: list[Seen], text: Text, paths: list[Path]
+) -> None:
+    theirs = expected(list(opened(text, *paths)), full, full)
+    first = found.models[0]
+    assert (first.name, first.kind, first.experts, first.top_k) == ("full", "full", (32,) * 4, 4)
+    for domain, quality in first.domains.items():
+        assert_close(quality, theirs[domain])
+        assert (quality.kl, quality.agreement, quality.redirected) == (0, 1, (0,) * 4)
+
+
+def test_shares_are_shares(found: Evaluation) -> None:
+    for model in found.models:
+        for quality in model.domains.values():
+            assert quality.kl >= 0
+            assert 0 <= quality.agreement <= 1
+            assert all(0 <= share <= 1 for share in quality.redirected)
+    # A plan of six slots chooses as the model does where the first four are kept.
+    assert max(found.models[5].domains["sums"].redirected) == 0
+
+
+@pytest.mark.parametrize("name", ["eight", "different counts"])
+def test_on_answers_only_answers_count(
+    name: str, routed: Routed, full: list[Seen], text: Text, paths: list[Path]
+) -> None:
+    passages, plan = list(opened(text, *paths)), PLANS[name]
+    evaluation = evaluate(TINY, opened(text, *paths), plans=[(name, plan)], answers_only=True, dtype=F32)
+    theirs = expected(passages, full, seen(routed, plan, passages), answers_only=True)
+    assert evaluation.domains == ["talk"] == list(theirs)
+    assert_close(evaluation.models[1].domains["talk"], theirs["talk"])
+    assert evaluation.settings["answers_only"] is True
+
+
+@pytest.mark.parametrize("context", [9, 40])
+def test_split_texts_are_texts_of_their_own(context: int, routed: Routed, text: Text, texts: Path) -> None:
+    for answers_only in (False, True):
+        corpus = opened(text, texts / "talk.jsonl", context=context)
+        evaluation = evaluate(
+            TINY, corpus, plans=[("x", PLANS["eight"])], answers_only=answers_only, dtype=F32
+        )
+        passages = list(corpus)
+        whole = [routed.see(p.tokens) for p in passages]
+        theirs = expected(passages, whole, seen(routed, PLANS["eight"], passages), answers_only)
+        assert_close(evaluation.models[1].domains["talk"], theirs["talk"])
+
+
+@pytest.mark.parametrize("batch_tokens", [30])
+def test_batches_and_pieces_of_any_size_give_the_same_figures(
+    batch_tokens: int, found: Evaluation, text: Text, paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LOGIT_BYTES", 2048 * 4 * 7)
+    done: list[int] = []
+    again = evaluate(
+        TINY,
+        opened(text, *paths),
+        plans=list(PLANS.items()),
+        dtype=F32,
+        batch_tokens=batch_tokens,
+        progress=done.append,
+    )
+    for mine, theirs in zip(again.models, found.models, strict=True):
+        for domain, quality in theirs.domains.items():
+            assert_close(mine.domains[domain], quality)
+    told = sum(int(str(t["tokens"])) for listed in again.texts.values() for t in listed)
+    assert sum(done) == told == sum(len(p.tokens) for p in opened(text, *paths))
+
+
+def test_provenance_texts_and_checkpoint_are_recorded(text: Text, texts: Path) -> None:
+    plan = replace(PLANS["eight"], provenance={"method": "reap", "domains": ["law"]})
+    evaluation = evaluate(TINY, opened(text, texts / "words.jsonl"), plans=[("p.json", plan)], dtype=F32)
+    assert evaluation.models[1].provenance == plan.provenance
+    assert evaluation.models[0].provenance == {}
+    assert evaluation.texts["words"][0]["name"] == "words.jsonl"
+    assert (evaluation.checkpoint, evaluation.num_experts) == (TINY, 32)
+    assert evaluation.settings["dtype"] == "float32"
+
+
+# --- pruned checkpoints
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("pruned") / "eight"
+    prune(TINY, out, PLANS["eight"])
+    return out
+
+
+@pytest.mark.parametrize("dtype", [F32, torch.bfloat16])
+def test_a_view_has_exactly_the_figures_of_the_pruned_checkpoint(
+    dtype: torch.dtype, pruned: Path, tmp_path: Path, text: Text, paths: list[Path]
+) -> None:
+    prune(TINY, tmp_path / "two", PLANS["top-2 of eight"])
+    prune(TINY, tmp_path / "bf16", PLANS["eight"], dtype="bf16")
+    evaluation = evaluate(
+        TINY,
+        opened(text, *paths),
+        plans=[("a", PLANS["eight"]), ("b", PLANS["top-2 of eight"])],
+        pruned=[pruned, tmp_path / "two", tmp_path / "bf16"],
+        dtype=dtype,
+    )
+    _, view, view2, same, same2, converted = evaluation.models
+    assert same.kind == "checkpoint"
+    assert same.name == str(pruned)
+    for one, other in ((view, same), (view2, same2)):
+        assert (one.domains, one.experts, one.top_k) == (other.domains, other.experts, other.top_k)
+    for domain, quality in view.domains.items():
+        # The weights are equal, the order of additions in a product is not.
+        got = converted.domains[domain]
+        assert got.cross_entropy == pytest.approx(quality.cross_entropy, rel=1e-5 if dtype == F32 else 0.02)
+        assert got.redirected == pytest.approx(quality.redirected, abs=1e-12 if dtype == F32 else 0.02)
+
+
+def published(folder: Path, plan: Plan) -> Path:
+    """As the published models are: experts in rank order, a mapping, no manifest of ours."""
+    prune(TINY, folder, plan)
+    (folder / "surgery.json").unlink()
+    return folder
+
+
+def test_a_published_checkpoint_is_understood_by_its_mapping(tmp_path: Path, text: Text, texts: Path) -> None:
+    plan = PLANS["eight"]
+    assert any(list(row) != sorted(row) for row in plan.layers)
+    mapped, bare = published(tmp_path / "mapped", plan), published(tmp_path / "bare", plan)
+    mapping = json.loads((mapped / "expert_mapping.json").read_text())
+    assert mapping == {str(n): {str(e): i for i, e in enumerate(row)} for n, row in enumerate(plan.layers)}
+    shuffled = {n: dict(sorted(row.items())) for n, row in mapping.items()}
+    (mapped / "expert_mapping.json").write_text(json.dumps(shuffled))
+    (bare / "expert_mapping.json").unlink()
+    evaluation = evaluate(
+        TINY, opened(text, texts / "words.jsonl"), plans=[("x", plan)], pruned=[mapped, bare], dtype=F32
+    )
+    _, view, by_mapping, unknown = (m.domains["words"] for m in evaluation.models)
+    assert by_mapping == view
+    assert sum(view.redirected) > 0
+    assert unknown == replace(view, redirected=())
+    assert evaluation.models[2].provenance == {}
+
+
+def test_a_cut_of_a_cut_tells_no_redirected_routes_of_the_first_source(
+    pruned: Path, tmp_path: Path, text: Text, texts: Path
+) -> None:
+    prune(pruned, tmp_path / "four", Plan("gpt_oss", 8, ((0, 2, 4, 6),) * 4))
+    evaluation = evaluate(TINY, opened(text, texts / "words.jsonl"), pruned=[tmp_path / "four"], dtype=F32)
+    assert evaluation.models[1].experts == (4,) * 4
+    assert evaluation.models[1].domains["words"].redirected == ()
+    assert evaluation.models[1].overall.redirected == ()
+    nearer = evaluate(pruned, opened(text, texts / "words.jsonl"), pruned=[tmp_path / "four"], dtype=F32)
+    assert len(nearer.models[1].domains["words"].redirected) == 4
+
+
+MAPPINGS: dict[str, object] = {
+    "a list": [],
+    "a layer too few": {str(n): {str(e): e for e in range(8)} for n in range(3)},
+    "a layer as a list": {str(n): list(range(8)) for n in range(4)},
+    "names for numbers": {str(n): {f"e{e}": e for e in range(8)} for n in range(4)},
+    "places that are no numbers": {str(n): {str(e): [e] for e in range(8)} for n in range(4)},
+    "an expert too many": {str(n): {str(e): e for e in range(9)} for n in range(4)},
+    "an expert there is not": {str(n): {str(e + 30): e for e in range(8)} for n in range(4)},
+    "a negative expert": {str(n): {str(e - 1): e for e in range(8)} for n in range(4)},
+    "a place twice": {str(n): {str(e): e // 2 for e in range(8)} for n in range(4)},
+    "null": None,
+}
+
+
+@pytest.mark.parametrize("case", MAPPINGS)
+def test_a_mapping_that_makes_no_sense_is_named(case: str, pruned: Path, tmp_path: Path, text: Text) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in pruned.iterdir():
+        if file.name not in ("surgery.json", "expert_mapping.json"):
+            (folder / file.name).symlink_to(file)
+    (folder / "expert_mapping.json").write_text(json.dumps(MAPPINGS[case]))
+    (tmp_path / "x.txt").write_text("One and two.")
+    with pytest.raises(InvalidInputError, match=r"expert_mapping\.json"):
+        evaluate(TINY, opened(text, tmp_path / "x.txt"), pruned=[folder])
+
+
+# --- what is refused
+
+
+def test_plans_and_checkpoints_of_other_models_are_refused(tmp_path: Path, text: Text, texts: Path) -> None:
+    corpus = opened(text, texts / "words.jsonl")
+    with pytest.raises(PlanMismatchError, match="the plan is for gpt_oss with 4 layers of 8 experts"):
+        evaluate(TINY, corpus, plans=[("x", Plan("gpt_oss", 8, ((0,),) * 4))])
+    other = write_checkpoint(tmp_path / "other", Shape(layers=2))
+    with pytest.raises(PlanMismatchError, match=r"other: has 2 layers, hidden size 64, vocabulary 24"):
+        evaluate(TINY, corpus, pruned=[other])
+
+
+def test_texts_with_nothing_to_predict_are_refused(tmp_path: Path, text: Text, texts: Path) -> None:
+    (tmp_path / "x.txt").write_text("One and two.")
+    with pytest.raises(UsageError, match="no token to predict; give longer ones"):
+        evaluate(TINY, opened(text, tmp_path / "x.txt", context=1), plans=[("x", PLANS["eight"])])
+    for name in ("words.jsonl", "asked.jsonl"):
+        with pytest.raises(UsageError, match=r"no token to predict in an answer .*--answers-only"):
+            evaluate(TINY, opened(text, texts / name), plans=[("x", PLANS["eight"])], answers_only=True)
+    with pytest.raises(UsageError, match="--batch-tokens 0: must be at least 1"):
+        evaluate(TINY, opened(text, tmp_path / "x.txt"), plans=[("x", PLANS["eight"])], batch_tokens=0)
+
+
+def test_a_domain_with_nothing_to_predict_is_left_out(tiny_model: Model) -> None:
+    passages = [Passage("one", (5,)), Passage("two", (5, 6, 7))]
+    models = evaluate_passages(
+        tiny_model, [passages[:1], passages[1:]], [Candidate("x", PLANS["all"].layers)]
+    )
+    assert [list(m.domains) for m in models] == [["two"], ["two"]]
+    assert models[1].domains["two"].tokens == 2
+
+
+def test_predictions_that_are_no_numbers_are_refused(tmp_path: Path, texts: Path) -> None:
+    def overflowing(tensors: Tensors) -> None:
+        tensors["model.layers.1.mlp.experts.down_proj_bias"][0] = 0x7F00  # BF16 1.7e38: infinite in F16
+
+    shape = Shape(layers=3, experts=3, top_k=1, vocabulary=2048)
+    folder = write_lively(tmp_path / "model", shape, edit_tensors=overflowing)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((locate(TINY) / name).read_bytes())
+    corpus = opened(Text(folder), texts / "words.jsonl")
+    plan = Plan("gpt_oss", 3, ((0,),) * 3)
+    with pytest.raises(InvalidInputError, match="predictions on domain 'words' are no finite numbers"):
+        evaluate(folder, corpus, plans=[("x", plan)], dtype=torch.float16)
+    assert evaluate(folder, corpus, plans=[("x", plan)], dtype=torch.bfloat16).to_json()

@@ -1,0 +1,184 @@
+"""Choosing by reconstruction against plain loops that route and add up anew for every candidate."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from moe_surgery import load_model, load_plan, load_ranking  # noqa: E402
+from moe_surgery.checkpoint.locate import locate  # noqa: E402
+from moe_surgery.demo import arithmetic  # noqa: E402
+from moe_surgery.quality.corpus import Passage, text_files  # noqa: E402
+from moe_surgery.quality.greedy_elimination import eliminate, reconstruct  # noqa: E402
+from moe_surgery.quality.search import search  # noqa: E402
+from moe_surgery.runtime.text import Text  # noqa: E402
+from tests.support import oracle  # noqa: E402
+from tests.support.command import call  # noqa: E402
+
+TINY = "example:tiny"
+
+
+def output_of(logits: np.ndarray, outputs: np.ndarray, left: list[int], top_k: int) -> np.ndarray:
+    """A layer's output for one token with the experts `left`, float64."""
+    chosen = sorted(left, key=lambda e: -logits[e])[:top_k]
+    weights = np.exp(logits[chosen] - logits[chosen].max())
+    return (weights / weights.sum()) @ outputs[chosen]
+
+
+def cost_of(logits: np.ndarray, outputs: np.ndarray, norms: np.ndarray, left: list[int], top_k: int) -> float:
+    everyone = list(range(logits.shape[1]))
+    total = 0.0
+    for z, f, norm in zip(logits, outputs, norms, strict=True):
+        change = output_of(z, f, left, top_k) - output_of(z, f, everyone, top_k)
+        total += float(change @ change) / norm
+    return total / len(logits)
+
+
+def by_hand(
+    logits: np.ndarray, outputs: np.ndarray, norms: np.ndarray, top_k: int
+) -> tuple[list[int], list[float]]:
+    left, dropped, errors = list(range(logits.shape[1])), [], [0.0]
+    while len(left) > 1:
+        costs = [cost_of(logits, outputs, norms, [x for x in left if x != e], top_k) for e in left]
+        worst = left[int(np.argmin(costs))]
+        left.remove(worst)
+        dropped.append(worst)
+        errors.append(min(costs))
+    return [left[0], *dropped[::-1]], errors[::-1]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    tokens=st.integers(1, 30),
+    experts=st.integers(1, 9),
+    top_k=st.integers(1, 5),
+)
+def test_elimination_is_greedy_over_exact_costs(seed: int, tokens: int, experts: int, top_k: int) -> None:
+    rng = np.random.default_rng(seed)
+    logits, outputs = rng.normal(size=(tokens, experts)), rng.normal(size=(tokens, experts, 6))
+    norms = rng.uniform(0.5, 2, size=tokens)
+    top_k = min(top_k, experts)
+    gram = np.einsum("teh,tfh->tef", outputs, outputs)
+    shares = torch.softmax(torch.tensor(logits), dim=1).float()
+    found = eliminate(shares, torch.tensor(gram).float(), torch.tensor(norms).float(), top_k)
+    experts_by_hand, errors = by_hand(logits, outputs, norms, top_k)
+    # An order may differ where two experts harm alike to float32's eye; what is reached may not.
+    for n in range(1, experts + 1):
+        reached = cost_of(logits, outputs, norms, list(found.experts[:n]), top_k)
+        assert found.errors[n - 1] == pytest.approx(reached, rel=1e-3, abs=1e-6)
+    if experts_by_hand == list(found.experts):
+        assert found.errors == pytest.approx(errors, rel=1e-3, abs=1e-6)
+    else:
+        first = next(n for n in range(experts, 0, -1) if set(found.experts[:n]) != set(experts_by_hand[:n]))
+        assert found.errors[first - 1] == pytest.approx(errors[first - 1], rel=1e-3, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def passages() -> list[Passage]:
+    text = Text(TINY)
+    return [Passage("sums", tuple(text.encode(arithmetic(random.Random(i), 200))[:60])) for i in range(2)]
+
+
+def test_a_layers_errors_are_those_of_transformers_with_masked_routers(passages: list[Passage]) -> None:
+    """The last layer: what comes before it is the full model either way."""
+    found = reconstruct(load_model(TINY, dtype=torch.float32, backend="reference"), passages)[-1]
+    model = oracle.load_model(locate(TINY), torch.float32)
+    seen: list[torch.Tensor] = []
+    model.model.layers[-1].register_forward_hook(
+        lambda _m, _i, out: seen.append(out if isinstance(out, torch.Tensor) else out[0])
+    )
+
+    def hidden(kept: list[int] | None) -> list[np.ndarray]:
+        seen.clear()
+        router = model.model.layers[-1].mlp.router
+        bias, top_k = router.bias.detach().clone(), router.top_k
+        if kept is not None:
+            dropped = torch.ones(32, dtype=torch.bool)
+            dropped[kept] = False
+            router.bias.data[dropped] = -torch.inf
+            router.top_k = min(top_k, len(kept))
+        with torch.no_grad():
+            for passage in passages:
+                model(torch.tensor([passage.tokens]))
+        router.bias.data.copy_(bias)
+        router.top_k = top_k
+        return [h.reshape(-1, 160).double().numpy() for h in seen]
+
+    full = np.concatenate(hidden(None))
+    for n in (1, 3, 8, 20):
+        less = np.concatenate(hidden(list(found.experts[:n])))
+        errors = ((less - full) ** 2).sum(axis=1) / (full**2).sum(axis=1)
+        assert found.errors[n - 1] == pytest.approx(errors.mean(), rel=2e-3)
+    assert list(found.errors) == sorted(found.errors, reverse=True) or found.errors[-1] == 0
+    assert sorted(found.experts) == list(range(32))
+
+
+class Stop(Exception):
+    pass
+
+
+def test_an_interrupted_search_goes_on_and_gives_the_same_file(tmp_path: Path) -> None:
+    text = tmp_path / "sums.txt"
+    text.write_text(arithmetic(random.Random(3), 400))
+    files = text_files([text])
+    search(TINY, files, tmp_path / "whole.json")
+    layers: list[int] = []
+
+    def stop_after_two(done: int) -> None:
+        layers.append(done)
+        if sum(layers) == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        search(TINY, files, tmp_path / "r.json", progress=stop_after_two)
+    assert not (tmp_path / "r.json").exists()
+    resumed: list[int] = []
+    search(TINY, files, tmp_path / "r.json", progress=resumed.append)
+    assert resumed == [2, 1, 1]
+    assert (tmp_path / "r.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["r.json", "sums.txt", "whole.json"]
+
+
+def test_what_another_backend_left_is_not_taken_up(tmp_path: Path) -> None:
+    text = tmp_path / "sums.txt"
+    text.write_text(arithmetic(random.Random(3), 200))
+    files = text_files([text])
+
+    def stop(done: int) -> None:
+        if done:
+            raise Stop
+
+    with pytest.raises(Stop):
+        search(TINY, files, tmp_path / "r.json", max_tokens=20, dtype=torch.float32, progress=stop)
+    assert (tmp_path / ".r.json.partial").exists()
+    layers: list[int] = []
+    options = {"max_tokens": 20, "dtype": torch.float32, "backend": "reference-invariant"}
+    search(TINY, files, tmp_path / "r.json", progress=layers.append, **options)  # type: ignore[arg-type]
+    assert layers == [0, 1, 1, 1, 1]
+
+
+def test_the_command_makes_a_ranking_that_plan_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "sums.txt"
+    text.write_text(arithmetic(random.Random(4), 300))
+    told = call(capsys, "search", TINY, "--texts", text, "-o", tmp_path / "r.json", "--json")
+    assert told.code == 0, told.err
+    ranking = load_ranking(tmp_path / "r.json")
+    assert told.json()["layers"] == [list(row) for row in ranking.layers]
+    assert ranking.provenance["method"] == "reconstruction"
+    assert (
+        json.loads((tmp_path / "r.json").read_text())["provenance"]["texts"]["sums"][0]["name"] == "sums.txt"
+    )
+    assert call(capsys, "plan", tmp_path / "r.json", "-n", "4", "-o", tmp_path / "p.json").code == 0
+    assert load_plan(tmp_path / "p.json").layers == tuple(tuple(sorted(r[:4])) for r in ranking.layers)

@@ -1,0 +1,446 @@
+"""Greedy speculation gives the target's own tokens, whatever drafts; what it counts adds up."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from copy import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("tokenizers")
+
+from moe_surgery import Plan, inspect, load_model, plan_random, prune  # noqa: E402
+from moe_surgery.errors import PlanMismatchError, UsageError  # noqa: E402
+from moe_surgery.runtime.generate import generate  # noqa: E402
+from moe_surgery.runtime.model import Model  # noqa: E402
+from moe_surgery.runtime.sampling import Sampling  # noqa: E402
+from moe_surgery.runtime.speculation.draft_length import AdaptiveLength, Costs  # noqa: E402
+from moe_surgery.runtime.speculation.speculate import Speculation, speculate  # noqa: E402
+from moe_surgery.runtime.speculation.statistics import Round, SpeculationStatistics  # noqa: E402
+from moe_surgery.runtime.step_bytes import weight_bytes  # noqa: E402
+from moe_surgery.runtime.text import Text  # noqa: E402
+from moe_surgery.runtime.view import view  # noqa: E402
+from tests.kernels.native_cases import needs_native  # noqa: E402
+from tests.runtime.conftest import SMALL, WINDOW  # noqa: E402
+from tests.runtime.models import write_lively  # noqa: E402
+from tests.runtime.speculation.support import arithmetic, program  # noqa: E402
+from tests.support.checkpoints import Shape  # noqa: E402
+from tests.support.pairwise import pairwise_cover  # noqa: E402
+
+NEW = 24
+EXPERTS = (1, 4, 8, 16, 31)
+ONE, MANY = "one", "many"
+
+
+@pytest.fixture(scope="module")
+def prompts(tiny_text: Text) -> list[list[int]]:
+    """Of 5 to 120 tokens: the embedded model's window is 64."""
+    texts = [arithmetic(1, 2), program(300), "import os\n", arithmetic(2, 5), "The "]
+    return [tiny_text.encode(text) for text in texts]
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_model: Model, prompts: list[list[int]]) -> list[list[int]]:
+    """What the target generates from each prompt alone."""
+    return [
+        generate(tiny_model, [prompt], max_new_tokens=NEW, stop_tokens=()).tokens[0] for prompt in prompts
+    ]
+
+
+@pytest.fixture(scope="module")
+def drafts(
+    tiny: Path, tiny_model: Model, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, int, int], Model]:
+    """Drafts by kind, experts and top-k; pruned checkpoints are written once."""
+    folder = tmp_path_factory.mktemp("drafts")
+
+    def make(kind: str, experts: int, top_k: int) -> Model:
+        plan = plan_random(experts, 0, inspect(tiny))
+        if kind == "view":
+            return view(tiny_model, plan, top_k)
+        if not (out := folder / str(experts)).exists():
+            prune(tiny, out, plan)
+        return view(load_model(out, dtype=torch.float32), None, top_k)
+
+    return make
+
+
+CASES = pairwise_cover(
+    ("checkpoint", "view"), EXPERTS, (1, 2, 4), (*range(1, 9), AdaptiveLength()), (ONE, MANY)
+)
+
+
+def test_the_cases_hold_every_pair() -> None:
+    values = [{row[i] for row in CASES} for i in range(5)]
+    assert [len(v) for v in values] == [2, 5, 3, 9, 2]
+    for i, j in itertools.combinations(range(5), 2):
+        assert len({(row[i], row[j]) for row in CASES}) == len(values[i]) * len(values[j])
+
+
+@pytest.mark.parametrize(("kind", "experts", "top_k", "length", "batch"), CASES)
+def test_greedy_output_is_the_targets_own(
+    tiny_model: Model,
+    prompts: list[list[int]],
+    expected: list[list[int]],
+    drafts: Callable[[str, int, int], Model],
+    kind: str,
+    experts: int,
+    top_k: int,
+    length: int | AdaptiveLength,
+    batch: str,
+) -> None:
+    draft = drafts(kind, experts, top_k)
+    alone = experts % len(prompts)
+    rows = slice(None) if batch == MANY else slice(alone, alone + 1)
+    found = speculate(tiny_model, draft, prompts[rows], length=length, max_new_tokens=NEW, stop_tokens=())
+    assert found.tokens == expected[rows]
+
+
+def test_a_batch_accepts_different_numbers(tiny_model: Model, prompts: list[list[int]], tiny: Path) -> None:
+    draft = view(tiny_model, plan_random(16, 0, inspect(tiny)))
+    rounds: list[Round] = []
+    speculate(tiny_model, draft, prompts, max_new_tokens=NEW, stop_tokens=(), callback=rounds.append)
+    assert any(len(set(r.accepted)) > 2 for r in rounds)
+
+
+@pytest.mark.parametrize(("length", "rows"), [(1, slice(1)), (3, slice(None)), (8, slice(2))])
+def test_an_identical_draft_is_accepted_whole(
+    tiny: Path, tiny_model: Model, prompts: list[list[int]], length: int, rows: slice
+) -> None:
+    other = load_model(tiny, dtype=torch.float32, backend=tiny_model.backend.name)
+    for draft in (tiny_model, other, view(tiny_model, plan_random(32, 0, inspect(tiny)))):
+        found = speculate(tiny_model, draft, prompts[rows], length=length, max_new_tokens=NEW, stop_tokens=())
+        assert found.statistics.acceptance == 1
+        steps = -(-(NEW - 1) // (length + 1))
+        assert found.statistics.target_steps == steps
+        assert found.statistics.drafted == found.statistics.accepted
+
+
+def test_log_probabilities_are_those_of_plain_decoding(tiny_model: Model, prompts: list[list[int]]) -> None:
+    draft = view(tiny_model, None, 1)
+    plain = generate(tiny_model, prompts, max_new_tokens=NEW, stop_tokens=())
+    found = speculate(tiny_model, draft, prompts, max_new_tokens=NEW, stop_tokens=())
+    for got, wanted in zip(found.log_probabilities, plain.log_probabilities, strict=True):
+        assert got == pytest.approx(wanted, abs=1e-4)
+
+
+# --- the small model: windows of 6, quick enough for many cases
+
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [7], [2, 7, 1, 8], list(range(20))]
+
+
+def small_draft(model: Model, kept: int) -> Model:
+    return view(model, Plan("gpt_oss", SMALL.experts, (tuple(range(kept)),) * SMALL.layers))
+
+
+@pytest.mark.parametrize("length", [1, 2, WINDOW - 1, WINDOW, 3 * WINDOW, AdaptiveLength(most=12)])
+@pytest.mark.parametrize("kept", [1, 4])
+def test_drafts_longer_than_the_window_change_nothing(
+    small_model: Model, kept: int, length: int | AdaptiveLength
+) -> None:
+    plain = generate(small_model, PROMPTS, max_new_tokens=45, stop_tokens=())
+    draft = small_draft(small_model, kept)
+    found = speculate(small_model, draft, PROMPTS, length=length, max_new_tokens=45, stop_tokens=())
+    assert found.tokens == plain.tokens
+
+
+@pytest.mark.parametrize("sampling", [None, Sampling(1.0, top_k=20, seed=7)])
+@pytest.mark.parametrize("length", [1, 4, AdaptiveLength()])
+def test_each_sequence_ends_with_its_own_stop_token_and_leaves_the_rest_alone(
+    small_model: Model, sampling: Sampling | None, length: int | AdaptiveLength
+) -> None:
+    free = generate(small_model, PROMPTS, max_new_tokens=30, stop_tokens=()).tokens
+    stops = (free[0][2], free[2][7], free[3][0])
+    settings: dict[str, Any] = {"max_new_tokens": 30, "stop_tokens": stops, "sampling": sampling}
+    found = speculate(small_model, small_draft(small_model, 4), PROMPTS, length=length, **settings)
+    for tokens, log_probabilities in zip(found.tokens, found.log_probabilities, strict=True):
+        assert not set(tokens[:-1]) & set(stops)
+        assert len(tokens) == len(log_probabilities)
+        assert len(tokens) == 30 or tokens[-1] in stops
+    if sampling is None:
+        assert found.tokens == generate(small_model, PROMPTS, **settings).tokens
+
+
+@pytest.mark.parametrize("new", [1, 2, 3, 9])
+@pytest.mark.parametrize("length", [1, 4, 8])
+def test_exactly_as_many_tokens_come_as_were_asked_for(small_model: Model, new: int, length: int) -> None:
+    for draft in (small_model, small_draft(small_model, 1)):
+        found = speculate(small_model, draft, PROMPTS, length=length, max_new_tokens=new, stop_tokens=())
+        assert found.tokens == generate(small_model, PROMPTS, max_new_tokens=new, stop_tokens=()).tokens
+
+
+@pytest.mark.parametrize("kept", [1, 4, 5])
+@pytest.mark.parametrize("length", [1, 5, 12])
+def test_the_models_whole_context_can_be_used(tmp_path: Path, kept: int, length: int) -> None:
+    folder = write_lively(
+        tmp_path / "short",
+        SMALL,
+        edit_config=lambda c: c.update(sliding_window=WINDOW, max_position_embeddings=48),
+    )
+    model = load_model(folder, dtype=torch.float32)
+    plain = generate(model, PROMPTS, max_new_tokens=99, stop_tokens=())
+    found = speculate(
+        model, small_draft(model, kept), PROMPTS, length=length, max_new_tokens=99, stop_tokens=()
+    )
+    assert found.tokens == plain.tokens
+    assert [len(t) for t in found.tokens] == [28] * 4
+
+
+def test_a_run_can_be_followed_round_by_round(small_model: Model) -> None:
+    settings: dict[str, Any] = {"length": 3, "max_new_tokens": 25, "stop_tokens": ()}
+    draft = small_draft(small_model, 3)
+    whole = speculate(small_model, draft, PROMPTS, **settings)
+    run = Speculation(small_model, draft, PROMPTS, **settings)
+    seen: list[list[int]] = [[] for _ in PROMPTS]
+    counted = SpeculationStatistics()
+    for done in run:
+        for tokens, new in zip(seen, done.tokens, strict=True):
+            tokens += new
+        assert run.tokens == seen
+        counted.add(done)
+        assert done.target_seconds > 0
+    assert seen == whole.tokens
+    assert run.log_probabilities == whole.log_probabilities
+    for name in ("drafted", "tried", "accepted", "tokens", "target_steps", "sequence_steps"):
+        assert getattr(counted, name) == getattr(run.statistics, name) == getattr(whole.statistics, name)
+
+
+def test_the_same_seed_gives_the_same_tokens(small_model: Model) -> None:
+    def run(seed: int) -> list[list[int]]:
+        sampling = Sampling(1.0, seed=seed)
+        draft = small_draft(small_model, 3)
+        settings: dict[str, Any] = {"sampling": sampling, "length": AdaptiveLength(), "stop_tokens": ()}
+        return speculate(small_model, draft, PROMPTS, max_new_tokens=20, **settings).tokens
+
+    assert run(5) == run(5)
+    assert run(5) != run(6)
+
+
+def test_counts_add_up(small_model: Model) -> None:
+    rounds: list[Round] = []
+    draft = small_draft(small_model, 4)
+    found = speculate(
+        small_model, draft, PROMPTS, length=3, max_new_tokens=25, stop_tokens=(), callback=rounds.append
+    )
+    s, later = found.statistics, rounds[1:]
+    assert rounds[0].first
+    assert s.tokens == sum(map(len, found.tokens)) - len(PROMPTS)
+    assert s.target_steps == len(later) == len(s.target_seconds) == len(s.draft_seconds)
+    pairs = [pair for r in later for pair in zip(r.drafted, r.accepted, strict=True)]
+    for position in range(3):
+        assert s.drafted[position] == sum(n > position for n, _ in pairs)
+        assert s.tried[position] == sum(n > position <= a for n, a in pairs)
+        assert s.accepted[position] == sum(a > position for _, a in pairs)
+    # A round gives each running sequence what it accepted and one more.
+    assert s.tokens == sum(s.accepted) + s.sequence_steps
+    assert s.tokens_per_target_step == s.tokens / s.sequence_steps
+    assert 0 < (s.acceptance or 0) < 1
+
+
+def test_runs_add_up(small_model: Model) -> None:
+    draft = small_draft(small_model, 4)
+
+    def run(prompts: list[list[int]], length: int) -> SpeculationStatistics:
+        return speculate(
+            small_model, draft, prompts, length=length, max_new_tokens=20, stop_tokens=()
+        ).statistics
+
+    one, other = run(PROMPTS[:2], 2), run(PROMPTS[2:], 4)
+    total = SpeculationStatistics()
+    total.merge(one)
+    total.merge(other)
+    assert total.tokens == one.tokens + other.tokens
+    assert total.drafted == [a + b for a, b in itertools.zip_longest(one.drafted, other.drafted, fillvalue=0)]
+    assert total.target_steps == one.target_steps + other.target_steps
+
+
+def test_caches_take_the_bytes_of_their_columns(small_model: Model) -> None:
+    length, new = 5, 30
+    found = speculate(
+        small_model, small_draft(small_model, 1), PROMPTS, length=length, max_new_tokens=new, stop_tokens=()
+    )
+    context = 20 + new - 1 + length
+    column = 2 * len(PROMPTS) * SMALL.kv_heads * SMALL.head_dim * 4
+    s = found.statistics
+    # Rings hold the window and what may be taken back: `length` columns, two more for the draft.
+    assert s.target_cache_bytes == column * (context + 2 * (WINDOW + length))
+    assert s.draft_cache_bytes == column * (context + 2 * (WINDOW + length + 2))
+
+
+# --- drafting rules
+
+
+class Counting(Model):
+    calls = 0
+
+    def __call__(self, *arguments: Any, **options: Any) -> torch.Tensor:
+        self.calls += 1
+        return super().__call__(*arguments, **options)
+
+
+def counted(model: Model) -> Counting:
+    counting = copy(model)
+    counting.__class__ = Counting
+    assert isinstance(counting, Counting)
+    return counting
+
+
+def test_the_target_runs_once_a_round_and_the_draft_once_a_token(small_model: Model) -> None:
+    target, draft = counted(small_model), counted(small_model)
+    found = speculate(target, draft, PROMPTS[:1], length=4, max_new_tokens=21, stop_tokens=())
+    assert found.statistics.target_steps == 4
+    assert target.calls == 1 + 4  # the prompt, then five tokens a round
+    assert draft.calls == 1 + 4 * 4
+
+
+def test_a_draft_that_is_never_sure_drafts_nothing(small_model: Model) -> None:
+    unsure = AdaptiveLength(confidence=1.0)
+    found = speculate(small_model, small_model, PROMPTS, length=unsure, max_new_tokens=9, stop_tokens=())
+    assert sum(found.statistics.drafted) == 0
+    assert found.statistics.acceptance is None
+    assert found.statistics.tokens_per_target_step == 1
+    assert found.tokens == generate(small_model, PROMPTS, max_new_tokens=9, stop_tokens=()).tokens
+
+
+def test_costs_decide_how_much_is_drafted(small_model: Model) -> None:
+    def longest(draft_cost: float) -> int:
+        costs = Costs(draft_cost, [1.0] * 9)
+        rule = AdaptiveLength(most=8, confidence=0.0, costs=costs, acceptance=1.0)
+        run = speculate(small_model, small_model, PROMPTS, length=rule, max_new_tokens=40, stop_tokens=())
+        return max(i + 1 for i, n in enumerate(run.statistics.drafted) if n)
+
+    assert longest(0.01) == 8
+    assert longest(10.0) == 1
+
+
+# --- views
+
+
+def storages(model: Model) -> set[int]:
+    experts = [layer.experts for layer in model.layers]
+    parts = [p for e in experts for w in (e.gate_up, e.down) for p in (w.blocks, w.scales)]  # type: ignore[union-attr]
+    parts += [b for e in experts for b in (e.gate_up_bias, e.down_bias)]
+    parts += [p.weight for layer in model.layers for p in (layer.q, layer.k, layer.v, layer.o)]
+    parts += [model.embedding, model.unembedding, model.norm]
+    return {p.data_ptr() for p in parts}
+
+
+@pytest.mark.parametrize("kept", [1, 4, 31])
+def test_a_view_holds_the_models_own_tensors_and_a_router(tiny: Path, tiny_model: Model, kept: int) -> None:
+    draft = view(tiny_model, plan_random(kept, 0, inspect(tiny)))
+    assert storages(draft) == storages(tiny_model)
+    rows = tiny_model.config.layers * kept
+    router = rows * (tiny_model.config.hidden + 1) * 2  # BF16
+    assert weight_bytes(draft, beside=tiny_model) == router + rows * 8  # and an index
+    assert weight_bytes(view(tiny_model, None, 1), beside=tiny_model) == 0
+    assert weight_bytes(tiny_model) == sum(
+        t.stored.nbytes + (t.scales.nbytes if t.scales else 0) for t in described(tiny)
+    )
+
+
+def described(path: Path) -> tuple[Any, ...]:
+    from moe_surgery import Checkpoint, describe
+
+    with Checkpoint.open(path) as checkpoint:
+        return tuple(describe(checkpoint).tensors)
+
+
+def test_views_leave_the_model_as_it_was(small: Path, small_model: Model) -> None:
+    ids = torch.arange(20)[None]
+    before = small_model(ids)
+    one = view(small_model, None, 1)
+    plan = Plan("gpt_oss", SMALL.experts, ((4, 1), (0, 2), (3, 1)))
+    two = view(small_model, plan)
+    assert torch.equal(small_model(ids), before)
+    backend = small_model.backend.name
+    fresh = load_model(small, dtype=torch.float32, plan=plan, backend=backend)
+    assert torch.equal(two(ids), fresh(ids))
+    assert not torch.equal(one(ids), before)
+
+
+def test_a_view_of_a_view_is_one_of_the_model(small_model: Model) -> None:
+    def plan(*layers: tuple[int, ...]) -> Plan:
+        return Plan("gpt_oss", SMALL.experts, layers)
+
+    wide, narrow = plan((4, 1, 2), (0, 2, 3), (3, 1, 0)), plan((2, 4), (0,), (1, 3))
+    ids = torch.arange(20)[None]
+    assert torch.equal(view(view(small_model, wide), narrow)(ids), view(small_model, narrow)(ids))
+    assert torch.equal(view(view(small_model, wide))(ids), view(small_model, wide)(ids))
+    with pytest.raises(PlanMismatchError, match="layer 1: the plan keeps expert 1, which the model's own"):
+        view(view(small_model, wide), plan((2,), (1,), (1,)))
+
+
+def test_a_plan_of_another_model_or_no_top_k_is_refused(small_model: Model) -> None:
+    with pytest.raises(PlanMismatchError, match="but here is gpt_oss with 3 layers of 5"):
+        view(small_model, Plan("gpt_oss", 9, ((0,),) * 3), name="here")
+    with pytest.raises(UsageError, match="top-k 0: must be at least 1"):
+        view(small_model, None, 0)
+
+
+# --- what cannot be
+
+
+def test_a_draft_of_another_vocabulary_is_refused(small_model: Model, tmp_path: Path) -> None:
+    other = load_model(write_lively(tmp_path / "other", Shape(vocabulary=24)), dtype=torch.float32)
+    with pytest.raises(UsageError, match="the draft has a vocabulary of 24, the target one of 40"):
+        speculate(small_model, other, PROMPTS)
+
+
+def test_a_draft_with_a_shorter_context_is_refused(small_model: Model, tmp_path: Path) -> None:
+    folder = write_lively(
+        tmp_path / "short", SMALL, edit_config=lambda c: c.update(max_position_embeddings=30)
+    )
+    short = load_model(folder, dtype=torch.float32)
+    with pytest.raises(
+        UsageError, match=r"the draft takes 30 tokens, but .* may reach 40; pass --context 30"
+    ):
+        speculate(small_model, short, PROMPTS, max_new_tokens=20)
+    found = speculate(small_model, short, PROMPTS, max_new_tokens=20, context=30, stop_tokens=())
+    assert found.tokens == generate(small_model, PROMPTS, max_new_tokens=10, stop_tokens=()).tokens
+
+
+REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "no prompts": ([], {}, "the prompt is empty"),
+    "an empty prompt": ([[1], []], {}, "the prompt is empty"),
+    "no length": ([[1]], {"length": 0}, "--draft-length 0: must be 1 to 64, or auto"),
+    "no new tokens": ([[1]], {"max_new_tokens": 0}, "--max-new-tokens 0: must be at least 1"),
+    "a prompt as long as the context": ([[1, 2]], {"context": 2}, "2 tokens, but the context is 2; shorten"),
+    "a foreign token": ([[1, SMALL.vocabulary]], {}, f"token {SMALL.vocabulary} is not one of the model's"),
+}
+
+
+@pytest.mark.parametrize(("prompts", "options", "said"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_generated_is_refused(
+    small_model: Model, prompts: Any, options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        speculate(small_model, small_model, prompts, **options)
+
+
+# --- rounding
+
+
+@pytest.mark.parametrize(
+    ("backend", "experts", "length", "batch"),
+    [
+        *(
+            pytest.param("native", *case, marks=needs_native)
+            for case in [(4, 3, MANY), (16, 1, ONE), (16, 8, MANY), (31, 4, ONE)]
+        ),
+        ("reference-invariant", 8, 4, ONE),
+        ("reference-invariant", 16, 3, MANY),
+    ],
+)
+def test_bf16_is_exact_where_a_token_does_not_depend_on_the_others(
+    tiny: Path, prompts: list[list[int]], backend: str, experts: int, length: int, batch: str
+) -> None:
+    target = load_model(tiny, dtype=torch.bfloat16, backend=backend)
+    draft = view(target, plan_random(experts, 0, inspect(tiny)))
+    rows = prompts if batch == MANY else prompts[1:2]
+    alone = [generate(target, [p], max_new_tokens=NEW, stop_tokens=()).tokens[0] for p in rows]
+    found = speculate(target, draft, rows, length=length, max_new_tokens=NEW, stop_tokens=())
+    assert found.tokens == alone
