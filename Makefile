@@ -1,6 +1,6 @@
 # make demo   set up and run the main job on the embedded tiny checkpoint
 # make test   set up and run the suite, with the native kernels and without them
-# make lint   format, style, types, and the order of rooms
+# make lint   format, style, types, and the order of packages
 # make sanitize  the C++ core and the tests of its kernels under AddressSanitizer and UBSan
 # make arm    the C++ core for aarch64, tested under qemu; skipped where either is missing
 # make aot    compile every GPU kernel for six architectures and compare with the checked-in table
