@@ -163,7 +163,7 @@ def reads(wanted: str, *kinds: Kind) -> Callable[[Read], Read]:
 
 def _is_checkpoint(folder: Path) -> bool:
     return (folder / "config.json").is_file() and any(
-        entry.name.endswith(".safetensors") for entry in os.scandir(folder)
+        name.endswith(".safetensors") for name in os.listdir(folder)
     )
 
 
