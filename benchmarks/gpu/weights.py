@@ -50,8 +50,8 @@ def random_model(config: ModelConfig, device: torch.device, backend: Backend) ->
     def projection(rows: int, columns: int) -> Projection:
         return Projection(normal(device, rows, columns, scale=columns**-0.5), normal(device, rows, scale=0.1))
 
-    layers = [
-        Layer(
+    def layer() -> Layer:
+        return Layer(
             attention_norm=normal(device, c.hidden).abs(),
             q=projection(heads, c.hidden),
             k=projection(c.kv_heads * c.head_dim, c.hidden),
@@ -63,8 +63,8 @@ def random_model(config: ModelConfig, device: torch.device, backend: Backend) ->
             experts=random_experts(c.experts, c.hidden, device),
             top_k=min(c.top_k, c.experts),
         )
-        for _ in range(c.layers)
-    ]
+
+    layers = [backend.prepare_layer(layer()) for _ in range(c.layers)]
     embedding = normal(device, c.vocabulary, c.hidden)
     unembedding = normal(device, c.vocabulary, c.hidden, scale=width)
     norm = normal(device, c.hidden).abs()

@@ -7,7 +7,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from moe_surgery.kernels.interface import Backend, LayerStack, StackShape
+from moe_surgery.kernels.interface import (
+    Backend,
+    DecoderModel,
+    DecodeStep,
+    KVCache,
+    LayerStack,
+    StackShape,
+)
 from moe_surgery.kernels.weights import ExpertWeights, Layer
 
 __all__ = ["SUFFIX", "InvariantBackend"]
@@ -83,6 +90,12 @@ class InvariantBackend:
         return out
 
     def stack(self, layers: Sequence[Layer], shape: StackShape) -> LayerStack | None:
+        return None
+
+    def prepare_layer(self, layer: Layer) -> Layer:
+        return layer
+
+    def decode_step(self, model: DecoderModel, cache: KVCache) -> DecodeStep | None:
         return None
 
 

@@ -126,7 +126,9 @@ def _assembled(
     embedding = get("model.embed_tokens.weight")
 
     def make(number: int) -> Layer:
-        return _layer(number, config, tensors, get, fetch, plan)
+        layer = _layer(number, config, tensors, get, fetch, plan)
+        # For decode steps, of this model and of its views, which share the tensors.
+        return layer if one_layer else backend.prepare_layer(layer)
 
     def release(number: int) -> None:
         for name, tensor in tensors.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 
 from moe_surgery.errors import UsageError
 from moe_surgery.kernels import Backend
-from moe_surgery.kernels.interface import LayerStack, StackShape
+from moe_surgery.kernels.interface import DecoderModel, DecodeStep, LayerStack, StackShape
 from moe_surgery.kernels.weights import Layer
 from moe_surgery.runtime.cache import Cache
 from moe_surgery.runtime.config import ModelConfig
@@ -91,6 +92,27 @@ class Model:
                 kept.append(self._logits(x[:, max(0, tokens - keep - start) :]))
         return kept[0] if len(kept) == 1 else torch.cat(kept, dim=1)
 
+    def decode_step(self, cache: Cache) -> DecodeStep | None:
+        """The backend's own step of one token per sequence for `cache`, or None where it has none.
+
+        Raises UsageError where the cache is full.
+        """
+        if not isinstance(self.layers, list):  # one layer at a time: nothing to decode with
+            return None
+        return self.backend.decode_step(self.decoder_model(), cache)
+
+    def decoder_model(self) -> DecoderModel:
+        """This model's weights and constants as a backend's decode step takes them."""
+        return DecoderModel(
+            self.layers,
+            self._shape(),
+            self.embedding,
+            self.norm,
+            self.unembedding,
+            partial(self.rope, backend=self.backend),
+            self.dtype,
+        )
+
     def _admitted(self, ids: Tensor) -> Tensor:
         """`ids` on the model's device; checked only where that waits for no device."""
         if not ids.numel():
@@ -127,11 +149,13 @@ class Model:
     def _stack(self) -> LayerStack | None:
         """The layers as one operation, where the backend has it for them as they are now."""
         if self._stacked is None or self._stacked[0] is not self.layers:
-            c = self.config
-            shape = StackShape(c.heads, c.kv_heads, c.head_dim, c.eps, c.windows)
             whole = isinstance(self.layers, list) and self.dtype == self.backend.dtype
-            self._stacked = (self.layers, self.backend.stack(self.layers, shape) if whole else None)
+            self._stacked = (self.layers, self.backend.stack(self.layers, self._shape()) if whole else None)
         return self._stacked[1]
+
+    def _shape(self) -> StackShape:
+        c = self.config
+        return StackShape(c.heads, c.kv_heads, c.head_dim, c.eps, c.windows)
 
     def _attention(
         self,

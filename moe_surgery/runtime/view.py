@@ -9,7 +9,6 @@ import torch
 
 from moe_surgery.errors import PlanMismatchError, UsageError
 from moe_surgery.kernels.weights import Layer, Projection
-from moe_surgery.runtime.decode_step import join_projections
 from moe_surgery.runtime.model import Model
 from moe_surgery.selection.given import PathLike
 from moe_surgery.selection.plan import Plan, as_plan
@@ -53,8 +52,6 @@ def view(
     if plan is not None:
         plan = as_plan(plan)
         plan.check_fits(c.model_type, c.experts, c.layers, name)
-    if model.backend.name == "triton":
-        join_projections(model)  # a captured step of either would, and they should share the result
     viewed = copy(model)
     if plan is None:
         viewed.layers = [

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_surgery.errors import UsageError
 from moe_surgery.formats.native import native_module, native_reason
-from moe_surgery.kernels.interface import LayerStack, StackShape
+from moe_surgery.kernels.interface import DecoderModel, DecodeStep, KVCache, LayerStack, StackShape
 from moe_surgery.kernels.native.operands import (
     BF16,
     F32,
@@ -236,6 +236,12 @@ class NativeBackend:
             return NativeStack(self._native, self._engine, layers, shape)
         except Plain:
             return None
+
+    def prepare_layer(self, layer: Layer) -> Layer:
+        return layer
+
+    def decode_step(self, model: DecoderModel, cache: KVCache) -> DecodeStep | None:
+        return None
 
 
 def _thread_count() -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_surgery.kernels.interface import LayerStack, StackShape
+from moe_surgery.kernels.interface import DecoderModel, DecodeStep, KVCache, LayerStack, StackShape
 from moe_surgery.kernels.reference.attention import attend, visible
 from moe_surgery.kernels.weights import Layer
 
@@ -79,4 +79,10 @@ class TorchDense:
         return attend(q, k, v, sinks, visible(queries, keys, window))
 
     def stack(self, layers: Sequence[Layer], shape: StackShape) -> LayerStack | None:
+        return None
+
+    def prepare_layer(self, layer: Layer) -> Layer:
+        return layer
+
+    def decode_step(self, model: DecoderModel, cache: KVCache) -> DecodeStep | None:
         return None

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from moe_surgery.errors import UsageError
+from moe_surgery.kernels.interface import DecoderModel, KVCache
 from moe_surgery.kernels.reference.dense import TorchDense
-from moe_surgery.kernels.weights import ExpertWeights
+from moe_surgery.kernels.weights import ExpertWeights, Layer
 
 if TYPE_CHECKING:  # importing triton is left until it is known to be there
+    from moe_surgery.kernels.triton.decode.step import DecodeStep
     from moe_surgery.kernels.triton.launch import Launch
 
 __all__ = ["TritonBackend"]
+
+log = logging.getLogger(__name__)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -50,6 +55,20 @@ class TritonBackend(TorchDense):
         for launch in experts_launches(x, ids, weights, expert_weights, out):
             launch.run()
         return out
+
+    def prepare_layer(self, layer: Layer) -> Layer:
+        from moe_surgery.kernels.triton.decode.projections import join_projections
+
+        return join_projections(layer)
+
+    def decode_step(self, model: DecoderModel, cache: KVCache) -> DecodeStep | None:
+        """A captured CUDA graph of the kernels in `kernels.triton.decode`."""
+        from moe_surgery.kernels.triton.decode.step import DecodeStep
+
+        if (reason := DecodeStep.unavailable(model, cache)) is not None:
+            log.debug("no captured decode step: %s", reason)
+            return None
+        return DecodeStep(model, cache)
 
 
 def route_launches(
