@@ -7,7 +7,8 @@ import torch
 from moe_surgery.kernels import Backend
 from moe_surgery.kernels.reference.mxfp4 import decode
 from moe_surgery.kernels.weights import DenseWeight, ExpertWeights, Layer, Mxfp4Weight, Projection
-from moe_surgery.measure.random_weights import fill_cache, normal, random_experts
+from moe_surgery.measure.random_weights import normal, random_experts
+from moe_surgery.runtime.cache import Cache
 from moe_surgery.runtime.config import ModelConfig, RopeConfig
 from moe_surgery.runtime.model import Model
 from moe_surgery.runtime.step_bytes import weight_bytes
@@ -69,3 +70,15 @@ def random_model(config: ModelConfig, device: torch.device, backend: Backend) ->
     unembedding = normal(device, c.vocabulary, c.hidden, scale=width)
     norm = normal(device, c.hidden).abs()
     return Model(config, embedding, layers, norm, unembedding, torch.bfloat16, backend)
+
+
+def fill_cache(cache: Cache, columns: int, seed: int = 0) -> None:
+    """Random keys and values for `columns` columns of an empty cache, as if a prompt had been read."""
+    generator = torch.Generator(cache.keys[0].device).manual_seed(seed)
+    for kept in (*cache.keys, *cache.values):
+        # Through BF16, so that caches of any dtype hold the same numbers.
+        kept.copy_(torch.randn(kept.shape, generator=generator, device=kept.device).bfloat16())
+    for slots, held in cache.positions.items():
+        for column in range(max(0, columns - slots), columns):
+            held[:, column % slots] = column
+    cache.advance(columns)

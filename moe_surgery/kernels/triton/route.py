@@ -1,4 +1,4 @@
-"""Routing in one launch: logits, the k best, their weights and, if asked for, how often each was chosen."""
+"""Routing in one launch: logits, the k best, and their weights, the softmax over the chosen k."""
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
 
@@ -15,12 +15,9 @@ from moe_surgery.kernels.triton.blocks import Chip
 from moe_surgery.kernels.triton.launch import COUNTERS, Launch, next_power_of_two, workspace
 from moe_surgery.kernels.triton.parts import product
 
-__all__ = ["CONVENTIONS", "MOST_EXPERTS", "route"]
+__all__ = ["MOST_EXPERTS", "route"]
 
 MOST_EXPERTS = 1024
-# How logits become weights: the softmax over the chosen k (gpt-oss); the softmax over all, of the chosen as
-# it is, or divided by its sum over the chosen; the sigmoid, likewise.
-CONVENTIONS = ("softmax_chosen", "softmax_all", "softmax_all_renormalized", "sigmoid", "sigmoid_renormalized")
 
 # tl.constexpr: kernels may read no other global.
 _LOWEST = tl.constexpr(-(1 << 63))
@@ -79,10 +76,10 @@ def _logits(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _route_kernel(
-    x, weight, bias, ids, weights, histogram, partial, counters, tokens,
-    HIDDEN: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, CONVENTION: tl.constexpr,
+    x, weight, bias, ids, weights, partial, counters, tokens,
+    HIDDEN: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, ALL_E: tl.constexpr,
-    TOP: tl.constexpr, PARTS: tl.constexpr, SORT: tl.constexpr, COUNT: tl.constexpr, WIDE: tl.constexpr,
+    TOP: tl.constexpr, PARTS: tl.constexpr, SORT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """ids int64 and weights [tokens, TOP_K]; grid (blocks of tokens, pieces of experts * PARTS)."""
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -119,24 +116,14 @@ def _route_kernel(
     chosen_ok = (lane < TOP_K)[None, :] & (best != _LOWEST)
     chosen = _expert_of(best)
     value = tl.where(chosen_ok, _logit_of(best), float("-inf"))
-    if CONVENTION == 0 or CONVENTION == 1 or CONVENTION == 2:
-        # Lane 0 has the largest, so a NaN or an infinity there makes all weights NaN, as in torch.
-        top = tl.sum(tl.where(lane[None, :] == 0, value, 0.0), axis=1)[:, None]
-        share = tl.where(chosen_ok, tl.exp(value - top), 0.0)
-        if CONVENTION == 1:
-            share = share / tl.sum(tl.where(expert_ok[None, :], tl.exp(logits - top), 0.0), axis=1)[:, None]
-        else:
-            share = share / tl.sum(share, axis=1)[:, None]
-    else:
-        share = tl.where(chosen_ok, 1 / (1 + tl.exp(-value)), 0.0)
-        if CONVENTION == 4:
-            share = share / tl.sum(share, axis=1)[:, None]
+    # Lane 0 has the largest, so a NaN or an infinity there makes all weights NaN, as in torch.
+    top = tl.sum(tl.where(lane[None, :] == 0, value, 0.0), axis=1)[:, None]
+    share = tl.where(chosen_ok, tl.exp(value - top), 0.0)
+    share = share / tl.sum(share, axis=1)[:, None]
     at = token[:, None] * TOP_K + lane[None, :]
     mask = token_ok[:, None] & (lane < TOP_K)[None, :]
     tl.store(ids + at, chosen.to(tl.int64), mask=mask)
     tl.store(weights + at, share.to(weights.dtype.element_ty), mask=mask)
-    if COUNT:
-        tl.atomic_add(histogram + chosen, 1, mask=mask, sem="relaxed")
 
 
 @triton.jit
@@ -164,13 +151,11 @@ def _join(
 
 
 def route(
-    x: Tensor, weight: Tensor, bias: Tensor, top_k: int, ids: Tensor, weights: Tensor,
-    chip: Chip, wide: bool, histogram: Tensor | None = None, convention: str = "softmax_chosen",
-) -> Launch:  # fmt: skip
+    x: Tensor, weight: Tensor, bias: Tensor, top_k: int, ids: Tensor, weights: Tensor, chip: Chip, wide: bool
+) -> Launch:
     """ids int64 and weights [tokens, top_k] of x [tokens, hidden], weight [experts, hidden], bias [experts].
 
-    `histogram` int32 [experts] is added to, so give zeros. `convention` is one of `CONVENTIONS`. Raises
-    UsageError for more experts than MOST_EXPERTS, for top_k outside 1..experts, an unknown convention.
+    Raises UsageError for more experts than MOST_EXPERTS and for top_k outside 1..experts.
     """
     tokens, hidden = x.shape
     experts = weight.shape[0]
@@ -178,8 +163,6 @@ def route(
         raise UsageError(f"triton backend: {experts} experts; 1 to {MOST_EXPERTS} are supported")
     if not 1 <= top_k <= experts:
         raise UsageError(f"triton backend: top-k {top_k} of {experts} experts; give 1 to {experts}")
-    if convention not in CONVENTIONS:
-        raise UsageError(f"triton backend: {convention} is unknown; known: {', '.join(CONVENTIONS)}")
     block_t, block_e, block_k, all_e, parts = _shape(tokens, experts, hidden, chip)
     blocks = -(-tokens // block_t)
     if blocks > COUNTERS:
@@ -190,9 +173,8 @@ def route(
     sort = top_k > 16
     arguments: dict[str, Any] = {
         "x": x, "weight": weight, "bias": bias, "ids": ids, "weights": weights,
-        "histogram": counters if histogram is None else histogram, "COUNT": histogram is not None,
         "partial": partial, "counters": counters, "tokens": tokens,
-        "HIDDEN": hidden, "EXPERTS": experts, "TOP_K": top_k, "CONVENTION": CONVENTIONS.index(convention),
+        "HIDDEN": hidden, "EXPERTS": experts, "TOP_K": top_k,
         "BLOCK_T": block_t, "BLOCK_E": block_e, "BLOCK_K": block_k, "ALL_E": all_e,
         "TOP": all_e if sort else next_power_of_two(top_k), "PARTS": parts, "SORT": sort, "WIDE": wide,
     }  # fmt: skip
