@@ -8,21 +8,21 @@ import torch
 
 from moe_surgery.errors import UsageError
 from moe_surgery.kernels.reference import ReferenceBackend
-from moe_surgery.kernels.triton.blocks import Chip
 from moe_surgery.kernels.triton.route import route
+from moe_surgery.kernels.triton.tuning import DeviceProps
 from tests.kernels.triton import oracle
 from tests.kernels.triton.cases import EXPERTS, TOKENS, TOP_K
 
 HIDDEN = 96
-ONE_PROGRAM, MANY = Chip(90, 1), Chip(90, 132)
+ONE_PROGRAM, MANY = DeviceProps(90, 1), DeviceProps(90, 132)
 
 
-def routed(x, weight, bias, top_k, chip=ONE_PROGRAM):
+def routed(x, weight, bias, top_k, device_props=ONE_PROGRAM):
     """(ids, weights) from the kernel, its outputs poisoned beforehand."""
     shape = (len(x), top_k)
     ids = torch.full(shape, -999, dtype=torch.int64)
     weights = torch.full(shape, float("nan"), dtype=x.dtype)
-    route(x, weight, bias, top_k, ids, weights, chip, True).run()
+    route(x, weight, bias, top_k, ids, weights, device_props, True).run()
     return ids, weights
 
 
@@ -59,8 +59,8 @@ def test_every_count_of_experts(experts: int) -> None:
 def test_full_grid(experts: int, tokens: int) -> None:
     for top_k in (k for k in TOP_K if k <= experts):
         x, weight, bias = inputs(tokens, experts, seed=top_k)
-        for chip in (ONE_PROGRAM, MANY):
-            ids, weights = routed(x, weight, bias, top_k, chip)
+        for device_props in (ONE_PROGRAM, MANY):
+            ids, weights = routed(x, weight, bias, top_k, device_props)
             wanted = ReferenceBackend().route(x, weight, bias, top_k)
             assert torch.equal(ids, wanted[0])
             torch.testing.assert_close(weights, wanted[1], rtol=2e-6, atol=1e-30)

@@ -10,10 +10,10 @@ import torch
 from moe_surgery import load_model, plan_random
 from moe_surgery.errors import UsageError
 from moe_surgery.kernels.interface import DecoderModel
-from moe_surgery.kernels.triton.blocks import Chip
 from moe_surgery.kernels.triton.decode.launches import launch_count
-from moe_surgery.kernels.triton.decode.projections import join_projections
+from moe_surgery.kernels.triton.decode.qkv_weights import join_qkv
 from moe_surgery.kernels.triton.decode.step import DecodeStep
+from moe_surgery.kernels.triton.tuning import DeviceProps
 from moe_surgery.runtime.cache import Cache
 from moe_surgery.runtime.generate import generate
 from moe_surgery.runtime.model import Model
@@ -46,7 +46,9 @@ LAYOUTS = ("mxfp4", "bf16") if ON_GPU else ("mxfp4",)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter runs programs one by one: pretend that there is no large chip to be filled."""
     if not ON_GPU:
-        monkeypatch.setattr("moe_surgery.kernels.triton.blocks.chip_of", lambda device: Chip(90, 2))
+        monkeypatch.setattr(
+            "moe_surgery.kernels.triton.tuning.get_device_props", lambda device: DeviceProps(90, 2)
+        )
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
@@ -146,8 +148,8 @@ def test_projections_are_joined_once_and_the_model_stays_the_same(folder: Path) 
     prompt, mask = prompts(2, 5)
     first = [layer.q.weight.data_ptr() for layer in ours.layers]
     for layer in ours.layers:  # as loaded
-        assert join_projections(layer) is layer
-    assert all(join_projections(layer) is not layer for layer in plain.layers)
+        assert join_qkv(layer) is layer
+    assert all(join_qkv(layer) is not layer for layer in plain.layers)
     DecodeStep(ours.decoder_model(), prefilled(plain, 2, 6, mask, prompt), capture=False)
     assert [layer.q.weight.data_ptr() for layer in ours.layers] == first
     ours.backend = plain.backend

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe_surgery.kernels.triton.blocks import few_slots
-from moe_surgery.kernels.triton.dispatch import ONE_LAUNCH
+from moe_surgery.kernels.triton.routing_metadata import ONE_LAUNCH
+from moe_surgery.kernels.triton.tuning import use_gemv
 
 __all__ = ["Launches", "launch_count"]
 
@@ -32,6 +32,6 @@ def launch_count(layers: int, experts: int, top_k: int, batch: int) -> Launches:
     """
     top_k = min(top_k, experts)
     scheduling = 1 if batch * top_k <= ONE_LAUNCH else 2
-    moe = 1 + (2 if few_slots(batch, top_k, experts) else 3 + scheduling)
+    moe = 1 + (2 if use_gemv(batch, top_k, experts) else 3 + scheduling)
     norms = 1 if batch == 1 else 2
     return Launches(layer=norms + 3 + moe, moe=moe, outside=norms, layers=layers)

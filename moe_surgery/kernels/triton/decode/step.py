@@ -11,12 +11,12 @@ from torch import Tensor
 
 from moe_surgery.errors import UsageError
 from moe_surgery.kernels.interface import NOWHERE, DecoderModel, KVCache
-from moe_surgery.kernels.triton import blocks
+from moe_surgery.kernels.triton import tuning
 from moe_surgery.kernels.triton.backend import experts_launches, route_launches
 from moe_surgery.kernels.triton.decode.attention import attention
+from moe_surgery.kernels.triton.decode.fused_projections import KVWrite, ProjectionInput, output, qkv, unembed
 from moe_surgery.kernels.triton.decode.norm import residual_norm
-from moe_surgery.kernels.triton.decode.project import Place, Stream, output, qkv, unembed
-from moe_surgery.kernels.triton.decode.projections import bias_of, join_projections
+from moe_surgery.kernels.triton.decode.qkv_weights import bias_of, join_qkv
 from moe_surgery.kernels.triton.launch import Launch, interpreting
 from moe_surgery.kernels.weights import Layer
 
@@ -31,7 +31,7 @@ class DecodeStep:
     def __init__(self, model: DecoderModel, cache: KVCache, *, capture: bool = True) -> None:
         """Lay out buffers and launches, run them once, and capture them where `capture` is set.
 
-        Layers whose q, k and v `join_projections` has not joined are copied joined. Raises UsageError where
+        Layers whose q, k and v `join_qkv` has not joined are copied joined. Raises UsageError where
         `unavailable` gives a reason, or the cache is full: the first run needs a free column.
         """
         reason = self.unavailable(model, cache)
@@ -125,52 +125,54 @@ class DecodeStep:
         Its slot is free, or holds a column that no token will see again, which the next one overwrites.
         """
         self._run()
-        for slots, held in self._cache.positions.items():
-            held[:, self._cache.length % slots] = NOWHERE
+        for slots, positions in self._cache.positions.items():
+            positions[:, self._cache.length % slots] = NOWHERE
         self._column.fill_(self._cache.length)
 
     def _lay_out(self, model: DecoderModel) -> list[Launch]:
         """The launches of a step in order; their arguments keep all buffers alive."""
         cache, shape, device = self._cache, model.shape, model.norm.device
-        batch, wide = cache.batch, interpreting() or model.dtype != torch.bfloat16
-        multiprocessors = blocks.chip_of(device).multiprocessors
+        batch, upcast_fp32 = cache.batch, interpreting() or model.dtype != torch.bfloat16
+        multiprocessors = tuning.get_device_props(device).multiprocessors
         cos, sin = model.rope(torch.arange(cache.context, device=device))
 
         def buffer(columns: int) -> Tensor:
             return torch.empty((batch, columns), dtype=model.dtype, device=device)
 
         total, mid, h, y = (buffer(len(model.norm)) for _ in range(4))
-        q, mixed = (buffer(shape.heads * shape.head_dim) for _ in range(2))
+        q, attended = (buffer(shape.heads * shape.head_dim) for _ in range(2))
         launches: list[Launch] = []
 
-        def normed(x: Tensor, added: Tensor | None, gain: Tensor, lines: Tensor | None = None) -> Stream:
+        def normed(
+            x: Tensor, added: Tensor | None, norm_weight: Tensor, row_ids: Tensor | None = None
+        ) -> ProjectionInput:
             """What a projection reads: x + added, normed by it at one token and by a launch before it else."""
             if batch == 1:
-                return Stream(h, x, added, lines, gain, total, shape.eps)
-            launches.append(residual_norm(x, added, gain, h, shape.eps, total, lines))
-            return Stream(h)
+                return ProjectionInput(h, x, added, row_ids, norm_weight, total, shape.eps)
+            launches.append(residual_norm(x, added, norm_weight, h, shape.eps, total, row_ids))
+            return ProjectionInput(h)
 
-        for number, layer in enumerate(map(join_projections, model.layers)):
+        for number, layer in enumerate(map(join_qkv, model.layers)):
             first = number == 0
-            stream = normed(
+            inputs = normed(
                 model.embedding if first else mid,
                 None if first else y,
                 layer.attention_norm,
                 self._ids if first else None,
             )
             keys, values = cache.keys[number], cache.values[number]
-            held = cache.positions[cache.slots[number]]
-            place = Place(keys, values, held, self._column, self._pads, cos, sin)
+            positions = cache.positions[cache.slots[number]]
+            kv_write = KVWrite(keys, values, positions, self._column, self._pads, cos, sin)
             weight, bias = _joined(layer)
-            launches.append(qkv(stream, weight, bias, q, place, wide))
+            launches.append(qkv(inputs, weight, bias, q, kv_write, upcast_fp32))
             window, sinks = shape.windows[number], layer.sinks
-            given = (q, keys, values, held, self._column, self._pads, sinks, window, mixed)
-            launches.append(attention(*given, multiprocessors, wide))
-            launches.append(output(mixed, total, layer.o.weight, bias_of(layer.o), mid, wide))
+            args = (q, keys, values, positions, self._column, self._pads, sinks, window, attended)
+            launches.append(attention(*args, multiprocessors, upcast_fp32))
+            launches.append(output(attended, total, layer.o.weight, bias_of(layer.o), mid, upcast_fp32))
             launches.append(residual_norm(mid, None, layer.mlp_norm, h, shape.eps))
             launches += _moe(layer, h, y)
-        stream = normed(mid, y, model.norm)
-        launches.append(unembed(stream, model.unembedding, self.logits, self._column, wide))
+        inputs = normed(mid, y, model.norm)
+        launches.append(unembed(inputs, model.unembedding, self.logits, self._column, upcast_fp32))
         return launches
 
 
@@ -186,7 +188,7 @@ def _moe(layer: Layer, h: Tensor, y: Tensor) -> list[Launch]:
 
 
 def _joined(layer: Layer) -> tuple[Tensor, Tensor]:
-    """Weight [rows, hidden] and bias [rows] over all of q, k and v, which `join_projections` made adjacent."""
+    """Weight [rows, hidden] and bias [rows] over all of q, k and v, which `join_qkv` made adjacent."""
     rows = sum(len(p.weight) for p in (layer.q, layer.k, layer.v))
     columns = layer.q.weight.shape[1]
     weight = layer.q.weight.as_strided((rows, columns), (columns, 1))

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from moe_surgery.kernels.weights import Layer, Projection
 
-__all__ = ["bias_of", "join_projections"]
+__all__ = ["bias_of", "join_qkv"]
 
 
-def join_projections(layer: Layer) -> Layer:
+def join_qkv(layer: Layer) -> Layer:
     """`layer` with q, k and v as views of one weight [rows, hidden] and one bias [rows].
 
     `layer` itself where they already are. A projection without a bias gets one of zeros.
