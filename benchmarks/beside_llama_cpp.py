@@ -231,7 +231,9 @@ def as_markdown(report: dict) -> str:
     lines = ["# Our runtime and llama.cpp on the CPU", "", str(report["how"]), ""]
     lines += [f"- {name}: {value}" for name, value in report["machine"].items()]
     names = {side: next(iter(report["models"].values()))[side]["name"] for side in SIDES}
-    lines += [f"- ours: {names['ours']}; llama.cpp: {names['llama.cpp']}"]
+    lines += [
+        f"- ours: {names['ours']}, MXFP4 products with activations of 16 bits; llama.cpp: {names['llama.cpp']}"
+    ]
     goals = ", ".join(f"{key} {goal}" for key, goal in GOALS.items())
     lines += ["", f"Ratios are ours to llama.cpp's, medians over rounds; goals: {goals}.", ""]
     lines += [

@@ -85,7 +85,8 @@ def main(dtype: str, kinds: tuple[str, ...]) -> None:
             wrong = sum(r["differing"] for r in rows)
             click.echo(f"{time.perf_counter() - began:.0f} s: {kind}, {kept} experts, {wrong} differ so far")
     report = {
-        "how": f"python benchmarks/exactness.py --dtype {dtype}: greedy, native backend, one thread, "
+        "how": f"python benchmarks/exactness.py --dtype {dtype}: greedy, native backend "
+        "(MXFP4 products with activations of 16 bits), one thread, "
         f"{PROMPTS} prompts of {PROMPT_TOKENS} tokens, {NEW_TOKENS} new ones, {' and '.join(kinds)} drafts of "
         "random experts.",
         "date": time.strftime("%Y-%m-%d"),

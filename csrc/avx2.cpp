@@ -61,6 +61,8 @@ struct Avx2 {
     static Vec lookup(Vec table, Vec codes) { return _mm256_shuffle_epi8(table, codes); }
 
     static Vec max_u16(Vec a, Vec b) { return _mm256_max_epu16(a, b); }
+    static Vec min_u16(Vec a, Vec b) { return _mm256_min_epu16(a, b); }
+    static Vec add16(Vec a, Vec b) { return _mm256_add_epi16(a, b); }
     static Vec subtract_saturating_u16(Vec a, Vec b) { return _mm256_subs_epu16(a, b); }
     static Vec add_to_nonzero(Vec bits, Vec offset) {
         // Doubling drops the sign bit.

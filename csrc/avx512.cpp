@@ -65,6 +65,8 @@ struct Avx512 {
     static Vec lookup(Vec table, Vec codes) { return _mm512_shuffle_epi8(table, codes); }
 
     static Vec max_u16(Vec a, Vec b) { return _mm512_max_epu16(a, b); }
+    static Vec min_u16(Vec a, Vec b) { return _mm512_min_epu16(a, b); }
+    static Vec add16(Vec a, Vec b) { return _mm512_add_epi16(a, b); }
     static Vec subtract_saturating_u16(Vec a, Vec b) { return _mm512_subs_epu16(a, b); }
     static Vec add_to_nonzero(Vec bits, Vec offset) {
         const __mmask32 nonzero = _mm512_test_epi16_mask(bits, broadcast16(0x7fff));

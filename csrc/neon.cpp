@@ -48,6 +48,8 @@ struct Neon {
     static Vec lookup(Vec table, Vec codes) { return vqtbl1q_u8(table, codes); }
 
     static Vec max_u16(Vec a, Vec b) { return bytes(vmaxq_u16(words(a), words(b))); }
+    static Vec min_u16(Vec a, Vec b) { return bytes(vminq_u16(words(a), words(b))); }
+    static Vec add16(Vec a, Vec b) { return bytes(vaddq_u16(words(a), words(b))); }
     static Vec subtract_saturating_u16(Vec a, Vec b) { return bytes(vqsubq_u16(words(a), words(b))); }
     static Vec add_to_nonzero(Vec bits, Vec offset) {
         const uint16x8_t nonzero = vtstq_u16(words(bits), vdupq_n_u16(0x7fff));

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "kernel_sets.hpp"
+#include "scale_search.hpp"
 #include "tables.hpp"
 
 namespace moe_surgery::mxfp4 {
@@ -42,11 +43,45 @@ unsigned largest_magnitude(const std::uint16_t* values) {
     return largest;
 }
 
-// The exponent of the largest value less that of the largest code (6 = 1.5 * 2^2), or 0.
-unsigned choose_scale(unsigned largest) {
+// A finite magnitude in units of 2^-10 times a scale, rounded down; exact from 1/8 of the scale on.
+int fixed_point(unsigned magnitude, unsigned scale) {
+    const int exponent = static_cast<int>(magnitude >> 7);
+    const int significand = static_cast<int>(magnitude & 127) + (exponent > 0 ? 128 : 0);
+    const int shift = (exponent > 0 ? exponent : 1) - static_cast<int>(scale) + 3;
+    return shift >= 0 ? significand << shift : shift > -8 ? significand >> -shift : 0;
+}
+
+// What a value of z units of 2^-10 gains under the finer scale where this has one more code, at `middle`.
+int gain_near(int z, int middle) {
+    const int distance = z < middle ? middle - z : z - middle;
+    return distance < 128 ? 128 - distance : 0;
+}
+
+// Whether the scale below `coarse` gives a block, whose largest value is below 4.46875 times `coarse`,
+// a lower squared error. Everything is in units of 2^-11; see scale_search.hpp.
+bool finer_is_better(const std::uint16_t* values, unsigned coarse) {
+    int gain = 0;
+    for (int i = 0; i < kBlockValues; ++i) {
+        const int z = fixed_point(values[i] & kMagnitude, coarse);
+        gain += gain_near(z, 256) + gain_near(z, 768);
+        gain -= z > 3584 ? 4 * z - 14336 : 0;
+    }
+    return gain > 0;
+}
+
+// The best of the first scale (the exponent of the largest value less that of the largest code,
+// 6 = 1.5 * 2^2, or 0) and its neighbours. An exact block keeps the first: it gains nothing elsewhere.
+unsigned choose_scale(const std::uint16_t* values, unsigned largest) {
     if (largest >= kInfinity) return kOverflowScale;
     const unsigned exponent = largest >> 7;
-    return exponent > 2 ? exponent - 2 : 0;
+    const unsigned fraction = largest & 127;
+    if (exponent < 2) return 0;
+    const unsigned first = exponent - 2;
+    if (fraction > kFractionOfSeven && first < kLargestScale) {
+        return finer_is_better(values, first + 1) ? first : first + 1;
+    }
+    const bool finer = fraction < kFractionOfNoGain && first > 0 && finer_is_better(values, first);
+    return finer ? first - 1 : first;
 }
 
 unsigned nearest_code(std::uint16_t value, const std::uint16_t* least) {
@@ -64,7 +99,7 @@ struct BlockResult {
 
 BlockResult encode_block(const std::uint16_t* values, std::uint8_t* block, EncodeReport& report) {
     const unsigned largest = largest_magnitude(values);
-    const unsigned scale = choose_scale(largest);
+    const unsigned scale = choose_scale(values, largest);
     std::uint8_t codes[kBlockValues];
     double error_sq = 0.0;
     double norm_sq = 0.0;

@@ -21,8 +21,10 @@ def encode_transposed(
 ) -> tuple[int, float, float, tuple[int, int] | None]: ...
 
 # The CPU kernels, for moe_surgery.kernels.native alone: tensors are addresses, strides are bytes, nothing
-# is checked. (weight, row stride, rows, columns, bias or 0, y) is a product.
-Product = tuple[int, int, int, int, int, int]
+# is checked. Values are (address or 0, dtype: 0 BF16, 1 F16, 2 F32); (weight, row stride, rows, columns, bias,
+# y) is a product.
+Values = tuple[int, int]
+Product = tuple[Values, int, int, int, Values, int]
 
 class ExpertMatrix: ...
 
@@ -47,7 +49,7 @@ class Engine:
         alpha: float,
         y: int,
     ) -> None: ...
-    def rms_norm(self, x: int, tokens: int, columns: int, weight: int, eps: float, y: int) -> None: ...
+    def rms_norm(self, x: int, tokens: int, columns: int, weight: Values, eps: float, y: int) -> None: ...
     def attend(
         self,
         q: int,
@@ -74,10 +76,16 @@ def packed_matrix(
     experts: int,
     rows: int,
     columns: int,
-    bias: int,
+    bias: Values,
 ) -> ExpertMatrix: ...
 def dense_matrix(
-    values: int, expert_stride: int, column_stride: int, experts: int, rows: int, columns: int, bias: int
+    values: Values,
+    expert_stride: int,
+    column_stride: int,
+    experts: int,
+    rows: int,
+    columns: int,
+    bias: Values,
 ) -> ExpertMatrix: ...
 def rotate(
     x: int,

@@ -7,6 +7,7 @@ to do about it. Each class carries the exit code with which the command line end
 from __future__ import annotations
 
 __all__ = [
+    "CheckpointWarning",
     "DiskFullError",
     "InvalidInputError",
     "MoeSurgeryError",
@@ -25,6 +26,13 @@ class MoeSurgeryError(Exception):
     """
 
     exit_code = 1
+
+
+class CheckpointWarning(UserWarning):
+    """Something worth knowing about a checkpoint that is read all the same; one line.
+
+    The command line prints it as a note, once for each text.
+    """
 
 
 class UsageError(MoeSurgeryError):

@@ -15,7 +15,7 @@ from moe_surgery.errors import PlanMismatchError
 from moe_surgery.families.identity import identity
 from moe_surgery.families.model import Model
 from moe_surgery.selection.given import PathLike
-from moe_surgery.selection.plan import Plan, as_plan
+from moe_surgery.selection.plan import Plan, as_plan, check_top_k, plan_keeping
 from moe_surgery.surgery.compiler import DEFAULT_SHARD_SIZE, compile_program
 from moe_surgery.surgery.inspect import Inspection, inspect_checkpoint
 from moe_surgery.surgery.preflight import check_output, check_output_file
@@ -43,8 +43,8 @@ PlanMaker = Callable[[Model], Plan]
 
 @dataclass(frozen=True, slots=True)
 class PruneResult:
-    """What `prune` did. `outcome` is None for a dry run; `notes` say what serving engines make of
-    the result; `stale` are partial folders of other jobs, left where they are."""
+    """What `prune` did. `outcome` is None for a dry run; `notes` say what of the source was ignored and
+    what serving engines make of the result; `stale` are partial folders of other jobs, left where they are."""
 
     out: Path
     program: Program
@@ -55,11 +55,13 @@ class PruneResult:
 
 @dataclass(frozen=True, slots=True)
 class ExportResult:
-    """What `export_gguf` did. `conversion` says what BF16 -> MXFP4 lost; None for a dry run."""
+    """What `export_gguf` did. `conversion` says what conversion to MXFP4 lost; None for a dry run. `notes`
+    say what of the source was ignored."""
 
     out: Path
     program: GgufProgram
     conversion: EncodeReport | None
+    notes: tuple[str, ...] = ()
 
 
 def inspect(checkpoint: PathLike, *, ignore_unlisted: bool = False) -> Inspection:
@@ -102,6 +104,7 @@ def prune(
     out: PathLike,
     plan: Plan | PathLike | PlanMaker,
     *,
+    top_k: int | None = None,
     dtype: str = "keep",
     max_shard_size: int = DEFAULT_SHARD_SIZE,
     dry_run: bool = False,
@@ -116,8 +119,11 @@ def prune(
 ) -> PruneResult:
     """Write the experts of `checkpoint` that `plan` keeps as the new checkpoint folder `out`.
 
-    `plan` is a `Plan`, the path of a plan file, or makes a plan of the described model. `dtype`: "keep"
-    moves expert weights as they are stored, "bf16" and "mxfp4" convert them. `max_shard_size` in bytes of tensors.
+    `plan` is a `Plan`, the path of a plan file, or makes a plan of the described model; `top_k` replaces its
+    number of experts a token, and may be more than the source's, up to the experts kept. `dtype`: "keep"
+    moves expert weights as they are stored; "bf16", "mxfp4", "f16" and "f32" convert them, each value
+    rounded once to the nearest (see `moe_surgery.formats.convert`), and one too large for the format is
+    refused. Other tensors keep their dtype. `max_shard_size` in bytes of tensors.
     `card` writes a model card as README.md (a README.md of the source becomes README.source.md in
     any case); `base_model` is the source's id on the hub, where its path and files do not say it.
     `dry_run` stops before anything is written. `on_start` is told the program, `progress` the bytes
@@ -132,7 +138,7 @@ def prune(
 
     with Checkpoint.open(checkpoint, ignore_unlisted=ignore_unlisted, ops=ops) as opened:
         model = families.describe(opened)
-        chosen = plan(model) if callable(plan) else as_plan(plan)
+        chosen = (plan(model) if callable(plan) else as_plan(plan)).with_top_k(top_k)
         program = compile_program(opened, model, chosen, dtype=dtype, max_shard_size=max_shard_size)
         program = with_card(program, opened, model, base_model=base_model, card=card)
         target = check_output(opened, out, overwrite=overwrite)
@@ -151,7 +157,10 @@ def prune(
                 progress=progress,
                 ops=ops,
             )
-    notes = serving_notes(chosen.uniform_experts or 0, program.top_k, model.top_k)
+    notes = [
+        *model.notes,
+        *serving_notes(chosen.uniform_experts or 0, program.top_k, model.top_k, chosen.top_k),
+    ]
     return PruneResult(target, program, outcome, tuple(notes), tuple(stale_partials(target)))
 
 
@@ -160,6 +169,7 @@ def export_gguf(
     out: PathLike,
     *,
     plan: Plan | PathLike | None = None,
+    top_k: int | None = None,
     dtype: str = "keep",
     name: str | None = None,
     tokenizer: bool = True,
@@ -173,10 +183,11 @@ def export_gguf(
 ) -> ExportResult:
     """Write `checkpoint`, with `plan` applied to it if given, as the GGUF file `out` for llama.cpp.
 
-    `plan` is a `Plan` or the path of a plan file.
-    MXFP4 weights keep their bits; `dtype` "mxfp4" converts BF16 experts. `name` is shown by programs
-    (default: from the path). `tokenizer` False leaves tokenizer and chat template out. `on_start` is
-    told the program, `progress` bytes of the file as they pass.
+    `plan` is a `Plan` or the path of a plan file. `top_k` replaces the plan's or the model's number of
+    experts a token, up to the experts that are kept. Weights keep their format and bits, norms and biases
+    become F32; `dtype` "mxfp4" converts experts. `name` is shown by programs (default: from the path).
+    `tokenizer` False leaves tokenizer and chat template out. `on_start` is told the program, `progress`
+    bytes of the file as they pass.
 
     `out` appears whole or not at all, and the source is only ever read. Raises UsageError,
     InvalidInputError, PlanMismatchError, OutputError or DiskFullError, each with one line that says
@@ -188,12 +199,16 @@ def export_gguf(
 
     with Checkpoint.open(checkpoint, ignore_unlisted=ignore_unlisted, ops=ops) as opened:
         model = families.describe(opened)
+        if plan is None and top_k is not None:
+            check_top_k(top_k, model.experts, f"{checkpoint} has")
+            plan = plan_keeping(None, model)
+        chosen = None if plan is None else as_plan(plan).with_top_k(top_k)
         target = check_output_file(opened, out, overwrite=overwrite)
         program = compile_gguf(
             opened,
             model,
             find_tokenizer(opened, model) if tokenizer else None,
-            plan=None if plan is None else as_plan(plan),
+            plan=chosen,
             name=name or default_name(opened.path),
             dtype=dtype,
         )
@@ -210,4 +225,4 @@ def export_gguf(
                 progress=progress,
                 ops=ops,
             )
-    return ExportResult(target, program, conversion)
+    return ExportResult(target, program, conversion, model.notes)

@@ -12,10 +12,10 @@ from benchmarks.gpu.gate import Verdict, judge, speed_up
 from benchmarks.gpu.peers import TRANSFORMERS, grouped_4bit, transformers_layer
 from benchmarks.gpu.timing import captured, timed
 from benchmarks.gpu.weights import TOP_K, as_dense, random_experts
+from moe_surgery.formats.sizes import BF16_BYTES, MXFP4_BYTES
 from moe_surgery.kernels.interface import Backend
 from moe_surgery.kernels.reference import ReferenceBackend
 from moe_surgery.kernels.weights import ExpertWeights
-from moe_surgery.runtime.decode_cost import BF16, MXFP4_BYTES
 
 __all__ = ["EXPERTS", "TOKENS", "bytes_read", "measure_layer"]
 
@@ -39,8 +39,8 @@ class Method:
 
 def bytes_read(distinct: float, experts: int, hidden: int, packed: bool) -> float:
     """Bytes a layer must read: the router, and `distinct` experts with their biases."""
-    expert = 3 * hidden * hidden * (MXFP4_BYTES if packed else BF16) + 3 * hidden * BF16
-    return experts * (hidden + 1) * BF16 + distinct * expert
+    expert = 3 * hidden * hidden * (MXFP4_BYTES if packed else BF16_BYTES) + 3 * hidden * BF16_BYTES
+    return experts * (hidden + 1) * BF16_BYTES + distinct * expert
 
 
 def measure_layer(

@@ -24,7 +24,7 @@ def gpt_oss_20b(
     windows = tuple(128 if number % 2 == 0 else None for number in range(layers))
     rope = RopeConfig(150000.0, 32.0, 4096, 32.0, 1.0, False, 1.3465735902799727)
     return ModelConfig(
-        layers, hidden, 64, 8, 64, vocabulary, experts, TOP_K, 131072, windows, rope, 1e-5, 7.0, 1.702, ()
+        layers, hidden, hidden, 64, 8, 64, vocabulary, experts, TOP_K, 131072, windows, rope, 1e-5, 7.0, 1.702, ()
     )  # fmt: skip
 
 

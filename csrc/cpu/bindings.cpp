@@ -27,13 +27,25 @@ T* at(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
-// weight, row stride in bytes, rows, columns, bias or 0, y
-using ProductTuple = std::tuple<Address, Length, Length, Length, Address, Address>;
+// address or 0, dtype: its number in Dtype
+using ValuesTuple = std::tuple<Address, int>;
+
+Values values_of(const ValuesTuple& said) {
+    return {at<const std::uint8_t>(std::get<0>(said)), static_cast<Dtype>(std::get<1>(said))};
+}
+
+// weight, row stride in bytes, rows, columns, bias, y
+using ProductTuple = std::tuple<ValuesTuple, Length, Length, Length, ValuesTuple, Address>;
+
+DenseRows rows_of(const ValuesTuple& said, Length stride, Length columns) {
+    const Values values = values_of(said);
+    return {values.data, stride, columns, values.dtype};
+}
 
 void products(const Engine& engine, Address x, Length tokens, const std::vector<ProductTuple>& said) {
     std::vector<Product> products;
     for (const auto& [weight, stride, rows, columns, bias, y] : said) {
-        products.push_back({{at<const std::uint8_t>(weight), stride, columns}, rows, at<const std::uint8_t>(bias), at<float>(y)});
+        products.push_back({rows_of(weight, stride, columns), rows, values_of(bias), at<float>(y)});
     }
     nb::gil_scoped_release released;
     engine.products(at<const float>(x), tokens, products);
@@ -42,7 +54,7 @@ void products(const Engine& engine, Address x, Length tokens, const std::vector<
 // The experts of a layer, described once: see ExpertMatrix. Strides are bytes.
 ExpertMatrix packed_matrix(Address blocks, Length expert_block_stride, Length block_stride, Address scales,
                            Length expert_scale_stride, Length scale_stride, Length experts, Length rows,
-                           Length columns, Address bias) {
+                           Length columns, const ValuesTuple& bias) {
     ExpertMatrix matrix = {};
     matrix.packed = true;
     matrix.mxfp4 = {at<const std::uint8_t>(blocks), block_stride, at<const std::uint8_t>(scales), scale_stride, columns};
@@ -50,18 +62,18 @@ ExpertMatrix packed_matrix(Address blocks, Length expert_block_stride, Length bl
     matrix.expert_scale_stride = expert_scale_stride;
     matrix.experts = experts;
     matrix.rows = rows;
-    matrix.bias = at<const std::uint8_t>(bias);
+    matrix.bias = values_of(bias);
     return matrix;
 }
 
-ExpertMatrix dense_matrix(Address values, Length expert_stride, Length column_stride, Length experts,
-                          Length rows, Length columns, Address bias) {
+ExpertMatrix dense_matrix(const ValuesTuple& values, Length expert_stride, Length column_stride, Length experts,
+                          Length rows, Length columns, const ValuesTuple& bias) {
     ExpertMatrix matrix = {};
-    matrix.bf16 = {at<const std::uint8_t>(values), column_stride, columns};
+    matrix.dense = rows_of(values, column_stride, columns);
     matrix.expert_stride = expert_stride;
     matrix.experts = experts;
     matrix.rows = rows;
-    matrix.bias = at<const std::uint8_t>(bias);
+    matrix.bias = values_of(bias);
     return matrix;
 }
 
@@ -76,14 +88,14 @@ void route(const Engine& engine, Address x, Length tokens, const ProductTuple& r
            Address weights) {
     const auto& [weight, stride, rows, columns, bias, logits] = router;
     nb::gil_scoped_release released;
-    const Product product = {{at<const std::uint8_t>(weight), stride, columns}, rows, at<const std::uint8_t>(bias), at<float>(logits)};
+    const Product product = {rows_of(weight, stride, columns), rows, values_of(bias), at<float>(logits)};
     engine.products(at<const float>(x), tokens, {product});
     choose(at<const float>(logits), tokens, rows, top_k, at<std::int64_t>(ids), at<float>(weights));
 }
 
-void rms_norm(const Engine& engine, Address x, Length tokens, Length columns, Address weight, float eps, Address y) {
+void rms_norm(const Engine& engine, Address x, Length tokens, Length columns, const ValuesTuple& weight, float eps, Address y) {
     nb::gil_scoped_release released;
-    engine.rms_norm(at<const float>(x), tokens, columns, at<const std::uint8_t>(weight), eps, at<float>(y));
+    engine.rms_norm(at<const float>(x), tokens, columns, values_of(weight), eps, at<float>(y));
 }
 
 using Strides = std::tuple<Length, Length, Length>;
@@ -110,23 +122,24 @@ void attend(const Engine& engine, Address q, Address keys, const Strides& key_st
     engine.attend(a, seen_slots(a));
 }
 
-// weight, row stride in bytes, rows, columns, bias or 0
-using ProjectionTuple = std::tuple<Address, Length, Length, Length, Address>;
+// weight, row stride in bytes, rows, columns, bias
+using ProjectionTuple = std::tuple<ValuesTuple, Length, Length, Length, ValuesTuple>;
 
 Projection projection_of(const ProjectionTuple& said) {
     const auto& [weight, stride, rows, columns, bias] = said;
-    return {{at<const std::uint8_t>(weight), stride, columns}, rows, at<const std::uint8_t>(bias)};
+    return {rows_of(weight, stride, columns), rows, values_of(bias)};
 }
 
 // q, k, v, o, router
 using ProjectionTuples = std::tuple<ProjectionTuple, ProjectionTuple, ProjectionTuple, ProjectionTuple, ProjectionTuple>;
 
-void add_layer(Stack& stack, Address attention_norm, Address mlp_norm, Address sinks, const ProjectionTuples& said,
+void add_layer(Stack& stack, const ValuesTuple& attention_norm, const ValuesTuple& mlp_norm,
+               const ValuesTuple& sinks, const ProjectionTuples& said,
                const ExpertMatrix& gate_up, const ExpertMatrix& down, float limit, float alpha, Address index,
                Length top_k, Length window) {
     const auto& [q, k, v, o, router] = said;
-    stack.layers.push_back({at<const std::uint8_t>(attention_norm), projection_of(q), projection_of(k), projection_of(v),
-                            projection_of(o), at<const std::uint8_t>(sinks), at<const std::uint8_t>(mlp_norm),
+    stack.layers.push_back({values_of(attention_norm), projection_of(q), projection_of(k), projection_of(v),
+                            projection_of(o), values_of(sinks), values_of(mlp_norm),
                             projection_of(router), {gate_up, down, limit, alpha}, at<const std::int64_t>(index), top_k,
                             window});
 }

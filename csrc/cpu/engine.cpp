@@ -4,6 +4,10 @@
 #include <atomic>
 #include <stdexcept>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "bits.hpp"
 #include "pool.hpp"
 
@@ -15,6 +19,14 @@ constexpr std::ptrdiff_t kPieceBytes = 96 << 10;
 // Tokens whose activations a thread goes through with one piece of weights, so that both stay in its cache.
 constexpr std::ptrdiff_t kTokensAtOnce = 32;
 
+#if defined(__x86_64__)
+// F16C, whose name older compilers' __builtin_cpu_supports does not know.
+bool converts_f16() {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 std::vector<const Kernels*> find_kernels() {
     std::vector<const Kernels*> found;
 #if defined(__x86_64__)
@@ -23,7 +35,7 @@ std::vector<const Kernels*> find_kernels() {
                       __builtin_cpu_supports("avx512dq");
     if (wide && __builtin_cpu_supports("avx512vnni")) found.push_back(&kAvx512VnniKernels);
     if (wide) found.push_back(&kAvx512Kernels);
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&kAvx2Kernels);
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && converts_f16()) found.push_back(&kAvx2Kernels);
 #elif defined(__aarch64__)
     found.push_back(&kNeonKernels);
 #endif
@@ -54,7 +66,9 @@ void Engine::products(const float* x, std::ptrdiff_t tokens, const std::vector<P
     if (products.empty() || tokens == 0) return;
     const std::ptrdiff_t columns = products.front().weight.columns, width = groups_of(columns) * kGroup;
     // Rows of a piece: a multiple of what a kernel takes at once.
-    const std::ptrdiff_t step = std::max<std::ptrdiff_t>(1, kPieceBytes / std::max<std::ptrdiff_t>(1, 20 * columns)) * 10;
+    std::ptrdiff_t bytes = 1;
+    for (const Product& product : products) bytes = std::max(bytes, bytes_of(product.weight.dtype) * columns);
+    const std::ptrdiff_t step = std::max<std::ptrdiff_t>(1, kPieceBytes / (10 * bytes)) * 10;
     std::vector<std::ptrdiff_t> ends;
     for (const Product& product : products) {
         ends.push_back((ends.empty() ? 0 : ends.back()) + pieces_of(product.rows, step));
@@ -72,19 +86,17 @@ void Engine::products(const float* x, std::ptrdiff_t tokens, const std::vector<P
         const std::ptrdiff_t before = which ? ends[static_cast<std::size_t>(which - 1)] : 0;
         const std::ptrdiff_t first = (piece - before) * step, last = std::min(product.rows, first + step);
         for (std::ptrdiff_t t = 0; t < tokens; t += kTokensAtOnce) {
-            kernels_.bf16_rows(product.weight, first, last, rows.data() + t, std::min(kTokensAtOnce, tokens - t),
-                               product.y + t * product.rows + first, product.rows);
+            kernels_.dense_rows(product.weight, first, last, rows.data() + t, std::min(kTokensAtOnce, tokens - t),
+                                product.y + t * product.rows + first, product.rows);
         }
-        if (!product.bias) return;
         for (std::ptrdiff_t t = 0; t < tokens; ++t) {
-            float* y = product.y + t * product.rows;
-            for (std::ptrdiff_t r = first; r < last; ++r) y[r] += bf16_at(product.bias, r);
+            add_values(product.bias, first, last, product.y + t * product.rows + first);
         }
     };
     Pool::shared().run(threads_, {{tokens, spread_token}, {ends.back(), multiply}});
 }
 
-void Engine::rms_norm(const float* x, std::ptrdiff_t tokens, std::ptrdiff_t columns, const std::uint8_t* weight,
+void Engine::rms_norm(const float* x, std::ptrdiff_t tokens, std::ptrdiff_t columns, const Values& weight,
                       float eps, float* y) const {
     const auto one = [&](std::ptrdiff_t t, int) {
         kernels_.rms_norm(x + t * columns, weight, columns, eps, y + t * columns);

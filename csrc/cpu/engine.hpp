@@ -1,6 +1,7 @@
 // The operations of a model, over one instruction set and a number of threads.
 //
-// Tokens' activations are float32, contiguous rows. Results do not depend on the number of threads, nor on
+// Tokens' activations are float32, contiguous rows; products with MXFP4 weights round them to 16-bit integers.
+// Results do not depend on the number of threads, nor on
 // which tokens are computed together.
 #pragma once
 
@@ -19,25 +20,25 @@ const std::vector<const Kernels*>& available_kernels();
 // The one called `name`, or the best for an empty name. Throws std::invalid_argument listing them.
 const Kernels& select_kernels(const std::string& name);
 
-// y [tokens, rows] = x [tokens, columns] times a BF16 weight [rows, columns], plus bias BF16 [rows] if any.
+// y [tokens, rows] = x [tokens, columns] times a weight [rows, columns], plus bias [rows] if any.
 struct Product {
-    Bf16Rows weight;
+    DenseRows weight;
     std::ptrdiff_t rows;
-    const std::uint8_t* bias;
+    Values bias;
     float* y;
 };
 
-// A weight per expert, MXFP4 rows or BF16 transposed; `expert_stride` bytes from one expert to the next.
+// A weight per expert, MXFP4 rows or dense and transposed; `expert_stride` bytes from one expert to the next.
 struct ExpertMatrix {
     bool packed;
     Mxfp4Rows mxfp4;
     std::ptrdiff_t expert_block_stride;
     std::ptrdiff_t expert_scale_stride;
-    Bf16Rows bf16;  // of a column: `columns` of them, `rows` values each
+    DenseRows dense;  // of a column: `columns` of them, `rows` values each
     std::ptrdiff_t expert_stride;
     std::ptrdiff_t experts;
     std::ptrdiff_t rows;
-    const std::uint8_t* bias;  // BF16 [experts, rows]
+    Values bias;  // [experts, rows]
 };
 
 struct ExpertLayer {
@@ -88,7 +89,7 @@ class Engine {
     // y [tokens, hidden]: the sum over each token's chosen experts, in the order chosen. Throws
     // std::invalid_argument for an id that is no stored expert's.
     void experts(const float* x, const Choice& choice, const ExpertLayer& layer, float* y) const;
-    void rms_norm(const float* x, std::ptrdiff_t tokens, std::ptrdiff_t columns, const std::uint8_t* weight,
+    void rms_norm(const float* x, std::ptrdiff_t tokens, std::ptrdiff_t columns, const Values& weight,
                   float eps, float* y) const;
     void attend(const Attention& attention, const Seen& seen) const;
 

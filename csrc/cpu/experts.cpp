@@ -91,14 +91,13 @@ void multiply(const Kernels& kernels, const ExpertMatrix& matrix, std::ptrdiff_t
     } else {
         const float* rows[kPairsAtOnce];
         for (std::ptrdiff_t i = 0; i < count; ++i) rows[i] = x.floats.get() + of(begin + i) * x.width;
-        Bf16Rows weight = matrix.bf16;
+        DenseRows weight = matrix.dense;
         weight.data += place * matrix.expert_stride;
-        kernels.bf16_transposed(weight, first, last, rows, count, h, h_stride);
+        kernels.dense_transposed(weight, first, last, rows, count, h, h_stride);
     }
-    const std::uint8_t* bias = matrix.bias + 2 * place * matrix.rows;
-    for (std::ptrdiff_t i = 0; i < count; ++i) {
-        for (std::ptrdiff_t r = first; r < last; ++r) h[i * h_stride + r - first] += bf16_at(bias, r);
-    }
+    Values bias = matrix.bias;
+    bias.data += bytes_of(bias.dtype) * place * matrix.rows;
+    for (std::ptrdiff_t i = 0; i < count; ++i) add_values(bias, first, last, h + i * h_stride);
 }
 
 }  // namespace
@@ -114,7 +113,7 @@ void Engine::experts(const float* x, const Choice& choice, const ExpertLayer& la
     const ExpertMatrix &up = layer.gate_up, &down = layer.down;
     const std::ptrdiff_t count = static_cast<std::ptrdiff_t>(pairs.size()), experts = static_cast<std::ptrdiff_t>(groups.size());
     const std::ptrdiff_t hidden = down.rows, units = up.rows / 2;
-    const std::ptrdiff_t columns = up.packed ? up.mxfp4.columns : up.bf16.columns;
+    const std::ptrdiff_t columns = up.packed ? up.mxfp4.columns : up.dense.columns;
     const std::ptrdiff_t up_rows = up.packed ? kUpRows : kTransposedRows;
     const std::ptrdiff_t down_rows = down.packed ? kDownRows : kTransposedRows;
 

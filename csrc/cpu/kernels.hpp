@@ -1,6 +1,6 @@
 // Products with weights as a checkpoint stores them: the interface of the instruction sets.
 //
-// Activations are float32. A product's value is the sum of 16 partial sums ("lanes"), each added up in the
+// Activations are float32, those of MXFP4 products rounded to 16-bit integers (see Span). A product's value is the sum of 16 partial sums ("lanes"), each added up in the
 // order of the columns, then joined in a fixed tree; which lane a column belongs to is part of the format
 // below. So a value depends on its row and its activations alone: not on the tile it was
 // computed in, on the tokens beside it, on the threads, nor on the instruction set.
@@ -14,7 +14,7 @@
 namespace moe_surgery::cpu {
 
 constexpr std::ptrdiff_t kLanes = 16;
-constexpr std::ptrdiff_t kGroup = 32;        // BF16 columns that are multiplied at a time
+constexpr std::ptrdiff_t kGroup = 32;        // dense columns that are multiplied at a time
 constexpr std::ptrdiff_t kBlock = 32;        // MXFP4 values under one scale
 constexpr std::ptrdiff_t kBlockBytes = 16;   // their codes
 constexpr std::ptrdiff_t kSpan = kLanes * kBlock;            // MXFP4 columns that are multiplied at a time:
@@ -26,11 +26,24 @@ constexpr std::ptrdiff_t spans_of(std::ptrdiff_t columns) { return (columns + kS
 // The block of a span that a lane holds: what transposing four words of four blocks each brings about.
 constexpr std::ptrdiff_t block_of(std::ptrdiff_t lane) { return lane % 4 * 4 + lane / 4; }
 
-// Rows of BF16 values: row r is `columns` values from data + r * stride.
-struct Bf16Rows {
+// What dense weights are stored in. Each is read as float32, exactly, so that the same values in another
+// dtype give the same bits.
+enum class Dtype : std::uint8_t { bf16, f16, f32 };
+
+constexpr std::ptrdiff_t bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+
+// A bias, a norm's weight or attention's sinks.
+struct Values {
+    const std::uint8_t* data;  // null for no bias
+    Dtype dtype;
+};
+
+// Rows of dense values: row r is `columns` values from data + r * stride.
+struct DenseRows {
     const std::uint8_t* data;
     std::ptrdiff_t stride;
     std::ptrdiff_t columns;
+    Dtype dtype;
 };
 
 // Rows of MXFP4: row r has columns / 32 blocks from blocks + r * block_stride, and as many scales.
@@ -42,7 +55,7 @@ struct Mxfp4Rows {
     std::ptrdiff_t columns;
 };
 
-// Activations for Bf16Rows: for each 32 columns those at even places, then those at odd places;
+// Activations for DenseRows: for each 32 columns those at even places, then those at odd places;
 // zeros after the last column. `groups_of(columns)` times 32 floats a token.
 using Spread = const float*;
 
@@ -86,27 +99,27 @@ struct AttentionSpan {
 struct Kernels {
     const char* name;
 
-    // x[columns] to the activations of Bf16Rows and Mxfp4Rows.
+    // x[columns] to the activations of DenseRows and Mxfp4Rows.
     void (*spread)(const float* x, std::ptrdiff_t columns, float* out);
     void (*quantize)(const float* x, std::ptrdiff_t columns, Span* spans);
 
     // y[t * y_stride + r - first] = row r times token t, for rows first <= r < last.
-    void (*bf16_rows)(const Bf16Rows& weight, std::ptrdiff_t first, std::ptrdiff_t last, const Spread* x,
-                      std::ptrdiff_t tokens, float* y, std::ptrdiff_t y_stride);
+    void (*dense_rows)(const DenseRows& weight, std::ptrdiff_t first, std::ptrdiff_t last, const Spread* x,
+                       std::ptrdiff_t tokens, float* y, std::ptrdiff_t y_stride);
     void (*mxfp4_rows)(const Mxfp4Rows& weight, std::ptrdiff_t first, std::ptrdiff_t last,
                        const Quantized* x, std::ptrdiff_t tokens, float* y, std::ptrdiff_t y_stride);
 
-    // The same for a weight stored transposed: column c is the BF16 values from data + c * stride, one a
+    // The same for a weight stored transposed: column c is the values from data + c * stride, one a
     // row. Each value is one sum over the columns in their order. x holds plain activations.
-    void (*bf16_transposed)(const Bf16Rows& weight, std::ptrdiff_t first, std::ptrdiff_t last,
-                            const float* const* x, std::ptrdiff_t tokens, float* y,
-                            std::ptrdiff_t y_stride);
+    void (*dense_transposed)(const DenseRows& weight, std::ptrdiff_t first, std::ptrdiff_t last,
+                             const float* const* x, std::ptrdiff_t tokens, float* y,
+                             std::ptrdiff_t y_stride);
 
     // z[i] from gate h[2i] and up h[2i + 1]: (up + 1) gate sigmoid(alpha gate), gate <= limit, |up| <= limit.
     void (*swiglu)(const float* h, std::ptrdiff_t units, float limit, float alpha, float* z);
 
-    // y = x / sqrt(mean(x^2) + eps) * weight, weight in BF16.
-    void (*rms_norm)(const float* x, const std::uint8_t* weight, std::ptrdiff_t columns, float eps, float* y);
+    // y = x / sqrt(mean(x^2) + eps) * weight.
+    void (*rms_norm)(const float* x, const Values& weight, std::ptrdiff_t columns, float eps, float* y);
 
     // out[h * head_dim] for `heads` query heads from q + h * q_stride: softmax over the span's keys and the
     // head's sink, times the span's values. `scores` is room for attention_room(span.count) floats.

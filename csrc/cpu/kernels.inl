@@ -46,10 +46,39 @@ struct Over {
         __builtin_memcpy(p, held, static_cast<std::size_t>(count) * sizeof(float));
     }
 
-    static F bf16_partial(const std::uint8_t* p, std::ptrdiff_t count) {
-        std::uint8_t held[2 * kLanes] = {};
-        __builtin_memcpy(held, p, static_cast<std::size_t>(2 * count));
-        return V::bf16(held);
+    // How the values of a dtype are read: sixteen from p on; 32, those at even places and those at odd ones.
+    struct Bf16 {
+        static constexpr std::ptrdiff_t kBytes = 2;
+        static F lanes(const std::uint8_t* p) { return V::bf16(p); }
+        static void pairs(const std::uint8_t* p, F& even, F& odd) { V::bf16_pairs(p, even, odd); }
+    };
+    struct F16 {
+        static constexpr std::ptrdiff_t kBytes = 2;
+        static F lanes(const std::uint8_t* p) { return V::f16(p); }
+        static void pairs(const std::uint8_t* p, F& even, F& odd) { V::f16_pairs(p, even, odd); }
+    };
+    struct F32 {
+        static constexpr std::ptrdiff_t kBytes = 4;
+        static F lanes(const std::uint8_t* p) { return V::f32(p); }
+        static void pairs(const std::uint8_t* p, F& even, F& odd) { V::f32_pairs(p, even, odd); }
+    };
+
+    // Calls `run` with the one for `dtype`.
+    template <class Run>
+    static void with(Dtype dtype, Run run) {
+        switch (dtype) {
+            case Dtype::bf16: return run(Bf16{});
+            case Dtype::f16: return run(F16{});
+            case Dtype::f32: return run(F32{});
+        }
+    }
+
+    // `count` values, zeros after them.
+    template <class W>
+    static F lanes_partial(const std::uint8_t* p, std::ptrdiff_t count) {
+        std::uint8_t held[W::kBytes * kLanes] = {};
+        __builtin_memcpy(held, p, static_cast<std::size_t>(W::kBytes * count));
+        return W::lanes(held);
     }
 
     // --- activations
@@ -100,11 +129,11 @@ struct Over {
         span.factors[lane] = finite ? down : from_bits(0x7fc00000u);
     }
 
-    // --- BF16 rows
+    // --- dense rows
 
     // R rows from `w` on times T tokens.
-    template <int R, int T>
-    static void bf16_tile(const std::uint8_t* w, std::ptrdiff_t stride, std::ptrdiff_t columns, const Spread* x,
+    template <class W, int R, int T>
+    static void dense_tile(const std::uint8_t* w, std::ptrdiff_t stride, std::ptrdiff_t columns, const Spread* x,
                           float* y, std::ptrdiff_t y_stride) {
         F sums[R][T];
         for (int r = 0; r < R; ++r) {
@@ -112,19 +141,19 @@ struct Over {
         }
         const std::ptrdiff_t full = columns / kGroup, ahead = R * stride > kAhead ? R * stride : kAhead;
         for (std::ptrdiff_t g = 0; g < full; ++g) {
-            multiply<R, T>(x, g, sums, [&](int r) {
-                const std::uint8_t* from = w + r * stride + 2 * kGroup * g;
-                fetch(from + ahead);
+            multiply<W, R, T>(x, g, sums, [&](int r) {
+                const std::uint8_t* from = w + r * stride + W::kBytes * kGroup * g;
+                for (int line = 0; line < W::kBytes * kGroup; line += 64) fetch(from + ahead + line);
                 return from;
             });
         }
         if (full * kGroup < columns) {
-            std::uint8_t held[R][2 * kGroup] = {};
-            const std::ptrdiff_t start = 2 * kGroup * full;
+            std::uint8_t held[R][W::kBytes * kGroup] = {};
+            const std::ptrdiff_t start = W::kBytes * kGroup * full;
             for (int r = 0; r < R; ++r) {
-                __builtin_memcpy(held[r], w + r * stride + start, static_cast<std::size_t>(2 * columns - start));
+                __builtin_memcpy(held[r], w + r * stride + start, static_cast<std::size_t>(W::kBytes * columns - start));
             }
-            multiply<R, T>(x, full, sums, [&](int r) { return held[r]; });
+            multiply<W, R, T>(x, full, sums, [&](int r) { return held[r]; });
         }
         for (int r = 0; r < R; ++r) {
             for (int t = 0; t < T; ++t) y[t * y_stride + r] = V::sum(sums[r][t]);
@@ -132,7 +161,7 @@ struct Over {
     }
 
     // `at(r)` is where the group g of row r lies.
-    template <int R, int T, class At>
+    template <class W, int R, int T, class At>
     static inline void multiply(const Spread* x, std::ptrdiff_t g, F (&sums)[R][T], At at) {
         F x_even[T], x_odd[T];
         for (int t = 0; t < T; ++t) {
@@ -141,38 +170,41 @@ struct Over {
         }
         for (int r = 0; r < R; ++r) {
             F w_even, w_odd;
-            V::bf16_pairs(at(r), w_even, w_odd);
+            W::pairs(at(r), w_even, w_odd);
             for (int t = 0; t < T; ++t) {
                 sums[r][t] = V::fma(w_odd, x_odd[t], V::fma(w_even, x_even[t], sums[r][t]));
             }
         }
     }
 
-    template <int R>
-    static void bf16_some_rows(const std::uint8_t* w, const Bf16Rows& weight, const Spread* x,
-                               std::ptrdiff_t tokens, float* y, std::ptrdiff_t y_stride) {
+    template <class W, int R>
+    static void dense_some_rows(const std::uint8_t* w, const DenseRows& weight, const Spread* x,
+                                std::ptrdiff_t tokens, float* y, std::ptrdiff_t y_stride) {
         std::ptrdiff_t t = 0;
         const auto run = [&](auto tile, std::ptrdiff_t count) {
             for (; tokens - t >= count; t += count) {
                 tile(w, weight.stride, weight.columns, x + t, y + t * y_stride, y_stride);
             }
         };
-        if constexpr (V::kTokens >= 4) run(bf16_tile<R, 4>, 4);
-        if constexpr (V::kTokens >= 3) run(bf16_tile<R, 3>, 3);
-        run(bf16_tile<R, 2>, 2);
-        run(bf16_tile<R, 1>, 1);
+        if constexpr (V::kTokens >= 4) run(dense_tile<W, R, 4>, 4);
+        if constexpr (V::kTokens >= 3) run(dense_tile<W, R, 3>, 3);
+        run(dense_tile<W, R, 2>, 2);
+        run(dense_tile<W, R, 1>, 1);
     }
 
-    static void bf16_rows(const Bf16Rows& weight, std::ptrdiff_t first, std::ptrdiff_t last, const Spread* x,
-                          std::ptrdiff_t tokens, float* y, std::ptrdiff_t y_stride) {
-        std::ptrdiff_t r = first;
-        for (; last - r >= V::kRows; r += V::kRows) {
-            const std::uint8_t* w = weight.data + r * weight.stride;
-            bf16_some_rows<V::kRows>(w, weight, x, tokens, y + r - first, y_stride);
-        }
-        for (; r < last; ++r) {
-            bf16_some_rows<1>(weight.data + r * weight.stride, weight, x, tokens, y + r - first, y_stride);
-        }
+    static void dense_rows(const DenseRows& weight, std::ptrdiff_t first, std::ptrdiff_t last, const Spread* x,
+                           std::ptrdiff_t tokens, float* y, std::ptrdiff_t y_stride) {
+        with(weight.dtype, [&](auto dtype) {
+            using W = decltype(dtype);
+            std::ptrdiff_t r = first;
+            for (; last - r >= V::kRows; r += V::kRows) {
+                const std::uint8_t* w = weight.data + r * weight.stride;
+                dense_some_rows<W, V::kRows>(w, weight, x, tokens, y + r - first, y_stride);
+            }
+            for (; r < last; ++r) {
+                dense_some_rows<W, 1>(weight.data + r * weight.stride, weight, x, tokens, y + r - first, y_stride);
+            }
+        });
     }
 
     // --- MXFP4 rows
@@ -254,11 +286,19 @@ struct Over {
         for (; r < last; ++r) mxfp4_some_rows<1>(weight, r, x, tokens, y + r - first, y_stride);
     }
 
-    // --- BF16 columns
+    // --- dense columns
 
-    static void bf16_transposed(const Bf16Rows& weight, std::ptrdiff_t first, std::ptrdiff_t last,
-                                const float* const* x, std::ptrdiff_t tokens, float* y,
-                                std::ptrdiff_t y_stride) {
+    static void dense_transposed(const DenseRows& weight, std::ptrdiff_t first, std::ptrdiff_t last,
+                                 const float* const* x, std::ptrdiff_t tokens, float* y,
+                                 std::ptrdiff_t y_stride) {
+        with(weight.dtype, [&](auto dtype) {
+            transposed<decltype(dtype)>(weight, first, last, x, tokens, y, y_stride);
+        });
+    }
+
+    template <class W>
+    static void transposed(const DenseRows& weight, std::ptrdiff_t first, std::ptrdiff_t last,
+                           const float* const* x, std::ptrdiff_t tokens, float* y, std::ptrdiff_t y_stride) {
         for (std::ptrdiff_t t = 0; t < tokens; ++t) {
             __builtin_memset(y + t * y_stride, 0, static_cast<std::size_t>(last - first) * sizeof(float));
         }
@@ -268,23 +308,23 @@ struct Over {
             const Columns columns = {weight, c, smaller(kDepth, weight.columns - c), kDepth * weight.stride};
             std::ptrdiff_t r = first;
             for (; last - r >= kTile; r += kTile) {
-                columns_some_rows<V::kColumnRows, true>(columns, r, kLanes, x, tokens, y + r - first, y_stride);
+                columns_some_rows<W, V::kColumnRows, true>(columns, r, kLanes, x, tokens, y + r - first, y_stride);
             }
             for (; last - r >= kLanes; r += kLanes) {
-                columns_some_rows<1, true>(columns, r, kLanes, x, tokens, y + r - first, y_stride);
+                columns_some_rows<W, 1, true>(columns, r, kLanes, x, tokens, y + r - first, y_stride);
             }
-            if (r < last) columns_some_rows<1, false>(columns, r, last - r, x, tokens, y + r - first, y_stride);
+            if (r < last) columns_some_rows<W, 1, false>(columns, r, last - r, x, tokens, y + r - first, y_stride);
         }
     }
 
     // Columns start .. start + count of a transposed weight; those so many bytes further on are next.
     struct Columns {
-        const Bf16Rows& weight;
+        const DenseRows& weight;
         std::ptrdiff_t start, count, ahead;
     };
 
     // Sixteen rows R times from row r on; only `rows` of them where they are not `Whole`.
-    template <int R, bool Whole>
+    template <class W, int R, bool Whole>
     static void columns_some_rows(const Columns& columns, std::ptrdiff_t r, std::ptrdiff_t rows,
                                   const float* const* x, std::ptrdiff_t tokens, float* y,
                                   std::ptrdiff_t y_stride) {
@@ -292,13 +332,13 @@ struct Over {
         const auto run = [&](auto tile, std::ptrdiff_t count) {
             for (; tokens - t >= count; t += count) tile(columns, r, rows, t == 0, x + t, y + t * y_stride, y_stride);
         };
-        run(columns_tile<R, 4, Whole>, 4);
-        run(columns_tile<R, 3, Whole>, 3);
-        run(columns_tile<R, 2, Whole>, 2);
-        run(columns_tile<R, 1, Whole>, 1);
+        run(columns_tile<W, R, 4, Whole>, 4);
+        run(columns_tile<W, R, 3, Whole>, 3);
+        run(columns_tile<W, R, 2, Whole>, 2);
+        run(columns_tile<W, R, 1, Whole>, 1);
     }
 
-    template <int R, int T, bool Whole>
+    template <class W, int R, int T, bool Whole>
     static void columns_tile(const Columns& columns, std::ptrdiff_t row, std::ptrdiff_t rows, bool fetching,
                              const float* const* x, float* y, std::ptrdiff_t y_stride) {
         F sums[R][T];
@@ -308,15 +348,15 @@ struct Over {
                 sums[r][t] = Whole ? V::load(from) : partial(from, rows);
             }
         }
-        const std::uint8_t* from = columns.weight.data + columns.start * columns.weight.stride + 2 * row;
+        const std::uint8_t* from = columns.weight.data + columns.start * columns.weight.stride + W::kBytes * row;
         for (std::ptrdiff_t c = 0; c < columns.count; ++c, from += columns.weight.stride) {
             if (fetching) {
-                for (int line = 0; line < 2 * R * kLanes; line += 64) fetch(from + columns.ahead + line);
+                for (int line = 0; line < W::kBytes * R * kLanes; line += 64) fetch(from + columns.ahead + line);
             }
             F w[R];
             for (int r = 0; r < R; ++r) {
-                const std::uint8_t* p = from + 2 * r * kLanes;
-                w[r] = Whole ? V::bf16(p) : bf16_partial(p, rows);
+                const std::uint8_t* p = from + W::kBytes * r * kLanes;
+                w[r] = Whole ? W::lanes(p) : lanes_partial<W>(p, rows);
             }
             for (int t = 0; t < T; ++t) {
                 const F value = V::set(x[t][columns.start + c]);
@@ -355,8 +395,12 @@ struct Over {
         }
     }
 
-    static void rms_norm(const float* x, const std::uint8_t* weight, std::ptrdiff_t columns, float eps,
-                         float* y) {
+    static void rms_norm(const float* x, const Values& weight, std::ptrdiff_t columns, float eps, float* y) {
+        with(weight.dtype, [&](auto dtype) { normed<decltype(dtype)>(x, weight.data, columns, eps, y); });
+    }
+
+    template <class W>
+    static void normed(const float* x, const std::uint8_t* weight, std::ptrdiff_t columns, float eps, float* y) {
         F squares = V::zero();
         for (std::ptrdiff_t c = 0; c < columns; c += kLanes) {
             const std::ptrdiff_t count = smaller(kLanes, columns - c);
@@ -369,7 +413,8 @@ struct Over {
             const std::ptrdiff_t count = smaller(kLanes, columns - c);
             const bool all = count == kLanes;
             const F value = V::mul(all ? V::load(x + c) : partial(x + c, count), scale);
-            const F loud = all ? V::bf16(weight + 2 * c) : bf16_partial(weight + 2 * c, count);
+            const std::uint8_t* p = weight + W::kBytes * c;
+            const F loud = all ? W::lanes(p) : lanes_partial<W>(p, count);
             store_partial(y + c, V::mul(value, loud), count);
         }
     }
@@ -385,7 +430,7 @@ struct Over {
             const float* floats = reinterpret_cast<const float*>(from);
             return count == kLanes ? V::load(floats) : partial(floats, count);
         } else {
-            return count == kLanes ? V::bf16(from) : bf16_partial(from, count);
+            return count == kLanes ? V::bf16(from) : lanes_partial<Bf16>(from, count);
         }
     }
 
@@ -506,7 +551,7 @@ struct Over {
     }
 
     static constexpr Kernels set(const char* name) {
-        return {name,   spread,  quantize, bf16_rows, mxfp4_rows, bf16_transposed,
+        return {name,   spread,   quantize, dense_rows, mxfp4_rows, dense_transposed,
                 swiglu, rms_norm, attend};
     }
 };

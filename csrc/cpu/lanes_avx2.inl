@@ -71,6 +71,19 @@ struct LanesAvx2 {
         odd = {_mm256_castsi256_ps(_mm256_and_si256(low, top)), _mm256_castsi256_ps(_mm256_and_si256(high, top))};
     }
 
+    static F f16(const std::uint8_t* p) { return {f16_half(p), f16_half(p + 16)}; }
+    static void f16_pairs(const std::uint8_t* p, F& even, F& odd) {
+        const __m256i low = bytes(p), high = bytes(p + 32), bottom = _mm256_set1_epi32(0xffff);
+        even = halves(_mm256_and_si256(low, bottom), _mm256_and_si256(high, bottom));
+        odd = halves(_mm256_srli_epi32(low, 16), _mm256_srli_epi32(high, 16));
+    }
+    static F f32(const std::uint8_t* p) { return {_mm256_castsi256_ps(bytes(p)), _mm256_castsi256_ps(bytes(p + 32))}; }
+    static void f32_pairs(const std::uint8_t* p, F& even, F& odd) {
+        const F low = f32(p), high = f32(p + 64);
+        even = {in_order(_mm256_shuffle_ps(low.low, low.high, 0x88)), in_order(_mm256_shuffle_ps(high.low, high.high, 0x88))};
+        odd = {in_order(_mm256_shuffle_ps(low.low, low.high, 0xdd)), in_order(_mm256_shuffle_ps(high.low, high.high, 0xdd))};
+    }
+
     static Packed packed(const std::uint8_t* p) {
         Packed found;
         found.from = p;
@@ -108,6 +121,18 @@ struct LanesAvx2 {
     static __m256 half(const std::uint8_t* p) {
         const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+    }
+    static __m256 f16_half(const std::uint8_t* p) {
+        return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    }
+    // F16 bits, one in each 32, as floats.
+    static F halves(__m256i low, __m256i high) {
+        const __m256i all = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xd8);
+        return {_mm256_cvtph_ps(_mm256_castsi256_si128(all)), _mm256_cvtph_ps(_mm256_extracti128_si256(all, 1))};
+    }
+    // What a shuffle within 128 bits took from two registers, those of the first before those of the second.
+    static __m256 in_order(__m256 pairs) {
+        return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(pairs), 0xd8));
     }
     static __m256 power(__m256 n) {
         const __m256i whole = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));

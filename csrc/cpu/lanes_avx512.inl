@@ -60,6 +60,22 @@ struct LanesAvx512 {
         odd = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
     }
 
+    static F f16(const std::uint8_t* p) {
+        return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    }
+    static void f16_pairs(const std::uint8_t* p, F& even, F& odd) {
+        const I bits = _mm512_loadu_si512(p);
+        even = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(bits));
+        odd = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
+    }
+    static F f32(const std::uint8_t* p) { return _mm512_castsi512_ps(_mm512_loadu_si512(p)); }
+    static void f32_pairs(const std::uint8_t* p, F& even, F& odd) {
+        const I places = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+        const F low = f32(p), high = f32(p + 64);
+        even = _mm512_permutex2var_ps(low, places, high);
+        odd = _mm512_permutex2var_ps(low, _mm512_or_si512(places, _mm512_set1_epi32(1)), high);
+    }
+
     static Packed packed(const std::uint8_t* p) {
         return turned(_mm512_loadu_si512(p), _mm512_loadu_si512(p + 64), _mm512_loadu_si512(p + 128),
                       _mm512_loadu_si512(p + 192));

@@ -76,6 +76,27 @@ struct LanesNeon {
         }
     }
 
+    static F f16(const std::uint8_t* p) {
+        return each([&](int i) { return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p + 8 * i))); });
+    }
+    static void f16_pairs(const std::uint8_t* p, F& even, F& odd) {
+        for (int i = 0; i < 4; ++i) {
+            const uint32x4_t bits = vreinterpretq_u32_u8(vld1q_u8(p + 16 * i));
+            even.at[i] = vcvt_f32_f16(vreinterpret_f16_u16(vmovn_u32(bits)));
+            odd.at[i] = vcvt_f32_f16(vreinterpret_f16_u16(vshrn_n_u32(bits, 16)));
+        }
+    }
+    static F f32(const std::uint8_t* p) {
+        return each([&](int i) { return vreinterpretq_f32_u8(vld1q_u8(p + 16 * i)); });
+    }
+    static void f32_pairs(const std::uint8_t* p, F& even, F& odd) {
+        const F low = f32(p), high = f32(p + 64);
+        even = {{vuzp1q_f32(low.at[0], low.at[1]), vuzp1q_f32(low.at[2], low.at[3]),
+                 vuzp1q_f32(high.at[0], high.at[1]), vuzp1q_f32(high.at[2], high.at[3])}};
+        odd = {{vuzp2q_f32(low.at[0], low.at[1]), vuzp2q_f32(low.at[2], low.at[3]),
+                vuzp2q_f32(high.at[0], high.at[1]), vuzp2q_f32(high.at[2], high.at[3])}};
+    }
+
     static Packed packed(const std::uint8_t* p) {
         static constexpr std::int8_t kDoubled[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
         const int8x16_t table = vld1q_s8(kDoubled);

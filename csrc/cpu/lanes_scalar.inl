@@ -58,6 +58,17 @@ struct LanesScalar {
         odd = each([&](int i) { return bf16_at(p, 2 * i + 1); });
     }
 
+    static F f16(const std::uint8_t* p) { return each([&](int i) { return f16_at(p, i); }); }
+    static void f16_pairs(const std::uint8_t* p, F& even, F& odd) {
+        even = each([&](int i) { return f16_at(p, 2 * i); });
+        odd = each([&](int i) { return f16_at(p, 2 * i + 1); });
+    }
+    static F f32(const std::uint8_t* p) { return each([&](int i) { return f32_at(p, i); }); }
+    static void f32_pairs(const std::uint8_t* p, F& even, F& odd) {
+        even = each([&](int i) { return f32_at(p, 2 * i); });
+        odd = each([&](int i) { return f32_at(p, 2 * i + 1); });
+    }
+
     static Packed packed(const std::uint8_t* p) {
         static constexpr std::int8_t kDoubled[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
         Packed found;

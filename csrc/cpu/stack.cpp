@@ -60,7 +60,7 @@ class Run {
     }
 
   private:
-    void norm(const std::uint8_t* weight) {
+    void norm(const Values& weight) {
         engine_.rms_norm(step_.x, tokens_, stack_.hidden, weight, stack_.eps, h_.data());
     }
 
@@ -103,7 +103,7 @@ class Run {
             a.value_strides[i] = cache.value_strides[i] * static_cast<std::ptrdiff_t>(sizeof(float));
         }
         a.wide = true;
-        for (std::ptrdiff_t i = 0; i < stack_.heads; ++i) sinks_[static_cast<std::size_t>(i)] = bf16_at(layer.sinks, i);
+        for (std::ptrdiff_t i = 0; i < stack_.heads; ++i) sinks_[static_cast<std::size_t>(i)] = value_at(layer.sinks, i);
         a.sinks = sinks_.data();
         a.query_positions = step_.positions;
         a.key_positions = cache.positions;

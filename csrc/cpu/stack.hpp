@@ -5,19 +5,19 @@
 
 namespace moe_surgery::cpu {
 
-// A BF16 weight [rows, columns] and a bias [rows] or none.
+// A weight [rows, columns] and a bias [rows] or none.
 struct Projection {
-    Bf16Rows weight;
+    DenseRows weight;
     std::ptrdiff_t rows;
-    const std::uint8_t* bias;
+    Values bias;
 };
 
 // One layer's weights, wherever they are mapped.
 struct DecoderLayer {
-    const std::uint8_t* attention_norm;
+    Values attention_norm;
     Projection q, k, v, o;
-    const std::uint8_t* sinks;  // BF16 [heads]
-    const std::uint8_t* mlp_norm;
+    Values sinks;  // [heads]
+    Values mlp_norm;
     Projection router;
     ExpertLayer experts;
     const std::int64_t* index;  // the stored place of each of the router's experts, or null: its own

@@ -24,7 +24,9 @@ struct Shape {
 };
 
 enum class Scales { kUsual, kLow, kHigh, kAny };
-enum class Values { kUsual, kSubnormal, kAny };
+// kSearched: largest values of 4 or 8 times a scale, nearly, beside values near 1/4, 1/2, 3/4 and 3/2 of it,
+// so that each of three scales is the best one for some blocks.
+enum class Values { kUsual, kSubnormal, kAny, kSearched };
 
 Bytes random_bytes(std::mt19937& random, std::ptrdiff_t size) {
     Bytes bytes(static_cast<std::size_t>(size));
@@ -42,12 +44,21 @@ Bytes random_scales(std::mt19937& random, std::ptrdiff_t size, Scales kind) {
     return scales;
 }
 
+std::uint16_t searched_value(std::uint16_t bits, bool large) {
+    // 3.98 to 4.14 or so; else 1/4, 1/2, 3/4 and 3/2 with a little more or less.
+    static const std::uint16_t middles[4] = {0x3e80, 0x3f00, 0x3f40, 0x3fc0};
+    const unsigned magnitude =
+        large ? 0x407du + (bits & 7u) : middles[(bits >> 8) & 3] + (bits & 7u) - 4u;
+    return static_cast<std::uint16_t>((bits & 0x8000) | magnitude);
+}
+
 Bytes random_values(std::mt19937& random, std::ptrdiff_t count, Values kind) {
     Bytes bytes(static_cast<std::size_t>(2 * count));
     for (std::ptrdiff_t i = 0; i < count; ++i) {
         std::uint16_t bits = static_cast<std::uint16_t>(random());
         if (kind == Values::kUsual) bits = static_cast<std::uint16_t>((bits & 0x87ff) | 0x3800);
         if (kind == Values::kSubnormal) bits = static_cast<std::uint16_t>(bits & 0x82ff);
+        if (kind == Values::kSearched) bits = searched_value(bits, random() % 32 == 0);
         std::memcpy(bytes.data() + 2 * i, &bits, sizeof bits);
     }
     return bytes;
@@ -106,7 +117,7 @@ int check_decode(const Kernels& kernels, const Kernels& scalar, std::mt19937& ra
 
 int check_encode(const Kernels& kernels, const Kernels& scalar, std::mt19937& random, Shape shape) {
     int failures = 0;
-    for (Values kind : {Values::kUsual, Values::kSubnormal, Values::kAny}) {
+    for (Values kind : {Values::kUsual, Values::kSubnormal, Values::kAny, Values::kSearched}) {
         const Bytes values = random_values(random, shape.rows * shape.groups * 32, kind);
         failures += !same_encoding(run_encode(kernels, values, shape), run_encode(scalar, values, shape));
     }

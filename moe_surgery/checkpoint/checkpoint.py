@@ -9,10 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
+from moe_surgery.checkpoint.additions import ADAPTER_CONFIG, is_addition, is_weights, note_of
 from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.checkpoint.files import printable_path, read_small_file
 from moe_surgery.checkpoint.index import MAX_INDEX_BYTES, Index, parse_index
 from moe_surgery.checkpoint.locate import locate
+from moe_surgery.checkpoint.other_formats import instead
 from moe_surgery.checkpoint.shard import Shard
 from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.checkpoint.text import printable
@@ -23,8 +25,7 @@ __all__ = ["CONFIG_NAME", "INDEX_NAME", "Checkpoint", "TensorRef"]
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 MAX_CONFIG_BYTES = 10_000_000
-# Weights in other formats hold all experts: they are no part of a smaller checkpoint.
-OTHER_WEIGHTS = (".bin", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".pt", ".pth", ".safetensors")
+SINGLE_NAME = "model.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class Checkpoint:
     """An open checkpoint: headers are read and validated, weights are not.
 
     `config` is the parsed config.json, `tensors` maps names to `TensorRef`s, `shards` maps file
-    names to open `Shard`s. Close it, or use it as a context manager.
+    names to open `Shard`s. `notes` says what of the folder is ignored. Close it, or use it as a context manager.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Checkpoint:
         tensors: dict[str, TensorRef],
         side_files: tuple[str, ...],
         index: Index | None,
+        notes: tuple[str, ...] = (),
     ) -> None:
         self.path = path
         self.config: Mapping[str, object] = MappingProxyType(config)
@@ -68,6 +70,7 @@ class Checkpoint:
         self.tensors = tensors
         self.side_files = side_files
         self.index = index
+        self.notes = notes
 
     @classmethod
     def open(
@@ -75,20 +78,23 @@ class Checkpoint:
     ) -> Checkpoint:
         """Open a folder, one .safetensors file, `example:tiny`, or a hub id in the local hub cache.
 
-        `ignore_unlisted` skips shards and tensors that the index does not name instead of refusing
-        them. Raises InvalidInputError for malformed files, OutputError for unreadable ones.
+        Files that transformers ignores are ignored: shards that the index does not name, whatever lies
+        beside a model.safetensors without an index, adapters, value heads, backups. `ignore_unlisted`
+        also skips a model.safetensors beside an index, and tensors in its shards that it does not name,
+        instead of refusing them. Raises InvalidInputError for malformed files, OutputError for unreadable ones.
         """
         place = locate(path)
         folder, only = (place, None) if place.is_dir() else (place.parent, place.name)
         config = _read_config(folder / CONFIG_NAME)
         index = _read_index(folder) if only is None else None
         names = [only] if only is not None else _shard_names(folder, index, ignore_unlisted)
+        notes = () if only is not None else _notes(folder, names, index)
         with ExitStack() as stack:
             shards = {n: stack.enter_context(Shard(folder / n, ops or FileOps())) for n in names}
             tensors = _collect(folder, shards, index, ignore_unlisted)
             sides = tuple(sorted(_side_files(folder)))
             stack.pop_all()
-        return cls(folder, config, shards, tensors, sides, index)
+        return cls(folder, config, shards, tensors, sides, index, notes)
 
     @property
     def config_path(self) -> Path:
@@ -125,6 +131,7 @@ def _read_config(path: Path) -> dict[str, object]:
     if not path.exists():
         raise OutputError(
             f"{printable_path(path)}: not found; a checkpoint needs its config.json beside the shards"
+            + instead(path.parent)
         )
     raw = read_small_file(path, limit=MAX_CONFIG_BYTES, what="a model config")
     config = parse_json(raw, where=printable_path(path), allow_floats=True)
@@ -144,21 +151,29 @@ def _read_index(folder: Path) -> Index | None:
 def _shard_names(folder: Path, index: Index | None, ignore_unlisted: bool) -> list[str]:
     present = {e.name for e in os.scandir(folder) if e.name.endswith(".safetensors")}
     if index is None:
-        if not present:
-            raise OutputError(f"{printable_path(folder)}: holds no .safetensors file")
-        return sorted(present)
+        own = {name for name in present if not name.startswith(".") and not is_addition(name)}
+        if not own:
+            raise OutputError(f"{printable_path(folder)}: holds no .safetensors file{instead(folder)}")
+        return [SINGLE_NAME] if SINGLE_NAME in own else sorted(own)
     listed = set(index.weight_map.values())
     if missing := sorted(listed - present):
         raise OutputError(
             f"{printable_path(folder / missing[0])}: listed in {INDEX_NAME} but missing "
             f"({len(missing)} of {len(listed)} shards); download the rest of the checkpoint"
         )
-    if (surplus := sorted(present - listed)) and not ignore_unlisted:
+    if SINGLE_NAME in present - listed and not ignore_unlisted:
         raise InvalidInputError(
-            f"{printable_path(folder / surplus[0])}: not listed in {INDEX_NAME}; "
-            "remove it, or pass --ignore-unlisted"
+            f"{printable_path(folder / SINGLE_NAME)}: not listed in {INDEX_NAME}, and programs differ in which of "
+            "the two they load; remove one, or pass --ignore-unlisted to read what the index lists"
         )
     return sorted(listed)
+
+
+def _notes(folder: Path, read: list[str], index: Index | None) -> tuple[str, ...]:
+    ignored = {e.name for e in os.scandir(folder) if e.is_file() and not e.name.startswith(".")} - set(read)
+    reason = f"{SINGLE_NAME} is the whole model" if index is None else f"not listed in {INDEX_NAME}"
+    note = note_of(ignored, reason)
+    return () if note is None else (f"{printable_path(folder)}: {note}",)
 
 
 def _collect(
@@ -194,8 +209,12 @@ def _refs(shards: Mapping[str, Shard]) -> Iterator[TensorRef]:
 
 
 def _side_files(folder: Path) -> Iterator[str]:
-    """Regular files that travel with a checkpoint: not weights, config or index, not hidden."""
+    """Regular files that travel with a checkpoint: not weights, config or index, not hidden.
+
+    Weights in other formats and backups hold all experts; with the configuration of an adapter, PEFT
+    would load another model in place of this one.
+    """
     for entry in os.scandir(folder):
-        skipped = entry.name.startswith(".") or entry.name in (CONFIG_NAME, INDEX_NAME)
-        if not skipped and not entry.name.endswith(OTHER_WEIGHTS) and entry.is_file():
+        skipped = entry.name.startswith(".") or entry.name in (CONFIG_NAME, INDEX_NAME, ADAPTER_CONFIG)
+        if not skipped and not is_weights(entry.name) and entry.is_file():
             yield entry.name

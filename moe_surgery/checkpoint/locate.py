@@ -7,12 +7,15 @@ import re
 from pathlib import Path
 
 from moe_surgery.checkpoint.files import printable_path
+from moe_surgery.checkpoint.kinds import STATISTICS, WEIGHTS, kind_of, wrong_kind
 from moe_surgery.errors import OutputError, UsageError
 
-__all__ = ["EXAMPLES", "locate"]
+__all__ = ["EXAMPLES", "check_is_path", "locate"]
 
 EXAMPLES = {"tiny": "tiny-gpt-oss"}
 _EXAMPLES_FOLDER = Path(__file__).parent.parent / "examples"
+_SOURCE = re.compile(r"(example|published):|[a-z][a-z0-9+.-]*://", re.ASCII)
+_NOT_READ = ("original/*", "metal/*")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", re.ASCII)
 
 
@@ -33,6 +36,10 @@ def locate(name: str | os.PathLike[str]) -> Path:
     if path.is_dir():
         return path
     if path.exists():
+        kind = kind_of(path)
+        if kind == STATISTICS or (kind not in (None, WEIGHTS) and path.suffix != ".safetensors"):
+            assert kind is not None
+            raise UsageError(wrong_kind(path, "a checkpoint", kind))
         if path.suffix != ".safetensors":
             raise UsageError(
                 f"{printable_path(path)}: is neither a folder nor a .safetensors file; "
@@ -44,10 +51,33 @@ def locate(name: str | os.PathLike[str]) -> Path:
     raise OutputError(f"{printable_path(path)}: no such checkpoint folder or file")
 
 
+def check_is_path(out: str | os.PathLike[str]) -> None:
+    """Raise UsageError where the string `out`, which is to be written, reads as a source.
+
+    That is `example:...`, `published:...`, `scheme://...`, and `owner/model@revision` unless there is a
+    folder `owner`. A `Path`, and a string that begins with "./" or "/", is a path whatever it holds.
+    """
+    if not isinstance(out, str):
+        return
+    hub = _HUB_ID.fullmatch(out)
+    revision = hub is not None and hub[1] and not out.startswith(".") and not Path(out).parent.is_dir()
+    if _SOURCE.match(out) or revision:
+        shown = printable_path(out)
+        raise UsageError(
+            f"{shown}: names something to read, not to write; if a path is meant, write ./{shown}"
+        )
+
+
 def _example(name: str) -> Path:
     if name not in EXAMPLES:
         raise UsageError(f"example:{name}: unknown example; known: {', '.join(EXAMPLES)}")
     return _EXAMPLES_FOLDER / EXAMPLES[name]
+
+
+def _download(repository: str, revision: str) -> str:
+    """The command that fetches what is read here: not the copies of the same weights in other formats."""
+    at = f" --revision {revision}" if revision else ""
+    return f"hf download {repository}{at}" + "".join(f' --exclude "{pattern}"' for pattern in _NOT_READ)
 
 
 def _from_hub_cache(hub_id: str) -> Path:
@@ -65,5 +95,5 @@ def _from_hub_cache(hub_id: str) -> Path:
     except (LocalEntryNotFoundError, HFValidationError):
         raise OutputError(
             f"{hub_id}: no such folder, and not in the local hub cache; "
-            f"download it first (hf download {repository})"
+            f"download it first: {_download(repository, revision)}"
         ) from None

@@ -93,7 +93,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Entry point: runs a command and exits with its code; one line instead of a traceback."""
     terminal = Terminal()
     try:
-        code = cli.main(arguments, prog_name="moe-surgery", standalone_mode=False, obj=terminal)
+        with terminal.notes():
+            code = cli.main(arguments, prog_name="moe-surgery", standalone_mode=False, obj=terminal)
     except click.ClickException as error:
         if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
             error.show()  # its message is the help

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from moe_surgery.cli.options import check_new_output, common, terminal_of
+from moe_surgery.cli.options import OUTPUT, check_new_output, common, terminal_of
 from moe_surgery.errors import UsageError
 
 
@@ -17,7 +17,7 @@ from moe_surgery.errors import UsageError
 )
 @click.option("--base-model", metavar="ID", help="The source's id on the hub, instead of what is recorded.")
 @click.option("--license", metavar="L", help="The licence's identifier, instead of what the source says.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the card here, not to stdout.")
+@click.option("-o", "--output", type=OUTPUT, help="Write the card here, not to stdout.")
 @click.option("--write", is_flag=True, help="Make it the README.md of OUT, and list it in the manifest.")
 @click.option("--overwrite", is_flag=True, help="With --write: replace a README.md that was changed by hand.")
 @common

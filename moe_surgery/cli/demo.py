@@ -7,12 +7,12 @@ from pathlib import Path
 
 import click
 
-from moe_surgery.cli.options import common, terminal_of
+from moe_surgery.cli.options import OUTPUT, common, terminal_of
 from moe_surgery.cli.terminal import count, size
 
 
 @click.command("demo")
-@click.option("--output", type=click.Path(path_type=Path), help="Keep the pruned models in this new folder.")
+@click.option("--output", type=OUTPUT, help="Keep the pruned models in this new folder.")
 @common
 @click.pass_context
 def command(context: click.Context, output: Path | None) -> None:

@@ -40,7 +40,9 @@ def _options(command: Command, several: bool) -> Command:
             multiple=several,
             help=f"Let the model itself draft, with this plan's experts only: no weights are added.{again}",
         ),
-        click.option("--draft-top-k", type=int, help="Experts a token chooses in the draft."),
+        click.option(
+            "--draft-top-k", type=int, help="Experts the router chooses for each token in the draft."
+        ),
     )
     for option in reversed(options):
         command = option(command)
@@ -75,7 +77,7 @@ def load_draft(
     from moe_surgery.runtime.speculate import check_pair
     from moe_surgery.runtime.text import Text
     from moe_surgery.runtime.view import view
-    from moe_surgery.selection.plan import load_plan
+    from moe_surgery.selection.plan import check_top_k, load_plan
 
     if draft is not None and plan_file is not None:
         raise UsageError("--draft and --draft-plan exclude each other")
@@ -86,9 +88,15 @@ def load_draft(
     if top_k is not None and top_k > (own := max(layer.top_k for layer in target.layers)):
         raise UsageError(f"--draft-top-k {top_k}: {ckpt} takes {own} itself; a draft is to take fewer")
     if draft is None:
-        return view(target, None if plan_file is None else load_plan(plan_file), top_k, name=ckpt)
+        plan = None if plan_file is None else load_plan(plan_file)
+        if plan is not None and top_k is not None:
+            check_top_k(top_k, max(map(len, plan.layers)), f"{plan_file} keeps", "--draft-top-k")
+        return view(target, plan, top_k, name=ckpt)
     model = load_model(draft, target.device, target.dtype, backend=target.backend.name)
     check_pair(target, model)
     if not Text(ckpt).same_tokens(Text(draft)):
         raise UsageError(f"--draft {draft}: its tokenizer gives tokens other numbers than that of {ckpt}")
-    return model if top_k is None else view(model, None, top_k, name=draft)
+    if top_k is None:
+        return model
+    check_top_k(top_k, model.config.experts, f"{draft} has", "--draft-top-k")
+    return view(model, None, top_k, name=draft)

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING
 import click
 
 from moe_surgery.cli.options import (
+    OUTPUT,
     check_new_output,
     common,
     compute,
+    computed_by,
     needs_torch,
+    router_top_k,
     terminal_of,
     texts,
     torch_dtype,
@@ -33,10 +36,11 @@ if TYPE_CHECKING:
     multiple=True,
     help="A plan to try as a view, without writing a checkpoint; repeat for more.",
 )
+@router_top_k
 @texts
 @click.option("--answers-only", is_flag=True, help="Count the answers of conversations only.")
 @click.option("--batch-tokens", type=int, help="Tokens taken through a layer together. Default 8192.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write all figures here, for `report`.")
+@click.option("-o", "--output", type=OUTPUT, help="Write all figures here, for `report`.")
 @compute
 @common
 @click.pass_context
@@ -45,6 +49,7 @@ def command(
     ckpt: str,
     pruned: tuple[str, ...],
     plan_files: tuple[Path, ...],
+    top_k: int | None,
     text_paths: tuple[Path, ...],
     domain: tuple[str, ...],
     text_format: str | None,
@@ -65,8 +70,12 @@ def command(
     routes that had to go to another expert. Perplexity of a chat model on raw text says little: prefer
     conversations with --answers-only, and look at KL and agreement.
 
+    With --top-k all that is held against CKPT routes each token to that many experts; alone, it is CKPT
+    itself with another top-k that is tried. CKPT keeps its own for the comparison.
+
     \b
     moe-surgery evaluate example:tiny --plan code.json --texts notes.txt --texts code.py
+    moe-surgery evaluate example:tiny --top-k 2 --texts notes.txt
     moe-surgery evaluate openai/gpt-oss-20b law-8/ --texts law.jsonl --answers-only -o law.json
     """
     needs_torch("evaluate")
@@ -81,8 +90,10 @@ def command(
 
     terminal = terminal_of(context)
     check_new_output(output, [*text_paths, *plan_files])
-    if not pruned and not plan_files:
-        raise UsageError("nothing to hold against the full model; name PRUNED checkpoints or --plan files")
+    if not pruned and not plan_files and top_k is None:
+        raise UsageError(
+            "nothing to hold against the full model; name PRUNED checkpoints, --plan files or --top-k"
+        )
     files = text_files(text_paths, domain, text_format)
     plans = [(str(path), load_plan(path)) for path in plan_files]
     corpus = open_corpus(
@@ -97,6 +108,7 @@ def command(
             corpus,
             plans=plans,
             pruned=pruned,
+            top_k=top_k,
             answers_only=answers_only,
             batch_tokens=BATCH_TOKENS if batch_tokens is None else batch_tokens,
             device=device,
@@ -115,6 +127,7 @@ def command(
 
 
 def _print(terminal: Terminal, found: Evaluation) -> None:
+    terminal.say(computed_by(found.settings))
     columns = ["model", "experts", "tokens", "loss", "perplexity", "KL", "top-1", "redirected"]
     sections = [(domain, domain) for domain in found.domains]
     if len(sections) > 1:

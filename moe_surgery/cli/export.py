@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moe_surgery.cli.options import common, terminal_of
+from moe_surgery.cli.options import OUTPUT, common, router_top_k, terminal_of
 from moe_surgery.cli.terminal import Advance, Terminal, count, size
 
 if TYPE_CHECKING:
@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 @click.command("export")
 @click.argument("ckpt")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=OUTPUT)
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Write this plan's experts only.")
+@router_top_k
 @click.option(
     "--dtype",
     type=click.Choice(["keep", "mxfp4"]),
@@ -33,7 +34,11 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Print what would be written, and stop.")
 @click.option("--overwrite", is_flag=True, help="Replace the file OUT if it is there.")
 @click.option("--ignore-free-space", is_flag=True, help="Start even if the output seems not to fit the disk.")
-@click.option("--ignore-unlisted", is_flag=True, help="Skip shards and tensors that the index does not list.")
+@click.option(
+    "--ignore-unlisted",
+    is_flag=True,
+    help="Skip tensors and a model.safetensors that the index does not list.",
+)
 @common
 @click.pass_context
 def command(
@@ -41,6 +46,7 @@ def command(
     ckpt: str,
     out: Path,
     plan_file: Path | None,
+    top_k: int | None,
     dtype: str,
     name: str | None,
     no_tokenizer: bool,
@@ -51,8 +57,8 @@ def command(
 ) -> None:
     """Write a full or pruned checkpoint as one GGUF file, for llama.cpp, Ollama and LM Studio.
 
-    MXFP4 experts keep every bit, other weights stay BF16, and tokenizer and chat template go into the
-    file. CKPT is only read, and never loaded; OUT appears whole or not at all. With --plan a full
+    Weights keep their format and every bit (norms, biases and router become F32), and tokenizer and chat
+    template go into the file. CKPT is only read, and never loaded; OUT appears whole or not at all. With --plan a full
     checkpoint is written as its pruned self.
 
     \b
@@ -78,6 +84,7 @@ def command(
             ckpt,
             out,
             plan=plan,
+            top_k=top_k,
             dtype=dtype,
             name=name,
             tokenizer=not no_tokenizer,
@@ -105,6 +112,7 @@ def _as_dict(result: ExportResult, seconds: float) -> dict[str, object]:
         "seconds": seconds,
         **result.program.as_dict(),
         "written": done is not None,
+        "notes": result.notes,
         "conversion": {**asdict(done), "relative_error": done.relative_error} if done and converted else None,
     }
 
@@ -114,7 +122,7 @@ def _print(terminal: Terminal, result: ExportResult, seconds: float) -> None:
     terminal.result(
         f"{'would write ' if conversion is None else ''}{result.out}: {program.experts} experts, "
         f"top-{program.top_k}, {count(program.parameters)} parameters, {size(program.nbytes)} in "
-        f"{len(program.tensors)} tensors ({program.storage.upper()} experts)"
+        f"{len(program.tensors)} tensors ({program.expert_format.label} experts)"
         + (f", {seconds:.1f} s" if conversion is not None else "")
     )
     if conversion is None:
@@ -125,5 +133,7 @@ def _print(terminal: Terminal, result: ExportResult, seconds: float) -> None:
             f"MXFP4: {conversion.inexact_blocks:,} of {conversion.blocks:,} blocks inexact, "
             f"relative error {conversion.relative_error:.3g}"
         )
+    for note in result.notes:
+        terminal.note(note)
     if program.tokens and not program.chat_template:
         terminal.say("note: the checkpoint has no chat template; programs will fall back on one of theirs")

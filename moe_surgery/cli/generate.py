@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 import click
 
 from moe_surgery.cli import drafts
-from moe_surgery.cli.options import common, compute, needs_torch, terminal_of, torch_dtype
+from moe_surgery.cli.options import common, compute, needs_torch, router_top_k, terminal_of, torch_dtype
+from moe_surgery.cli.reply import ReplyView
 from moe_surgery.cli.terminal import Terminal, size
 from moe_surgery.errors import UsageError
 
@@ -35,14 +37,33 @@ class Settings(TypedDict):
 @click.option("--prompt", help="Text to go on from. Without --prompt and --chat it is read from stdin.")
 @click.option("--chat", help="A message to answer, by the checkpoint's chat template.")
 @click.option(
+    "--reasoning",
+    type=click.Choice(["show", "hide"]),
+    default="show",
+    show_default=True,
+    help="Show the model's reasoning on stderr, dimmed on a terminal, or hide it.",
+)
+@click.option(
+    "--reasoning-effort",
+    type=click.Choice(["low", "medium", "high"]),
+    help="Reasoning effort, for chat templates that read it.",
+)
+@click.option(
     "--plan", "plan_file", type=click.Path(path_type=Path), help="Show the model only this plan's experts."
 )
+@router_top_k
 @click.option("--max-new-tokens", type=int, default=256, show_default=True, help="Most tokens to generate.")
 @click.option("--context", type=int, help="Most tokens of prompt and answer together; default: the model's.")
 @click.option(
     "--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token."
 )
-@click.option("--top-k", type=int, default=0, help="Draw from so many likeliest tokens only; 0: all.")
+@click.option(
+    "--sampling-top-k",
+    type=int,
+    default=0,
+    metavar="N",
+    help="Draw from the N likeliest tokens only; 0: all. (--top-k is about experts.)",
+)
 @click.option(
     "--top-p", type=float, default=1.0, show_default=True, help="Draw from this share of probability."
 )
@@ -62,11 +83,14 @@ def command(
     ckpt: str,
     prompt: str | None,
     chat: str | None,
+    reasoning: str,
+    reasoning_effort: str | None,
     plan_file: Path | None,
+    top_k: int | None,
     max_new_tokens: int,
     context: int | None,
     temperature: float,
-    top_k: int,
+    sampling_top_k: int,
     top_p: float,
     min_p: float,
     seed: int | None,
@@ -82,6 +106,9 @@ def command(
 
     Weights are used where the files are mapped, so a model starts at once and experts stay packed.
     With --plan the full checkpoint behaves as the pruned one would, without writing it.
+
+    The answer goes to stdout; the reasoning of a model in the harmony format goes to stderr. --json has
+    both: "answer" and "reasoning".
 
     With --draft, --draft-plan or --draft-top-k a cheaper model proposes tokens that the full one checks
     several at a time: the output stays its own (exactly in float32, --dtype f32).
@@ -99,25 +126,40 @@ def command(
     terminal = terminal_of(click_context)
     if prompt is not None and chat is not None:
         raise UsageError("--prompt and --chat exclude each other")
-    sampling = Sampling(temperature, top_k, top_p, min_p, seed)
+    sampling = Sampling(temperature, sampling_top_k, top_p, min_p, seed)
     length = drafts.draft_length(draft_length)
     text = Text(ckpt)
-    asked = text.chat([{"role": "user", "content": chat}]) if chat is not None else prompt
+    asked = prompt if chat is None else _framed(text, ckpt, chat, reasoning_effort)
+    if chat is None and reasoning_effort is not None:
+        raise UsageError("--reasoning-effort: only with --chat")
     tokens = text.encode(asked if asked is not None else _stdin())
     if not tokens:
         raise UsageError("the prompt is empty; pass --prompt TEXT, --chat TEXT, or text on stdin")
-    model = _loaded(ckpt, device, dtype, plan_file, backend)
+    model = _loaded(ckpt, device, dtype, plan_file, backend, top_k)
     terminal.detail(f"{model.backend.name} backend on {model.device}, {len(tokens)} prompt tokens")
     drafter = drafts.load_draft(model, ckpt, draft, draft_plan, draft_top_k)
     if drafter is None and length is not None:
         raise UsageError("--draft-length: nothing drafts; pass --draft, --draft-plan or --draft-top-k")
+    if top_k is not None and top_k != model.config.top_k:
+        terminal.say(
+            f"note: the router chooses {top_k} experts for each token instead of {model.config.top_k}; "
+            "--sampling-top-k limits the tokens to draw from"
+        )
     settings: Settings = {
         "max_new_tokens": max_new_tokens,
         "sampling": sampling,
         "stop_tokens": text.stop_tokens or None,
         "context": context,
     }
-    _run(terminal, model, drafter, length, text, tokens, settings)
+    view = ReplyView(terminal, reasoning=reasoning == "show")
+    _run(terminal, view, model, drafter, length, text, tokens, settings)
+
+
+def _framed(text: Text, ckpt: str, chat: str, effort: str | None) -> str:
+    variables = {} if effort is None else {"reasoning_effort": effort}
+    if effort is not None and not text.reads("reasoning_effort"):
+        raise UsageError(f"--reasoning-effort {effort}: the chat template of {ckpt} does not read it")
+    return text.chat([{"role": "user", "content": chat}], variables=variables)
 
 
 def _stdin() -> str:
@@ -127,16 +169,19 @@ def _stdin() -> str:
         raise UsageError(f"stdin: not UTF-8 at byte {error.start}") from None
 
 
-def _loaded(ckpt: str, device: str, dtype: str | None, plan_file: Path | None, backend: str | None) -> Model:
+def _loaded(
+    ckpt: str, device: str, dtype: str | None, plan_file: Path | None, backend: str | None, top_k: int | None
+) -> Model:
     from moe_surgery.runtime.load import load_model
     from moe_surgery.selection.plan import load_plan
 
     plan = None if plan_file is None else load_plan(plan_file)
-    return load_model(ckpt, device, torch_dtype(dtype), plan, backend)
+    return load_model(ckpt, device, torch_dtype(dtype), plan, backend, top_k=top_k)
 
 
 def _run(
     terminal: Terminal,
+    view: ReplyView,
     model: Model,
     draft: Model | None,
     length: int | AdaptiveLength | None,
@@ -147,17 +192,14 @@ def _run(
     from moe_surgery.runtime.acceptance_statistics import Round
     from moe_surgery.runtime.generate import Generated, Step, generate
     from moe_surgery.runtime.speculate import DEFAULT_LENGTH, Speculated, speculate
-    from moe_surgery.runtime.text import TextStream
     from moe_surgery.runtime.usage import Stopwatch, peak_memory
 
-    watch, shown = Stopwatch(), TextStream(text)
+    watch, parser = Stopwatch(), text.parser(tokens)
 
     def on_step(step: Step | Round) -> None:
         new = step.tokens.tolist() if isinstance(step, Step) else step.tokens[0]
         watch.step(len(new))
-        pieces = [shown.push(token) for token in new]
-        if not terminal.json:
-            terminal.stream("".join(pieces))
+        view.show([piece for token in new for piece in parser.push(token)])
 
     found: Generated | Speculated
     if draft is None:
@@ -167,10 +209,16 @@ def _run(
         found = speculate(model, draft, [tokens], length=asked, callback=on_step, **settings)
     new, peak = found.tokens[0], peak_memory(model.device)
     drafted = found.statistics if isinstance(found, Speculated) else None
+    view.show(parser.flush())
+    view.end()
     if terminal.json:
+        reply = text.split(tokens, new)
         terminal.data(
             {
                 "text": text.decode(new),
+                "answer": reply.answer,
+                "reasoning": reply.reasoning,
+                "tool_calls": [asdict(call) for call in reply.tool_calls],
                 "tokens": new,
                 "log_probabilities": found.log_probabilities[0],
                 "prompt_tokens": len(tokens),
@@ -183,7 +231,6 @@ def _run(
             }
         )
         return
-    terminal.stream(shown.flush() + "\n")
     terminal.say(
         f"{len(tokens)} prompt tokens at {len(tokens) / watch.prefill_seconds:.1f}/s, {len(new)} new tokens at "
         f"{watch.decode_rate():.1f}/s, peak memory {size(peak)} ({model.backend.name} on {model.device})"

@@ -18,14 +18,19 @@ MAX_ROWS = 10
 @click.command("inspect")
 @click.argument("ckpt")
 @click.option("--all-sizes", is_flag=True, help="List every expert count, not one in a few.")
-@click.option("--ignore-unlisted", is_flag=True, help="Skip shards and tensors that the index does not list.")
+@click.option(
+    "--ignore-unlisted",
+    is_flag=True,
+    help="Skip tensors and a model.safetensors that the index does not list.",
+)
 @common
 @click.pass_context
 def command(context: click.Context, ckpt: str, all_sizes: bool, ignore_unlisted: bool) -> None:
     """Show what a checkpoint is and what fewer experts would make of it.
 
     Reads headers only, so it is instant at any size. The table shows how many parameters remain with
-    n experts kept in each layer, and how many bytes they take in MXFP4 and BF16. JSON lists every n.
+    n experts kept in each layer, and how many bytes they take in MXFP4, BF16 and the format they are
+    stored in. JSON lists every n.
 
     \b
     moe-surgery inspect example:tiny
@@ -40,6 +45,8 @@ def command(context: click.Context, ckpt: str, all_sizes: bool, ignore_unlisted:
         return
     _summary(terminal, found)
     _sizes(terminal, found, all_sizes)
+    for note in found.notes:
+        terminal.note(note)
 
 
 def _summary(terminal: Terminal, found: Inspection) -> None:
@@ -47,7 +54,7 @@ def _summary(terminal: Terminal, found: Inspection) -> None:
         "checkpoint": found.path,
         "family": f"{found.family} ({found.model_type}, {found.layout} layout)",
         "experts": f"{found.experts} in each of {found.layers} layers, top-{found.top_k}, "
-        f"stored as {found.expert_storage.upper()}",
+        f"stored as {found.expert_format.label}",
         "parameters": f"{count(found.parameters)} total, {count(found.active_parameters)} active, "
         f"{count(found.parameters_per_expert)} per expert",
         "bytes": f"{size(found.nbytes)} in {found.tensors} tensors: "
@@ -69,13 +76,13 @@ def _sizes(terminal: Terminal, found: Inspection, all_sizes: bool) -> None:
             str(s.experts),
             count(s.parameters),
             count(s.active_parameters),
-            size(s.mxfp4_bytes),
-            size(s.bf16_bytes),
+            *(size(s.nbytes(f)) for f in found.formats),
         ]
         for s in shown
     ]
+    labels = [f.label for f in found.formats]
     terminal.result("")
-    terminal.table("kept experts", ["n", "parameters", "active", "MXFP4", "BF16"], rows)
+    terminal.table("kept experts", ["n", "parameters", "active", *labels], rows)
     for memory, fits in found.fits.items():
-        most = ", ".join(f"{n or 'none'} in {storage.upper()}" for storage, n in fits.items())
+        most = ", ".join(f"{n or 'none'} in {name.upper()}" for name, n in fits.items())
         terminal.result(f"most experts whose weights fit {memory} GB: {most}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,13 +20,16 @@ __all__ = [
     "COUNT",
     "EXPERT_LIST",
     "NAMES",
+    "OUTPUT",
     "SIZE",
     "check_new_output",
     "common",
     "compute",
+    "computed_by",
     "dtype_name",
     "needs_torch",
     "ranked",
+    "router_top_k",
     "terminal_of",
     "texts",
     "torch_dtype",
@@ -75,19 +78,41 @@ def dtype_name(dtype: torch.dtype) -> str:
     return next(name for name, whole in _DTYPES.items() if str(dtype) == f"torch.{whole}")
 
 
+def computed_by(settings: Mapping[str, object]) -> str:
+    """The line that says who computed, from the settings of statistics, a ranking or an evaluation."""
+    backend, device, dtype = (settings.get(key) or "unknown" for key in ("backend", "device", "dtype"))
+    return f"computed by backend {backend} on device {device} in {dtype}"
+
+
 def compute(command: Command) -> Command:
     """--device, --dtype and --backend, for commands that run a model."""
     for option in (
-        click.option("--backend", help="Force the kernels' backend by name; see moe-surgery doctor."),
+        click.option(
+            "--backend",
+            help="The kernels' backend by name (see moe-surgery doctor); default: triton on CUDA and native on the "
+            "CPU where they work, else reference.",
+        ),
         click.option(
             "--dtype",
             type=click.Choice(list(_DTYPES)),
-            help="What to compute in; unless given, f32 with the native backend and bf16 with others.",
+            help="What to compute in; default: f32 with the native backend (whose products with MXFP4 weights "
+            "round activations to 16-bit integers all the same), bf16 with others.",
         ),
         click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N or mps."),
     ):
         command = option(command)
     return command
+
+
+def router_top_k(command: Command) -> Command:
+    """--top-k, for commands that let it replace the number that a plan or model has."""
+    return click.option(
+        "--top-k",
+        "top_k",
+        type=int,
+        metavar="N",
+        help="Experts the router chooses for each token, up to those kept; default: the plan's or the model's.",
+    )(command)
 
 
 def ranked(command: Command) -> Command:
@@ -128,7 +153,7 @@ def texts(command: Command) -> Command:
             "--format",
             "text_format",
             type=click.Choice(["text", "jsonl", "chat"]),
-            help='One text a file, {"text": ...} lines, or {"messages": [...]} lines; default: guessed.',
+            help='One text a file, {"text": ...} rows, or {"messages": [...]} rows; default: by name and first row.',
         ),
         click.option(
             "--domain",
@@ -142,7 +167,7 @@ def texts(command: Command) -> Command:
             type=path,
             multiple=True,
             required=True,
-            help="A file of texts; repeat for more.",
+            help="A file of text, or of rows in .jsonl or .json, gzip or not; repeat for more.",
         ),
     ):
         command = option(command)
@@ -243,7 +268,21 @@ class _Names(click.ParamType):  # type: ignore[type-arg]
         return names
 
 
+class _Output(click.Path):
+    """A path to write; what reads as a source (example:tiny, owner/model@revision) is refused."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from moe_surgery.checkpoint.locate import check_is_path
+
+        try:
+            check_is_path(value)
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
+        return super().convert(value, param, ctx)
+
+
 SIZE = _Size()
 COUNT = _Count()
+OUTPUT = _Output(path_type=Path)
 EXPERT_LIST = _ExpertList()
 NAMES = _Names()

@@ -8,8 +8,19 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moe_surgery.cli.options import COUNT, EXPERT_LIST, SIZE, check_new_output, common, ranked, terminal_of
+from moe_surgery.cli.options import (
+    COUNT,
+    EXPERT_LIST,
+    OUTPUT,
+    SIZE,
+    check_new_output,
+    common,
+    ranked,
+    router_top_k,
+    terminal_of,
+)
 from moe_surgery.errors import UsageError
+from moe_surgery.formats.expert_format import EXPERT_DTYPES, format_named
 
 if TYPE_CHECKING:
     from moe_surgery.selection.plan import Plan
@@ -50,7 +61,7 @@ class _Amount:
 @click.option("--target-params", type=COUNT, help="Keep the most experts with at most so many weights: 6.6B.")
 @click.option(
     "--dtype",
-    type=click.Choice(["keep", "bf16", "mxfp4"]),
+    type=click.Choice(EXPERT_DTYPES),
     default="keep",
     show_default=True,
     help="How experts will be stored, for --target-size.",
@@ -58,6 +69,7 @@ class _Amount:
 @click.option("--keep", type=EXPERT_LIST, help="Keep these experts in every layer, in this order: 0,3,8-11.")
 @click.option("--random", "at_random", is_flag=True, help="Draw the experts, as a baseline to compare with.")
 @click.option("--seed", type=int, help="Seed of --random; default 0.")
+@router_top_k
 @click.option("--checkpoint", metavar="CKPT", help="The checkpoint that the plan is for.")
 @click.option("--model-type", help="The model type, where neither ranking nor checkpoint says it.")
 @click.option(
@@ -67,7 +79,7 @@ class _Amount:
     show_default=True,
     help="Order of the kept experts: by number, or best first as the published pruned models have them.",
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the plan here, not to stdout.")
+@click.option("-o", "--output", type=OUTPUT, help="Write the plan here, not to stdout.")
 @common
 @click.pass_context
 def command(
@@ -85,6 +97,7 @@ def command(
     keep: list[int] | str | None,
     at_random: bool,
     seed: int | None,
+    top_k: int | None,
     checkpoint: str | None,
     model_type: str | None,
     order: str,
@@ -104,6 +117,7 @@ def command(
     moe-surgery plan tiny.stats --metric reap --domain code --coverage 0.95 -o code.json
     moe-surgery plan tiny.stats --metric reap --target-size 5MB --checkpoint example:tiny
     moe-surgery plan --random --experts 8 --seed 1 --checkpoint example:tiny
+    moe-surgery plan --keep all --top-k 2 --checkpoint example:tiny
     """
     from moe_surgery.checkpoint.fileops import FileOps
     from moe_surgery.checkpoint.writer import write_file
@@ -130,6 +144,7 @@ def command(
     else:
         ranking, statistics = _ranked(source, metric, domains, protect_super_experts, checkpoint)
         plan = _first(ranking, statistics, amount, checkpoint, model_type, order)
+    plan = plan.with_top_k(top_k)
     text = plan.to_json()
     if output is None:
         click.echo(text, nl=False)
@@ -139,6 +154,7 @@ def command(
         terminal.data({"output": str(output), **plan.as_dict()})
     terminal.say(
         f"{output}: keeps {plan.uniform_experts} of {plan.num_source_experts} experts in {plan.num_layers} layers"
+        + (f", top-{plan.top_k}" if plan.top_k is not None else "")
     )
 
 
@@ -168,9 +184,12 @@ def _ranked(
     checkpoint: str | None,
 ) -> tuple[Ranking, Statistics | None]:
     from moe_surgery.checkpoint.files import is_safetensors
+    from moe_surgery.checkpoint.kinds import RANKING, STATISTICS, check_kind
     from moe_surgery.selection.ranking import load_ranking
     from moe_surgery.selection.shipped import is_shipped
 
+    if not is_shipped(source):
+        check_kind(source, "a ranking or a statistics file", RANKING, STATISTICS)
     if is_shipped(source) or not is_safetensors(source):
         if metric is not None or domains is not None or protect_super_experts:
             raise UsageError(
@@ -238,10 +257,10 @@ def _count(
     from moe_surgery.pipeline import inspect
 
     found = inspect(_needed(checkpoint, said[0]))
-    storage = found.expert_storage if amount.storage == "keep" else amount.storage
-    best = found.largest(amount.target_size, amount.target_params, storage)
+    stored = found.expert_format if amount.storage == "keep" else format_named(amount.storage)
+    best = found.largest(amount.target_size, amount.target_params, stored)
     if amount.target_size is not None:
-        return best, {"target_size": amount.target_size, "expert_storage": storage}
+        return best, {"target_size": amount.target_size, "expert_storage": stored.name}
     return best, {"target_params": amount.target_params}
 
 

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 import click
 
 from moe_surgery.cli.options import (
+    OUTPUT,
     check_new_output,
     common,
     compute,
+    computed_by,
     needs_torch,
     terminal_of,
     texts,
@@ -26,9 +28,7 @@ if TYPE_CHECKING:
 @click.command("profile")
 @click.argument("ckpt")
 @texts
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), required=True, help="The statistics file to write."
-)
+@click.option("-o", "--output", type=OUTPUT, required=True, help="The statistics file to write.")
 @click.option(
     "--batch-tokens",
     type=int,
@@ -144,6 +144,7 @@ def _print(terminal: Terminal, found: Profiled) -> None:
         return
     if found.resumed_tokens:
         terminal.say(f"kept {found.resumed_tokens:,} tokens of an interrupted run")
+    terminal.say(computed_by(statistics.settings))
     for domain in statistics.domains:
         never = sum(int((layer.count == 0).sum()) for layer in statistics.data[domain])
         unused = f"; {never} of its experts were never chosen" if never else ""

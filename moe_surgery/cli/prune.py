@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moe_surgery.cli.options import EXPERT_LIST, SIZE, common, terminal_of
+from moe_surgery.cli.options import EXPERT_LIST, OUTPUT, SIZE, common, router_top_k, terminal_of
 from moe_surgery.cli.terminal import Advance, Terminal, count, size
 from moe_surgery.errors import UsageError
+from moe_surgery.formats.expert_format import EXPERT_DTYPES
 
 if TYPE_CHECKING:
     from moe_surgery.families.model import Model
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 @click.command("prune")
 @click.argument("ckpt")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=OUTPUT)
 @click.option(
     "--plan", "plan_file", type=click.Path(path_type=Path), help="A plan file of `moe-surgery plan`."
 )
@@ -34,12 +35,13 @@ if TYPE_CHECKING:
 )
 @click.option("--experts", "-n", type=int, help="How many experts of --ranking each layer keeps.")
 @click.option("--keep", type=EXPERT_LIST, help="Keep these experts in every layer: 0,3,8-11, or all.")
+@router_top_k
 @click.option(
     "--dtype",
-    type=click.Choice(["keep", "bf16", "mxfp4"]),
+    type=click.Choice(EXPERT_DTYPES),
     default="keep",
     show_default=True,
-    help="How expert weights are stored. To bf16 is exact; to mxfp4 for weights that came from it.",
+    help="Format of expert weights; a smaller one rounds to nearest. To mxfp4 is exact for what came from it.",
 )
 @click.option(
     "--max-shard-size", type=SIZE, default="5GB", show_default=True, help="Most tensor bytes in a file."
@@ -54,7 +56,11 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Print what would be read and written, and stop.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is a checkpoint that moe-surgery wrote.")
 @click.option("--ignore-free-space", is_flag=True, help="Start even if the output seems not to fit the disk.")
-@click.option("--ignore-unlisted", is_flag=True, help="Skip shards and tensors that the index does not list.")
+@click.option(
+    "--ignore-unlisted",
+    is_flag=True,
+    help="Skip tensors and a model.safetensors that the index does not list.",
+)
 @click.option(
     "--card/--no-card", default=True, show_default=True, help="Write a model card as README.md of OUT."
 )
@@ -69,6 +75,7 @@ def command(
     ranking: Path | None,
     experts: int | None,
     keep: list[int] | str | None,
+    top_k: int | None,
     dtype: str,
     max_shard_size: int,
     order: str,
@@ -82,13 +89,15 @@ def command(
     """Write a smaller checkpoint with the kept experts only.
 
     CKPT is only read, and never loaded: bytes go from its files straight to OUT, in less than 100 MB of
-    memory whatever its size. OUT appears whole or not at all. Stop it at any time; the same command
-    goes on where it stopped. Say which experts stay by exactly one of --plan, --ranking and --keep;
-    `--keep all` with --dtype converts.
+    memory whatever its size (300 MB where --dtype converts). OUT appears whole or not at all. Stop it at
+    any time; the same command resumes where it stopped. Say which experts stay by exactly one of --plan,
+    --ranking and --keep; `--keep all` with --dtype converts, with --top-k it only changes the experts per
+    token.
 
     \b
     moe-surgery prune example:tiny tiny-8 --keep 0-7
     moe-surgery prune openai/gpt-oss-20b law-8 --ranking published:law --experts 8
+    moe-surgery prune example:tiny tiny-16-top-2 --keep 0-15 --top-k 2
     moe-surgery prune some/pruned-bf16-model smaller --keep all --dtype mxfp4
     """
     from moe_surgery.pipeline import prune
@@ -109,6 +118,7 @@ def command(
             ckpt,
             out,
             plan,
+            top_k=top_k,
             dtype=dtype,
             max_shard_size=max_shard_size,
             dry_run=dry_run,
@@ -129,7 +139,7 @@ def command(
     else:
         _print_outcome(terminal, result, seconds)
     for note in result.notes:
-        terminal.say(f"note: {note}")
+        terminal.note(note)
     for stale in result.stale:
         held = sum(f.stat().st_size for f in stale.iterdir() if f.is_file()) if stale.is_dir() else 0
         terminal.say(
@@ -198,7 +208,7 @@ def _print_outcome(terminal: Terminal, result: PruneResult, seconds: float) -> N
     terminal.result(
         f"{result.out}: {kept} of {program.plan.num_source_experts} experts, top-{program.top_k}, "
         f"{count(program.parameters)} parameters, {size(program.nbytes)} in {len(program.shards)} "
-        f"{'shard' if len(program.shards) == 1 else 'shards'} ({program.storage.upper()} experts), {seconds:.1f} s"
+        f"{'shard' if len(program.shards) == 1 else 'shards'} ({program.expert_format.label} experts), {seconds:.1f} s"
     )
     if outcome.shards_resumed:
         terminal.say(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moe_surgery.cli.options import check_new_output, common, ranked, terminal_of
+from moe_surgery.cli.options import OUTPUT, check_new_output, common, ranked, terminal_of
 from moe_surgery.errors import UsageError
 from moe_surgery.selection.shipped import RANKINGS
 
@@ -32,9 +32,7 @@ if TYPE_CHECKING:
 @click.option(
     "--experts", "-n", type=int, help="The model's number of experts, where the statistics leave some out."
 )
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="Write the ranking here, not to stdout."
-)
+@click.option("-o", "--output", type=OUTPUT, help="Write the ranking here, not to stdout.")
 @common
 @click.pass_context
 def command(
@@ -72,11 +70,14 @@ def command(
     """
     from moe_surgery.checkpoint.fileops import FileOps
     from moe_surgery.checkpoint.files import is_safetensors
+    from moe_surgery.checkpoint.kinds import PUBLISHED_STATISTICS, STATISTICS, check_kind
     from moe_surgery.checkpoint.writer import write_file
     from moe_surgery.selection.published import TREE_FILES, interleave
     from moe_surgery.selection.ranking import load_ranking
 
     terminal = terminal_of(context)
+    for source in sources:
+        check_kind(source, "a statistics file", STATISTICS, PUBLISHED_STATISTICS)
     ours = [source for source in sources if is_safetensors(source)]
     if ours and len(ours) < len(sources):
         other = next(source for source in sources if source not in ours)

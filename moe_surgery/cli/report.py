@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from moe_surgery.cli.options import check_new_output, common, terminal_of
+from moe_surgery.cli.options import OUTPUT, check_new_output, common, terminal_of
 from moe_surgery.cli.terminal import size
 
 
@@ -26,13 +26,11 @@ from moe_surgery.cli.terminal import size
     type=click.Path(path_type=Path),
     help="Show the curves and models of this evaluation; repeat for more.",
 )
-@click.option(
-    "-o", "--output", required=True, type=click.Path(path_type=Path), help="The HTML file to write."
-)
+@click.option("-o", "--output", required=True, type=OUTPUT, help="The HTML file to write.")
 @click.option(
     "--png",
     metavar="DIR",
-    type=click.Path(path_type=Path),
+    type=OUTPUT,
     help="Also write the figures for papers here, 300 dpi (install '.[report]').",
 )
 @click.option("--title", help="The page's heading.")

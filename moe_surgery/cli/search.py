@@ -8,9 +8,11 @@ from pathlib import Path
 import click
 
 from moe_surgery.cli.options import (
+    OUTPUT,
     check_new_output,
     common,
     compute,
+    computed_by,
     needs_torch,
     terminal_of,
     texts,
@@ -22,9 +24,7 @@ from moe_surgery.cli.terminal import Advance
 @click.command("search")
 @click.argument("ckpt")
 @texts
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), required=True, help="The ranking file to write."
-)
+@click.option("-o", "--output", type=OUTPUT, required=True, help="The ranking file to write.")
 @compute
 @common
 @click.pass_context
@@ -38,7 +38,7 @@ def command(
     context_tokens: int | None,
     output: Path,
     device: str,
-    dtype: str,
+    dtype: str | None,
     backend: str | None,
 ) -> None:
     """Find the experts that together rebuild each layer's output best.
@@ -82,11 +82,13 @@ def command(
             start=start,
             progress=lambda layers: advance[0](layers),
         )
-    errors = ranking.provenance["errors"]
+    errors, settings = ranking.provenance["errors"], ranking.provenance["settings"]
     assert isinstance(errors, list)
+    assert isinstance(settings, dict)
     if terminal.json:
         terminal.data({"output": str(output), "layers": ranking.layers, "provenance": ranking.provenance})
         return
+    terminal.say(computed_by(settings))
     counts = [n for n in (1, 2, 4, 8, 12, 16, 24, 48, 64, 96) if n < ranking.num_experts]
     means = [sum(row[n - 1] for row in errors) / len(errors) for n in counts]
     worst = [max(row[n - 1] for row in errors) for n in counts]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from moe_surgery.cli.options import check_new_output, common, terminal_of
+from moe_surgery.cli.options import OUTPUT, check_new_output, common, computed_by, terminal_of
 
 
 @click.group("stats")
@@ -21,24 +21,30 @@ def command() -> None:
 
 @command.command("merge")
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), required=True, help="The statistics file to write."
-)
+@click.option("-o", "--output", type=OUTPUT, required=True, help="The statistics file to write.")
 @common
 @click.pass_context
 def merge_command(context: click.Context, files: tuple[Path, ...], output: Path) -> None:
     """Add statistics of one checkpoint over several runs: domains of the same name become one.
 
-    Texts that two files have in common are refused: they would count twice.
+    Texts that two files have in common are refused: they would count twice. So are files that differ in
+    backend, kind of device or dtype; one of an earlier version, which does not name them all, fits any.
 
     \b
     moe-surgery stats merge monday.stats tuesday.stats -o both.stats
     """
-    from moe_surgery.selection.statistics import load_statistics, merge, save_statistics
+    from moe_surgery.selection.statistics import COMPUTATION, load_statistics, merge, save_statistics
 
     terminal = terminal_of(context)
     check_new_output(output, files)
-    merged = merge(load_statistics(file) for file in files)
+    parts = [load_statistics(file) for file in files]
+    merged = merge(parts, [str(file) for file in files])
+    for file, part in zip(files, parts, strict=True):
+        if unknown := [key for key in COMPUTATION if part.settings.get(key) is None]:
+            terminal.say(
+                f"note: {file} does not name its {' and '.join(unknown)} (earlier versions did not write "
+                "it); taken to be the same as the others'"
+            )
     save_statistics(merged, output)
     if terminal.json:
         terminal.data({"output": str(output), "checkpoint": merged.identity, "tokens": merged.tokens})
@@ -81,6 +87,7 @@ def show_command(context: click.Context, file: Path) -> None:
         f"{found.model_type}, {found.layers} layers of {found.experts} experts, top-{found.top_k}, "
         f"checkpoint {found.identity}"
     )
+    terminal.result(computed_by(found.settings))
     counts = [n for n in (4, 8, 16, 24) if n < found.experts]
     rows = []
     for domain in found.domains:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
+
+from moe_surgery.errors import CheckpointWarning
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,6 +35,7 @@ class Terminal:
         self.debug = False
         self.json = False
         self.after_interrupt = ""
+        self._notes: set[str] = set()
 
     def say(self, text: str) -> None:
         """A line on stderr, unless -q."""
@@ -56,8 +62,15 @@ class Terminal:
 
     def stream(self, text: str) -> None:
         """A piece of generated text on stdout, at once; line breaks stay."""
-        safe = "\n".join(map(_safe, text.expandtabs(4).split("\n")))
-        click.echo(safe, nl=False)
+        click.echo(_safe_lines(text), nl=False)
+
+    def aside(self, text: str) -> None:
+        """A piece of generated text that is not the result, on stderr, dimmed on a terminal, unless -q."""
+        if self.verbosity >= 0:
+            dim = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+            click.echo(
+                click.style(_safe_lines(text), dim=True) if dim else _safe_lines(text), err=True, nl=False
+            )
 
     def data(self, value: object) -> None:
         """The command's result as JSON, on stdout."""
@@ -75,6 +88,40 @@ class Terminal:
         for row in rows:
             table.add_row(*map(_safe, row))
         _console(sys.stdout).print(table)
+
+    def note(self, text: str) -> None:
+        """A note on stderr, unless -q; each is printed once."""
+        if text not in self._notes:
+            self._notes.add(text)
+            self.say(f"note: {text}")
+
+    @contextmanager
+    def notes(self) -> Iterator[None]:
+        """Within the block the library's CheckpointWarnings and logged warnings are printed as notes, and
+        what else it logs with -v."""
+        logger, handler = logging.getLogger("moe_surgery"), _Logged(self)
+        before = logger.level
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("always", CheckpointWarning)
+                warnings.showwarning = self._shown(warnings.showwarning)
+                yield
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(before)
+
+    def _shown(self, usual: Callable[..., None]) -> Callable[..., None]:
+        """What shows a warning: a CheckpointWarning as a note, others as before."""
+
+        def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+            if issubclass(category, CheckpointWarning):
+                self.note(str(message))
+            else:
+                usual(message, category, *rest, **more)
+
+        return show
 
     @contextmanager
     def progress(self, title: str, total: int, unit: str = "bytes") -> Iterator[Advance]:
@@ -109,11 +156,27 @@ class Terminal:
             yield lambda nbytes: bar.update(task, advance=nbytes)
 
 
+class _Logged(logging.Handler):
+    def __init__(self, terminal: Terminal) -> None:
+        super().__init__()
+        self._terminal = terminal
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.WARNING:
+            self._terminal.note(record.getMessage())
+        else:
+            self._terminal.detail(record.getMessage())
+
+
 def _safe(text: str) -> str:
     """`text` with whatever a terminal might obey, line breaks included, as visible escapes."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _safe_lines(text: str) -> str:
+    return "\n".join(map(_safe, text.expandtabs(4).split("\n")))
 
 
 def _plain(title: str, total: int, unit: str, say: Callable[[str], None]) -> Advance:

@@ -15,22 +15,32 @@ from moe_surgery.errors import VerificationError
 @click.argument("out")
 @click.option("--source", metavar="CKPT", help="Also compare every kept slice with this checkpoint's bytes.")
 @click.option("--structure-only", is_flag=True, help="Headers, index, config and sizes only: no digests.")
+@click.option("--weights-only", is_flag=True, help="Edited files beside the weights are notes, not problems.")
 @common
 @click.pass_context
-def command(context: click.Context, out: str, source: str | None, structure_only: bool) -> None:
+def command(
+    context: click.Context, out: str, source: str | None, structure_only: bool, weights_only: bool
+) -> None:
     """Check that a checkpoint is whole.
 
     Compares headers, index and config with one another, and the digest of every file and tensor
     with the manifest (surgery.json): one flipped byte anywhere is found and named. Damage that was
     in the source before the surgery cannot be seen. Exit code 8 if anything is wrong.
 
+    Files beside the shards (README.md, config.json, tokenizer) are named apart from weights where they
+    were edited; that too is exit code 8, unless --weights-only makes it a note. Files that were added
+    (.gitattributes, .git, .cache) are a note, added shards are not.
+
     \b
     moe-surgery verify tiny-8 --source example:tiny
     moe-surgery verify law-8
     moe-surgery verify law-8 --source openai/gpt-oss-20b
+    moe-surgery verify law-8-with-my-readme --weights-only
     moe-surgery verify some-downloaded-model --structure-only
     """
+    from moe_surgery.checkpoint.files import printable_path
     from moe_surgery.checkpoint.locate import locate
+    from moe_surgery.checkpoint.text import printable
     from moe_surgery.surgery.verify import verify_checkpoint
 
     terminal = terminal_of(context)
@@ -40,13 +50,25 @@ def command(context: click.Context, out: str, source: str | None, structure_only
     total = sum(f.stat().st_size for f in folder.iterdir() if f.is_file()) if folder.is_dir() else 0
     total *= 0 if structure_only else 2 if source else 1
     with terminal.progress("verifying", total) as advance:
-        found = verify_checkpoint(out, source=source, structure_only=structure_only, progress=advance)
+        found = verify_checkpoint(
+            out,
+            source=source,
+            structure_only=structure_only,
+            weights_only=weights_only,
+            progress=advance,
+        )
     if terminal.json:
         terminal.data({"output": out, "ok": found.ok, **asdict(found)})
     for note in found.notes:
-        terminal.say(f"note: {note}")
+        terminal.note(note)
     if not found.ok:
-        *others, last = found.problems
+        problems = list(found.problems)
+        if found.weights_ok:
+            sides = ", ".join(map(printable, found.side_files))
+            problems.append(
+                f"{printable_path(out)}: the weights are sound, only {sides} changed; --weights-only accepts that"
+            )
+        *others, last = problems
         for problem in others:
             terminal.error(problem)
         raise VerificationError(last)

@@ -10,7 +10,7 @@ from moe_surgery.checkpoint.checkpoint import Checkpoint, TensorRef
 from moe_surgery.errors import PlanMismatchError, UsageError
 from moe_surgery.export.ggml import BLOCK_VALUES
 from moe_surgery.export.gguf import Metadata, TensorEntry, TensorType, header, padding
-from moe_surgery.export.gpt_oss import NAMES, WIDENED, add_model, check_supported
+from moe_surgery.export.gpt_oss import ARCHITECTURE, NAMES, add_model, check_supported
 from moe_surgery.export.program import (
     GgufPart,
     GgufProgram,
@@ -22,8 +22,9 @@ from moe_surgery.export.program import (
     Widen,
 )
 from moe_surgery.export.tokenizer import Tokenizer, add_tokenizer
-from moe_surgery.families.base import EXPERT_WEIGHT
+from moe_surgery.families.base import Role
 from moe_surgery.families.model import Model, ModelTensor
+from moe_surgery.formats.expert_format import MXFP4, ExpertFormat
 from moe_surgery.runtime.config import ModelConfig
 from moe_surgery.selection.plan import Plan
 from moe_surgery.surgery.compiler import joined
@@ -32,7 +33,9 @@ from moe_surgery.surgery.program import Copy, Span
 __all__ = ["DTYPES", "compile_gguf", "default_name"]
 
 DTYPES = ("keep", "mxfp4")
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_HEAD = "lm_head.weight"
+# Roles whose tensors llama.cpp wants in float32 whatever their shape; so are all of one axis.
+_FLOAT32 = (Role.ROUTER, Role.EXPERT_BIAS)
 _LAYER = re.compile(r"(?<=^model\.layers\.)\d+(?=\.)")
 
 
@@ -47,7 +50,7 @@ def compile_gguf(
 ) -> GgufProgram:
     """The program that writes `checkpoint`, with `plan` applied to it if given, as one GGUF file.
 
-    `dtype`: "keep" leaves expert weights as they are stored, "mxfp4" converts BF16 ones.
+    `dtype`: "keep" leaves expert weights as they are stored, "mxfp4" converts dense ones.
 
     Raises UsageError for an unknown dtype or another family than gpt-oss, PlanMismatchError for a plan
     that does not fit, InvalidInputError for a model that llama.cpp would compute otherwise.
@@ -59,19 +62,19 @@ def compile_gguf(
     config = ModelConfig.of(model)
     check_supported(model, config)
     layers, kept, top_k = _kept(checkpoint, model, plan)
-    storage = "mxfp4" if dtype == "mxfp4" else model.storage
+    target = MXFP4 if dtype == "mxfp4" else model.expert_format
     metadata = Metadata()
-    add_model(metadata, model, config, name, kept, top_k, storage)
+    add_model(metadata, model, config, name, kept, top_k, target)
     if tokenizer is None:
         metadata.text("tokenizer.ggml.model", "none")
     else:
         add_tokenizer(metadata, tokenizer)
-    tensors = tuple(_tensors(model, layers, storage))
+    tensors = tuple(_tensors(model, layers, target))
     return GgufProgram(
         header(metadata, (t.entry for t in tensors)),
         tensors,
         name,
-        storage,
+        target,
         kept,
         top_k,
         model.parameters(kept),
@@ -98,45 +101,46 @@ def _kept(
     plan.check_fits(model.model_type, model.experts, model.layers, str(checkpoint.path))
     kept = plan.uniform_experts
     if kept is None:
+        counts = sorted({len(row) for row in plan.layers})
         raise PlanMismatchError(
-            "the plan keeps different numbers of experts in different layers, which llama.cpp cannot load"
+            f"the plan keeps between {counts[0]} and {counts[-1]} experts per layer, but a GGUF file of the "
+            f"architecture {ARCHITECTURE} gives one number for all layers; keep the same number in every layer"
         )
     return plan.layers, kept, min(plan.top_k or model.top_k, kept)
 
 
-def _tensors(model: Model, layers: Sequence[Sequence[int]], storage: str) -> Iterator[GgufTensor]:
+def _tensors(model: Model, layers: Sequence[Sequence[int]], target: ExpertFormat) -> Iterator[GgufTensor]:
     for tensor in model.tensors:
         pattern = _LAYER.sub("{layer}", tensor.name)
         names = [n.replace("{layer}", str(tensor.layer)) for n in NAMES[pattern]]
         kept = layers[tensor.layer] if tensor.has_experts and tensor.layer is not None else None
         for first, name in enumerate(names):
-            yield _tensor(tensor, name, kept, storage, pattern in WIDENED, first, len(names))
-    if not any(t.name == _HEAD for t in model.tensors):  # tied: llama.cpp wants the matrix twice
-        embedding = next(t for t in model.tensors if t.name == _EMBEDDING)
-        yield _tensor(embedding, NAMES[_HEAD][0], None, storage, False, 0, 1)
+            yield _tensor(tensor, name, kept, target, first, len(names))
+    if not any(t.role is Role.UNEMBEDDING for t in model.tensors):  # tied: llama.cpp wants the matrix twice
+        embedding = next(t for t in model.tensors if t.role is Role.EMBEDDING)
+        yield _tensor(embedding, NAMES[_HEAD][0], None, target, 0, 1)
 
 
 def _tensor(
     tensor: ModelTensor,
     name: str,
     kept: Sequence[int] | None,
-    storage: str,
-    widened: bool,
+    target: ExpertFormat,
     first: int,
     step: int,
 ) -> GgufTensor:
     """`tensor`, or of one whose rows alternate between `step` tensors the one that begins at `first`."""
     slowest, *dims = tensor.shape if kept is None else (len(kept), *tensor.shape[1:])
-    if tensor.kind == EXPERT_WEIGHT:
+    if tensor.role is Role.EXPERT_WEIGHT:
         assert kept is not None
         shape: tuple[int, ...] = (slowest, dims[0] // step, dims[1])
-        kind, parts = _expert_weight(tensor, kept, storage, first, step)
+        kind, parts = _expert_weight(tensor, kept, target, first, step)
     else:
         shape = (slowest, *dims[:-1], dims[-1] // step) if dims else (slowest,)
         refs = [tensor.stored] if kept is None else [tensor.stored.rows(e, 1) for e in kept]
         spans = list(joined(map(_span, refs)))
         dtype = tensor.stored.dtype
-        if len(shape) == 1 or widened or name.endswith(".bias"):
+        if len(shape) == 1 or tensor.role in _FLOAT32:
             kind = TensorType.F32
             parts = tuple(Widen(s, dtype, first, step) for s in spans)
         else:
@@ -149,21 +153,26 @@ def _tensor(
 
 
 def _expert_weight(
-    tensor: ModelTensor, kept: Sequence[int], storage: str, first: int, step: int
+    tensor: ModelTensor, kept: Sequence[int], target: ExpertFormat, first: int, step: int
 ) -> tuple[TensorType, tuple[GgufPart, ...]]:
-    stored, scales = tensor.stored, tensor.scales
+    stored, scales, source = tensor.stored, tensor.scales, tensor.format
+    assert source is not None
     _, rows, columns = tensor.shape
     values = [_span(stored.rows(e, 1)) for e in kept]
     if scales is not None:
         pairs = zip(values, (_span(scales.rows(e, 1)) for e in kept), strict=True)
         return TensorType.MXFP4, tuple(Pack(b, s, rows, columns, first, step) for b, s in pairs)
-    if storage == "bf16":
-        return TensorType.BF16, tuple(Transpose(v, rows, columns, first, step) for v in values)
-    if columns % BLOCK_VALUES:
+    if not target.packed:
+        return TensorType[target.dtype], tuple(
+            Transpose(v, rows, columns, first, step, source) for v in values
+        )
+    if not target.takes(columns):
         raise UsageError(
             f"--dtype mxfp4: tensor {tensor.name!r} has {columns} columns, not whole blocks of {BLOCK_VALUES}"
         )
-    return TensorType.MXFP4, tuple(Quantise(v, rows, columns, first, step, stored.name) for v in values)
+    return TensorType.MXFP4, tuple(
+        Quantise(v, rows, columns, first, step, stored.name, source) for v in values
+    )
 
 
 def _span(ref: TensorRef) -> Span:

@@ -12,13 +12,14 @@ from typing import Final
 from moe_surgery.errors import InvalidInputError
 from moe_surgery.export.gguf import Metadata
 from moe_surgery.families.model import Model
+from moe_surgery.formats.expert_format import BF16, F16, F32, MXFP4, ExpertFormat
 from moe_surgery.runtime.config import ModelConfig
 
-__all__ = ["ARCHITECTURE", "NAMES", "WIDENED", "add_model", "check_supported"]
+__all__ = ["ARCHITECTURE", "NAMES", "add_model", "check_supported"]
 
 ARCHITECTURE: Final = "gpt-oss"
 SWIGLU_LIMIT, SWIGLU_ALPHA = 7.0, 1.702
-FILE_TYPES: Final = MappingProxyType({"mxfp4": 38, "bf16": 32})
+FILE_TYPES: Final = MappingProxyType({F32: 0, F16: 1, BF16: 32, MXFP4: 38})
 """llama.cpp's numbers for what most weights are stored as."""
 QUANTIZATION_VERSION: Final = 2
 
@@ -54,9 +55,6 @@ NAMES: Final = MappingProxyType(
 )
 """Tensor -> its name in GGUF, or two names for tensors whose rows alternate between two of GGUF."""
 
-WIDENED: Final = frozenset({_MLP + "router.weight"})
-"""Tensors that are float32 in GGUF whatever their rank (those of one dimension and biases all are)."""
-
 
 def check_supported(model: Model, config: ModelConfig) -> None:
     """Raise InvalidInputError where llama.cpp would compute something else than the model does."""
@@ -84,14 +82,20 @@ def check_supported(model: Model, config: ModelConfig) -> None:
 
 
 def add_model(
-    metadata: Metadata, model: Model, config: ModelConfig, name: str, experts: int, top_k: int, storage: str
+    metadata: Metadata,
+    model: Model,
+    config: ModelConfig,
+    name: str,
+    experts: int,
+    top_k: int,
+    expert_format: ExpertFormat,
 ) -> None:
     """Append what llama.cpp has to know of `model` with `experts` kept and `top_k` of them active."""
     intermediate = model.dimensions["intermediate"]
     metadata.text("general.architecture", ARCHITECTURE)
     metadata.text("general.type", "model")
     metadata.text("general.name", name)
-    metadata.u32("general.file_type", FILE_TYPES[storage])
+    metadata.u32("general.file_type", FILE_TYPES[expert_format])
     metadata.u32("general.quantization_version", QUANTIZATION_VERSION)
     numbers = {
         "block_count": config.layers,

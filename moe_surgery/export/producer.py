@@ -13,7 +13,7 @@ from moe_surgery.checkpoint.shard import Shard
 from moe_surgery.errors import InvalidInputError
 from moe_surgery.export import ggml
 from moe_surgery.export.program import GgufProgram, Pack, Pad, Quantise, Transpose, Widen
-from moe_surgery.formats import mxfp4
+from moe_surgery.formats import convert, mxfp4
 from moe_surgery.formats.encode_report import EncodeReport
 from moe_surgery.surgery.chunks import Chunk
 from moe_surgery.surgery.program import Copy, Span
@@ -110,18 +110,21 @@ class GgufProducer:
 
     def _transpose(self, part: Transpose, first: int, last: int, out: Bytes, skip: int) -> None:
         with self._windows.open(part.values) as raw:
-            out.view(np.uint16).reshape(last - first, part.columns)[:] = _chosen(part, raw, first, last).T
+            rows = convert.words_of(out, part.format).reshape(last - first, part.columns)
+            rows[:] = _chosen(part, raw, first, last).T
 
     def _quantise(self, part: Quantise, first: int, last: int, out: Bytes, skip: int) -> None:
         """A row cut by the border of two chunks is converted in both, and counted where it begins."""
         with self._windows.open(part.values) as raw:
             values = np.ascontiguousarray(_chosen(part, raw, first, last))
-        cut = 1 if skip else 0
+        cut, groups = 1 if skip else 0, part.columns // ggml.BLOCK_VALUES
         for begin, end, counts in ((0, cut, False), (cut, last - first, True)):
             if begin == end:
                 continue
             try:
-                blocks, scales, report = mxfp4.encode_transposed(values[:, begin:end])
+                blocks = np.empty((end - begin, groups, mxfp4.BLOCK_BYTES), np.uint8)
+                scales = np.empty((end - begin, groups), np.uint8)
+                report = convert.encode_transposed(values[:, begin:end], part.format, blocks, scales)
             except InvalidInputError as error:
                 file = self._shards[part.values.shard].path
                 raise InvalidInputError(
@@ -148,7 +151,7 @@ class GgufProducer:
         return held[:nbytes]
 
 
-def _chosen(part: Transpose | Quantise, raw: Bytes, first: int, last: int) -> NDArray[np.uint16]:
-    """Rows [first, last) of the part as columns: u16 [columns, last - first], a view of the source."""
-    values = raw.view(np.uint16).reshape(part.columns, part.rows)
+def _chosen(part: Transpose | Quantise, raw: Bytes, first: int, last: int) -> convert.Words:
+    """Rows [first, last) of the part as columns: bits [columns, last - first], a view of the source."""
+    values = convert.words_of(raw, part.format).reshape(part.columns, part.rows)
     return values[:, part.first + first * part.step : last * part.step : part.step]

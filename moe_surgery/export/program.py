@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from moe_surgery.export.ggml import BLOCK_BYTES, BLOCK_VALUES
 from moe_surgery.export.gguf import TensorEntry
+from moe_surgery.formats.expert_format import ExpertFormat
 from moe_surgery.surgery.program import Copy, Span
 
 __all__ = ["GgufPart", "GgufProgram", "GgufTensor", "Pack", "Pad", "Quantise", "Transpose", "Widen"]
@@ -63,17 +64,18 @@ class Pack:
 
 @dataclass(frozen=True, slots=True)
 class Transpose:
-    """Rows first, first + step, ... of one expert's weight [rows, columns], stored transposed in BF16."""
+    """Rows first, first + step, ... of one expert's weight [rows, columns], stored transposed in `format`."""
 
     values: Span
     rows: int
     columns: int
-    first: int = 0
-    step: int = 1
+    first: int
+    step: int
+    format: ExpertFormat
 
     @property
     def row_bytes(self) -> int:
-        return self.columns * 2
+        return self.format.nbytes(self.columns)
 
     @property
     def nbytes(self) -> int:
@@ -86,7 +88,7 @@ class Transpose:
 
 @dataclass(frozen=True, slots=True)
 class Quantise:
-    """The same weight converted to MXFP4, as ggml blocks; `tensor` names it in errors."""
+    """The same weight, stored in `format`, converted to MXFP4 as ggml blocks; `tensor` names it in errors."""
 
     values: Span
     rows: int
@@ -94,6 +96,7 @@ class Quantise:
     first: int
     step: int
     tensor: str
+    format: ExpertFormat
 
     @property
     def row_bytes(self) -> int:
@@ -126,13 +129,13 @@ class GgufTensor:
 
 @dataclass(frozen=True, slots=True)
 class GgufProgram:
-    """The file: `header`, then `tensors` in order. `storage` is how expert weights are stored,
-    `tokens` the size of the tokenizer (0 where there is none), `chat_template` whether there is one."""
+    """The file: `header`, then `tensors` in order. `expert_format` is that of the file, `tokens` the size of
+    the tokenizer (0 where there is none), `chat_template` whether there is one."""
 
     header: bytes
     tensors: tuple[GgufTensor, ...]
     name: str
-    storage: str
+    expert_format: ExpertFormat
     experts: int
     top_k: int
     parameters: int
@@ -164,7 +167,7 @@ class GgufProgram:
             "experts": self.experts,
             "top_k": self.top_k,
             "parameters": self.parameters,
-            "expert_storage": self.storage,
+            "expert_storage": self.expert_format.name,
             "tensors": len(self.tensors),
             "bytes_read": self.reads,
             "bytes_written": self.nbytes,

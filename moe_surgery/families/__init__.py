@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
+
 from moe_surgery.checkpoint.checkpoint import Checkpoint
+from moe_surgery.errors import CheckpointWarning, InvalidInputError
 from moe_surgery.families import model as _model
-from moe_surgery.families.base import Family
+from moe_surgery.families.base import Family, Role
+from moe_surgery.families.foreign import foreign
 from moe_surgery.families.gpt_oss import GPT_OSS
 from moe_surgery.families.model import Model, ModelTensor
 
-__all__ = ["FAMILIES", "Family", "Model", "ModelTensor", "describe"]
+__all__ = ["FAMILIES", "Family", "Model", "ModelTensor", "Role", "describe"]
 
 FAMILIES: tuple[Family, ...] = (GPT_OSS,)
 
@@ -16,6 +20,16 @@ FAMILIES: tuple[Family, ...] = (GPT_OSS,)
 def describe(checkpoint: Checkpoint) -> Model:
     """The `Model` that `checkpoint` holds, every tensor's presence, shape and dtype checked.
 
-    Raises InvalidInputError where the model type is unknown or config and tensors disagree.
+    Each of its notes is also a CheckpointWarning. Raises InvalidInputError where the model type is
+    unknown or config and tensors disagree; a checkpoint of another family, class, layout or quantisation is
+    named as such.
     """
-    return _model.describe(checkpoint, FAMILIES)
+    try:
+        model = _model.describe(checkpoint, FAMILIES)
+    except InvalidInputError as error:
+        if (instead := foreign(checkpoint, FAMILIES)) is None:
+            raise
+        raise InvalidInputError(instead) from error
+    for note in model.notes:
+        warnings.warn(note, CheckpointWarning, stacklevel=2)
+    return model

@@ -8,10 +8,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 
-__all__ = ["ConfigKey", "Family", "Layout", "Slice", "Tensor"]
+__all__ = ["ConfigKey", "Family", "Layout", "Role", "Slice", "Tensor"]
 
-DENSE, PER_EXPERT, EXPERT_WEIGHT = "dense", "per_expert", "expert_weight"
+
+class Role(Enum):
+    """What a tensor is in the model; the value is how people read it."""
+
+    EMBEDDING = "embedding"
+    NORM = "norm"
+    ATTENTION = "attention"
+    ROUTER = "router"
+    EXPERT_WEIGHT = "expert weight"
+    EXPERT_BIAS = "expert bias"
+    UNEMBEDDING = "unembedding"
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether axis 0 counts experts, so that surgery gathers slices instead of copying it whole."""
+        return self is Role.ROUTER or self.in_expert
+
+    @property
+    def in_expert(self) -> bool:
+        """Whether it is part of the experts themselves, which the router's rows are not."""
+        return self in (Role.EXPERT_WEIGHT, Role.EXPERT_BIAS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,16 +40,15 @@ class Tensor:
     """One tensor of the output layout.
 
     `name` may hold `{layer}`. `shape` is written in dimension names, each a product such as
-    "heads*head_dim". `kind`: "dense" is copied whole; "per_expert" has experts along axis 0 and is
-    copied slice by slice; "expert_weight" has them along axis 0 too but is stored either as MXFP4
-    (`name` + "_blocks" and "_scales", [experts, rows, columns/32, 16]) or as BF16
-    ([experts, columns, rows], transposed), where `shape` gives ("experts", rows, columns).
+    "heads*head_dim"; the first is "experts" where `role` has experts. An expert weight is written
+    ("experts", rows, columns) and stored in any `ExpertFormat`: as MXFP4 under two names (`name` +
+    "_blocks" and "_scales"), or in BF16, F16 or F32, transposed.
     `present_if` is a config key (with its default) that says whether the tensor exists.
     """
 
     name: str
     shape: tuple[str, ...]
-    kind: str = DENSE
+    role: Role
     present_if: tuple[str, bool] | None = None
 
     @property
@@ -50,10 +70,14 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class ConfigKey:
-    """A dimension in config.json: the first of `keys` that is there, else `default`."""
+    """A dimension in config.json: the first of `keys` that is there, else `default`.
+
+    `unread` are spellings that `Layout.reader` does not read; they are written along with `keys`.
+    """
 
     keys: tuple[str, ...]
     default: int | None = None
+    unread: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +87,20 @@ class Layout:
     `names` maps an output name to its `Slice`; names not in it are the same. `blocks` and `scales`
     are the two suffixes of an MXFP4 tensor. `side_files_dropped` are files that only make sense in
     this layout; `parent_side_files` are taken from the folder above when that holds the tokenizer.
-    `hub_config` makes a config.json of the hub's layout from this layout's.
+    `hub_config` makes a config.json of the hub's layout from this layout's. `reader` is the program
+    whose reading of config.json is followed, and `dimensions` replaces the family's where it reads
+    other keys.
     """
 
     name: str
+    reader: str
     names: Mapping[str, Slice] = field(default_factory=dict)
     blocks: str = "_blocks"
     scales: str = "_scales"
     side_files_dropped: frozenset[str] = frozenset()
     parent_side_files: tuple[str, ...] = ()
     hub_config: Callable[[Mapping[str, object]], dict[str, object]] | None = None
+    dimensions: Mapping[str, ConfigKey] = field(default_factory=dict)
 
     def find(self, name: str) -> Slice:
         return self.names.get(name, Slice(name))

@@ -9,11 +9,10 @@ from typing import Final
 from moe_surgery.checkpoint.text import describe
 from moe_surgery.errors import InvalidInputError
 from moe_surgery.families.base import (
-    EXPERT_WEIGHT,
-    PER_EXPERT,
     ConfigKey,
     Family,
     Layout,
+    Role,
     Slice,
     Tensor,
 )
@@ -23,26 +22,31 @@ _MLP: Final = "model.layers.{layer}.mlp."
 _BIAS: Final = ("attention_bias", True)
 
 TENSORS: Final = (
-    Tensor("model.embed_tokens.weight", ("vocabulary", "hidden")),
-    Tensor("model.layers.{layer}.input_layernorm.weight", ("hidden",)),
-    Tensor(_ATTENTION + "q_proj.weight", ("heads*head_dim", "hidden")),
-    Tensor(_ATTENTION + "q_proj.bias", ("heads*head_dim",), present_if=_BIAS),
-    Tensor(_ATTENTION + "k_proj.weight", ("kv_heads*head_dim", "hidden")),
-    Tensor(_ATTENTION + "k_proj.bias", ("kv_heads*head_dim",), present_if=_BIAS),
-    Tensor(_ATTENTION + "v_proj.weight", ("kv_heads*head_dim", "hidden")),
-    Tensor(_ATTENTION + "v_proj.bias", ("kv_heads*head_dim",), present_if=_BIAS),
-    Tensor(_ATTENTION + "o_proj.weight", ("hidden", "heads*head_dim")),
-    Tensor(_ATTENTION + "o_proj.bias", ("hidden",), present_if=_BIAS),
-    Tensor(_ATTENTION + "sinks", ("heads",)),
-    Tensor("model.layers.{layer}.post_attention_layernorm.weight", ("hidden",)),
-    Tensor(_MLP + "router.weight", ("experts", "hidden"), PER_EXPERT),
-    Tensor(_MLP + "router.bias", ("experts",), PER_EXPERT),
-    Tensor(_MLP + "experts.gate_up_proj", ("experts", "2*intermediate", "hidden"), EXPERT_WEIGHT),
-    Tensor(_MLP + "experts.gate_up_proj_bias", ("experts", "2*intermediate"), PER_EXPERT),
-    Tensor(_MLP + "experts.down_proj", ("experts", "hidden", "intermediate"), EXPERT_WEIGHT),
-    Tensor(_MLP + "experts.down_proj_bias", ("experts", "hidden"), PER_EXPERT),
-    Tensor("model.norm.weight", ("hidden",)),
-    Tensor("lm_head.weight", ("vocabulary", "hidden"), present_if=("!tie_word_embeddings", True)),
+    Tensor("model.embed_tokens.weight", ("vocabulary", "hidden"), Role.EMBEDDING),
+    Tensor("model.layers.{layer}.input_layernorm.weight", ("hidden",), Role.NORM),
+    Tensor(_ATTENTION + "q_proj.weight", ("heads*head_dim", "hidden"), Role.ATTENTION),
+    Tensor(_ATTENTION + "q_proj.bias", ("heads*head_dim",), Role.ATTENTION, present_if=_BIAS),
+    Tensor(_ATTENTION + "k_proj.weight", ("kv_heads*head_dim", "hidden"), Role.ATTENTION),
+    Tensor(_ATTENTION + "k_proj.bias", ("kv_heads*head_dim",), Role.ATTENTION, present_if=_BIAS),
+    Tensor(_ATTENTION + "v_proj.weight", ("kv_heads*head_dim", "hidden"), Role.ATTENTION),
+    Tensor(_ATTENTION + "v_proj.bias", ("kv_heads*head_dim",), Role.ATTENTION, present_if=_BIAS),
+    Tensor(_ATTENTION + "o_proj.weight", ("hidden", "heads*head_dim"), Role.ATTENTION),
+    Tensor(_ATTENTION + "o_proj.bias", ("hidden",), Role.ATTENTION, present_if=_BIAS),
+    Tensor(_ATTENTION + "sinks", ("heads",), Role.ATTENTION),
+    Tensor("model.layers.{layer}.post_attention_layernorm.weight", ("hidden",), Role.NORM),
+    Tensor(_MLP + "router.weight", ("experts", "hidden"), Role.ROUTER),
+    Tensor(_MLP + "router.bias", ("experts",), Role.ROUTER),
+    Tensor(_MLP + "experts.gate_up_proj", ("experts", "2*intermediate", "hidden"), Role.EXPERT_WEIGHT),
+    Tensor(_MLP + "experts.gate_up_proj_bias", ("experts", "2*intermediate"), Role.EXPERT_BIAS),
+    Tensor(_MLP + "experts.down_proj", ("experts", "hidden", "intermediate"), Role.EXPERT_WEIGHT),
+    Tensor(_MLP + "experts.down_proj_bias", ("experts", "hidden"), Role.EXPERT_BIAS),
+    Tensor("model.norm.weight", ("hidden",), Role.NORM),
+    Tensor(
+        "lm_head.weight",
+        ("vocabulary", "hidden"),
+        Role.UNEMBEDDING,
+        present_if=("!tie_word_embeddings", True),
+    ),
 )
 
 _BLOCK: Final = "block.{layer}."
@@ -84,17 +88,27 @@ QUANTIZATION_CONFIG: Final = MappingProxyType(
     }
 )
 
+# As transformers' GptOssConfig reads them: num_experts is an alias that is set last, experts_per_token
+# is kept and not used.
 DIMENSIONS: Final = MappingProxyType(
     {
         "layers": ConfigKey(("num_hidden_layers",)),
-        "experts": ConfigKey(("num_local_experts", "num_experts")),
-        "top_k": ConfigKey(("num_experts_per_tok", "experts_per_token")),
+        "experts": ConfigKey(("num_experts", "num_local_experts")),
+        "top_k": ConfigKey(("num_experts_per_tok",), default=4, unread=("experts_per_token",)),
         "hidden": ConfigKey(("hidden_size",)),
         "intermediate": ConfigKey(("intermediate_size",)),
         "heads": ConfigKey(("num_attention_heads",)),
         "kv_heads": ConfigKey(("num_key_value_heads",)),
         "head_dim": ConfigKey(("head_dim",), default=64),
         "vocabulary": ConfigKey(("vocab_size",)),
+    }
+)
+
+# openai/gpt-oss's own ModelConfig knows the first spelling only.
+_ORIGINAL_DIMENSIONS: Final = MappingProxyType(
+    {
+        "experts": ConfigKey(("num_experts", "num_local_experts")),
+        "top_k": ConfigKey(("experts_per_token", "num_experts_per_tok")),
     }
 )
 
@@ -111,7 +125,8 @@ def hub_config(original: Mapping[str, object]) -> dict[str, object]:
 
     Raises InvalidInputError for a value that should be a number and is missing or none.
     """
-    dimensions = {name: _dimension(original, key) for name, key in DIMENSIONS.items()}
+    keys = {**DIMENSIONS, **_ORIGINAL_DIMENSIONS}
+    dimensions = {name: _dimension(original, key) for name, key in keys.items()}
     layers, vocabulary = dimensions["layers"], dimensions["vocabulary"]
     length = int(_number(original, "initial_context_length", _YARN_ORIGINAL_LENGTH))
     factor = float(_number(original, "rope_scaling_factor", 32.0))
@@ -170,9 +185,10 @@ def _number(original: Mapping[str, object], key: str, default: float | None) -> 
     return value
 
 
-HUB: Final = Layout("hub")
+HUB: Final = Layout("hub", "transformers")
 ORIGINAL: Final = Layout(
     "original",
+    "OpenAI's code",
     names=MappingProxyType(_ORIGINAL_NAMES),
     blocks=".blocks",
     scales=".scales",
@@ -188,6 +204,7 @@ ORIGINAL: Final = Layout(
         "tokenizer_config.json",
     ),
     hub_config=hub_config,
+    dimensions=_ORIGINAL_DIMENSIONS,
 )
 
 GPT_OSS: Final = Family(

@@ -6,6 +6,7 @@ import xxhash
 
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.checkpoint.files import pread_exact
+from moe_surgery.families.base import Role
 from moe_surgery.families.model import Model
 
 __all__ = ["identity"]
@@ -21,7 +22,7 @@ def identity(checkpoint: Checkpoint, model: Model) -> str:
     for name, ref in sorted(checkpoint.tensors.items()):
         digest.update(repr((name, ref.dtype, ref.shape)).encode())
     for tensor in sorted(model.tensors, key=lambda t: t.name):
-        if ".router." in tensor.name:
+        if tensor.role is Role.ROUTER:
             ref = tensor.stored
             shard = checkpoint.shards[ref.shard]
             digest.update(pread_exact(shard.fd, ref.nbytes, ref.offset, str(checkpoint.path / ref.shard)))

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
-from moe_surgery.checkpoint.checkpoint import Checkpoint, TensorRef
+from moe_surgery.checkpoint.checkpoint import INDEX_NAME, Checkpoint, TensorRef
+from moe_surgery.checkpoint.files import printable_path
 from moe_surgery.checkpoint.text import describe as described
+from moe_surgery.checkpoint.text import printable
 from moe_surgery.errors import InvalidInputError
-from moe_surgery.families.base import DENSE, EXPERT_WEIGHT, Family, Layout, Slice, Tensor
+from moe_surgery.families.base import Family, Layout, Role, Slice, Tensor
+from moe_surgery.formats.expert_format import FORMATS, MXFP4, ExpertFormat, format_of_dtype
 
 __all__ = ["Model", "ModelTensor", "describe"]
 
-FLOATS = frozenset({"BF16", "F16", "F32"})
+FLOATS = frozenset(f.dtype for f in FORMATS.values() if not f.packed)
+UNTIED = ("!tie_word_embeddings", True)
+# Stored by old versions of transformers and by TRL, used by no model.
+IGNORED_TENSORS = (
+    (re.compile(r"(^|\.)rotary_emb\.inv_freq$"), "a buffer that follows from config.json"),
+    (re.compile(r"^v_head\."), "a value head of TRL"),
+)
 MAX_EXPERTS = 1024
 MAX_LAYERS = 10_000
+PER_LAYER = ("per_layer_config", "block_configs")
+"""Where transformers, and NVIDIA's Puzzle models, keep what differs by layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,30 +35,38 @@ class ModelTensor:
     """One tensor of the output layout and where the source keeps it.
 
     `shape` is the logical shape with all source experts: for an expert weight (experts, rows,
-    columns). `stored` is the source tensor (for MXFP4 its blocks), `scales` the MXFP4 scales.
+    columns). `stored` is the source tensor (for MXFP4 its blocks), `scales` the MXFP4 scales. `format`
+    is that of an expert weight, None for others.
     """
 
     name: str
-    kind: str
+    role: Role
     layer: int | None
     shape: tuple[int, ...]
     stored: TensorRef
     scales: TensorRef | None = None
+    format: ExpertFormat | None = None
 
     @property
     def parameters(self) -> int:
         return prod(self.shape)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes in the source, scales included."""
+        return self.stored.nbytes + (self.scales.nbytes if self.scales else 0)
+
+    @property
     def has_experts(self) -> bool:
-        return self.kind != DENSE
+        return self.role.has_experts
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
     """A checkpoint understood: family, layout, dimensions and all tensors in output order.
 
-    `storage` says how expert weights are stored: "mxfp4" or "bf16".
+    `expert_format` is how all expert weights are stored. `notes` are lines on what of the checkpoint is
+    ignored, and on what is read in another way than someone might expect.
     """
 
     family: Family
@@ -54,7 +74,8 @@ class Model:
     config: Mapping[str, object]
     dimensions: Mapping[str, int]
     tensors: tuple[ModelTensor, ...]
-    storage: str
+    expert_format: ExpertFormat
+    notes: tuple[str, ...] = ()
 
     @property
     def model_type(self) -> str:
@@ -86,9 +107,7 @@ class Model:
 
     def expert_parameters(self) -> int:
         """Weights of one expert over all layers, without its router rows."""
-        return sum(
-            t.parameters // self.experts for t in self.tensors if t.has_experts and ".router." not in t.name
-        )
+        return sum(t.parameters // self.experts for t in self.tensors if t.role.in_expert)
 
 
 def describe(checkpoint: Checkpoint, families: tuple[Family, ...]) -> Model:
@@ -98,24 +117,47 @@ def describe(checkpoint: Checkpoint, families: tuple[Family, ...]) -> Model:
     configuration that contradicts the tensors; one line, naming file and tensor.
     """
     family, layout = _recognise(checkpoint, families)
-    dimensions = _dimensions(checkpoint, family)
+    dimensions, config_notes = _dimensions(checkpoint, family, layout)
     tensors: list[ModelTensor] = []
     used: set[str] = set()
+    notes = [*config_notes, *checkpoint.notes]
     for layer, tensor in _expand(family, dimensions["layers"]):
-        if _present(tensor, checkpoint.config):
+        present = _present(tensor, checkpoint.config)
+        if (
+            not present
+            and tensor.present_if == UNTIED
+            and layout.find(tensor.name).name in checkpoint.tensors
+        ):
+            present = True
+            notes.append(
+                f"{checkpoint.config_path}: ties the embeddings, but {tensor.name} is stored; it is used as "
+                "stored, as in transformers"
+            )
+        if present:
             tensors.append(_locate(checkpoint, layout, tensor, layer, dimensions, used))
-    if surplus := sorted(set(checkpoint.tensors) - used):
+    surplus = sorted(set(checkpoint.tensors) - used)
+    ignored = {n: why for n in surplus for pattern, why in IGNORED_TENSORS if pattern.search(n)}
+    if ignored:
+        count = "1 tensor is" if len(ignored) == 1 else f"{len(ignored)} tensors are"
+        example = next(iter(ignored))
+        notes.append(
+            f"{printable_path(checkpoint.path)}: {count} ignored, as in transformers: {printable(example)} "
+            f"({ignored[example]})"
+        )
+    if surplus := [name for name in surplus if name not in ignored]:
         raise InvalidInputError(
             f"{checkpoint.where(surplus[0])}: a {family.model_type} model of {dimensions['layers']} layers has no "
             f"such tensor ({len(surplus)} surplus in all); {checkpoint.config_path} and the shards disagree"
         )
-    storages = {("mxfp4" if t.scales else "bf16"): t for t in tensors if t.kind == EXPERT_WEIGHT}
-    if len(storages) > 1:
-        one, other = (checkpoint.where(t.stored.name) for t in storages.values())
+    stored = {t.format: t for t in tensors if t.format is not None}
+    if len(stored) > 1:
+        (one, first), (other, second) = list(stored.items())[:2]
         raise InvalidInputError(
-            f"{one} is stored otherwise than {other}: expert weights must be all MXFP4 or all BF16"
+            f"{checkpoint.where(first.stored.name)} is stored as {one.label}, "
+            f"{checkpoint.where(second.stored.name)} as {other.label}: expert weights must be all in one format"
         )
-    return Model(family, layout, checkpoint.config, dimensions, tuple(tensors), next(iter(storages)))
+    expert_format = next(iter(stored))
+    return Model(family, layout, checkpoint.config, dimensions, tuple(tensors), expert_format, tuple(notes))
 
 
 def _recognise(checkpoint: Checkpoint, families: tuple[Family, ...]) -> tuple[Family, Layout]:
@@ -130,28 +172,47 @@ def _recognise(checkpoint: Checkpoint, families: tuple[Family, ...]) -> tuple[Fa
                 return family, layout
         if model_type == family.model_type:
             raise InvalidInputError(
-                f"{checkpoint.path}: tensor {family.tensors[0].name!r} is in no shard; "
-                f"download the missing files of this {family.title} checkpoint"
+                f"{checkpoint.path}: tensor {family.tensors[0].name!r} is in no shard of this "
+                f"{family.title} checkpoint; a file is missing, or it was saved without it"
             )
     raise InvalidInputError(
         f"{checkpoint.config_path}: model_type {described(model_type)} is not supported; known: {known}"
     )
 
 
-def _dimensions(checkpoint: Checkpoint, family: Family) -> dict[str, int]:
+def _dimensions(
+    checkpoint: Checkpoint, family: Family, layout: Layout
+) -> tuple[dict[str, int], tuple[str, ...]]:
+    """The dimensions that config.json gives, and a note for each that it gives in two ways."""
     found: dict[str, int] = {}
-    for dimension, key in family.dimensions.items():
-        said = {k: _positive(checkpoint, k) for k in key.keys if k in checkpoint.config}
-        values = list(said.values()) or ([key.default] if key.default is not None else [])
-        if not values:
-            raise InvalidInputError(f"{checkpoint.config_path}: key {key.keys[0]!r} is missing")
-        if len(set(values)) > 1:
+    notes: list[str] = []
+    for name in PER_LAYER:
+        if checkpoint.config.get(name):
             raise InvalidInputError(
-                f"{checkpoint.config_path}: "
-                + " but ".join(f"{k} is {v}" for k, v in said.items())
-                + "; they must be equal"
+                f"{checkpoint.config_path}: {name} gives some layers their own configuration, which is not supported"
             )
-        found[dimension] = values[0]
+    for dimension, key in {**family.dimensions, **layout.dimensions}.items():
+        said: dict[str, object] = {k: _positive(checkpoint, k) for k in key.keys if k in checkpoint.config}
+        used = next(iter(said), None)
+        if used is None and key.default is None:
+            names = " or ".join(map(repr, key.keys))
+            raise InvalidInputError(f"{checkpoint.config_path}: key {names} is missing")
+        value = key.default if used is None else said[used]
+        assert isinstance(value, int)
+        found[dimension] = value
+        said |= {k: checkpoint.config[k] for k in key.unread if k in checkpoint.config}
+        others = " and ".join(f"{k} is {described(v)}" for k, v in said.items() if v != value)
+        if used is None and key.unread:
+            others = f"{others}, " if others else ""
+            notes.append(
+                f"{checkpoint.config_path}: {others}{key.keys[0]} is missing; {layout.reader} and moe-surgery use "
+                f"{key.keys[0]} {value}"
+            )
+        elif others:
+            notes.append(
+                f"{checkpoint.config_path}: {used} is {value} but {others}; {layout.reader} and moe-surgery use "
+                f"{used}"
+            )
     for dimension, most in (("experts", MAX_EXPERTS), ("layers", MAX_LAYERS)):
         if found[dimension] > most:
             raise InvalidInputError(
@@ -161,7 +222,7 @@ def _dimensions(checkpoint: Checkpoint, family: Family) -> dict[str, int]:
         raise InvalidInputError(
             f"{checkpoint.config_path}: top-k {found['top_k']} is more than the {found['experts']} experts"
         )
-    return found
+    return found, tuple(notes)
 
 
 def _positive(checkpoint: Checkpoint, key: str) -> int:
@@ -212,12 +273,15 @@ def _locate(
     where = layout.find(tensor.name)
     where = replace(where, name=where.name.replace("{layer}", str(layer)))
     name = tensor.name.replace("{layer}", str(layer))
-    if tensor.kind == EXPERT_WEIGHT:
-        stored, scales = _find_expert_weight(checkpoint, layout, where.name, shape)
+    scales: TensorRef | None = None
+    expert_format: ExpertFormat | None = None
+    stored: TensorRef
+    if tensor.role is Role.EXPERT_WEIGHT:
+        expert_format, stored, scales = _find_expert_weight(checkpoint, layout, where.name, shape)
     else:
-        stored, scales = _find_plain(checkpoint, where, shape, dimensions), None
+        stored = _find_plain(checkpoint, where, shape, dimensions)
     used.update(ref.name for ref in (stored, scales) if ref)
-    return ModelTensor(name, tensor.kind, layer, shape, stored, scales)
+    return ModelTensor(name, tensor.role, layer, shape, stored, scales, expert_format)
 
 
 def _find_plain(
@@ -231,35 +295,40 @@ def _find_plain(
 
 def _find_expert_weight(
     checkpoint: Checkpoint, layout: Layout, name: str, shape: tuple[int, ...]
-) -> tuple[TensorRef, TensorRef | None]:
-    """MXFP4 blocks with their scales, or a BF16 tensor: told apart by dtype and rank, not by name.
+) -> tuple[ExpertFormat, TensorRef, TensorRef | None]:
+    """MXFP4 blocks with their scales, or a dense tensor: told apart by dtype and by the scales.
 
-    (transformers saves a dequantised model's BF16 weights under the name of the blocks.)
+    (transformers saves a dequantised model's dense weights under the name of the blocks.)
     """
     experts, rows, columns = shape
     blocks = checkpoint.tensors.get(name + layout.blocks)
-    if blocks is not None and blocks.dtype == "U8":
-        if columns % 32:
+    if blocks is not None and (blocks.dtype == "U8" or name + layout.scales in checkpoint.tensors):
+        if not MXFP4.takes(columns):
             raise InvalidInputError(
                 f"{checkpoint.where(blocks.name)}: {columns} columns are not whole MXFP4 blocks of 32"
             )
         scales = _get(checkpoint, name + layout.scales)
-        _expect(checkpoint, blocks, (experts, rows, columns // 32, 16), frozenset({"U8"}))
-        _expect(checkpoint, scales, (experts, rows, columns // 32), frozenset({"U8"}))
-        return blocks, scales
+        for part, tensor in zip((blocks, scales), MXFP4.tensors(rows, columns), strict=True):
+            _expect(checkpoint, part, (experts, *tensor.shape), frozenset({tensor.dtype}))
+        return MXFP4, blocks, scales
     ref = blocks if blocks is not None else checkpoint.tensors.get(name)
     if ref is None:
         ref = _get(checkpoint, name + layout.blocks)
-    _expect(checkpoint, ref, (experts, columns, rows), frozenset({"BF16"}))
-    return ref, None
+    _expect(checkpoint, ref, (experts, columns, rows), FLOATS)
+    dense = format_of_dtype(ref.dtype)
+    assert dense is not None
+    return dense, ref, None
 
 
 def _get(checkpoint: Checkpoint, name: str) -> TensorRef:
     ref = checkpoint.tensors.get(name)
     if ref is None:
-        raise InvalidInputError(
-            f"{checkpoint.path}: tensor {name!r} is in no shard; a shard is missing or the file was cut"
+        reason = (
+            f"{INDEX_NAME} does not list it either: it was saved without it"
+            if checkpoint.index is not None
+            else "a file is missing, or it was saved without it"
         )
+        raise InvalidInputError(f"{checkpoint.path}: tensor {name!r} is in no shard; {reason}")
     return ref
 
 

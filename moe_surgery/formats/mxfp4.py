@@ -90,8 +90,10 @@ def encode_transposed(
     """Encode the transposed layout: values u16 [K, C], K a multiple of 32, to MXFP4 rows.
 
     Returns blocks u8 [C, K/32, 16], scales u8 [C, K/32] and a report; writes into `blocks` and
-    `scales` if given. What `decode_transposed` wrote comes back without loss, infinities included
-    (codes and scale may differ from the original ones, the decoded bits do not).
+    `scales` if given. A block's scale is the one with the least squared error of three around its
+    largest value (`mxfp4_numpy.choose_scales`); values go to the nearest code. What
+    `decode_transposed` wrote comes back without loss, infinities included (codes and scale may differ
+    from the original ones, the decoded bits do not).
 
     Raises InvalidInputError, naming the position, for a NaN or an infinity that no MXFP4 block gives,
     and UsageError for a shape, dtype, layout or `isa` that does not fit.

@@ -26,6 +26,8 @@ MAGNITUDE: Final = 0x7FFF
 INFINITY: Final = 0x7F80
 # Of the scales that overflow (253, 254, 255) the one whose finite values include the others'.
 OVERFLOW_SCALE: Final = 253
+# The largest scale under which every code is finite.
+LARGEST_SCALE: Final = 252
 
 
 class Encoded(NamedTuple):
@@ -151,6 +153,22 @@ def encode_transposed(
 def choose_scales(values: NDArray[np.uint16]) -> NDArray[np.uint8]:
     """Return the scale bytes u8 [R] of R blocks, given as values u16 [32, R].
 
+    Of `first_scales` and the scales one below and one above, where these exist and are at most
+    `LARGEST_SCALE`, the one under which the nearest codes have the least sum of squared errors; among
+    equals the one with the least error of the largest value, then the first scale, then the lower one.
+    A block that is exact under its first scale keeps it, and so does one with an infinity or a NaN.
+    """
+    scale = first_scales(values)
+    exact = decode_table()[scale, nearest_codes(values, scale)] == values
+    finite = (values & MAGNITUDE) < INFINITY
+    inexact = np.flatnonzero(finite.all(axis=0) & ~exact.all(axis=0))
+    scale[inexact] = _least_error(values[:, inexact], scale[inexact])
+    return scale
+
+
+def first_scales(values: NDArray[np.uint16]) -> NDArray[np.uint8]:
+    """Return the scale bytes u8 [R] that fit the largest value of each block of values u16 [32, R].
+
     The largest magnitude gets the binade of the largest code (6 = 1.5 * 2^2): its exponent field less
     2, and not below 0. A block of zeros therefore gets 0. A block with an infinity gets
     `OVERFLOW_SCALE`: if any scale gives such a block, that one does.
@@ -159,6 +177,35 @@ def choose_scales(values: NDArray[np.uint16]) -> NDArray[np.uint8]:
     exponent = (largest >> 7).astype(np.int64)
     scale = np.where(largest >= INFINITY, OVERFLOW_SCALE, np.maximum(exponent - 2, 0))
     return scale.astype(np.uint8)
+
+
+def _least_error(values: NDArray[np.uint16], first: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The best of the scales `first`, `first` - 1 and `first` + 1 for finite values u16 [32, R].
+
+    A value x with the code's value q adds (x - q)^2 - x^2 = q (q - 2x) to an error that is the same for
+    all scales. That is 0 where q is 0, and x is at least a quarter of the scale where it is not; so with
+    BF16's 8 bits (and up to float32's 24) float64 holds every term and every sum exactly.
+    """
+    x = np.abs(bf16_to_float64(values)) * np.ldexp(1.0, 127 - first.astype(np.int64))
+    columns = np.arange(values.shape[1])
+    largest = x.argmax(axis=0)
+
+    def errors(scale: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        codes = nearest_codes(values, scale.astype(np.uint8)) & 7
+        q = np.array(MAGNITUDES)[codes] * np.ldexp(1.0, scale - first)
+        return np.sum(q * (q - 2 * x), axis=0), np.abs(x - q)[largest, columns]
+
+    best = first.astype(np.int64)
+    error, error_of_largest = errors(best)
+    for step in (-1, 1):
+        scale = np.clip(first.astype(np.int64) + step, 0, LARGEST_SCALE)
+        total, of_largest = errors(scale)
+        better = (total < error) | ((total == error) & (of_largest < error_of_largest))
+        best = np.where(better, scale, best)
+        error, error_of_largest = (
+            np.where(better, new, old) for new, old in ((total, error), (of_largest, error_of_largest))
+        )
+    return best.astype(np.uint8)
 
 
 def nearest_codes(values: NDArray[np.uint16], scale: NDArray[np.uint8]) -> NDArray[np.uint8]:

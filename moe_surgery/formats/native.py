@@ -11,19 +11,19 @@ import os
 from functools import cache
 from types import ModuleType
 
-__all__ = ["NATIVE_VARIABLE", "native_module", "native_reason", "native_status"]
+__all__ = ["NATIVE_VARIABLE", "native_disabled", "native_module", "native_reason", "native_status"]
 
 NATIVE_VARIABLE = "MOE_SURGERY_NATIVE"
 
 
 def native_module() -> ModuleType | None:
     """Return the module `moe_surgery._native`, or None when it is disabled or cannot be imported."""
-    return None if _disabled() else _load()[0]
+    return None if native_disabled() else _load()[0]
 
 
 def native_reason() -> str | None:
     """Return why there is no extension to use, or None."""
-    if _disabled():
+    if native_disabled():
         return f"disabled by {NATIVE_VARIABLE}={os.environ[NATIVE_VARIABLE]}"
     module, reason = _load()
     return f"not available ({reason})" if module is None else None
@@ -39,7 +39,8 @@ def native_status() -> str:
     return f"{names[0]} (available: {', '.join(names)})"
 
 
-def _disabled() -> bool:
+def native_disabled() -> bool:
+    """Whether the environment variable disables the extension."""
     return os.environ.get(NATIVE_VARIABLE, "1").strip() == "0"
 
 

@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from moe_surgery.kernels import Backend, backend_states, select_backend
+from moe_surgery.kernels import Backend, select_backend
 from moe_surgery.kernels.weights import DenseWeight, ExpertWeights, Mxfp4Weight
 
 __all__ = ["backend_of", "experts", "experts_mxfp4", "route"]
@@ -27,17 +27,10 @@ def backend_of(device_type: str) -> Backend:
     """The backend for tensors on `device_type`: triton on CUDA and native on the CPU where they can run, else
     reference.
 
-    The first time, says which was chosen and, where it is not the fast one, why: as a warning on CUDA.
+    The first time, the logger `moe_surgery` is given the choice (`select_backend` adds why it is reference).
     """
     chosen = select_backend(torch.device(device_type))
-    if chosen.name != "reference":
-        log.info("experts on %s: %s backend", device_type, chosen.name)
-    elif device_type == "cuda":
-        why = backend_states()["triton"].removeprefix("no: ")
-        log.warning("experts on cuda: reference backend, much slower, because %s", why)
-    else:
-        why = backend_states()["native"].removeprefix("no: ")
-        log.info("experts on %s: reference backend; native backend: %s", device_type, why)
+    log.info("experts on %s: %s backend", device_type, chosen.name)
     return chosen
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from moe_surgery import families
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.errors import PlanMismatchError, UsageError
-from moe_surgery.families import ModelTensor
+from moe_surgery.families import Model as Described
 from moe_surgery.integrations import ops  # noqa: F401  # registers torch.ops.moe_surgery
 from moe_surgery.kernels.reference.experts import swiglu
 from moe_surgery.runtime.mapped import MappedShards
@@ -171,7 +171,7 @@ def replace_experts(model: nn.Module, checkpoint: str | os.PathLike[str]) -> nn.
     with Checkpoint.open(checkpoint) as opened:
         described = families.describe(opened)
         tensors = {t.name: t for t in described.tensors}
-        _check_fits(layers, described.dimensions, tensors, str(checkpoint))
+        _check_fits(layers, described, str(checkpoint))
         config: Any = model.config
         limit = float(getattr(config, "swiglu_limit", 7.0))
         alpha = float(getattr(config, "swiglu_alpha", 1.702))
@@ -210,8 +210,9 @@ def _layers(model: nn.Module) -> list[Any]:
     return layers
 
 
-def _check_fits(layers: list[Any], dimensions: Any, tensors: dict[str, ModelTensor], where: str) -> None:
-    if tensors["model.layers.0.mlp.experts.gate_up_proj"].scales is None:
+def _check_fits(layers: list[Any], described: Described, where: str) -> None:
+    dimensions = described.dimensions
+    if not described.expert_format.packed:
         raise UsageError(
             f'{where}: the experts are not packed in MXFP4; load with experts_implementation="{NAME}" instead'
         )

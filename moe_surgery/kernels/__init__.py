@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+from functools import lru_cache
+
 import torch
 
 from moe_surgery.errors import UsageError
+from moe_surgery.formats.native import native_disabled
 from moe_surgery.kernels.interface import Backend
 from moe_surgery.kernels.invariant import SUFFIX, InvariantBackend
 from moe_surgery.kernels.reference import ReferenceBackend
 
 __all__ = ["BACKENDS", "Backend", "backend_states", "select_backend"]
+
+log = logging.getLogger("moe_surgery")
 
 BACKENDS = ("reference", "native", "triton", "reference-invariant", "triton-invariant")
 
@@ -18,6 +24,8 @@ def select_backend(device: torch.device, name: str | None = None) -> Backend:
     """The backend called `name`, or the best one for `device`: triton on CUDA, native on the CPU, where
     they work, else reference. Those called invariant do one token at a time (see `InvariantBackend`).
 
+    Where the default is reference because the fast one does not work, the logger `moe_surgery` is given
+    the reason, once per process: as a warning, unless MOE_SURGERY_NATIVE=0 asked for it.
     Raises UsageError for an unknown name and for a backend that cannot run here; one that was asked
     for is never replaced by another.
     """
@@ -40,7 +48,31 @@ def select_backend(device: torch.device, name: str | None = None) -> Backend:
         if device.type != "cuda" and not interpreting():
             raise UsageError(f"--backend triton: runs on CUDA devices, not on {device}")
         return TritonBackend()
+    if name is None and (missing := _missing(device)) is not None:
+        _log_missing(device.type, *missing)
     return ReferenceBackend()
+
+
+def _missing(device: torch.device) -> tuple[str, str] | None:
+    """The fast backend for `device` and why it does not work here, or None."""
+    reasons = {"cpu": ("native", _native_reason), "cuda": ("triton", _triton_reason)}
+    if device.type not in reasons:
+        return None
+    name, reason = reasons[device.type]
+    why = reason()
+    return None if why is None else (name, why)
+
+
+@lru_cache(maxsize=8)
+def _log_missing(device_type: str, name: str, why: str) -> None:
+    log.log(
+        logging.INFO if native_disabled() and name == "native" else logging.WARNING,
+        "backend reference (plain PyTorch, slower) on %s, because %s does not work: %s; "
+        "--backend reference chooses it without this note",
+        device_type,
+        name,
+        why,
+    )
 
 
 def backend_states() -> dict[str, str]:
@@ -62,7 +94,10 @@ def _native_details() -> str:
     from moe_surgery.kernels.native import NativeBackend
 
     backend = NativeBackend()
-    return f"{backend.isa}, threads: {backend.threads}; chosen on the CPU unless --backend says otherwise"
+    return (
+        f"{backend.isa}, threads: {backend.threads}; the default on the CPU; float32, but products with MXFP4 "
+        "weights round activations to 16-bit integers"
+    )
 
 
 def _native_reason() -> str | None:

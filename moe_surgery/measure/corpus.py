@@ -1,8 +1,7 @@
-"""Texts as token sequences: files of text, lines of JSON, or conversations, by domain."""
+"""Texts as token sequences: files of text, rows of JSON, or conversations, by domain."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,8 +11,15 @@ from typing import Protocol
 import xxhash
 
 from moe_surgery.checkpoint.files import open_regular, printable_path
-from moe_surgery.checkpoint.text import describe
 from moe_surgery.errors import InvalidInputError, OutputError, UsageError
+from moe_surgery.measure.conversation import (
+    Conversation,
+    answer_start,
+    common_length,
+    conversation,
+    described,
+)
+from moe_surgery.measure.text_files import FORMATS, TextFile, blocks, rows, text_files
 
 __all__ = [
     "FORMATS",
@@ -27,9 +33,7 @@ __all__ = [
     "text_files",
 ]
 
-FORMATS = ("text", "jsonl", "chat")
 READ_BYTES = 1 << 20
-BLOCK_CHARACTERS = 1 << 20
 
 
 class Tokenizer(Protocol):
@@ -37,16 +41,17 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
-    def chat(self, messages: Sequence[Mapping[str, str]], *, prompt: bool = True) -> str: ...
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        prompt: bool = True,
+        tools: Sequence[object] | None = None,
+        documents: Sequence[object] | None = None,
+        variables: Mapping[str, object] | None = None,
+    ) -> str: ...
 
-
-@dataclass(frozen=True, slots=True)
-class TextFile:
-    """A file to read: `format` is one of `FORMATS`."""
-
-    path: Path
-    domain: str
-    format: str
+    def reads(self, name: str) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +66,12 @@ class Passage:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text (a long one comes in several), or the messages of a conversation."""
+    """A text (a long one comes in several), or a conversation."""
 
     domain: str
     where: str
     text: str | None = None
-    messages: tuple[Mapping[str, str], ...] = ()
+    chat: Conversation | None = None
 
 
 @dataclass(slots=True)
@@ -101,15 +106,14 @@ class Corpus:
         for file in self.files:
             document = None
             for document in _documents(file):
-                if document.text is not None:
+                if document.chat is None:
                     raise InvalidInputError(
-                        f'{document.where}: answers are generated for conversations: {{"messages": [...]}} lines'
+                        f'{document.where}: answers are generated for conversations: {{"messages": [...]}} rows'
                     )
-                said = document.messages
-                asked = said[:-1] if said[-1]["role"] == "assistant" else said
-                if not asked:
+                asked = document.chat.question()
+                if not asked.messages:
                     raise InvalidInputError(f"{document.where}: an answer without a question")
-                yield file.domain, tuple(self._chat(asked, document.where))
+                yield file.domain, tuple(self.encode_chat(asked, document.where))
             if document is None:
                 raise InvalidInputError(f"{printable_path(file.path)}: holds no text")
 
@@ -141,60 +145,47 @@ class Corpus:
                 raise InvalidInputError(f"{printable_path(file.path)}: holds no text")
             told["tokens"] = tokens
 
+    def encode_chat(self, chat: Conversation, where: str, *, prompt: bool = True) -> list[int]:
+        """Tokens of a conversation; with `prompt` an answer is left open. Raises InvalidInputError,
+        beginning with `where`, for what the chat template cannot take."""
+        return self._encoded(self._rendered(chat, where, prompt=prompt), where)
+
     def _passages(self, document: Document) -> Iterator[Passage]:
-        if document.text is not None:
-            tokens, answer = self._encoded(document.text, document.where), None
+        if document.chat is not None:
+            tokens, answer = self._conversation(document.chat, document.where)
         else:
-            tokens, answer = self._conversation(document)
+            tokens, answer = self._encoded(document.text or "", document.where), None
         for start in range(0, len(tokens), self.context):
             piece = tuple(tokens[start : start + self.context])
             yield Passage(document.domain, piece, None if answer is None else max(0, answer - start))
 
-    def _conversation(self, document: Document) -> tuple[list[int], int | None]:
+    def _conversation(self, chat: Conversation, where: str) -> tuple[list[int], int | None]:
         """Tokens of a conversation, and where its last message starts if the assistant said it."""
-        last = document.messages[-1]
-        if last["role"] != "assistant":
-            return self._chat(document.messages, document.where), None
-        whole = self._chat(document.messages, document.where, prompt=False)
-        asked = self._chat(document.messages[:-1], document.where)
-        same = (i for i, (a, b) in enumerate(zip(whole, asked, strict=False)) if a != b)
-        return whole, next(same, min(len(whole), len(asked)))
+        if chat.question() is chat:
+            return self.encode_chat(chat, where), None
+        whole = self._rendered(chat, where, prompt=False)
+        start = answer_start(lambda c, prompt: self._rendered(c, where, prompt=prompt), chat)
+        tokens, before = self._encoded(whole, where), self._encoded(whole[:start], where)
+        return tokens, common_length(tokens, before)
 
-    def _chat(self, messages: Sequence[Mapping[str, str]], where: str, *, prompt: bool = True) -> list[int]:
+    def _rendered(self, chat: Conversation, where: str, *, prompt: bool) -> str:
         try:
-            text = self.tokenizer.chat(messages, prompt=prompt)
+            also = {key: value for key, value in chat.also.items() if self.tokenizer.reads(key)}
+            return self.tokenizer.chat(
+                chat.messages,
+                prompt=prompt,
+                tools=chat.tools,
+                documents=chat.documents,
+                variables={**also, **chat.variables},
+            )
         except InvalidInputError as error:
             raise InvalidInputError(f"{where}: {error}") from None
-        return self._encoded(text, where)
 
     def _encoded(self, text: str, where: str) -> list[int]:
         try:
             return self.tokenizer.encode(text)
         except UsageError as error:
             raise InvalidInputError(f"{where}: {error}") from None
-
-
-def text_files(
-    paths: Sequence[Path], domains: Sequence[str] = (), format: str | None = None
-) -> tuple[TextFile, ...]:
-    """Files with their domains: one name for all, one for each, or without any the file's own name.
-
-    The format is guessed for each file unless given: .jsonl holds conversations if its first line
-    has "messages", else texts; other files are one text. Raises UsageError, OutputError.
-    """
-    if domains and len(domains) not in (1, len(paths)):
-        raise UsageError(
-            f"--domain: {len(domains)} names for {len(paths)} --texts; give one for all, or one for each"
-        )
-    named = domains or [p.stem for p in paths]
-    if len(named) == 1:
-        named = list(named) * len(paths)
-    for name in named:
-        if not name or not name.isprintable() or any(c in name for c in ",/:"):
-            raise UsageError(f"--domain {name!r}: a domain is a name without commas, colons and slashes")
-    return tuple(
-        TextFile(path, domain, format or _guessed(path)) for path, domain in zip(paths, named, strict=True)
-    )
 
 
 def open_corpus(
@@ -241,82 +232,19 @@ def _shortened(passage: Passage, room: int | None) -> Passage:
     return passage if room is None else replace(passage, tokens=passage.tokens[:room])
 
 
-def _guessed(path: Path) -> str:
-    if path.suffix != ".jsonl":
-        return "text"
-    for _, value in _json_lines(path):
-        return "chat" if isinstance(value, dict) and "messages" in value else "jsonl"
-    return "jsonl"
-
-
 def _documents(file: TextFile) -> Iterator[Document]:
-    where = printable_path(file.path)
     if file.format == "text":
-        for block in _blocks(file.path):
-            yield Document(file.domain, where, block)
+        for block in blocks(file.path):
+            yield Document(file.domain, printable_path(file.path), block)
         return
-    for number, value in _json_lines(file.path):
-        line = f"{where}: line {number}"
-        if file.format == "jsonl":
-            text = value.get("text") if isinstance(value, dict) else value
-            if not isinstance(text, str):
-                raise InvalidInputError(f'{line}: expected {{"text": "..."}}, got {describe(value)}')
-            yield Document(file.domain, line, text)
-        else:
-            yield Document(file.domain, line, messages=_messages(value, line))
-
-
-def _messages(value: object, line: str) -> tuple[Mapping[str, str], ...]:
-    messages = value.get("messages") if isinstance(value, dict) else None
-    if not isinstance(messages, list) or not messages:
-        raise InvalidInputError(f'{line}: expected {{"messages": [...]}}, got {describe(value)}')
-    for message in messages:
-        if not isinstance(message, dict) or not all(
-            isinstance(message.get(key), str) for key in ("role", "content")
-        ):
-            raise InvalidInputError(f'{line}: a message is not {{"role": "...", "content": "..."}}')
-    return tuple(messages)
-
-
-def _json_lines(path: Path) -> Iterator[tuple[int, object]]:
-    where = printable_path(path)
-    number = 0
-    try:
-        for number, line in enumerate(_lines(path), 1):
-            if line.strip():
-                yield number, json.loads(line)
-    except UnicodeDecodeError:
-        raise InvalidInputError(f"{where}: line {number + 1}: not UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        raise InvalidInputError(f"{where}: line {number}: not JSON: {error}") from None
-
-
-def _blocks(path: Path) -> Iterator[str]:
-    """A text whole, or if it is long in pieces that end with a line."""
-    held: list[str] = []
-    size = 0
-    try:
-        for line in _lines(path):
-            held.append(line)
-            size += len(line)
-            if size >= BLOCK_CHARACTERS:
-                yield "".join(held)
-                held, size = [], 0
-    except UnicodeDecodeError as error:
-        raise InvalidInputError(f"{printable_path(path)}: not UTF-8: {error.reason}") from None
-    if held:
-        yield "".join(held)
-
-
-def _lines(path: Path) -> Iterator[str]:
-    _check_regular(path)
-    with open(path, "rb") as opened:  # decoded line by line, so that an error is of the line it is said of
-        for line in opened:
-            yield line.decode()
-
-
-def _check_regular(path: Path) -> None:
-    os.close(open_regular(path))
+    for where, row in rows(file.path):
+        if file.format == "chat":
+            yield Document(file.domain, where, chat=conversation(row, where))
+            continue
+        text = row.get("text") if isinstance(row, dict) else row
+        if not isinstance(text, str):
+            raise InvalidInputError(f'{where}: expected {{"text": "..."}}, got {described(row)}')
+        yield Document(file.domain, where, text)
 
 
 def _digest(path: Path) -> str:

@@ -22,7 +22,7 @@ from moe_surgery.measure.states import HiddenStates
 from moe_surgery.runtime.load import load_model
 from moe_surgery.runtime.model import Model
 from moe_surgery.selection.given import Named, loaded_pairs
-from moe_surgery.selection.plan import Plan, load_plan
+from moe_surgery.selection.plan import Plan, check_top_k, load_plan, plan_keeping
 
 __all__ = ["evaluate", "evaluate_passages"]
 
@@ -55,6 +55,7 @@ def evaluate(
     *,
     plans: Named[Plan] = (),
     pruned: Sequence[str | os.PathLike[str]] = (),
+    top_k: int | None = None,
     answers_only: bool = False,
     batch_tokens: int = BATCH_TOKENS,
     device: str = "cpu",
@@ -66,11 +67,13 @@ def evaluate(
 
     Plans (with the names they get, or as paths of plan files) are evaluated as views: nothing is
     written. All models go through a layer together, which is then let go, so memory holds one layer and
-    each model's hidden states for a batch. `answers_only` counts tokens of the conversations' answers
-    alone. `progress` is told the tokens that all models are done with.
+    each model's hidden states for a batch. `top_k` is how many experts the router chooses for a token in
+    all plans and pruned checkpoints; without any, the full model is compared with itself with that top-k.
+    `answers_only` counts tokens of the conversations' answers alone. `progress` is told the tokens that
+    all models are done with.
 
-    Raises UsageError where there is nothing to predict, PlanMismatchError for a plan or checkpoint of
-    another model, and any error of opening the checkpoint.
+    Raises UsageError where there is nothing to predict or `top_k` is not from 1 to the experts kept,
+    PlanMismatchError for a plan or checkpoint of another model, and any error of opening the checkpoint.
     """
     if batch_tokens < 1:
         raise UsageError(f"--batch-tokens {batch_tokens}: must be at least 1")
@@ -80,18 +83,20 @@ def evaluate(
         known = identity(opened, described)
     model = load_model(checkpoint, device, dtype, backend=backend, one_layer=True)
     candidates = []
-    for name, plan in named_plans:
-        plan.check_fits(described.model_type, described.experts, described.layers, str(checkpoint))
+    if top_k is not None and not named_plans and not pruned:
+        check_top_k(top_k, described.experts, f"{checkpoint} has")
+        named_plans = [(f"top-k {top_k}", plan_keeping(None, described))]
+    for name, given in named_plans:
+        given.check_fits(described.model_type, described.experts, described.layers, str(checkpoint))
+        plan = given.with_top_k(top_k, name)
         candidates.append(Candidate(name, plan.layers, plan.top_k, None, dict(plan.provenance)))
     for path in pruned:
-        other = load_model(path, device, dtype, backend=backend, one_layer=True)
+        other = load_model(path, device, dtype, backend=backend, top_k=top_k, one_layer=True)
         candidates.append(pruned_candidate(os.fspath(path), other, model))
     groups = batches(corpus, batch_tokens)
     models = evaluate_passages(model, groups, candidates, answers_only=answers_only, progress=progress)
     settings: dict[str, object] = {
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "backend": model.backend.name,
-        "device": str(model.device),
+        **model.computation,
         "context": corpus.context,
         "max_tokens": corpus.max_tokens,
         "answers_only": answers_only,

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 
 from moe_surgery.checkpoint.files import printable_path, read_small_file
+from moe_surgery.checkpoint.kinds import EVALUATION, reads
 from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.checkpoint.text import describe
 from moe_surgery.errors import InvalidInputError
@@ -124,6 +125,7 @@ def as_evaluation(given: Evaluation | PathLike) -> Evaluation:
     return loaded(given, Evaluation, load_evaluation)
 
 
+@reads("an evaluation", EVALUATION)
 def load_evaluation(path: str | os.PathLike[str]) -> Evaluation:
     """Read an evaluation file.
 

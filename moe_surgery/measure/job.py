@@ -80,8 +80,8 @@ def profile(
     the model's); longer texts are split. `max_tokens` bounds each domain. All passages of a batch of
     `batch_tokens` go through a layer before the next one is touched: memory holds a layer and the
     batch's hidden states. `generate`: the model first answers each conversation in so many tokens.
-    `sequential`: layers see what earlier layers give with the experts of this plan (or of the
-    plan file of that path) only.
+    `sequential`: layers see what earlier layers give with the experts of this plan (or of the plan file of
+    that path) only. `device`, `dtype` and `backend` are as for `load_model`.
 
     After each batch the sums so far go to `.NAME.partial` beside `output`; the same call goes on
     there. Raises UsageError, InvalidInputError (a file without text, not UTF-8, malformed),
@@ -99,13 +99,11 @@ def profile(
         raise UsageError(f"--batch-tokens {batch_tokens}: must be at least 1")
     partial = partial_path(out)
     check_writable(out, partial)
-    if backend is None and dtype == torch.float32 and torch.device(device).type == "cpu":
-        backend = "reference"  # who asks for float32 wants it: native rounds activations to 16 bits
     model = load_model(checkpoint, device, dtype, backend=backend, one_layer=True)
     text = Text(checkpoint)
     corpus = open_corpus(files, text, context=default_context(checkpoint, context), max_tokens=max_tokens)
     settings: dict[str, object] = {
-        "dtype": str(model.dtype).removeprefix("torch."),
+        **model.computation,
         "context": corpus.context,
         "max_tokens": max_tokens,
         "generate": generate,

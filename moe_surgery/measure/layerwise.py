@@ -11,12 +11,9 @@ from torch.nn import functional as F
 from moe_surgery.kernels import Backend
 from moe_surgery.kernels.weights import Layer
 from moe_surgery.measure.states import HiddenStates
-from moe_surgery.runtime.model import Model
+from moe_surgery.runtime.model import SCORE_BYTES, Model
 
 __all__ = ["apply_attention", "apply_experts", "choose_experts", "embed", "logits_of"]
-
-# Attention scores held at once: queries x keys x heads, four bytes each.
-SCORE_BYTES = 128 << 20
 
 
 @torch.inference_mode()

@@ -40,9 +40,8 @@ def check_prompts(
 
 
 def _prompt(corpus: Corpus, document: Document, tokens: int) -> list[int]:
-    if document.text is not None:
-        ids = corpus.tokenizer.encode(document.text)
-        return ids[:tokens] if len(ids) >= tokens else []
-    said = document.messages
-    asked = said[:-1] if said[-1]["role"] == "assistant" else said
-    return corpus.tokenizer.encode(corpus.tokenizer.chat(asked)) if asked else []
+    if document.chat is not None:
+        asked = document.chat.question()
+        return corpus.encode_chat(asked, document.where) if asked.messages else []
+    ids = corpus.tokenizer.encode(document.text or "")
+    return ids[:tokens] if len(ids) >= tokens else []

@@ -61,7 +61,7 @@ def search(
         files, Text(checkpoint), context=default_context(checkpoint, context), max_tokens=max_tokens
     )
     settings: dict[str, object] = {
-        "dtype": str(model.dtype).removeprefix("torch."),
+        **model.computation,
         "context": corpus.context,
         "max_tokens": max_tokens,
     }

@@ -17,6 +17,7 @@ from moe_surgery.checkpoint.files import printable_path
 from moe_surgery.checkpoint.locate import locate
 from moe_surgery.errors import OutputError, UsageError
 from moe_surgery.families.model import Model
+from moe_surgery.formats.expert_format import ExpertFormat
 from moe_surgery.report.card_facts import Facts, facts_of_checkpoint, facts_of_program
 from moe_surgery.report.card_front import is_license
 from moe_surgery.report.card_method import chosen, plan_section, remade
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 __all__ = ["make_card", "with_card"]
 
-_STORAGE = {"mxfp4": "MXFP4 (4.25 bits a weight)", "bf16": "BF16"}
 _UNKNOWN = "not recorded"
 
 
@@ -82,7 +82,7 @@ def make_card(
         evaluation = as_evaluation(evaluation)
     folder = locate(out)
     if not folder.is_dir():
-        raise OutputError(f"{printable_path(folder)}: no such folder")
+        raise OutputError(f"{printable_path(folder)}: is a file; name the folder of the checkpoint")
     path = folder / MANIFEST_NAME
     if not os.path.lexists(path):
         raise OutputError(
@@ -124,7 +124,7 @@ def _card(facts: Facts, evaluation: Evaluation | None) -> str:
 def _title(facts: Facts) -> str:
     kept = counted(facts.kept, "expert")
     if facts.whole:
-        return f"{heading(facts.source_name)}, all {kept}, {str(facts.this.storage).upper()}"
+        return f"{heading(facts.source_name)}, all {kept}, {facts.expert_format.label}"
     return f"{heading(facts.source_name)} with {facts.kept} of {counted(facts.source.experts, 'expert')}"
 
 
@@ -134,7 +134,7 @@ def _metadata(facts: Facts) -> str:
     lines = ["library_name: transformers", "pipeline_tag: text-generation"]
     if facts.base_model is not None:
         # The hub knows adapter, finetune, merge and quantized; a cut is nearest to the second.
-        relation = "quantized" if facts.converted and facts.this.storage == "mxfp4" else "finetune"
+        relation = "quantized" if facts.converted and facts.expert_format.packed else "finetune"
         lines += [f"base_model: {scalar(facts.base_model)}", f"base_model_relation: {relation}"]
     for key in ("license", "license_name", "license_link"):
         value = getattr(card, key)
@@ -155,18 +155,31 @@ def _summary(facts: Facts) -> str:
             f"{counted(facts.source.experts, 'expert')}, and the others are gone from the weights and from the "
             "router."
         )
-    if facts.converted and facts.this.storage == "bf16":
-        second = "Expert weights were converted from MXFP4 to BF16, which is exact; no weight was trained."
-    elif facts.converted:
+    here, source = facts.expert_format, facts.source.expert_format
+    if source is not None and here.holds(source) and facts.converted:
+        way = f"from {source.label} to {here.label}"
+        second = f"Expert weights were converted {way}, which is exact; no weight was trained."
+    elif source is not None and facts.converted and here.packed:
         second = (
-            "Expert weights were converted from BF16 to MXFP4 (`conversion` in `surgery.json` says how exactly); no "
-            "weight was trained."
+            f"Expert weights were converted from {source.label} to MXFP4 (`conversion` in `surgery.json` says how "
+            "exactly); no weight was trained."
         )
-    elif facts.source.storage is None:
+    elif source is not None and facts.converted:
+        second = (
+            f"Expert weights were rounded from {source.label} to {here.label}, each to the nearest value (ties to "
+            "even); no weight was trained."
+        )
+    elif source is None:
         second = "No weight was trained."
     else:
         second = "The kept weights are the source's, byte for byte."
     return f"{first} {second}"
+
+
+def _bits(expert_format: ExpertFormat) -> str:
+    """MXFP4 with what a weight takes in it, which its name does not say."""
+    bits = expert_format.block_bytes * 8 / expert_format.block_values
+    return f"{expert_format.label} ({bits:g} bits a weight)" if expert_format.packed else expert_format.label
 
 
 def _source(facts: Facts) -> str:
@@ -197,7 +210,7 @@ def _numbers(facts: Facts) -> str:
         row("layers", str, facts.layers, facts.layers),
         of(count, "parameters", "parameters"),
         of(count, "parameters a token uses", "active_parameters"),
-        of(lambda s: _STORAGE.get(s, code(s)), "expert weights", "storage"),
+        of(_bits, "expert weights", "expert_format"),
         row("other weights", ", ".join, facts.dense_dtypes, facts.dense_dtypes),
         of(size, "weight files", "nbytes"),
     ]

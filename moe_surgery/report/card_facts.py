@@ -12,8 +12,9 @@ from pathlib import Path
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.checkpoint.files import printable_path
 from moe_surgery.errors import VerificationError
-from moe_surgery.families.base import EXPERT_WEIGHT
+from moe_surgery.families.base import Role
 from moe_surgery.families.model import Model
+from moe_surgery.formats.expert_format import BF16, FORMATS, ExpertFormat
 from moe_surgery.report.card_front import SourceCard
 from moe_surgery.report.card_source import read_readme
 from moe_surgery.report.card_text import is_hub_id
@@ -36,13 +37,13 @@ class Size:
     top_k: int | None
     parameters: int
     active_parameters: int | None
-    storage: str | None
+    expert_format: ExpertFormat | None
     nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """`bf16_bytes` are the tensors with expert weights in BF16; `dense_dtypes` those of all others.
+    """`tensor_bytes` are the tensors, `bf16_bytes` with expert weights in BF16; `dense_dtypes` those of all others.
 
     `terms` names files with terms of use, `origin` is the manifest's, `card` the source's own.
     """
@@ -52,6 +53,7 @@ class Facts:
     layers: int
     this: Size
     source: Size
+    tensor_bytes: int
     bf16_bytes: int
     dense_dtypes: tuple[str, ...]
     origin: Mapping[str, object]
@@ -73,9 +75,15 @@ class Facts:
         return self.this.experts == self.source.experts
 
     @property
+    def expert_format(self) -> ExpertFormat:
+        """How expert weights are stored here."""
+        assert self.this.expert_format is not None
+        return self.this.expert_format
+
+    @property
     def converted(self) -> bool:
-        """Whether expert weights are stored otherwise than in the source, as far as is recorded."""
-        return self.source.storage not in (None, self.this.storage)
+        """Whether expert weights are in another format than in the source, as far as is recorded."""
+        return self.source.expert_format not in (None, self.this.expert_format)
 
     def said(self, key: str) -> str | None:
         """A string that `origin` holds."""
@@ -105,7 +113,7 @@ def facts_of_program(program: Program, model: Model) -> Facts:
         model,
         program.plan,
         program.top_k,
-        program.storage,
+        program.expert_format,
         program.nbytes,
         sum(s.size for s in program.sources),
         program.origin,
@@ -137,7 +145,7 @@ def facts_of_checkpoint(folder: Path, checkpoint: Checkpoint, model: Model, mani
         model,
         plan,
         model.top_k,
-        model.storage,
+        model.expert_format,
         sum(shard.identity.size for shard in checkpoint.shards.values()),
         sum(size for size in sizes if isinstance(size, int)),
         manifest.origin,
@@ -151,7 +159,7 @@ def _facts(
     model: Model,
     plan: Plan,
     top_k: int,
-    storage: str,
+    expert_format: ExpertFormat,
     nbytes: int,
     source_bytes: int,
     origin: Mapping[str, object],
@@ -162,33 +170,32 @@ def _facts(
     """`model` describes the source or the result: with the number of experts given, they agree."""
     kept, experts = len(plan.layers[0]), plan.num_source_experts
     names = set(files)
-    source_top_k, source_storage = origin.get("top_k"), origin.get("expert_storage")
+    source_top_k, source_format = origin.get("top_k"), origin.get("expert_storage")
     known = source_top_k if type(source_top_k) is int and 1 <= source_top_k <= experts else None
 
     def active(count: int, top_k: int) -> int:
         return model.parameters(count) - (count - top_k) * model.expert_parameters()
 
-    this = Size(kept, top_k, model.parameters(kept), active(kept, top_k), storage, nbytes)
+    this = Size(kept, top_k, model.parameters(kept), active(kept, top_k), expert_format, nbytes)
     source = Size(
         experts,
         known,
         model.parameters(experts),
         None if known is None else active(experts, known),
-        source_storage if source_storage in ("mxfp4", "bf16") else None,
+        FORMATS.get(source_format) if isinstance(source_format, str) else None,
         source_bytes,
     )
-    others = [t for t in model.tensors if t.kind != EXPERT_WEIGHT]
-    bf16 = 0
-    for tensor in model.tensors:
-        nbytes_full = 2 * tensor.parameters if tensor.kind == EXPERT_WEIGHT else tensor.stored.nbytes
-        bf16 += nbytes_full // model.experts * kept if tensor.has_experts else nbytes_full
+    others = [t for t in model.tensors if t.role is not Role.EXPERT_WEIGHT]
+    other = sum(t.nbytes // model.experts * kept if t.has_experts else t.nbytes for t in others)
+    weights = sum(t.parameters // model.experts * kept for t in model.tensors if t.role is Role.EXPERT_WEIGHT)
     return Facts(
         plan,
         model.model_type,
         model.layers,
         this,
         source,
-        bf16,
+        other + expert_format.nbytes(weights),
+        other + BF16.nbytes(weights),
         tuple(sorted({t.stored.dtype for t in others})),
         origin,
         card,

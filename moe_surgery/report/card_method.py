@@ -139,7 +139,11 @@ def plan_section(plan: Plan) -> str:
 def remade(facts: Facts) -> str:
     """Commands that make the same tensors again."""
     source = facts.source_id or SOURCE
-    dtype = f" --dtype {facts.this.storage}" if facts.converted or facts.source.storage is None else ""
+    dtype = (
+        f" --dtype {facts.expert_format.name}"
+        if facts.converted or facts.source.expert_format is None
+        else ""
+    )
     commands = [
         'python3 -c \'import json; print(json.dumps(json.load(open("surgery.json"))["plan"]))\' > plan.json',
         f"moe-surgery prune {source} OUT --plan plan.json{dtype}",
@@ -149,8 +153,7 @@ def remade(facts: Facts) -> str:
     )
     seed, kept = facts.plan.provenance.get("seed"), len(facts.plan.layers[0])
     if facts.plan.provenance.get("method") == "random" and type(seed) is int and seed >= 0:
-        command = (
-            f"moe-surgery plan --random --experts {kept} --seed {seed} --checkpoint {source} -o plan.json"
-        )
+        top_k = "" if facts.plan.top_k is None else f" --top-k {facts.plan.top_k}"
+        command = f"moe-surgery plan --random --experts {kept} --seed {seed}{top_k} --checkpoint {source} -o plan.json"
         text += "\n\nand the plan itself by\n\n" + fenced(command, "sh")
     return text

@@ -31,7 +31,7 @@ def origin_of(
     origin: dict[str, object] = {
         "name": _name(checkpoint, model),
         "identity": identity(checkpoint, model),
-        "expert_storage": model.storage,
+        "expert_storage": model.expert_format.name,
         "top_k": model.top_k,
     }
     cached, revision = _cached(checkpoint.path)

@@ -53,8 +53,8 @@ def usage_section(facts: Facts) -> str:
 
 
 def _memory(facts: Facts) -> str:
-    if facts.this.storage == "bf16":
-        return f"The weights take {size(facts.bf16_bytes)} of memory on any device. {_TRIED}"
+    if not facts.expert_format.packed:
+        return f"The weights take {size(facts.tensor_bytes)} of memory on any device. {_TRIED}"
     return (
         f"On CPU and MPS transformers unpacks the MXFP4 weights to BF16, which takes {size(facts.bf16_bytes)} of "
         f"memory. On a GPU they stay packed ({size(facts.this.nbytes)}) where the packages `triton` (3.4 or later) "
@@ -72,23 +72,43 @@ def _tokenizer(facts: Facts) -> list[str]:
 def _notes(facts: Facts) -> list[str]:
     this, source = facts.this, facts.source
     assert this.top_k is not None
-    notes = serving_notes(facts.kept, this.top_k, this.top_k if source.top_k is None else source.top_k)
+    known = this.top_k if source.top_k is None else source.top_k
+    notes = serving_notes(facts.kept, this.top_k, known, facts.plan.top_k)
     if not notes:
         return []
     return ["What is known to stand in the way of serving engines:\n\n" + "\n".join(f"- {n}" for n in notes)]
 
 
+def _top_k_changed(facts: Facts) -> str:
+    """A sentence on a top-k that is not the source's; empty where it is, or nothing records the source's."""
+    mine, before = facts.this.top_k, facts.source.top_k
+    if mine is None or before is None or mine == before:
+        return ""
+    reads = "less, and was trained with more" if mine < before else "more, and was trained with fewer"
+    passes = f"A token passes through {mine} experts of each layer instead of {before}"
+    return f"**Top-k differs.** {passes}: it reads {reads}."
+
+
 def limits_section(facts: Facts, evaluated: bool) -> str:
     """What the cut does not do, and what nobody has looked at."""
+    this = facts.this
+    changed = _top_k_changed(facts)
     if facts.whole:
-        lines = ["No expert was removed, so what is known of the source holds here"]
-        if facts.converted and facts.this.storage == "mxfp4":
-            lines[0] += (
-                ", but for rounding: `conversion` in `surgery.json` counts the blocks that MXFP4 could not hold "
-                "exactly"
+        rounding = (
+            "`conversion` in `surgery.json` counts the blocks that MXFP4 could not hold exactly"
+            if facts.converted and facts.expert_format.packed
+            else ""
+        )
+        if not changed:
+            first = "No expert was removed, so what is known of the source holds here"
+            return first + (f", but for rounding: {rounding}." if rounding else ".")
+        return "\n".join(
+            f"- {line}"
+            for line in (
+                changed,
+                f"**No expert was removed**, and no weight was trained{f'; {rounding}' if rounding else ''}.",
             )
-        return lines[0] + "."
-    this, source = facts.this, facts.source
+        )
     lines = [
         "**No faster one token at a time.** A token still passes through "
         f"{this.top_k} experts of each layer, whatever the number to choose from: decoding a single sequence is about "
@@ -101,11 +121,8 @@ def limits_section(facts: Facts, evaluated: bool) -> str:
         "**Safety not looked at.** Refusals and other trained-in behaviour may rest on removed experts. What was "
         "measured of the source in this respect says nothing about this model.",
     ]
-    if source.top_k is not None and this.top_k != source.top_k:
-        lines[0] = (
-            f"**Top-k differs.** A token passes through {this.top_k} experts of each layer instead of {source.top_k}: "
-            "it reads less, and was trained for more."
-        )
+    if changed:
+        lines[0] = changed
     if evaluated:
         lines.append(
             "**Likelihoods, not benchmarks.** The figures above compare probabilities on texts; answers to tasks were "

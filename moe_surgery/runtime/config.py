@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from moe_surgery.checkpoint.text import describe
-from moe_surgery.errors import InvalidInputError
+from moe_surgery.errors import CheckpointWarning, InvalidInputError
 from moe_surgery.families import Model as Described
 
 __all__ = ["ModelConfig", "RopeConfig"]
 
 MAX_NUMBER = 10**9
 # What transformers takes where config.json says nothing.
-DEFAULT_ROPE = {"rope_type": "yarn", "factor": 32.0, "truncate": False}
+DEFAULT_ROPE = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "original_max_position_embeddings": 4096,
+    "truncate": False,
+}
+LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +39,12 @@ class RopeConfig:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """A decoder's dimensions and constants. `windows[i]` is layer i's sliding window, None for full."""
+    """A decoder's dimensions and constants. `intermediate` is an expert's inner size. `windows[i]` is
+    layer i's sliding window, None for full."""
 
     layers: int
     hidden: int
+    intermediate: int
     heads: int
     kv_heads: int
     head_dim: int
@@ -65,6 +74,7 @@ class ModelConfig:
         return cls(
             layers=dims["layers"],
             hidden=dims["hidden"],
+            intermediate=dims["intermediate"],
             heads=dims["heads"],
             kv_heads=dims["kv_heads"],
             head_dim=dims["head_dim"],
@@ -119,10 +129,25 @@ def _windows(config: Mapping[str, object], layers: int) -> tuple[int | None, ...
 
 
 def _rope(config: Mapping[str, object]) -> RopeConfig:
-    """transformers 5 writes `rope_parameters`, older versions `rope_scaling` and `rope_theta`."""
-    said = config.get("rope_parameters") or config.get("rope_scaling") or DEFAULT_ROPE
+    """transformers 5 writes `rope_parameters`, older versions `rope_scaling` and `rope_theta`.
+
+    Where both are there, transformers (`convert_rope_params_to_dict`) takes `rope_scaling`; a
+    `rope_theta` inside goes before one outside.
+    """
+    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    said = config.get(key) or DEFAULT_ROPE
+    if key == "rope_scaling" and config.get("rope_parameters") not in (None, {}, said):
+        warnings.warn(
+            "config.json: rope_scaling and rope_parameters differ; transformers and moe-surgery use rope_scaling",
+            CheckpointWarning,
+            stacklevel=3,
+        )
     if not isinstance(said, dict):
-        raise InvalidInputError("config.json: rope_scaling is not an object")
+        raise InvalidInputError(f"config.json: {key} is not an object")
+    if layered := sorted(said.keys() & LAYER_TYPES):
+        raise InvalidInputError(
+            f"config.json: {key} has an entry for {layered[0]}; gpt-oss has one rotary embedding for all layers"
+        )
     theta = _number(said, "rope_theta", _number(config, "rope_theta", 150000.0))
     if theta <= 1:
         raise InvalidInputError(f"config.json: rope_theta is {theta}, not above 1")
@@ -131,15 +156,30 @@ def _rope(config: Mapping[str, object]) -> RopeConfig:
         return RopeConfig(theta)
     if kind != "yarn":
         raise InvalidInputError(f"config.json: rope_type is {describe(kind)}; known: default, yarn")
+    if "factor" not in said:
+        raise InvalidInputError(f"config.json: {key} has no factor, which yarn needs")
     factor = _number(said, "factor", 1.0)
-    scale = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
     given = said.get("attention_factor")
+    # Outside the object it goes first; the model's context is the last resort, as in transformers.
+    length = "original_max_position_embeddings"
+    outer = config if config.get(length) is not None else said
     return RopeConfig(
         theta,
         factor,
-        _whole(said, "original_max_position_embeddings", 4096),
+        _whole(outer, length, _whole(config, "max_position_embeddings", 131072)),
         _number(said, "beta_fast", 32.0),
         _number(said, "beta_slow", 1.0),
         bool(said.get("truncate", True)),
-        scale if given is None else _number(said, "attention_factor", scale),
+        _mscale(said, factor) if given is None else _number(said, "attention_factor", 1.0),
     )
+
+
+def _mscale(rope: Mapping[str, object], factor: float) -> float:
+    """What YaRN multiplies cos and sin with where `attention_factor` does not say it."""
+
+    def scale(by: float) -> float:
+        return 0.1 * by * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return scale(_number(rope, "mscale", 1.0)) / scale(_number(rope, "mscale_all_dim", 1.0))
+    return scale(1.0)

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moe_surgery.formats.sizes import BF16_BYTES, MXFP4_BYTES
 from moe_surgery.runtime.config import ModelConfig
 
 __all__ = ["StepBytes", "bytes_per_token", "distinct_experts"]
-
-BF16 = 2
-# A block of 32 values is 16 bytes of codes and one of scale.
-MXFP4_BYTES = 17 / 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,25 +44,23 @@ def bytes_per_token(
     batch: int,
     context: int,
     packed: bool = True,
-    intermediate: int | None = None,
 ) -> StepBytes:
     """Bytes a step must read with `experts` kept, `batch` sequences and `context` positions in the cache.
 
-    `packed`: expert weights in MXFP4, else BF16. `intermediate` is the experts' inner size, the hidden
-    size unless given. Activations are left out: they stay in the chip's caches.
+    `packed`: expert weights in MXFP4, else BF16. Activations are left out: they stay in the chip's caches.
     """
     c = config
-    inner = c.hidden if intermediate is None else intermediate
+    inner = c.intermediate
     heads = (c.heads + 2 * c.kv_heads) * c.head_dim
-    width = MXFP4_BYTES if packed else BF16
-    expert = 3 * inner * c.hidden * width + (2 * inner + c.hidden) * BF16
+    width = MXFP4_BYTES if packed else BF16_BYTES
+    expert = 3 * inner * c.hidden * width + (2 * inner + c.hidden) * BF16_BYTES
     attention = heads * (c.hidden + 1) + (c.heads * c.head_dim + 1) * c.hidden + c.heads
     positions = sum(context if w is None else min(context, w) for w in c.windows)
     return StepBytes(
         experts=c.layers * distinct_experts(experts, c.top_k, batch) * expert,
-        attention=c.layers * attention * BF16,
-        router_and_norms=(c.layers * (experts * (c.hidden + 1) + 2 * c.hidden) + c.hidden) * BF16,
-        cache=batch * positions * 2 * c.kv_heads * c.head_dim * BF16,
-        vocabulary=(c.vocabulary + batch) * c.hidden * BF16,
+        attention=c.layers * attention * BF16_BYTES,
+        router_and_norms=(c.layers * (experts * (c.hidden + 1) + 2 * c.hidden) + c.hidden) * BF16_BYTES,
+        cache=batch * positions * 2 * c.kv_heads * c.head_dim * BF16_BYTES,
+        vocabulary=(c.vocabulary + batch) * c.hidden * BF16_BYTES,
         batch=batch,
     )

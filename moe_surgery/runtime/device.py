@@ -6,7 +6,7 @@ import torch
 
 from moe_surgery.errors import UsageError
 from moe_surgery.families import Model as Described
-from moe_surgery.families.base import EXPERT_WEIGHT
+from moe_surgery.formats.expert_format import F32
 
 __all__ = ["check_memory", "fitting_experts", "free_memory", "open_device", "weight_bytes"]
 
@@ -50,8 +50,7 @@ def weight_bytes(model: Described, experts: int) -> int:
     """Bytes of the weights as stored with `experts` kept in every layer."""
     total = 0
     for tensor in model.tensors:
-        stored = tensor.stored.nbytes + (tensor.scales.nbytes if tensor.scales else 0)
-        total += stored // model.experts * experts if tensor.has_experts else stored
+        total += tensor.nbytes // model.experts * experts if tensor.has_experts else tensor.nbytes
     return total
 
 
@@ -71,8 +70,9 @@ def check_memory(device: torch.device, model: Described, free: int | None = None
         return
     most = fitting_experts(model, free)
     advice = f"pruned to {most} experts it fits" if most else "no expert count fits"
-    if not most and any(t.kind == EXPERT_WEIGHT and t.scales is None for t in model.tensors):
-        advice += "; --dtype mxfp4 makes experts four times smaller"
+    if not most and not model.expert_format.packed:
+        times = "seven" if model.expert_format == F32 else "four"
+        advice += f"; --dtype mxfp4 makes experts {times} times smaller"
     raise UsageError(
         f"--device {device}: the model needs {needed / 1e9:.1f} GB with headroom, "
         f"{free / 1e9:.1f} GB are free; {advice}"

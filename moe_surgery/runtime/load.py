@@ -22,7 +22,7 @@ from moe_surgery.runtime.mapped import MappedShards
 from moe_surgery.runtime.model import Model
 from moe_surgery.runtime.view import view_layer
 from moe_surgery.selection.given import PathLike
-from moe_surgery.selection.plan import Plan, as_plan
+from moe_surgery.selection.plan import Plan, as_plan, check_top_k
 
 __all__ = ["load_model"]
 
@@ -68,21 +68,25 @@ def load_model(
     plan: Plan | PathLike | None = None,
     backend: str | None = None,
     *,
+    top_k: int | None = None,
     one_layer: bool = False,
 ) -> Model:
     """Load a checkpoint (folder, file, example or cached hub id) to run it.
 
     On the CPU weights are views over the mapped files: loading reads headers only. On other devices
     they are moved tensor by tensor, so host memory stays bounded. MXFP4 experts stay packed
-    everywhere. `dtype` is the compute dtype: unless given, float32 with the native backend and
-    bfloat16 with the others. `plan` (a `Plan`, or the path of a plan file) shows the model only the kept
-    experts of each layer: no copy is made, and layers may keep different numbers; logits are those of the
-    checkpoint pruned by that plan, bit for bit. With `one_layer` a layer is mapped, or moved to the
-    device, when `Model.layers` is asked for it, and let go for the next one: for work that takes all
-    texts through one layer at a time.
+    everywhere. `dtype` is the compute dtype: unless given, float32 with the native backend (whose
+    products with MXFP4 weights round activations to 16-bit integers) and bfloat16 with the others. `plan`
+    (a `Plan`, or the path of a plan file) shows the model only the kept experts of each layer: no copy is
+    made, and layers may keep different numbers; logits are those of the checkpoint pruned by that plan,
+    bit for bit. `top_k` is how many experts the router chooses for a token, instead of the plan's or the
+    model's number; it may be more than that, up to the experts of a layer (a layer with fewer uses all of
+    them). With `one_layer` a layer is mapped, or moved to the device, when `Model.layers` is asked for it,
+    and let go for the next one: for work that takes all texts through one layer at a time.
 
     Raises InvalidInputError or OutputError for the checkpoint, PlanMismatchError for a plan of
-    another model, UsageError for an unknown device, dtype or backend, or a device without the memory.
+    another model, UsageError for an unknown device, dtype or backend, a top-k outside 1 to the
+    number of experts, or a device without the memory.
     """
     plan = None if plan is None else as_plan(plan)
     place = open_device(device)
@@ -94,15 +98,19 @@ def load_model(
         described = families.describe(checkpoint)
         if plan is not None:
             plan.check_fits(described.model_type, described.experts, described.layers, str(path))
+            plan = plan.with_top_k(top_k)
+        elif top_k is not None:
+            check_top_k(top_k, described.experts, f"{path} has")
         if not one_layer:
             check_memory(place, described)
-        return _assembled(checkpoint, described, plan, place, compute, chosen, one_layer)
+        return _assembled(checkpoint, described, plan, top_k, place, compute, chosen, one_layer)
 
 
 def _assembled(
     checkpoint: Checkpoint,
     described: Described,
     plan: Plan | None,
+    top_k: int | None,
     place: torch.device,
     compute: torch.dtype,
     backend: Backend,
@@ -126,7 +134,7 @@ def _assembled(
     embedding = get("model.embed_tokens.weight")
 
     def make(number: int) -> Layer:
-        layer = _layer(number, config, tensors, get, fetch, plan)
+        layer = _layer(number, config, tensors, get, fetch, plan, top_k)
         # For decode steps, of this model and of its views, which share the tensors.
         return layer if one_layer else backend.prepare_layer(layer)
 
@@ -151,6 +159,7 @@ def _layer(
     get: Get,
     fetch: Callable[[TensorRef], Tensor],
     plan: Plan | None,
+    top_k: int | None,
 ) -> Layer:
     prefix = f"model.layers.{number}."
 
@@ -184,6 +193,6 @@ def _layer(
         mlp_norm=get(f"{prefix}post_attention_layernorm.weight"),
         router=router,
         experts=experts,
-        top_k=min(config.top_k, router.weight.shape[0]),
+        top_k=min(top_k or config.top_k, router.weight.shape[0]),
     )
     return whole if plan is None else view_layer(whole, plan.layers[number], plan.top_k)

@@ -17,10 +17,10 @@ from moe_surgery.runtime.cache import Cache
 from moe_surgery.runtime.config import ModelConfig
 from moe_surgery.runtime.rope import Rope
 
-__all__ = ["Model"]
+__all__ = ["SCORE_BYTES", "Model"]
 
 DEFAULT_ROLLBACK = 16
-# Bounds attention scores during prefill: tokens of a chunk x keys x heads, four bytes each.
+# Attention scores held at once: queries x keys x heads, four bytes each.
 SCORE_BYTES = 128 << 20
 MOST_PREFILL = 512
 
@@ -52,6 +52,13 @@ class Model:
         self.device = norm.device
         self.rope = Rope(config.rope, config.head_dim, self.device)
         self._stacked: tuple[Sequence[Layer], LayerStack | None] | None = None
+
+    @property
+    def computation(self) -> dict[str, str]:
+        """Who computes, and in what: "backend", "device" (its type) and "dtype" (compute). Results of two
+        that differ here are not the same bits."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {"backend": self.backend.name, "device": self.device.type, "dtype": dtype}
 
     def new_cache(self, batch: int, context: int, *, rollback: int = DEFAULT_ROLLBACK) -> Cache:
         """A KV cache for `batch` sequences of up to `context` tokens, padding included.

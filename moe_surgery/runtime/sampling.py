@@ -32,7 +32,7 @@ class Sampling:
         if not 0 <= self.temperature < math.inf:
             raise UsageError(f"--temperature {self.temperature}: must be a number of at least 0")
         if self.top_k < 0:
-            raise UsageError(f"--top-k {self.top_k}: must not be negative")
+            raise UsageError(f"--sampling-top-k {self.top_k}: must not be negative")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"--top-p {self.top_p}: must be above 0 and at most 1")
         if not 0 <= self.min_p <= 1:

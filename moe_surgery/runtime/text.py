@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING
 
 from moe_surgery.checkpoint.files import printable_path, read_small_file
 from moe_surgery.checkpoint.locate import locate
 from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.errors import InvalidInputError, OutputError, UsageError
 from moe_surgery.runtime.config import token_ids
+from moe_surgery.runtime.harmony import Harmony, Markers, Reply
+from moe_surgery.runtime.text_stream import TextStream
+
+if TYPE_CHECKING:
+    from moe_surgery.runtime.chat_template import ChatTemplate
 
 __all__ = ["Text", "TextStream"]
 
 MAX_BYTES = 200_000_000
 TEMPLATE_NAME = "chat_template.jinja"
+TEMPLATE_FOLDER = "additional_chat_templates"
+SPECIAL_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 
 class Text:
@@ -46,6 +52,7 @@ class Text:
         except Exception as error:  # the package raises bare Exceptions
             raise InvalidInputError(f"{printable_path(file)}: not a tokenizer: {str(error)[:200]}") from None
         self._settings = self._json("tokenizer_config.json")
+        self._templates: dict[str, ChatTemplate] = {}
         self.stop_tokens = token_ids(self._json("generation_config.json").get("eos_token_id"))
 
     def encode(self, text: str) -> list[int]:
@@ -63,60 +70,119 @@ class Text:
         """Text without special tokens."""
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
 
+    def parser(self, prompt: Sequence[int]) -> Harmony:
+        """What splits the tokens generated after `prompt` into reasoning, answer and tool calls."""
+        return Harmony(self, self._markers(), prompt)
+
+    def split(self, prompt: Sequence[int], tokens: Sequence[int]) -> Reply:
+        """All `tokens` generated after `prompt`, split."""
+        parser = self.parser(prompt)
+        return Reply.of([*(p for token in tokens for p in parser.push(token)), *parser.flush()])
+
+    def _markers(self) -> Markers | None:
+        names = ("start", "message", "end", "channel", "constrain", "call", "return")
+        start, message, end, *others = (self._tokenizer.token_to_id(f"<|{name}|>") for name in names)
+        if start is None or message is None or end is None:
+            return None
+        return Markers(start, message, end, *others)
+
     def same_tokens(self, other: Text) -> bool:
         """Whether both tokenizers give every token the same number."""
         mine, theirs = (t._tokenizer.get_vocab(with_added_tokens=True) for t in (self, other))
         return bool(mine == theirs)
 
-    def chat(self, messages: Sequence[Mapping[str, str]], *, prompt: bool = True) -> str:
-        """`messages` ({"role", "content"}) as the checkpoint's chat template writes them.
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        prompt: bool = True,
+        tools: Sequence[object] | None = None,
+        documents: Sequence[object] | None = None,
+        variables: Mapping[str, object] | None = None,
+    ) -> str:
+        """`messages` as the checkpoint's chat template writes them: what transformers'
+        `apply_chat_template` gives for the same arguments, `variables` being its keyword arguments.
 
         With `prompt` an answer is left open for the model to give. The template runs in a sandbox: it
         comes with the checkpoint, from a stranger. Raises OutputError where there is no template,
-        InvalidInputError where it fails.
+        InvalidInputError where it fails, and for tools, documents, variables, tool calls or reasoning
+        that it does not read.
         """
-        source = self._template()
+        template = self._template(with_tools=bool(tools))
+        given = {"tools": tools, "documents": documents, **(variables or {})}
+        for key, value in given.items():
+            if value and not template.takes(key):
+                raise InvalidInputError(f"the model's chat template does not read {key!r}; leave it out")
+        for number, message in enumerate(messages, 1):
+            if unread := template.unread(message):
+                raise InvalidInputError(
+                    f"message {number}: the model's chat template does not read {unread!r}; leave it out"
+                )
         try:
-            from jinja2.exceptions import SecurityError, TemplateError
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
-        except ImportError:
-            raise UsageError("--chat needs the jinja2 package: pip install 'moe-surgery[chat]'") from None
-
-        class Sandbox(ImmutableSandboxedEnvironment):
-            """Refuses what it would otherwise show as nothing."""
-
-            def unsafe_undefined(self, obj: object, attribute: str) -> NoReturn:
-                raise SecurityError(f"may not look at {attribute!r}")
-
-        def raise_exception(message: str) -> None:
-            raise TemplateError(message)
-
-        environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        environment.globals["raise_exception"] = raise_exception
-        environment.globals["strftime_now"] = _strftime_now
-        environment.filters["tojson"] = _to_json
-        special = {k: v for k, v in self._settings.items() if k.endswith("_token") and isinstance(v, str)}
-        try:
-            template = environment.from_string(source)
-            return template.render(messages=list(messages), add_generation_prompt=prompt, **special)
+            return template.render(
+                messages, prompt=prompt, tools=tools, documents=documents, variables=variables
+            )
         except Exception as error:
-            said = str(error)[:200] or type(error).__name__
-            raise InvalidInputError(f"{printable_path(self._folder)}: chat template: {said}") from None
+            raise self._failed(error) from None
 
-    def _template(self) -> str:
-        file = self._folder / TEMPLATE_NAME
-        if file.is_file():
-            raw = read_small_file(file, limit=MAX_BYTES, what="a chat template")
+    def reads(self, name: str) -> bool:
+        """Whether the chat template reads a variable `name`. Raises as `chat`."""
+        return self._template(with_tools=False).takes(name)
+
+    def _template(self, *, with_tools: bool) -> ChatTemplate:
+        sources = self._sources()
+        name = "tool_use" if with_tools and "tool_use" in sources else "default"
+        if name not in sources:
+            raise InvalidInputError(
+                f"{printable_path(self._folder)}: several chat templates, none of them named 'default'"
+            )
+        if name not in self._templates:
             try:
-                return raw.decode()
-            except UnicodeDecodeError as error:
-                raise InvalidInputError(f"{printable_path(file)}: not UTF-8 at byte {error.start}") from None
-        template = self._settings.get("chat_template")
-        if not isinstance(template, str):
+                from moe_surgery.runtime.chat_template import ChatTemplate
+            except ImportError:
+                raise UsageError("chat needs the jinja2 package: pip install 'moe-surgery[chat]'") from None
+            try:
+                self._templates[name] = ChatTemplate(sources[name], self._special_tokens())
+            except Exception as error:
+                raise self._failed(error) from None
+        return self._templates[name]
+
+    def _failed(self, error: Exception) -> InvalidInputError:
+        said = str(error)[:200] or type(error).__name__
+        return InvalidInputError(f"{printable_path(self._folder)}: chat template: {said}")
+
+    def _sources(self) -> dict[str, str]:
+        """The templates by name. A file goes before the tokenizer's settings, as in transformers."""
+        file = self._folder / TEMPLATE_NAME
+        more = sorted((self._folder / TEMPLATE_FOLDER).glob("*.jinja"))
+        found = {"default": _source(file)} if file.is_file() else {}
+        found |= {extra.stem: _source(extra) for extra in more}
+        if found:
+            return found
+        said = self._settings.get("chat_template")
+        if isinstance(said, str):
+            return {"default": said}
+        if isinstance(said, list):
+            named = [t for t in said if isinstance(t, dict)]
+            found = {str(t.get("name")): t["template"] for t in named if isinstance(t.get("template"), str)}
+        if not found:
             raise OutputError(
                 f"{printable_path(file)}: not found; this model has no chat template, use --prompt"
             )
-        return template
+        return found
+
+    def _special_tokens(self) -> dict[str, str]:
+        """The special tokens by name, which templates read as variables."""
+        said = dict(self._settings)
+        if "added_tokens_decoder" not in said:  # as older tokenizers were saved
+            said |= self._json("special_tokens_map.json")
+        found = {}
+        for name in SPECIAL_TOKENS:
+            value = said.get(name)
+            value = value.get("content") if isinstance(value, dict) else value
+            if isinstance(value, str):
+                found[name] = value
+        return found
 
     def _json(self, name: str) -> dict[str, object]:
         file: Path = self._folder / name
@@ -127,38 +193,9 @@ class Text:
         return value if isinstance(value, dict) else {}
 
 
-class TextStream:
-    """Turns tokens into text as they come, holding back what is not yet a whole character."""
-
-    def __init__(self, text: Text) -> None:
-        self._text = text
-        self._tokens: list[int] = []
-        self._shown = ""
-
-    def push(self, token: int) -> str:
-        """The text that `token` completes, possibly empty."""
-        self._tokens.append(token)
-        whole = self._text.decode(self._tokens)
-        if whole.endswith("\N{REPLACEMENT CHARACTER}"):
-            return ""
-        new = whole[len(self._shown) :]
-        # Tokens before the last complete text no longer matter: keep decoding short.
-        if len(self._tokens) > 64 and new:
-            self._tokens, self._shown = [token], self._text.decode([token])
-        else:
-            self._shown = whole
-        return new
-
-    def flush(self) -> str:
-        """Whatever is left, incomplete characters included."""
-        return self._text.decode(self._tokens)[len(self._shown) :]
-
-
-def _strftime_now(form: str) -> str:
-    from datetime import datetime
-
-    return datetime.now().strftime(form)
-
-
-def _to_json(value: object, **options: object) -> str:
-    return json.dumps(value, ensure_ascii=False, **options)  # type: ignore[arg-type]
+def _source(file: Path) -> str:
+    raw = read_small_file(file, limit=MAX_BYTES, what="a chat template")
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise InvalidInputError(f"{printable_path(file)}: not UTF-8 at byte {error.start}") from None

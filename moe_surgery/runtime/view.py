@@ -37,11 +37,13 @@ def view_layer(layer: Layer, kept: tuple[int, ...], top_k: int | None = None) ->
 def view(
     model: Model, plan: Plan | PathLike | None = None, top_k: int | None = None, *, name: str = "the model"
 ) -> Model:
-    """`model` as `plan` prunes it, with at most `top_k` experts a token (default: the plan's, else the model's).
+    """A model that is `model` as `plan` prunes it, with at most `top_k` experts a token (default: the
+    plan's, else the model's).
 
     Every weight tensor is the model's own; new are the router's rows in plan order and an index, a few
-    kilobytes a layer. `plan` may be the path of a plan file; without one all experts stay. `name` is what
-    errors call the model.
+    kilobytes a layer. `model` stays as it is. `plan` may be the path of a plan file; without one all
+    experts stay. `top_k` may be more than the model's; a layer with fewer experts uses all of them. `name`
+    is what errors call the model.
 
     Raises PlanMismatchError for a plan of another model, or one that keeps an expert which `model`,
     being a view itself, does not show; UsageError for a top-k below 1.
@@ -59,9 +61,8 @@ def view(
             for layer in model.layers
         ]
     else:
-        most = top_k or plan.top_k or c.top_k
         viewed.layers = [
-            view_layer(layer, _rows(layer, kept, number), most)
+            view_layer(layer, _rows(layer, kept, number), top_k or plan.top_k)
             for number, (layer, kept) in enumerate(zip(model.layers, plan.layers, strict=True))
         ]
     return viewed

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from moe_surgery.checkpoint.files import printable_path, read_small_file
+from moe_surgery.checkpoint.kinds import PLAN, reads
 from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.checkpoint.text import describe
 from moe_surgery.errors import InvalidInputError, PlanMismatchError, UsageError
 from moe_surgery.selection.fields import integer_rows, is_integer, optional_text, positive
 from moe_surgery.selection.given import PathLike, loaded
-from moe_surgery.selection.ranking import Ranking, as_ranking, is_ranking
+from moe_surgery.selection.ranking import Ranking, as_ranking
 
 __all__ = [
     "ORDERS",
@@ -72,6 +73,17 @@ class Plan:
         counts = {len(kept) for kept in self.layers}
         return counts.pop() if len(counts) == 1 else None
 
+    def with_top_k(self, top_k: int | None, name: str = "the plan") -> Plan:
+        """The plan with `top_k` experts a token, which may be more than the model's; itself for None.
+
+        A layer that keeps fewer uses all of them. Raises UsageError, calling the plan `name`, for a
+        number below 1 or above the most experts that a layer keeps.
+        """
+        if top_k is None:
+            return self
+        check_top_k(top_k, max(map(len, self.layers)), f"{name} keeps")
+        return replace(self, top_k=top_k)
+
     def as_dict(self) -> dict[str, object]:
         """The plan as the JSON object of its file form (version 1)."""
         return {
@@ -103,6 +115,7 @@ class Plan:
             )
 
 
+@reads("a plan", PLAN)
 def load_plan(path: str | os.PathLike[str]) -> Plan:
     """Read a plan file.
 
@@ -111,8 +124,6 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
     """
     where = printable_path(path)
     raw = read_small_file(path, limit=MAX_BYTES, what="a plan")
-    if is_ranking(raw):
-        raise InvalidInputError(f"{where}: is a ranking, not a plan; pass it with --ranking and --experts")
     root = parse_json(raw, where=where, allow_floats=True)
     if not isinstance(root, dict) or root.get("format") != PLAN_FORMAT:
         raise InvalidInputError(f'{where}: not a plan: expected a JSON object with "format": "{PLAN_FORMAT}"')
@@ -171,6 +182,15 @@ def check_count(count: int, experts: int) -> None:
     """Raise UsageError unless 1 <= count <= experts."""
     if not 1 <= count <= experts:
         raise UsageError(f"--experts {count}: the model has {experts} experts; choose 1 to {experts}")
+
+
+def check_top_k(top_k: int, experts: int, whose: str, option: str = "--top-k") -> None:
+    """Raise UsageError unless 1 <= top_k <= experts; `whose` says what has so many, as in "the plan keeps"."""
+    if not 1 <= top_k <= experts:
+        raise UsageError(
+            f"{option} {top_k}: {whose} {experts} {'expert' if experts == 1 else 'experts'} in a layer; "
+            f"choose 1 to {experts}"
+        )
 
 
 def plan_from_ranking(

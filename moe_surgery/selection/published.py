@@ -18,6 +18,7 @@ from itertools import chain
 from pathlib import Path
 
 from moe_surgery.checkpoint.files import printable_path, read_small_file
+from moe_surgery.checkpoint.kinds import PUBLISHED_STATISTICS, reads
 from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.errors import InvalidInputError, OutputError, PlanMismatchError, UsageError
 from moe_surgery.selection.given import PathLike
@@ -160,13 +161,8 @@ def _ordered(row: Mapping[int, float], experts: int) -> tuple[int, ...]:
 def _amounts(file: Path) -> Iterable[tuple[int, int, float]]:
     """(layer, expert, sample_count * count_frequency) of one file, in the file's order."""
     where = printable_path(file)
-    raw = read_small_file(file, limit=MAX_BYTES, what="statistics")
-    root = parse_json(raw, where=where, allow_floats=True)
-    if not isinstance(root, dict):
-        raise InvalidInputError(f"{where}: not expert statistics: expected a JSON object")
-    samples = _number(root.get("sample_count"), f"{where}: sample_count")
-    if not any(phase in root for phase in PHASES):
-        raise InvalidInputError(f"{where}: not expert statistics: has neither of {', '.join(PHASES)}")
+    root = _root(file)
+    samples = _number(root["sample_count"], f"{where}: sample_count")
     for phase in PHASES:
         for key, experts in _object(root.get(phase) or {}, f"{where}: {phase}").items():
             match = _LAYER.fullmatch(key)
@@ -183,6 +179,19 @@ def _amounts(file: Path) -> Iterable[tuple[int, int, float]]:
                         f"{inside}: sample_count times count_frequency is no finite number"
                     )
                 yield int(match[1]), int(expert), amount
+
+
+@reads("statistics", PUBLISHED_STATISTICS)
+def _root(path: Path) -> dict[str, object]:
+    where = printable_path(path)
+    raw = read_small_file(path, limit=MAX_BYTES, what="statistics")
+    root = parse_json(raw, where=where, allow_floats=True)
+    if not isinstance(root, dict):
+        raise InvalidInputError(f"{where}: not expert statistics: expected a JSON object")
+    _number(root.get("sample_count"), f"{where}: sample_count")
+    if not any(phase in root for phase in PHASES):
+        raise InvalidInputError(f"{where}: not expert statistics: has neither of {', '.join(PHASES)}")
+    return root
 
 
 def _object(value: object, where: str) -> dict[str, object]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from moe_surgery.checkpoint.files import printable_path, read_small_file
+from moe_surgery.checkpoint.kinds import RANKING, reads
 from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.checkpoint.text import describe
 from moe_surgery.errors import InvalidInputError
@@ -23,7 +24,7 @@ from moe_surgery.selection.fields import (
 from moe_surgery.selection.given import PathLike, loaded
 from moe_surgery.selection.shipped import is_shipped, shipped_ranking
 
-__all__ = ["RANKING_FORMAT", "Ranking", "as_ranking", "is_ranking", "load_ranking"]
+__all__ = ["RANKING_FORMAT", "Ranking", "as_ranking", "load_ranking"]
 
 RANKING_FORMAT = "moe-surgery.ranking"
 VERSION = 1
@@ -61,6 +62,7 @@ class Ranking:
         )
 
 
+@reads("a ranking", RANKING)
 def load_ranking(path: str | os.PathLike[str]) -> Ranking:
     """Read a ranking file: ours, or layers by name, `{"layer_0": [31, 9, ...], ...}` or `{"0": [...], ...}`.
 
@@ -83,19 +85,6 @@ def load_ranking(path: str | os.PathLike[str]) -> Ranking:
 def as_ranking(given: Ranking | PathLike) -> Ranking:
     """`given`, read by `load_ranking` where it is a path."""
     return loaded(given, Ranking, load_ranking)
-
-
-def is_ranking(raw: bytes) -> bool:
-    """Whether the bytes of a file are a ranking by their keys, sound or not."""
-    try:
-        objects = _objects(raw, "")
-    except InvalidInputError:
-        return False
-    return all(
-        root.get("format") == RANKING_FORMAT
-        or all(_LAYER_KEY.fullmatch(key) and isinstance(row, list) for key, row in root.items())
-        for _, root in objects
-    )
 
 
 def _objects(raw: bytes, where: str) -> list[tuple[str, dict[str, object]]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -14,16 +14,29 @@ import numpy.typing as npt
 from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.checkpoint.files import printable_path, read_small_file
 from moe_surgery.checkpoint.header import parse_header
+from moe_surgery.checkpoint.kinds import STATISTICS, reads
 from moe_surgery.checkpoint.strict_json import parse_json
+from moe_surgery.checkpoint.text import printable
 from moe_surgery.checkpoint.writer import write_file
 from moe_surgery.errors import InvalidInputError, PlanMismatchError
 from moe_surgery.selection.given import PathLike, loaded
 
-__all__ = ["ExpertStatistics", "Statistics", "as_statistics", "load_statistics", "merge", "save_statistics"]
+__all__ = [
+    "COMPUTATION",
+    "ExpertStatistics",
+    "Statistics",
+    "as_statistics",
+    "load_statistics",
+    "merge",
+    "save_statistics",
+]
 
 STATISTICS_FORMAT = "moe-surgery.statistics"
 VERSION = 1
 MAX_BYTES = 4 << 30
+# The settings that say how the sums were computed, named as the options of `profile`. Files of earlier
+# versions lack the first two: unknown, which fits any value.
+COMPUTATION = ("backend", "device", "dtype")
 
 Floats = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
@@ -69,7 +82,7 @@ class Statistics:
 
     `identity` is the checkpoint's (a digest over its headers), `tokens` counts tokens by domain,
     `texts` lists what was read for each: {"name", "xxh3_128", "tokens"}. `data[domain][layer]`.
-    `settings` says how: compute dtype, backend and the like.
+    `settings` says how: backend, device and compute dtype (`COMPUTATION`), context and the like.
     """
 
     model_type: str
@@ -116,12 +129,17 @@ class Statistics:
         return totals
 
 
-def merge(parts: Iterable[Statistics | PathLike]) -> Statistics:
-    """The statistics of all parts' texts together; a part may be the path of a statistics file.
+def merge(parts: Iterable[Statistics | PathLike], names: Sequence[str] | None = None) -> Statistics:
+    """The statistics of all parts' texts together; settings are those that all parts have in common.
 
-    Raises PlanMismatchError unless all are of one checkpoint, and no text is in two of them.
+    A part may be the path of a statistics file.
+
+    `names` is what errors call the parts. A part whose backend, device or dtype is unknown fits any;
+    the result then leaves it unknown. Raises PlanMismatchError unless all are of one checkpoint, computed
+    by one backend on one kind of device in one dtype, and no text is in two of them.
     """
     first, *others = (as_statistics(part) for part in parts)
+    _check_computation([p.settings for p in (first, *others)], names)
     total = Statistics(first.model_type, first.identity, first.experts, first.hidden, first.top_k)
     total.settings = dict(first.settings)
     for part in (first, *others):
@@ -129,8 +147,11 @@ def merge(parts: Iterable[Statistics | PathLike]) -> Statistics:
             raise PlanMismatchError(
                 f"statistics of different checkpoints cannot be merged: {first.identity} and {part.identity}"
             )
-        if part.settings != first.settings:
-            total.settings = {}
+        total.settings = {
+            key: value
+            for key, value in total.settings.items()
+            if key in part.settings and part.settings[key] == value
+        }
         _check_apart(total, part)
         for domain in part.domains:
             total.tokens[domain] = total.tokens.get(domain, 0) + part.tokens[domain]
@@ -141,6 +162,22 @@ def merge(parts: Iterable[Statistics | PathLike]) -> Statistics:
             for mine, theirs in zip(held, part.data[domain], strict=True):
                 mine.add(theirs)
     return total
+
+
+def _check_computation(settings: Sequence[Mapping[str, object]], names: Sequence[str] | None) -> None:
+    for key in COMPUTATION:
+        first: tuple[str, object] | None = None
+        for number, said in enumerate(settings):
+            if said.get(key) is None:
+                continue
+            name = names[number] if names else f"part {number + 1}"
+            if first is None:
+                first = name, said[key]
+            elif said[key] != first[1]:
+                raise PlanMismatchError(
+                    f"statistics computed differently cannot be merged: {key} is {printable(str(first[1]))} in "
+                    f"{first[0]} and {printable(str(said[key]))} in {name}; profile both with the same --{key}"
+                )
 
 
 def _check_apart(total: Statistics, part: Statistics) -> None:
@@ -181,6 +218,7 @@ def save_statistics(statistics: Statistics, path: str | os.PathLike[str]) -> Non
     write_file(Path(path), save(tensors, {"moe_surgery": json.dumps(described)}), FileOps())
 
 
+@reads("a statistics file", STATISTICS)
 def load_statistics(path: str | os.PathLike[str]) -> Statistics:
     """Read a statistics file.
 

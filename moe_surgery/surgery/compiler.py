@@ -11,26 +11,26 @@ from moe_surgery.checkpoint.dtypes import DTYPE_BITS
 from moe_surgery.checkpoint.header import build_header
 from moe_surgery.checkpoint.index import build_index
 from moe_surgery.errors import PlanMismatchError, UsageError
-from moe_surgery.families.base import DENSE, EXPERT_WEIGHT
+from moe_surgery.families.base import Role
 from moe_surgery.families.model import Model, ModelTensor
+from moe_surgery.formats.expert_format import EXPERT_DTYPES, ExpertFormat, format_named
 from moe_surgery.selection.plan import Plan
 from moe_surgery.surgery.config import output_config
 from moe_surgery.surgery.names import MANIFEST_NAME, MAPPING_NAME, README_NAME, SOURCE_README_NAME
 from moe_surgery.surgery.program import (
+    Cast,
     Copy,
     Decode,
     Encode,
     OutputShard,
     OutputTensor,
-    Part,
     Program,
     SourceFile,
     Span,
 )
 
-__all__ = ["DTYPES", "compile_program"]
+__all__ = ["compile_program"]
 
-DTYPES = ("keep", "bf16", "mxfp4")
 DEFAULT_SHARD_SIZE = 5 * 10**9
 # Reflink needs source and target offsets equal modulo the block size of the file system: nearly
 # always 4096, and a header padded to that residue costs at most one block.
@@ -49,32 +49,34 @@ def compile_program(
 ) -> Program:
     """The program that writes `plan` applied to `checkpoint`.
 
-    `dtype`: "keep" copies expert weights as they are stored, "bf16" and "mxfp4" convert them where
-    they are stored otherwise. `max_shard_size` bounds the tensor bytes of a shard; a tensor larger
+    `dtype`: "keep" copies expert weights as they are stored, "bf16", "mxfp4", "f16" and "f32" convert
+    them where they are stored in another format. `max_shard_size` bounds the tensor bytes of a shard; a tensor larger
     than that has a shard of its own.
 
     Raises UsageError for an unknown dtype or size, PlanMismatchError for a plan of another model or
     one whose layers keep different numbers of experts.
     """
-    if dtype not in DTYPES:
-        raise UsageError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
+    if dtype not in EXPERT_DTYPES:
+        raise UsageError(f"--dtype {dtype}: choose one of {', '.join(EXPERT_DTYPES)}")
     if max_shard_size < 1:
         raise UsageError(f"--max-shard-size {max_shard_size}: must be at least one byte")
     plan.check_fits(model.family.model_type, model.experts, model.layers, str(checkpoint.path))
     kept = plan.uniform_experts
     if kept is None:
         counts = sorted({len(row) for row in plan.layers})
+        # nvidia/gpt-oss-puzzle-88B has a count for each layer, as another model type with its own code.
         raise PlanMismatchError(
-            f"the plan keeps between {counts[0]} and {counts[-1]} experts per layer, and no runtime loads such a "
-            "checkpoint; keep the same number in every layer (a plan like this serves as a view only)"
+            f"the plan keeps between {counts[0]} and {counts[-1]} experts per layer, but config.json of a "
+            f"{model.model_type} model gives one number for all layers; keep the same number in every layer, or use "
+            "the plan with generate --plan and evaluate --plan, which write no checkpoint"
         )
-    storage = model.storage if dtype == "keep" else dtype
+    target = model.expert_format if dtype == "keep" else format_named(dtype)
     top_k = min(plan.top_k or model.top_k, kept)
-    dense: list[Group] = [(t,) for t in _outputs(model, plan, storage, dense=True)]
-    experts = list(_paired(_outputs(model, plan, storage, dense=False)))
+    dense: list[Group] = [(t,) for t in _outputs(model, plan, target, dense=True)]
+    experts = list(_paired(_outputs(model, plan, target, dense=False)))
     shards = _shards(dense, experts, max_shard_size)
     texts = {
-        CONFIG_NAME: _json(output_config(model, kept, top_k, storage)),
+        CONFIG_NAME: _json(output_config(model, kept, top_k, target)),
         MAPPING_NAME: _json(expert_mapping(plan)),
     }
     if len(shards) > 1:
@@ -85,7 +87,7 @@ def compile_program(
     )
     return Program(
         plan,
-        storage,
+        target,
         model.layout.name,
         sources,
         shards,
@@ -103,41 +105,51 @@ def expert_mapping(plan: Plan) -> dict[str, dict[str, int]]:
     }
 
 
-def _outputs(model: Model, plan: Plan, storage: str, *, dense: bool) -> Iterator[OutputTensor]:
+def _outputs(model: Model, plan: Plan, target: ExpertFormat, *, dense: bool) -> Iterator[OutputTensor]:
     for tensor in model.tensors:
-        if (tensor.kind == DENSE) is not dense:
+        if tensor.has_experts is dense:
             continue
-        if tensor.kind == DENSE:
+        if tensor.layer is None or not tensor.has_experts:
             yield OutputTensor(tensor.name, tensor.stored.dtype, tensor.shape, (Copy(_whole(tensor.stored)),))
+        elif tensor.role is Role.EXPERT_WEIGHT:
+            yield from _expert_weight(tensor, plan.layers[tensor.layer], target)
         else:
-            assert tensor.layer is not None
-            yield from _expert_tensor(tensor, plan.layers[tensor.layer], storage)
+            yield _gathered(tensor.name, tensor.stored, plan.layers[tensor.layer])
 
 
-def _expert_tensor(tensor: ModelTensor, kept: Sequence[int], storage: str) -> Iterator[OutputTensor]:
-    stored, scales = tensor.stored, tensor.scales
-    if tensor.kind != EXPERT_WEIGHT:
-        yield _gathered(tensor.name, stored, kept)
-    elif storage == "mxfp4" and scales is not None:
-        yield _gathered(tensor.name + "_blocks", stored, kept)
-        yield _gathered(tensor.name + "_scales", scales, kept)
-    elif storage == "bf16" and scales is None:
-        yield _gathered(tensor.name, stored, kept)
-    elif scales is not None:
-        _, rows, columns = tensor.shape
-        decoded = [Decode(_slice(stored, e), _slice(scales, e), rows, columns) for e in kept]
-        yield OutputTensor(tensor.name, "BF16", (len(kept), columns, rows), tuple(decoded))
+def _expert_weight(tensor: ModelTensor, kept: Sequence[int], target: ExpertFormat) -> Iterator[OutputTensor]:
+    _, rows, columns = tensor.shape
+    if not target.takes(columns):
+        raise UsageError(
+            f"--dtype {target.name}: tensor {tensor.name!r} has {columns} columns, "
+            f"not whole blocks of {target.block_values}"
+        )
+    stored = target.tensors(rows, columns)
+    if tensor.format == target:
+        refs = filter(None, (tensor.stored, tensor.scales))
+        for ref, made in zip(refs, stored, strict=True):
+            yield _gathered(tensor.name + made.suffix, ref, kept)
+        return
+    for made, parts in zip(stored, _converted(tensor, kept, target), strict=True):
+        yield OutputTensor(tensor.name + made.suffix, made.dtype, (len(kept), *made.shape), parts)
+
+
+def _converted(
+    tensor: ModelTensor, kept: Sequence[int], target: ExpertFormat
+) -> Iterator[tuple[Decode, ...] | tuple[Cast, ...] | tuple[Encode, ...]]:
+    """The kept experts in `target`, for each of its tensors."""
+    _, rows, columns = tensor.shape
+    stored, scales, source = tensor.stored, tensor.scales, tensor.format
+    assert source is not None
+    values = [_slice(stored, e) for e in kept]
+    if scales is not None:
+        pairs = zip(values, (_slice(scales, e) for e in kept), strict=True)
+        yield tuple(Decode(b, s, rows, columns, target, stored.name) for b, s in pairs)
+    elif target.packed:
+        for is_scales in (False, True):
+            yield tuple(Encode(v, rows, columns, is_scales, stored.name, source) for v in values)
     else:
-        _, rows, columns = tensor.shape
-        shape = (len(kept), rows, columns // 32)
-        if columns % 32:
-            raise UsageError(
-                f"--dtype mxfp4: tensor {tensor.name!r} has {columns} columns, not whole blocks of 32"
-            )
-        values = [_slice(stored, e) for e in kept]
-        for suffix, is_scales, dims in (("_blocks", False, (*shape, 16)), ("_scales", True, shape)):
-            parts = tuple(Encode(v, rows, columns, is_scales, stored.name) for v in values)
-            yield OutputTensor(tensor.name + suffix, "U8", dims, parts)
+        yield tuple(Cast(v, source, target, stored.name) for v in joined(iter(values)))
 
 
 def _gathered(name: str, ref: TensorRef, kept: Sequence[int]) -> OutputTensor:
@@ -171,7 +183,7 @@ def _paired(tensors: Iterator[OutputTensor]) -> Iterator[Group]:
     """Tensors that must share a shard together: converted blocks with the scales found on the way."""
     blocks: OutputTensor | None = None
     for tensor in tensors:
-        first: Part = tensor.parts[0]
+        first = tensor.parts[0]
         if isinstance(first, Encode) and not first.scales:
             blocks = tensor
         elif isinstance(first, Encode) and blocks is not None:

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 from moe_surgery.families.model import Model
+from moe_surgery.formats.expert_format import ExpertFormat
 
 __all__ = ["output_config"]
 
+TIED = "tie_word_embeddings"
 QUANTIZATION = "quantization_config"
 
 
-def output_config(model: Model, experts: int, top_k: int, storage: str) -> dict[str, object]:
-    """The configuration of `model` with `experts` experts, `top_k` of them active, stored as `storage`.
+def output_config(model: Model, experts: int, top_k: int, expert_format: ExpertFormat) -> dict[str, object]:
+    """The configuration of `model` with `experts` experts, `top_k` of them active, stored as `expert_format`.
 
-    Keys keep their order. Every spelling of the two counts that the source uses is changed;
-    "quantization_config" leaves with "bf16" and enters with "mxfp4".
+    Keys keep their order. Every spelling of the two counts that the source uses is changed, and one
+    that transformers reads is added where there is none; "quantization_config" leaves with a dense format
+    and enters with MXFP4; "tie_word_embeddings" is false where lm_head.weight is stored.
     """
     source = dict(model.config)
     config = model.layout.hub_config(source) if model.layout.hub_config else source
     dimensions = model.family.dimensions
     for dimension, value in (("experts", experts), ("top_k", top_k)):
-        for key in dimensions[dimension].keys:
-            if key in config:
-                config[key] = value
-    if storage == "bf16":
+        key = dimensions[dimension]
+        for name in (*key.keys, *key.unread):
+            if name in config:
+                config[name] = value
+        if not any(name in config for name in key.keys):
+            config = _inserted(config, key.keys[0], value)
+    if config.get(TIED) and any(t.name == "lm_head.weight" for t in model.tensors):
+        config[TIED] = False  # transformers takes a stored lm_head even so, others do not
+    if not expert_format.packed:
         config.pop(QUANTIZATION, None)
     elif QUANTIZATION not in config:
         config = _inserted(config, QUANTIZATION, dict(model.family.quantization_config))

@@ -1,4 +1,4 @@
-"""Experts' weights from one format to the other, through mapped windows of the source."""
+"""Expert weights from one format to another: packed ones through mapped windows of the source."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import numpy.typing as npt
 
 from moe_surgery.checkpoint.shard import Shard
 from moe_surgery.errors import InvalidInputError
-from moe_surgery.formats import mxfp4
+from moe_surgery.formats import convert, mxfp4
 from moe_surgery.formats.encode_report import EncodeReport
+from moe_surgery.formats.expert_format import BF16, ExpertFormat
 from moe_surgery.surgery.chunks import Piece
-from moe_surgery.surgery.program import Decode, Encode, Span
+from moe_surgery.surgery.program import Cast, Decode, Encode, Span
 from moe_surgery.surgery.windows import Windows
 
 __all__ = ["Conversions"]
@@ -40,10 +41,12 @@ class Conversions:
         return EncodeReport.total(self._reports)
 
     def fill(self, piece: Piece, target: memoryview) -> None:
-        """Write the bytes of a piece of a Decode or Encode part to `target`."""
+        """Write the bytes of a piece of a Decode, Cast or Encode part to `target`."""
         out = np.frombuffer(target, np.uint8)
         if isinstance(piece.part, Decode):
             self._decode(piece.part, piece.start, out)
+        elif isinstance(piece.part, Cast):
+            self._cast(piece.part, piece.start, out)
         elif isinstance(piece.part, Encode) and piece.part.scales:
             self._take_scales(piece.part, piece.start, out)
         elif isinstance(piece.part, Encode):
@@ -57,17 +60,39 @@ class Conversions:
 
     def _decode(self, part: Decode, start: int, out: npt.NDArray[np.uint8]) -> None:
         """Bytes [start, start + len(out)) of the transposed expert, strip by strip of 32 columns."""
-        strip = GROUP * part.rows * 2
+        strip = part.target.nbytes(GROUP * part.rows)
         with self._windows.open(part.blocks) as raw, self._windows.open(part.scales) as raw_scales:
             groups = part.columns // GROUP
             blocks = raw.reshape(part.rows, groups, mxfp4.BLOCK_BYTES)
             scales = raw_scales.reshape(part.rows, groups)
             for first, last, skip, target in _strips(start, out, strip):
-                rows = np.empty((GROUP * (last - first), part.rows), np.uint16) if skip is not None else None
-                whole = rows if rows is not None else target.view(np.uint16).reshape(-1, part.rows)
-                mxfp4.decode_transposed(blocks[:, first:last], scales[:, first:last], whole)
-                if rows is not None and skip is not None:
-                    target[:] = rows.reshape(-1).view(np.uint8)[skip : skip + len(target)]
+                columns = blocks[:, first:last], scales[:, first:last]
+                if skip is None and part.target == BF16:
+                    mxfp4.decode_transposed(*columns, target.view(np.uint16).reshape(-1, part.rows))
+                    continue
+                values = self._in_format(mxfp4.decode_transposed(*columns), BF16, part)
+                begin = skip or 0
+                target[:] = values.reshape(-1).view(np.uint8)[begin : begin + len(target)]
+
+    def _cast(self, part: Cast, start: int, out: npt.NDArray[np.uint8]) -> None:
+        """Bytes [start, start + len(out)), read into memory that is given back with the chunk."""
+        width = part.source.block_bytes
+        shard = self._shards[part.values.shard]
+        for first, last, skip, target in _strips(start, out, part.target.block_bytes):
+            raw = np.empty((last - first) * width, np.uint8)
+            shard.read_into(raw.data, part.values.offset + first * width)
+            values = self._in_format(convert.words_of(raw, part.source), part.source, part)
+            begin = skip or 0
+            target[:] = values.view(np.uint8)[begin : begin + len(target)]
+
+    def _in_format(self, values: convert.Words, source: ExpertFormat, part: Cast | Decode) -> convert.Words:
+        try:
+            return convert.cast(values, source, part.target)
+        except InvalidInputError as error:
+            span = part.values if isinstance(part, Cast) else part.blocks
+            raise InvalidInputError(
+                f"{self._shards[span.shard].path}: tensor {part.tensor!r}: {error}; choose another --dtype"
+            ) from None
 
     def _encode(self, part: Encode, start: int, out: npt.NDArray[np.uint8]) -> None:
         """Bytes [start, start + len(out)) of the blocks, row by row; the rows' scales are put by.
@@ -77,7 +102,7 @@ class Conversions:
         groups = part.columns // GROUP
         row = groups * mxfp4.BLOCK_BYTES
         with self._windows.open(part.values) as raw:
-            values = raw.view(np.uint16).reshape(part.columns, part.rows)
+            values = convert.words_of(raw, part.source).reshape(part.columns, part.rows)
             for first, last, skip, target in _strips(start, out, row):
                 shape = (last - first, groups, mxfp4.BLOCK_BYTES)
                 scales = np.empty((last - first, groups), np.uint8)
@@ -91,13 +116,13 @@ class Conversions:
     def _converted(
         self,
         part: Encode,
-        values: npt.NDArray[np.uint16],
+        values: convert.Words,
         blocks: npt.NDArray[np.uint8],
         scales: npt.NDArray[np.uint8],
         first: int,
     ) -> EncodeReport:
         try:
-            return mxfp4.encode_transposed(values, blocks, scales)[2]
+            return convert.encode_transposed(values, part.source, blocks, scales)
         except InvalidInputError as error:
             file = self._shards[part.values.shard].path
             raise InvalidInputError(

@@ -3,39 +3,60 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.errors import UsageError
-from moe_surgery.families.base import EXPERT_WEIGHT
+from moe_surgery.families.base import Role
 from moe_surgery.families.model import Model
+from moe_surgery.formats.expert_format import BF16, MXFP4, ExpertFormat
 
 __all__ = ["MEMORY_SIZES_GB", "Inspection", "Size", "inspect_checkpoint"]
 
 MEMORY_SIZES_GB = (8, 16, 24)
-# Bytes a weight takes: MXFP4 is 16 + 1 bytes for 32 values, BF16 two.
-MXFP4_BYTES = 17 / 32
-BF16_BYTES = 2.0
+_PARTS = {
+    Role.EMBEDDING: "embedding and unembedding",
+    Role.UNEMBEDDING: "embedding and unembedding",
+    Role.NORM: "norms",
+    Role.ATTENTION: "attention",
+    Role.ROUTER: "router",
+    Role.EXPERT_WEIGHT: "experts",
+    Role.EXPERT_BIAS: "experts",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """The model with `experts` kept in every layer: weights, and tensor bytes in both storages."""
+    """The model with `experts` kept in every layer: its weights, and the bytes of its tensors.
+
+    `expert_weights` of the parameters are in expert weights, whose bytes depend on their format;
+    `other_bytes` are those of everything else.
+    """
 
     experts: int
     parameters: int
     active_parameters: int
-    mxfp4_bytes: int
-    bf16_bytes: int
+    expert_weights: int
+    other_bytes: int
+
+    def nbytes(self, expert_format: ExpertFormat) -> int:
+        """Bytes of the tensors, as `prune` writes them, with expert weights in `expert_format`."""
+        return self.other_bytes + expert_format.nbytes(self.expert_weights)
+
+    @property
+    def mxfp4_bytes(self) -> int:
+        return self.nbytes(MXFP4)
+
+    @property
+    def bf16_bytes(self) -> int:
+        return self.nbytes(BF16)
 
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """A checkpoint in numbers. `dtypes` and `parts` are bytes by dtype and by part of the model;
-    `fits` maps a memory size in GB (10^9 bytes) to the most experts whose weights take less, per
-    storage (None where not even one expert fits)."""
+    """A checkpoint in numbers. `dtypes` and `parts` are bytes by dtype and by part of the model; `notes`
+    say what of the checkpoint is ignored, and what of its config.json to know."""
 
     path: str
     family: str
@@ -44,7 +65,7 @@ class Inspection:
     layers: int
     experts: int
     top_k: int
-    expert_storage: str
+    expert_format: ExpertFormat
     parameters: int
     active_parameters: int
     parameters_per_expert: int
@@ -54,17 +75,32 @@ class Inspection:
     parts: dict[str, int]
     shards: dict[str, int]
     sizes: tuple[Size, ...]
-    fits: dict[int, dict[str, int | None]]
+    notes: tuple[str, ...] = ()
 
-    def largest(self, nbytes: int | None, parameters: int | None, storage: str) -> int:
-        """The most experts with at most so many tensor bytes (in `storage`) and weights.
+    @property
+    def fits(self) -> dict[int, dict[str, int | None]]:
+        """Memory size in GB (10^9 bytes) -> format -> the most experts whose weights take less, None for none."""
+        return {
+            gb: {
+                f.name: max((s.experts for s in self.sizes if s.nbytes(f) <= gb * 10**9), default=None)
+                for f in self.formats
+            }
+            for gb in MEMORY_SIZES_GB
+        }
+
+    @property
+    def formats(self) -> tuple[ExpertFormat, ...]:
+        """Those that sizes are shown in: the two that are common, and the checkpoint's."""
+        return tuple(dict.fromkeys((MXFP4, BF16, self.expert_format)))
+
+    def largest(self, nbytes: int | None, parameters: int | None, expert_format: ExpertFormat) -> int:
+        """The most experts with at most so many tensor bytes (in `expert_format`) and weights.
 
         Raises UsageError where not even one expert is that small.
         """
 
         def fits(size: Size) -> bool:
-            taken = size.mxfp4_bytes if storage == "mxfp4" else size.bf16_bytes
-            return (nbytes is None or taken <= nbytes) and (
+            return (nbytes is None or size.nbytes(expert_format) <= nbytes) and (
                 parameters is None or size.parameters <= parameters
             )
 
@@ -73,13 +109,24 @@ class Inspection:
             least = self.sizes[0]
             raise UsageError(
                 f"{self.path}: with one expert a layer it still has {least.parameters:,} weights, "
-                f"{least.mxfp4_bytes if storage == 'mxfp4' else least.bf16_bytes:,} bytes; ask for more"
+                f"{least.nbytes(expert_format):,} bytes; ask for more"
             )
         return best
 
     def as_dict(self) -> dict[str, object]:
         """For `--json`."""
-        return asdict(self)
+        sizes = [
+            {
+                "experts": s.experts,
+                "parameters": s.parameters,
+                "active_parameters": s.active_parameters,
+                **{f"{f.name}_bytes": s.nbytes(f) for f in self.formats},
+            }
+            for s in self.sizes
+        ]
+        found: dict[str, object] = {f.name: getattr(self, f.name) for f in fields(self)}
+        found |= {"expert_format": self.expert_format.name, "sizes": sizes, "fits": self.fits}
+        return {"expert_storage" if key == "expert_format" else key: value for key, value in found.items()}
 
 
 def inspect_checkpoint(checkpoint: Checkpoint, model: Model) -> Inspection:
@@ -96,7 +143,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, model: Model) -> Inspection:
         layers=model.layers,
         experts=model.experts,
         top_k=model.top_k,
-        expert_storage=model.storage,
+        expert_format=model.expert_format,
         parameters=model.parameters(),
         active_parameters=model.active_parameters(),
         parameters_per_expert=model.expert_parameters(),
@@ -106,46 +153,24 @@ def inspect_checkpoint(checkpoint: Checkpoint, model: Model) -> Inspection:
         parts=_parts(model),
         shards={name: shard.identity.size for name, shard in sorted(checkpoint.shards.items())},
         sizes=sizes,
-        fits={gb: _fitting(sizes, gb * 10**9) for gb in MEMORY_SIZES_GB},
+        notes=model.notes,
     )
 
 
 def _size(model: Model, experts: int) -> Size:
-    """Bytes are those of the tensors as `prune` writes them."""
     other = weights = 0
     for tensor in model.tensors:
         kept = tensor.parameters // model.experts * experts if tensor.has_experts else tensor.parameters
-        if tensor.kind == EXPERT_WEIGHT:
+        if tensor.role is Role.EXPERT_WEIGHT:
             weights += kept
         else:
-            other += kept * tensor.stored.nbytes // tensor.parameters
-    return Size(
-        experts,
-        model.parameters(experts),
-        model.active_parameters(experts),
-        other + int(weights * MXFP4_BYTES),
-        other + int(weights * BF16_BYTES),
-    )
-
-
-def _fitting(sizes: Iterable[Size], limit: int) -> dict[str, int | None]:
-    return {
-        "mxfp4": max((s.experts for s in sizes if s.mxfp4_bytes <= limit), default=None),
-        "bf16": max((s.experts for s in sizes if s.bf16_bytes <= limit), default=None),
-    }
+            other += kept * tensor.nbytes // tensor.parameters
+    return Size(experts, model.parameters(experts), model.active_parameters(experts), weights, other)
 
 
 def _parts(model: Model) -> dict[str, int]:
     """Stored bytes by part, largest first."""
     parts: Counter[str] = Counter()
     for tensor in model.tensors:
-        scales = tensor.scales.nbytes if tensor.scales else 0
-        parts[_part(tensor.name)] += tensor.stored.nbytes + scales
+        parts[_PARTS[tensor.role]] += tensor.nbytes
     return dict(parts.most_common())
-
-
-def _part(name: str) -> str:
-    for key, part in ((".experts.", "experts"), (".router.", "router"), (".self_attn.", "attention")):
-        if key in name:
-            return part
-    return "embedding and unembedding" if name.startswith(("model.embed", "lm_head")) else "norms"

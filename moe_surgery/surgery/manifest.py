@@ -14,7 +14,8 @@ import xxhash
 from moe_surgery.checkpoint.files import printable_path, read_small_file
 from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.checkpoint.text import describe, printable
-from moe_surgery.errors import InvalidInputError, VerificationError
+from moe_surgery.errors import InvalidInputError, OutputError, VerificationError
+from moe_surgery.formats.expert_format import ExpertFormat, format_named
 from moe_surgery.selection.plan import Plan, plan_from_dict
 from moe_surgery.surgery.names import MANIFEST_NAME
 from moe_surgery.surgery.program import Program
@@ -58,13 +59,13 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The parsed manifest. `storage` is how expert weights are stored ("mxfp4" or "bf16").
+    """The parsed manifest. `expert_format` is that of the output.
 
     `origin` holds what is said of the source beside its files, unchecked.
     """
 
     plan: Plan
-    storage: str
+    expert_format: ExpertFormat
     sources: tuple[Mapping[str, object], ...]
     files: Mapping[str, FileRecord]
     tool: str
@@ -87,7 +88,7 @@ def manifest_bytes(
             "layout": program.layout,
             "files": [asdict(s) for s in program.sources],
         },
-        "expert_storage": program.storage,
+        "expert_storage": program.expert_format.name,
         "conversion": conversion,
         "plan": program.plan.as_dict(),
         "files": {name: asdict(record) for name, record in sorted(files.items())},
@@ -112,12 +113,19 @@ def _sealed(document: Mapping[str, object]) -> bytes:
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether `folder` holds a manifest of this tool (its digest need not hold)."""
+    """Whether `folder` holds a manifest of this tool (its digest need not hold).
+
+    Raises OutputError where there is one that cannot be read: no permission, a device error.
+    """
+    path = folder / MANIFEST_NAME
     try:
-        raw = read_small_file(folder / MANIFEST_NAME, limit=MAX_BYTES, what="a manifest")
+        path.lstat()
+        raw = read_small_file(path, limit=MAX_BYTES, what="a manifest")
         root = parse_json(raw, where=MANIFEST_NAME, allow_floats=True)
-    except Exception:
+    except (FileNotFoundError, NotADirectoryError, InvalidInputError):
         return False
+    except OSError as error:
+        raise OutputError(f"{printable_path(path)}: cannot open: {error.strerror}") from None
     return isinstance(root, dict) and root.get("format") == MANIFEST_FORMAT
 
 
@@ -142,7 +150,7 @@ def load_manifest(path: Path) -> Manifest:
         raise VerificationError(f"{where}: the manifest was altered: its bytes do not have its own digest")
     try:
         return _parsed(root, where)
-    except ValueError as error:
+    except (ValueError, InvalidInputError) as error:
         raise InvalidInputError(f"{where}: malformed manifest: {error}") from None
 
 
@@ -167,7 +175,7 @@ def _parsed(root: Mapping[str, object], where: str) -> Manifest:
     tool = _get(root, "tool", dict)
     return Manifest(
         plan_from_dict(_get(root, "plan", dict), where),
-        _get(root, "expert_storage", str),
+        format_named(_get(root, "expert_storage", str)),
         tuple(sources),
         files,
         f"{_get(tool, 'name', str)} {_get(tool, 'version', str)}",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.checkpoint.files import printable_path
+from moe_surgery.checkpoint.locate import check_is_path
 from moe_surgery.errors import OutputError, UsageError
 from moe_surgery.surgery.manifest import is_ours
 from moe_surgery.surgery.names import MANIFEST_NAME
@@ -17,8 +18,9 @@ __all__ = ["check_output", "check_output_file"]
 def check_output(checkpoint: Checkpoint, out: str | os.PathLike[str], *, overwrite: bool) -> Path:
     """The absolute output path, if writing there can harm nothing.
 
-    Raises UsageError where `out` is, holds or lies in the source; OutputError where it exists (or,
-    with `overwrite`, is no folder with a manifest of ours), or its parent cannot be written.
+    Raises UsageError where `out` is, holds or lies in the source, or reads as one (`example:tiny`);
+    OutputError where it exists (or, with `overwrite`, is no folder with a manifest of ours), or its
+    parent cannot be written.
     """
     target = _apart(checkpoint, out, "folder")
     if os.path.lexists(target):
@@ -50,6 +52,7 @@ def check_output_file(checkpoint: Checkpoint, out: str | os.PathLike[str], *, ov
 
 def _apart(checkpoint: Checkpoint, out: str | os.PathLike[str], what: str) -> Path:
     """The absolute output path, which is not, holds not and lies not in the source."""
+    check_is_path(out)
     given = Path(out)
     if not given.name or given.name == "..":
         raise UsageError(f"{printable_path(out)}: name the new {what} to write")

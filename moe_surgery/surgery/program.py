@@ -14,9 +14,21 @@ from dataclasses import asdict, dataclass, field
 import xxhash
 
 from moe_surgery.checkpoint.header import TensorInfo
+from moe_surgery.formats.expert_format import ExpertFormat
 from moe_surgery.selection.plan import Plan
 
-__all__ = ["Copy", "Decode", "Encode", "OutputShard", "OutputTensor", "Part", "Program", "SourceFile", "Span"]
+__all__ = [
+    "Cast",
+    "Copy",
+    "Decode",
+    "Encode",
+    "OutputShard",
+    "OutputTensor",
+    "Part",
+    "Program",
+    "SourceFile",
+    "Span",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +57,18 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Decode:
-    """One expert's MXFP4 weight [rows, columns] as BF16, transposed: [columns, rows]."""
+    """One expert's MXFP4 weight [rows, columns] in the dense format `target`, transposed: [columns, rows]."""
 
     blocks: Span
     scales: Span
     rows: int
     columns: int
+    target: ExpertFormat
+    tensor: str
 
     @property
     def nbytes(self) -> int:
-        return self.rows * self.columns * 2
+        return self.target.nbytes(self.rows * self.columns)
 
     @property
     def reads(self) -> int:
@@ -62,8 +76,26 @@ class Decode:
 
 
 @dataclass(frozen=True, slots=True)
+class Cast:
+    """Values of one dense format in another, in the same order."""
+
+    values: Span
+    source: ExpertFormat
+    target: ExpertFormat
+    tensor: str
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes // self.source.block_bytes * self.target.block_bytes
+
+    @property
+    def reads(self) -> int:
+        return self.values.nbytes
+
+
+@dataclass(frozen=True, slots=True)
 class Encode:
-    """One expert's BF16 weight [columns, rows] as MXFP4 of [rows, columns]: its blocks or its scales.
+    """One expert's dense weight [columns, rows] as MXFP4 of [rows, columns]: its blocks or its scales.
 
     The scales are found while the blocks are made, so their part follows in the same shard.
     """
@@ -73,6 +105,7 @@ class Encode:
     columns: int
     scales: bool
     tensor: str
+    source: ExpertFormat
 
     @property
     def nbytes(self) -> int:
@@ -83,7 +116,7 @@ class Encode:
         return 0 if self.scales else self.values.nbytes
 
 
-Part = Copy | Decode | Encode
+Part = Copy | Decode | Cast | Encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,11 +170,11 @@ class SourceFile:
 @dataclass(frozen=True, slots=True)
 class Program:
     """The whole output. `texts` are small files with their content, `copies` maps output names of
-    side files to source paths. `storage` is how expert weights are stored in the output, `origin`
-    what the manifest shall say of the source beside its files."""
+    side files to source paths. `expert_format` is that of the output, `origin` what the manifest shall
+    say of the source beside its files."""
 
     plan: Plan
-    storage: str
+    expert_format: ExpertFormat
     layout: str
     sources: tuple[SourceFile, ...]
     shards: tuple[OutputShard, ...]
@@ -182,7 +215,7 @@ class Program:
             "experts": self.plan.uniform_experts,
             "top_k": self.top_k,
             "parameters": self.parameters,
-            "expert_storage": self.storage,
+            "expert_storage": self.expert_format.name,
             "bytes_read": self.reads,
             "bytes_written": self.nbytes,
             "shards": [

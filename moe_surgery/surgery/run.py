@@ -36,7 +36,7 @@ Progress = Callable[[int], None]
 class Outcome:
     """What a run did: bytes of shards written now and kept from an earlier run, and shards kept.
 
-    `conversion` reports BF16 -> MXFP4: blocks, inexact blocks and relative error; else None.
+    `conversion` reports conversion to MXFP4: blocks, inexact blocks and relative error; else None.
     """
 
     bytes_written: int
@@ -220,7 +220,7 @@ class _Run:
 
 
 def _conversion(reports: Iterable[EncodeReport]) -> dict[str, object] | None:
-    """The summary of BF16 -> MXFP4 over all shards, None where nothing was converted.
+    """The summary of conversion to MXFP4 over all shards, None where nothing was converted.
 
     The error has six digits: more would differ with the instruction set that summed it.
     """

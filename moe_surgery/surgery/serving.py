@@ -10,17 +10,27 @@ FUSED_ROUTER_COUNTS = frozenset({1, 2, 4, 8, 16, 32, 64, 128, 256, 384, 512})
 PARALLEL_SIZES = (2, 4, 8)
 
 
-def serving_notes(experts: int, top_k: int, source_top_k: int) -> list[str]:
-    """One line for each thing a user of the checkpoint should know; empty where there is none."""
+def serving_notes(experts: int, top_k: int, source_top_k: int, plan_top_k: int | None = None) -> list[str]:
+    """One line for each thing a user of the checkpoint should know; empty where there is none.
+
+    `plan_top_k` is the top-k that the plan sets, None where it leaves the source's.
+    """
     notes = []
     if top_k & (top_k - 1):
         notes.append(
             f"top-k {top_k} is not a power of two: vLLM's gpt-oss kernels do not compile for it "
             "(vLLM issue 46406); transformers and llama.cpp take it"
         )
-    if top_k != source_top_k:
+    wanted = plan_top_k or source_top_k
+    if top_k < wanted:
+        whose = "the plan's" if plan_top_k else "the source's"
+        left = "1 expert is" if experts == 1 else f"{experts} experts are"
+        notes.append(f"top-k is {top_k} instead of {whose} {wanted}: only {left} left in each layer")
+    elif top_k != source_top_k:
+        than = "fewer" if top_k < source_top_k else "more"
         notes.append(
-            f"top-k is {top_k} instead of {source_top_k}: fewer experts are left than the router chose"
+            f"top-k is {top_k} instead of the source's {source_top_k}, as the plan sets it: a token passes through "
+            f"{than} experts of each layer than the source was trained with"
         )
     uneven = [size for size in PARALLEL_SIZES if experts % size]
     if uneven:

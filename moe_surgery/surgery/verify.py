@@ -10,6 +10,7 @@ from pathlib import Path
 import xxhash
 
 from moe_surgery import families
+from moe_surgery.checkpoint.additions import is_addition
 from moe_surgery.checkpoint.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint
 from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.checkpoint.files import open_regular, printable_path
@@ -28,6 +29,8 @@ from moe_surgery.surgery.stream import stream
 
 __all__ = ["Verification", "verify_checkpoint"]
 
+SHARD_SUFFIX = ".safetensors"
+
 Progress = Callable[[int], None]
 
 
@@ -36,6 +39,8 @@ class Verification:
     """What `verify_checkpoint` found. `problems` holds one line each, naming file and tensor.
 
     `notes` are things worth knowing that are no fault, such as files the manifest does not list.
+    `side_files` are the files beside the shards that are not as they were written; `weights_ok` says
+    that nothing else is wrong.
     """
 
     problems: tuple[str, ...]
@@ -43,6 +48,8 @@ class Verification:
     files: int
     tensors: int
     bytes_read: int
+    side_files: tuple[str, ...] = ()
+    weights_ok: bool = True
 
     @property
     def ok(self) -> bool:
@@ -54,13 +61,16 @@ def verify_checkpoint(
     *,
     source: str | os.PathLike[str] | None = None,
     structure_only: bool = False,
+    weights_only: bool = False,
     progress: Progress | None = None,
 ) -> Verification:
     """Check the checkpoint folder `out`; every problem found is reported, not only the first.
 
     Always: headers, index, and config against tensor shapes. Unless `structure_only`: the digest of
     every file and tensor against the manifest. With `source`: every output byte against what the
-    manifest's plan makes of the source. Without upstream digests, damage that was in the source
+    manifest's plan makes of the source. With `weights_only` a file beside the shards (README.md,
+    config.json, tokenizer) that was edited or is missing is a note, not a problem; config and index must
+    still agree with the shards. Without upstream digests, damage that was in the source
     before the surgery cannot be seen.
 
     Raises OutputError where `out` is no folder, or holds no manifest and `structure_only` is off,
@@ -68,8 +78,8 @@ def verify_checkpoint(
     """
     folder = locate(out)
     if not folder.is_dir():
-        raise OutputError(f"{printable_path(folder)}: no such folder")
-    return _Verifier(folder, progress or (lambda _: None)).run(source, structure_only)
+        raise OutputError(f"{printable_path(folder)}: is a file; name the folder of the checkpoint")
+    return _Verifier(folder, progress or (lambda _: None)).run(source, structure_only, weights_only)
 
 
 class _Verifier:
@@ -78,22 +88,40 @@ class _Verifier:
         self._progress = progress
         self._problems: list[str] = []
         self._notes: list[str] = []
+        self._sides: dict[str, str] = {}  # file beside the shards -> what is wrong with it
         self._bytes = 0
         self._ops = FileOps()
         self._tensors = 0
 
-    def run(self, source: str | os.PathLike[str] | None, structure_only: bool) -> Verification:
+    def run(
+        self, source: str | os.PathLike[str] | None, structure_only: bool, weights_only: bool
+    ) -> Verification:
         manifest = self._manifest(needed=not structure_only or source is not None)
         self._structure()
         files = sum(1 for e in os.scandir(self._folder) if e.is_file())
         if manifest is not None:
             files = len(manifest.files)
             for name, record in manifest.files.items():
-                self._attempt(lambda n=name, r=record: self._file(n, r, structure_only))  # type: ignore[misc]
+                if record.tensors or name.endswith(SHARD_SUFFIX):
+                    self._attempt(lambda n=name, r=record: self._shard(n, r, structure_only))  # type: ignore[misc]
+                else:
+                    self._side_file(name, record, structure_only)
             self._unlisted(manifest)
         if source is not None and manifest is not None and not self._problems:
             self._against(source, manifest)
-        return Verification(tuple(self._problems), tuple(self._notes), files, self._tensors, self._bytes)
+        sound = not self._problems
+        (self._notes if weights_only else self._problems).extend(
+            line for line in self._sides.values() if line not in self._problems
+        )
+        return Verification(
+            tuple(self._problems),
+            tuple(self._notes),
+            files,
+            self._tensors,
+            self._bytes,
+            tuple(self._sides),
+            sound,
+        )
 
     def _attempt(self, check: Callable[[], None]) -> None:
         try:
@@ -120,12 +148,12 @@ class _Verifier:
     def _structure(self) -> None:
         def check() -> None:
             with Checkpoint.open(self._folder) as checkpoint:
-                families.describe(checkpoint)
+                self._notes.extend(families.describe(checkpoint).notes)
                 self._tensors = len(checkpoint.tensors)
 
         self._attempt(check)
 
-    def _file(self, name: str, record: FileRecord, structure_only: bool) -> None:
+    def _shard(self, name: str, record: FileRecord, structure_only: bool) -> None:
         path = self._folder / name
         fd = open_regular(path)
         try:
@@ -133,13 +161,43 @@ class _Verifier:
             if size != record.size:
                 self._problems.append(f"{printable_path(path)}: {size} bytes, expected {record.size}")
                 return
-            header = self._header(fd, path) if record.tensors else None
+            header = self._header(fd, path)
             if header is not None:
                 self._compare_header(path, header, record)
             if not structure_only:
                 self._digests(fd, path, record, header)
         finally:
             os.close(fd)
+
+    def _side_file(self, name: str, record: FileRecord, structure_only: bool) -> None:
+        path = self._folder / name
+        edited = f"{printable_path(path)}: edited or damaged since it was written"
+        try:
+            fd = open_regular(path)
+            try:
+                size = os.fstat(fd).st_size
+                if size != record.size:
+                    self._sides[name] = f"{edited}: {size} bytes, expected {record.size}"
+                elif not structure_only and self._whole(fd, path, record.size) != record.xxh3_128:
+                    self._sides[name] = f"{edited}: its bytes do not have the manifest's digest"
+            finally:
+                os.close(fd)
+        except MoeSurgeryError as error:
+            self._sides[name] = str(error)
+
+    def _whole(self, fd: int, path: Path, size: int) -> str:
+        """The digest of a file."""
+        state = xxhash.xxh3_128()
+
+        def take(_: Chunk, buffer: memoryview) -> None:
+            state.update(buffer)
+            self._progress(len(buffer))
+
+        stream(
+            windows(size), lambda chunk, buffer: read_chunk(fd, path, chunk.offset, buffer, self._ops), take
+        )
+        self._bytes += size
+        return state.hexdigest()
 
     def _header(self, fd: int, path: Path) -> Header | None:
         """The file's header, or None where it is damaged (which is reported)."""
@@ -184,25 +242,31 @@ class _Verifier:
                 f"{printable_path(path)}: tensor '{printable(name)}': its bytes do not have the manifest's digest"
             )
         if whole.hexdigest() != record.xxh3_128 and not damaged:
-            part = (
-                "its header was altered" if record.tensors else "its bytes do not have the manifest's digest"
-            )
-            self._problems.append(f"{printable_path(path)}: {part}")
+            self._problems.append(f"{printable_path(path)}: its header was altered")
 
     def _unlisted(self, manifest: Manifest) -> None:
         known = {*manifest.files, MANIFEST_NAME}
+        hidden = []
         for entry in sorted(os.scandir(self._folder), key=lambda e: e.name):
             if entry.name in known:
                 continue
+            if entry.name.startswith("."):
+                hidden.append(printable(entry.name))
+                continue
             line = f"{printable_path(entry.path)}: not listed in {MANIFEST_NAME}"
-            fault = entry.name.endswith(".safetensors") or entry.name in (CONFIG_NAME, INDEX_NAME)
+            shard = entry.name.endswith(SHARD_SUFFIX) and not is_addition(entry.name)
+            fault = shard or entry.name in (CONFIG_NAME, INDEX_NAME)
             (self._problems if fault else self._notes).append(line)
+        if hidden:  # .gitattributes, .git, .cache: of git, the hub or the desktop
+            self._notes.append(
+                f"{printable_path(self._folder)}: {', '.join(hidden)}: hidden, not part of the checkpoint"
+            )
 
     def _against(self, source: str | os.PathLike[str], manifest: Manifest) -> None:
         with Checkpoint.open(source) as checkpoint:
             model = families.describe(checkpoint)
             self._same_source(checkpoint, manifest)
-            program = compile_program(checkpoint, model, manifest.plan, dtype=manifest.storage)
+            program = compile_program(checkpoint, model, manifest.plan, dtype=manifest.expert_format.name)
             tensors = {t.name: t for s in program.shards for t in s.tensors}
             with Checkpoint.open(self._folder) as output:
                 for name, shard in output.shards.items():

@@ -82,7 +82,7 @@ def test_card_with_an_evaluation_is_written_into_the_checkpoint(
         (["--base-model", "a b"], 2, "--base-model a b"),
         (["--license", "a b"], 2, "--license a b"),
         (["--evaluation", "nowhere.json"], 5, "nowhere.json"),
-        (["--evaluation", "out/config.json"], 3, "not an evaluation"),
+        (["--evaluation", "out/config.json"], 3, "is the config.json of a model, not an evaluation"),
         (["-o", "out/README.md"], 2, "--write"),
         (["-o", "out"], 2, "is a folder"),
     ],

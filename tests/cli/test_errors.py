@@ -63,7 +63,7 @@ CASES: dict[str, tuple[str, int, str]] = {
     "negative seed": ("plan --random -n 1 --seed -1 --checkpoint {tmp}/in", 2, "--seed -1: must not be"),
     "seed that is no number": ("plan --random --seed x", 2, "Invalid value for '--seed'"),
     "missing ranking": ("plan {tmp}/no.json -n 2", 5, "{tmp}/no.json: cannot open"),
-    "a plan as a ranking": ("plan {tmp}/plan.json -n 2", 3, "expected 'moe-surgery.ranking'"),
+    "a plan as a ranking": ("plan {tmp}/plan.json -n 2", 3, "{tmp}/plan.json: is a plan, not a ranking or a"),
     "ranking of another model": (
         "plan {tmp}/r.json -n 2 --checkpoint example:tiny",
         4,
@@ -86,14 +86,18 @@ CASES: dict[str, tuple[str, int, str]] = {
     "a ranking as a plan": (
         "prune {tmp}/in {tmp}/out --plan {tmp}/r.json",
         3,
-        "{tmp}/r.json: is a ranking, not a plan; pass it with --ranking and --experts",
+        "{tmp}/r.json: is a ranking, not a plan; moe-surgery plan RANKING --experts N makes",
     ),
     "a plan for another model": (
         "prune example:tiny {tmp}/out --plan {tmp}/plan.json",
         4,
         "the plan is for gpt_oss with 2 layers of 4 experts",
     ),
-    "an uneven plan": ("prune {tmp}/in {tmp}/out --plan {tmp}/uneven.json", 4, "between 1 and 2 experts"),
+    "an uneven plan": (
+        "prune {tmp}/in {tmp}/out --plan {tmp}/uneven.json",
+        4,
+        "config.json of a gpt_oss model gives one number for all layers",
+    ),
     "an output that is there": ("prune {tmp}/in {tmp}/bare --keep 0", 5, "{tmp}/bare: exists"),
     "an output that is the source": ("prune {tmp}/in {tmp}/in --keep 0", 2, "{tmp}/in: is the source"),
     "an output in no folder": ("prune {tmp}/in {tmp}/no/out --keep 0", 5, "{tmp}/no: no such folder"),

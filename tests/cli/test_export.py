@@ -44,6 +44,7 @@ def test_json(tmp_path: Path, capsys: Capture) -> None:
         "tokens": 2048,
         "chat_template": True,
         "written": True,
+        "notes": [],
         "conversion": None,
     }
 
@@ -99,7 +100,7 @@ def test_another_family_is_one_line(tmp_path: Path, capsys: Capture) -> None:
     source = write_checkpoint(tmp_path / "in", edit_config=lambda c: c.update(model_type="mixtral"))
     done = call(capsys, "export", source, tmp_path / "out.gguf")
     assert done.code == 3
-    assert "model_type the string 'mixtral' is not supported; known: gpt_oss" in done.error
+    assert "is a mixtral checkpoint (GptOssForCausalLM); supported is model_type gpt_oss" in done.error
 
 
 def test_an_existing_file_is_one_line(tmp_path: Path, capsys: Capture) -> None:

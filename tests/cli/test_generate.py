@@ -131,7 +131,7 @@ def test_seeds_repeat_and_differ(capsys: Capture) -> None:
 
 def test_filters_that_leave_one_token_are_greedy(capsys: Capture) -> None:
     greedy = expected(PROMPT)[1]
-    for only in (("--top-k", "1"), ("--top-p", "1e-9"), ("--min-p", "1")):
+    for only in (("--sampling-top-k", "1"), ("--top-p", "1e-9"), ("--min-p", "1")):
         ended = said(capsys, "--prompt", PROMPT, "--json", "--temperature", "2", "--seed", "0", *only)
         assert ended.json()["tokens"] == greedy
 
@@ -172,7 +172,13 @@ OPTIONS: dict[str, tuple[list[str], int, str]] = {
     "short context": (["--context", "3"], 2, "the prompt has 22 tokens, but the context is 3; shorten it"),
     "cold": (["--temperature", "-1"], 2, "--temperature -1.0: must be a number of at least 0"),
     "no temperature": (["--temperature", "nan"], 2, "--temperature nan: must be"),
-    "top-k": (["--top-k", "-1"], 2, "--top-k -1: must not be negative"),
+    "sampling top-k": (["--sampling-top-k", "-1"], 2, "--sampling-top-k -1: must not be negative"),
+    "top-k below 1": (
+        ["--top-k", "0"],
+        2,
+        "--top-k 0: example:tiny has 32 experts in a layer; choose 1 to 32",
+    ),
+    "top-k above the experts": (["--top-k", "33"], 2, "--top-k 33: example:tiny has 32 experts"),
     "top-p": (["--top-p", "0"], 2, "--top-p 0.0: must be above 0 and at most 1"),
     "min-p": (["--min-p", "2"], 2, "--min-p 2.0: must be between 0 and 1"),
     "seed": (["--seed", "-1"], 2, "--seed -1: must be between 0 and 2**63 - 1"),

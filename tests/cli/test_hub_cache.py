@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from hashlib import sha256
@@ -67,7 +68,43 @@ def test_an_unknown_id_gives_one_line_that_says_how_to_get_it(name: str, tmp_pat
     ended = run("inspect", name, env=cache(tmp_path, "owner/model"))
     assert (ended.code, ended.out) == (5, "")
     assert ended.error.startswith(f"moe-surgery: {name}: no such folder, and not in the local hub cache")
-    assert "download it first (hf download" in ended.error
+    assert "download it first: hf download" in ended.error
+
+
+@pytest.mark.parametrize("revision", ["", "main", "refs/pr/3", REVISION])
+def test_the_command_that_is_suggested_fetches_that_revision_without_other_formats(
+    revision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Parsed and filtered by huggingface_hub itself; the files are those of openai/gpt-oss-20b."""
+    from huggingface_hub.cli import download
+    from huggingface_hub.cli.hf import main
+    from huggingface_hub.utils import filter_repo_objects
+
+    name = f"openai/gpt-oss-20b@{revision}" if revision else "openai/gpt-oss-20b"
+    ended = run("inspect", name, env=cache(tmp_path, "owner/model"))
+    program, *arguments = shlex.split(ended.error.partition("download it first: ")[2])
+    assert program == "hf"
+    asked: dict[str, object] = {}
+
+    def snapshot_download(**settings: object) -> str:
+        asked.update(settings)
+        return str(tmp_path)
+
+    monkeypatch.setattr(download, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(sys, "argv", ["hf", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code in (0, None), capsys.readouterr().err
+    assert (asked["repo_id"], asked["revision"]) == ("openai/gpt-oss-20b", revision or None)
+    needed = [
+        "config.json",
+        "tokenizer.json",
+        "model.safetensors.index.json",
+        "model-00000-of-00002.safetensors",
+    ]
+    others = ["original/model.safetensors", "original/config.json", "metal/model.bin"]
+    ignored = asked["ignore_patterns"]
+    assert list(filter_repo_objects(needed + others, ignore_patterns=ignored)) == needed  # type: ignore[arg-type]
 
 
 def test_a_shard_missing_from_the_snapshot_is_named(tmp_path: Path) -> None:

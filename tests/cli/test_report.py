@@ -83,9 +83,9 @@ def test_pictures_are_named_as_they_are_written(
     [
         (["--plan", "other-plan"], 4, "other-plan.json: belongs to checkpoint 0000"),
         (["--evaluation", "other-cuts"], 4, "other-cuts.json: belongs to checkpoint 0000"),
-        (["--plan", "cuts"], 3, "cuts.json: not a plan"),
-        (["--evaluation", "plan"], 3, "plan.json: not an evaluation"),
-        (["--plan", "stats"], 3, "stats.safetensors"),
+        (["--plan", "cuts"], 3, "cuts.json: is an evaluation, not a plan"),
+        (["--evaluation", "plan"], 3, "plan.json: is a plan, not an evaluation"),
+        (["--plan", "stats"], 3, "stats.safetensors: is a statistics file, not a plan"),
         (["--plan", "missing"], 5, "missing"),
     ],
 )

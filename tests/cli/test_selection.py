@@ -499,7 +499,7 @@ CASES: dict[str, tuple[str, int, str]] = {
     "show: a checkpoint": (
         "stats show {in}/other/model.safetensors",
         3,
-        "holds no statistics of moe-surgery",
+        "is a safetensors file of weights, not a statistics file",
     ),
     "rank: no metric": ("rank {in}/both.stats", 2, "say how to rank: --metric frequency|gate|"),
     "rank: an unknown metric": (
@@ -516,8 +516,8 @@ CASES: dict[str, tuple[str, int, str]] = {
     "rank: a missing source": ("rank {new}/no.stats --metric reap", 5, "no.stats: cannot open: no such file"),
     "rank: another kind of source": (
         "rank {in}/both.stats {in}/r.json --metric reap",
-        2,
-        "{in}/r.json: is no statistics file as",
+        3,
+        "{in}/r.json: is a ranking, not a statistics file",
     ),
     "rank: two checkpoints": (
         "rank {in}/sums.stats {new}/foreign.stats --metric reap",
@@ -525,7 +525,7 @@ CASES: dict[str, tuple[str, int, str]] = {
         "different checkpoints",
     ),
     "rank: a ranking as the source": ("rank {in}/r.json", 3, "{in}/r.json: "),
-    "rank: a metric for a ranking": ("rank {in}/r.json --metric reap", 2, "ranked by frequency alone"),
+    "rank: a metric for a ranking": ("rank {in}/r.json --metric reap", 3, "is a ranking, not"),
     "rank: experts of ours": ("rank {in}/both.stats --metric reap -n 32", 2, "ours say both"),
     "plan: another checkpoint's statistics": (
         "plan {in}/both.stats --metric reap -n 2 --checkpoint {in}/other",

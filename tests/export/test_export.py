@@ -332,7 +332,8 @@ def test_plans_and_types_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     def plan(layers: Sequence[Sequence[int]], experts: int = 4) -> Plan:
         return Plan("gpt_oss", experts, tuple(map(tuple, layers)))
 
-    refuse(PlanMismatchError, "different numbers of experts", source, plan=plan([[0], [0, 1]]))
+    said = "keeps between 1 and 2 experts per layer, but a GGUF file of the architecture gpt-oss gives one number"
+    refuse(PlanMismatchError, said, source, plan=plan([[0], [0, 1]]))
     refuse(PlanMismatchError, "5 experts", source, plan=plan([[0], [0]], experts=5))
     refuse(PlanMismatchError, "layers", source, plan=plan([[0]]))
     refuse(UsageError, "--dtype bf16: choose one of keep, mxfp4", source, dtype="bf16")

@@ -48,6 +48,25 @@ def nearest(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
     return (code + 8 * (values >> 15)).astype(np.uint8)
 
 
+def best_scales(values: np.ndarray) -> np.ndarray:
+    """Scale bytes u8 [R] for finite BF16 bits [32, R]: all three candidates tried, in Python's integers."""
+    bits = (values & 0x7FFF).astype(np.int64)
+    first = np.maximum((bits.max(axis=0) >> 7) - 2, 0)
+    units = np.where(bits < 128, 2 * bits, 128 + (bits & 127)).astype(object)  # of 2^-134
+    units = units * 2 ** np.maximum(bits >> 7, 0).astype(object)
+    largest, column = bits.argmax(axis=0), np.arange(values.shape[1])
+    chosen = []
+    for order, step in enumerate((0, -1, 1)):  # the order settles ties
+        scale = np.clip(first + step, 0, 252)
+        grid = (2 * E2M1).astype(int).astype(object) * 2 ** (scale + 6).astype(object)[:, None]
+        distance = np.abs(grid - units[..., None]).min(axis=-1)
+        rank = np.full(len(first), order)
+        chosen.append(
+            list(zip((distance**2).sum(axis=0), distance[largest, column], rank, scale, strict=True))
+        )
+    return np.array([min(candidates)[3] for candidates in zip(*chosen, strict=True)], np.uint8)
+
+
 def random_packed(
     rng: np.random.Generator, rows: int, groups: int, low: int = 0, high: int = 255
 ) -> tuple[np.ndarray, np.ndarray]:

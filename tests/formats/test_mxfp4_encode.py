@@ -30,14 +30,14 @@ def round_trip(values: np.ndarray, isa: str) -> np.ndarray:
 def columns_for_scale(scale: int) -> np.ndarray:
     """Every value that could round differently under a scale, 31 to a column u16 [32, C].
 
-    The binade of the largest code down to three binades below that of the smallest nonzero one. The
-    first value of each column fixes the scale.
+    From 7 times the scale down to three binades below the smallest nonzero code. The first value of each
+    column is 6 times the scale: no other scale is better for such a block.
     """
     top = scale + 2  # exponent field of 4 and 6
-    magnitudes = np.arange(max(top - 6, 0) << 7, (top + 1) << 7, dtype=np.uint16)
+    magnitudes = np.arange(max(top - 6, 0) << 7, ((top << 7) | 0x60) + 1, dtype=np.uint16)
     values = np.concatenate([magnitudes, magnitudes | SIGN])
     padded = np.pad(values, (0, -len(values) % 31)).reshape(-1, 31).T
-    return np.vstack([np.full((1, padded.shape[1]), (top << 7) | 5, np.uint16), padded])
+    return np.vstack([np.full((1, padded.shape[1]), (top << 7) | 0x40, np.uint16), padded])
 
 
 def test_every_rounding_decision_under_every_scale(isa: str) -> None:
@@ -64,8 +64,9 @@ def test_blocks_without_normal_values_round_under_scale_zero(isa: str) -> None:
 def test_every_scale_and_pair_of_codes_comes_back(isa: str) -> None:
     """The whole theorem decode(encode(decode(x))) == decode(x).
 
-    A value's code depends on the block only through the block's largest magnitude, and so does
-    whether a block with an infinity is accepted; so blocks of two codes cover every block.
+    Under the first scale a value's code depends on the block only through the block's largest magnitude,
+    and so does whether a block with an infinity is accepted; and a block without an error under the
+    first scale keeps it. So blocks of two codes cover every block.
     """
     scale, first, second = (a.reshape(-1) for a in np.indices((256, 16, 16), dtype=np.uint8))
     codes = np.tile(np.stack([first, second], axis=1), 16)
@@ -138,8 +139,8 @@ def test_a_block_of_zeros_beside_others(isa: str) -> None:
 
 
 def test_values_above_six_saturate(isa: str) -> None:
-    values = np.full((32, 1), 0x40FF, np.uint16)  # 7.97, in the binade of 4
-    assert (round_trip(values, isa) == 0x40C0).all()  # 6
+    values = np.full((32, 1), 0x40E0, np.uint16)  # 7: as far from 6 as from 8, and 6 is the first scale's
+    assert (round_trip(values, isa) == 0x40C0).all()
 
 
 def test_report_sums_are_those_of_float64(isa: str) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from moe_surgery import kernels  # noqa: E402
 from moe_surgery.integrations import ops  # noqa: E402
 from moe_surgery.kernels import select_backend  # noqa: E402
 from moe_surgery.kernels.weights import DenseWeight, ExpertWeights, Mxfp4Weight  # noqa: E402
@@ -112,8 +113,10 @@ def test_no_backward_pass_is_pretended() -> None:
 def forgotten():
     """Choose backends anew, and again after the test."""
     ops.backend_of.cache_clear()
+    kernels._log_missing.cache_clear()
     yield
     ops.backend_of.cache_clear()
+    kernels._log_missing.cache_clear()
 
 
 def test_the_choice_is_logged_once(forgotten: None, caplog: pytest.LogCaptureFixture) -> None:
@@ -131,8 +134,11 @@ def test_a_cpu_without_the_extension_says_why(
     with caplog.at_level(logging.INFO, "moe_surgery"):
         assert ops.backend_of("cpu").name == "reference"
     assert caplog.messages == [
-        "experts on cpu: reference backend; native backend: disabled by MOE_SURGERY_NATIVE=0"
+        "backend reference (plain PyTorch, slower) on cpu, because native does not work: disabled by "
+        "MOE_SURGERY_NATIVE=0; --backend reference chooses it without this note",
+        "experts on cpu: reference backend",
     ]
+    assert {r.levelno for r in caplog.records} == {logging.INFO}  # it was asked for
 
 
 def test_a_cuda_device_without_triton_says_why(
@@ -142,5 +148,6 @@ def test_a_cuda_device_without_triton_says_why(
     with caplog.at_level(logging.WARNING, "moe_surgery"):
         assert ops.backend_of("cuda").name == "reference"
     assert caplog.messages == [
-        "experts on cuda: reference backend, much slower, because triton is not installed"
+        "backend reference (plain PyTorch, slower) on cuda, because triton does not work: triton is not "
+        "installed; --backend reference chooses it without this note"
     ]

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ torch = pytest.importorskip("torch")
 from moe_surgery.errors import UsageError  # noqa: E402
 from moe_surgery.kernels import select_backend  # noqa: E402
 from moe_surgery.kernels.native import NativeBackend  # noqa: E402
+from moe_surgery.kernels.native.operands import log_plain  # noqa: E402
 from moe_surgery.kernels.reference import ReferenceBackend  # noqa: E402
 from moe_surgery.kernels.weights import DenseWeight, ExpertWeights, Mxfp4Weight, Weight  # noqa: E402
 from tests.kernels.native_cases import (  # noqa: E402
@@ -40,6 +42,17 @@ REFERENCE = ReferenceBackend()
 EXPERTS_ERROR = 1e-4
 SUM_ERROR = 1e-6
 THREADS = (1, 2, 3, 5)
+STORED = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def stored_as(experts: ExpertWeights, dtype: torch.dtype, bias: torch.dtype) -> ExpertWeights:
+    """Dense experts whose values and biases are stored in other dtypes."""
+
+    def of(weight: Weight) -> Weight:
+        return DenseWeight(weight.values.to(dtype)) if isinstance(weight, DenseWeight) else weight
+
+    biases = {"gate_up_bias": experts.gate_up_bias.to(bias), "down_bias": experts.down_bias.to(bias)}
+    return replace(experts, gate_up=of(experts.gate_up), down=of(experts.down), **biases)
 
 
 def run(backend: NativeBackend | ReferenceBackend, case: Case, dtype: torch.dtype) -> torch.Tensor:
@@ -51,7 +64,7 @@ def run(backend: NativeBackend | ReferenceBackend, case: Case, dtype: torch.dtyp
 def cases(draw: st.DrawFn, packed: bool | None = None) -> Case:
     experts = draw(st.sampled_from([1, 2, 3, 5, 32, 64]))
     stored = draw(st.none() | st.integers(experts, experts + 4))
-    return make_case(
+    case = make_case(
         draw(st.integers(0, 2**32 - 1)),
         tokens=draw(st.sampled_from([1, 2, 3, 4, 5, 8, 17, 64])),
         experts=experts,
@@ -61,6 +74,8 @@ def cases(draw: st.DrawFn, packed: bool | None = None) -> Case:
         stored=stored,
         packed=draw(st.booleans()) if packed is None else packed,
     )
+    dtypes = draw(st.sampled_from(STORED)), draw(st.sampled_from(STORED))
+    return replace(case, experts=stored_as(case.experts, *dtypes))
 
 
 @every_variant
@@ -105,19 +120,32 @@ def test_one_layer_errs_less_than_bf16_arithmetic(isa: str) -> None:
     assert ours < 1e-4 < 1e-3 < bf16
 
 
+@every_variant
+@settings(max_examples=10)
+@given(case=cases(packed=False))
+def test_dense_experts_have_the_same_bits_in_every_dtype_that_holds_them(isa: str, case: Case) -> None:
+    """Their values have few bits, so that F16 holds what BF16 does."""
+    wide = stored_as(case.experts, torch.float32, torch.float32)
+    expected = run(native(isa, 2), replace(case, experts=wide), torch.float32)
+    for dtype in STORED:
+        experts = stored_as(wide, dtype, torch.float32)
+        assert torch.equal(run(native(isa, 2), replace(case, experts=experts), torch.float32), expected)
+
+
 def moved(weight: Weight, by: int) -> Weight:
     if isinstance(weight, DenseWeight):
-        return DenseWeight(shifted(weight.values, 2 * by))
+        return DenseWeight(shifted(weight.values, weight.values.itemsize * by))
     return Mxfp4Weight(shifted(weight.blocks, by), shifted(weight.scales, by + 3))
 
 
 @every_variant
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("stored", [torch.uint8, *STORED])
 @given(by=st.integers(0, 63))
 @settings(max_examples=15)
-def test_weights_may_lie_at_any_address(isa: str, packed: bool, by: int) -> None:
-    case = make_case(1, hidden=160, intermediate=96, packed=packed)
-    e = case.experts
+def test_weights_may_lie_at_any_address(isa: str, stored: torch.dtype, by: int) -> None:
+    case = make_case(1, hidden=160, intermediate=96, packed=stored == torch.uint8)
+    e = stored_as(case.experts, stored, torch.float32)
+    case = replace(case, experts=e)
     elsewhere = replace(e, gate_up=moved(e.gate_up, by), down=moved(e.down, by + 1))
     expected = run(native(isa), case, torch.float32)
     assert torch.equal(run(native(isa), replace(case, experts=elsewhere), torch.float32), expected)
@@ -166,13 +194,14 @@ def products(draw_: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
     tokens = draw_(st.sampled_from([1, 2, 3, 4, 5, 6, 7, 9, 33, 64]))
     rows, columns = draw_(st.integers(1, 130)), draw_(st.integers(1, 200))
     seed = draw_(st.integers(0, 2**32 - 1))
-    weight = shifted(draw(seed, rows, columns).bfloat16(), 2 * draw_(st.integers(0, 31)))
-    bias = draw(seed + 1, rows).bfloat16() if draw_(st.booleans()) else None
+    dtype = draw_(st.sampled_from(STORED))
+    weight = shifted(draw(seed, rows, columns).to(dtype), dtype.itemsize * draw_(st.integers(0, 15)))
+    bias = draw(seed + 1, rows).to(draw_(st.sampled_from(STORED))) if draw_(st.booleans()) else None
     return draw(seed + 2, tokens, columns), weight, bias
 
 
 @every_variant
-@settings(max_examples=40)
+@settings(max_examples=80)
 @given(case=products(), threads=st.sampled_from(THREADS))
 def test_linear_is_the_product_and_every_token_gets_what_it_gets_alone(
     isa: str, case: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None], threads: int
@@ -200,9 +229,40 @@ def test_bfloat16_activations_give_the_rounded_product(
     assert torch.equal(got, native(isa).linear(x.bfloat16().float(), weight, bias).bfloat16())
 
 
+@every_variant
+@given(seed=st.integers(0, 2**32 - 1), columns=st.integers(1, 200))
+@settings(max_examples=15)
+def test_the_same_values_in_another_dtype_give_the_same_bits(isa: str, seed: int, columns: int) -> None:
+    x, weight, bias = (draw(seed + i, *shape) for i, shape in enumerate([(3, columns), (30, columns), (30,)]))
+    weight, bias = weight.bfloat16().half(), bias.bfloat16().half()
+    held = weight.float().bfloat16().float() == weight.float()  # F16 has no room for BF16's smallest
+    weight = torch.where(held, weight, torch.zeros_like(weight))
+    expected = native(isa).linear(x, weight.float(), bias.float())
+    for dtype in STORED:
+        assert torch.equal(native(isa).linear(x, weight.to(dtype), bias.float()), expected)
+        norm = weight[0].to(dtype)
+        assert torch.equal(native(isa).rms_norm(x, norm, 1e-5), native(isa).rms_norm(x, norm.float(), 1e-5))
+
+
+@every_variant
+def test_every_f16_value_is_read_as_it_is(isa: str) -> None:
+    """Subnormal ones, both zeros and infinities among them; NaN stays NaN. One column, so that nothing is added."""
+    bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
+    values = bits.view(torch.float16)
+    column = native(isa).linear(torch.ones(1, 1), values[:, None])[0]
+    assert torch.equal(column.nan_to_num(1e9), values.float().nan_to_num(1e9))
+    assert torch.equal(column.isnan(), values.isnan())
+    pair = native(isa).linear(torch.tensor([[0.0, 1.0]]), torch.stack([torch.zeros_like(values), values], 1))
+    assert torch.equal(pair[0][values.isfinite()], values.float()[values.isfinite()])
+    ones = torch.ones(1, len(values))
+    normed = native(isa).rms_norm(ones, values, 0.0)[0]
+    assert torch.equal(normed[values.isfinite()], values.float()[values.isfinite()])
+
+
 def test_several_products_at_once_are_those_one_by_one() -> None:
     x = draw(0, 2, 3, 100)
-    layers = [(draw(i, rows, 100).bfloat16(), None) for i, rows in enumerate((1, 64, 7))]
+    rows = ((1, torch.bfloat16), (64, torch.float32), (7, torch.float16))
+    layers = [(draw(i, n, 100).to(dtype), None) for i, (n, dtype) in enumerate(rows)]
     found = native("", 3).linears(x, layers)
     assert [tuple(y.shape) for y in found] == [(2, 3, 1), (2, 3, 64), (2, 3, 7)]
     for y, (weight, _) in zip(found, layers, strict=True):
@@ -214,17 +274,64 @@ def test_rows_may_be_a_window_of_longer_ones() -> None:
     assert torch.equal(native().linear(x, wide[3:, 7:57]), native().linear(x, wide[3:, 7:57].contiguous()))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_weights_of_other_dtypes_go_the_plain_way(dtype: torch.dtype) -> None:
-    x, weight = draw(0, 4, 50), draw(1, 20, 50).to(dtype)
-    torch.testing.assert_close(native().linear(x, weight), x @ weight.float().T, rtol=1e-4, atol=1e-4)
+@pytest.fixture
+def nothing_logged() -> Iterator[None]:
+    log_plain.cache_clear()
+    yield
+    log_plain.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("weight", "reason"),
+    [
+        (draw(1, 20, 50).double(), "a weight is float64"),
+        (draw(1, 50, 20).T, "a weight has strides (1, 20)"),
+    ],
+    ids=["dtype", "strides"],
+)
+def test_weights_that_kernels_do_not_read_go_the_plain_way_and_it_is_said(
+    weight: torch.Tensor, reason: str, nothing_logged: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    x = draw(0, 4, 50)
+    for _ in range(3):
+        got = native().linear(x, weight)
+    torch.testing.assert_close(got, x @ weight.float().T, rtol=1e-4, atol=1e-4)
+    [record] = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage().startswith(f"native backend: {reason}; its kernels read bfloat16, float16")
+
+
+def test_experts_and_routers_that_kernels_do_not_read_are_named(
+    nothing_logged: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    case = make_case(packed=False)
+    e = case.experts
+    rows_apart = DenseWeight(e.down.values.transpose(1, 2).contiguous().transpose(1, 2))  # type: ignore[union-attr]
+    exact = brute_force(case)
+    for experts in (replace(e, down=rows_apart), replace(e, gate_up_bias=e.gate_up_bias.double())):
+        got = run(native(), replace(case, experts=experts), torch.float32)
+        assert relative_error(got, exact) <= EXPERTS_ERROR
+    native().route(draw(0, 2, 8), draw(1, 4, 8).double(), draw(2, 4), 2)
+    native().rms_norm(draw(0, 2, 8), draw(1, 8).double(), 1e-5)
+    reasons = [m.removeprefix("native backend: ").partition(";")[0] for m in caplog.messages]
+    assert reasons == [
+        "down has strides (2048, 1, 32)",
+        "the bias of gate_up is float64",
+        "the router's weight is float64",
+        "a norm's weight is float64",
+    ]
 
 
 @every_variant
 @settings(max_examples=25)
-@given(tokens=st.integers(1, 9), columns=st.integers(1, 200), seed=st.integers(0, 2**32 - 1))
-def test_rms_norm_is_the_formula(isa: str, tokens: int, columns: int, seed: int) -> None:
-    x, weight = draw(seed, tokens, columns), draw(seed + 1, columns).bfloat16()
+@given(
+    tokens=st.integers(1, 9),
+    columns=st.integers(1, 200),
+    seed=st.integers(0, 2**32 - 1),
+    stored=st.sampled_from(STORED),
+)
+def test_rms_norm_is_the_formula(isa: str, tokens: int, columns: int, seed: int, stored: torch.dtype) -> None:
+    x, weight = draw(seed, tokens, columns), draw(seed + 1, columns).to(stored)
     got = native(isa).rms_norm(x, weight, 1e-5)
     wide = x.double().numpy()
     exact = wide / np.sqrt((wide**2).mean(1, keepdims=True) + 1e-5) * weight.double().numpy()
@@ -249,12 +356,20 @@ def routers(draw_: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
 
 @every_variant
 @settings(max_examples=40)
-@given(case=routers(), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+@given(
+    case=routers(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    stored=st.tuples(st.sampled_from(STORED), st.sampled_from(STORED)),
+)
 def test_route_is_the_stable_top_k_and_its_softmax(
-    isa: str, case: tuple[np.ndarray, np.ndarray, np.ndarray, int], dtype: torch.dtype
+    isa: str,
+    case: tuple[np.ndarray, np.ndarray, np.ndarray, int],
+    dtype: torch.dtype,
+    stored: tuple[torch.dtype, torch.dtype],
 ) -> None:
     x, weight, bias, top_k = case
-    given_ = torch.from_numpy(x).to(dtype), *(torch.from_numpy(a).bfloat16() for a in (weight, bias))
+    held = (torch.from_numpy(a).to(d) for a, d in zip((weight, bias), stored, strict=True))
+    given_ = torch.from_numpy(x).to(dtype), *held
     ids, weights = native(isa, 2).route(*given_, top_k)
     expected_ids, expected = brute_force_route(x.astype(np.float64) @ weight.T + bias, top_k)
     assert np.array_equal(ids.numpy(), expected_ids)

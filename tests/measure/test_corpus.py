@@ -17,7 +17,7 @@ pytest.importorskip("torch")
 from moe_surgery.checkpoint.locate import locate
 from moe_surgery.demo import arithmetic
 from moe_surgery.errors import InvalidInputError, MoeSurgeryError, OutputError, UsageError
-from moe_surgery.measure import corpus as module
+from moe_surgery.measure import text_files as module
 from moe_surgery.measure.corpus import Corpus, Passage, batches, open_corpus, text_files
 from moe_surgery.runtime.text import Text
 from tests.measure.conftest import SENTENCES, conversation, write_lines
@@ -93,7 +93,7 @@ def test_line_breaks_and_characters_of_any_width_arrive_as_they_are(text: Text, 
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("a.txt", '{"messages": []}', "text"),
+        ("a.txt", '{"messages": []', "text"),
         ("a.py", "x = 1", "text"),
         ("a.jsonl", '\n\n{"messages": [{"role": "user", "content": "x"}]}\n', "chat"),
         ("a.jsonl", '{"text": "x"}\n{"messages": []}\n', "jsonl"),
@@ -262,12 +262,12 @@ BAD: dict[str, tuple[str, bytes, str | None, str]] = {
     "half a character": ("x.jsonl", b'"fine"\n"\\ud800"\n', None, "line 2: the text is not Unicode"),
     "no messages": ("x.jsonl", b'{"text": "x"}\n', "chat", 'line 1: expected {"messages": [...]}'),
     "an empty conversation": ("x.jsonl", b'{"messages": []}\n', None, "line 1: expected"),
-    "a message that is a text": ("x.jsonl", b'{"messages": ["x"]}\n', None, "line 1: a message is not"),
+    "a message that is a text": ("x.jsonl", b'{"messages": ["x"]}\n', None, "line 1: message 1: expected {"),
     "a message without content": (
         "x.jsonl",
         b'{"messages": [{"role": "user"}]}\n',
         None,
-        "line 1: a message",
+        "line 1: message 1: has neither content nor tool_calls",
     ),
     "a role that the template does not know": (
         "x.jsonl",

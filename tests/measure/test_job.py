@@ -19,7 +19,9 @@ from moe_surgery.checkpoint.locate import locate  # noqa: E402
 from moe_surgery.errors import InvalidInputError, OutputError, PlanMismatchError, UsageError  # noqa: E402
 from moe_surgery.measure import states  # noqa: E402
 from moe_surgery.measure.corpus import open_corpus, text_files  # noqa: E402
+from moe_surgery.measure.evaluate import evaluate  # noqa: E402
 from moe_surgery.measure.job import Listener, Profiled, profile  # noqa: E402
+from moe_surgery.measure.search import search  # noqa: E402
 from moe_surgery.runtime.load import load_model  # noqa: E402
 from moe_surgery.runtime.text import Text  # noqa: E402
 from moe_surgery.selection.plan import Plan  # noqa: E402
@@ -27,7 +29,7 @@ from moe_surgery.selection.statistics import Statistics, load_statistics, merge 
 from tests.measure.conftest import QUESTIONS, conversation, write_lines  # noqa: E402
 from tests.runtime.models import write_lively  # noqa: E402
 from tests.support.checkpoints import Shape, Tensors, write_checkpoint  # noqa: E402
-from tests.support.command import ended, start, wait_for  # noqa: E402
+from tests.support.command import call, ended, start, wait_for  # noqa: E402
 from tests.support.routed import Routed, assert_same  # noqa: E402
 
 TINY = "example:tiny"
@@ -188,6 +190,46 @@ def test_hidden_states_in_a_file_give_the_same(
     assert [p.name for p in tmp_path.iterdir()] == ["s"]
 
 
+@pytest.mark.parametrize("dtype", [None, F32])
+def test_every_command_takes_the_default_backend_and_says_which(
+    dtype: torch.dtype | None, texts: Path, text: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MOE_SURGERY_NATIVE")
+    words = texts / "words.jsonl"
+    whole = load_model(TINY, dtype=dtype)
+    said = {
+        "backend": whole.backend.name,
+        "device": "cpu",
+        "dtype": str(whole.dtype).removeprefix("torch."),
+    }
+    profiled = profile(TINY, text_files([words]), tmp_path / "s", max_tokens=8, dtype=dtype)
+    ranking = search(TINY, text_files([words]), tmp_path / "r.json", max_tokens=8, dtype=dtype)
+    corpus = open_corpus(text_files([words]), text, context=64, max_tokens=8)
+    plan = Plan("gpt_oss", 32, ((0, 1),) * 4)
+    evaluation = evaluate(TINY, corpus, plans=[("two", plan)], dtype=dtype)
+    found = [profiled.statistics.settings, ranking.provenance["settings"], evaluation.settings]
+    for settings in found:
+        assert isinstance(settings, dict)
+        assert {key: settings[key] for key in said} == said
+
+
+def test_the_commands_print_the_backend(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "p.json").write_text(Plan("gpt_oss", 32, ((0, 1),) * 4).to_json())
+    given = ("--texts", texts / "words.jsonl", "--max-tokens", "8", "--dtype", "f32")
+    line = "computed by backend reference on device cpu in float32"
+    for command in (
+        ("profile", TINY, *given, "-o", tmp_path / "s"),
+        ("search", TINY, *given, "-o", tmp_path / "r.json"),
+        ("evaluate", TINY, *given, "--plan", tmp_path / "p.json"),
+    ):
+        told = call(capsys, *command)
+        assert told.code == 0, told.err
+        assert line in told.err.splitlines()
+    assert line in call(capsys, "stats", "show", tmp_path / "s").out.splitlines()
+
+
 # --- interruption
 
 
@@ -237,6 +279,7 @@ OTHERS: dict[str, dict[str, object]] = {
     "another bound": {"max_tokens": 40},
     "another context": {"context": 30},
     "another dtype": {"dtype": torch.bfloat16},
+    "another backend": {"backend": "reference-invariant"},
     "another plan": {"sequential": Plan("gpt_oss", 32, ((1, 2),) * 4)},
     "another top-k": {"sequential": Plan("gpt_oss", 32, ((0, 1),) * 4, 1)},
 }

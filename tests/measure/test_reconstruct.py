@@ -149,6 +149,24 @@ def test_an_interrupted_search_goes_on_and_gives_the_same_file(tmp_path: Path) -
     assert sorted(p.name for p in tmp_path.iterdir()) == ["r.json", "sums.txt", "whole.json"]
 
 
+def test_what_another_backend_left_is_not_taken_up(tmp_path: Path) -> None:
+    text = tmp_path / "sums.txt"
+    text.write_text(arithmetic(random.Random(3), 200))
+    files = text_files([text])
+
+    def stop(done: int) -> None:
+        if done:
+            raise Stop
+
+    with pytest.raises(Stop):
+        search(TINY, files, tmp_path / "r.json", max_tokens=20, dtype=torch.float32, progress=stop)
+    assert (tmp_path / ".r.json.partial").exists()
+    layers: list[int] = []
+    options = {"max_tokens": 20, "dtype": torch.float32, "backend": "reference-invariant"}
+    search(TINY, files, tmp_path / "r.json", progress=layers.append, **options)  # type: ignore[arg-type]
+    assert layers == [0, 1, 1, 1, 1]
+
+
 def test_the_command_makes_a_ranking_that_plan_takes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -62,6 +62,16 @@ def test_step_bytes_are_those_counted_from_the_configuration(tokens: int, top_k:
     assert model_step_bytes(view(tiny, None, top_k), tokens) == pytest.approx(counted.step, rel=1e-9)
 
 
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_step_bytes_of_narrow_experts_are_those_counted_from_the_configuration(
+    tokens: int, tmp_path: Path
+) -> None:
+    shape = Shape(layers=2, experts=5, hidden=64, intermediate=96, top_k=2)
+    model = load_model(write_checkpoint(tmp_path / "narrow", shape))
+    counted = bytes_per_token(model.config, 5, tokens, 0)
+    assert model_step_bytes(model, tokens) == pytest.approx(counted.step, rel=1e-9)
+
+
 @pytest.mark.parametrize("count", [1, 3, 6])
 def test_a_view_shows_the_bytes_that_the_pruned_checkpoint_holds(
     folder: Path, model: Model, tmp_path: Path, count: int

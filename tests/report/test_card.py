@@ -198,9 +198,9 @@ def test_numbers_are_those_of_the_files(layout: str, dtype: str, tmp_path: Path)
     assert rows["weight files"] == [f"{size / 1000:.2f} kB" for size in sizes]
     stored = {"mxfp4": "MXFP4 (4.25 bits a weight)", "bf16": "BF16"}
     before = "mxfp4" if layout in ("mxfp4", "original") else "bf16"
-    assert rows["expert weights"] == [stored[result.program.storage], stored[before]]
+    assert rows["expert weights"] == [stored[result.program.expert_format.name], stored[before]]
     assert rows["other weights"] == ["BF16", "BF16"]
-    if result.program.storage == "mxfp4":
+    if result.program.expert_format.name == "mxfp4":
         assert f"which takes {2 * total / 1000:.2f} kB" in readme(out)
 
 
@@ -399,9 +399,14 @@ def test_choice_is_told_in_words(provenance: dict[str, object], words: list[str]
     assert "best first" in told
 
 
-def test_random_choice_is_told_and_remade_by_the_commands(source: Path, out: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("top_k", [None, 1, 3])
+def test_random_choice_is_told_and_remade_by_the_commands(
+    top_k: int | None, source: Path, tmp_path: Path
+) -> None:
     from moe_surgery.cli import main
 
+    out = tmp_path / "out"
+    prune(source, out, cut, top_k=top_k)
     card = readme(out)
     assert "drawn at random (seed `5`)" in card
     commands = [line for block in blocks(card, "sh") for line in block.splitlines()]

@@ -40,7 +40,7 @@ def test_new_card_is_part_of_the_checkpoint(source: Path, out: Path) -> None:
     assert changed == {"README.md", "surgery.json"}
     (out / "README.md").write_text(NEW.replace("A", "B"))
     assert verify_checkpoint(out).problems == (
-        f"{out}/README.md: its bytes do not have the manifest's digest",
+        f"{out}/README.md: edited or damaged since it was written: its bytes do not have the manifest's digest",
     )
 
 

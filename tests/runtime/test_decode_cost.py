@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 pytest.importorskip("torch")
@@ -11,7 +13,7 @@ from moe_surgery.runtime.decode_cost import bytes_per_token, distinct_experts
 
 WINDOWS = tuple(128 if i % 2 == 0 else None for i in range(24))
 GPT_OSS_20B = ModelConfig(
-    24, 2880, 64, 8, 64, 201088, 32, 4, 131072, WINDOWS, RopeConfig(150000.0), 1e-5, 7.0, 1.702, ()
+    24, 2880, 2880, 64, 8, 64, 201088, 32, 4, 131072, WINDOWS, RopeConfig(150000.0), 1e-5, 7.0, 1.702, ()
 )  # fmt: skip
 
 
@@ -25,6 +27,16 @@ def test_bytes_of_one_token_are_those_of_its_weights_and_its_cache() -> None:
     # 12 layers see 128 positions, 12 all 1024; keys and values of 8 heads of 64.
     assert read.cache == 12 * (128 + 1024) * 2 * 8 * 64 * 2
     assert read.step == read.token == pytest.approx(3.72e9, rel=0.01)
+
+
+def test_experts_narrower_than_the_model_are_read_as_they_are() -> None:
+    """gpt-oss's inner size is its hidden size; other models' are not."""
+    narrow = replace(GPT_OSS_20B, intermediate=768)
+    for packed, width in ((True, 17 / 32), (False, 2)):
+        expert = (2 * 768 * 2880 + 768 * 2880) * width + (2 * 768 + 2880) * 2
+        read = bytes_per_token(narrow, 8, 1, 1024, packed)
+        assert read.experts == pytest.approx(24 * 4 * expert)
+        assert read.attention == bytes_per_token(GPT_OSS_20B, 8, 1, 1024, packed).attention
 
 
 def test_a_batch_shares_the_weights_but_not_the_cache() -> None:

@@ -20,6 +20,7 @@ from tests.support.checkpoints import (  # noqa: E402
     write_checkpoint,
     write_sparse_checkpoint,
 )
+from tests.support.floats import in_dtype  # noqa: E402
 
 CUDA = torch.device("cuda")
 HEADROOM = 1 << 30
@@ -72,10 +73,12 @@ def test_one_byte_too_little_is_too_little(full_size: Model) -> None:
         check_memory(CUDA, full_size, free=nbytes(1) + HEADROOM - 1)
 
 
-def test_wide_experts_are_told_to_become_smaller(tmp_path: Path) -> None:
-    with Checkpoint.open(write_checkpoint(tmp_path / "wide", Shape(), "bf16")) as checkpoint:
+@pytest.mark.parametrize(("dtype", "times"), [("bf16", "four"), ("f16", "four"), ("f32", "seven")])
+def test_wide_experts_are_told_to_become_smaller(dtype: str, times: str, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "wide", Shape(), "bf16", edit_tensors=in_dtype(dtype))
+    with Checkpoint.open(folder) as checkpoint:
         model = describe(checkpoint)
-    with pytest.raises(UsageError, match="no expert count fits; --dtype mxfp4 makes experts four times"):
+    with pytest.raises(UsageError, match=f"no expert count fits; --dtype mxfp4 makes experts {times} times"):
         check_memory(CUDA, model, free=0)
 
 

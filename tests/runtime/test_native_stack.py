@@ -73,8 +73,62 @@ def test_a_view_has_a_stack_of_its_own(tiny: Path, kept: int | None, top_k: int 
         assert torch.equal(mine, theirs)
 
 
-def float_projection(p: Projection) -> Projection:
-    return replace(p, weight=p.weight.float())
+def wide(layer: Layer, dtype: torch.dtype) -> Layer:
+    """The layer with everything but its packed experts stored in another dtype."""
+
+    def of(p: Projection) -> Projection:
+        return Projection(p.weight.to(dtype), None if p.bias is None else p.bias.to(dtype))
+
+    e = layer.experts
+    experts = replace(e, gate_up_bias=e.gate_up_bias.to(dtype), down_bias=e.down_bias.to(dtype))
+    projections = {name: of(getattr(layer, name)) for name in ("q", "k", "v", "o", "router")}
+    vectors = {name: getattr(layer, name).to(dtype) for name in ("attention_norm", "mlp_norm", "sinks")}
+    return replace(layer, experts=experts, **projections, **vectors)
+
+
+def stored_as(model: Model, dtype: torch.dtype) -> Model:
+    model.layers = [wide(layer, dtype) for layer in model.layers]
+    model.embedding, model.norm, model.unembedding = (
+        t.to(dtype) for t in (model.embedding, model.norm, model.unembedding)
+    )
+    return model
+
+
+@every_variant
+def test_a_stack_of_f32_weights_gives_what_bf16_ones_with_the_same_values_give(tiny: Path, isa: str) -> None:
+    expected = outcome(model_of(tiny, isa, 1, stacked=True), 2)
+    for stacked in (True, False):
+        model = stored_as(model_of(tiny, isa, 1, stacked=stacked), torch.float32)
+        assert (model._stack() is not None) == stacked
+        for mine, theirs in zip(outcome(model, 2), expected, strict=True):
+            assert torch.equal(mine, theirs)
+
+
+@every_variant
+def test_a_stack_of_f16_weights_gives_what_f32_ones_with_the_same_values_give(tiny: Path, isa: str) -> None:
+    half = stored_as(model_of(tiny, isa, 2, stacked=True), torch.float16)
+    assert half._stack() is not None
+    found = outcome(half, 2)
+    apart = stored_as(model_of(tiny, isa, 1, stacked=False), torch.float16)
+    for mine, theirs in zip(found, outcome(apart, 2), strict=True):
+        assert torch.equal(mine, theirs)
+    for mine, theirs in zip(found, outcome(stored_as(half, torch.float32), 2), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16, torch.float16])
+def test_with_f16_and_f32_weights_a_sequence_gets_in_a_batch_what_it_gets_alone(
+    tiny: Path, dtype: torch.dtype, compute: torch.dtype
+) -> None:
+    model = stored_as(load_model(tiny, dtype=compute, backend="native"), dtype)
+    ids = draw_ids(5, 40)
+    together = model(ids)
+    for row in range(5):
+        assert torch.equal(model(ids[row : row + 1])[0], together[row])
+        cache = model.new_cache(1, 40)
+        steps = [model(ids[row : row + 1, a:b], cache) for a, b in ((0, 7), (7, 8), (8, 11), (11, 40))]
+        assert torch.equal(torch.cat(steps, dim=1)[0], together[row])
 
 
 def strided_index(layer: Layer) -> Layer:
@@ -85,10 +139,10 @@ def strided_index(layer: Layer) -> Layer:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda layer: replace(layer, o=float_projection(layer.o)),
-        lambda layer: replace(layer, sinks=layer.sinks.float()),
-        lambda layer: replace(layer, mlp_norm=layer.mlp_norm.float()),
-        lambda layer: replace(layer, router=replace(layer.router, bias=layer.router.bias.float())),
+        lambda layer: replace(layer, o=replace(layer.o, weight=layer.o.weight.double())),
+        lambda layer: replace(layer, sinks=layer.sinks.double()),
+        lambda layer: replace(layer, mlp_norm=layer.mlp_norm.double()),
+        lambda layer: replace(layer, router=replace(layer.router, bias=layer.router.bias.double())),
         lambda layer: replace(layer, attention_norm=layer.attention_norm[:-1]),
         strided_index,
     ],

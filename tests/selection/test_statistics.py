@@ -22,6 +22,7 @@ from moe_surgery.selection.statistics import (
     merge,
     save_statistics,
 )
+from tests.support.command import call
 
 EXPERTS, HIDDEN, LAYERS = 5, 6, 4
 
@@ -140,15 +141,62 @@ def test_the_same_text_does_not_count_twice() -> None:
 
 def test_merging_leaves_its_parts_alone_and_keeps_settings_that_agree() -> None:
     one, other, third = statistics(0), statistics(1), statistics(2)
-    one.settings = other.settings = {"dtype": "float32"}
-    third.settings = {"dtype": "bfloat16"}
+    one.settings = other.settings = {"dtype": "float32", "context": 4096}
+    third.settings = {"dtype": "float32", "context": 50}
     for part in (one, other, third):
         part.texts = {"law": []}
     before = one.data["law"][0].gate.copy()
-    assert merge([one, other]).settings == {"dtype": "float32"}
-    assert merge([one, other, third]).settings == {}
+    assert merge([one, other]).settings == {"dtype": "float32", "context": 4096}
+    assert merge([one, other, third]).settings == {"dtype": "float32"}
     np.testing.assert_array_equal(one.data["law"][0].gate, before)
     assert one.texts == {"law": []}
+
+
+COMPUTED = {"backend": "native", "device": "cpu", "dtype": "float32"}
+
+
+def computed(seed: int, **changed: str) -> Statistics:
+    found = statistics(seed)
+    found.texts = {"law": []}
+    found.settings = {**COMPUTED, **changed}
+    return found
+
+
+@pytest.mark.parametrize("other", [{"backend": "triton"}, {"device": "cuda"}, {"dtype": "bfloat16"}])
+def test_statistics_computed_differently_do_not_merge(other: dict[str, str]) -> None:
+    [(key, value)] = other.items()
+    assert merge([computed(0), computed(1)]).settings == COMPUTED
+    with pytest.raises(PlanMismatchError) as caught:
+        merge([computed(0), computed(1), computed(2, **other)], ["a.stats", "b.stats", "c.stats"])
+    assert str(caught.value) == (
+        f"statistics computed differently cannot be merged: {key} is {COMPUTED[key]} in a.stats "
+        f"and {value} in c.stats; profile both with the same --{key}"
+    )
+    with pytest.raises(PlanMismatchError, match=r"in part 1 and .* in part 2"):
+        merge([computed(0, **other), computed(1)])
+
+
+def test_a_file_without_its_backend_merges_with_any_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = computed(0)
+    old.settings = {"dtype": "float32"}  # as earlier versions wrote it
+    for name, part in {"old": old, "a": computed(1), "b": computed(2, backend="reference")}.items():
+        save_statistics(part, tmp_path / name)
+    before, a, b = (tmp_path / name for name in ("old", "a", "b"))
+    told = call(capsys, "stats", "merge", before, a, "-o", tmp_path / "both")
+    assert told.code == 0
+    assert f"note: {before} does not name its backend and device" in told.err
+    assert load_statistics(tmp_path / "both").settings == {"dtype": "float32"}
+    assert load_statistics(tmp_path / "both").tokens == {"law": 80}
+    refused = call(capsys, "stats", "merge", before, a, b, "-o", tmp_path / "all")
+    assert (refused.code, refused.err.count("\n")) == (4, 1)
+    assert f"in {a} and reference in {b}; profile both with the same --backend" in refused.err
+    assert not (tmp_path / "all").exists()
+    assert (
+        "computed by backend unknown on device unknown in float32"
+        in call(capsys, "stats", "show", before).out
+    )
 
 
 def test_a_domain_means_its_prompts_and_answers() -> None:
@@ -250,7 +298,7 @@ def test_super_experts_are_outliers_of_the_first_three_quarters() -> None:
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
     save_file({"x": np.zeros(3)}, tmp_path / "x")
-    with pytest.raises(InvalidInputError, match="no statistics of moe-surgery"):
+    with pytest.raises(InvalidInputError, match="is a safetensors file of weights, not a statistics file"):
         load_statistics(tmp_path / "x")
     save_statistics(statistics(0), tmp_path / "cut")
     raw = (tmp_path / "cut").read_bytes()

@@ -17,9 +17,14 @@ transformers.logging.disable_progress_bar()
 Kept = tuple[tuple[int, ...], ...]
 
 
-def load_model(folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model in `folder`, MXFP4 dequantised; every key of the model found, and no other."""
-    options = {}
+def load_model(
+    folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32, **config: object
+) -> PreTrainedModel:
+    """The model in `folder`, MXFP4 dequantised; every key of the model found, and no other.
+
+    `config` replaces values of config.json.
+    """
+    options = dict(config)
     if "quantization_config" in load_config(folder):
         options["quantization_config"] = Mxfp4Config(dequantize=True)
     model, report = AutoModelForCausalLM.from_pretrained(

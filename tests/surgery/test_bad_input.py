@@ -130,13 +130,12 @@ def test_tensor_in_two_shards(capsys: Capture, source: Path) -> None:
     refused(capsys, 3, SECOND, f"tensor '{ROUTER}' is also in {FIRST}", source=source)
 
 
-def test_unlisted_shard_is_refused_or_ignored(capsys: Capture, source: Path) -> None:
+def test_model_safetensors_beside_an_index_is_refused_or_ignored(capsys: Capture, source: Path) -> None:
     out = source.parent / "out"
-    save_tensors(source / "extra.safetensors", {"extra": np.zeros(3, np.uint8)})
-    refused(capsys, 3, str(source / "extra.safetensors"), "--ignore-unlisted", source=source)
+    save_tensors(source / "model.safetensors", {"extra": np.zeros(3, np.uint8)})
+    refused(capsys, 3, str(source / "model.safetensors"), "--ignore-unlisted", source=source)
     assert call(capsys, "prune", source, out, "--keep", "0,1", "--ignore-unlisted").code == 0
-    assert not (out / "extra.safetensors").exists()
-    (source / "extra.safetensors").unlink()
+    (source / "model.safetensors").unlink()
     assert_sound(out, source)
 
 
@@ -187,7 +186,7 @@ def test_checkpoint_that_is_not_there(
 def test_file_that_is_no_checkpoint(capsys: Capture, source: Path) -> None:
     ended = call(capsys, "prune", source / "config.json", source.parent / "out", "--keep", "0")
     assert ended.code == 2
-    assert "is neither a folder nor a .safetensors file" in ended.error
+    assert "is the config.json of a model, not a checkpoint; name its folder" in ended.error
 
 
 def test_unknown_example(capsys: Capture, tmp_path: Path) -> None:
@@ -328,7 +327,7 @@ def test_experts_stored_in_two_ways(capsys: Capture, tmp_path: Path) -> None:
         tensors[BLOCKS.removesuffix("_blocks")] = np.zeros((4, 32, 64), np.uint16)
 
     source = write_checkpoint(tmp_path / "source", edit_tensors=mix)
-    refused(capsys, 3, "is stored otherwise than", "all MXFP4 or all BF16", source=source)
+    refused(capsys, 3, "is stored as MXFP4", "as BF16", "must be all in one format", source=source)
 
 
 # --- values that MXFP4 cannot hold

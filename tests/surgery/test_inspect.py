@@ -27,7 +27,7 @@ def full_size(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_gpt_oss_20b_has_its_published_tensors_and_bytes(full_size: Path) -> None:
     found = inspect(full_size)
     assert (found.tensors, found.nbytes) == (459, 13_761_264_768)
-    assert (found.layers, found.experts, found.top_k, found.expert_storage) == (24, 32, 4, "mxfp4")
+    assert (found.layers, found.experts, found.top_k, found.expert_format.name) == (24, 32, 4, "mxfp4")
     assert sum(found.parts.values()) == sum(found.dtypes.values()) == found.nbytes
 
 
@@ -106,7 +106,7 @@ def test_parameters_of_a_pruned_model_are_those_foretold(layout: str, tmp_path: 
         prune(source, out, lambda m, n=experts: plan_random(n, 0, m))  # type: ignore[misc]
         found = inspect(out)
         size = sizes[experts - 1]
-        stored = size.mxfp4_bytes if found.expert_storage == "mxfp4" else size.bf16_bytes
+        stored = size.mxfp4_bytes if found.expert_format.name == "mxfp4" else size.bf16_bytes
         assert (found.parameters, found.nbytes) == (size.parameters, stored)
         assert found.active_parameters == size.active_parameters
 

@@ -48,7 +48,7 @@ def rewrite(out: Path, change: Callable[[Document], object]) -> Path:
 def test_manifest_says_what_was_done(source: Path, out: Path) -> None:
     manifest = load_manifest(out / "surgery.json")
     assert manifest.plan.layers == ((3, 1), (3, 1))
-    assert manifest.storage == "mxfp4"
+    assert manifest.expert_format.name == "mxfp4"
     assert manifest.tool == f"moe-surgery {__version__}"
     shard = source / "model.safetensors"
     (recorded,) = manifest.sources
@@ -84,6 +84,7 @@ def test_manifest_with_a_fitting_digest_is_read(out: Path) -> None:
         lambda d: d.update(tool="moe-surgery"),
         lambda d: d.update(tool={"name": "moe-surgery"}),
         lambda d: d.update(expert_storage=4),
+        lambda d: d.update(expert_storage="q4_0"),
         lambda d: d.update(plan=[]),
         lambda d: d.update(plan={}),
         lambda d: d["plan"].update(layers=[[0, 9], [0, 1]]),
@@ -137,6 +138,14 @@ def test_manifest_that_cannot_be_read_is_not_ours(tmp_path: Path) -> None:
     assert not is_ours(tmp_path)
     with pytest.raises(OutputError):
         load_manifest(tmp_path / "nowhere" / "surgery.json")
+
+
+def test_a_manifest_that_the_system_refuses_to_read_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "surgery.json").symlink_to("surgery.json")
+    with pytest.raises(OutputError, match=r"surgery\.json: cannot open: Too many levels of symbolic links"):
+        is_ours(tmp_path)
+    with pytest.raises(OutputError, match=r"cannot open: File name too long"):
+        is_ours(tmp_path / ("x" * 300))
 
 
 def test_altered_manifest_is_still_ours_but_does_not_hold(out: Path) -> None:

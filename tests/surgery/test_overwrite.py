@@ -207,6 +207,20 @@ def test_shard_without_read_permission_is_named(source: Path, tmp_path: Path) ->
     assert os.listdir(tmp_path) == ["models"]
 
 
+def test_manifest_without_read_permission_is_named(source: Path, out: Path) -> None:
+    """It is not taken for a folder of somebody else, which the user is told to remove."""
+    mode = (out / "surgery.json").stat().st_mode
+    (out / "surgery.json").chmod(0)
+    before = without_privilege if os.geteuid() == 0 else None
+    ended = run("prune", source, out, "--keep", "0", "--overwrite", before=before)
+    (out / "surgery.json").chmod(mode)
+    if ended.code == 99:
+        pytest.skip("privileges cannot be dropped here")
+    assert ended.code == 5
+    assert ended.error == f"moe-surgery: {out / 'surgery.json'}: cannot open: Permission denied"
+    assert_sound(out, source)
+
+
 def test_immutable_folder_is_named(source: Path, tmp_path: Path) -> None:
     folder = tmp_path / "immutable"
     folder.mkdir()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_surgery import plan_keeping, prune
+from moe_surgery import Plan, plan_keeping, prune
 from moe_surgery.surgery.serving import serving_notes
 from tests.support.checkpoints import Shape, write_checkpoint
 
@@ -18,8 +18,24 @@ from tests.support.checkpoints import Shape, write_checkpoint
         (16, 4, 4, []),
         (8, 4, 4, []),
         (4, 4, 4, ["do not divide by 8"]),
-        (2, 2, 4, ["top-k is 2 instead of 4", "do not divide by 4, 8"]),
-        (1, 1, 4, ["top-k is 1 instead of 4", "does not divide by 2, 4, 8"]),
+        (
+            2,
+            2,
+            4,
+            [
+                "top-k is 2 instead of the source's 4: only 2 experts are left in each layer",
+                "do not divide by 4, 8",
+            ],
+        ),
+        (
+            1,
+            1,
+            4,
+            [
+                "top-k is 1 instead of the source's 4: only 1 expert is left in each layer",
+                "does not divide by 2, 4, 8",
+            ],
+        ),
         (3, 3, 4, ["top-k 3 is not a power of two", "top-k is 3", "divide by 2, 4, 8", "no count"]),
         (31, 4, 4, ["do not divide by 2, 4, 8", "31 experts is no count that fused routers are built for"]),
         (24, 4, 4, ["24 experts is no count that fused routers are built for"]),
@@ -40,3 +56,43 @@ def test_prune_gives_the_notes_of_its_result(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "in", Shape(experts=8, top_k=4))
     result = prune(source, tmp_path / "out", lambda m: plan_keeping([1, 2, 3], m))
     assert list(result.notes) == serving_notes(3, 3, 4)
+
+
+ASKED = "top-k is {} instead of the source's {}, as the plan sets it: a token passes through {} experts"
+LEFT = "top-k is {} instead of {} {}: only {} left in each layer"
+
+
+@pytest.mark.parametrize(
+    ("kept", "plan_top_k", "top_k", "told"),
+    [
+        (8, None, 4, None),
+        (8, 4, 4, None),
+        (8, 2, 2, ASKED.format(2, 4, "fewer")),
+        (8, 8, 8, ASKED.format(8, 4, "more")),
+        (16, 8, 8, ASKED.format(8, 4, "more")),
+        (2, None, 2, LEFT.format(2, "the source's", 4, "2 experts are")),
+        (1, None, 1, LEFT.format(1, "the source's", 4, "1 expert is")),
+        (2, 1, 1, ASKED.format(1, 4, "fewer")),
+        (2, 2, 2, ASKED.format(2, 4, "fewer")),
+        (2, 3, 2, LEFT.format(2, "the plan's", 3, "2 experts are")),
+        (8, 16, 8, LEFT.format(8, "the plan's", 16, "8 experts are")),
+        (4, 8, 4, LEFT.format(4, "the plan's", 8, "4 experts are")),
+    ],
+)
+def test_a_top_k_that_differs_is_explained_by_what_made_it(
+    kept: int, plan_top_k: int | None, top_k: int, told: str | None, tmp_path: Path
+) -> None:
+    source = write_checkpoint(tmp_path / "in", Shape(experts=16, top_k=4, layers=1))
+    plan = Plan("gpt_oss", 16, (tuple(range(kept)),), plan_top_k)
+    result = prune(source, tmp_path / "out", plan)
+    assert result.program.top_k == top_k
+    notes = [note for note in result.notes if "top-k is" in note]
+    assert len(notes) == (told is not None)
+    assert all(note.startswith(str(told)) for note in notes)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert all(note in card for note in result.notes)
+    assert card.count("top-k is") == len(notes)
+    assert ("**Top-k differs.**" in card) == (top_k != 4)
+    assert ("trained with more" in card) == (top_k < 4)
+    assert ("trained with fewer" in card) == (top_k > 4)
+    assert ("what is known of the source holds here" in card) == (kept == 16 and top_k == 4)

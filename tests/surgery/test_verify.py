@@ -243,6 +243,77 @@ def test_extra_file_is_a_note(out: Path) -> None:
     assert found.notes == (f"{out / 'notes.txt'}: not listed in surgery.json",)
 
 
+SIDE_EDITS: dict[str, Callable[[Path], object]] = {
+    "README.md": lambda path: path.write_text("# Mine\n"),
+    "README.source.md": lambda path: path.unlink(),
+    "chat_template.jinja": lambda path: flip(path, 0, 1),
+    "config.json": lambda path: path.write_text(path.read_text().replace("\n", "\r\n")),
+    "generation_config.json": lambda path: path.write_text("{}"),
+}
+
+
+@pytest.mark.parametrize("against", [False, True], ids=["alone", "with source"])
+@pytest.mark.parametrize("name", SIDE_EDITS)
+def test_an_edited_side_file_is_named_apart_from_weights(
+    name: str, against: bool, source: Path, out: Path, capsys: Capture
+) -> None:
+    SIDE_EDITS[name](out / name)
+    options = ["--source", source] if against else []
+    ended = call(capsys, "verify", out, *options)
+    assert (ended.code, ended.out) == (8, "")
+    named, summary = ended.err.splitlines()
+    assert named.startswith(f"moe-surgery: {out / name}: ")
+    assert summary == (
+        f"moe-surgery: {out}: the weights are sound, only {name} changed; --weights-only accepts that"
+    )
+    ended = call(capsys, "verify", out, "--weights-only", *options)
+    assert ended.code == 0
+    assert ended.out.startswith(f"{out}: sound (")
+    assert ended.err.splitlines() == [named.replace("moe-surgery: ", "note: ", 1)]
+    said = call(capsys, "verify", out, "--weights-only", "--json", *options).json()
+    assert (said["ok"], said["problems"], said["side_files"], said["weights_ok"]) == (True, [], [name], True)
+
+
+def test_weights_only_still_finds_one_byte_in_every_tensor(out: Path, capsys: Capture) -> None:
+    (out / "README.md").write_text("# Mine\n")
+    for shard in sorted(out.glob("*.safetensors")):
+        for tensor, offsets in tensor_offsets(shard):
+            flip(shard, offsets[1], 1)
+            found = verify_checkpoint(out, weights_only=True)
+            assert (found.problems, found.weights_ok) == ((damaged(shard, tensor),), False)
+            flip(shard, offsets[1], 1)
+    shard = next(out.glob("*.safetensors"))
+    flip(shard, shard.stat().st_size - 1, 1)
+    ended = call(capsys, "verify", out, "--weights-only")
+    assert ended.code == 8
+    assert "the weights are sound" not in ended.err
+
+
+def test_weights_only_still_holds_config_and_index_against_the_shards(out: Path) -> None:
+    config = json.loads((out / "config.json").read_bytes())
+    (out / "config.json").write_text(json.dumps(config | {"hidden_size": 32}))
+    assert not verify_checkpoint(out, weights_only=True).ok
+    (out / "config.json").write_text(json.dumps(config))
+    assert verify_checkpoint(out, weights_only=True).ok
+    index = json.loads((out / INDEX).read_bytes())
+    index["weight_map"].popitem()
+    (out / INDEX).write_text(json.dumps(index))
+    assert not verify_checkpoint(out, weights_only=True).ok
+
+
+def test_what_git_and_the_hub_add_is_one_note(out: Path, capsys: Capture) -> None:
+    (out / ".gitattributes").write_text("*.safetensors filter=lfs\n")
+    for folder in (".git", ".cache"):
+        (out / folder).mkdir()
+        (out / folder / "model.safetensors").write_text("x")
+    for options in ([], ["--weights-only"], ["--structure-only"]):
+        ended = call(capsys, "verify", out, *options)
+        assert ended.code == 0
+        assert ended.err.splitlines() == [
+            f"note: {out}: .cache, .git, .gitattributes: hidden, not part of the checkpoint"
+        ]
+
+
 @pytest.mark.parametrize("kind", ["fifo", "folder", "dangling link"])
 def test_shard_that_is_no_regular_file_is_named(out: Path, kind: str) -> None:
     shard = next(out.glob("*.safetensors"))

@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstring>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "../engine.hpp"
@@ -55,6 +56,37 @@ double bf16_value(const Bytes& bytes, std::ptrdiff_t i) {
     return value;
 }
 
+// Values of a dtype: normal ones, and of F16 any that are numbers, subnormal ones among them.
+Bytes random_values(std::ptrdiff_t count, Dtype dtype) {
+    if (dtype == Dtype::bf16) return random_bf16(count);
+    if (dtype == Dtype::f16) {
+        Bytes found = random_bytes(2 * count);
+        for (std::size_t i = 1; i < found.size(); i += 2) {
+            if ((found[i] & 0x7c) == 0x7c) found[i] &= 0xbf;  // neither infinite nor NaN
+        }
+        return found;
+    }
+    const Floats values = random_floats(count);
+    Bytes found(static_cast<std::size_t>(4 * count));
+    std::memcpy(found.data(), values.data(), found.size());
+    return found;
+}
+
+double value_of(const Bytes& bytes, std::ptrdiff_t i, Dtype dtype) {
+    if (dtype == Dtype::bf16) return bf16_value(bytes, i);
+    if (dtype == Dtype::f32) {
+        float value;
+        std::memcpy(&value, bytes.data() + 4 * i, 4);
+        return value;
+    }
+    const auto at = static_cast<std::size_t>(2 * i);
+    const int bits = bytes[at] | bytes[at + 1] << 8, exponent = bits >> 10 & 31, fraction = bits & 1023;
+    const double size = exponent ? std::ldexp(1024 + fraction, exponent - 25) : std::ldexp(fraction, -24);
+    return bits & 0x8000 ? -size : size;
+}
+
+const char* const kDtypes[] = {"bf16", "f16", "f32"};
+
 struct Shape {
     std::ptrdiff_t rows, columns, tokens;
 };
@@ -92,15 +124,17 @@ void compare(Checked& check, const char* what, Shape shape, Run run, const std::
     }
 }
 
-void check_bf16(Checked& check, Shape s) {
-    const Bytes weight = random_bf16(s.rows * s.columns);
+void check_dense(Checked& check, Shape s, Dtype dtype) {
+    const std::ptrdiff_t size_of_value = bytes_of(dtype);
+    const std::string name = kDtypes[static_cast<int>(dtype)];
+    const Bytes weight = random_values(s.rows * s.columns, dtype);
     const Floats x = random_floats(s.tokens * s.columns);
     std::vector<double> exact, size;
     for (std::ptrdiff_t t = 0; t < s.tokens; ++t) {
         for (std::ptrdiff_t r = 0; r < s.rows; ++r) {
             double sum = 0, terms = 0;
             for (std::ptrdiff_t c = 0; c < s.columns; ++c) {
-                const double term = bf16_value(weight, r * s.columns + c) * x[static_cast<std::size_t>(t * s.columns + c)];
+                const double term = value_of(weight, r * s.columns + c, dtype) * x[static_cast<std::size_t>(t * s.columns + c)];
                 sum += term;
                 terms += std::fabs(term);
             }
@@ -108,7 +142,7 @@ void check_bf16(Checked& check, Shape s) {
             size.push_back(terms);
         }
     }
-    compare(check, "bf16_rows", s, [&](const Kernels& kernels, Floats& y) {
+    compare(check, (name + " dense_rows").c_str(), s, [&](const Kernels& kernels, Floats& y) {
         const std::ptrdiff_t width = groups_of(s.columns) * kGroup;
         Floats spread(static_cast<std::size_t>(s.tokens * width));
         std::vector<Spread> rows;
@@ -116,19 +150,20 @@ void check_bf16(Checked& check, Shape s) {
             rows.push_back(spread.data() + t * width);
             kernels.spread(x.data() + t * s.columns, s.columns, spread.data() + t * width);
         }
-        kernels.bf16_rows({weight.data(), 2 * s.columns, s.columns}, 0, s.rows, rows.data(), s.tokens, y.data(), s.rows);
+        kernels.dense_rows({weight.data(), size_of_value * s.columns, s.columns, dtype}, 0, s.rows, rows.data(), s.tokens, y.data(), s.rows);
     }, exact, size, 1e-6);
 
     Bytes turned(weight.size());
     for (std::ptrdiff_t r = 0; r < s.rows; ++r) {
         for (std::ptrdiff_t c = 0; c < s.columns; ++c) {
-            std::memcpy(turned.data() + 2 * (c * s.rows + r), weight.data() + 2 * (r * s.columns + c), 2);
+            std::memcpy(turned.data() + size_of_value * (c * s.rows + r), weight.data() + size_of_value * (r * s.columns + c),
+                        static_cast<std::size_t>(size_of_value));
         }
     }
-    compare(check, "bf16_transposed", s, [&](const Kernels& kernels, Floats& y) {
+    compare(check, (name + " dense_transposed").c_str(), s, [&](const Kernels& kernels, Floats& y) {
         std::vector<const float*> rows;
         for (std::ptrdiff_t t = 0; t < s.tokens; ++t) rows.push_back(x.data() + t * s.columns);
-        kernels.bf16_transposed({turned.data(), 2 * s.rows, s.columns}, 0, s.rows, rows.data(), s.tokens, y.data(), s.rows);
+        kernels.dense_transposed({turned.data(), size_of_value * s.rows, s.columns, dtype}, 0, s.rows, rows.data(), s.tokens, y.data(), s.rows);
     }, exact, size, 1e-5);
 }
 
@@ -169,13 +204,13 @@ void check_mxfp4(Checked& check, Shape s) {
     }, exact, size, 2e-5);
 }
 
-void check_between(Checked& check, Shape s) {
+void check_between(Checked& check, Shape s, Dtype dtype) {
     const Floats h = random_floats(2 * s.columns), x = random_floats(s.columns);
-    const Bytes loud = random_bf16(s.columns);
+    const Bytes loud = random_values(s.columns, dtype);
     const auto run = [&](const Kernels& kernels) {
         Floats all(static_cast<std::size_t>(2 * s.columns));
         kernels.swiglu(h.data(), s.columns, 7.0f, 1.702f, all.data());
-        kernels.rms_norm(x.data(), loud.data(), s.columns, 1e-5f, all.data() + s.columns);
+        kernels.rms_norm(x.data(), {loud.data(), dtype}, s.columns, 1e-5f, all.data() + s.columns);
         return all;
     };
     const Floats expected = run(kScalarKernels);
@@ -183,6 +218,13 @@ void check_between(Checked& check, Shape s) {
         const double gate = std::fmin(h[static_cast<std::size_t>(2 * i)], 7.0), up = std::fmax(-7.0, std::fmin(7.0, h[static_cast<std::size_t>(2 * i + 1)]));
         const double exact = (up + 1) * gate / (1 + std::exp(-1.702 * gate));
         check(std::fabs(expected[static_cast<std::size_t>(i)] - exact) <= 1e-6 * (1 + std::fabs(exact)), "scalar", "swiglu", s);
+    }
+    double squares = 0;
+    for (float value : x) squares += static_cast<double>(value) * value;
+    const double scale = 1 / std::sqrt(squares / static_cast<double>(s.columns) + 1e-5f);
+    for (std::ptrdiff_t i = 0; i < s.columns; ++i) {
+        const double exact = x[static_cast<std::size_t>(i)] * scale * value_of(loud, i, dtype);
+        check(std::fabs(expected[static_cast<std::size_t>(s.columns + i)] - exact) <= 1e-5 * std::fabs(exact), "scalar", "rms_norm", s);
     }
     for (const Kernels* kernels : available_kernels()) check(same(run(*kernels), expected), kernels->name, "swiglu, rms_norm", s);
 }
@@ -254,13 +296,17 @@ void check_threads(Checked& check) {
 int main() {
     Checked check;
     for (Shape shape : {Shape{1, 32, 1}, {2, 64, 2}, {3, 96, 3}, {7, 128, 4}, {12, 160, 5}, {31, 288, 9}, {64, 480, 1}, {19, 512, 6}, {25, 1120, 35}}) {
-        check_bf16(check, shape);
         check_mxfp4(check, shape);
-        check_between(check, shape);
+        for (Dtype dtype : {Dtype::bf16, Dtype::f16, Dtype::f32}) {
+            check_dense(check, shape, dtype);
+            check_between(check, shape, dtype);
+        }
     }
     for (Shape shape : {Shape{1, 1, 1}, {5, 7, 3}, {17, 33, 2}, {40, 66, 8}, {84, 65, 7}}) {
-        check_bf16(check, shape);
-        check_between(check, shape);
+        for (Dtype dtype : {Dtype::bf16, Dtype::f16, Dtype::f32}) {
+            check_dense(check, shape, dtype);
+            check_between(check, shape, dtype);
+        }
     }
     for (Shape shape : {Shape{1, 64, 1}, {2, 64, 4}, {5, 64, 8}, {33, 64, 7}, {130, 64, 9}, {3, 16, 4}, {21, 7, 5}, {18, 80, 6}, {0, 64, 5}}) {
         check_attend(check, shape, true);

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Generator, Iterator
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from moe_surgery.cli.options import OUTPUT
 from moe_surgery.cli.terminal import Terminal
 
 __all__ = [
@@ -42,9 +42,7 @@ NUMBERS = _Numbers()
 
 def plot_option(command: Command) -> Command:
     """--plot."""
-    return click.option(
-        "--plot", type=click.Path(path_type=Path), help="Draw the figures here: .png, .svg or .pdf."
-    )(command)
+    return click.option("--plot", type=OUTPUT, help="Draw the figures here: .png, .svg or .pdf.")(command)
 
 
 def collect(results: Iterator[T], said: Callable[[T], str], terminal: Terminal) -> tuple[list[T], bool]:

@@ -11,6 +11,7 @@ from moe_surgery.cli.bench.shared import NUMBERS, collect, finish, machine, plot
 from moe_surgery.cli.options import common, terminal_of
 from moe_surgery.cli.terminal import size
 from moe_surgery.errors import UsageError
+from moe_surgery.formats.expert_format import EXPERT_DTYPES
 from moe_surgery.measure.rounds import rounded
 
 
@@ -21,7 +22,7 @@ from moe_surgery.measure.rounds import rounded
 )
 @click.option(
     "--dtype",
-    type=click.Choice(["keep", "bf16", "mxfp4"]),
+    type=click.Choice(EXPERT_DTYPES),
     default="keep",
     show_default=True,
     help="As prune's.",

@@ -1,4 +1,5 @@
-"""C++ kernels for the CPU: weights used where the checkpoint is mapped, activations in float32."""
+"""C++ kernels for the CPU: weights used where the checkpoint is mapped, activations in float32, which products
+with MXFP4 weights round to 16-bit integers."""
 
 from __future__ import annotations
 

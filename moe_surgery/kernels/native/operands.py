@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -10,14 +12,39 @@ from torch import Tensor
 from moe_surgery.errors import UsageError
 from moe_surgery.kernels.weights import DenseWeight, Weight
 
-__all__ = ["BF16", "F32", "Plain", "in_float32", "matrix_of", "plain_bf16", "projection_of"]
+__all__ = [
+    "BF16",
+    "F32",
+    "Plain",
+    "check_readable",
+    "in_float32",
+    "log_plain",
+    "matrix_of",
+    "projection_of",
+    "values_of",
+]
+
+log = logging.getLogger("moe_surgery")
 
 BF16 = torch.bfloat16
 F32 = torch.float32
+# The dtypes of weights that the kernels read, and the extension's numbers for them.
+DTYPES = {BF16: 0, torch.float16: 1, F32: 2}
 
 
 class Plain(Exception):
-    """The weight is of a kind that only plain PyTorch multiplies."""
+    """The weight is of a kind that only plain PyTorch multiplies: `str` says which and why."""
+
+
+@lru_cache(maxsize=64)
+def log_plain(reason: str) -> None:
+    """Warn, once per process and reason, that plain PyTorch computes."""
+    log.warning(
+        "native backend: %s; its kernels read bfloat16, float16, float32 and MXFP4 with a contiguous last axis. "
+        "Plain PyTorch computes this: slower, and what a token gets may depend on the tokens beside it "
+        "(--backend reference-invariant rules that out)",
+        reason,
+    )
 
 
 def in_float32(x: Tensor) -> Tensor:
@@ -25,29 +52,43 @@ def in_float32(x: Tensor) -> Tensor:
     return (x if x.dtype == F32 else x.float()).contiguous()
 
 
-def plain_bf16(tensor: Tensor) -> bool:
-    """Whether it is BF16 in memory of the CPU with a contiguous last axis."""
-    return tensor.dtype == BF16 and tensor.is_cpu and tensor.stride(-1) == 1
+def check_readable(what: str, tensor: Tensor | None) -> None:
+    """Raise Plain unless the kernels read `tensor` (None for no bias), UsageError where it is not on the CPU."""
+    if tensor is None:
+        return
+    if not tensor.is_cpu:
+        raise UsageError(f"native backend: {what} is on {tensor.device}, not on the CPU")
+    if tensor.dtype not in DTYPES:
+        raise Plain(f"{what} is {str(tensor.dtype).removeprefix('torch.')}")
+    if tensor.stride(-1) != 1:
+        raise Plain(f"{what} has strides {tensor.stride()}")
 
 
-def projection_of(weight: Tensor, bias: Tensor | None) -> tuple[int, int, int, int, int]:
-    """`ProjectionTuple` of the extension, for BF16 tensors."""
+def values_of(tensor: Tensor | None) -> tuple[int, int]:
+    """`ValuesTuple` of the extension, for a tensor that `check_readable` lets pass."""
+    return (0, 0) if tensor is None else (tensor.data_ptr(), DTYPES[tensor.dtype])
+
+
+def projection_of(
+    weight: Tensor, bias: Tensor | None
+) -> tuple[tuple[int, int], int, int, int, tuple[int, int]]:
+    """`ProjectionTuple` of the extension, for tensors that `check_readable` lets pass."""
     rows, columns = weight.shape
-    return weight.data_ptr(), 2 * weight.stride(0), rows, columns, 0 if bias is None else bias.data_ptr()
+    return values_of(weight), weight.itemsize * weight.stride(0), rows, columns, values_of(bias)
 
 
 def matrix_of(native: Any, what: str, weight: Weight, bias: Tensor) -> Any:
     """`ExpertMatrix` of the extension. Raises Plain, or UsageError for shapes that do not agree."""
-    if not (plain_bf16(bias) and bias.is_contiguous()):
-        raise Plain
+    check_readable(f"the bias of {what}", bias)
+    if not bias.is_contiguous():
+        raise Plain(f"the bias of {what} has strides {bias.stride()}")
     if isinstance(weight, DenseWeight):
         values = weight.values
-        if not plain_bf16(values):
-            raise Plain
+        check_readable(what, values)
         experts, columns, rows = values.shape
         _check_bias(what, bias, experts, rows)
-        strides = 2 * values.stride(0), 2 * values.stride(1)
-        return native.dense_matrix(values.data_ptr(), *strides, experts, rows, columns, bias.data_ptr())
+        strides = (values.itemsize * stride for stride in values.stride()[:2])
+        return native.dense_matrix(values_of(values), *strides, experts, rows, columns, values_of(bias))
     blocks, scales = weight.blocks, weight.scales
     if not (blocks.is_cpu and scales.is_cpu):
         raise UsageError(f"native backend: {what} is on {blocks.device}, not on the CPU")
@@ -58,7 +99,9 @@ def matrix_of(native: Any, what: str, weight: Weight, bias: Tensor) -> Any:
             "needed [experts, rows, groups, 16] and [experts, rows, groups] of bytes"
         )
     if blocks.stride()[2:] != (16, 1) or scales.stride(2) != 1 or scales.dtype != torch.uint8:
-        raise Plain
+        raise Plain(
+            f"{what} has blocks of strides {blocks.stride()} and scales of {scales.stride()}, {scales.dtype}"
+        )
     _check_bias(what, bias, experts, rows)
     return native.packed_matrix(
         blocks.data_ptr(),
@@ -70,7 +113,7 @@ def matrix_of(native: Any, what: str, weight: Weight, bias: Tensor) -> Any:
         experts,
         rows,
         32 * groups,
-        bias.data_ptr(),
+        values_of(bias),
     )
 
 

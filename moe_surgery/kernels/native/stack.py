@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from moe_surgery.kernels.interface import LayerSlots, StackShape
-from moe_surgery.kernels.native.operands import F32, Plain, matrix_of, plain_bf16, projection_of
+from moe_surgery.kernels.native.operands import (
+    F32,
+    Plain,
+    check_readable,
+    matrix_of,
+    projection_of,
+    values_of,
+)
 from moe_surgery.kernels.weights import Layer
 
 __all__ = ["NativeStack"]
@@ -32,9 +39,9 @@ class NativeStack:
             e = layer.experts
             projections = (layer.q, layer.k, layer.v, layer.o, layer.router)
             self._stack.add_layer(
-                layer.attention_norm.data_ptr(),
-                layer.mlp_norm.data_ptr(),
-                layer.sinks.data_ptr(),
+                values_of(layer.attention_norm),
+                values_of(layer.mlp_norm),
+                values_of(layer.sinks),
                 tuple(projection_of(*p.pair) for p in projections),
                 matrix_of(native, "gate_up", e.gate_up, e.gate_up_bias),
                 matrix_of(native, "down", e.down, e.down_bias),
@@ -64,7 +71,7 @@ class NativeStack:
 
 
 def _check(layer: Layer, hidden: int, shape: StackShape) -> None:
-    """Raise Plain unless all that is not an expert is BF16 of the shapes that belong together."""
+    """Raise Plain unless all that is not an expert can be read and has the shapes that belong together."""
     wide, narrow = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     wanted = {"q": (wide, hidden), "k": (narrow, hidden), "v": (narrow, hidden), "o": (hidden, wide)}
     experts = len(layer.router.weight)
@@ -72,22 +79,24 @@ def _check(layer: Layer, hidden: int, shape: StackShape) -> None:
         *((getattr(layer, name), size) for name, size in wanted.items()),
         (layer.router, (experts, hidden)),
     ):
-        bias = projection.bias
-        whole = bias is None or (plain_bf16(bias) and bias.shape == (size[0],))
-        if projection.weight.shape != size or not plain_bf16(projection.weight) or not whole:
-            raise Plain
+        weight, bias = projection.weight, projection.bias
+        check_readable("a weight", weight)
+        check_readable("a bias", bias)
+        if weight.shape != size or (bias is not None and bias.shape != (size[0],)):
+            raise Plain(f"a weight has shape {tuple(weight.shape)}, needed {size}")
     for vector, length in (
         (layer.attention_norm, hidden),
         (layer.mlp_norm, hidden),
         (layer.sinks, shape.heads),
     ):
-        if vector.shape != (length,) or not plain_bf16(vector):
-            raise Plain
+        check_readable("a norm's weight or sinks", vector)
+        if vector.shape != (length,):
+            raise Plain(f"a norm's weight or sinks have shape {tuple(vector.shape)}, needed ({length},)")
     e, index = layer.experts, layer.experts.index
     fits = (e.gate_up.columns, e.gate_up.rows, e.down.rows) == (hidden, 2 * e.down.columns, hidden)
     named = index is None or (index.dtype == torch.int64 and index.is_contiguous() and len(index) == experts)
     if not (fits and named and 1 <= layer.top_k <= experts):
-        raise Plain
+        raise Plain("the experts' shapes or index do not fit the layer")
 
 
 def _slots(cache: LayerSlots) -> tuple[object, ...]:

@@ -53,6 +53,12 @@ def test_covering_cases(case: Case) -> None:
     check(layer(case))
 
 
+@pytest.mark.parametrize(("experts", "top_k", "tokens"), [(33, 17, 1), (33, 33, 1), (33, 17, 2)])
+def test_a_top_k_beyond_the_models_own(experts: int, top_k: int, tokens: int) -> None:
+    """One token: more slots than the kernel adds biases of at a time. Two: sorted, in tiles."""
+    check(layer(Case(experts, top_k, tokens, "mxfp4", True)))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", every_case(), ids=str)
 def test_full_grid(case: Case) -> None:

@@ -196,7 +196,7 @@ def test_layers_not_joined_at_loading_give_the_same_step(folder: Path) -> None:
 
 def test_a_view_changes_nothing_of_its_model(folder: Path) -> None:
     model, plain = models(folder)
-    model.layers = plain.layers  # q, k and v apart
+    model.layers = plain.layers  # q, k and v apart, as no captured step has seen them
     before = list(model.layers)
     for drawn in (view(model, plan_random(4, 0, model.config)), view(model, None, 1)):
         assert all(one is other for one, other in zip(model.layers, before, strict=True))

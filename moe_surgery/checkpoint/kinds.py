@@ -1,0 +1,236 @@
+"""What a file is, by its content: the files this package writes, and those it is given in their place.
+
+A reader that cannot make sense of its input asks here what the input is, so that the error can say it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Any, Final, TypeVar, cast
+
+from moe_surgery.checkpoint.files import open_regular, printable_path
+from moe_surgery.checkpoint.strict_json import parse_json
+from moe_surgery.errors import InvalidInputError, MoeSurgeryError
+
+__all__ = [
+    "EVALUATION",
+    "MANIFEST",
+    "NOT_TEXTS",
+    "PLAN",
+    "PUBLISHED_STATISTICS",
+    "RANKING",
+    "STATISTICS",
+    "WEIGHTS",
+    "Kind",
+    "check_kind",
+    "kind_of",
+    "reading",
+    "reads",
+    "wrong_kind",
+]
+
+PathLike = str | os.PathLike[str]
+Read = TypeVar("Read", bound=Callable[..., Any])
+
+MAX_BYTES = 100_000_000
+HEAD_BYTES = 1 << 16
+MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """`title` follows "is" in a message, `use` says which command takes such a file."""
+
+    title: str
+    use: str
+
+
+PLAN: Final = Kind("a plan", "--plan of prune, export, evaluate, generate and report takes it")
+RANKING: Final = Kind("a ranking", "moe-surgery plan RANKING --experts N makes a plan of it")
+STATISTICS: Final = Kind("a statistics file", "moe-surgery rank, plan, report and stats take it")
+PUBLISHED_STATISTICS: Final = Kind("published statistics of experts", "moe-surgery rank takes them")
+EVALUATION: Final = Kind("an evaluation", "--evaluation of moe-surgery report and card takes it")
+MANIFEST: Final = Kind("the manifest of a pruned checkpoint", "name its folder; verify and card take that")
+MAPPING: Final = Kind("the expert mapping of a pruned checkpoint", "name its folder")
+BENCH: Final = Kind("the result of a benchmark", "no command reads it")
+INSPECTION: Final = Kind("the result of inspect", "no command reads it; name the checkpoint")
+PARTIAL: Final = Kind("an unfinished search", "the same moe-surgery search command finishes it")
+REMARK: Final = Kind("what rank or search printed with --json", "the ranking is the file that their -o named")
+CONFIG: Final = Kind("the config.json of a model", "name its folder")
+INDEX: Final = Kind("the shard index of a checkpoint", "name its folder")
+ADAPTER: Final = Kind("the configuration of a PEFT adapter", "merge the adapter into its model first")
+CHECKPOINT: Final = Kind("a checkpoint folder", "it goes where help says CKPT")
+WEIGHTS: Final = Kind("a safetensors file of weights", "it goes where help says CKPT")
+GGUF: Final = Kind("a GGUF file", "llama.cpp runs it; here name the checkpoint it was made from")
+PAGE: Final = Kind("an HTML page", "open it in a browser")
+PICKLE: Final = Kind("a PyTorch file (pickle)", "convert the checkpoint to safetensors")
+
+NOT_TEXTS: Final = frozenset(
+    {PLAN, RANKING, STATISTICS, PUBLISHED_STATISTICS, EVALUATION, MANIFEST, MAPPING, BENCH, INSPECTION}
+    | {REMARK, PARTIAL, INDEX, CHECKPOINT, WEIGHTS, GGUF, PICKLE}
+)
+"""What nobody means as texts to run a model on."""
+
+_FORMATS: Final = {
+    "plan": PLAN,
+    "ranking": RANKING,
+    "statistics": STATISTICS,
+    "evaluation": EVALUATION,
+    "manifest": MANIFEST,
+}
+# A JSON object with all of these keys is of that kind; the first that fits.
+_KEYS: Final = (
+    (("sample_count", "think_expert_analytics"), PUBLISHED_STATISTICS),
+    (("sample_count", "answer_expert_analytics"), PUBLISHED_STATISTICS),
+    (("machine", "versions", "interrupted"), BENCH),
+    (("sizes", "fits", "model_type"), INSPECTION),
+    (("output", "layers", "provenance"), REMARK),
+    (("job", "layers"), PARTIAL),
+    (("peft_type",), ADAPTER),
+    (("weight_map",), INDEX),
+    (("model_type", "vocab_size"), CONFIG),
+    (("architectures", "vocab_size"), CONFIG),
+)
+_FORMAT = re.compile(rb'"format"\s*:\s*"moe-surgery\.([a-z]+)"')
+_LAYER_KEY = re.compile(r"(layer_)?[0-9]{1,5}", re.ASCII)
+
+
+def kind_of(path: PathLike) -> Kind | None:
+    """What the file or folder `path` is, or None: nothing known, not there, or not readable. Never raises.
+
+    Reads the start of a file, a safetensors header, or a JSON text of at most 100 MB.
+    """
+    try:
+        place = Path(path)
+        if place.is_dir():
+            return CHECKPOINT if _is_checkpoint(place) else None
+        fd = open_regular(place)
+        try:
+            return _of_file(fd, os.fstat(fd).st_size)
+        finally:
+            os.close(fd)
+    except (MoeSurgeryError, OSError, ValueError, RecursionError):
+        return None
+
+
+def wrong_kind(path: PathLike, wanted: str, kind: Kind) -> str:
+    """The message for a `kind` of file given where `wanted` belongs."""
+    return f"{printable_path(path)}: is {kind.title}, not {wanted}; {kind.use}"
+
+
+def check_kind(path: PathLike, wanted: str, *kinds: Kind) -> None:
+    """Raise InvalidInputError where `path` is of a kind that is known, and not one of `kinds`."""
+    kind = kind_of(path)
+    if kind is not None and kind not in kinds:
+        raise InvalidInputError(wrong_kind(path, wanted, kind))
+
+
+@contextmanager
+def reading(path: PathLike, wanted: str, *kinds: Kind) -> Iterator[None]:
+    """While the block reads `path` as `wanted` (one of `kinds`), an InvalidInputError says what it is instead.
+
+    An error of a file of the right kind, or of none that is known, stays as it was.
+    """
+    try:
+        yield
+    except InvalidInputError as error:
+        kind = kind_of(path)
+        if kind is None or kind in kinds:
+            raise
+        raise InvalidInputError(wrong_kind(path, wanted, kind)) from error
+
+
+def reads(wanted: str, *kinds: Kind) -> Callable[[Read], Read]:
+    """`reading` around a function whose first parameter is `path`."""
+
+    def decorate(function: Read) -> Read:
+        @wraps(function)
+        def read(path: PathLike, *args: Any, **kwargs: Any) -> Any:
+            with reading(path, wanted, *kinds):
+                return function(path, *args, **kwargs)
+
+        return cast(Read, read)
+
+    return decorate
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and any(
+        entry.name.endswith(".safetensors") for entry in os.scandir(folder)
+    )
+
+
+def _of_file(fd: int, size: int) -> Kind | None:
+    head = os.pread(fd, HEAD_BYTES, 0)
+    start = head.lstrip()
+    if start.startswith(b"GGUF"):
+        return GGUF
+    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+        return PICKLE
+    if start[:15].lower().startswith((b"<!doctype html", b"<html")):
+        return PAGE
+    if head[7:9] == b"\0{":
+        return _of_safetensors(fd, size, int.from_bytes(head[:8], "little"))
+    if not start.startswith(b"{"):
+        return None
+    if found := _FORMAT.search(head[:4096]):  # where our own writers have it
+        return _FORMATS.get(found[1].decode())
+    return _of_json(fd, size, head)
+
+
+def _of_safetensors(fd: int, size: int, length: int) -> Kind | None:
+    if length > min(MAX_HEADER_BYTES, size - 8):
+        return None
+    root = json.loads(os.pread(fd, length, 8))
+    metadata = root.get("__metadata__") if isinstance(root, dict) else None
+    said = metadata.get("moe_surgery", "") if isinstance(metadata, dict) else ""
+    return STATISTICS if '"moe-surgery.statistics"' in str(said) else WEIGHTS
+
+
+def _of_json(fd: int, size: int, head: bytes) -> Kind | None:
+    """A JSON object, or lines of them; what the first line says decides for lines."""
+    line, newline, rest = head.partition(b"\n")
+    if newline and rest.lstrip()[:1] == b"{":
+        root = _object(line)
+        return RANKING if root is not None and _is_ranking(root) else None
+    if size > MAX_BYTES:
+        return None
+    root = _object(head if size <= len(head) else os.pread(fd, size, 0))
+    if root is None:
+        return None
+    name = str(root.get("format"))
+    if name.startswith("moe-surgery."):
+        return _FORMATS.get(name.removeprefix("moe-surgery."))
+    if _is_ranking(root):
+        return RANKING
+    if _is_mapping(root):
+        return MAPPING
+    return next((kind for keys, kind in _KEYS if all(key in root for key in keys)), None)
+
+
+def _object(raw: bytes) -> Mapping[str, object] | None:
+    root = parse_json(raw, where="", allow_floats=True)
+    return root if isinstance(root, dict) and root else None
+
+
+def _is_ranking(root: Mapping[str, object]) -> bool:
+    """Experts by layer: {"layer_0": [31, 9, ...], ...} or {"0": [31, 9, ...], ...}."""
+    return all(
+        _LAYER_KEY.fullmatch(key) and isinstance(row, list) and all(type(expert) is int for expert in row)
+        for key, row in root.items()
+    )
+
+
+def _is_mapping(root: Mapping[str, object]) -> bool:
+    """{"0": {"<old>": <new>, ...}, ...}."""
+    return all(
+        layer.isdecimal() and isinstance(row, dict) and all(type(new) is int for new in row.values())
+        for layer, row in root.items()
+    )

@@ -1,0 +1,49 @@
+"""What a folder holds in place of a safetensors checkpoint."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Final
+
+from moe_surgery.checkpoint.text import printable
+
+__all__ = ["instead"]
+
+_SUFFIXES: Final = (
+    ((".gguf",), "a GGUF file; name the checkpoint it was made from"),
+    (
+        (".bin", ".pt", ".pth", ".ckpt"),
+        "PyTorch files (pickle); convert them: load with transformers, save with save_pretrained",
+    ),
+    ((".distcp",), "a distributed training checkpoint; consolidate it and save it as safetensors"),
+    ((".h5", ".msgpack", ".onnx", ".npz", ".ot"), "weights in another format; safetensors are needed"),
+)
+_ADAPTER: Final = "adapter_config.json"
+
+
+def instead(folder: Path) -> str:
+    """`; it holds ...` for an error message, or nothing where nothing is recognised. Never raises."""
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError:
+        return ""
+    names = [entry.name for entry in entries]
+    if _ADAPTER in names:
+        return (
+            "; it holds a PEFT adapter, not a whole model: merge it into its model first (merge_and_unload)"
+        )
+    for suffixes, meaning in _SUFFIXES:
+        if found := next((n for n in names if n.endswith(suffixes) and n != "training_args.bin"), None):
+            return f"; it holds {printable(found)}: {meaning}"
+    folders = [entry.name for entry in entries if entry.is_dir()]
+    if "snapshots" in folders and "refs" in folders:
+        return "; it is a folder of the hub cache: name the model as owner/name, or a folder under snapshots/"
+    inside = [name for name in folders if _holds_checkpoint(folder / name)]
+    if inside:
+        return f"; {printable(inside[-1])}/ inside it is a checkpoint: name that"
+    return ""
+
+
+def _holds_checkpoint(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))

@@ -1,0 +1,260 @@
+"""Files of texts: which format each has, and what is read of them: text in blocks, or rows of JSON."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import io
+import json
+import os
+import re
+import zlib
+from collections.abc import Generator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+from moe_surgery.checkpoint.files import open_regular, printable_path
+from moe_surgery.checkpoint.kinds import NOT_TEXTS, kind_of, wrong_kind
+from moe_surgery.errors import InvalidInputError, OutputError, UsageError
+from moe_surgery.measure.json_list import JsonList
+
+__all__ = ["FORMATS", "TextFile", "blocks", "rows", "text_files"]
+
+FORMATS = ("text", "jsonl", "chat")
+READ_BYTES = 1 << 20
+BLOCK_CHARACTERS = 1 << 20
+HEAD_BYTES = 1 << 16
+ROW_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines", ".json")
+CONVERT = 'convert it to .jsonl: a line {"text": "..."} or {"messages": [...]} for each row'
+DECOMPRESS = "decompress it, or compress it with gzip"
+REFUSED: Final = {
+    **dict.fromkeys([".parquet", ".pq"], ("Parquet", CONVERT)),
+    **dict.fromkeys([".arrow", ".feather"], ("Arrow", CONVERT)),
+    **dict.fromkeys([".csv", ".tsv"], ("a table", CONVERT)),
+    **dict.fromkeys([".ipynb"], ("a notebook", "convert it to text or to a script")),
+    **dict.fromkeys([".pdf", ".rtf", ".doc", ".docx", ".odt", ".epub"], ("a document", "convert it to text")),
+    **dict.fromkeys([".xls", ".xlsx", ".ods"], ("a table", CONVERT)),
+    **dict.fromkeys([".zst", ".xz", ".bz2", ".lz4", ".br", ".lzma"], ("compressed", DECOMPRESS)),
+    **dict.fromkeys([".zip", ".tar", ".tgz", ".7z", ".rar"], ("an archive", "extract the texts")),
+}
+"""By the end of a name: what such a file is, and what to do."""
+GZIP = b"\x1f\x8b"
+MAGIC: Final = {
+    b"PAR1": ("Parquet", CONVERT),
+    b"ARROW1": ("Arrow", CONVERT),
+    b"\x28\xb5\x2f\xfd": ("compressed with zstd", DECOMPRESS),
+    b"\xfd7zXZ\x00": ("compressed with xz", DECOMPRESS),
+    b"BZh": ("compressed with bzip2", DECOMPRESS),
+    b"\x04\x22\x4d\x18": ("compressed with lz4", DECOMPRESS),
+    GZIP: ("compressed twice", DECOMPRESS),
+    b"PK\x03\x04": ("an archive", "extract the texts"),
+    b"7z\xbc\xaf": ("an archive", "extract the texts"),
+    b"%PDF-": ("a document", "convert it to text"),
+    b"{\\rtf": ("a document", "convert it to text"),
+    b"\xff\xfe": ("UTF-16", "convert it to UTF-8"),
+    b"\xfe\xff": ("UTF-16", "convert it to UTF-8"),
+}
+"""By the first bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextFile:
+    """A file to read: `format` is one of `FORMATS`."""
+
+    path: Path
+    domain: str
+    format: str
+
+
+def text_files(
+    paths: Sequence[Path], domains: Sequence[str] = (), format: str | None = None
+) -> tuple[TextFile, ...]:
+    """Files with their domains: one name for all, one for each, or without any the file's own name.
+
+    The format is guessed for each file unless given: .jsonl and .json hold conversations if their first
+    row has "messages", else texts; other files are one text. All may be compressed with gzip.
+    Raises UsageError, OutputError; InvalidInputError for a file whose name or beginning says that it is
+    neither text nor rows, that holds rows under the name of a text, or that is a file of another kind: a
+    plan, statistics, weights.
+    """
+    for path in paths:
+        if (kind := kind_of(path)) in NOT_TEXTS:
+            raise InvalidInputError(wrong_kind(path, "texts", kind))
+    if domains and len(domains) not in (1, len(paths)):
+        raise UsageError(
+            f"--domain: {len(domains)} names for {len(paths)} --texts; give one for all, or one for each"
+        )
+    named = domains or [Path(_plain_name(p)).stem for p in paths]
+    if len(named) == 1:
+        named = list(named) * len(paths)
+    for name in named:
+        if not name or not name.isprintable() or any(c in name for c in ",/:"):
+            raise UsageError(f"--domain {name!r}: a domain is a name without commas, colons and slashes")
+    return tuple(
+        TextFile(path, domain, format or _guessed(path)) for path, domain in zip(paths, named, strict=True)
+    )
+
+
+def rows(path: Path) -> Generator[tuple[str, object], None, None]:
+    """Rows of JSON, one a line or all in one list, each with where it stands ("FILE: line 3").
+
+    Raises InvalidInputError naming file and line.
+    """
+    if _begins_list(path):
+        yield from _listed_rows(path)
+        return
+    where = printable_path(path)
+    found = False
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            if not found and _suffix(path) == ".json" and line.lstrip().startswith("{"):
+                raise InvalidInputError(
+                    f"{where}: line {number}: not a row of JSON; give rows as a list or one a line, "
+                    "as jq -c writes them"
+                ) from None
+            raise InvalidInputError(f"{where}: line {number}: not JSON: {error}") from None
+        found = True
+        yield f"{where}: line {number}", row
+
+
+def blocks(path: Path) -> Generator[str, None, None]:
+    """A text whole, or if it is long in pieces that end with a line. Raises InvalidInputError."""
+    held: list[str] = []
+    size = 0
+    for _, line in _lines(path):
+        held.append(line)
+        size += len(line)
+        if size >= BLOCK_CHARACTERS:
+            yield "".join(held)
+            held, size = [], 0
+    if held:
+        yield "".join(held)
+
+
+def _guessed(path: Path) -> str:
+    if (suffix := _suffix(path)) in REFUSED:
+        what, advice = REFUSED[suffix]
+        raise InvalidInputError(f"{printable_path(path)}: {suffix} is {what}, which is not read; {advice}")
+    if suffix in ROW_SUFFIXES:
+        with closing(rows(path)) as found:
+            for _, row in found:
+                return "chat" if isinstance(row, dict) and "messages" in row else "jsonl"
+        return "jsonl"
+    if _holds_rows(_head(path)):
+        raise InvalidInputError(
+            f"{printable_path(path)}: holds rows of JSON; name it .jsonl or .json, or pass --format jsonl, chat or text"
+        )
+    return "text"
+
+
+def _holds_rows(head: str) -> bool:
+    if re.match(r'\s*\[\s*\{\s*"', head):
+        return True
+    try:
+        row = json.loads(head.strip().partition("\n")[0])
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(row, dict) and not {"text", "messages"}.isdisjoint(row)
+
+
+def _plain_name(path: Path) -> str:
+    """The name without .gz."""
+    return path.name[:-3] if path.name.lower().endswith(".gz") else path.name
+
+
+def _suffix(path: Path) -> str:
+    return Path(_plain_name(path).lower()).suffix
+
+
+def _begins_list(path: Path) -> bool:
+    with closing(_pieces(path)) as pieces:
+        for piece in pieces:
+            if stripped := piece.lstrip():
+                return stripped.startswith("[")
+    return False
+
+
+def _listed_rows(path: Path) -> Generator[tuple[str, object], None, None]:
+    where = printable_path(path)
+    with closing(_pieces(path)) as pieces:
+        for number, (line, row) in enumerate(JsonList(pieces, where), 1):
+            yield f"{where}: row {number} (line {line})", row
+
+
+def _head(path: Path) -> str:
+    with _opened(path) as file:
+        return file.read(HEAD_BYTES).decode(errors="replace").lstrip("\ufeff")
+
+
+def _lines(path: Path) -> Generator[tuple[int, str], None, None]:
+    with _opened(path) as file:
+        for number, line in enumerate(file, 1):
+            yield number, _decoded(line, path, number)
+
+
+def _pieces(path: Path) -> Generator[str, None, None]:
+    """The text in pieces that may end anywhere."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()  # without a byte order mark
+    line = 1
+    with _opened(path) as file:
+        while raw := file.read(READ_BYTES):
+            try:
+                piece = decoder.decode(raw)
+            except UnicodeDecodeError as error:
+                line += error.object[: error.start].count(b"\n")
+                raise InvalidInputError(f"{printable_path(path)}: line {line}: not UTF-8") from None
+            yield piece
+            line += piece.count("\n")
+        if decoder.getstate()[0]:
+            raise InvalidInputError(f"{printable_path(path)}: line {line}: not UTF-8")
+
+
+def _decoded(line: bytes, path: Path, number: int) -> str:
+    where = f"{printable_path(path)}: line {number}"
+    if b"\0" in line:
+        raise InvalidInputError(f"{where}: holds a NUL byte; this is not text")
+    try:
+        text = line.decode()
+    except UnicodeDecodeError:
+        raise InvalidInputError(f"{where}: not UTF-8") from None
+    return text.removeprefix("\ufeff") if number == 1 else text
+
+
+@contextmanager
+def _opened(path: Path) -> Generator[BinaryIO, None, None]:
+    """The file's bytes, decompressed if they are gzip's, whatever its name.
+
+    Raises OutputError where it cannot be read, InvalidInputError for what is known not to be text, and,
+    while it is read, for gzip data that is damaged.
+    """
+    where = printable_path(path)
+    try:
+        with os.fdopen(open_regular(path), "rb") as raw:
+            if not raw.peek(len(GZIP)).startswith(GZIP):
+                _check_beginning(raw, where)
+                yield raw
+                return
+            with gzip.GzipFile(fileobj=raw) as plain, io.BufferedReader(plain) as buffered:
+                _check_beginning(buffered, where)
+                yield buffered
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InvalidInputError(f"{where}: damaged gzip data: {error}") from None
+    except OSError as error:
+        raise OutputError(f"{where}: cannot read: {error.strerror or error}") from error
+
+
+def _check_beginning(file: io.BufferedReader[Any], where: str) -> None:
+    head = file.peek(64)
+    for magic, (what, advice) in MAGIC.items():
+        if head.startswith(magic):
+            raise InvalidInputError(f"{where}: this file is {what}; {advice}")
+    if b"\0" in head:
+        raise InvalidInputError(
+            f"{where}: this file is binary; texts are UTF-8, or rows of JSON in .jsonl or .json"
+        )

@@ -1,0 +1,212 @@
+"""Checkpoints that no family fits are named for what they are, with what to do."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.families.refusal import refusal
+from tests.support.checkpoints import Shape, Tensors, load_config, write_checkpoint
+from tests.support.command import call, untouched
+
+Capture = pytest.CaptureFixture[str]
+SHAPE = Shape(layers=1)
+EXPERTS = "model.layers.0.mlp.experts."
+BF16 = np.uint16
+
+
+# --- saved by transformers itself
+
+
+def saved(folder: Path, name: str, **settings: object) -> Path:
+    """A tiny model of the transformers class `name`, as its save_pretrained writes it."""
+    transformers = pytest.importorskip("transformers")
+    model_class = getattr(transformers, name)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0}
+    config = model_class.config_class(**sizes, **settings)
+    model_class(config).save_pretrained(folder)
+    return folder
+
+
+SAVED: dict[str, tuple[dict[str, object], str]] = {
+    "GptOssForSequenceClassification": (
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "num_labels": 3},
+        r"is GptOssForSequenceClassification: score\.weight of 3 labels in place of lm_head\.weight; "
+        r"only gpt-oss language models \(CausalLM\)",
+    ),
+    "GptOssForTokenClassification": (
+        {"num_local_experts": 4, "num_experts_per_tok": 2},
+        r"is GptOssForTokenClassification: score\.weight of 2 labels",
+    ),
+    "GptOssModel": ({"num_local_experts": 4, "num_experts_per_tok": 2}, r"is the bare gpt-oss model without"),
+    "MixtralForCausalLM": (
+        {"num_local_experts": 4},
+        r"is a mixtral checkpoint \(MixtralForCausalLM\); supported is model_type gpt_oss",
+    ),
+    "Qwen3MoeForCausalLM": (
+        {"num_experts": 4, "moe_intermediate_size": 16},
+        r"is a qwen3_moe checkpoint \(Qwen3MoeForCausalLM\); supported is model_type gpt_oss",
+    ),
+    "LlamaForCausalLM": ({}, r"is a llama checkpoint \(LlamaForCausalLM\); supported is model_type gpt_oss"),
+}
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_what_transformers_saves_of_another_class_is_named(name: str, tmp_path: Path) -> None:
+    settings, told = SAVED[name]
+    folder = saved(tmp_path / "model", name, **settings)
+    said = refusal(folder)
+    assert re.search(told, said), said
+    config = load_config(folder)
+    if config.get("model_type") == "gpt_oss":  # by its tensors alone
+        del config["architectures"]
+        (folder / "config.json").write_text(json.dumps(config))
+        assert "is in no shard" not in refusal(folder)
+
+
+def test_a_family_without_model_type_is_recognised_by_its_tensors(tmp_path: Path) -> None:
+    for name, told in (("MixtralForCausalLM", "Mixtral"), ("Qwen3MoeForCausalLM", "Qwen-MoE")):
+        folder = saved(tmp_path / name, name, **SAVED[name][0])
+        config = load_config(folder)
+        del config["architectures"], config["model_type"]
+        (folder / "config.json").write_text(json.dumps(config))
+        assert f"a {told}-like" in refusal(folder)
+
+
+# --- other layouts of gpt-oss, and quantised ones
+
+
+def replace_experts(names: dict[str, tuple[int, ...]]) -> Callable[[Tensors], None]:
+    """Put tensors of these names and shapes in place of the stacked expert weights."""
+
+    def edit(tensors: Tensors) -> None:
+        for name in [n for n in tensors if n.startswith(EXPERTS)]:
+            del tensors[name]
+        tensors.update({EXPERTS + name: np.zeros(shape, BF16) for name, shape in names.items()})
+
+    return edit
+
+
+APART, TOGETHER = "stores gate and up projections apart", "stores every expert under names of its own"
+LAYOUTS: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
+    "split": ({"gate_proj": (4, 64, 32), "up_proj": (4, 64, 32), "down_proj": (4, 32, 64)}, APART),
+    "split weights": ({"gate_proj.weight": (4, 32, 64), "up_proj.weight": (4, 32, 64)}, APART),
+    "split blocks": ({"gate_proj_blocks": (4, 32, 2, 16), "up_proj_blocks": (4, 32, 2, 16)}, APART),
+    "per expert": ({f"{e}.gate_up_proj": (64, 64) for e in range(4)}, TOGETHER),
+    "per expert split": (
+        {f"{e}.{p}_proj.weight": (32, 64) for e in range(4) for p in ("gate", "up", "down")},
+        TOGETHER,
+    ),
+    "lists": ({f"gate_up_projs.{e}.weight": (64, 64) for e in range(4)}, TOGETHER),
+}
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_another_layout_of_experts_is_named_and_no_shard_called_missing(case: str, tmp_path: Path) -> None:
+    names, told = LAYOUTS[case]
+    said = refusal(write_checkpoint(tmp_path / "in", SHAPE, shards=2, edit_tensors=replace_experts(names)))
+    assert told in said
+    assert "mlp.experts.gate_up_proj" in said
+    assert "missing" not in said
+    assert "cut" not in said
+
+
+QUANTISED: dict[str, tuple[str | None, dict[str, tuple[int, ...]], str]] = {
+    "bitsandbytes": ("bitsandbytes", {"gate_up_proj": (64, 1)}, "quant_method 'bitsandbytes'"),
+    "awq": ("awq", {"0.gate_proj.qweight": (64, 4)}, "quant_method 'awq'"),
+    "gptq": ("gptq", {"0.gate_proj.qweight": (8, 32)}, "quant_method 'gptq'"),
+    "fp8": ("fp8", {"gate_up_proj": (4, 64, 64)}, "quant_method 'fp8'"),
+    "AWQ without config": (None, {"0.gate_proj.qweight": (64, 4)}, "quantised as AWQ or GPTQ"),
+    "FP8 without config": (None, {"gate_up_proj_scale_inv": (4, 1, 1)}, "quantised as FP8"),
+    "packed without config": (None, {"0.up_proj.weight_packed": (4, 4)}, "quantised as compressed-tensors"),
+    "4 bits without config": (None, {"0.up_proj.weight.absmax": (4,)}, "quantised as bitsandbytes"),
+}
+
+
+@pytest.mark.parametrize("case", QUANTISED)
+def test_other_quantisations_are_named(case: str, tmp_path: Path) -> None:
+    method, names, told = QUANTISED[case]
+    said = refusal(
+        write_checkpoint(
+            tmp_path / "in",
+            SHAPE,
+            "bf16",
+            edit_tensors=replace_experts(names),
+            edit_config=lambda c: c.update(
+                {"quantization_config": {"quant_method": method}} if method else {}
+            ),
+        )
+    )
+    assert told in said
+    assert (
+        "is not supported (experts may be MXFP4 or unquantised); take the checkpoint it was made from" in said
+    )
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "base_model.model."])
+def test_a_saved_training_wrapper_is_named(prefix: str, tmp_path: Path) -> None:
+    def rename(tensors: Tensors) -> None:
+        for name in list(tensors):
+            tensors[prefix + name] = tensors.pop(name)
+
+    said = refusal(write_checkpoint(tmp_path / "in", SHAPE, edit_tensors=rename))
+    assert f"tensor names begin with {prefix!r}" in said
+
+
+def test_a_tensor_that_is_missing_is_still_said_to_be(tmp_path: Path) -> None:
+    name = EXPERTS + "down_proj_bias"
+    for shards, told in (
+        (1, "a file is missing, or it was saved without it"),
+        (2, "does not list it either"),
+    ):
+        source = write_checkpoint(
+            tmp_path / str(shards), SHAPE, shards=shards, edit_tensors=lambda t: t.pop(name)
+        )
+        said = refusal(source)
+        assert f"tensor '{name}' is in no shard; " in said
+        assert told in said
+
+
+# --- folders without safetensors
+
+FOLDERS: dict[str, tuple[list[str], str]] = {
+    "GGUF": (["model-Q4.gguf"], "it holds model-Q4.gguf: a GGUF file; name the checkpoint it was made from"),
+    "PyTorch": (["config.json", "pytorch_model.bin"], "it holds pytorch_model.bin: PyTorch files (pickle)"),
+    "pt": (["model.pt"], "it holds model.pt: PyTorch files (pickle)"),
+    "consolidated": (["consolidated.00.pth", "params.json"], "it holds consolidated.00.pth: PyTorch files"),
+    "distributed": (
+        ["__0_0.distcp", ".metadata"],
+        "it holds __0_0.distcp: a distributed training checkpoint",
+    ),
+    "adapter": (["adapter_config.json", "adapter_model.safetensors"], "it holds a PEFT adapter, not a whole"),
+    "original": (
+        ["original/config.json", "original/model.safetensors"],
+        "original/ inside it is a checkpoint",
+    ),
+    "training": (
+        ["config.json", "checkpoint-20/config.json", "checkpoint-20/model.safetensors"],
+        "checkpoint-20/ inside it is a checkpoint: name that",
+    ),
+    "hub cache": (["snapshots/abc/config.json", "refs/main", "blobs/x"], "it is a folder of the hub cache"),
+    "empty": ([], "config.json: not found; a checkpoint needs its config.json beside the shards"),
+}
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_a_folder_of_another_format_is_named(case: str, tmp_path: Path, capsys: Capture) -> None:
+    files, told = FOLDERS[case]
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+    with untouched(folder):
+        ended = call(capsys, "inspect", folder)
+    assert (ended.code, ended.out) == (5, "")
+    assert told in ended.error
