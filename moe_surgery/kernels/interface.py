@@ -165,7 +165,7 @@ class Backend(Protocol):
         """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32 inside."""
         ...
 
-    def turns(self, positions: Tensor, frequencies: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def rope_cos_sin(self, positions: Tensor, frequencies: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """cos and sin of positions [...] times frequencies float32 [n], times scale: float32 [..., n]."""
         ...
 

@@ -56,8 +56,10 @@ class InvariantBackend:
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return _by_row(lambda row: self._backend.rms_norm(row, weight, eps), x)
 
-    def turns(self, positions: Tensor, frequencies: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        each = [self._backend.turns(p, frequencies, scale) for p in torch.split(positions.reshape(-1), 1)]
+    def rope_cos_sin(self, positions: Tensor, frequencies: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        each = [
+            self._backend.rope_cos_sin(p, frequencies, scale) for p in torch.split(positions.reshape(-1), 1)
+        ]
         shape = (*positions.shape, len(frequencies))
         cos, sin = (torch.cat(part).view(shape) for part in zip(*each, strict=True))
         return cos, sin

@@ -465,11 +465,11 @@ def test_turns_are_cosine_and_sine_however_many_are_asked_for(
 ) -> None:
     frequencies = 1.0 / 150000 ** (torch.arange(width) / width)
     at = torch.tensor(positions)
-    cos, sin = native().turns(at[None], frequencies, scale)
+    cos, sin = native().rope_cos_sin(at[None], frequencies, scale)
     angles = (at[:, None].float() * frequencies).double()
     torch.testing.assert_close(cos[0], (angles.cos() * scale).float(), rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(sin[0], (angles.sin() * scale).float(), rtol=1e-6, atol=1e-7)
-    assert torch.equal(native().turns(at[-1:], frequencies, scale)[0], cos[0, -1:])
+    assert torch.equal(native().rope_cos_sin(at[-1:], frequencies, scale)[0], cos[0, -1:])
 
 
 @settings(max_examples=60)

@@ -178,7 +178,7 @@ class NativeBackend:
         )
         return _as(y, x)
 
-    def turns(self, positions: Tensor, frequencies: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def rope_cos_sin(self, positions: Tensor, frequencies: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         _check_place("positions", positions)
         positions, frequencies = positions.long().contiguous(), in_float32(frequencies)
         cos, sin = (torch.empty((*positions.shape, len(frequencies))) for _ in range(2))
