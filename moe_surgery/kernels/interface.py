@@ -169,7 +169,7 @@ class Backend(Protocol):
         """cos and sin of positions [...] times frequencies float32 [n], times scale: float32 [..., n]."""
         ...
 
-    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def apply_rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x [..., head_dim], at most four axes, its halves (a, b) turned: (a cos - b sin, b cos + a sin).
 
         cos and sin float32, broadcast to [..., head_dim / 2].

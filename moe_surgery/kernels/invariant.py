@@ -64,8 +64,8 @@ class InvariantBackend:
         cos, sin = (torch.cat(part).view(shape) for part in zip(*each, strict=True))
         return cos, sin
 
-    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return self._backend.rotate(x, cos, sin)  # each product and sum is rounded by itself
+    def apply_rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return self._backend.apply_rope(x, cos, sin)  # each product and sum is rounded by itself
 
     def attend(
         self,

@@ -42,7 +42,7 @@ def apply_attention(model: Model, number: int, layer: Layer, states: HiddenState
             y.view(len(x), -1, c.head_dim)
             for y in backend.linears(h, [layer.q.pair, layer.k.pair, layer.v.pair])
         )
-        q, k = (backend.rotate(a, cos, sin) for a in (q, k))
+        q, k = (backend.apply_rope(a, cos, sin) for a in (q, k))
         split = (torch.split(a, lengths) for a in (q, k, v))
         mixed = [
             _attended(backend, q1, k1, v1, layer.sinks, window) for q1, k1, v1 in zip(*split, strict=True)

@@ -181,8 +181,8 @@ class Model:
             y.view(batch, tokens, -1, c.head_dim).transpose(1, 2)
             for y in self.backend.linears(h, [layer.q.pair, layer.k.pair, layer.v.pair])
         )
-        keys, values, held = cache.update(number, self.backend.rotate(k, cos, sin), v)
-        q = self.backend.rotate(q, cos, sin)
+        keys, values, held = cache.update(number, self.backend.apply_rope(k, cos, sin), v)
+        q = self.backend.apply_rope(q, cos, sin)
         mixed = self.backend.attend(q, keys, values, layer.sinks, positions, held, c.windows[number])
         return self.backend.linear(mixed, *layer.o.pair)
 

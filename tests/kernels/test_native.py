@@ -490,19 +490,21 @@ def test_heads_are_rotated_by_their_angles(
     cos, sin = angles.cos().float(), angles.sin().float()
     turn = torch.complex(cos.double(), sin.double())
     expected = torch.view_as_real(torch.complex(*x.double().chunk(2, -1)) * turn)
-    found = native().rotate(x, cos, sin)
+    found = native().apply_rope(x, cos, sin)
     torch.testing.assert_close(found.double(), torch.cat(expected.unbind(-1), -1), rtol=0, atol=1e-5)
-    assert torch.equal(native().rotate(x.bfloat16(), cos, sin), REFERENCE.rotate(x.bfloat16(), cos, sin))
-    assert torch.equal(found, REFERENCE.rotate(x, cos, sin))
+    assert torch.equal(
+        native().apply_rope(x.bfloat16(), cos, sin), REFERENCE.apply_rope(x.bfloat16(), cos, sin)
+    )
+    assert torch.equal(found, REFERENCE.apply_rope(x, cos, sin))
 
 
 def test_angles_that_fit_no_head_are_refused() -> None:
     x, angles = draw(0, 2, 3, 8), draw(1, 2, 1, 4)
     for wrong in (draw(1, 2, 1, 3), draw(1, 2, 2, 4), draw(1, 3, 4)):
         with pytest.raises(UsageError, match="not rotated by angles"):
-            native().rotate(x, wrong, wrong)
+            native().apply_rope(x, wrong, wrong)
         with pytest.raises(UsageError, match="not rotated by angles"):
-            native().rotate(x, angles, wrong)
+            native().apply_rope(x, angles, wrong)
 
 
 # --- threads

@@ -193,7 +193,7 @@ class NativeBackend:
         )
         return cos, sin
 
-    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def apply_rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         _check_place("x", x)
         wide = x if x.dtype == F32 and x.stride(-1) == 1 else in_float32(x)
         cos, sin = in_float32(cos), in_float32(sin)

@@ -12,7 +12,7 @@ from moe_surgery.kernels.interface import DecoderModel, DecodeStep, KVCache, Lay
 from moe_surgery.kernels.reference.attention import attend, visible
 from moe_surgery.kernels.weights import Layer
 
-__all__ = ["TorchDense", "linear", "rms_norm", "rotate"]
+__all__ = ["TorchDense", "apply_rope", "linear", "rms_norm"]
 
 PIECE_BYTES = 32 << 20
 
@@ -39,7 +39,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * scale * weight.float()).to(x.dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [..., head_dim], its halves turned by angles broadcast to [..., head_dim / 2], in x's dtype."""
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
@@ -63,8 +63,8 @@ class TorchDense:
         angles = positions[..., None].float() * frequencies
         return angles.cos() * scale, angles.sin() * scale
 
-    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return rotate(x, cos, sin)
+    def apply_rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return apply_rope(x, cos, sin)
 
     def attend(
         self,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moe_surgery.kernels.reference.attention import attend, visible
-from moe_surgery.kernels.reference.dense import linear, rms_norm, rotate
+from moe_surgery.kernels.reference.dense import apply_rope, linear, rms_norm
 from moe_surgery.kernels.triton.decode import attention as attention_module
 from moe_surgery.kernels.triton.decode.attention import attention, kv_splits_for
 from moe_surgery.kernels.triton.decode.fused_projections import KVWrite, ProjectionInput, output, qkv, unembed
@@ -107,7 +107,7 @@ def test_qkv(tokens: int, name: str, dtype: torch.dtype) -> None:
 
     wanted = linear(h, weight, bias).view(tokens, heads + 2 * kv_heads, head_dim)
     cos, sin = (t[column - pads][:, None] for t in (kv_write.cos, kv_write.sin))
-    rotated = rotate(wanted[:, : heads + kv_heads], cos, sin)
+    rotated = apply_rope(wanted[:, : heads + kv_heads], cos, sin)
     near(q, rotated[:, :heads].flatten(1), dtype)
     near(kv_write.keys[:, :, 4], rotated[:, heads:], dtype)
     near(kv_write.values[:, :, 4], wanted[:, heads + kv_heads :], dtype)
@@ -138,7 +138,9 @@ def test_qkv_of_one_token_norms_its_input_itself(gathered: bool) -> None:
     assert torch.equal(total, summed)
     wanted = linear(rms_norm(summed, norm_weight, EPS), weight, bias).view(1, heads + 2 * kv_heads, head_dim)
     near(
-        q, rotate(wanted[:, :heads], kv_write.cos[:1, None], kv_write.sin[:1, None]).flatten(1), torch.float32
+        q,
+        apply_rope(wanted[:, :heads], kv_write.cos[:1, None], kv_write.sin[:1, None]).flatten(1),
+        torch.float32,
     )
     near(kv_write.values[:, :, 0], wanted[:, heads + kv_heads :], torch.float32)
 
