@@ -176,7 +176,7 @@ class Backend(Protocol):
         """
         ...
 
-    def attend(
+    def attention(
         self,
         q: Tensor,
         k: Tensor,

@@ -67,7 +67,7 @@ class InvariantBackend:
     def apply_rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return self._backend.apply_rope(x, cos, sin)  # each product and sum is rounded by itself
 
-    def attend(
+    def attention(
         self,
         q: Tensor,
         k: Tensor,
@@ -88,7 +88,7 @@ class InvariantBackend:
                     continue
                 one = (q[b : b + 1, :, i : i + 1], k[b : b + 1, :, seen], v[b : b + 1, :, seen], sinks)
                 at = (queries[b : b + 1, i : i + 1], keys[b : b + 1, seen])
-                out[b : b + 1, i : i + 1] = self._backend.attend(*one, *at, window)
+                out[b : b + 1, i : i + 1] = self._backend.attention(*one, *at, window)
         return out
 
     def stack(self, layers: Sequence[Layer], shape: StackShape) -> LayerStack | None:

@@ -93,5 +93,5 @@ def _attended(backend: Backend, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, 
         b = min(a + step, tokens)
         first = 0 if window is None else max(0, a - window + 1)
         given = q[:, :, a:b], k[:, :, first:b], v[:, :, first:b], sinks
-        mixed.append(backend.attend(*given, positions[:, a:b], positions[:, first:b], window))
+        mixed.append(backend.attention(*given, positions[:, a:b], positions[:, first:b], window))
     return torch.cat(mixed, dim=1)[0]

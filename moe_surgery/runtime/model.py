@@ -183,7 +183,7 @@ class Model:
         )
         keys, values, held = cache.update(number, self.backend.apply_rope(k, cos, sin), v)
         q = self.backend.apply_rope(q, cos, sin)
-        mixed = self.backend.attend(q, keys, values, layer.sinks, positions, held, c.windows[number])
+        mixed = self.backend.attention(q, keys, values, layer.sinks, positions, held, c.windows[number])
         return self.backend.linear(mixed, *layer.o.pair)
 
     def _experts(self, layer: Layer, x: Tensor) -> Tensor:

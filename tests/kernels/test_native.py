@@ -427,12 +427,12 @@ def test_attention_is_the_references_and_every_query_gets_what_it_gets_alone(
     isa: str, case: dict[str, torch.Tensor], window: int | None, dtype: torch.dtype
 ) -> None:
     case = {n: t if n in ("queries", "keys", "sinks") else t.to(dtype) for n, t in case.items()}
-    got = native(isa, 3).attend(**case, window=window)
+    got = native(isa, 3).attention(**case, window=window)
     assert got.dtype == dtype
     wide = {n: t if n in ("queries", "keys") else t.double().float() for n, t in case.items()}
-    expected = REFERENCE.attend(**wide, window=window)
+    expected = REFERENCE.attention(**wide, window=window)
     torch.testing.assert_close(got.float(), expected, rtol=0, atol=2e-6 if dtype == torch.float32 else 2e-2)
-    assert torch.equal(got, native("scalar").attend(**case, window=window))
+    assert torch.equal(got, native("scalar").attention(**case, window=window))
     order = torch.randperm(case["k"].shape[2], generator=torch.Generator().manual_seed(0))
     for i in range(case["q"].shape[2]):
         one = {
@@ -443,13 +443,13 @@ def test_attention_is_the_references_and_every_query_gets_what_it_gets_alone(
             "v": case["v"][:, :, order],
             "keys": case["keys"][:, order],
         }
-        assert torch.equal(native(isa).attend(**one, window=window)[:, 0], got[:, i])
+        assert torch.equal(native(isa).attention(**one, window=window)[:, 0], got[:, i])
 
 
 def test_a_query_that_sees_nothing_gives_zeros() -> None:
     case = attention_case(0, 1, 2, 2, 16, 8, 2, 5)
     case["queries"][0, 0] = -1
-    got = native().attend(**case, window=None)
+    got = native().attention(**case, window=None)
     assert not got[0, 0].any()
     assert got[0, 1].all()
 

@@ -206,7 +206,7 @@ class NativeBackend:
         self._native.rotate(wide.data_ptr(), wide.stride(), *angles, y.shape, y.data_ptr())
         return _as(y, x)
 
-    def attend(
+    def attention(
         self,
         q: Tensor,
         k: Tensor,

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe_surgery.kernels.interface import DecoderModel, DecodeStep, KVCache, LayerStack, StackShape
-from moe_surgery.kernels.reference.attention import attend, visible
+from moe_surgery.kernels.reference.attention import attention, visible
 from moe_surgery.kernels.weights import Layer
 
 __all__ = ["TorchDense", "apply_rope", "linear", "rms_norm"]
@@ -66,7 +66,7 @@ class TorchDense:
     def apply_rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return apply_rope(x, cos, sin)
 
-    def attend(
+    def attention(
         self,
         q: Tensor,
         k: Tensor,
@@ -76,7 +76,7 @@ class TorchDense:
         keys: Tensor,
         window: int | None,
     ) -> Tensor:
-        return attend(q, k, v, sinks, visible(queries, keys, window))
+        return attention(q, k, v, sinks, visible(queries, keys, window))
 
     def stack(self, layers: Sequence[Layer], shape: StackShape) -> LayerStack | None:
         return None

@@ -9,7 +9,8 @@ from itertools import product
 import pytest
 import torch
 
-from moe_surgery.kernels.reference.attention import attend, visible
+from moe_surgery.kernels.reference.attention import attention as reference_attention
+from moe_surgery.kernels.reference.attention import visible
 from moe_surgery.kernels.reference.dense import apply_rope, linear, rms_norm
 from moe_surgery.kernels.triton.decode import attention as attention_module
 from moe_surgery.kernels.triton.decode.attention import attention, kv_splits_for
@@ -224,7 +225,9 @@ def test_attention(name: str, shape: tuple[int, int, int], multiprocessors: int)
     )
     attention(*args).run()
     now = (columns - 1 - pads)[:, None]
-    wanted = attend(q.view(batch, heads, 1, head_dim), keys, values, sinks, visible(now, positions, window))
+    wanted = reference_attention(
+        q.view(batch, heads, 1, head_dim), keys, values, sinks, visible(now, positions, window)
+    )
     near(out, wanted[:, 0], torch.float32)
     attention(*args).run()  # the counters are back where they were
     near(out, wanted[:, 0], torch.float32)
@@ -241,7 +244,7 @@ def test_attention_survives_large_scores_and_lone_sinks() -> None:
             q, keys, values, positions, column, zero, sinks, None, out, 132, needs_fp32(torch.float32)
         ).run()
         seen = visible(column[None], positions, None)
-        wanted = attend(q.view(1, 1, 1, 16), keys, values, sinks, seen)[:, 0]
+        wanted = reference_attention(q.view(1, 1, 1, 16), keys, values, sinks, seen)[:, 0]
         assert (out - wanted).abs().max() <= 1e-4
 
 
@@ -269,4 +272,4 @@ def test_attention_in_narrow_types(dtype: torch.dtype) -> None:
     attention(q, keys, values, positions, column, pads, sinks, None, out, 132, needs_fp32(dtype)).run()
     seen = visible((column - pads)[:, None], positions, None)
     wide = (t.float() for t in (q.view(batch, heads, 1, head_dim), keys, values, sinks))
-    near(out, attend(*wide, seen)[:, 0], dtype)
+    near(out, reference_attention(*wide, seen)[:, 0], dtype)
