@@ -157,7 +157,7 @@ class Backend(Protocol):
         """x [..., columns] @ weight [rows, columns].T + bias [rows]."""
         ...
 
-    def linears(self, x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+    def multi_linear(self, x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
         """`linear` of one x with each (weight, bias)."""
         ...
 

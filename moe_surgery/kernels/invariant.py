@@ -50,7 +50,7 @@ class InvariantBackend:
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return _by_row(lambda row: self._backend.linear(row, weight, bias), x)
 
-    def linears(self, x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+    def multi_linear(self, x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
         return [self.linear(x, weight, bias) for weight, bias in layers]
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

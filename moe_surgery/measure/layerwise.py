@@ -40,7 +40,7 @@ def apply_attention(model: Model, number: int, layer: Layer, states: HiddenState
         h = backend.rms_norm(x, layer.attention_norm, c.eps)
         q, k, v = (
             y.view(len(x), -1, c.head_dim)
-            for y in backend.linears(h, [layer.q.pair, layer.k.pair, layer.v.pair])
+            for y in backend.multi_linear(h, [layer.q.pair, layer.k.pair, layer.v.pair])
         )
         q, k = (backend.apply_rope(a, cos, sin) for a in (q, k))
         split = (torch.split(a, lengths) for a in (q, k, v))

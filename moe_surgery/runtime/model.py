@@ -179,7 +179,7 @@ class Model:
         cos, sin = (a[:, None] for a in angles)  # [batch, 1, tokens, head_dim / 2]
         q, k, v = (
             y.view(batch, tokens, -1, c.head_dim).transpose(1, 2)
-            for y in self.backend.linears(h, [layer.q.pair, layer.k.pair, layer.v.pair])
+            for y in self.backend.multi_linear(h, [layer.q.pair, layer.k.pair, layer.v.pair])
         )
         keys, values, held = cache.update(number, self.backend.apply_rope(k, cos, sin), v)
         q = self.backend.apply_rope(q, cos, sin)

@@ -263,7 +263,7 @@ def test_several_products_at_once_are_those_one_by_one() -> None:
     x = draw(0, 2, 3, 100)
     rows = ((1, torch.bfloat16), (64, torch.float32), (7, torch.float16))
     layers = [(draw(i, n, 100).to(dtype), None) for i, (n, dtype) in enumerate(rows)]
-    found = native("", 3).linears(x, layers)
+    found = native("", 3).multi_linear(x, layers)
     assert [tuple(y.shape) for y in found] == [(2, 3, 1), (2, 3, 64), (2, 3, 7)]
     for y, (weight, _) in zip(found, layers, strict=True):
         assert torch.equal(y, native().linear(x, weight))

@@ -140,9 +140,9 @@ class NativeBackend:
         return _as(y, x)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self.linears(x, [(weight, bias)])[0]
+        return self.multi_linear(x, [(weight, bias)])[0]
 
-    def linears(self, x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+    def multi_linear(self, x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
         _check_place("x", x)
         try:
             for weight, bias in layers:
@@ -150,7 +150,7 @@ class NativeBackend:
                 check_readable("a bias", bias)
         except Plain as reason:
             log_plain(str(reason))
-            return self._plain.linears(x, layers)
+            return self._plain.multi_linear(x, layers)
         columns = x.shape[-1]
         for weight, bias in layers:
             _check_shape("weight", weight, (None, columns))

@@ -53,7 +53,7 @@ class TorchDense:
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return linear(x, weight, bias)
 
-    def linears(self, x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+    def multi_linear(self, x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
         return [linear(x, weight, bias) for weight, bias in layers]
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
