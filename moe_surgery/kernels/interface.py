@@ -16,17 +16,17 @@ __all__ = [
     "Backend",
     "DecodeStep",
     "DecoderModel",
+    "DecoderShape",
+    "FusedLayers",
     "KVCache",
     "LayerSlots",
-    "LayerStack",
-    "StackShape",
 ]
 
 NOWHERE = -1  # position of a cache slot that holds nothing, or a padding token
 
 
 @dataclass(frozen=True, slots=True)
-class StackShape:
+class DecoderShape:
     """What decoder layers have in common; `windows` has an entry a layer, None for full attention."""
 
     heads: int
@@ -51,7 +51,7 @@ class LayerSlots:
     places: Tensor
 
 
-class LayerStack(Protocol):
+class FusedLayers(Protocol):
     """All decoder layers as one operation."""
 
     def __call__(
@@ -73,7 +73,7 @@ class DecoderModel:
     """
 
     layers: Sequence[Layer]
-    shape: StackShape
+    shape: DecoderShape
     embedding: Tensor
     norm: Tensor
     unembedding: Tensor
@@ -195,7 +195,7 @@ class Backend(Protocol):
         """
         ...
 
-    def stack(self, layers: Sequence[Layer], shape: StackShape) -> LayerStack | None:
+    def fuse_layers(self, layers: Sequence[Layer], shape: DecoderShape) -> FusedLayers | None:
         """`layers` as one operation that gives what the others above give one by one, bit for bit.
 
         None where there is no such thing for these weights.

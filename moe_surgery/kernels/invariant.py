@@ -10,10 +10,10 @@ from torch import Tensor
 from moe_surgery.kernels.interface import (
     Backend,
     DecoderModel,
+    DecoderShape,
     DecodeStep,
+    FusedLayers,
     KVCache,
-    LayerStack,
-    StackShape,
 )
 from moe_surgery.kernels.weights import ExpertWeights, Layer
 
@@ -91,7 +91,7 @@ class InvariantBackend:
                 out[b : b + 1, i : i + 1] = self._backend.attention(*one, *at, window)
         return out
 
-    def stack(self, layers: Sequence[Layer], shape: StackShape) -> LayerStack | None:
+    def fuse_layers(self, layers: Sequence[Layer], shape: DecoderShape) -> FusedLayers | None:
         return None
 
     def prepare_layer(self, layer: Layer) -> Layer:

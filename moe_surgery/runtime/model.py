@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from moe_surgery.errors import UsageError
 from moe_surgery.kernels import Backend
-from moe_surgery.kernels.interface import DecoderModel, DecodeStep, LayerStack, StackShape
+from moe_surgery.kernels.interface import DecoderModel, DecoderShape, DecodeStep, FusedLayers
 from moe_surgery.kernels.weights import Layer
 from moe_surgery.runtime.cache import Cache
 from moe_surgery.runtime.config import ModelConfig
@@ -51,7 +51,7 @@ class Model:
         self.backend = backend
         self.device = norm.device
         self.rope = Rope(config.rope, config.head_dim, self.device)
-        self._stacked: tuple[Sequence[Layer], LayerStack | None] | None = None
+        self._fused: tuple[Sequence[Layer], FusedLayers | None] | None = None
 
     @property
     def computation(self) -> dict[str, str]:
@@ -143,9 +143,9 @@ class Model:
         positions = cache.begin(ids.shape[1], mask)
         angles = self.rope(positions, self.backend)
         x = F.embedding(ids, self.embedding).to(self.dtype)
-        stack = self._stack() if cache.stores_before_reading(ids.shape[1]) else None
-        if stack is not None:
-            x = stack(x, positions, *angles, cache.layer_slots())
+        fused = self._fused_layers() if cache.stores_before_reading(ids.shape[1]) else None
+        if fused is not None:
+            x = fused(x, positions, *angles, cache.layer_slots())
         else:
             for number, layer in enumerate(self.layers):
                 x = x + self._attention(number, layer, x, cache, positions, angles)
@@ -153,16 +153,19 @@ class Model:
         cache.end()
         return x
 
-    def _stack(self) -> LayerStack | None:
+    def _fused_layers(self) -> FusedLayers | None:
         """The layers as one operation, where the backend has it for them as they are now."""
-        if self._stacked is None or self._stacked[0] is not self.layers:
+        if self._fused is None or self._fused[0] is not self.layers:
             whole = isinstance(self.layers, list) and self.dtype == self.backend.dtype
-            self._stacked = (self.layers, self.backend.stack(self.layers, self._shape()) if whole else None)
-        return self._stacked[1]
+            self._fused = (
+                self.layers,
+                self.backend.fuse_layers(self.layers, self._shape()) if whole else None,
+            )
+        return self._fused[1]
 
-    def _shape(self) -> StackShape:
+    def _shape(self) -> DecoderShape:
         c = self.config
-        return StackShape(c.heads, c.kv_heads, c.head_dim, c.eps, c.windows)
+        return DecoderShape(c.heads, c.kv_heads, c.head_dim, c.eps, c.windows)
 
     def _attention(
         self,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_surgery.errors import UsageError
 from moe_surgery.formats.native import native_module, native_reason
-from moe_surgery.kernels.interface import DecoderModel, DecodeStep, KVCache, LayerStack, StackShape
+from moe_surgery.kernels.interface import DecoderModel, DecoderShape, DecodeStep, FusedLayers, KVCache
 from moe_surgery.kernels.native.operands import (
     BF16,
     F32,
@@ -249,7 +249,7 @@ class NativeBackend:
         )
         return _as(out, q)
 
-    def stack(self, layers: Sequence[Layer], shape: StackShape) -> LayerStack | None:
+    def fuse_layers(self, layers: Sequence[Layer], shape: DecoderShape) -> FusedLayers | None:
         try:
             return NativeStack(self._native, self._engine, layers, shape)
         except Plain:

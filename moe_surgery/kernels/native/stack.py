@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_surgery.kernels.interface import LayerSlots, StackShape
+from moe_surgery.kernels.interface import DecoderShape, LayerSlots
 from moe_surgery.kernels.native.operands import (
     F32,
     Plain,
@@ -23,13 +23,13 @@ __all__ = ["NativeStack"]
 
 
 class NativeStack:
-    """See `moe_surgery.kernels.interface.LayerStack`. Float32 hidden states and caches on the CPU.
+    """See `moe_surgery.kernels.interface.FusedLayers`. Float32 hidden states and caches on the CPU.
 
     Between two operations there is no Python: on the full-size model that is a tenth of a token's time.
     Raises Plain, when made, for weights that the kernels do not multiply.
     """
 
-    def __init__(self, native: Any, engine: Any, layers: Sequence[Layer], shape: StackShape) -> None:
+    def __init__(self, native: Any, engine: Any, layers: Sequence[Layer], shape: DecoderShape) -> None:
         self._engine = engine
         self._held = list(layers)  # what the addresses below belong to
         hidden = layers[0].q.weight.shape[1]
@@ -70,7 +70,7 @@ class NativeStack:
         return x
 
 
-def _check(layer: Layer, hidden: int, shape: StackShape) -> None:
+def _check(layer: Layer, hidden: int, shape: DecoderShape) -> None:
     """Raise Plain unless all that is not an expert can be read and has the shapes that belong together."""
     wide, narrow = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     wanted = {"q": (wide, hidden), "k": (narrow, hidden), "v": (narrow, hidden), "o": (hidden, wide)}

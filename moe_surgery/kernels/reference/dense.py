@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_surgery.kernels.interface import DecoderModel, DecodeStep, KVCache, LayerStack, StackShape
+from moe_surgery.kernels.interface import DecoderModel, DecoderShape, DecodeStep, FusedLayers, KVCache
 from moe_surgery.kernels.reference.attention import attention, visible
 from moe_surgery.kernels.weights import Layer
 
@@ -78,7 +78,7 @@ class TorchDense:
     ) -> Tensor:
         return attention(q, k, v, sinks, visible(queries, keys, window))
 
-    def stack(self, layers: Sequence[Layer], shape: StackShape) -> LayerStack | None:
+    def fuse_layers(self, layers: Sequence[Layer], shape: DecoderShape) -> FusedLayers | None:
         return None
 
     def prepare_layer(self, layer: Layer) -> Layer:
