@@ -155,14 +155,14 @@ def test_weights_may_lie_at_any_address(isa: str, stored: torch.dtype, by: int) 
 @pytest.mark.parametrize("packed", [True, False])
 def test_an_index_gives_the_bits_of_tensors_cut_by_it(isa: str, packed: bool) -> None:
     case = make_case(experts=3, stored=7, packed=packed, tokens=6)
-    e, index = case.experts, case.experts.index
+    e, expert_map = case.experts, case.experts.expert_map
 
     def cut(weight: Weight) -> Weight:
         if isinstance(weight, DenseWeight):
-            return DenseWeight(weight.values[index])
-        return Mxfp4Weight(weight.blocks[index], weight.scales[index])
+            return DenseWeight(weight.values[expert_map])
+        return Mxfp4Weight(weight.blocks[expert_map], weight.scales[expert_map])
 
-    own = ExpertWeights(cut(e.gate_up), e.gate_up_bias[index], cut(e.down), e.down_bias[index])
+    own = ExpertWeights(cut(e.gate_up), e.gate_up_bias[expert_map], cut(e.down), e.down_bias[expert_map])
     expected = run(native(isa), replace(case, experts=own), torch.float32)
     assert torch.equal(run(native(isa), case, torch.float32), expected)
 

@@ -133,7 +133,7 @@ def test_with_f16_and_f32_weights_a_sequence_gets_in_a_batch_what_it_gets_alone(
 
 def strided_index(layer: Layer) -> Layer:
     rows = torch.arange(len(layer.router.weight))
-    return replace(layer, experts=replace(layer.experts, index=torch.stack([rows, rows], 1)[:, 0]))
+    return replace(layer, experts=replace(layer.experts, expert_map=torch.stack([rows, rows], 1)[:, 0]))
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def strided_index(layer: Layer) -> Layer:
         lambda layer: replace(layer, attention_norm=layer.attention_norm[:-1]),
         strided_index,
     ],
-    ids=["o", "sinks", "norm", "router's bias", "short norm", "strided index"],
+    ids=["o", "sinks", "norm", "router's bias", "short norm", "strided expert map"],
 )
 def test_weights_of_another_kind_have_no_stack(tiny: Path, change: object) -> None:
     model = model_of(tiny, "", 1, stacked=True)

@@ -121,7 +121,7 @@ class NativeBackend:
         _check_shape("weights", weights, tuple(ids.shape))
         if not ids.numel():
             return torch.zeros_like(x)
-        places = ids.long() if e.index is None else e.index[ids]
+        places = ids.long() if e.expert_map is None else e.expert_map[ids]
         places, wide, shares = places.contiguous(), in_float32(x), in_float32(weights)
         y = torch.empty_like(wide)
         top_k = ids.shape[1]

@@ -47,7 +47,7 @@ class NativeStack:
                 matrix_of(native, "down", e.down, e.down_bias),
                 e.limit,
                 e.alpha,
-                0 if e.index is None else e.index.data_ptr(),
+                0 if e.expert_map is None else e.expert_map.data_ptr(),
                 layer.top_k,
                 window or 0,
             )
@@ -92,11 +92,13 @@ def _check(layer: Layer, hidden: int, shape: DecoderShape) -> None:
         check_readable("a norm's weight or sinks", vector)
         if vector.shape != (length,):
             raise Plain(f"a norm's weight or sinks have shape {tuple(vector.shape)}, needed ({length},)")
-    e, index = layer.experts, layer.experts.index
+    e, expert_map = layer.experts, layer.experts.expert_map
     fits = (e.gate_up.columns, e.gate_up.rows, e.down.rows) == (hidden, 2 * e.down.columns, hidden)
-    named = index is None or (index.dtype == torch.int64 and index.is_contiguous() and len(index) == experts)
+    named = expert_map is None or (
+        expert_map.dtype == torch.int64 and expert_map.is_contiguous() and len(expert_map) == experts
+    )
     if not (fits and named and 1 <= layer.top_k <= experts):
-        raise Plain("the experts' shapes or index do not fit the layer")
+        raise Plain("the experts' shapes or expert map do not fit the layer")
 
 
 def _slots(cache: LayerSlots) -> tuple[object, ...]:

@@ -113,7 +113,7 @@ def experts_launches(
 
     gate_up = operand(expert_weights.gate_up, expert_weights.gate_up_bias, "gate_up")
     down = operand(expert_weights.down, expert_weights.down_bias, "down")
-    expert_map = expert_weights.index
+    expert_map = expert_weights.expert_map
     tokens, hidden = x.shape
     top_k = ids.shape[1]
     pairs = tokens * top_k
@@ -129,7 +129,7 @@ def experts_launches(
     for tensor in (gate_up.data, gate_up.bias, down.data, down.bias):
         _check("an expert weight", tensor, (None,) * tensor.dim(), x.device)
     if expert_map is not None:
-        _check("index", expert_map, (None,), x.device, (torch.int64, torch.int32))
+        _check("expert_map", expert_map, (None,), x.device, (torch.int64, torch.int32))
         expert_map = expert_map.contiguous()
     if not pairs:
         out.zero_()

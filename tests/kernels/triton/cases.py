@@ -76,7 +76,7 @@ class Layer:
     down: np.ndarray
 
     def expected(self) -> np.ndarray:
-        place = self.experts.index
+        place = self.experts.expert_map
         biases = [b.double().numpy() for b in (self.experts.gate_up_bias, self.experts.down_bias)]
         if place is not None:
             biases = [b[place.numpy()] for b in biases]
@@ -93,17 +93,17 @@ def layer(
     """A layer of `case`; MXFP4 scales lie in the half-open range `scales`."""
     random = torch.Generator().manual_seed(case.experts * 1000 + case.top_k * 100 + case.tokens)
     stored = case.experts + 3 if case.indexed else case.experts
-    index = torch.randperm(stored, generator=random)[: case.experts] if case.indexed else None
+    expert_map = torch.randperm(stored, generator=random)[: case.experts] if case.indexed else None
     gate_up, gate_up_values = _weight(case.format, stored, 2 * intermediate, hidden, scales, dtype, random)
     down, down_values = _weight(case.format, stored, hidden, intermediate, scales, dtype, random)
-    if index is not None:
-        gate_up_values, down_values = gate_up_values[index.numpy()], down_values[index.numpy()]
+    if expert_map is not None:
+        gate_up_values, down_values = gate_up_values[expert_map.numpy()], down_values[expert_map.numpy()]
     if ids is None:
         scores = torch.rand(case.tokens, case.experts, generator=random)
         ids = scores.argsort(dim=1)[:, : case.top_k].contiguous()
     experts = ExpertWeights(
         gate_up, torch.randn(stored, 2 * intermediate, generator=random).to(dtype),
-        down, torch.randn(stored, hidden, generator=random).to(dtype), index,
+        down, torch.randn(stored, hidden, generator=random).to(dtype), expert_map,
     )  # fmt: skip
     x = torch.randn(case.tokens, hidden, generator=random).to(dtype)
     weights = torch.rand(case.tokens, case.top_k, generator=random).to(dtype)

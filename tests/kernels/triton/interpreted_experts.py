@@ -96,7 +96,7 @@ def by_gemv(case: Layer, blocks: Blocks, splits: tuple[int, int], operands=None)
         operand(case.experts.gate_up, case.experts.gate_up_bias, "gate_up"),
         operand(case.experts.down, case.experts.down_bias, "down"),
     )
-    expert_map = case.experts.index
+    expert_map = case.experts.expert_map
     z, out = torch.empty(case.ids.numel(), down.columns), torch.empty_like(case.x)
     gate_up_gemv(case.x, case.ids, expert_map, up, z, 7.0, 1.702, blocks, splits[0]).run()
     down_gemv(z, case.ids, case.weights, expert_map, down, out, blocks, splits[1]).run()
@@ -110,7 +110,7 @@ def by_grouped_gemm(
         operand(case.experts.gate_up, case.experts.gate_up_bias, "gate_up"),
         operand(case.experts.down, case.experts.down_bias, "down"),
     )
-    expert_map, top_k = case.experts.index, case.ids.shape[1]
+    expert_map, top_k = case.experts.expert_map, case.ids.shape[1]
     experts = up.data.shape[0] if expert_map is None else len(expert_map)
     routing = empty_routing(case.ids.numel(), experts, block_n, case.x.device)
     z = torch.empty(case.ids.numel(), down.columns)
@@ -233,7 +233,7 @@ def test_nan_in_one_token_stays_in_it() -> None:
         (lambda w: replace(w, down=Mxfp4Weight(w.down.blocks.int(), w.down.scales)), "down is torch.int32"),
         (lambda w: replace(w, down=Mxfp4Weight(w.down.blocks, w.down.scales[:, 1:])), "scales"),
         (lambda w: replace(w, down=w.gate_up, down_bias=w.gate_up_bias), "x has 96 columns"),
-        (lambda w: replace(w, index=torch.tensor([0.0])), "index is torch.float32"),
+        (lambda w: replace(w, expert_map=torch.tensor([0.0])), "expert_map is torch.float32"),
     ],
 )
 def test_refusals(change, says: str) -> None:
