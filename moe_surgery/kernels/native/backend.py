@@ -15,7 +15,7 @@ from moe_surgery.kernels.interface import DecoderModel, DecoderShape, DecodeStep
 from moe_surgery.kernels.native.operands import (
     BF16,
     F32,
-    Plain,
+    UnsupportedWeight,
     check_readable,
     in_float32,
     log_plain,
@@ -86,7 +86,7 @@ class NativeBackend:
         try:
             check_readable("the router's weight", weight)
             check_readable("the router's bias", bias)
-        except Plain as reason:
+        except UnsupportedWeight as reason:
             log_plain(str(reason))
             return self._plain.route(x, weight, bias, top_k)
         rows, columns = weight.shape
@@ -108,7 +108,7 @@ class NativeBackend:
         try:
             gate_up = matrix_of(self._native, "gate_up", e.gate_up, e.gate_up_bias)
             down = matrix_of(self._native, "down", e.down, e.down_bias)
-        except Plain as reason:
+        except UnsupportedWeight as reason:
             log_plain(str(reason))
             return self._plain.experts(x, ids, weights, expert_weights)
         hidden, units = e.gate_up.columns, e.down.columns
@@ -148,7 +148,7 @@ class NativeBackend:
             for weight, bias in layers:
                 check_readable("a weight", weight)
                 check_readable("a bias", bias)
-        except Plain as reason:
+        except UnsupportedWeight as reason:
             log_plain(str(reason))
             return self._plain.multi_linear(x, layers)
         columns = x.shape[-1]
@@ -167,7 +167,7 @@ class NativeBackend:
         columns = x.shape[-1]
         try:
             check_readable("a norm's weight", weight)
-        except Plain as reason:
+        except UnsupportedWeight as reason:
             log_plain(str(reason))
             return self._plain.rms_norm(x, weight, eps)
         _check_shape("the norm's weight", weight, (columns,))
@@ -252,7 +252,7 @@ class NativeBackend:
     def fuse_layers(self, layers: Sequence[Layer], shape: DecoderShape) -> FusedLayers | None:
         try:
             return NativeStack(self._native, self._engine, layers, shape)
-        except Plain:
+        except UnsupportedWeight:
             return None
 
     def prepare_layer(self, layer: Layer) -> Layer:
