@@ -139,17 +139,16 @@ def decode(bandwidth: float) -> tuple[list[dict[str, object]], list[dict[str, ob
     """Rows measured, and what was counted for each beforehand."""
     import torch
 
-    from benchmarks.gpu.decode import BATCHES, CONTEXT, KEPT, kept, measure_decode
+    from benchmarks.gpu.decode import BATCHES, CONTEXT, KEPT, describe_step, kept, measure_decode
     from benchmarks.gpu.weights import gpt_oss_20b
     from moe_surgery.kernels.triton import TritonBackend
-    from moe_surgery.runtime.decode_cost import describe_step
 
     rows: list[dict[str, object]] = []
     costs: list[dict[str, object]] = []
     for experts in KEPT:
         print(f"decode, {experts} experts", file=sys.stderr)
         config = kept(gpt_oss_20b(), experts)
-        costs += [{"step": describe_step(config, experts, batch, CONTEXT)} for batch in BATCHES]
+        costs += [{"step": describe_step(config, batch, CONTEXT)} for batch in BATCHES]
         rows += measure_decode(config, TritonBackend(), bandwidth, torch.device("cuda", 0))
     return rows, costs
 

@@ -12,12 +12,14 @@ from benchmarks.gpu.timing import timed
 from benchmarks.gpu.weights import fill_cache, random_model, weight_bytes
 from moe_surgery.kernels.interface import Backend
 from moe_surgery.kernels.reference import ReferenceBackend
+from moe_surgery.kernels.triton.decode.launches import launch_count
+from moe_surgery.kernels.triton.decode.step import DecodeStep
+from moe_surgery.runtime.cache import Cache
 from moe_surgery.runtime.config import ModelConfig
-from moe_surgery.runtime.decode_cost import bytes_per_token, launch_count
-from moe_surgery.runtime.decode_step import DecodeStep
+from moe_surgery.runtime.decode_cost import bytes_per_token
 from moe_surgery.runtime.model import Model
 
-__all__ = ["BATCHES", "CONTEXT", "KEPT", "kept", "measure_decode"]
+__all__ = ["BATCHES", "CONTEXT", "KEPT", "describe_step", "kept", "measure_decode"]
 
 KEPT = (32, 16, 8, 4)
 BATCHES = (1, 8, 32)
@@ -65,7 +67,7 @@ def _row(model: Model, batch: int, context: int, bandwidth: float, errors: Error
     torch.cuda.reset_peak_memory_stats(device)
     cache = model.new_cache(batch, context + 2 * STEPS + REPLAYS + 8)
     fill_cache(cache, context)
-    step = DecodeStep(model, cache)
+    step = captured_step(model, cache)
     tokens = torch.randint(0, config.vocabulary, (batch,), device=device)
     step(tokens)
 
@@ -84,7 +86,7 @@ def _row(model: Model, batch: int, context: int, bandwidth: float, errors: Error
     seconds = start.elapsed_time(stop) / 1e3 / STEPS
     replay = timed(lambda: step(tokens), repeats=REPLAYS).seconds
     read = bytes_per_token(config, config.experts, batch, context + STEPS * 3 // 2)
-    launches = launch_count(config, config.experts, batch)
+    launches = launch_count(config.layers, config.experts, config.top_k, batch)
     return {
         "experts": config.experts,
         "batch": batch,
@@ -125,10 +127,32 @@ def _errors(model: Model, backend: Backend, batch: int, context: int) -> Errors:
         found.append(plain(tokens[:, None], cache)[:, 0])
     cache = model.new_cache(batch, context + 1)
     fill_cache(cache, context)
-    step = DecodeStep(model, cache)(tokens)
+    step = captured_step(model, cache)(tokens)
     rounded, exact = found
     size = exact.norm()
     return Errors(float((step - exact).norm() / size), float((rounded - exact).norm() / size))
+
+
+def captured_step(model: Model, cache: Cache) -> DecodeStep:
+    """The Triton backend's step. Raises TypeError where the model has another or none."""
+    step = model.decode_step(cache)
+    if not isinstance(step, DecodeStep):
+        raise TypeError(f"the {model.backend.name} backend gave no captured decode step")
+    return step
+
+
+def describe_step(config: ModelConfig, batch: int, context: int) -> str:
+    """Launches and bytes of a step with MXFP4 experts in a few lines of text."""
+    launches = launch_count(config.layers, config.experts, config.top_k, batch)
+    read = bytes_per_token(config, config.experts, batch, context)
+    parts = ("experts", "attention", "router_and_norms", "cache", "vocabulary")
+    shares = ", ".join(f"{part.replace('_', ' ')} {getattr(read, part) / 1e9:.3f}" for part in parts)
+    return (
+        f"{config.experts} experts, batch {batch}, context {context}: {launches.step} launches a step "
+        f"({launches.layer} a layer, {launches.moe} of them MoE, and {launches.outside}); "
+        f"{read.step / 1e9:.3f} GB a step, {read.token / 1e9:.3f} GB a token\n"
+        f"  GB: {shares}"
+    )
 
 
 def kept(config: ModelConfig, experts: int) -> ModelConfig:

@@ -8,6 +8,7 @@ from moe_surgery.bench.random_weights import fill_cache, normal, random_experts
 from moe_surgery.kernels import Backend
 from moe_surgery.kernels.reference.mxfp4 import decode
 from moe_surgery.kernels.weights import DenseWeight, ExpertWeights, Layer, Mxfp4Weight, Projection
+from moe_surgery.runtime.cache import Cache
 from moe_surgery.runtime.config import ModelConfig, RopeConfig
 from moe_surgery.runtime.model import Model
 from moe_surgery.runtime.step_bytes import weight_bytes
@@ -50,8 +51,8 @@ def random_model(config: ModelConfig, device: torch.device, backend: Backend) ->
     def projection(rows: int, columns: int) -> Projection:
         return Projection(normal(device, rows, columns, scale=columns**-0.5), normal(device, rows, scale=0.1))
 
-    layers = [
-        Layer(
+    def layer() -> Layer:
+        return Layer(
             attention_norm=normal(device, c.hidden).abs(),
             q=projection(heads, c.hidden),
             k=projection(c.kv_heads * c.head_dim, c.hidden),
@@ -63,9 +64,21 @@ def random_model(config: ModelConfig, device: torch.device, backend: Backend) ->
             experts=random_experts(c.experts, c.hidden, device),
             top_k=min(c.top_k, c.experts),
         )
-        for _ in range(c.layers)
-    ]
+
+    layers = [backend.prepare_layer(layer()) for _ in range(c.layers)]
     embedding = normal(device, c.vocabulary, c.hidden)
     unembedding = normal(device, c.vocabulary, c.hidden, scale=width)
     norm = normal(device, c.hidden).abs()
     return Model(config, embedding, layers, norm, unembedding, torch.bfloat16, backend)
+
+
+def fill_cache(cache: Cache, columns: int, seed: int = 0) -> None:
+    """Random keys and values for `columns` columns of an empty cache, as if a prompt had been read."""
+    generator = torch.Generator(cache.keys[0].device).manual_seed(seed)
+    for kept in (*cache.keys, *cache.values):
+        # Through BF16, so that caches of any dtype hold the same numbers.
+        kept.copy_(torch.randn(kept.shape, generator=generator, device=kept.device).bfloat16())
+    for slots, held in cache.positions.items():
+        for column in range(max(0, columns - slots), columns):
+            held[:, column % slots] = column
+    cache.advance(columns)

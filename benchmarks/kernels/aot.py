@@ -53,7 +53,7 @@ def usage(launch: Launch, arch: int) -> Usage:
     compiled = triton.compile(
         source(launch),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": launch.warps, "num_stages": launch.stages},
+        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
     )
     if re.search(r"\bmul\.(?:\w+\.)*ftz", compiled.asm["ptx"]):
         raise RuntimeError(
@@ -68,7 +68,7 @@ def source(launch: Launch) -> ASTSource:
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int], list[list[Any]]] = {}
-    for place, parameter in enumerate(launch.kernel.params):
+    for i, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
         specialised = not parameter.do_not_specialize
         if parameter.is_constexpr or (specialised and type(value) is int and value == 1):
@@ -82,7 +82,7 @@ def source(launch: Launch) -> ASTSource:
         else:
             signature[parameter.name] = "i32" if abs(value) < 1 << 31 else "i64"
         if isinstance(value, torch.Tensor) or (specialised and type(value) is int and value % 16 == 0):
-            attributes[(place,)] = [["tt.divisibility", 16]]
+            attributes[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(launch.kernel, signature, constants, attributes)
 
 

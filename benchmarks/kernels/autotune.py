@@ -1,4 +1,4 @@
-"""Measure block shapes on the GPU at hand and write the best into the block table's OVERRIDES.
+"""Measure block shapes on the GPU at hand and write the best into the OVERRIDES of `kernels.triton.tuning`.
 
     python -m benchmarks.kernels.autotune            # all entries for this architecture, some minutes
     python -m benchmarks.kernels.autotune --dry-run  # print what would be written
@@ -23,33 +23,40 @@ from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench
 
 from moe_surgery.kernels.reference import ReferenceBackend
-from moe_surgery.kernels.triton import TritonBackend, availability, dispatch, slots, table, tiles
-from moe_surgery.kernels.triton.blocks import Blocks, chip_of, split_for
+from moe_surgery.kernels.triton import (
+    TritonBackend,
+    availability,
+    moe_gemv,
+    moe_grouped_gemm,
+    routing_metadata,
+    tuning,
+)
 from moe_surgery.kernels.triton.launch import Launch
 from moe_surgery.kernels.triton.operands import operand
+from moe_surgery.kernels.triton.tuning import Blocks, get_device_props, split_k_for
 from moe_surgery.kernels.weights import DenseWeight, ExpertWeights, Mxfp4Weight, Weight
 
-HIDDEN = UNITS = 2880
+HIDDEN = INTERMEDIATE = 2880
 EXPERTS, TOP_K = 32, 4
 # A candidate replaces the present entry if it is faster by this much: less is noise.
 GAIN = 0.02
 Build = Callable[[Blocks], tuple[Launch, torch.Tensor]]
 
 
-def candidates(key: table.Key) -> list[table.Entry]:
+def candidates(key: tuning.Key) -> list[tuning.Entry]:
     """Block shapes to try for one entry, the present one first."""
-    _, kind, width = key
-    if width == 0:
+    _, kind, block_n = key
+    if block_n == 0:
         rows, columns = (8, 16, 32, 64), (64, 128, 256, 512, 1024) if kind == "mxfp4" else (32, 64, 128)
     else:
         rows, columns = (16, 32, 64, 128), (64, 128)
     grid = [*product(rows, columns, (2, 4, 8), (2, 3, 4))]
-    present = table.BLOCKS[key]
-    return [present, *(entry for entry in grid if entry != present and entry[0] * max(width, 1) <= 8192)]
+    present = tuning.BLOCKS[key]
+    return [present, *(entry for entry in grid if entry != present and entry[0] * max(block_n, 1) <= 8192)]
 
 
-def write_overrides(path: Path, overrides: dict[int, dict[table.Key, table.Entry]], comment: str) -> None:
-    """Replace the OVERRIDES at the end of the table module at `path`; `comment` is a line above it."""
+def write_overrides(path: Path, overrides: dict[int, dict[tuning.Key, tuning.Entry]], comment: str) -> None:
+    """Replace the OVERRIDES at the end of the tuning module at `path`; `comment` is a line above it."""
     before, marker, rest = path.read_text().partition("OVERRIDES: dict[")
     signature = marker + rest.partition(" = ")[0]
     lines = [line for line in before.splitlines() if not line.startswith("# Measured:")]
@@ -77,50 +84,54 @@ def layer(kind: str, device: torch.device) -> ExpertWeights:
         scales = torch.randint(117, 121, blocks.shape[:3], device=device, dtype=torch.uint8)
         return Mxfp4Weight(blocks, scales)
 
-    biases = [torch.randn(EXPERTS, n, device=device, dtype=torch.bfloat16) for n in (2 * UNITS, HIDDEN)]
-    return ExpertWeights(weight(2 * UNITS, HIDDEN), biases[0], weight(HIDDEN, UNITS), biases[1])
+    biases = [
+        torch.randn(EXPERTS, n, device=device, dtype=torch.bfloat16) for n in (2 * INTERMEDIATE, HIDDEN)
+    ]
+    return ExpertWeights(weight(2 * INTERMEDIATE, HIDDEN), biases[0], weight(HIDDEN, INTERMEDIATE), biases[1])
 
 
-def builder(key: table.Key, experts: ExpertWeights, device: torch.device) -> Build:
+def builder(key: tuning.Key, experts: ExpertWeights, device: torch.device) -> Build:
     """A function from blocks to the launch of `key` and the tensor that it fills."""
-    operation, _, width = key
+    operation, _, block_n = key
     up = operand(experts.gate_up, experts.gate_up_bias, "gate_up")
     down = operand(experts.down, experts.down_bias, "down")
-    sms = chip_of(device).multiprocessors
-    tokens = width * EXPERTS // TOP_K if width else 1
+    sms = get_device_props(device).multiprocessors
+    tokens = block_n * EXPERTS // TOP_K if block_n else 1
     x = torch.randn(tokens, HIDDEN, device=device, dtype=torch.bfloat16)
     ids = torch.rand(tokens, EXPERTS, device=device).argsort(dim=1)[:, :TOP_K].contiguous()
     weights = torch.rand(tokens, TOP_K, device=device, dtype=torch.bfloat16)
-    z = torch.randn(tokens * TOP_K, UNITS, device=device, dtype=torch.bfloat16)
-    schedule = dispatch.schedule_for(ids.numel(), EXPERTS, max(width, 8), device)
-    for launch in dispatch.dispatch(ids, EXPERTS, schedule):
+    z = torch.randn(tokens * TOP_K, INTERMEDIATE, device=device, dtype=torch.bfloat16)
+    routing = routing_metadata.empty_routing(ids.numel(), EXPERTS, max(block_n, 8), device)
+    for launch in routing_metadata.routing_launches(ids, EXPERTS, routing):
         launch.run()
 
     def build(blocks: Blocks) -> tuple[Launch, torch.Tensor]:
         weight = up if operation == "gate_up" else down
-        rows = UNITS if operation == "gate_up" else HIDDEN
-        lines = schedule.most_tiles if width else (ids.numel() if operation == "gate_up" else tokens)
-        steps = -(-weight.columns // blocks.columns) * (TOP_K if not width and operation == "down" else 1)
-        split = split_for(lines * -(-rows // blocks.rows), steps, sms)
+        rows = INTERMEDIATE if operation == "gate_up" else HIDDEN
+        programs_n = routing.max_tiles if block_n else (ids.numel() if operation == "gate_up" else tokens)
+        steps = -(-weight.columns // blocks.block_k) * (TOP_K if not block_n and operation == "down" else 1)
+        split_k = split_k_for(programs_n * -(-rows // blocks.block_m), steps, sms)
         if operation == "gate_up":
             out = torch.empty_like(z)
-            if width:
-                return tiles.gate_up_tiles(
-                    x, TOP_K, schedule, None, up, out, 7.0, 1.702, blocks, split, False
+            if block_n:
+                return moe_grouped_gemm.gate_up_grouped_gemm(
+                    x, TOP_K, routing, None, up, out, 7.0, 1.702, blocks, split_k, False
                 ), out
-            return slots.gate_up_slots(x, ids, None, up, out, 7.0, 1.702, blocks, split), out
-        if width:
+            return moe_gemv.gate_up_gemv(x, ids, None, up, out, 7.0, 1.702, blocks, split_k), out
+        if block_n:
             parts = torch.empty(len(z), HIDDEN, device=device)
-            return tiles.down_tiles(z, weights, schedule, None, down, parts, blocks, split, False), parts
+            return moe_grouped_gemm.down_grouped_gemm(
+                z, weights, routing, None, down, parts, blocks, split_k, False
+            ), parts
         out = torch.empty_like(x)
-        return slots.down_slots(z, ids, weights, None, down, out, blocks, split), out
+        return moe_gemv.down_gemv(z, ids, weights, None, down, out, blocks, split_k), out
 
     return build
 
 
-def best(key: table.Key, build: Build) -> tuple[table.Entry, float, float]:
+def best(key: tuning.Key, build: Build) -> tuple[tuning.Entry, float, float]:
     """(fastest entry, its milliseconds, those of the present entry) among candidates with the right output."""
-    times: dict[table.Entry, float] = {}
+    times: dict[tuning.Entry, float] = {}
     wanted = None
     for entry in candidates(key):
         launch, out = build(Blocks(*entry))
@@ -134,7 +145,7 @@ def best(key: table.Key, build: Build) -> tuple[table.Entry, float, float]:
         if not bool(((out - wanted).abs().max() / scale) < 2e-2):
             raise RuntimeError(f"{key} {entry}: the output differs from the present entry's")
         times[entry] = float(do_bench(launch.run, warmup=5, rep=30, return_mode="median"))
-    present = table.BLOCKS[key]
+    present = tuning.BLOCKS[key]
     fastest = min(times, key=lambda entry: times[entry])
     if times[fastest] > (1 - GAIN) * times[present]:
         fastest = present
@@ -163,20 +174,20 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"cannot measure: {availability() or 'no CUDA device is available'}", file=sys.stderr)
         return 2
     device = torch.device("cuda", torch.cuda.current_device())
-    arch = chip_of(device).arch
-    found: dict[table.Key, table.Entry] = {}
+    arch = get_device_props(device).arch
+    found: dict[tuning.Key, tuning.Entry] = {}
     for kind in ("mxfp4", "dense"):
         experts = layer(kind, device)
         gate(experts, device)
-        for key in (key for key in table.BLOCKS if key[1] == kind):
+        for key in (key for key in tuning.BLOCKS if key[1] == kind):
             entry, time, before = best(key, builder(key, experts, device))
             print(f"{key}: {entry} {time * 1e3:.1f} us, present {before * 1e3:.1f} us", flush=True)
-            if entry != table.BLOCKS[key]:
+            if entry != tuning.BLOCKS[key]:
                 found[key] = entry
         del experts
     if not options.dry_run:
         comment = f"{torch.cuda.get_device_name(device)}, Triton {triton.__version__}, sm_{arch}"
-        write_overrides(Path(str(table.__file__)), {**table.OVERRIDES, arch: found}, comment)
+        write_overrides(Path(str(tuning.__file__)), {**tuning.OVERRIDES, arch: found}, comment)
     return 0
 
 

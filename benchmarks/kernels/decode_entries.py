@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from moe_surgery.kernels.triton.decode.attention import attention
+from moe_surgery.kernels.triton.decode.fused_projections import KVWrite, ProjectionInput, output, qkv, unembed
 from moe_surgery.kernels.triton.decode.norm import residual_norm
-from moe_surgery.kernels.triton.decode.project import Place, Stream, output, qkv, unembed
 from moe_surgery.kernels.triton.launch import Launch
 
 __all__ = ["BATCHES", "decode_entries"]
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 2880, 64, 8, 64, 201088
 RING, WINDOW, CONTEXT = 144, 128, 1024
-# One of each width that `blocks_for` gives.
+# One of each width that `dense_blocks_for` gives.
 BATCHES = (1, 8, 16, 32, 64)
 
 
@@ -28,18 +28,18 @@ def decode_entries(multiprocessors: int, batches: tuple[int, ...] = BATCHES) -> 
 
 
 def _step(batch: int, multiprocessors: int, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
-    wide = dtype != torch.bfloat16
-    h, y, total, gain = (_empty(n, HIDDEN, dtype=dtype) for n in (batch, batch, batch, 1))
+    upcast_fp32 = dtype != torch.bfloat16
+    h, y, total, norm_weight = (_empty(n, HIDDEN, dtype=dtype) for n in (batch, batch, batch, 1))
     ids, column, pads = _whole(batch), _whole(1), _whole(batch)
     embedding = _empty(VOCABULARY, HIDDEN)
     if batch == 1:
-        first = Stream(h, embedding, None, ids, gain, total, 1e-5)
-        later = Stream(h, h, y, None, gain, total, 1e-5)
+        first = ProjectionInput(h, embedding, None, ids, norm_weight, total, 1e-5)
+        later = ProjectionInput(h, h, y, None, norm_weight, total, 1e-5)
     else:
-        first = later = Stream(h)
-        yield f"norm gathered {batch}", residual_norm(embedding, None, gain, h, 1e-5, total, ids)
-        yield f"norm added {batch}", residual_norm(h, y, gain, h, 1e-5, total)
-    yield f"norm {batch}", residual_norm(total, None, gain, h, 1e-5)
+        first = later = ProjectionInput(h)
+        yield f"norm gathered {batch}", residual_norm(embedding, None, norm_weight, h, 1e-5, total, ids)
+        yield f"norm added {batch}", residual_norm(h, y, norm_weight, h, 1e-5, total)
+    yield f"norm {batch}", residual_norm(total, None, norm_weight, h, 1e-5)
     q = _empty(batch, HEADS * HEAD_DIM, dtype=dtype)
     rows = (HEADS + 2 * KV_HEADS) * HEAD_DIM
     weight, bias = _empty(rows, HIDDEN), _empty(rows)
@@ -47,18 +47,18 @@ def _step(batch: int, multiprocessors: int, dtype: torch.dtype) -> Iterator[tupl
     for slots, window in ((CONTEXT, None), (RING, WINDOW)):
         kept = [_empty(batch, KV_HEADS, slots, HEAD_DIM, dtype=dtype) for _ in range(2)]
         held = _whole(batch, slots)
-        place = Place(*kept, held, column, pads, *tables)
+        kv_write = KVWrite(*kept, held, column, pads, *tables)
         kind = "full" if window is None else "ring"
-        yield f"qkv {kind} {batch}", qkv(later, weight, bias, q, place, wide)
+        yield f"qkv {kind} {batch}", qkv(later, weight, bias, q, kv_write, upcast_fp32)
         if batch == 1 and window is None:
-            yield f"qkv gathered {batch}", qkv(first, weight, bias, q, place, wide)
+            yield f"qkv gathered {batch}", qkv(first, weight, bias, q, kv_write, upcast_fp32)
         yield (
             f"attention {kind} {batch}",
-            attention(q, *kept, held, column, pads, _empty(HEADS), window, q, multiprocessors, wide),
+            attention(q, *kept, held, column, pads, _empty(HEADS), window, q, multiprocessors, upcast_fp32),
         )
-    yield f"output {batch}", output(q, total, _empty(HIDDEN, q.shape[1]), _empty(HIDDEN), h, wide)
+    yield f"output {batch}", output(q, total, _empty(HIDDEN, q.shape[1]), _empty(HIDDEN), h, upcast_fp32)
     logits = _empty(batch, VOCABULARY, dtype=torch.float32)
-    yield f"unembed {batch}", unembed(later, embedding, logits, column, wide)
+    yield f"unembed {batch}", unembed(later, embedding, logits, column, upcast_fp32)
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:

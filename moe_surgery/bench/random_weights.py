@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from moe_surgery.kernels.weights import ExpertWeights, Mxfp4Weight
-from moe_surgery.runtime.cache import Cache
 
-__all__ = ["fill_cache", "normal", "random_experts"]
+__all__ = ["normal", "random_experts"]
 
 # Scale bytes that give weights of about 1 / sqrt(2880).
 SCALES = (119, 122)
@@ -29,15 +28,3 @@ def random_experts(experts: int, hidden: int, device: torch.device) -> ExpertWei
 
     up, down = packed(2 * hidden), packed(hidden)
     return ExpertWeights(up, normal(device, experts, 2 * hidden), down, normal(device, experts, hidden))
-
-
-def fill_cache(cache: Cache, columns: int, seed: int = 0) -> None:
-    """Random keys and values for `columns` columns of an empty cache, as if a prompt had been read."""
-    generator = torch.Generator(cache.keys[0].device).manual_seed(seed)
-    for kept in (*cache.keys, *cache.values):
-        # Through BF16, so that caches of any dtype hold the same numbers.
-        kept.copy_(torch.randn(kept.shape, generator=generator, device=kept.device).bfloat16())
-    for slots, held in cache.positions.items():
-        for column in range(max(0, columns - slots), columns):
-            held[:, column % slots] = column
-    cache.advance(columns)

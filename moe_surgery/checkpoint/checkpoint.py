@@ -214,7 +214,7 @@ def _side_files(folder: Path) -> Iterator[str]:
     Weights in other formats and backups hold all experts; with the configuration of an adapter, PEFT
     would load another model in place of this one.
     """
-    for entry in os.scandir(folder):
+    for entry in list(os.scandir(folder)):
         skipped = entry.name.startswith(".") or entry.name in (CONFIG_NAME, INDEX_NAME, ADAPTER_CONFIG)
         if not skipped and not is_weights(entry.name) and entry.is_file():
             yield entry.name

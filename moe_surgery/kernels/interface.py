@@ -1,8 +1,8 @@
-"""What a backend offers: the operations of a decoder layer that read weights or the cache."""
+"""What a backend offers: the operations of a decoder layer that read weights or the cache, and fused forms."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,11 +11,22 @@ from torch import Tensor
 
 from moe_surgery.kernels.weights import ExpertWeights, Layer
 
-__all__ = ["Backend", "LayerSlots", "LayerStack", "StackShape"]
+__all__ = [
+    "NOWHERE",
+    "Backend",
+    "DecodeStep",
+    "DecoderModel",
+    "DecoderShape",
+    "FusedLayers",
+    "KVCache",
+    "LayerSlots",
+]
+
+NOWHERE = -1  # position of a cache slot that holds nothing, or a padding token
 
 
 @dataclass(frozen=True, slots=True)
-class StackShape:
+class DecoderShape:
     """What decoder layers have in common; `windows` has an entry a layer, None for full attention."""
 
     heads: int
@@ -40,7 +51,7 @@ class LayerSlots:
     places: Tensor
 
 
-class LayerStack(Protocol):
+class FusedLayers(Protocol):
     """All decoder layers as one operation."""
 
     def __call__(
@@ -49,6 +60,74 @@ class LayerStack(Protocol):
         """The hidden states x [batch, columns, hidden] behind the last layer, whose memory may be x's.
 
         `positions` int64 [batch, columns], cos and sin float32 [batch, columns, head_dim / 2].
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderModel:
+    """A whole decoder with its weights, for `Backend.decode_step`.
+
+    embedding and unembedding [vocabulary, hidden], norm [hidden] of the last RMSNorm; `rope` gives cos and
+    sin float32 [..., head_dim / 2] for positions int64 [...]; `dtype` is the compute dtype.
+    """
+
+    layers: Sequence[Layer]
+    shape: DecoderShape
+    embedding: Tensor
+    norm: Tensor
+    unembedding: Tensor
+    rope: Callable[[Tensor], tuple[Tensor, Tensor]]
+    dtype: torch.dtype
+
+
+class KVCache(Protocol):
+    """The keys and values that a decode step reads and extends; see `moe_surgery.runtime.cache.Cache`.
+
+    keys[i] and values[i] [batch, kv_heads, slots[i], head_dim]; `positions[slots]` int64 [batch, slots] says
+    which position each slot of a layer of so many slots holds, NOWHERE for none. Column c of a sequence is
+    kept in slot c % slots, at position c - pads.
+    """
+
+    batch: int
+    context: int
+    slots: list[int]
+    keys: list[Tensor]
+    values: list[Tensor]
+    positions: dict[int, Tensor]
+
+    @property
+    def length(self) -> int:
+        """Columns of the longest sequence."""
+        ...
+
+    @property
+    def ragged(self) -> bool:
+        """Whether sequences have different lengths."""
+        ...
+
+    @property
+    def pads(self) -> Tensor:
+        """Padding columns of each sequence, int64 [batch]; another tensor where they have changed."""
+        ...
+
+    def check_room(self, columns: int) -> None:
+        """Raise UsageError where `columns` more do not fit the context."""
+        ...
+
+    def advance(self, columns: int) -> None:
+        """Count `columns` more, which the step has stored."""
+        ...
+
+
+class DecodeStep(Protocol):
+    """One step of decoding, for one model and one cache."""
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Logits float32 [batch, vocabulary] for tokens int64 [batch]; the next call may reuse their memory.
+
+        The cache grows by one column. Raises UsageError where it is full, or its sequences have different
+        lengths by now.
         """
         ...
 
@@ -78,7 +157,7 @@ class Backend(Protocol):
         """x [..., columns] @ weight [rows, columns].T + bias [rows]."""
         ...
 
-    def linears(self, x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+    def multi_linear(self, x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
         """`linear` of one x with each (weight, bias)."""
         ...
 
@@ -86,18 +165,18 @@ class Backend(Protocol):
         """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32 inside."""
         ...
 
-    def turns(self, positions: Tensor, frequencies: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def rope_cos_sin(self, positions: Tensor, frequencies: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """cos and sin of positions [...] times frequencies float32 [n], times scale: float32 [..., n]."""
         ...
 
-    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def apply_rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x [..., head_dim], at most four axes, its halves (a, b) turned: (a cos - b sin, b cos + a sin).
 
         cos and sin float32, broadcast to [..., head_dim / 2].
         """
         ...
 
-    def attend(
+    def attention(
         self,
         q: Tensor,
         k: Tensor,
@@ -116,9 +195,21 @@ class Backend(Protocol):
         """
         ...
 
-    def stack(self, layers: Sequence[Layer], shape: StackShape) -> LayerStack | None:
+    def fuse_layers(self, layers: Sequence[Layer], shape: DecoderShape) -> FusedLayers | None:
         """`layers` as one operation that gives what the others above give one by one, bit for bit.
 
         None where there is no such thing for these weights.
+        """
+        ...
+
+    def prepare_layer(self, layer: Layer) -> Layer:
+        """`layer` laid out in memory as `decode_step` reads it, the values unchanged; called at loading."""
+        ...
+
+    def decode_step(self, model: DecoderModel, cache: KVCache) -> DecodeStep | None:
+        """A step of one token per sequence as one operation, or None where there is none for these two.
+
+        The cache may be used by others between steps (prefill, truncation). Raises UsageError where it is
+        full: making a step takes a free column.
         """
         ...

@@ -7,7 +7,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from moe_surgery.kernels.interface import Backend, LayerStack, StackShape
+from moe_surgery.kernels.interface import (
+    Backend,
+    DecoderModel,
+    DecoderShape,
+    DecodeStep,
+    FusedLayers,
+    KVCache,
+)
 from moe_surgery.kernels.weights import ExpertWeights, Layer
 
 __all__ = ["SUFFIX", "InvariantBackend"]
@@ -43,22 +50,24 @@ class InvariantBackend:
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return _by_row(lambda row: self._backend.linear(row, weight, bias), x)
 
-    def linears(self, x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+    def multi_linear(self, x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
         return [self.linear(x, weight, bias) for weight, bias in layers]
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return _by_row(lambda row: self._backend.rms_norm(row, weight, eps), x)
 
-    def turns(self, positions: Tensor, frequencies: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        each = [self._backend.turns(p, frequencies, scale) for p in torch.split(positions.reshape(-1), 1)]
+    def rope_cos_sin(self, positions: Tensor, frequencies: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        each = [
+            self._backend.rope_cos_sin(p, frequencies, scale) for p in torch.split(positions.reshape(-1), 1)
+        ]
         shape = (*positions.shape, len(frequencies))
         cos, sin = (torch.cat(part).view(shape) for part in zip(*each, strict=True))
         return cos, sin
 
-    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return self._backend.rotate(x, cos, sin)  # each product and sum is rounded by itself
+    def apply_rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return self._backend.apply_rope(x, cos, sin)  # each product and sum is rounded by itself
 
-    def attend(
+    def attention(
         self,
         q: Tensor,
         k: Tensor,
@@ -79,10 +88,16 @@ class InvariantBackend:
                     continue
                 one = (q[b : b + 1, :, i : i + 1], k[b : b + 1, :, seen], v[b : b + 1, :, seen], sinks)
                 at = (queries[b : b + 1, i : i + 1], keys[b : b + 1, seen])
-                out[b : b + 1, i : i + 1] = self._backend.attend(*one, *at, window)
+                out[b : b + 1, i : i + 1] = self._backend.attention(*one, *at, window)
         return out
 
-    def stack(self, layers: Sequence[Layer], shape: StackShape) -> LayerStack | None:
+    def fuse_layers(self, layers: Sequence[Layer], shape: DecoderShape) -> FusedLayers | None:
+        return None
+
+    def prepare_layer(self, layer: Layer) -> Layer:
+        return layer
+
+    def decode_step(self, model: DecoderModel, cache: KVCache) -> DecodeStep | None:
         return None
 
 

@@ -55,8 +55,8 @@ class ExpertWeights:
 
     gate_up: hidden -> 2 * intermediate, gate rows at even and up rows at odd positions; down:
     intermediate -> hidden; biases [stored experts, 2 * intermediate] and [stored experts, hidden].
-    `index` [experts] int64 gives for each expert the router knows its place in the stored tensors;
-    None means they are the same. A pruned view is the full model's tensors with an index.
+    `expert_map` [experts] int64 gives for each expert the router knows its index in the stored tensors;
+    None means they are the same. A pruned view is the full model's tensors with an expert map.
     `limit` and `alpha` are those of the clamped SwiGLU.
     """
 
@@ -64,7 +64,7 @@ class ExpertWeights:
     gate_up_bias: Tensor
     down: Weight
     down_bias: Tensor
-    index: Tensor | None = None
+    expert_map: Tensor | None = None
     limit: float = 7.0
     alpha: float = 1.702
 

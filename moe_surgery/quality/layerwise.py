@@ -40,9 +40,9 @@ def apply_attention(model: Model, number: int, layer: Layer, states: HiddenState
         h = backend.rms_norm(x, layer.attention_norm, c.eps)
         q, k, v = (
             y.view(len(x), -1, c.head_dim)
-            for y in backend.linears(h, [layer.q.pair, layer.k.pair, layer.v.pair])
+            for y in backend.multi_linear(h, [layer.q.pair, layer.k.pair, layer.v.pair])
         )
-        q, k = (backend.rotate(a, cos, sin) for a in (q, k))
+        q, k = (backend.apply_rope(a, cos, sin) for a in (q, k))
         split = (torch.split(a, lengths) for a in (q, k, v))
         mixed = [
             _attended(backend, q1, k1, v1, layer.sinks, window) for q1, k1, v1 in zip(*split, strict=True)
@@ -93,5 +93,5 @@ def _attended(backend: Backend, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, 
         b = min(a + step, tokens)
         first = 0 if window is None else max(0, a - window + 1)
         given = q[:, :, a:b], k[:, :, first:b], v[:, :, first:b], sinks
-        mixed.append(backend.attend(*given, positions[:, a:b], positions[:, first:b], window))
+        mixed.append(backend.attention(*given, positions[:, a:b], positions[:, first:b], window))
     return torch.cat(mixed, dim=1)[0]

@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from moe_surgery.errors import UsageError
-from moe_surgery.kernels.interface import LayerSlots
+from moe_surgery.kernels.interface import NOWHERE, LayerSlots
 
 __all__ = ["Cache"]
-
-NOWHERE = -1  # position of a slot that holds nothing, or a padding token
 
 
 class Cache:

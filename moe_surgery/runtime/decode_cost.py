@@ -1,4 +1,4 @@
-"""What a decode step costs, counted: kernel launches, and bytes that have to be read from memory."""
+"""Bytes that a decode step has to read from memory, counted from a model's configuration."""
 
 from __future__ import annotations
 
@@ -7,24 +7,7 @@ from dataclasses import dataclass
 from moe_surgery.formats.sizes import BF16_BYTES, MXFP4_BYTES
 from moe_surgery.runtime.config import ModelConfig
 
-__all__ = ["Launches", "StepBytes", "bytes_per_token", "describe_step", "distinct_experts", "launch_count"]
-
-# Assignments that the sorted way schedules in one launch (`kernels.triton.dispatch.ONE_LAUNCH`).
-SCHEDULED_AT_ONCE = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Launches:
-    """Kernel launches of one captured decode step: `moe` of the `layer` ones route and compute the experts."""
-
-    layer: int
-    moe: int
-    outside: int
-    layers: int
-
-    @property
-    def step(self) -> int:
-        return self.layers * self.layer + self.outside
+__all__ = ["StepBytes", "bytes_per_token", "distinct_experts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,21 +28,6 @@ class StepBytes:
     @property
     def token(self) -> float:
         return self.step / self.batch
-
-
-def launch_count(config: ModelConfig, experts: int, batch: int) -> Launches:
-    """Launches of `DecodeStep` for `batch` sequences with `experts` kept.
-
-    At one token RMSNorm is part of the projection that follows it. Few (token, expert) pairs take two
-    launches for the experts, more take four: schedule, gate_up, down, sum (five beyond 1024 pairs).
-    """
-    top_k = min(config.top_k, experts)
-    pairs = batch * top_k
-    sorted_launches = 4 if pairs <= SCHEDULED_AT_ONCE else 5
-    expert_launches = 2 if batch == 1 or pairs <= min(16, 2 * experts) else sorted_launches
-    norms = 1 if batch == 1 else 2
-    moe = 1 + expert_launches
-    return Launches(layer=norms + 3 + moe, moe=moe, outside=norms, layers=config.layers)
 
 
 def distinct_experts(experts: int, top_k: int, batch: int) -> float:
@@ -95,18 +63,4 @@ def bytes_per_token(
         cache=batch * positions * 2 * c.kv_heads * c.head_dim * BF16_BYTES,
         vocabulary=(c.vocabulary + batch) * c.hidden * BF16_BYTES,
         batch=batch,
-    )
-
-
-def describe_step(config: ModelConfig, experts: int, batch: int, context: int, packed: bool = True) -> str:
-    """Launches and bytes of a step in a few lines of text."""
-    launches = launch_count(config, experts, batch)
-    read = bytes_per_token(config, experts, batch, context, packed)
-    parts = ("experts", "attention", "router_and_norms", "cache", "vocabulary")
-    shares = ", ".join(f"{part.replace('_', ' ')} {getattr(read, part) / 1e9:.3f}" for part in parts)
-    return (
-        f"{experts} experts, batch {batch}, context {context}: {launches.step} launches a step "
-        f"({launches.layer} a layer, {launches.moe} of them MoE, and {launches.outside}); "
-        f"{read.step / 1e9:.3f} GB a step, {read.token / 1e9:.3f} GB a token\n"
-        f"  GB: {shares}"
     )

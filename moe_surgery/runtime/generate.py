@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,13 +10,10 @@ from torch import Tensor
 
 from moe_surgery.errors import UsageError
 from moe_surgery.runtime.cache import Cache
-from moe_surgery.runtime.decode_step import DecodeStep
 from moe_surgery.runtime.model import Model
 from moe_surgery.runtime.sampling import Sampler, Sampling
 
 __all__ = ["Generated", "Step", "decoder", "generate", "pad_left", "room_for", "stream"]
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,13 +101,12 @@ def room_for(model: Model, tokens: int, max_new_tokens: int, context: int | None
 def decoder(model: Model, cache: Cache) -> Callable[[Tensor], Tensor]:
     """What turns the tokens drawn [batch] into the next logits [batch, 1, vocabulary].
 
-    The captured step where the model can have one, which uses its result's memory again.
+    The backend's own decode step where it has one, which may reuse its result's memory.
     """
-    if (reason := DecodeStep.unavailable(model, cache)) is None:
-        step = DecodeStep(model, cache)
-        return lambda tokens: step(tokens)[:, None]
-    _log.debug("no captured decode step: %s", reason)
-    return lambda tokens: model(tokens[:, None], cache)
+    step = model.decode_step(cache)
+    if step is None:
+        return lambda tokens: model(tokens[:, None], cache)
+    return lambda tokens: step(tokens)[:, None]
 
 
 def generate(

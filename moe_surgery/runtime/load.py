@@ -20,7 +20,6 @@ from moe_surgery.runtime.config import ModelConfig
 from moe_surgery.runtime.device import check_memory, open_device
 from moe_surgery.runtime.mapped import MappedShards
 from moe_surgery.runtime.model import Model
-from moe_surgery.runtime.projections import join_projections
 from moe_surgery.runtime.view import view_layer
 from moe_surgery.selection.given import PathLike
 from moe_surgery.selection.plan import Plan, as_plan, check_top_k
@@ -136,8 +135,8 @@ def _assembled(
 
     def make(number: int) -> Layer:
         layer = _layer(number, config, tensors, get, fetch, plan, top_k)
-        # For captured decode steps, of this model and of its views, which share the tensors.
-        return join_projections(layer) if backend.name == "triton" and not one_layer else layer
+        # For decode steps, of this model and of its views, which share the tensors.
+        return layer if one_layer else backend.prepare_layer(layer)
 
     def release(number: int) -> None:
         for name, tensor in tensors.items():

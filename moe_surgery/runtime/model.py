@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 
 from moe_surgery.errors import UsageError
 from moe_surgery.kernels import Backend
-from moe_surgery.kernels.interface import LayerStack, StackShape
+from moe_surgery.kernels.interface import DecoderModel, DecoderShape, DecodeStep, FusedLayers
 from moe_surgery.kernels.weights import Layer
 from moe_surgery.runtime.cache import Cache
 from moe_surgery.runtime.config import ModelConfig
@@ -50,7 +51,7 @@ class Model:
         self.backend = backend
         self.device = norm.device
         self.rope = Rope(config.rope, config.head_dim, self.device)
-        self._stacked: tuple[Sequence[Layer], LayerStack | None] | None = None
+        self._fused: tuple[Sequence[Layer], FusedLayers | None] | None = None
 
     @property
     def computation(self) -> dict[str, str]:
@@ -98,6 +99,27 @@ class Model:
                 kept.append(self._logits(x[:, max(0, tokens - keep - start) :]))
         return kept[0] if len(kept) == 1 else torch.cat(kept, dim=1)
 
+    def decode_step(self, cache: Cache) -> DecodeStep | None:
+        """The backend's own step of one token per sequence for `cache`, or None where it has none.
+
+        Raises UsageError where the cache is full.
+        """
+        if not isinstance(self.layers, list):  # one layer at a time: nothing to decode with
+            return None
+        return self.backend.decode_step(self.decoder_model(), cache)
+
+    def decoder_model(self) -> DecoderModel:
+        """This model's weights and constants as a backend's decode step takes them."""
+        return DecoderModel(
+            self.layers,
+            self._shape(),
+            self.embedding,
+            self.norm,
+            self.unembedding,
+            partial(self.rope, backend=self.backend),
+            self.dtype,
+        )
+
     def _admitted(self, ids: Tensor) -> Tensor:
         """`ids` on the model's device; checked only where that waits for no device."""
         if not ids.numel():
@@ -121,9 +143,9 @@ class Model:
         positions = cache.begin(ids.shape[1], mask)
         angles = self.rope(positions, self.backend)
         x = F.embedding(ids, self.embedding).to(self.dtype)
-        stack = self._stack() if cache.stores_before_reading(ids.shape[1]) else None
-        if stack is not None:
-            x = stack(x, positions, *angles, cache.layer_slots())
+        fused = self._fused_layers() if cache.stores_before_reading(ids.shape[1]) else None
+        if fused is not None:
+            x = fused(x, positions, *angles, cache.layer_slots())
         else:
             for number, layer in enumerate(self.layers):
                 x = x + self._attention(number, layer, x, cache, positions, angles)
@@ -131,14 +153,19 @@ class Model:
         cache.end()
         return x
 
-    def _stack(self) -> LayerStack | None:
+    def _fused_layers(self) -> FusedLayers | None:
         """The layers as one operation, where the backend has it for them as they are now."""
-        if self._stacked is None or self._stacked[0] is not self.layers:
-            c = self.config
-            shape = StackShape(c.heads, c.kv_heads, c.head_dim, c.eps, c.windows)
+        if self._fused is None or self._fused[0] is not self.layers:
             whole = isinstance(self.layers, list) and self.dtype == self.backend.dtype
-            self._stacked = (self.layers, self.backend.stack(self.layers, shape) if whole else None)
-        return self._stacked[1]
+            self._fused = (
+                self.layers,
+                self.backend.fuse_layers(self.layers, self._shape()) if whole else None,
+            )
+        return self._fused[1]
+
+    def _shape(self) -> DecoderShape:
+        c = self.config
+        return DecoderShape(c.heads, c.kv_heads, c.head_dim, c.eps, c.windows)
 
     def _attention(
         self,
@@ -155,11 +182,11 @@ class Model:
         cos, sin = (a[:, None] for a in angles)  # [batch, 1, tokens, head_dim / 2]
         q, k, v = (
             y.view(batch, tokens, -1, c.head_dim).transpose(1, 2)
-            for y in self.backend.linears(h, [layer.q.pair, layer.k.pair, layer.v.pair])
+            for y in self.backend.multi_linear(h, [layer.q.pair, layer.k.pair, layer.v.pair])
         )
-        keys, values, held = cache.update(number, self.backend.rotate(k, cos, sin), v)
-        q = self.backend.rotate(q, cos, sin)
-        mixed = self.backend.attend(q, keys, values, layer.sinks, positions, held, c.windows[number])
+        keys, values, held = cache.update(number, self.backend.apply_rope(k, cos, sin), v)
+        q = self.backend.apply_rope(q, cos, sin)
+        mixed = self.backend.attention(q, keys, values, layer.sinks, positions, held, c.windows[number])
         return self.backend.linear(mixed, *layer.o.pair)
 
     def _experts(self, layer: Layer, x: Tensor) -> Tensor:

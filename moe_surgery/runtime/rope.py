@@ -22,7 +22,7 @@ class Rope:
 
     def __call__(self, positions: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
         """positions int64 [...] -> cos, sin float32 [..., head_dim / 2]."""
-        return backend.turns(positions, self._frequencies, self._scale)
+        return backend.rope_cos_sin(positions, self._frequencies, self._scale)
 
 
 def inverse_frequencies(config: RopeConfig, head_dim: int) -> Tensor:

@@ -64,8 +64,8 @@ def _all(model: Model) -> Iterator[Tensor]:
         yield from _dense(layer)
         experts = layer.experts
         yield from (*_parts(experts.gate_up), experts.gate_up_bias, *_parts(experts.down), experts.down_bias)
-        if experts.index is not None:
-            yield experts.index
+        if experts.expert_map is not None:
+            yield experts.expert_map
 
 
 def _dense(layer: Layer) -> Iterator[Tensor]:

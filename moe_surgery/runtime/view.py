@@ -25,11 +25,11 @@ def view_layer(layer: Layer, kept: tuple[int, ...], top_k: int | None = None) ->
     router = layer.router
     assert router.bias is not None
     rows = torch.tensor(kept, dtype=torch.int64, device=router.weight.device)
-    index = rows if layer.experts.index is None else layer.experts.index[rows]
+    expert_map = rows if layer.experts.expert_map is None else layer.experts.expert_map[rows]
     return replace(
         layer,
         router=Projection(router.weight[rows], router.bias[rows]),
-        experts=replace(layer.experts, index=index),
+        experts=replace(layer.experts, expert_map=expert_map),
         top_k=min(top_k or layer.top_k, len(kept)),
     )
 
@@ -40,7 +40,7 @@ def view(
     """A model that is `model` as `plan` prunes it, with at most `top_k` experts a token (default: the
     plan's, else the model's).
 
-    Every weight tensor is the model's own; new are the router's rows in plan order and an index, a few
+    Every weight tensor is the model's own; new are the router's rows in plan order and an expert map, a few
     kilobytes a layer. `model` stays as it is. `plan` may be the path of a plan file; without one all
     experts stay. `top_k` may be more than the model's; a layer with fewer experts uses all of them. `name`
     is what errors call the model.
@@ -70,9 +70,9 @@ def view(
 
 def _rows(layer: Layer, kept: tuple[int, ...], number: int) -> tuple[int, ...]:
     """Where the router of `layer` has the source experts `kept`."""
-    if layer.experts.index is None:
+    if layer.experts.expert_map is None:
         return kept
-    places = {expert: row for row, expert in enumerate(layer.experts.index.tolist())}
+    places = {expert: row for row, expert in enumerate(layer.experts.expert_map.tolist())}
     if missing := [expert for expert in kept if expert not in places]:
         raise PlanMismatchError(
             f"layer {number}: the plan keeps expert {missing[0]}, which the model's own plan leaves out; "

@@ -8,6 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+
 from moe_surgery import inspect, load_model, plan_random, prune  # noqa: E402
 from moe_surgery.bench.decode import (  # noqa: E402
     DecodeRun,
@@ -25,7 +26,6 @@ from moe_surgery.errors import UsageError  # noqa: E402
 from moe_surgery.runtime.decode_cost import bytes_per_token  # noqa: E402
 from moe_surgery.runtime.model import Model  # noqa: E402
 from moe_surgery.runtime.speculation.draft_length import Costs  # noqa: E402
-from moe_surgery.runtime.speculation.mismatch import compare_tokens, greedy_mismatch  # noqa: E402
 from moe_surgery.runtime.speculation.speculate import speculate  # noqa: E402
 from moe_surgery.runtime.step_bytes import model_step_bytes, shown_bytes, weight_bytes  # noqa: E402
 from moe_surgery.runtime.view import view  # noqa: E402
@@ -202,30 +202,3 @@ def test_break_even_rows_say_what_a_round_costs() -> None:
     assert 1 + first.break_even + first.break_even**2 == pytest.approx(1.2)
     assert first.most_speed_up == pytest.approx(3 / 1.2)
     assert second.break_even is None
-
-
-# --- mismatch
-
-
-def test_outputs_are_compared_to_their_first_difference() -> None:
-    found = compare_tokens([[1, 2, 3], [1, 2, 3], [4, 5], []], [[1, 2, 3], [1, 9, 3], [4], []])
-    assert found.first == (None, 1, 1, None)
-    assert (found.differing, found.compared) == (2, 3 + 2 + 2)
-    assert found.rate == 2 / 7
-
-
-def test_greedy_speculation_in_float32_does_not_differ(model: Model, draft: Model) -> None:
-    prompts = [p for some in PROMPTS.values() for p in some]
-    for batch in (1, 2):
-        found = greedy_mismatch(model, draft, prompts, max_new_tokens=12, batch=batch)
-        assert found.first == (None,) * 5
-
-
-def test_another_model_does_differ(model: Model, draft: Model) -> None:
-    """The comparison itself can fail: plain output of the draft is not the target's."""
-    from moe_surgery.runtime.generate import generate
-
-    def said(by: Model) -> list[list[int]]:
-        return generate(by, PROMPTS["one"], max_new_tokens=30, stop_tokens=()).tokens
-
-    assert compare_tokens(said(model), said(draft)).differing > 0

@@ -58,14 +58,14 @@ def make_case(
             weights.append(DenseWeight(bits.transpose(1, 2).contiguous()))
     bits = [random_bf16(rng, (held, rows)).view(np.int16) for rows in (2 * intermediate, hidden)]
     biases = [torch.from_numpy(b).view(torch.bfloat16) for b in bits]
-    index = None if stored is None else torch.from_numpy(rng.permutation(stored)[:experts])
+    expert_map = None if stored is None else torch.from_numpy(rng.permutation(stored)[:experts])
     ids = np.stack([rng.permutation(experts)[:top_k] for _ in range(tokens)])
     mixed = rng.random((tokens, top_k))
     return Case(
         rng.standard_normal((tokens, hidden)),
         ids,
         mixed / mixed.sum(1, keepdims=True),
-        ExpertWeights(weights[0], biases[0], weights[1], biases[1], index),
+        ExpertWeights(weights[0], biases[0], weights[1], biases[1], expert_map),
     )
 
 
@@ -85,7 +85,7 @@ def brute_force(case: Case) -> np.ndarray:
     y = np.zeros_like(case.x)
     for token, (ids, weights) in enumerate(zip(case.ids, case.weights, strict=True)):
         for expert, weight in zip(ids, weights, strict=True):
-            place = expert if e.index is None else int(e.index[expert])
+            place = expert if e.expert_map is None else int(e.expert_map[expert])
             h = gate_up[place] @ case.x[token] + gate_up_bias[place]
             gate, up = np.minimum(h[::2], e.limit), np.clip(h[1::2], -e.limit, e.limit)
             z = (up + 1) * gate / (1 + np.exp(-e.alpha * gate))
@@ -142,21 +142,21 @@ def test_weights_decoded_in_pieces_of_any_size_give_the_same(
 @pytest.mark.parametrize("way", WAYS)
 def test_an_index_gives_the_bits_of_tensors_cut_by_it(way: str, packed: bool, dtype: torch.dtype) -> None:
     case = make_case(experts=3, stored=7, packed=packed)
-    index = case.experts.index
+    expert_map = case.experts.expert_map
 
     def cut(weight: Weight) -> Weight:
         if isinstance(weight, DenseWeight):
-            return DenseWeight(weight.values[index])
-        return Mxfp4Weight(weight.blocks[index], weight.scales[index])
+            return DenseWeight(weight.values[expert_map])
+        return Mxfp4Weight(weight.blocks[expert_map], weight.scales[expert_map])
 
     e = case.experts
     own = replace(
         e,
         gate_up=cut(e.gate_up),
-        gate_up_bias=e.gate_up_bias[index],
+        gate_up_bias=e.gate_up_bias[expert_map],
         down=cut(e.down),
-        down_bias=e.down_bias[index],
-        index=None,
+        down_bias=e.down_bias[expert_map],
+        expert_map=None,
     )
     assert torch.equal(case.run(way, dtype), replace(case, experts=own).run(way, dtype))
 

@@ -155,14 +155,14 @@ def test_weights_may_lie_at_any_address(isa: str, stored: torch.dtype, by: int) 
 @pytest.mark.parametrize("packed", [True, False])
 def test_an_index_gives_the_bits_of_tensors_cut_by_it(isa: str, packed: bool) -> None:
     case = make_case(experts=3, stored=7, packed=packed, tokens=6)
-    e, index = case.experts, case.experts.index
+    e, expert_map = case.experts, case.experts.expert_map
 
     def cut(weight: Weight) -> Weight:
         if isinstance(weight, DenseWeight):
-            return DenseWeight(weight.values[index])
-        return Mxfp4Weight(weight.blocks[index], weight.scales[index])
+            return DenseWeight(weight.values[expert_map])
+        return Mxfp4Weight(weight.blocks[expert_map], weight.scales[expert_map])
 
-    own = ExpertWeights(cut(e.gate_up), e.gate_up_bias[index], cut(e.down), e.down_bias[index])
+    own = ExpertWeights(cut(e.gate_up), e.gate_up_bias[expert_map], cut(e.down), e.down_bias[expert_map])
     expected = run(native(isa), replace(case, experts=own), torch.float32)
     assert torch.equal(run(native(isa), case, torch.float32), expected)
 
@@ -263,7 +263,7 @@ def test_several_products_at_once_are_those_one_by_one() -> None:
     x = draw(0, 2, 3, 100)
     rows = ((1, torch.bfloat16), (64, torch.float32), (7, torch.float16))
     layers = [(draw(i, n, 100).to(dtype), None) for i, (n, dtype) in enumerate(rows)]
-    found = native("", 3).linears(x, layers)
+    found = native("", 3).multi_linear(x, layers)
     assert [tuple(y.shape) for y in found] == [(2, 3, 1), (2, 3, 64), (2, 3, 7)]
     for y, (weight, _) in zip(found, layers, strict=True):
         assert torch.equal(y, native().linear(x, weight))
@@ -427,12 +427,12 @@ def test_attention_is_the_references_and_every_query_gets_what_it_gets_alone(
     isa: str, case: dict[str, torch.Tensor], window: int | None, dtype: torch.dtype
 ) -> None:
     case = {n: t if n in ("queries", "keys", "sinks") else t.to(dtype) for n, t in case.items()}
-    got = native(isa, 3).attend(**case, window=window)
+    got = native(isa, 3).attention(**case, window=window)
     assert got.dtype == dtype
     wide = {n: t if n in ("queries", "keys") else t.double().float() for n, t in case.items()}
-    expected = REFERENCE.attend(**wide, window=window)
+    expected = REFERENCE.attention(**wide, window=window)
     torch.testing.assert_close(got.float(), expected, rtol=0, atol=2e-6 if dtype == torch.float32 else 2e-2)
-    assert torch.equal(got, native("scalar").attend(**case, window=window))
+    assert torch.equal(got, native("scalar").attention(**case, window=window))
     order = torch.randperm(case["k"].shape[2], generator=torch.Generator().manual_seed(0))
     for i in range(case["q"].shape[2]):
         one = {
@@ -443,13 +443,13 @@ def test_attention_is_the_references_and_every_query_gets_what_it_gets_alone(
             "v": case["v"][:, :, order],
             "keys": case["keys"][:, order],
         }
-        assert torch.equal(native(isa).attend(**one, window=window)[:, 0], got[:, i])
+        assert torch.equal(native(isa).attention(**one, window=window)[:, 0], got[:, i])
 
 
 def test_a_query_that_sees_nothing_gives_zeros() -> None:
     case = attention_case(0, 1, 2, 2, 16, 8, 2, 5)
     case["queries"][0, 0] = -1
-    got = native().attend(**case, window=None)
+    got = native().attention(**case, window=None)
     assert not got[0, 0].any()
     assert got[0, 1].all()
 
@@ -465,11 +465,11 @@ def test_turns_are_cosine_and_sine_however_many_are_asked_for(
 ) -> None:
     frequencies = 1.0 / 150000 ** (torch.arange(width) / width)
     at = torch.tensor(positions)
-    cos, sin = native().turns(at[None], frequencies, scale)
+    cos, sin = native().rope_cos_sin(at[None], frequencies, scale)
     angles = (at[:, None].float() * frequencies).double()
     torch.testing.assert_close(cos[0], (angles.cos() * scale).float(), rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(sin[0], (angles.sin() * scale).float(), rtol=1e-6, atol=1e-7)
-    assert torch.equal(native().turns(at[-1:], frequencies, scale)[0], cos[0, -1:])
+    assert torch.equal(native().rope_cos_sin(at[-1:], frequencies, scale)[0], cos[0, -1:])
 
 
 @settings(max_examples=60)
@@ -490,19 +490,21 @@ def test_heads_are_rotated_by_their_angles(
     cos, sin = angles.cos().float(), angles.sin().float()
     turn = torch.complex(cos.double(), sin.double())
     expected = torch.view_as_real(torch.complex(*x.double().chunk(2, -1)) * turn)
-    found = native().rotate(x, cos, sin)
+    found = native().apply_rope(x, cos, sin)
     torch.testing.assert_close(found.double(), torch.cat(expected.unbind(-1), -1), rtol=0, atol=1e-5)
-    assert torch.equal(native().rotate(x.bfloat16(), cos, sin), REFERENCE.rotate(x.bfloat16(), cos, sin))
-    assert torch.equal(found, REFERENCE.rotate(x, cos, sin))
+    assert torch.equal(
+        native().apply_rope(x.bfloat16(), cos, sin), REFERENCE.apply_rope(x.bfloat16(), cos, sin)
+    )
+    assert torch.equal(found, REFERENCE.apply_rope(x, cos, sin))
 
 
 def test_angles_that_fit_no_head_are_refused() -> None:
     x, angles = draw(0, 2, 3, 8), draw(1, 2, 1, 4)
     for wrong in (draw(1, 2, 1, 3), draw(1, 2, 2, 4), draw(1, 3, 4)):
         with pytest.raises(UsageError, match="not rotated by angles"):
-            native().rotate(x, wrong, wrong)
+            native().apply_rope(x, wrong, wrong)
         with pytest.raises(UsageError, match="not rotated by angles"):
-            native().rotate(x, angles, wrong)
+            native().apply_rope(x, angles, wrong)
 
 
 # --- threads

@@ -79,7 +79,7 @@ def test_a_view_adds_no_memory_but_router_rows(small: Path) -> None:
     model = load_model(small, plan=PLAN)
     maps = maps_of(small)
     own = {name: t for name, t in weights_of(model) if not is_mapped(t, maps)}
-    leaves = ("router.weight", "router.bias", "experts.index")
+    leaves = ("router.weight", "router.bias", "experts.expert_map")
     assert set(own) == {f"{layer}.{leaf}" for layer in range(SMALL.layers) for leaf in leaves}
     assert [len(own[f"{layer}.router.weight"]) for layer in range(SMALL.layers)] == [3, 1, 2]
     for layer in model.layers:

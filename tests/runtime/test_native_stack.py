@@ -22,14 +22,14 @@ pytestmark = needs_native
 class OneByOne(NativeBackend):
     """The native kernels without a stack."""
 
-    def stack(self, layers: object, shape: object) -> None:
+    def fuse_layers(self, layers: object, shape: object) -> None:
         return None
 
 
 def model_of(folder: Path, isa: str, threads: int, *, stacked: bool) -> Model:
     model = load_model(folder, dtype=torch.float32, backend="native")
     model.backend = native(isa, threads) if stacked else OneByOne(isa, 1)
-    assert (model._stack() is not None) == stacked
+    assert (model._fused_layers() is not None) == stacked
     return model
 
 
@@ -99,7 +99,7 @@ def test_a_stack_of_f32_weights_gives_what_bf16_ones_with_the_same_values_give(t
     expected = outcome(model_of(tiny, isa, 1, stacked=True), 2)
     for stacked in (True, False):
         model = stored_as(model_of(tiny, isa, 1, stacked=stacked), torch.float32)
-        assert (model._stack() is not None) == stacked
+        assert (model._fused_layers() is not None) == stacked
         for mine, theirs in zip(outcome(model, 2), expected, strict=True):
             assert torch.equal(mine, theirs)
 
@@ -107,7 +107,7 @@ def test_a_stack_of_f32_weights_gives_what_bf16_ones_with_the_same_values_give(t
 @every_variant
 def test_a_stack_of_f16_weights_gives_what_f32_ones_with_the_same_values_give(tiny: Path, isa: str) -> None:
     half = stored_as(model_of(tiny, isa, 2, stacked=True), torch.float16)
-    assert half._stack() is not None
+    assert half._fused_layers() is not None
     found = outcome(half, 2)
     apart = stored_as(model_of(tiny, isa, 1, stacked=False), torch.float16)
     for mine, theirs in zip(found, outcome(apart, 2), strict=True):
@@ -133,7 +133,7 @@ def test_with_f16_and_f32_weights_a_sequence_gets_in_a_batch_what_it_gets_alone(
 
 def strided_index(layer: Layer) -> Layer:
     rows = torch.arange(len(layer.router.weight))
-    return replace(layer, experts=replace(layer.experts, index=torch.stack([rows, rows], 1)[:, 0]))
+    return replace(layer, experts=replace(layer.experts, expert_map=torch.stack([rows, rows], 1)[:, 0]))
 
 
 @pytest.mark.parametrize(
@@ -146,14 +146,14 @@ def strided_index(layer: Layer) -> Layer:
         lambda layer: replace(layer, attention_norm=layer.attention_norm[:-1]),
         strided_index,
     ],
-    ids=["o", "sinks", "norm", "router's bias", "short norm", "strided index"],
+    ids=["o", "sinks", "norm", "router's bias", "short norm", "strided expert map"],
 )
 def test_weights_of_another_kind_have_no_stack(tiny: Path, change: object) -> None:
     model = model_of(tiny, "", 1, stacked=True)
     model.layers = [*model.layers[:-1], change(model.layers[-1])]  # type: ignore[operator]
-    assert model._stack() is None
+    assert model._fused_layers() is None
 
 
 def test_other_dtypes_and_single_layers_have_no_stack(tiny: Path) -> None:
-    assert load_model(tiny, dtype=torch.bfloat16, backend="native")._stack() is None
-    assert load_model(tiny, dtype=torch.float32, backend="native", one_layer=True)._stack() is None
+    assert load_model(tiny, dtype=torch.bfloat16, backend="native")._fused_layers() is None
+    assert load_model(tiny, dtype=torch.float32, backend="native", one_layer=True)._fused_layers() is None

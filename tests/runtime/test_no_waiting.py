@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 
 from moe_surgery import Plan, load_model  # noqa: E402
-from moe_surgery.kernels.reference.attention import attend, visible  # noqa: E402
+from moe_surgery.kernels.reference.attention import attention, visible  # noqa: E402
 from moe_surgery.kernels.reference.experts import experts_gathered, experts_grouped  # noqa: E402
 from moe_surgery.kernels.reference.route import route  # noqa: E402
 from moe_surgery.runtime.model import Model  # noqa: E402
@@ -99,7 +99,7 @@ def test_route_experts_and_attention_trace_with_static_shapes(layout: str, tmp_p
         ids, weights = route(x, router.weight, router.bias, layer.top_k)
         y = experts_gathered(x, ids, weights, layer.experts)
         seen = visible(positions, positions.expand(-1, k.shape[2]), WINDOW)
-        return attend(q, k, k, layer.sinks, seen).sum() + y.sum()
+        return attention(q, k, k, layer.sinks, seen).sum() + y.sum()
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.empty(1, SMALL.hidden)

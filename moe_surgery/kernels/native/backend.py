@@ -11,11 +11,11 @@ from torch import Tensor
 
 from moe_surgery.errors import UsageError
 from moe_surgery.formats.native import native_module, native_reason
-from moe_surgery.kernels.interface import LayerStack, StackShape
+from moe_surgery.kernels.interface import DecoderModel, DecoderShape, DecodeStep, FusedLayers, KVCache
 from moe_surgery.kernels.native.operands import (
     BF16,
     F32,
-    Plain,
+    UnsupportedWeight,
     check_readable,
     in_float32,
     log_plain,
@@ -86,7 +86,7 @@ class NativeBackend:
         try:
             check_readable("the router's weight", weight)
             check_readable("the router's bias", bias)
-        except Plain as reason:
+        except UnsupportedWeight as reason:
             log_plain(str(reason))
             return self._plain.route(x, weight, bias, top_k)
         rows, columns = weight.shape
@@ -108,7 +108,7 @@ class NativeBackend:
         try:
             gate_up = matrix_of(self._native, "gate_up", e.gate_up, e.gate_up_bias)
             down = matrix_of(self._native, "down", e.down, e.down_bias)
-        except Plain as reason:
+        except UnsupportedWeight as reason:
             log_plain(str(reason))
             return self._plain.experts(x, ids, weights, expert_weights)
         hidden, units = e.gate_up.columns, e.down.columns
@@ -121,7 +121,7 @@ class NativeBackend:
         _check_shape("weights", weights, tuple(ids.shape))
         if not ids.numel():
             return torch.zeros_like(x)
-        places = ids.long() if e.index is None else e.index[ids]
+        places = ids.long() if e.expert_map is None else e.expert_map[ids]
         places, wide, shares = places.contiguous(), in_float32(x), in_float32(weights)
         y = torch.empty_like(wide)
         top_k = ids.shape[1]
@@ -140,17 +140,17 @@ class NativeBackend:
         return _as(y, x)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self.linears(x, [(weight, bias)])[0]
+        return self.multi_linear(x, [(weight, bias)])[0]
 
-    def linears(self, x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+    def multi_linear(self, x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
         _check_place("x", x)
         try:
             for weight, bias in layers:
                 check_readable("a weight", weight)
                 check_readable("a bias", bias)
-        except Plain as reason:
+        except UnsupportedWeight as reason:
             log_plain(str(reason))
-            return self._plain.linears(x, layers)
+            return self._plain.multi_linear(x, layers)
         columns = x.shape[-1]
         for weight, bias in layers:
             _check_shape("weight", weight, (None, columns))
@@ -167,7 +167,7 @@ class NativeBackend:
         columns = x.shape[-1]
         try:
             check_readable("a norm's weight", weight)
-        except Plain as reason:
+        except UnsupportedWeight as reason:
             log_plain(str(reason))
             return self._plain.rms_norm(x, weight, eps)
         _check_shape("the norm's weight", weight, (columns,))
@@ -178,7 +178,7 @@ class NativeBackend:
         )
         return _as(y, x)
 
-    def turns(self, positions: Tensor, frequencies: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def rope_cos_sin(self, positions: Tensor, frequencies: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         _check_place("positions", positions)
         positions, frequencies = positions.long().contiguous(), in_float32(frequencies)
         cos, sin = (torch.empty((*positions.shape, len(frequencies))) for _ in range(2))
@@ -193,7 +193,7 @@ class NativeBackend:
         )
         return cos, sin
 
-    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def apply_rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         _check_place("x", x)
         wide = x if x.dtype == F32 and x.stride(-1) == 1 else in_float32(x)
         cos, sin = in_float32(cos), in_float32(sin)
@@ -206,7 +206,7 @@ class NativeBackend:
         self._native.rotate(wide.data_ptr(), wide.stride(), *angles, y.shape, y.data_ptr())
         return _as(y, x)
 
-    def attend(
+    def attention(
         self,
         q: Tensor,
         k: Tensor,
@@ -249,11 +249,17 @@ class NativeBackend:
         )
         return _as(out, q)
 
-    def stack(self, layers: Sequence[Layer], shape: StackShape) -> LayerStack | None:
+    def fuse_layers(self, layers: Sequence[Layer], shape: DecoderShape) -> FusedLayers | None:
         try:
             return NativeStack(self._native, self._engine, layers, shape)
-        except Plain:
+        except UnsupportedWeight:
             return None
+
+    def prepare_layer(self, layer: Layer) -> Layer:
+        return layer
+
+    def decode_step(self, model: DecoderModel, cache: KVCache) -> DecodeStep | None:
+        return None
 
 
 def _thread_count() -> int:

@@ -15,7 +15,7 @@ from moe_surgery.kernels.weights import DenseWeight, Weight
 __all__ = [
     "BF16",
     "F32",
-    "Plain",
+    "UnsupportedWeight",
     "check_readable",
     "in_float32",
     "log_plain",
@@ -32,7 +32,7 @@ F32 = torch.float32
 DTYPES = {BF16: 0, torch.float16: 1, F32: 2}
 
 
-class Plain(Exception):
+class UnsupportedWeight(Exception):
     """The weight is of a kind that only plain PyTorch multiplies: `str` says which and why."""
 
 
@@ -53,15 +53,16 @@ def in_float32(x: Tensor) -> Tensor:
 
 
 def check_readable(what: str, tensor: Tensor | None) -> None:
-    """Raise Plain unless the kernels read `tensor` (None for no bias), UsageError where it is not on the CPU."""
+    """Raise UnsupportedWeight unless the kernels read `tensor` (None for no bias), UsageError where it is not on
+    the CPU."""
     if tensor is None:
         return
     if not tensor.is_cpu:
         raise UsageError(f"native backend: {what} is on {tensor.device}, not on the CPU")
     if tensor.dtype not in DTYPES:
-        raise Plain(f"{what} is {str(tensor.dtype).removeprefix('torch.')}")
+        raise UnsupportedWeight(f"{what} is {str(tensor.dtype).removeprefix('torch.')}")
     if tensor.stride(-1) != 1:
-        raise Plain(f"{what} has strides {tensor.stride()}")
+        raise UnsupportedWeight(f"{what} has strides {tensor.stride()}")
 
 
 def values_of(tensor: Tensor | None) -> tuple[int, int]:
@@ -78,10 +79,10 @@ def projection_of(
 
 
 def matrix_of(native: Any, what: str, weight: Weight, bias: Tensor) -> Any:
-    """`ExpertMatrix` of the extension. Raises Plain, or UsageError for shapes that do not agree."""
+    """`ExpertMatrix` of the extension. Raises UnsupportedWeight, or UsageError for shapes that do not agree."""
     check_readable(f"the bias of {what}", bias)
     if not bias.is_contiguous():
-        raise Plain(f"the bias of {what} has strides {bias.stride()}")
+        raise UnsupportedWeight(f"the bias of {what} has strides {bias.stride()}")
     if isinstance(weight, DenseWeight):
         values = weight.values
         check_readable(what, values)
@@ -99,7 +100,7 @@ def matrix_of(native: Any, what: str, weight: Weight, bias: Tensor) -> Any:
             "needed [experts, rows, groups, 16] and [experts, rows, groups] of bytes"
         )
     if blocks.stride()[2:] != (16, 1) or scales.stride(2) != 1 or scales.dtype != torch.uint8:
-        raise Plain(
+        raise UnsupportedWeight(
             f"{what} has blocks of strides {blocks.stride()} and scales of {scales.stride()}, {scales.dtype}"
         )
     _check_bias(what, bias, experts, rows)

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_surgery.kernels.interface import LayerSlots, StackShape
+from moe_surgery.kernels.interface import DecoderShape, LayerSlots
 from moe_surgery.kernels.native.operands import (
     F32,
-    Plain,
+    UnsupportedWeight,
     check_readable,
     matrix_of,
     projection_of,
@@ -23,13 +23,13 @@ __all__ = ["NativeStack"]
 
 
 class NativeStack:
-    """See `moe_surgery.kernels.interface.LayerStack`. Float32 hidden states and caches on the CPU.
+    """See `moe_surgery.kernels.interface.FusedLayers`. Float32 hidden states and caches on the CPU.
 
     Between two operations there is no Python: on the full-size model that is a tenth of a token's time.
-    Raises Plain, when made, for weights that the kernels do not multiply.
+    Raises UnsupportedWeight, when made, for weights that the kernels do not multiply.
     """
 
-    def __init__(self, native: Any, engine: Any, layers: Sequence[Layer], shape: StackShape) -> None:
+    def __init__(self, native: Any, engine: Any, layers: Sequence[Layer], shape: DecoderShape) -> None:
         self._engine = engine
         self._held = list(layers)  # what the addresses below belong to
         hidden = layers[0].q.weight.shape[1]
@@ -47,7 +47,7 @@ class NativeStack:
                 matrix_of(native, "down", e.down, e.down_bias),
                 e.limit,
                 e.alpha,
-                0 if e.index is None else e.index.data_ptr(),
+                0 if e.expert_map is None else e.expert_map.data_ptr(),
                 layer.top_k,
                 window or 0,
             )
@@ -70,8 +70,8 @@ class NativeStack:
         return x
 
 
-def _check(layer: Layer, hidden: int, shape: StackShape) -> None:
-    """Raise Plain unless all that is not an expert can be read and has the shapes that belong together."""
+def _check(layer: Layer, hidden: int, shape: DecoderShape) -> None:
+    """Raise UnsupportedWeight unless all that is not an expert can be read and has the shapes that belong together."""
     wide, narrow = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     wanted = {"q": (wide, hidden), "k": (narrow, hidden), "v": (narrow, hidden), "o": (hidden, wide)}
     experts = len(layer.router.weight)
@@ -83,7 +83,7 @@ def _check(layer: Layer, hidden: int, shape: StackShape) -> None:
         check_readable("a weight", weight)
         check_readable("a bias", bias)
         if weight.shape != size or (bias is not None and bias.shape != (size[0],)):
-            raise Plain(f"a weight has shape {tuple(weight.shape)}, needed {size}")
+            raise UnsupportedWeight(f"a weight has shape {tuple(weight.shape)}, needed {size}")
     for vector, length in (
         (layer.attention_norm, hidden),
         (layer.mlp_norm, hidden),
@@ -91,12 +91,16 @@ def _check(layer: Layer, hidden: int, shape: StackShape) -> None:
     ):
         check_readable("a norm's weight or sinks", vector)
         if vector.shape != (length,):
-            raise Plain(f"a norm's weight or sinks have shape {tuple(vector.shape)}, needed ({length},)")
-    e, index = layer.experts, layer.experts.index
+            raise UnsupportedWeight(
+                f"a norm's weight or sinks have shape {tuple(vector.shape)}, needed ({length},)"
+            )
+    e, expert_map = layer.experts, layer.experts.expert_map
     fits = (e.gate_up.columns, e.gate_up.rows, e.down.rows) == (hidden, 2 * e.down.columns, hidden)
-    named = index is None or (index.dtype == torch.int64 and index.is_contiguous() and len(index) == experts)
+    named = expert_map is None or (
+        expert_map.dtype == torch.int64 and expert_map.is_contiguous() and len(expert_map) == experts
+    )
     if not (fits and named and 1 <= layer.top_k <= experts):
-        raise Plain("the experts' shapes or index do not fit the layer")
+        raise UnsupportedWeight("the experts' shapes or expert map do not fit the layer")
 
 
 def _slots(cache: LayerSlots) -> tuple[object, ...]:

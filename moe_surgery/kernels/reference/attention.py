@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["attend", "visible"]
+__all__ = ["attention", "visible"]
 
 
 def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
@@ -19,7 +19,7 @@ def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
     return seen if window is None else seen & (distance < window)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, seen: Tensor) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, seen: Tensor) -> Tensor:
     """Attention with one extra logit per head, `sinks`, whose probability is dropped.
 
     q [batch, heads, queries, head_dim]; k, v [batch, kv_heads, keys, head_dim]; sinks [heads];

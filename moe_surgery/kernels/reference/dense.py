@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_surgery.kernels.interface import LayerStack, StackShape
-from moe_surgery.kernels.reference.attention import attend, visible
+from moe_surgery.kernels.interface import DecoderModel, DecoderShape, DecodeStep, FusedLayers, KVCache
+from moe_surgery.kernels.reference.attention import attention, visible
 from moe_surgery.kernels.weights import Layer
 
-__all__ = ["TorchDense", "linear", "rms_norm", "rotate"]
+__all__ = ["TorchDense", "apply_rope", "linear", "rms_norm"]
 
 PIECE_BYTES = 32 << 20
 
@@ -39,7 +39,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * scale * weight.float()).to(x.dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [..., head_dim], its halves turned by angles broadcast to [..., head_dim / 2], in x's dtype."""
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
@@ -53,20 +53,20 @@ class TorchDense:
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return linear(x, weight, bias)
 
-    def linears(self, x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+    def multi_linear(self, x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
         return [linear(x, weight, bias) for weight, bias in layers]
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return rms_norm(x, weight, eps)
 
-    def turns(self, positions: Tensor, frequencies: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def rope_cos_sin(self, positions: Tensor, frequencies: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         angles = positions[..., None].float() * frequencies
         return angles.cos() * scale, angles.sin() * scale
 
-    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return rotate(x, cos, sin)
+    def apply_rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return apply_rope(x, cos, sin)
 
-    def attend(
+    def attention(
         self,
         q: Tensor,
         k: Tensor,
@@ -76,7 +76,13 @@ class TorchDense:
         keys: Tensor,
         window: int | None,
     ) -> Tensor:
-        return attend(q, k, v, sinks, visible(queries, keys, window))
+        return attention(q, k, v, sinks, visible(queries, keys, window))
 
-    def stack(self, layers: Sequence[Layer], shape: StackShape) -> LayerStack | None:
+    def fuse_layers(self, layers: Sequence[Layer], shape: DecoderShape) -> FusedLayers | None:
+        return None
+
+    def prepare_layer(self, layer: Layer) -> Layer:
+        return layer
+
+    def decode_step(self, model: DecoderModel, cache: KVCache) -> DecodeStep | None:
         return None

@@ -32,7 +32,7 @@ def experts(x: Tensor, ids: Tensor, weights: Tensor, expert_weights: ExpertWeigh
 def experts_grouped(x: Tensor, ids: Tensor, weights: Tensor, expert_weights: ExpertWeights) -> Tensor:
     """One pass over the distinct experts in `ids`, in index order."""
     y = torch.zeros_like(x, dtype=torch.float32)
-    stored = ids if expert_weights.index is None else expert_weights.index[ids]
+    stored = ids if expert_weights.expert_map is None else expert_weights.expert_map[ids]
     for expert in torch.unique(ids).tolist():
         token, slot = torch.where(ids == expert)
         place = int(stored[token[0], slot[0]])
@@ -51,7 +51,7 @@ def expert_output(x: Tensor, expert_weights: ExpertWeights, place: int) -> Tenso
 def experts_gathered(x: Tensor, ids: Tensor, weights: Tensor, expert_weights: ExpertWeights) -> Tensor:
     """Every (token, slot) on its own: batched products over gathered weights, no host synchronisation."""
     tokens, top_k = ids.shape
-    stored = ids if expert_weights.index is None else expert_weights.index[ids]
+    stored = ids if expert_weights.expert_map is None else expert_weights.expert_map[ids]
     place = stored.flatten()  # [tokens * top_k]
     rows = x.repeat_interleave(top_k, dim=0)
     h = _batched(rows, expert_weights.gate_up, place)

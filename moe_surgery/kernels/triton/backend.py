@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from moe_surgery.errors import UsageError
+from moe_surgery.kernels.interface import DecoderModel, KVCache
 from moe_surgery.kernels.reference.dense import TorchDense
-from moe_surgery.kernels.weights import ExpertWeights
+from moe_surgery.kernels.weights import ExpertWeights, Layer
 
 if TYPE_CHECKING:  # importing triton is left until it is known to be there
+    from moe_surgery.kernels.triton.decode.step import DecodeStep
     from moe_surgery.kernels.triton.launch import Launch
 
 __all__ = ["TritonBackend"]
+
+log = logging.getLogger(__name__)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -23,8 +28,8 @@ class TritonBackend(TorchDense):
     """See `moe_surgery.kernels.interface.Backend`.
 
     For CUDA tensors, or CPU tensors where Triton interprets (TRITON_INTERPRET=1). At one token a layer is
-    three launches: route, gate_up, down. What is no mixture's goes to PyTorch; a captured decode step has
-    kernels of its own for it (`kernels.triton.decode`). Raises UsageError, when made, where `availability`
+    three launches: route, gate_up, down. Everything outside the MoE goes to PyTorch; the captured decode step
+    has kernels for it too (`kernels.triton.decode`). Raises UsageError, when made, where `availability`
     gives a reason, and on tensors it does not support. Its launches on one stream may not overlap with
     each other.
     """
@@ -51,20 +56,33 @@ class TritonBackend(TorchDense):
             launch.run()
         return out
 
+    def prepare_layer(self, layer: Layer) -> Layer:
+        from moe_surgery.kernels.triton.decode.qkv_weights import join_qkv
+
+        return join_qkv(layer)
+
+    def decode_step(self, model: DecoderModel, cache: KVCache) -> DecodeStep | None:
+        """A captured CUDA graph of the kernels in `kernels.triton.decode`."""
+        from moe_surgery.kernels.triton.decode.step import DecodeStep
+
+        if (reason := DecodeStep.unavailable(model, cache)) is not None:
+            log.debug("no captured decode step: %s", reason)
+            return None
+        return DecodeStep(model, cache)
+
 
 def route_launches(
     x: Tensor, weight: Tensor, bias: Tensor, top_k: int, ids: Tensor, weights: Tensor
 ) -> list[Launch]:
     """The one launch that fills ids int64 and weights [tokens, top_k]; none for no tokens."""
-    from moe_surgery.kernels.triton.blocks import chip_of
     from moe_surgery.kernels.triton.route import route
+    from moe_surgery.kernels.triton.tuning import get_device_props
 
     _check("x", x, (None, weight.shape[1]), x.device, DTYPES)
     _check("the router's weight", weight, (None, None), x.device, DTYPES)
     _check("the router's bias", bias, (weight.shape[0],), x.device, DTYPES)
     if not len(x):
         return []
-    wide = _wide(x, weight.dtype)
     return [
         route(
             x.contiguous(),
@@ -73,8 +91,8 @@ def route_launches(
             top_k,
             ids,
             weights,
-            chip_of(x.device),
-            wide,
+            get_device_props(x.device),
+            _needs_fp32(x, weight.dtype),
         )
     ]
 
@@ -83,82 +101,91 @@ def experts_launches(
     x: Tensor, ids: Tensor, weights: Tensor, expert_weights: ExpertWeights, out: Tensor
 ) -> list[Launch]:
     """The launches that fill out [tokens, hidden]: two at few tokens, else four, or five beyond 1024 pairs."""
-    from moe_surgery.kernels.triton import dispatch, slots, tiles
-    from moe_surgery.kernels.triton.blocks import chip_of, entry, few_slots, split_for, tile_tokens
+    from moe_surgery.kernels.triton import moe_gemv, moe_grouped_gemm, routing_metadata
     from moe_surgery.kernels.triton.operands import operand
+    from moe_surgery.kernels.triton.tuning import (
+        block_n_for,
+        blocks_for,
+        get_device_props,
+        split_k_for,
+        use_gemv,
+    )
 
     gate_up = operand(expert_weights.gate_up, expert_weights.gate_up_bias, "gate_up")
     down = operand(expert_weights.down, expert_weights.down_bias, "down")
-    index = expert_weights.index
+    expert_map = expert_weights.expert_map
     tokens, hidden = x.shape
     top_k = ids.shape[1]
     pairs = tokens * top_k
-    units = down.columns
-    if (gate_up.rows, gate_up.columns, down.rows) != (2 * units, hidden, hidden):
+    intermediate = down.columns
+    if (gate_up.rows, gate_up.columns, down.rows) != (2 * intermediate, hidden, hidden):
         raise UsageError(
             f"triton backend: x has {hidden} columns, gate_up is {gate_up.columns} -> {gate_up.rows}, "
-            f"down {units} -> {down.rows}"
+            f"down {intermediate} -> {down.rows}"
         )
     _check("x", x, (None, hidden), x.device, DTYPES)
     _check("ids", ids, (tokens, top_k), x.device, (torch.int64, torch.int32))
     _check("weights", weights, (tokens, top_k), x.device, DTYPES)
     for tensor in (gate_up.data, gate_up.bias, down.data, down.bias):
         _check("an expert weight", tensor, (None,) * tensor.dim(), x.device)
-    if index is not None:
-        _check("index", index, (None,), x.device, (torch.int64, torch.int32))
-        index = index.contiguous()
+    if expert_map is not None:
+        _check("expert_map", expert_map, (None,), x.device, (torch.int64, torch.int32))
+        expert_map = expert_map.contiguous()
     if not pairs:
         out.zero_()
         return []
     x, ids, weights = x.contiguous(), ids.contiguous(), weights.contiguous()
-    experts = gate_up.data.shape[0] if index is None else len(index)
-    chip = chip_of(x.device)
-    z = torch.empty((pairs, units), dtype=x.dtype, device=x.device)
+    experts = gate_up.data.shape[0] if expert_map is None else len(expert_map)
+    device_props = get_device_props(x.device)
+    arch, multiprocessors = device_props.arch, device_props.multiprocessors
+    z = torch.empty((pairs, intermediate), dtype=x.dtype, device=x.device)
     limit, alpha = expert_weights.limit, expert_weights.alpha
 
-    if few_slots(tokens, top_k, experts):
-        up_blocks = entry(chip.arch, "gate_up", gate_up.mxfp4)
-        down_blocks = entry(chip.arch, "down", down.mxfp4)
-        up_split = split_for(
-            pairs * -(-units // up_blocks.rows), -(-hidden // up_blocks.columns), chip.multiprocessors
+    if use_gemv(tokens, top_k, experts):
+        up_blocks = blocks_for(arch, "gate_up", gate_up.mxfp4)
+        down_blocks = blocks_for(arch, "down", down.mxfp4)
+        up_split_k = split_k_for(
+            pairs * -(-intermediate // up_blocks.block_m), -(-hidden // up_blocks.block_k), multiprocessors
         )
-        down_split = split_for(
-            tokens * -(-hidden // down_blocks.rows),
-            top_k * -(-units // down_blocks.columns),
-            chip.multiprocessors,
+        down_split_k = split_k_for(
+            tokens * -(-hidden // down_blocks.block_m),
+            top_k * -(-intermediate // down_blocks.block_k),
+            multiprocessors,
         )
         return [
-            slots.gate_up_slots(x, ids, index, gate_up, z, limit, alpha, up_blocks, up_split),
-            slots.down_slots(z, ids, weights, index, down, out, down_blocks, down_split),
+            moe_gemv.gate_up_gemv(x, ids, expert_map, gate_up, z, limit, alpha, up_blocks, up_split_k),
+            moe_gemv.down_gemv(z, ids, weights, expert_map, down, out, down_blocks, down_split_k),
         ]
 
-    width = tile_tokens(pairs, experts)
-    schedule = dispatch.schedule_for(pairs, experts, width, x.device)
+    block_n = block_n_for(pairs, experts)
+    routing = routing_metadata.empty_routing(pairs, experts, block_n, x.device)
     parts = torch.empty((pairs, hidden), dtype=torch.float32, device=x.device)
-    up_wide, down_wide = _wide(x, gate_up.data.dtype), _wide(x, down.data.dtype)
-    up_blocks = entry(chip.arch, "gate_up", gate_up.mxfp4, width, up_wide)
-    down_blocks = entry(chip.arch, "down", down.mxfp4, width, down_wide)
-    up_split = split_for(
-        schedule.most_tiles * -(-units // up_blocks.rows),
-        -(-hidden // up_blocks.columns),
-        chip.multiprocessors,
+    up_fp32, down_fp32 = _needs_fp32(x, gate_up.data.dtype), _needs_fp32(x, down.data.dtype)
+    up_blocks = blocks_for(arch, "gate_up", gate_up.mxfp4, block_n, up_fp32)
+    down_blocks = blocks_for(arch, "down", down.mxfp4, block_n, down_fp32)
+    up_split_k = split_k_for(
+        routing.max_tiles * -(-intermediate // up_blocks.block_m),
+        -(-hidden // up_blocks.block_k),
+        multiprocessors,
     )
-    down_split = split_for(
-        schedule.most_tiles * -(-hidden // down_blocks.rows),
-        -(-units // down_blocks.columns),
-        chip.multiprocessors,
+    down_split_k = split_k_for(
+        routing.max_tiles * -(-hidden // down_blocks.block_m),
+        -(-intermediate // down_blocks.block_k),
+        multiprocessors,
     )
     return [
-        *dispatch.dispatch(ids, experts, schedule),
-        tiles.gate_up_tiles(
-            x, top_k, schedule, index, gate_up, z, limit, alpha, up_blocks, up_split, up_wide
+        *routing_metadata.routing_launches(ids, experts, routing),
+        moe_grouped_gemm.gate_up_grouped_gemm(
+            x, top_k, routing, expert_map, gate_up, z, limit, alpha, up_blocks, up_split_k, up_fp32
         ),
-        tiles.down_tiles(z, weights, schedule, index, down, parts, down_blocks, down_split, down_wide),
-        tiles.combine(parts, out, top_k),
+        moe_grouped_gemm.down_grouped_gemm(
+            z, weights, routing, expert_map, down, parts, down_blocks, down_split_k, down_fp32
+        ),
+        moe_grouped_gemm.combine(parts, out, top_k),
     ]
 
 
-def _wide(x: Tensor, weight: torch.dtype) -> bool:
+def _needs_fp32(x: Tensor, weight: torch.dtype) -> bool:
     """Whether products need float32: BF16 tensor cores are exact only for BF16 and MXFP4 operands."""
     from moe_surgery.kernels.triton.launch import interpreting
 

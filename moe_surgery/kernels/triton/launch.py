@@ -9,9 +9,9 @@ import torch
 import triton  # type: ignore[import-untyped,import-not-found,unused-ignore]
 from torch import Tensor
 
-__all__ = ["COUNTERS", "Launch", "interpreting", "joined", "next_power_of_two", "workspace"]
+__all__ = ["COUNTERS", "Launch", "interpreting", "next_power_of_two", "partial_size", "workspace"]
 
-# Programs are joined for this many output tiles at most.
+# Split reductions are joined for this many output tiles at most.
 COUNTERS = 1 << 16
 
 
@@ -22,11 +22,11 @@ class Launch:
     kernel: Any
     grid: tuple[int, int, int]
     arguments: dict[str, Any]
-    warps: int
-    stages: int
+    num_warps: int
+    num_stages: int
 
     def run(self) -> None:
-        self.kernel[self.grid](**self.arguments, num_warps=self.warps, num_stages=self.stages)
+        self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
 
 
 def interpreting() -> bool:
@@ -55,6 +55,6 @@ def workspace(device: torch.device, values: int) -> tuple[Tensor, Tensor]:
     return torch.empty(max(values, 1), dtype=torch.float32, device=device), _counters[key]
 
 
-def joined(split: int, tiles: int, size: int) -> int:
-    """Values that SPLIT programs a tile of `size` leave for each other; none where there is nothing to join."""
-    return tiles * split * size if split > 1 else 0
+def partial_size(split_k: int, tiles: int, size: int) -> int:
+    """Values that SPLIT_K programs a tile of `size` leave for each other; none where there is nothing to join."""
+    return tiles * split_k * size if split_k > 1 else 0

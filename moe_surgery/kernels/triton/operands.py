@@ -14,10 +14,10 @@ from moe_surgery.kernels.weights import DenseWeight, Weight
 
 __all__ = ["Operand", "operand"]
 
-# One multiplication decodes scales up to this; `parts.decode` says why.
-LARGEST_PLAIN_SCALE = 128
+# One multiplication decodes scales up to this; `dequant.dequantize_mxfp4` says why.
+MAX_ONE_STEP_SCALE = 128
 
-_general: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_any_e8m0: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Operand:
     rows: int
     columns: int
     mxfp4: bool
-    general: bool
+    any_e8m0: bool
 
     def arguments(self) -> dict[str, Any]:
         """The kernel arguments that every use of a weight has."""
@@ -46,7 +46,7 @@ class Operand:
             "scales_stride": self.scales.stride(0),
             "bias_stride": self.bias.stride(0),
             "MXFP4": self.mxfp4,
-            "GENERAL": self.general,
+            "ANY_E8M0": self.any_e8m0,
         }
 
 
@@ -81,13 +81,13 @@ def operand(weight: Weight, bias: Tensor, what: str) -> Operand:
         if not tensor[0].is_contiguous():
             raise UsageError(f"triton backend: {what}: an expert's values are not contiguous")
     mxfp4 = not isinstance(weight, DenseWeight)
-    return Operand(data, scales, bias, rows, columns, mxfp4, mxfp4 and _needs_general(scales))
+    return Operand(data, scales, bias, rows, columns, mxfp4, mxfp4 and _needs_any_e8m0(scales))
 
 
-def _needs_general(scales: Tensor) -> bool:
+def _needs_any_e8m0(scales: Tensor) -> bool:
     if scales.device.type == "meta":
         return False
-    if scales not in _general:
-        _general[scales] = bool(scales.numel()) and int(scales.max()) > LARGEST_PLAIN_SCALE
-    known: bool = _general[scales]
+    if scales not in _any_e8m0:
+        _any_e8m0[scales] = bool(scales.numel()) and int(scales.max()) > MAX_ONE_STEP_SCALE
+    known: bool = _any_e8m0[scales]
     return known

@@ -2,7 +2,7 @@
 
 Greedy, the output is the target's own, token for token, where a token's logits do not depend on how many
 tokens go through the target together: with kernels that promise it; with others in float32 near ties alone
-could turn. Sampled, its distribution is the target's own. `mismatch` counts what differs otherwise.
+could turn. Sampled, its distribution is the target's own.
 """
 
 from __future__ import annotations

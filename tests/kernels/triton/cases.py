@@ -18,7 +18,7 @@ FORMATS = ("mxfp4", "dense")
 # Expert counts that behave alike: fewer than tokens, odd, around a power of two, more than a warp.
 CLASSES = ((1, 2, 3, 4), (5, 7, 8), (13, 31, 32, 33), (96, 144, 160, 255))
 # Multiples of 32 that are no powers of two: every block has a masked end.
-HIDDEN, UNITS = 96, 32
+HIDDEN, INTERMEDIATE = 96, 32
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Layer:
     down: np.ndarray
 
     def expected(self) -> np.ndarray:
-        place = self.experts.index
+        place = self.experts.expert_map
         biases = [b.double().numpy() for b in (self.experts.gate_up_bias, self.experts.down_bias)]
         if place is not None:
             biases = [b[place.numpy()] for b in biases]
@@ -87,23 +87,23 @@ class Layer:
 
 
 def layer(
-    case: Case, hidden: int = HIDDEN, units: int = UNITS, dtype: torch.dtype = torch.float32,
+    case: Case, hidden: int = HIDDEN, intermediate: int = INTERMEDIATE, dtype: torch.dtype = torch.float32,
     scales: tuple[int, int] = (119, 127), ids: torch.Tensor | None = None,
 ) -> Layer:  # fmt: skip
     """A layer of `case`; MXFP4 scales lie in the half-open range `scales`."""
     random = torch.Generator().manual_seed(case.experts * 1000 + case.top_k * 100 + case.tokens)
     stored = case.experts + 3 if case.indexed else case.experts
-    index = torch.randperm(stored, generator=random)[: case.experts] if case.indexed else None
-    gate_up, gate_up_values = _weight(case.format, stored, 2 * units, hidden, scales, dtype, random)
-    down, down_values = _weight(case.format, stored, hidden, units, scales, dtype, random)
-    if index is not None:
-        gate_up_values, down_values = gate_up_values[index.numpy()], down_values[index.numpy()]
+    expert_map = torch.randperm(stored, generator=random)[: case.experts] if case.indexed else None
+    gate_up, gate_up_values = _weight(case.format, stored, 2 * intermediate, hidden, scales, dtype, random)
+    down, down_values = _weight(case.format, stored, hidden, intermediate, scales, dtype, random)
+    if expert_map is not None:
+        gate_up_values, down_values = gate_up_values[expert_map.numpy()], down_values[expert_map.numpy()]
     if ids is None:
         scores = torch.rand(case.tokens, case.experts, generator=random)
         ids = scores.argsort(dim=1)[:, : case.top_k].contiguous()
     experts = ExpertWeights(
-        gate_up, torch.randn(stored, 2 * units, generator=random).to(dtype),
-        down, torch.randn(stored, hidden, generator=random).to(dtype), index,
+        gate_up, torch.randn(stored, 2 * intermediate, generator=random).to(dtype),
+        down, torch.randn(stored, hidden, generator=random).to(dtype), expert_map,
     )  # fmt: skip
     x = torch.randn(case.tokens, hidden, generator=random).to(dtype)
     weights = torch.rand(case.tokens, case.top_k, generator=random).to(dtype)

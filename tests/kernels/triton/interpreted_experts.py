@@ -11,13 +11,13 @@ import torch
 from moe_surgery.errors import UsageError
 from moe_surgery.kernels.reference import ReferenceBackend
 from moe_surgery.kernels.triton import TritonBackend, backend
-from moe_surgery.kernels.triton.blocks import SPLITS, Blocks
-from moe_surgery.kernels.triton.dispatch import dispatch, schedule_for
+from moe_surgery.kernels.triton.moe_gemv import down_gemv, gate_up_gemv
+from moe_surgery.kernels.triton.moe_grouped_gemm import combine, down_grouped_gemm, gate_up_grouped_gemm
 from moe_surgery.kernels.triton.operands import operand
-from moe_surgery.kernels.triton.slots import down_slots, gate_up_slots
-from moe_surgery.kernels.triton.tiles import combine, down_tiles, gate_up_tiles
+from moe_surgery.kernels.triton.routing_metadata import empty_routing, routing_launches
+from moe_surgery.kernels.triton.tuning import SPLIT_K_CHOICES, Blocks
 from moe_surgery.kernels.weights import Mxfp4Weight
-from tests.kernels.triton.cases import HIDDEN, UNITS, Case, Layer, covering_cases, every_case, layer
+from tests.kernels.triton.cases import HIDDEN, INTERMEDIATE, Case, Layer, covering_cases, every_case, layer
 
 # Largest error in units of the largest output.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -83,7 +83,7 @@ def test_one_token_takes_two_launches_and_no_tokens_none() -> None:
     case = layer(Case(32, 4, 1, "mxfp4", False))
     out = torch.empty_like(case.x)
     launches = backend.experts_launches(case.x, case.ids, case.weights, case.experts, out)
-    assert [launch.kernel.fn.__name__ for launch in launches] == ["_gate_up_kernel", "_down_kernel"]
+    assert [launch.kernel.fn.__name__ for launch in launches] == ["_gate_up_gemv_kernel", "_down_gemv_kernel"]
     router = torch.randn(32, HIDDEN), torch.randn(32)
     assert len(backend.route_launches(case.x, *router, 4, case.ids, case.weights)) == 1
     none = case.x[:0], case.ids[:0], case.weights[:0]
@@ -91,32 +91,34 @@ def test_one_token_takes_two_launches_and_no_tokens_none() -> None:
     assert TritonBackend().route(none[0], *router, 4)[0].shape == (0, 4)
 
 
-def by_slots(case: Layer, blocks: Blocks, splits: tuple[int, int], operands=None) -> torch.Tensor:
+def by_gemv(case: Layer, blocks: Blocks, splits: tuple[int, int], operands=None) -> torch.Tensor:
     up, down = operands or (
         operand(case.experts.gate_up, case.experts.gate_up_bias, "gate_up"),
         operand(case.experts.down, case.experts.down_bias, "down"),
     )
-    index = case.experts.index
+    expert_map = case.experts.expert_map
     z, out = torch.empty(case.ids.numel(), down.columns), torch.empty_like(case.x)
-    gate_up_slots(case.x, case.ids, index, up, z, 7.0, 1.702, blocks, splits[0]).run()
-    down_slots(z, case.ids, case.weights, index, down, out, blocks, splits[1]).run()
+    gate_up_gemv(case.x, case.ids, expert_map, up, z, 7.0, 1.702, blocks, splits[0]).run()
+    down_gemv(z, case.ids, case.weights, expert_map, down, out, blocks, splits[1]).run()
     return out
 
 
-def by_tiles(case: Layer, blocks: Blocks, splits: tuple[int, int], width: int, operands=None) -> torch.Tensor:
+def by_grouped_gemm(
+    case: Layer, blocks: Blocks, splits: tuple[int, int], block_n: int, operands=None
+) -> torch.Tensor:
     up, down = operands or (
         operand(case.experts.gate_up, case.experts.gate_up_bias, "gate_up"),
         operand(case.experts.down, case.experts.down_bias, "down"),
     )
-    index, top_k = case.experts.index, case.ids.shape[1]
-    experts = up.data.shape[0] if index is None else len(index)
-    schedule = schedule_for(case.ids.numel(), experts, width, case.x.device)
+    expert_map, top_k = case.experts.expert_map, case.ids.shape[1]
+    experts = up.data.shape[0] if expert_map is None else len(expert_map)
+    routing = empty_routing(case.ids.numel(), experts, block_n, case.x.device)
     z = torch.empty(case.ids.numel(), down.columns)
     parts, out = torch.empty(case.ids.numel(), case.x.shape[1]), torch.empty_like(case.x)
     for launch in (
-        *dispatch(case.ids, experts, schedule),
-        gate_up_tiles(case.x, top_k, schedule, index, up, z, 7.0, 1.702, blocks, splits[0], True),
-        down_tiles(z, case.weights, schedule, index, down, parts, blocks, splits[1], True),
+        *routing_launches(case.ids, experts, routing),
+        gate_up_grouped_gemm(case.x, top_k, routing, expert_map, up, z, 7.0, 1.702, blocks, splits[0], True),
+        down_grouped_gemm(z, case.weights, routing, expert_map, down, parts, blocks, splits[1], True),
         combine(parts, out, top_k),
     ):
         launch.run()
@@ -127,27 +129,27 @@ def by_tiles(case: Layer, blocks: Blocks, splits: tuple[int, int], width: int, o
 @pytest.mark.parametrize("form", ["mxfp4", "dense"])
 def test_any_step_of_the_reduction(form: str, columns: int) -> None:
     """160 and 96 values in steps of 32 (even), 64 and 128 (masked ends); 32 of 64 rows in the last piece."""
-    case = layer(Case(3, 2, 3, form, True), hidden=160, units=96)
+    case = layer(Case(3, 2, 3, form, True), hidden=160, intermediate=96)
     wanted = case.expected()
-    assert error(by_slots(case, Blocks(64, columns, 4, 1), (1, 1)), wanted) < 2e-6
-    assert error(by_tiles(case, Blocks(64, columns, 4, 1), (1, 1), 8), wanted) < 2e-6
+    assert error(by_gemv(case, Blocks(64, columns, 4, 1), (1, 1)), wanted) < 2e-6
+    assert error(by_grouped_gemm(case, Blocks(64, columns, 4, 1), (1, 1), 8), wanted) < 2e-6
 
 
-@pytest.mark.parametrize("split", SPLITS[1:])
+@pytest.mark.parametrize("split_k", SPLIT_K_CHOICES[1:])
 @pytest.mark.parametrize("form", ["mxfp4", "dense"])
-def test_split_reductions(form: str, split: int) -> None:
+def test_split_reductions(form: str, split_k: int) -> None:
     """Also into more parts than there are steps. Twice, bit for bit: counters are left at zero."""
-    case = layer(Case(2, 2, 2, form, False), hidden=160, units=96)
+    case = layer(Case(2, 2, 2, form, False), hidden=160, intermediate=96)
     wanted = case.expected()
-    runs = [by_slots(case, Blocks(64, 64, 4, 1), (split, split)) for _ in range(2)]
+    runs = [by_gemv(case, Blocks(64, 64, 4, 1), (split_k, split_k)) for _ in range(2)]
     assert error(runs[0], wanted) < 2e-6
     assert torch.equal(*runs)
-    runs = [by_tiles(case, Blocks(128, 64, 4, 1), (split, split), 8) for _ in range(2)]
+    runs = [by_grouped_gemm(case, Blocks(128, 64, 4, 1), (split_k, split_k), 8) for _ in range(2)]
     assert error(runs[0], wanted) < 2e-6
     assert torch.equal(*runs)
 
 
-@pytest.mark.parametrize("way", ["slots", "tiles"])
+@pytest.mark.parametrize("way", ["gemv", "grouped_gemm"])
 def test_every_scale_and_code_decodes_exactly(way: str) -> None:
     """Weights times unit vectors: each output is one weight, so every bit of the decoding shows.
 
@@ -159,17 +161,17 @@ def test_every_scale_and_code_decodes_exactly(way: str) -> None:
     blocks = block.expand(1, 256, 1, 16).contiguous()
     scales = torch.arange(256, dtype=torch.uint8).reshape(1, 256, 1)
     down = operand(Mxfp4Weight(blocks, scales), torch.zeros(1, 256), "down")
-    assert down.general
+    assert down.any_e8m0
     z = torch.eye(32)
     ids, weights = torch.zeros(32, 1, dtype=torch.int64), torch.ones(32, 1)
     out = torch.empty(32, 256)
-    if way == "slots":
-        down_slots(z, ids, weights, None, down, out, Blocks(128, 32, 4, 1), 1).run()
+    if way == "gemv":
+        down_gemv(z, ids, weights, None, down, out, Blocks(128, 32, 4, 1), 1).run()
     else:
-        schedule = schedule_for(32, 1, 32, z.device)
-        for launch in dispatch(ids, 1, schedule):
+        routing = empty_routing(32, 1, 32, z.device)
+        for launch in routing_launches(ids, 1, routing):
             launch.run()
-        down_tiles(z, weights, schedule, None, down, out, Blocks(64, 32, 4, 1), 1, True).run()
+        down_grouped_gemm(z, weights, routing, None, down, out, Blocks(64, 32, 4, 1), 1, True).run()
     size = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])[codes & 7]
     with np.errstate(over="ignore", invalid="ignore"):
         exact = np.ldexp(np.where(codes & 8, -size, size)[:, None], np.arange(256) - 127).astype(np.float32)
@@ -179,36 +181,38 @@ def test_every_scale_and_code_decodes_exactly(way: str) -> None:
     np.testing.assert_array_equal(out.numpy(), rows)
 
 
-@pytest.mark.parametrize(("scales", "general"), [((0, 3), False), ((127, 129), False), ((127, 130), True)])
-def test_scales_at_the_edge_of_the_plain_path(scales: tuple[int, int], general: bool) -> None:
-    """128 is the last scale decoded in one multiplication; 129 is the first of the general path."""
+@pytest.mark.parametrize(("scales", "any_e8m0"), [((0, 3), False), ((127, 129), False), ((127, 130), True)])
+def test_scales_at_the_edge_of_the_plain_path(scales: tuple[int, int], any_e8m0: bool) -> None:
+    """128 is the last scale decoded in one multiplication; 129 is the first of the path for any scale."""
     case = layer(Case(2, 1, 2, "mxfp4", False), scales=scales)
     weight = operand(case.experts.gate_up, case.experts.gate_up_bias, "gate_up")
-    assert weight.general == general
+    assert weight.any_e8m0 == any_e8m0
     check(case)
 
 
-def test_general_path_gives_the_bits_of_the_plain_one() -> None:
+def test_the_path_for_any_scale_gives_the_bits_of_the_plain_one() -> None:
     case = layer(Case(2, 2, 3, "mxfp4", False))
     plain = (
         operand(case.experts.gate_up, case.experts.gate_up_bias, "gate_up"),
         operand(case.experts.down, case.experts.down_bias, "down"),
     )
-    general = tuple(replace(weight, general=True) for weight in plain)
+    two_steps = tuple(replace(weight, any_e8m0=True) for weight in plain)
     blocks = Blocks(32, 64, 4, 1)
-    assert torch.equal(by_slots(case, blocks, (1, 1), plain), by_slots(case, blocks, (1, 1), general))
-    assert torch.equal(by_tiles(case, blocks, (1, 1), 8, plain), by_tiles(case, blocks, (1, 1), 8, general))
+    assert torch.equal(by_gemv(case, blocks, (1, 1), plain), by_gemv(case, blocks, (1, 1), two_steps))
+    assert torch.equal(
+        by_grouped_gemm(case, blocks, (1, 1), 8, plain), by_grouped_gemm(case, blocks, (1, 1), 8, two_steps)
+    )
 
 
 def test_results_repeat_and_do_not_depend_on_the_other_tokens() -> None:
     """Sorted tiles hold a token's row alone: its bits are those of any batch of that way."""
     case = layer(Case(3, 2, 17, "mxfp4", False))
     blocks = Blocks(64, 64, 4, 1)
-    whole = by_tiles(case, blocks, (1, 1), 16)
-    assert torch.equal(whole, by_tiles(case, blocks, (1, 1), 16))
+    whole = by_grouped_gemm(case, blocks, (1, 1), 16)
+    assert torch.equal(whole, by_grouped_gemm(case, blocks, (1, 1), 16))
     some = replace(case, x=case.x[3:9].contiguous(), ids=case.ids[3:9], weights=case.weights[3:9])
     some = replace(some, ids=some.ids.contiguous(), weights=some.weights.contiguous())
-    np.testing.assert_allclose(by_tiles(some, blocks, (1, 1), 16), whole[3:9], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(by_grouped_gemm(some, blocks, (1, 1), 16), whole[3:9], rtol=1e-5, atol=1e-5)
 
 
 def test_nan_in_one_token_stays_in_it() -> None:
@@ -229,7 +233,7 @@ def test_nan_in_one_token_stays_in_it() -> None:
         (lambda w: replace(w, down=Mxfp4Weight(w.down.blocks.int(), w.down.scales)), "down is torch.int32"),
         (lambda w: replace(w, down=Mxfp4Weight(w.down.blocks, w.down.scales[:, 1:])), "scales"),
         (lambda w: replace(w, down=w.gate_up, down_bias=w.gate_up_bias), "x has 96 columns"),
-        (lambda w: replace(w, index=torch.tensor([0.0])), "index is torch.float32"),
+        (lambda w: replace(w, expert_map=torch.tensor([0.0])), "expert_map is torch.float32"),
     ],
 )
 def test_refusals(change, says: str) -> None:
@@ -240,4 +244,4 @@ def test_refusals(change, says: str) -> None:
 
 def test_units_of_the_layers_are_what_the_cases_say() -> None:
     case = layer(Case(3, 2, 1, "dense", False))
-    assert (case.experts.down.columns, case.experts.down.rows) == (UNITS, HIDDEN)
+    assert (case.experts.down.columns, case.experts.down.rows) == (INTERMEDIATE, HIDDEN)

@@ -32,18 +32,10 @@ def experts(
     return out
 
 
-def route(
-    x: Array, weight: Array, bias: Array, top_k: int, convention: str = "softmax_chosen"
-) -> tuple[NDArray[np.int64], Array]:
-    """The k best by (logit descending, index ascending), and their weights."""
+def route(x: Array, weight: Array, bias: Array, top_k: int) -> tuple[NDArray[np.int64], Array]:
+    """The k best by (logit descending, index ascending), and the softmax over their logits."""
     logits = x @ weight.T + bias
     ids = np.array([sorted(range(len(bias)), key=lambda e, row=row: (-row[e], e))[:top_k] for row in logits])
     chosen = np.take_along_axis(logits, ids, axis=1)
-    if convention.startswith("sigmoid"):
-        share = 1 / (1 + np.exp(-chosen))
-        whole = share.sum(axis=1, keepdims=True) if convention.endswith("renormalized") else 1.0
-    else:
-        top = logits.max(axis=1, keepdims=True)
-        share = np.exp(chosen - top)
-        whole = (np.exp(logits - top) if convention == "softmax_all" else share).sum(axis=1, keepdims=True)
-    return ids, share / whole
+    share = np.exp(chosen - logits.max(axis=1, keepdims=True))
+    return ids, share / share.sum(axis=1, keepdims=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from runpy import run_path
 
 import pytest
 
@@ -12,7 +13,7 @@ pytest.importorskip("triton")
 
 from benchmarks.kernels import aot, autotune
 from benchmarks.kernels.entries import DEVICES, entries, samples
-from moe_surgery.kernels.triton import table
+from moe_surgery.kernels.triton import tuning
 
 
 @pytest.mark.parametrize("arch", sorted(DEVICES))
@@ -52,17 +53,15 @@ def test_what_counts_as_a_problem() -> None:
 
 def test_autotune_rewrites_only_the_overrides(tmp_path: Path) -> None:
     """The table it writes is Python that holds what was found, and everything else as before."""
-    copy = tmp_path / "table.py"
-    copy.write_text(Path(table.__file__).read_text())
+    copy = tmp_path / "tuning.py"
+    copy.write_text(Path(tuning.__file__).read_text())
     autotune.write_overrides(copy, {90: {("down", "mxfp4", 0): (32, 256, 4, 2)}}, "one line")
-    found: dict[str, object] = {}
-    exec(copy.read_text(), found)  # its content is our own
+    found = run_path(str(copy))
     assert found["OVERRIDES"] == {90: {("down", "mxfp4", 0): (32, 256, 4, 2)}}
-    assert found["BLOCKS"] == table.BLOCKS
+    assert found["BLOCKS"] == tuning.BLOCKS
     assert "# Measured: one line" in copy.read_text()
     autotune.write_overrides(copy, {}, "")
-    exec(copy.read_text(), found)
-    assert found["OVERRIDES"] == {}
+    assert run_path(str(copy))["OVERRIDES"] == {}
 
 
 def test_autotune_says_why_it_cannot_run(capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,5 +72,5 @@ def test_autotune_says_why_it_cannot_run(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_candidates_hold_the_present_entry() -> None:
-    for key, present in table.BLOCKS.items():
+    for key, present in tuning.BLOCKS.items():
         assert present in autotune.candidates(key)

@@ -9,12 +9,13 @@ from itertools import product
 import pytest
 import torch
 
-from moe_surgery.kernels.reference.attention import attend, visible
-from moe_surgery.kernels.reference.dense import linear, rms_norm, rotate
+from moe_surgery.kernels.reference.attention import attention as reference_attention
+from moe_surgery.kernels.reference.attention import visible
+from moe_surgery.kernels.reference.dense import apply_rope, linear, rms_norm
 from moe_surgery.kernels.triton.decode import attention as attention_module
-from moe_surgery.kernels.triton.decode.attention import attention, splits_for
+from moe_surgery.kernels.triton.decode.attention import attention, kv_splits_for
+from moe_surgery.kernels.triton.decode.fused_projections import KVWrite, ProjectionInput, output, qkv, unembed
 from moe_surgery.kernels.triton.decode.norm import residual_norm
-from moe_surgery.kernels.triton.decode.project import Place, Stream, output, qkv, unembed
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -48,7 +49,7 @@ def near(got: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> None:
     assert error <= TOLERANCE[dtype], float(error)  # NaN fails too
 
 
-def is_wide(dtype: torch.dtype) -> bool:
+def needs_fp32(dtype: torch.dtype) -> bool:
     return dtype != torch.bfloat16 or not ON_GPU
 
 
@@ -56,26 +57,26 @@ def is_wide(dtype: torch.dtype) -> bool:
 @pytest.mark.parametrize("hidden", [32, 96, 160])
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_residual_norm(tokens: int, hidden: int, dtype: torch.dtype) -> None:
-    x, y, gain = (draw(n, hidden, dtype=dtype, seed=n) for n in (tokens, tokens, 1))
+    x, y, norm_weight = (draw(n, hidden, dtype=dtype, seed=n) for n in (tokens, tokens, 1))
     total, h = poisoned(tokens, hidden, dtype=dtype), poisoned(tokens, hidden, dtype=dtype)
-    residual_norm(x, y, gain[0], h, EPS, total).run()
+    residual_norm(x, y, norm_weight[0], h, EPS, total).run()
     summed = (x.float() + y.float()).to(dtype)
     assert torch.equal(total, summed)
-    near(h, rms_norm(summed, gain[0], EPS), dtype)
+    near(h, rms_norm(summed, norm_weight[0], EPS), dtype)
 
 
 def test_residual_norm_of_chosen_rows() -> None:
-    table, gain, lines = draw(11, 96), draw(1, 96)[0], torch.tensor([10, 0, 10], device=DEVICE)
+    table, norm_weight, row_ids = draw(11, 96), draw(1, 96)[0], torch.tensor([10, 0, 10], device=DEVICE)
     total, h = poisoned(3, 96), poisoned(3, 96)
-    residual_norm(table, None, gain, h, EPS, total, lines).run()
-    assert torch.equal(total, table[lines])
-    near(h, rms_norm(table[lines], gain, EPS), torch.float32)
+    residual_norm(table, None, norm_weight, h, EPS, total, row_ids).run()
+    assert torch.equal(total, table[row_ids])
+    near(h, rms_norm(table[row_ids], norm_weight, EPS), torch.float32)
 
 
 def test_the_sum_may_replace_what_was_added_to() -> None:
-    x, y, gain, h = draw(2, 64), draw(2, 64, seed=1), draw(1, 64)[0], poisoned(2, 64)
+    x, y, norm_weight, h = draw(2, 64), draw(2, 64, seed=1), draw(1, 64)[0], poisoned(2, 64)
     wanted = x + y
-    residual_norm(x, y, gain, h, EPS, x).run()
+    residual_norm(x, y, norm_weight, h, EPS, x).run()
     assert torch.equal(x, wanted)
 
 
@@ -96,49 +97,53 @@ def test_qkv(tokens: int, name: str, dtype: torch.dtype) -> None:
     weight, bias = weight / hidden**0.5, draw(rows, dtype=dtype)
     pads = torch.arange(tokens, device=DEVICE) % 4
     angles = draw(40, head_dim // 2)
-    place = Place(
+    kv_write = KVWrite(
         draw(tokens, kv_heads, slots, head_dim, dtype=dtype), draw(tokens, kv_heads, slots, head_dim, dtype=dtype),
         torch.full((tokens, slots), -7, device=DEVICE), torch.tensor([column], device=DEVICE), pads,
         angles.cos(), angles.sin(),
     )  # fmt: skip
-    keys, values = place.keys.clone(), place.values.clone()
+    keys, values = kv_write.keys.clone(), kv_write.values.clone()
     q = poisoned(tokens, heads * head_dim, dtype=dtype)
-    qkv(Stream(h), weight, bias, q, place, is_wide(dtype)).run()
+    qkv(ProjectionInput(h), weight, bias, q, kv_write, needs_fp32(dtype)).run()
 
     wanted = linear(h, weight, bias).view(tokens, heads + 2 * kv_heads, head_dim)
-    cos, sin = (t[column - pads][:, None] for t in (place.cos, place.sin))
-    turned = rotate(wanted[:, : heads + kv_heads], cos, sin)
-    near(q, turned[:, :heads].flatten(1), dtype)
-    near(place.keys[:, :, 4], turned[:, heads:], dtype)
-    near(place.values[:, :, 4], wanted[:, heads + kv_heads :], dtype)
+    cos, sin = (t[column - pads][:, None] for t in (kv_write.cos, kv_write.sin))
+    rotated = apply_rope(wanted[:, : heads + kv_heads], cos, sin)
+    near(q, rotated[:, :heads].flatten(1), dtype)
+    near(kv_write.keys[:, :, 4], rotated[:, heads:], dtype)
+    near(kv_write.values[:, :, 4], wanted[:, heads + kv_heads :], dtype)
     others = [s for s in range(slots) if s != 4]
-    assert torch.equal(place.keys[:, :, others], keys[:, :, others])
-    assert torch.equal(place.values[:, :, others], values[:, :, others])
-    assert torch.equal(place.positions[:, 4], column - pads)
-    assert (place.positions[:, others] == -7).all()
+    assert torch.equal(kv_write.keys[:, :, others], keys[:, :, others])
+    assert torch.equal(kv_write.values[:, :, others], values[:, :, others])
+    assert torch.equal(kv_write.positions[:, 4], column - pads)
+    assert (kv_write.positions[:, others] == -7).all()
 
 
 @pytest.mark.parametrize("gathered", [False, True])
 def test_qkv_of_one_token_norms_its_input_itself(gathered: bool) -> None:
     heads, kv_heads, head_dim, hidden = 4, 2, 8, 160
     weight, bias = draw(64, hidden) / 12, draw(64)
-    table, y, gain = draw(5, hidden), draw(1, hidden, seed=1), draw(1, hidden, seed=2)[0]
+    table, y, norm_weight = draw(5, hidden), draw(1, hidden, seed=1), draw(1, hidden, seed=2)[0]
     x, total, q = table[3:4].contiguous(), poisoned(1, hidden), poisoned(1, 32)
     zeros = torch.zeros(1, 2, 4, head_dim, device=DEVICE)
     one = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    place = Place(
+    kv_write = KVWrite(
         zeros, zeros.clone(), one.new_zeros(1, 4), one, one.clone(), draw(4, 4).cos(), draw(4, 4).sin()
     )
     h = poisoned(1, hidden)
-    lines = torch.tensor([3], device=DEVICE)
-    source = (table, None, lines) if gathered else (x, y, None)
-    stream = Stream(h, *source, gain, total, EPS)
-    qkv(stream, weight, bias, q, place, is_wide(torch.float32)).run()
+    row_ids = torch.tensor([3], device=DEVICE)
+    source = (table, None, row_ids) if gathered else (x, y, None)
+    inputs = ProjectionInput(h, *source, norm_weight, total, EPS)
+    qkv(inputs, weight, bias, q, kv_write, needs_fp32(torch.float32)).run()
     summed = x if gathered else x + y
     assert torch.equal(total, summed)
-    wanted = linear(rms_norm(summed, gain, EPS), weight, bias).view(1, heads + 2 * kv_heads, head_dim)
-    near(q, rotate(wanted[:, :heads], place.cos[:1, None], place.sin[:1, None]).flatten(1), torch.float32)
-    near(place.values[:, :, 0], wanted[:, heads + kv_heads :], torch.float32)
+    wanted = linear(rms_norm(summed, norm_weight, EPS), weight, bias).view(1, heads + 2 * kv_heads, head_dim)
+    near(
+        q,
+        apply_rope(wanted[:, :heads], kv_write.cos[:1, None], kv_write.sin[:1, None]).flatten(1),
+        torch.float32,
+    )
+    near(kv_write.values[:, :, 0], wanted[:, heads + kv_heads :], torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +154,7 @@ def test_output(tokens: int, size: tuple[int, int], dtype: torch.dtype) -> None:
     x, residual = draw(tokens, columns, dtype=dtype), draw(tokens, rows, dtype=dtype)
     weight, bias = draw(rows, columns, dtype=dtype) / columns**0.5, draw(rows, dtype=dtype)
     out = poisoned(tokens, rows, dtype=dtype)
-    output(x, residual, weight, bias, out, is_wide(dtype)).run()
+    output(x, residual, weight, bias, out, needs_fp32(dtype)).run()
     near(out, residual + linear(x, weight, bias), dtype)
 
 
@@ -158,16 +163,22 @@ def test_output(tokens: int, size: tuple[int, int], dtype: torch.dtype) -> None:
 def test_unembed(rows: int, hidden: int, tokens: int) -> None:
     h, weight, logits = draw(tokens, hidden), draw(rows, hidden), poisoned(tokens, rows)
     column = torch.tensor([41], device=DEVICE)
-    unembed(Stream(h), weight, logits, column, is_wide(torch.float32)).run()
+    unembed(ProjectionInput(h), weight, logits, column, needs_fp32(torch.float32)).run()
     near(logits, linear(h, weight), torch.float32)
     assert column.item() == 42
 
 
 def test_unembed_of_one_token_norms_its_input_itself() -> None:
-    x, y, gain, weight = draw(1, 96), draw(1, 96, seed=1), draw(1, 96, seed=2)[0], draw(50, 96)
+    x, y, norm_weight, weight = draw(1, 96), draw(1, 96, seed=1), draw(1, 96, seed=2)[0], draw(50, 96)
     total, logits, column = poisoned(1, 96), poisoned(1, 50), torch.tensor([0], device=DEVICE)
-    unembed(Stream(total, x, y, None, gain, total, EPS), weight, logits, column, is_wide(torch.float32)).run()
-    near(logits, linear(rms_norm(x + y, gain, EPS), weight), torch.float32)
+    unembed(
+        ProjectionInput(total, x, y, None, norm_weight, total, EPS),
+        weight,
+        logits,
+        column,
+        needs_fp32(torch.float32),
+    ).run()
+    near(logits, linear(rms_norm(x + y, norm_weight, EPS), weight), torch.float32)
 
 
 CACHES = {
@@ -210,11 +221,13 @@ def test_attention(name: str, shape: tuple[int, int, int], multiprocessors: int)
         window,
         out,
         multiprocessors,
-        is_wide(torch.float32),
+        needs_fp32(torch.float32),
     )
     attention(*args).run()
     now = (columns - 1 - pads)[:, None]
-    wanted = attend(q.view(batch, heads, 1, head_dim), keys, values, sinks, visible(now, positions, window))
+    wanted = reference_attention(
+        q.view(batch, heads, 1, head_dim), keys, values, sinks, visible(now, positions, window)
+    )
     near(out, wanted[:, 0], torch.float32)
     attention(*args).run()  # the counters are back where they were
     near(out, wanted[:, 0], torch.float32)
@@ -228,19 +241,19 @@ def test_attention_survives_large_scores_and_lone_sinks() -> None:
     for sink in (-1e4, 0.0, 1e4):
         out, sinks = poisoned(1, 16), torch.tensor([sink], device=DEVICE)
         attention(
-            q, keys, values, positions, column, zero, sinks, None, out, 132, is_wide(torch.float32)
+            q, keys, values, positions, column, zero, sinks, None, out, 132, needs_fp32(torch.float32)
         ).run()
         seen = visible(column[None], positions, None)
-        wanted = attend(q.view(1, 1, 1, 16), keys, values, sinks, seen)[:, 0]
+        wanted = reference_attention(q.view(1, 1, 1, 16), keys, values, sinks, seen)[:, 0]
         assert (out - wanted).abs().max() <= 1e-4
 
 
 def test_splits_fill_the_chip_without_empty_programs() -> None:
-    assert splits_for(8, 1024, 132) == 16
-    assert splits_for(8, 144, 132) == 3
-    assert splits_for(8, 131072, 132) == attention_module.MOST_SPLITS
-    assert splits_for(256, 131072, 132) == 2
-    assert splits_for(1 << 20, 4096, 132) == 1
+    assert kv_splits_for(8, 1024, 132) == 16
+    assert kv_splits_for(8, 144, 132) == 3
+    assert kv_splits_for(8, 131072, 132) == attention_module.MAX_KV_SPLITS
+    assert kv_splits_for(256, 131072, 132) == 2
+    assert kv_splits_for(1 << 20, 4096, 132) == 1
 
 
 @pytest.mark.skipif(not ON_GPU, reason="the interpreter's BF16 products are wrong; on a GPU only")
@@ -256,7 +269,7 @@ def test_attention_in_narrow_types(dtype: torch.dtype) -> None:
         torch.zeros(batch, dtype=torch.int64, device=DEVICE),
     )
     out = poisoned(batch, heads * head_dim, dtype=dtype)
-    attention(q, keys, values, positions, column, pads, sinks, None, out, 132, is_wide(dtype)).run()
+    attention(q, keys, values, positions, column, pads, sinks, None, out, 132, needs_fp32(dtype)).run()
     seen = visible((column - pads)[:, None], positions, None)
     wide = (t.float() for t in (q.view(batch, heads, 1, head_dim), keys, values, sinks))
-    near(out, attend(*wide, seen)[:, 0], dtype)
+    near(out, reference_attention(*wide, seen)[:, 0], dtype)

@@ -9,13 +9,14 @@ import torch
 
 from moe_surgery import load_model, plan_random
 from moe_surgery.errors import UsageError
-from moe_surgery.kernels.triton.blocks import Chip
+from moe_surgery.kernels.interface import DecoderModel
+from moe_surgery.kernels.triton.decode.launches import launch_count
+from moe_surgery.kernels.triton.decode.qkv_weights import join_qkv
+from moe_surgery.kernels.triton.decode.step import DecodeStep
+from moe_surgery.kernels.triton.tuning import DeviceProps
 from moe_surgery.runtime.cache import Cache
-from moe_surgery.runtime.decode_cost import launch_count
-from moe_surgery.runtime.decode_step import DecodeStep
 from moe_surgery.runtime.generate import generate
 from moe_surgery.runtime.model import Model
-from moe_surgery.runtime.projections import join_projections
 from moe_surgery.runtime.speculation.speculate import speculate
 from moe_surgery.runtime.view import view
 from tests.runtime.models import write_lively
@@ -45,7 +46,9 @@ LAYOUTS = ("mxfp4", "bf16") if ON_GPU else ("mxfp4",)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter runs programs one by one: pretend that there is no large chip to be filled."""
     if not ON_GPU:
-        monkeypatch.setattr("moe_surgery.kernels.triton.blocks.chip_of", lambda device: Chip(90, 2))
+        monkeypatch.setattr(
+            "moe_surgery.kernels.triton.tuning.get_device_props", lambda device: DeviceProps(90, 2)
+        )
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
@@ -94,7 +97,7 @@ def test_every_step_gives_the_logits_of_the_plain_forward_pass(
     ours, plain = models(folder, keep)
     prompt, mask = prompts(batch, 6)
     caches = [prefilled(m, batch, 30, mask, prompt) for m in (plain, plain)]
-    step = DecodeStep(ours, caches[0], capture=capture)
+    step = DecodeStep(ours.decoder_model(), caches[0], capture=capture)
     tokens = prompt[:, -1]
     for number in range(STEPS):  # the rings of 7 slots go round
         wanted = plain(tokens[:, None], caches[1])[:, 0]
@@ -120,7 +123,7 @@ def test_truncation_and_prefill_in_between_are_followed(folder: Path, capture: b
     ours, plain = models(folder)
     prompt, mask = prompts(2, 7)
     caches = [prefilled(m, 2, 24, mask, prompt) for m in (plain, plain)]
-    step = DecodeStep(ours, caches[0], capture=capture)
+    step = DecodeStep(ours.decoder_model(), caches[0], capture=capture)
     for _ in range(2):
         step(prompt[:, 0])
         plain(prompt[:, :1], caches[1])
@@ -136,19 +139,18 @@ def test_truncation_and_prefill_in_between_are_followed(folder: Path, capture: b
 def test_launches_are_as_many_as_counted(folder: Path, batch: int) -> None:
     ours, plain = models(folder)
     prompt, mask = prompts(batch, 4)
-    step = DecodeStep(ours, prefilled(plain, batch, 8, mask, prompt), capture=False)
-    assert step.launches == launch_count(ours.config, SHAPE.experts, batch).step
+    step = DecodeStep(ours.decoder_model(), prefilled(plain, batch, 8, mask, prompt), capture=False)
+    assert step.launches == launch_count(SHAPE.layers, SHAPE.experts, SHAPE.top_k, batch).step
 
 
 def test_projections_are_joined_once_and_the_model_stays_the_same(folder: Path) -> None:
     ours, plain = models(folder)
     prompt, mask = prompts(2, 5)
-    cache = prefilled(plain, 2, 6, mask, prompt)
     first = [layer.q.weight.data_ptr() for layer in ours.layers]
     for layer in ours.layers:  # as loaded
-        assert join_projections(layer) is layer
-    assert all(join_projections(layer) is not layer for layer in plain.layers)
-    DecodeStep(ours, cache, capture=False)
+        assert join_qkv(layer) is layer
+    assert all(join_qkv(layer) is not layer for layer in plain.layers)
+    DecodeStep(ours.decoder_model(), prefilled(plain, 2, 6, mask, prompt), capture=False)
     assert [layer.q.weight.data_ptr() for layer in ours.layers] == first
     ours.backend = plain.backend
     torch.testing.assert_close(
@@ -160,9 +162,12 @@ def test_what_cannot_be_done_is_refused(folder: Path) -> None:
     ours, plain = models(folder)
     prompt, mask = prompts(2, 5)
     cache = prefilled(plain, 2, 6, mask, prompt)
-    with pytest.raises(UsageError, match="reference backend, not with triton"):
-        DecodeStep(plain, cache)
-    step = DecodeStep(ours, cache, capture=False)
+    other = prefilled(load_model(folder, DEVICE, torch.bfloat16, backend="reference"), 2, 6, mask, prompt)
+    with pytest.raises(UsageError, match="made for another dtype"):
+        DecodeStep(ours.decoder_model(), other)
+    assert ours.decode_step(other) is None
+    assert plain.decode_step(cache) is None
+    step = DecodeStep(ours.decoder_model(), cache, capture=False)
     with pytest.raises(UsageError, match=r"tokens \(3,\), needed \(2,\)"):
         step(torch.zeros(3, dtype=torch.int64, device=DEVICE))
     with pytest.raises(UsageError, match="token 40 is not one of"):
@@ -172,7 +177,21 @@ def test_what_cannot_be_done_is_refused(folder: Path) -> None:
     with pytest.raises(UsageError, match="do not fit the context of 6"):
         step(prompt[:, 0])
     with pytest.raises(UsageError, match="do not fit the context of 6"):
-        DecodeStep(ours, cache)
+        DecodeStep(ours.decoder_model(), cache)
+
+
+def test_layers_not_joined_at_loading_give_the_same_step(folder: Path) -> None:
+    ours, plain = models(folder)
+    prompt, mask = prompts(1, 5)
+    whole = ours.decoder_model()
+    apart = DecoderModel(
+        plain.layers, whole.shape, whole.embedding, whole.norm, whole.unembedding, whole.rope, whole.dtype
+    )
+    found = [
+        DecodeStep(model, prefilled(plain, 1, 7, mask, prompt), capture=False)(prompt[:, 0])
+        for model in (whole, apart)
+    ]
+    assert torch.equal(*found)
 
 
 def test_a_view_changes_nothing_of_its_model(folder: Path) -> None:

@@ -35,7 +35,7 @@ def moved(experts: ExpertWeights) -> ExpertWeights:
         gate_up_bias=experts.gate_up_bias.to(DEVICE),
         down=weight(experts.down),
         down_bias=experts.down_bias.to(DEVICE),
-        index=None if experts.index is None else experts.index.to(DEVICE),
+        expert_map=None if experts.expert_map is None else experts.expert_map.to(DEVICE),
     )
 
 

@@ -13,6 +13,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from benchmarks.gpu import layer, report  # noqa: E402
 from benchmarks.gpu.__main__ import NO_DEVICE, main  # noqa: E402
 from benchmarks.gpu.checks import FILES  # noqa: E402
+from benchmarks.gpu.decode import describe_step  # noqa: E402
 from benchmarks.gpu.gate import Verdict, judge, speed_up  # noqa: E402
 from benchmarks.gpu.timing import Timed  # noqa: E402
 from benchmarks.gpu.weights import fill_cache, gpt_oss_20b, random_model, weight_bytes  # noqa: E402
@@ -97,6 +98,14 @@ def test_bytes_of_a_layer_are_those_of_the_whole_step() -> None:
     config = gpt_oss_20b()
     whole = bytes_per_token(config, 32, 1, 1024)
     assert 24 * layer.bytes_read(4, 0, 2880, True) == pytest.approx(whole.experts)
+
+
+def test_the_description_of_a_step_has_the_numbers() -> None:
+    text = describe_step(gpt_oss_20b(), 1, 1024)
+    assert text.startswith(
+        "32 experts, batch 1, context 1024: 169 launches a step (7 a layer, 3 of them MoE, and 1)"
+    )
+    assert "experts 1.271" in text
 
 
 def test_a_random_model_runs_and_counts_its_bytes() -> None:

@@ -1,4 +1,4 @@
-"""Fused kernels of one decode step: what stands around the experts when every sequence has one new token.
+"""Fused kernels of one decode step, where every sequence has one new token: everything but the experts.
 
 A layer is residual_norm (joined with qkv at one token), qkv, attention, output, residual_norm, then route
 and experts of the parent package; after the last one come residual_norm and unembed. Each function returns

@@ -17,17 +17,17 @@ __all__ = ["residual_norm"]
 
 @triton.jit
 def _residual_norm_kernel(
-    x, y, lines, gain, total, h, eps,
+    x, y, row_ids, weight, total, h, eps,
     HIDDEN: tl.constexpr, ADD: tl.constexpr, GATHER: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """total = x + y in x's dtype, h = rmsnorm(total); a program a token."""
     token = tl.program_id(0).to(tl.int64)
-    line = token
+    row = token
     if GATHER:
-        line = tl.load(lines + token).to(tl.int64)
+        row = tl.load(row_ids + token).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < HIDDEN
-    value = tl.load(x + line * HIDDEN + column, mask=mask, other=0.0).to(tl.float32)
+    value = tl.load(x + row * HIDDEN + column, mask=mask, other=0.0).to(tl.float32)
     if ADD:
         value += tl.load(y + token * HIDDEN + column, mask=mask, other=0.0).to(tl.float32)
         # The residual stream has x's dtype: what is normed is what is kept.
@@ -35,25 +35,25 @@ def _residual_norm_kernel(
     if KEEP:
         tl.store(total + token * HIDDEN + column, value.to(total.dtype.element_ty), mask=mask)
     scale = tl.rsqrt(tl.sum(value * value, axis=0) / HIDDEN + eps)
-    weight = tl.load(gain + column, mask=mask, other=0.0).to(tl.float32)
-    tl.store(h + token * HIDDEN + column, (value * scale * weight).to(h.dtype.element_ty), mask=mask)
+    w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
+    tl.store(h + token * HIDDEN + column, (value * scale * w).to(h.dtype.element_ty), mask=mask)
 
 
 def residual_norm(
-    x: Tensor, y: Tensor | None, gain: Tensor, h: Tensor, eps: float,
-    total: Tensor | None = None, lines: Tensor | None = None,
+    x: Tensor, y: Tensor | None, weight: Tensor, h: Tensor, eps: float,
+    total: Tensor | None = None, row_ids: Tensor | None = None,
 ) -> Launch:  # fmt: skip
-    """h [tokens, hidden] = rmsnorm(x + y) * gain in float32, in h's dtype; `total` is given x + y.
+    """h [tokens, hidden] = rmsnorm(x + y) * weight in float32, in h's dtype; `total` is given x + y.
 
-    x [tokens, hidden], or [any, hidden] whose row lines[token] (int64 [tokens]) is meant; y [tokens, hidden]
-    or None; gain [hidden]. `total` may be x itself unless there are `lines`.
+    x [tokens, hidden], or [any, hidden] whose row row_ids[token] (int64 [tokens]) is meant; y [tokens, hidden]
+    or None; weight [hidden]. `total` may be x itself unless there are `row_ids`.
     """
     tokens, hidden = h.shape
     block = next_power_of_two(hidden)
     arguments: dict[str, Any] = {
-        "x": x, "y": x if y is None else y, "lines": x if lines is None else lines, "gain": gain,
+        "x": x, "y": x if y is None else y, "row_ids": x if row_ids is None else row_ids, "weight": weight,
         "total": h if total is None else total, "h": h, "eps": eps,
-        "HIDDEN": hidden, "ADD": y is not None, "GATHER": lines is not None, "KEEP": total is not None,
+        "HIDDEN": hidden, "ADD": y is not None, "GATHER": row_ids is not None, "KEEP": total is not None,
         "BLOCK": block,
     }  # fmt: skip
     # Eight values a thread: at sixteen the compiler for sm_100 spills.

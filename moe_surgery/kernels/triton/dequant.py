@@ -1,4 +1,4 @@
-"""What several kernels share: MXFP4 decoding, the activation, and the joining of split reductions."""
+"""What several kernels share: MXFP4 dequantisation, the product, the activation, and split-K reductions."""
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc,import-untyped,import-not-found"
 
@@ -7,16 +7,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["decode", "join_splits", "product", "stored_place", "swiglu"]
+__all__ = ["dequantize_mxfp4", "dot", "reduce_split_k", "stored_expert", "swiglu"]
 
 
 @triton.jit
-def decode(bytes_, scales, GENERAL: tl.constexpr):
+def dequantize_mxfp4(bytes_, scales, ANY_E8M0: tl.constexpr):
     """MXFP4 bytes and their E8M0 scales (broadcastable) to two float32 tensors: low and high nibbles.
 
     Sign and magnitude of a nibble go to the places of a float32's sign, low exponent bits and first
     mantissa bit; that is the value times 2^-126, E2M1's subnormal 0.5 included, so one multiplication by
-    2^(scale - 1) is exact. It needs scale <= 128, which every trained checkpoint satisfies; GENERAL
+    2^(scale - 1) is exact. It needs scale <= 128, which every trained checkpoint satisfies; ANY_E8M0
     multiplies by the excess in a second step, exact for all 256 scales up to overflow to infinity (which
     is how the CPU kernels define scales from 253 on).
     """
@@ -25,7 +25,7 @@ def decode(bytes_, scales, GENERAL: tl.constexpr):
     # 0x81C00000 as a negative int32: bit 31 and bits 24..22.
     low = ((byte << 28) | (byte << 22)) & -0x7E400000
     high = (((byte << 24) & -0x80000000) | ((byte << 18) & 0x01C00000)).to(tl.int32)
-    if GENERAL:
+    if ANY_E8M0:
         first = ((tl.minimum(scale, 128) + 126) << 23).to(tl.float32, bitcast=True)
         second = ((tl.maximum(scale, 128) - 1) << 23).to(tl.float32, bitcast=True)
         even = low.to(tl.float32, bitcast=True) * first * second
@@ -38,13 +38,13 @@ def decode(bytes_, scales, GENERAL: tl.constexpr):
 
 
 @triton.jit
-def product(weights, x, acc, WIDE: tl.constexpr):
+def dot(weights, x, acc, UPCAST_FP32: tl.constexpr):
     """acc [M, N] + weights [M, K] @ x [K, N], accumulated in float32.
 
-    On BF16 inputs the tensor cores multiply BF16 (MXFP4 and BF16 weights are exact in it). WIDE keeps
+    On BF16 inputs the tensor cores multiply BF16 (MXFP4 and BF16 weights are exact in it). UPCAST_FP32 keeps
     float32: for other inputs, and in the interpreter, whose BF16 products are wrong.
     """
-    if WIDE:
+    if UPCAST_FP32:
         return tl.dot(weights.to(tl.float32), x.to(tl.float32), acc, input_precision="ieee")
     return tl.dot(weights.to(tl.bfloat16), x.to(tl.bfloat16), acc)
 
@@ -58,31 +58,31 @@ def swiglu(gate, up, limit, alpha):
 
 
 @triton.jit
-def stored_place(expert, index, INDEXED: tl.constexpr):
+def stored_expert(expert, expert_map, HAS_EXPERT_MAP: tl.constexpr):
     """Where an expert lies in the stored tensors, as int64: it is multiplied by strides past 2^31."""
-    place = expert.to(tl.int64)
-    if INDEXED:
-        place = tl.load(index + place).to(tl.int64)
-    return place
+    stored = expert.to(tl.int64)
+    if HAS_EXPERT_MAP:
+        stored = tl.load(expert_map + stored).to(tl.int64)
+    return stored
 
 
 @triton.jit
-def join_splits(value, offsets, partial, counters, tile, split, SIZE: tl.constexpr, SPLIT: tl.constexpr):
-    """Add up the `value` of SPLIT programs: (sum, whether this program is the one that has it).
+def reduce_split_k(value, offsets, partial, counters, tile, pid_k, SIZE: tl.constexpr, SPLIT_K: tl.constexpr):
+    """Add up the `value` of SPLIT_K programs: (sum, whether this program is the one that has it).
 
     Each leaves its part in `partial`; the one that arrives last adds all parts in the order of their
     numbers, so the sum does not depend on who that was. Then it sets the counter back to 0.
     """
-    base = partial + tile.to(tl.int64) * (SPLIT * SIZE)
-    tl.store(base + split * SIZE + offsets, value)
+    base = partial + tile.to(tl.int64) * (SPLIT_K * SIZE)
+    tl.store(base + pid_k * SIZE + offsets, value)
     # The counter is raised by one thread: the others must have stored before.
     tl.debug_barrier()
     arrived = tl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu")
-    last = arrived == SPLIT - 1
+    last = arrived == SPLIT_K - 1
     total = tl.zeros_like(value)
     if last:
         tl.store(counters + tile, 0)
-        for part in range(SPLIT):
+        for part in range(SPLIT_K):
             # .cg reads the second-level cache, where the other programs' stores are.
             total += tl.load(base + part * SIZE + offsets, cache_modifier=".cg")
     return total, last

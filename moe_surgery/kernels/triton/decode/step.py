@@ -1,64 +1,59 @@
 """One decode step as a fixed list of kernel launches, captured once in a CUDA graph and replayed.
 
 Every buffer is made beforehand and everything that changes from step to step (the tokens, the cache's
-column) is read from the device, so a replay needs no word from the host and never waits for it.
+column) is read from the device, so a replay needs no host input and never waits for the host.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from moe_surgery.errors import UsageError
+from moe_surgery.kernels.interface import NOWHERE, DecoderModel, KVCache
+from moe_surgery.kernels.triton import tuning
+from moe_surgery.kernels.triton.backend import experts_launches, route_launches
+from moe_surgery.kernels.triton.decode.attention import attention
+from moe_surgery.kernels.triton.decode.fused_projections import KVWrite, ProjectionInput, output, qkv, unembed
+from moe_surgery.kernels.triton.decode.norm import residual_norm
+from moe_surgery.kernels.triton.decode.qkv_weights import bias_of, join_qkv
+from moe_surgery.kernels.triton.launch import Launch, interpreting
 from moe_surgery.kernels.weights import Layer
-from moe_surgery.runtime.cache import NOWHERE, Cache
-from moe_surgery.runtime.model import Model
-from moe_surgery.runtime.projections import bias_of, join_projections
-
-if TYPE_CHECKING:  # importing triton is left until it is known to be there
-    from moe_surgery.kernels.triton.launch import Launch
 
 __all__ = ["DecodeStep"]
 
 
 class DecodeStep:
-    """Logits for one new token of every sequence of a cache; the cache grows by that column.
-
-    It belongs to one model and one cache, which may be used otherwise in between (prefill, truncation).
-    """
+    """See `moe_surgery.kernels.interface.DecodeStep`. Belongs to one model and one cache, which may be used
+    by others in between (prefill, truncation)."""
 
     @torch.inference_mode()
-    def __init__(self, model: Model, cache: Cache, *, capture: bool = True) -> None:
+    def __init__(self, model: DecoderModel, cache: KVCache, *, capture: bool = True) -> None:
         """Lay out buffers and launches, run them once, and capture them where `capture` is set.
 
-        From here on the model's q, k and v are views of one tensor a layer, as `load_model` makes them for
-        the triton backend. Raises UsageError where
+        Layers whose q, k and v `join_qkv` has not joined are copied joined. Raises UsageError where
         `unavailable` gives a reason, or the cache is full: the first run needs a free column.
         """
         reason = self.unavailable(model, cache)
         if reason is not None:
             raise UsageError(f"captured decode step: {reason}")
         cache.check_room(1)
-        self._model, self._cache = model, cache
+        self._cache, self._vocabulary = cache, len(model.unembedding)
         self._graph: torch.cuda.CUDAGraph | None = None
-        assert isinstance(model.layers, list)  # a model that holds one layer at a time decodes nothing
-        model.layers[:] = map(join_projections, model.layers)
-        batch, device = cache.batch, model.device
+        batch, device = cache.batch, model.norm.device
         self._ids = torch.zeros(batch, dtype=torch.int64, device=device)
         self._column = torch.full((1,), cache.length, dtype=torch.int64, device=device)
         self._pads = cache.pads.clone()
         self._known_pads, self._known_length = cache.pads, cache.length
-        self.logits = torch.empty(batch, model.config.vocabulary, dtype=torch.float32, device=device)
+        self.logits = torch.empty(batch, self._vocabulary, dtype=torch.float32, device=device)
         if device.type != "cuda":
-            self._launches = self._lay_out()
+            self._launches = self._lay_out(model)
             return
         # Counters of the kernels belong to a stream: lay out, try and capture on the same one.
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            self._launches = self._lay_out()
+            self._launches = self._lay_out(model)
             self._try_once()
             stream.synchronize()
             if capture:
@@ -68,15 +63,9 @@ class DecodeStep:
         torch.cuda.current_stream(device).wait_stream(stream)
 
     @staticmethod
-    def unavailable(model: Model, cache: Cache) -> str | None:
+    def unavailable(model: DecoderModel, cache: KVCache) -> str | None:
         """Why there can be no step for this model and cache, in a few words, or None."""
-        if model.backend.name != "triton":
-            return f"the model runs with the {model.backend.name} backend, not with triton"
-        from moe_surgery.kernels.triton import availability
-
-        if (missing := availability()) is not None:
-            return missing
-        if cache.keys[0].dtype != model.dtype or cache.keys[0].device != model.device:
+        if cache.keys[0].dtype != model.dtype or cache.keys[0].device != model.norm.device:
             return "the cache was made for another dtype or device"
         if cache.ragged:
             return "the cache's sequences have different lengths"
@@ -104,9 +93,9 @@ class DecodeStep:
             raise UsageError(f"captured decode step: tokens {tuple(tokens.shape)}, needed ({cache.batch},)")
         if tokens.device.type == "cpu":
             low, high = map(int, tokens.aminmax())
-            if low < 0 or high >= self._model.config.vocabulary:
+            if low < 0 or high >= self._vocabulary:
                 raise UsageError(
-                    f"token {low if low < 0 else high} is not one of the model's {self._model.config.vocabulary}"
+                    f"token {low if low < 0 else high} is not one of the model's {self._vocabulary}"
                 )
         self._ids.copy_(tokens)
         self._follow_the_cache()
@@ -136,65 +125,59 @@ class DecodeStep:
         Its slot is free, or holds a column that no token will see again, which the next one overwrites.
         """
         self._run()
-        for slots, held in self._cache.positions.items():
-            held[:, self._cache.length % slots] = NOWHERE
+        for slots, positions in self._cache.positions.items():
+            positions[:, self._cache.length % slots] = NOWHERE
         self._column.fill_(self._cache.length)
 
-    def _lay_out(self) -> list[Launch]:
+    def _lay_out(self, model: DecoderModel) -> list[Launch]:
         """The launches of a step in order; their arguments keep all buffers alive."""
-        from moe_surgery.kernels.triton.blocks import chip_of
-        from moe_surgery.kernels.triton.decode.attention import attention
-        from moe_surgery.kernels.triton.decode.norm import residual_norm
-        from moe_surgery.kernels.triton.decode.project import Place, Stream, output, qkv, unembed
-        from moe_surgery.kernels.triton.launch import interpreting
-
-        model, cache, c = self._model, self._cache, self._model.config
-        batch, wide = cache.batch, interpreting() or model.dtype != torch.bfloat16
-        multiprocessors = chip_of(model.device).multiprocessors
-        cos, sin = model.rope(torch.arange(cache.context, device=model.device), model.backend)
+        cache, shape, device = self._cache, model.shape, model.norm.device
+        batch, upcast_fp32 = cache.batch, interpreting() or model.dtype != torch.bfloat16
+        multiprocessors = tuning.get_device_props(device).multiprocessors
+        cos, sin = model.rope(torch.arange(cache.context, device=device))
 
         def buffer(columns: int) -> Tensor:
-            return torch.empty((batch, columns), dtype=model.dtype, device=model.device)
+            return torch.empty((batch, columns), dtype=model.dtype, device=device)
 
-        total, mid, h, y = (buffer(c.hidden) for _ in range(4))
-        q, mixed = (buffer(c.heads * c.head_dim) for _ in range(2))
+        total, mid, h, y = (buffer(len(model.norm)) for _ in range(4))
+        q, attended = (buffer(shape.heads * shape.head_dim) for _ in range(2))
         launches: list[Launch] = []
 
-        def normed(x: Tensor, added: Tensor | None, gain: Tensor, lines: Tensor | None = None) -> Stream:
+        def normed(
+            x: Tensor, added: Tensor | None, norm_weight: Tensor, row_ids: Tensor | None = None
+        ) -> ProjectionInput:
             """What a projection reads: x + added, normed by it at one token and by a launch before it else."""
             if batch == 1:
-                return Stream(h, x, added, lines, gain, total, c.eps)
-            launches.append(residual_norm(x, added, gain, h, c.eps, total, lines))
-            return Stream(h)
+                return ProjectionInput(h, x, added, row_ids, norm_weight, total, shape.eps)
+            launches.append(residual_norm(x, added, norm_weight, h, shape.eps, total, row_ids))
+            return ProjectionInput(h)
 
-        for number, layer in enumerate(model.layers):
+        for number, layer in enumerate(map(join_qkv, model.layers)):
             first = number == 0
-            stream = normed(
+            inputs = normed(
                 model.embedding if first else mid,
                 None if first else y,
                 layer.attention_norm,
                 self._ids if first else None,
             )
             keys, values = cache.keys[number], cache.values[number]
-            held = cache.positions[cache.slots[number]]
-            place = Place(keys, values, held, self._column, self._pads, cos, sin)
+            positions = cache.positions[cache.slots[number]]
+            kv_write = KVWrite(keys, values, positions, self._column, self._pads, cos, sin)
             weight, bias = _joined(layer)
-            launches.append(qkv(stream, weight, bias, q, place, wide))
-            window, sinks = c.windows[number], layer.sinks
-            given = (q, keys, values, held, self._column, self._pads, sinks, window, mixed)
-            launches.append(attention(*given, multiprocessors, wide))
-            launches.append(output(mixed, total, layer.o.weight, bias_of(layer.o), mid, wide))
-            launches.append(residual_norm(mid, None, layer.mlp_norm, h, c.eps))
+            launches.append(qkv(inputs, weight, bias, q, kv_write, upcast_fp32))
+            window, sinks = shape.windows[number], layer.sinks
+            args = (q, keys, values, positions, self._column, self._pads, sinks, window, attended)
+            launches.append(attention(*args, multiprocessors, upcast_fp32))
+            launches.append(output(attended, total, layer.o.weight, bias_of(layer.o), mid, upcast_fp32))
+            launches.append(residual_norm(mid, None, layer.mlp_norm, h, shape.eps))
             launches += _moe(layer, h, y)
-        stream = normed(mid, y, model.norm)
-        launches.append(unembed(stream, model.unembedding, self.logits, self._column, wide))
+        inputs = normed(mid, y, model.norm)
+        launches.append(unembed(inputs, model.unembedding, self.logits, self._column, upcast_fp32))
         return launches
 
 
 def _moe(layer: Layer, h: Tensor, y: Tensor) -> list[Launch]:
     """Route and experts of the Triton backend: y of h, both [batch, hidden]."""
-    from moe_surgery.kernels.triton.backend import experts_launches, route_launches
-
     assert layer.router.bias is not None
     ids = torch.empty((len(h), layer.top_k), dtype=torch.int64, device=h.device)
     weights = torch.empty((len(h), layer.top_k), dtype=h.dtype, device=h.device)
@@ -205,7 +188,7 @@ def _moe(layer: Layer, h: Tensor, y: Tensor) -> list[Launch]:
 
 
 def _joined(layer: Layer) -> tuple[Tensor, Tensor]:
-    """Weight [rows, hidden] and bias [rows] over all of q, k and v, which `join_projections` made adjacent."""
+    """Weight [rows, hidden] and bias [rows] over all of q, k and v, which `join_qkv` made adjacent."""
     rows = sum(len(p.weight) for p in (layer.q, layer.k, layer.v))
     columns = layer.q.weight.shape[1]
     weight = layer.q.weight.as_strided((rows, columns), (columns, 1))

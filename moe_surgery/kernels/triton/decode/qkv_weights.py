@@ -1,4 +1,4 @@
-"""A layer's q, k and v as one tensor, which a captured decode step reads in one launch."""
+"""A layer's q, k and v as one tensor, which the decode step reads in one launch."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from torch import Tensor
 
 from moe_surgery.kernels.weights import Layer, Projection
 
-__all__ = ["bias_of", "join_projections"]
+__all__ = ["bias_of", "join_qkv"]
 
 
-def join_projections(layer: Layer) -> Layer:
-    """`layer` with q, k and v as views of one weight [rows, hidden] and one bias [rows]; `layer` itself where
-    they are so already. A projection without a bias gets one of zeros."""
+def join_qkv(layer: Layer) -> Layer:
+    """`layer` with q, k and v as views of one weight [rows, hidden] and one bias [rows].
+
+    `layer` itself where they already are. A projection without a bias gets one of zeros.
+    """
     parts = (layer.q, layer.k, layer.v)
     if _adjacent([p.weight for p in parts]) and _adjacent([bias_of(p) for p in parts]):
         return layer
