@@ -12,7 +12,7 @@ from benchmarks.gpu.gate import Verdict, judge, speed_up
 from benchmarks.gpu.peers import TRANSFORMERS, grouped_4bit, transformers_layer
 from benchmarks.gpu.timing import captured, timed
 from benchmarks.gpu.weights import TOP_K, as_dense, random_experts
-from moe_surgery.formats.sizes import BF16_BYTES, MXFP4_BYTES
+from moe_surgery.formats.expert_format import BF16, MXFP4
 from moe_surgery.kernels.interface import Backend
 from moe_surgery.kernels.reference import ReferenceBackend
 from moe_surgery.kernels.weights import ExpertWeights
@@ -39,8 +39,8 @@ class Method:
 
 def bytes_read(distinct: float, experts: int, hidden: int, packed: bool) -> float:
     """Bytes a layer must read: the router, and `distinct` experts with their biases."""
-    expert = 3 * hidden * hidden * (MXFP4_BYTES if packed else BF16_BYTES) + 3 * hidden * BF16_BYTES
-    return experts * (hidden + 1) * BF16_BYTES + distinct * expert
+    expert = (MXFP4 if packed else BF16).nbytes(3 * hidden * hidden) + 3 * hidden * BF16.block_bytes
+    return experts * (hidden + 1) * BF16.block_bytes + distinct * expert
 
 
 def measure_layer(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from moe_surgery.bench.random_weights import fill_cache, normal, random_experts
+from moe_surgery.bench.random_weights import normal, random_experts
 from moe_surgery.kernels import Backend
 from moe_surgery.kernels.reference.mxfp4 import decode
 from moe_surgery.kernels.weights import DenseWeight, ExpertWeights, Layer, Mxfp4Weight, Projection

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe_surgery.formats.sizes import BF16_BYTES, MXFP4_BYTES
+from moe_surgery.formats.expert_format import BF16, MXFP4
 from moe_surgery.runtime.config import ModelConfig
 
 __all__ = ["StepBytes", "bytes_per_token", "distinct_experts"]
@@ -52,15 +52,15 @@ def bytes_per_token(
     c = config
     inner = c.intermediate
     heads = (c.heads + 2 * c.kv_heads) * c.head_dim
-    width = MXFP4_BYTES if packed else BF16_BYTES
-    expert = 3 * inner * c.hidden * width + (2 * inner + c.hidden) * BF16_BYTES
+    stored = MXFP4 if packed else BF16
+    expert = stored.nbytes(3 * inner * c.hidden) + (2 * inner + c.hidden) * BF16.block_bytes
     attention = heads * (c.hidden + 1) + (c.heads * c.head_dim + 1) * c.hidden + c.heads
     positions = sum(context if w is None else min(context, w) for w in c.windows)
     return StepBytes(
         experts=c.layers * distinct_experts(experts, c.top_k, batch) * expert,
-        attention=c.layers * attention * BF16_BYTES,
-        router_and_norms=(c.layers * (experts * (c.hidden + 1) + 2 * c.hidden) + c.hidden) * BF16_BYTES,
-        cache=batch * positions * 2 * c.kv_heads * c.head_dim * BF16_BYTES,
-        vocabulary=(c.vocabulary + batch) * c.hidden * BF16_BYTES,
+        attention=c.layers * attention * BF16.block_bytes,
+        router_and_norms=(c.layers * (experts * (c.hidden + 1) + 2 * c.hidden) + c.hidden) * BF16.block_bytes,
+        cache=batch * positions * 2 * c.kv_heads * c.head_dim * BF16.block_bytes,
+        vocabulary=(c.vocabulary + batch) * c.hidden * BF16.block_bytes,
         batch=batch,
     )
