@@ -44,8 +44,8 @@ def note_of(names: Iterable[str], unlisted: str) -> str | None:
         return None
     _, example, why = min(found)
     count = "1 file is" if len(found) == 1 else f"{len(found)} files are"
-    such = "" if len(found) == 1 else "such as "
-    return f"{count} ignored, as in transformers: {such}{printable(example)} ({why})"
+    such = ":" if len(found) == 1 else ", such as"
+    return f"{count} ignored, as in transformers{such} {printable(example)} ({why})"
 
 
 def _reasons(name: str, unlisted: str) -> Iterator[tuple[int, str]]:

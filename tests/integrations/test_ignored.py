@@ -114,7 +114,7 @@ def tied_equal(folder: Path) -> None:
 FOLDERS: dict[str, tuple[Callable[[Path], None], str | None, set[str]]] = {
     "PEFT": (
         peft,
-        "2 files are ignored, as in transformers: such as adapter_config.json (a PEFT adapter; merge it",
+        "2 files are ignored, as in transformers, such as adapter_config.json (a PEFT adapter; merge it",
         {"adapter_config.json", "adapter_model.safetensors"},
     ),
     "value head beside": (
@@ -124,7 +124,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str | None, set[str]]] = {
     ),
     "backups": (
         backups,
-        f"4 files are ignored, as in transformers: such as {FIRST}.bak (a backup copy)",
+        f"4 files are ignored, as in transformers, such as {FIRST}.bak (a backup copy)",
         {
             f"{FIRST}.bak",
             "model.safetensors.old",
@@ -134,7 +134,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str | None, set[str]]] = {
     ),
     "stray shards": (
         stray,
-        "2 files are ignored, as in transformers: such as aaa.safetensors (not listed in",
+        "2 files are ignored, as in transformers, such as aaa.safetensors (not listed in",
         {"aaa.safetensors", "model-00003-of-00003.safetensors"},
     ),
     "hidden": (hidden, None, {"._model.safetensors"}),
