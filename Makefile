@@ -11,13 +11,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.ready
-NATIVE_SOURCES := $(wildcard $(addprefix csrc/,*.cpp *.hpp *.inl cpu/*.cpp cpu/*.hpp cpu/*.inl))
+NATIVE_SOURCES := $(wildcard csrc/*.cpp $(foreach d,isa mxfp4 cpu,$(addprefix csrc/$(d)/,*.cpp *.hpp *.inl)))
 # What of surgery converts: tested without the extension as well.
 CONVERTING := $(addprefix tests/surgery/test_,equivalence.py producer.py stream.py verify.py)
 # The core without Python: what each self-test is made of.
-CORE_TESTS := formats cpu
-formats_SOURCES := csrc/tests/selftest.cpp $(filter-out csrc/bindings.cpp,$(wildcard csrc/*.cpp))
-cpu_SOURCES := csrc/cpu/tests/selftest.cpp $(filter-out csrc/cpu/bindings.cpp,$(wildcard csrc/cpu/*.cpp))
+CORE_TESTS := mxfp4 cpu
+mxfp4_SOURCES := csrc/isa/isa.cpp csrc/mxfp4/tests/selftest.cpp $(filter-out csrc/mxfp4/bindings.cpp,$(wildcard csrc/mxfp4/*.cpp))
+cpu_SOURCES := csrc/isa/isa.cpp csrc/cpu/tests/selftest.cpp $(filter-out csrc/cpu/bindings.cpp,$(wildcard csrc/cpu/*.cpp))
 CORE_FLAGS := -std=c++17 -ffp-contract=off -pthread -Icsrc
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 WORK ?= $(or $(TMPDIR),/var/tmp)/moe-surgery-bench

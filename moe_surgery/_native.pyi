@@ -50,7 +50,7 @@ class Engine:
         y: int,
     ) -> None: ...
     def rms_norm(self, x: int, tokens: int, columns: int, weight: Values, eps: float, y: int) -> None: ...
-    def attend(
+    def attention(
         self,
         q: int,
         keys: int,
@@ -87,7 +87,7 @@ def dense_matrix(
     columns: int,
     bias: Values,
 ) -> ExpertMatrix: ...
-def rotate(
+def apply_rope(
     x: int,
     x_strides: Sequence[int],
     cos: int,
@@ -97,7 +97,7 @@ def rotate(
     shape: Sequence[int],
     y: int,
 ) -> None: ...
-def turns(
+def rope_cos_sin(
     positions: int, count: int, frequencies: int, width: int, scale: float, cos: int, sin: int
 ) -> None: ...
 def read_bytes(address: int, bytes: int, threads: int) -> int: ...

@@ -17,7 +17,7 @@
 
 namespace moe_surgery::cpu {
 
-const Kernels kAvx2Kernels = Over<LanesAvx2>::set("avx2");
+const Kernels kAvx2Kernels = kernels_over<LanesAvx2>("avx2");
 
 }  // namespace moe_surgery::cpu
 

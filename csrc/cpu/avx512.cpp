@@ -20,7 +20,7 @@
 
 namespace moe_surgery::cpu {
 
-const Kernels kAvx512Kernels = Over<LanesAvx512<false>>::set("avx512");
+const Kernels kAvx512Kernels = kernels_over<LanesAvx512<false>>("avx512");
 
 }  // namespace moe_surgery::cpu
 

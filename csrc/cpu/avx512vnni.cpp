@@ -20,7 +20,7 @@
 
 namespace moe_surgery::cpu {
 
-const Kernels kAvx512VnniKernels = Over<LanesAvx512<true>>::set("avx512vnni");
+const Kernels kAvx512VnniKernels = kernels_over<LanesAvx512<true>>("avx512vnni");
 
 }  // namespace moe_surgery::cpu
 

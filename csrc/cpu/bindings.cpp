@@ -79,7 +79,7 @@ ExpertMatrix dense_matrix(const ValuesTuple& values, Length expert_stride, Lengt
 
 void experts(const Engine& engine, Address x, Address ids, Address weights, Length tokens, Length top_k,
              const ExpertMatrix& gate_up, const ExpertMatrix& down, float limit, float alpha, Address y) {
-    const Choice choice = {at<const std::int64_t>(ids), at<const float>(weights), tokens, top_k};
+    const Routing choice = {at<const std::int64_t>(ids), at<const float>(weights), tokens, top_k};
     nb::gil_scoped_release released;
     engine.experts(at<const float>(x), choice, {gate_up, down, limit, alpha}, at<float>(y));
 }
@@ -90,7 +90,7 @@ void route(const Engine& engine, Address x, Length tokens, const ProductTuple& r
     nb::gil_scoped_release released;
     const Product product = {rows_of(weight, stride, columns), rows, values_of(bias), at<float>(logits)};
     engine.products(at<const float>(x), tokens, {product});
-    choose(at<const float>(logits), tokens, rows, top_k, at<std::int64_t>(ids), at<float>(weights));
+    topk_softmax(at<const float>(logits), tokens, rows, top_k, at<std::int64_t>(ids), at<float>(weights));
 }
 
 void rms_norm(const Engine& engine, Address x, Length tokens, Length columns, const ValuesTuple& weight, float eps, Address y) {
@@ -102,7 +102,7 @@ using Strides = std::tuple<Length, Length, Length>;
 // batch, heads, kv_heads, queries, slots, head_dim, window
 using Sizes = std::tuple<Length, Length, Length, Length, Length, Length, Length>;
 
-void attend(const Engine& engine, Address q, Address keys, const Strides& key_strides, Address values,
+void attention(const Engine& engine, Address q, Address keys, const Strides& key_strides, Address values,
             const Strides& value_strides, bool wide, Address sinks, Address query_positions, Address key_positions,
             const Sizes& sizes, Address out) {
     Attention a = {};
@@ -119,7 +119,7 @@ void attend(const Engine& engine, Address q, Address keys, const Strides& key_st
     std::tie(a.batch, a.heads, a.kv_heads, a.queries, a.slots, a.head_dim, a.window) = sizes;
     a.out = at<float>(out);
     nb::gil_scoped_release released;
-    engine.attend(a, seen_slots(a));
+    engine.attention(a, visible_keys(a));
 }
 
 // weight, row stride in bytes, rows, columns, bias
@@ -162,17 +162,17 @@ void run_stack(const Engine& engine, const Stack& stack, Address x, Length batch
     run(engine, stack, step);
 }
 
-void turns_at(Address positions, Length count, Address frequencies, Length width, float scale, Address cos,
+void rope_cos_sin_at(Address positions, Length count, Address frequencies, Length width, float scale, Address cos,
               Address sin) {
     nb::gil_scoped_release released;
-    turns(at<const std::int64_t>(positions), count, at<const float>(frequencies), width, scale, at<float>(cos),
+    rope_cos_sin(at<const std::int64_t>(positions), count, at<const float>(frequencies), width, scale, at<float>(cos),
           at<float>(sin));
 }
 
 // Strides count floats; the result is contiguous. Missing axes come first.
-void rotate(Address x, const std::vector<Length>& x_strides, Address cos, const std::vector<Length>& cos_strides,
+void apply_rope(Address x, const std::vector<Length>& x_strides, Address cos, const std::vector<Length>& cos_strides,
             Address sin, const std::vector<Length>& sin_strides, const std::vector<Length>& shape, Address y) {
-    Rotation r = {at<const float>(x), at<const float>(cos), at<const float>(sin), {1, 1, 1}, {}, {}, {}, shape.back(), at<float>(y)};
+    RopeArgs r = {at<const float>(x), at<const float>(cos), at<const float>(sin), {1, 1, 1}, {}, {}, {}, shape.back(), at<float>(y)};
     const std::size_t axes = shape.size() - 1;
     for (std::size_t i = 0; i < axes; ++i) {
         const std::size_t axis = 3 - axes + i;
@@ -182,7 +182,7 @@ void rotate(Address x, const std::vector<Length>& x_strides, Address cos, const 
         r.sin_strides[axis] = sin_strides[i];
     }
     nb::gil_scoped_release released;
-    rotate(r);
+    apply_rope(r);
 }
 
 std::uint64_t read(Address from, Length bytes, int threads) {
@@ -201,8 +201,8 @@ std::vector<std::string> names() {
 void bind(nb::module_& module) {
     module.def("cpu_instruction_sets", &names, "Names that `Engine` takes on this machine, best first.");
     module.def("read_bytes", &read, "address"_a, "bytes"_a, "threads"_a);
-    module.def("turns", &turns_at);
-    module.def("rotate", nb::overload_cast<Address, const std::vector<Length>&, Address, const std::vector<Length>&, Address, const std::vector<Length>&, const std::vector<Length>&, Address>(&rotate));
+    module.def("rope_cos_sin", &rope_cos_sin_at);
+    module.def("apply_rope", nb::overload_cast<Address, const std::vector<Length>&, Address, const std::vector<Length>&, Address, const std::vector<Length>&, const std::vector<Length>&, Address>(&apply_rope));
     nb::class_<ExpertMatrix>(module, "ExpertMatrix");
     module.def("packed_matrix", &packed_matrix);
     module.def("dense_matrix", &dense_matrix);
@@ -226,7 +226,7 @@ void bind(nb::module_& module) {
         .def("route", &route)
         .def("experts", &experts)
         .def("rms_norm", &rms_norm)
-        .def("attend", &attend)
+        .def("attention", &attention)
         .def("run", &run_stack);
 }
 

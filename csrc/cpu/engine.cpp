@@ -2,12 +2,8 @@
 
 #include <algorithm>
 #include <atomic>
-#include <stdexcept>
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
-
+#include "../isa/isa.hpp"
 #include "bits.hpp"
 #include "pool.hpp"
 
@@ -19,25 +15,15 @@ constexpr std::ptrdiff_t kPieceBytes = 96 << 10;
 // Tokens whose activations a thread goes through with one piece of weights, so that both stay in its cache.
 constexpr std::ptrdiff_t kTokensAtOnce = 32;
 
-#if defined(__x86_64__)
-// F16C, whose name older compilers' __builtin_cpu_supports does not know.
-bool converts_f16() {
-    unsigned a, b, c, d;
-    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
-}
-#endif
-
 std::vector<const Kernels*> find_kernels() {
+    using isa::Isa;
     std::vector<const Kernels*> found;
 #if defined(__x86_64__)
-    __builtin_cpu_init();
-    const bool wide = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("avx512dq");
-    if (wide && __builtin_cpu_supports("avx512vnni")) found.push_back(&kAvx512VnniKernels);
-    if (wide) found.push_back(&kAvx512Kernels);
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && converts_f16()) found.push_back(&kAvx2Kernels);
+    if (isa::supported(Isa::avx512vnni)) found.push_back(&kAvx512VnniKernels);
+    if (isa::supported(Isa::avx512)) found.push_back(&kAvx512Kernels);
+    if (isa::supported(Isa::avx2)) found.push_back(&kAvx2Kernels);
 #elif defined(__aarch64__)
-    found.push_back(&kNeonKernels);
+    if (isa::supported(Isa::neon)) found.push_back(&kNeonKernels);
 #endif
     found.push_back(&kScalarKernels);
     return found;
@@ -52,15 +38,7 @@ const std::vector<const Kernels*>& available_kernels() {
     return kernels;
 }
 
-const Kernels& select_kernels(const std::string& name) {
-    if (name.empty()) return *available_kernels().front();
-    std::string names;
-    for (const Kernels* candidate : available_kernels()) {
-        if (name == candidate->name) return *candidate;
-        names += names.empty() ? candidate->name : std::string(", ") + candidate->name;
-    }
-    throw std::invalid_argument("instruction set '" + name + "' is not available here; available: " + names);
-}
+const Kernels& select_kernels(const std::string& name) { return isa::select(available_kernels(), name); }
 
 void Engine::products(const float* x, std::ptrdiff_t tokens, const std::vector<Product>& products) const {
     if (products.empty() || tokens == 0) return;
@@ -73,12 +51,12 @@ void Engine::products(const float* x, std::ptrdiff_t tokens, const std::vector<P
     for (const Product& product : products) {
         ends.push_back((ends.empty() ? 0 : ends.back()) + pieces_of(product.rows, step));
     }
-    std::vector<float> spread(static_cast<std::size_t>(tokens * width));
-    std::vector<Spread> rows(static_cast<std::size_t>(tokens));
-    for (std::ptrdiff_t t = 0; t < tokens; ++t) rows[static_cast<std::size_t>(t)] = spread.data() + t * width;
+    std::vector<float> deinterleave(static_cast<std::size_t>(tokens * width));
+    std::vector<Deinterleaved> rows(static_cast<std::size_t>(tokens));
+    for (std::ptrdiff_t t = 0; t < tokens; ++t) rows[static_cast<std::size_t>(t)] = deinterleave.data() + t * width;
 
-    const auto spread_token = [&](std::ptrdiff_t t, int) {
-        kernels_.spread(x + t * columns, columns, spread.data() + t * width);
+    const auto deinterleave_token = [&](std::ptrdiff_t t, int) {
+        kernels_.deinterleave(x + t * columns, columns, deinterleave.data() + t * width);
     };
     const auto multiply = [&](std::ptrdiff_t piece, int) {
         const auto which = std::upper_bound(ends.begin(), ends.end(), piece) - ends.begin();
@@ -93,7 +71,7 @@ void Engine::products(const float* x, std::ptrdiff_t tokens, const std::vector<P
             add_values(product.bias, first, last, product.y + t * product.rows + first);
         }
     };
-    Pool::shared().run(threads_, {{tokens, spread_token}, {ends.back(), multiply}});
+    Pool::shared().run(threads_, {{tokens, deinterleave_token}, {ends.back(), multiply}});
 }
 
 void Engine::rms_norm(const float* x, std::ptrdiff_t tokens, std::ptrdiff_t columns, const Values& weight,
@@ -105,7 +83,7 @@ void Engine::rms_norm(const float* x, std::ptrdiff_t tokens, std::ptrdiff_t colu
     Pool::shared().run(threads, {{tokens, one}});
 }
 
-void choose(const float* logits, std::ptrdiff_t tokens, std::ptrdiff_t experts, std::ptrdiff_t top_k,
+void topk_softmax(const float* logits, std::ptrdiff_t tokens, std::ptrdiff_t experts, std::ptrdiff_t top_k,
             std::int64_t* ids, float* weights) {
     std::vector<std::int64_t> order(static_cast<std::size_t>(experts));
     for (std::ptrdiff_t t = 0; t < tokens; ++t, logits += experts, ids += top_k, weights += top_k) {
@@ -126,7 +104,7 @@ void choose(const float* logits, std::ptrdiff_t tokens, std::ptrdiff_t experts, 
     }
 }
 
-void turns(const std::int64_t* positions, std::ptrdiff_t count, const float* frequencies, std::ptrdiff_t width,
+void rope_cos_sin(const std::int64_t* positions, std::ptrdiff_t count, const float* frequencies, std::ptrdiff_t width,
            float scale, float* cos, float* sin) {
     for (std::ptrdiff_t i = 0; i < count; ++i) {
         for (std::ptrdiff_t j = 0; j < width; ++j) {
@@ -137,7 +115,7 @@ void turns(const std::int64_t* positions, std::ptrdiff_t count, const float* fre
     }
 }
 
-void rotate(const Rotation& r) {
+void apply_rope(const RopeArgs& r) {
     const std::ptrdiff_t half = r.head_dim / 2;
     float* y = r.y;
     for (std::ptrdiff_t i = 0; i < r.sizes[0]; ++i) {

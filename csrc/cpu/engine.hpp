@@ -49,7 +49,7 @@ struct ExpertLayer {
 };
 
 // The chosen experts: ids [tokens, top_k] are places in the stored tensors.
-struct Choice {
+struct Routing {
     const std::int64_t* ids;
     const float* weights;
     std::ptrdiff_t tokens;
@@ -74,11 +74,11 @@ struct Attention {
 };
 
 // The slots that a query sees, in order of position: those of query i of all [batch, queries] end at ends[i].
-struct Seen {
+struct VisibleKeys {
     std::vector<std::int32_t> slots;
     std::vector<std::ptrdiff_t> ends;
 };
-Seen seen_slots(const Attention& attention);
+VisibleKeys visible_keys(const Attention& attention);
 
 class Engine {
   public:
@@ -88,10 +88,10 @@ class Engine {
     void products(const float* x, std::ptrdiff_t tokens, const std::vector<Product>& products) const;
     // y [tokens, hidden]: the sum over each token's chosen experts, in the order chosen. Throws
     // std::invalid_argument for an id that is no stored expert's.
-    void experts(const float* x, const Choice& choice, const ExpertLayer& layer, float* y) const;
+    void experts(const float* x, const Routing& choice, const ExpertLayer& layer, float* y) const;
     void rms_norm(const float* x, std::ptrdiff_t tokens, std::ptrdiff_t columns, const Values& weight,
                   float eps, float* y) const;
-    void attend(const Attention& attention, const Seen& seen) const;
+    void attention(const Attention& attention, const VisibleKeys& seen) const;
 
     const Kernels& kernels() const { return kernels_; }
     int threads() const { return threads_; }
@@ -103,16 +103,16 @@ class Engine {
 
 // ids and weights [tokens, top_k] from logits [tokens, experts]: the largest, largest first, ties to the
 // lowest index, and the softmax over those alone.
-void choose(const float* logits, std::ptrdiff_t tokens, std::ptrdiff_t experts, std::ptrdiff_t top_k,
+void topk_softmax(const float* logits, std::ptrdiff_t tokens, std::ptrdiff_t experts, std::ptrdiff_t top_k,
             std::int64_t* ids, float* weights);
 
 // cos and sin of positions [count] times frequencies [width], times scale: [count, width] each.
-void turns(const std::int64_t* positions, std::ptrdiff_t count, const float* frequencies, std::ptrdiff_t width,
+void rope_cos_sin(const std::int64_t* positions, std::ptrdiff_t count, const float* frequencies, std::ptrdiff_t width,
            float scale, float* cos, float* sin);
 
 // y [sizes, head_dim], contiguous: the halves (a, b) of each head turned, (a cos - b sin, b cos + a sin).
 // Strides count floats; those of heads and angles are 1.
-struct Rotation {
+struct RopeArgs {
     const float* x;
     const float* cos;
     const float* sin;
@@ -120,7 +120,7 @@ struct Rotation {
     std::ptrdiff_t head_dim;
     float* y;
 };
-void rotate(const Rotation& rotation);
+void apply_rope(const RopeArgs& rotation);
 
 // The bytes summed as 64-bit words by `threads` threads: the memory's speed, for benchmarks.
 std::uint64_t read_bytes(const std::uint8_t* from, std::ptrdiff_t bytes, int threads);

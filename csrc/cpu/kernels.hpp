@@ -1,9 +1,10 @@
 // Products with weights as a checkpoint stores them: the interface of the instruction sets.
 //
-// Activations are float32, those of MXFP4 products rounded to 16-bit integers (see Span). A product's value is the sum of 16 partial sums ("lanes"), each added up in the
-// order of the columns, then joined in a fixed tree; which lane a column belongs to is part of the format
-// below. So a value depends on its row and its activations alone: not on the tile it was
-// computed in, on the tokens beside it, on the threads, nor on the instruction set.
+// Activations are float32, those of MXFP4 products rounded to 16-bit integers (see ActBlock512). A product's
+// value is the sum of 16 partial sums ("lanes"), each added up in the order of the columns, then joined in a
+// fixed tree; which lane a column belongs to is part of the format below. So a value depends on its row and
+// its activations alone: not on the tile it was computed in, on the tokens beside it, on the threads, nor on
+// the instruction set.
 //
 // Weights may lie at any address, and strides count bytes: they are windows into mapped files.
 #pragma once
@@ -17,11 +18,11 @@ constexpr std::ptrdiff_t kLanes = 16;
 constexpr std::ptrdiff_t kGroup = 32;        // dense columns that are multiplied at a time
 constexpr std::ptrdiff_t kBlock = 32;        // MXFP4 values under one scale
 constexpr std::ptrdiff_t kBlockBytes = 16;   // their codes
-constexpr std::ptrdiff_t kSpan = kLanes * kBlock;            // MXFP4 columns that are multiplied at a time:
-constexpr std::ptrdiff_t kSpanBytes = kLanes * kBlockBytes;  // a block in each lane
+constexpr std::ptrdiff_t kActBlock = kLanes * kBlock;            // MXFP4 columns that are multiplied at a time:
+constexpr std::ptrdiff_t kActBlockBytes = kLanes * kBlockBytes;  // a block in each lane
 
 constexpr std::ptrdiff_t groups_of(std::ptrdiff_t columns) { return (columns + kGroup - 1) / kGroup; }
-constexpr std::ptrdiff_t spans_of(std::ptrdiff_t columns) { return (columns + kSpan - 1) / kSpan; }
+constexpr std::ptrdiff_t act_blocks_of(std::ptrdiff_t columns) { return (columns + kActBlock - 1) / kActBlock; }
 
 // The block of a span that a lane holds: what transposing four words of four blocks each brings about.
 constexpr std::ptrdiff_t block_of(std::ptrdiff_t lane) { return lane % 4 * 4 + lane / 4; }
@@ -57,11 +58,19 @@ struct Mxfp4Rows {
 
 // Activations for DenseRows: for each 32 columns those at even places, then those at odd places;
 // zeros after the last column. `groups_of(columns)` times 32 floats a token.
-using Spread = const float*;
+using Deinterleaved = const float*;
 
-// Activations for Mxfp4Rows, 512 columns of them, zeros after the last: integers of 16 bits (the largest
-// magnitude of a block is kMostWhole) as two signed bytes each, 256 high + low.
-struct alignas(64) Span {
+// Activations for Mxfp4Rows. A row's 512 columns are 16 blocks of 32; lane i works on block block_of(i), so that
+// one load of 16 words takes four bytes (eight codes) of every block:
+//
+//   weights of a row   block 0        block 1        ...   block 15          16 bytes of codes each
+//   word k (4 bytes)   columns 8k ..  8k + 7 of its block, low nibbles even columns, high nibbles odd ones
+//   vector 2k          lane i: columns 8k, + 2, + 4, + 6 of block_of(i)      times the low nibbles of word k
+//   vector 2k + 1      lane i: columns 8k + 1, + 3, + 5, + 7                 times the high nibbles
+//
+// 512 columns, zeros after the last: integers of 16 bits (the largest
+// magnitude of a block is kQuantMax) as two signed bytes each, 256 high + low.
+struct alignas(64) ActBlock512 {
     // Lane i of vector 2k + n: columns 8k + n, 8k + n + 2, + 4 and + 6 of block_of(i), whose weights are the
     // low (n = 0) or high nibbles of bytes 4k to 4k + 3.
     std::int8_t high[8][4 * kLanes];
@@ -71,20 +80,20 @@ struct alignas(64) Span {
     // Of each lane: what a product of an integer and a doubled weight counts for, before the weight's scale.
     float factors[kLanes];
 };
-constexpr float kMostWhole = 32639.0f;  // 256 * 127 + 127
-using Quantized = const Span*;
+constexpr float kQuantMax = 32639.0f;  // 256 * 127 + 127
+using Quantized = const ActBlock512*;
 
 // Query heads that go through a key-value head's keys together.
 constexpr int kHeadsAtOnce = 4;
 
 // Floats that they write meanwhile: for each head as many as keys, rounded up to a vector.
-constexpr std::ptrdiff_t attention_room(std::ptrdiff_t keys) {
+constexpr std::ptrdiff_t attention_scratch(std::ptrdiff_t keys) {
     return kHeadsAtOnce * ((keys + kLanes - 1) / kLanes * kLanes);
 }
 
 // What the attention of query heads over one key-value head reads. Key i of `count`, in order of
 // position, lies at keys + slots[i] * key_stride (bytes).
-struct AttentionSpan {
+struct KeyRange {
     const std::uint8_t* keys;
     const std::uint8_t* values;
     std::ptrdiff_t key_stride;
@@ -100,11 +109,11 @@ struct Kernels {
     const char* name;
 
     // x[columns] to the activations of DenseRows and Mxfp4Rows.
-    void (*spread)(const float* x, std::ptrdiff_t columns, float* out);
-    void (*quantize)(const float* x, std::ptrdiff_t columns, Span* spans);
+    void (*deinterleave)(const float* x, std::ptrdiff_t columns, float* out);
+    void (*quantize)(const float* x, std::ptrdiff_t columns, ActBlock512* spans);
 
     // y[t * y_stride + r - first] = row r times token t, for rows first <= r < last.
-    void (*dense_rows)(const DenseRows& weight, std::ptrdiff_t first, std::ptrdiff_t last, const Spread* x,
+    void (*dense_rows)(const DenseRows& weight, std::ptrdiff_t first, std::ptrdiff_t last, const Deinterleaved* x,
                        std::ptrdiff_t tokens, float* y, std::ptrdiff_t y_stride);
     void (*mxfp4_rows)(const Mxfp4Rows& weight, std::ptrdiff_t first, std::ptrdiff_t last,
                        const Quantized* x, std::ptrdiff_t tokens, float* y, std::ptrdiff_t y_stride);
@@ -122,9 +131,9 @@ struct Kernels {
     void (*rms_norm)(const float* x, const Values& weight, std::ptrdiff_t columns, float eps, float* y);
 
     // out[h * head_dim] for `heads` query heads from q + h * q_stride: softmax over the span's keys and the
-    // head's sink, times the span's values. `scores` is room for attention_room(span.count) floats.
-    void (*attend)(const float* q, std::ptrdiff_t q_stride, const float* sinks, std::ptrdiff_t heads,
-                   const AttentionSpan& span, float* scores, float* out);
+    // head's sink, times the span's values. `scores` is room for attention_scratch(span.count) floats.
+    void (*attention)(const float* q, std::ptrdiff_t q_stride, const float* sinks, std::ptrdiff_t heads,
+                   const KeyRange& span, float* scores, float* out);
 };
 
 extern const Kernels kScalarKernels;

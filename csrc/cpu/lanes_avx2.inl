@@ -12,10 +12,10 @@ struct LanesAvx2 {
     // A span as it is stored: it is decoded half by half, so that a half stays in registers.
     struct Packed {
         const std::uint8_t* from;
-        std::uint8_t held[kSpanBytes];
+        std::uint8_t held[kActBlockBytes];
         const std::uint8_t* bytes() const { return from ? from : held; }
     };
-    static constexpr int kRows = 2, kTokens = 2, kPackedRows = 1, kColumnRows = 1, kMixedHeads = 1;
+    static constexpr int kRows = 2, kTokens = 2, kPackedRows = 1, kColumnRows = 1, kValueHeads = 1;
 
     static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
     static F set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
@@ -97,13 +97,13 @@ struct LanesAvx2 {
     }
     // R rows of a span times T tokens.
     template <int R, int T>
-    static void multiply(const Packed (&packed)[R], const Span* const (&x)[T], I (&whole)[R][T]) {
+    static void multiply(const Packed (&packed)[R], const ActBlock512* const (&x)[T], I (&quantized)[R][T]) {
         for (int r = 0; r < R; ++r) {
             __m256i w[8];
             weights(packed[r].bytes(), w);
-            for (int t = 0; t < T; ++t) whole[r][t].low = some_dot(*x[t], 0, [&](int j) { return w[j]; });
+            for (int t = 0; t < T; ++t) quantized[r][t].low = some_dot(*x[t], 0, [&](int j) { return w[j]; });
             weights(packed[r].bytes() + 32, w);
-            for (int t = 0; t < T; ++t) whole[r][t].high = some_dot(*x[t], 32, [&](int j) { return w[j]; });
+            for (int t = 0; t < T; ++t) quantized[r][t].high = some_dot(*x[t], 32, [&](int j) { return w[j]; });
         }
     }
     static F scales(const std::uint8_t* p) {
@@ -135,13 +135,13 @@ struct LanesAvx2 {
         return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(pairs), 0xd8));
     }
     static __m256 power(__m256 n) {
-        const __m256i whole = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
-        return _mm256_castsi256_ps(_mm256_slli_epi32(whole, 23));
+        const __m256i quantized = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(quantized, 23));
     }
     static __m256 exponents(__m128i eight) {
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu8_epi32(eight), 23));
     }
-    // Eight lanes of a span, from the first's block on: doubled weights plus 12, as the vectors of Span.
+    // Eight lanes of a span, from the first's block on: doubled weights plus 12, as the vectors of ActBlock512.
     static void weights(const std::uint8_t* p, __m256i (&w)[8]) {
         const __m256i table = _mm256_broadcastsi128_si256(
             _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
@@ -157,7 +157,7 @@ struct LanesAvx2 {
     }
     // Pairs of products are at most 2 * 24 * 128: four of them stay within 16 bits.
     template <class At>
-    static __m256i some_dot(const Span& x, int start, At at) {
+    static __m256i some_dot(const ActBlock512& x, int start, At at) {
         __m256i highs[2], lows[2];
         for (int j = 0; j < 8; ++j) {
             const __m256i w = at(j);

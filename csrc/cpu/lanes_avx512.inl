@@ -10,7 +10,7 @@ struct LanesAvx512 {
     struct Packed {
         __m512i at[4];
     };
-    static constexpr int kRows = 5, kTokens = 4, kPackedRows = 2, kColumnRows = 4, kMixedHeads = 4;
+    static constexpr int kRows = 5, kTokens = 4, kPackedRows = 2, kColumnRows = 4, kValueHeads = 4;
 
     static F zero() { return _mm512_setzero_ps(); }
     static F set(float x) { return _mm512_set1_ps(x); }
@@ -25,8 +25,8 @@ struct LanesAvx512 {
     static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
     static F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
     static F power_of_two(F n) {
-        const I whole = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
-        return _mm512_castsi512_ps(_mm512_slli_epi32(whole, 23));
+        const I quantized = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(quantized, 23));
     }
     static F to_float(I x) { return _mm512_cvtepi32_ps(x); }
 
@@ -90,12 +90,12 @@ struct LanesAvx512 {
         return turned(held[0], held[1], held[2], held[3]);
     }
     // Read once: the compiler would rather read a vector from memory again than keep it.
-    static I kept(I vector) {
+    static I pin_register(I vector) {
         asm("" : "+v"(vector));
         return vector;
     }
     static Packed turned(I a, I b, I c, I d) {
-        a = kept(a), b = kept(b), c = kept(c), d = kept(d);
+        a = pin_register(a), b = pin_register(b), c = pin_register(c), d = pin_register(d);
         const I ab_low = _mm512_unpacklo_epi32(a, b), ab_high = _mm512_unpackhi_epi32(a, b);
         const I cd_low = _mm512_unpacklo_epi32(c, d), cd_high = _mm512_unpackhi_epi32(c, d);
         return {{_mm512_unpacklo_epi64(ab_low, cd_low), _mm512_unpackhi_epi64(ab_low, cd_low),
@@ -106,13 +106,13 @@ struct LanesAvx512 {
         const I table = _mm512_broadcast_i32x4(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
         return _mm512_shuffle_epi8(table, _mm512_and_si512(nibbles, _mm512_set1_epi8(15)));
     }
-    // Vector j of Span's order.
+    // Vector j of ActBlock512's order.
     static I weights(const Packed& packed, int j) {
         return looked_up(j % 2 ? _mm512_srli_epi16(packed.at[j / 2], 4) : packed.at[j / 2]);
     }
     // R rows of a span times T tokens.
     template <int R, int T>
-    static void multiply(const Packed (&packed)[R], const Span* const (&x)[T], I (&whole)[R][T]) {
+    static void multiply(const Packed (&packed)[R], const ActBlock512* const (&x)[T], I (&quantized)[R][T]) {
         I highs[R][T], lows[R][T];
         for (int r = 0; r < R; ++r) {
             for (int t = 0; t < T; ++t) {
@@ -124,8 +124,8 @@ struct LanesAvx512 {
         for (int j = 0; j < 8; ++j) {
             I high[T], low[T];
             for (int t = 0; t < T; ++t) {
-                high[t] = kept(_mm512_load_si512(x[t]->high[j]));
-                low[t] = kept(_mm512_load_si512(x[t]->low[j]));
+                high[t] = pin_register(_mm512_load_si512(x[t]->high[j]));
+                low[t] = pin_register(_mm512_load_si512(x[t]->low[j]));
             }
             for (int r = 0; r < R; ++r) {
                 const I w = weights(packed[r], j);
@@ -137,7 +137,7 @@ struct LanesAvx512 {
         }
         for (int r = 0; r < R; ++r) {
             for (int t = 0; t < T; ++t) {
-                whole[r][t] = _mm512_add_epi32(_mm512_slli_epi32(highs[r][t], 8), lows[r][t]);
+                quantized[r][t] = _mm512_add_epi32(_mm512_slli_epi32(highs[r][t], 8), lows[r][t]);
             }
         }
     }

@@ -9,11 +9,11 @@ struct LanesNeon {
     struct I {
         int32x4_t at[4];
     };
-    // Doubled weights, as the vectors of Span: four lanes of each, then the next four.
+    // Doubled weights, as the vectors of ActBlock512: four lanes of each, then the next four.
     struct Packed {
         int8x16_t at[4][8];
     };
-    static constexpr int kRows = 2, kTokens = 2, kPackedRows = 1, kColumnRows = 1, kMixedHeads = 1;
+    static constexpr int kRows = 2, kTokens = 2, kPackedRows = 1, kColumnRows = 1, kValueHeads = 1;
 
     template <class Each>
     static F each(Each value) { return {{value(0), value(1), value(2), value(3)}}; }
@@ -39,8 +39,8 @@ struct LanesNeon {
     static F round(F a) { return each([&](int i) { return vrndnq_f32(a.at[i]); }); }
     static F power_of_two(F n) {
         return each([&](int i) {
-            const int32x4_t whole = vaddq_s32(vcvtnq_s32_f32(n.at[i]), vdupq_n_s32(127));
-            return vreinterpretq_f32_s32(vshlq_n_s32(whole, 23));
+            const int32x4_t quantized = vaddq_s32(vcvtnq_s32_f32(n.at[i]), vdupq_n_s32(127));
+            return vreinterpretq_f32_s32(vshlq_n_s32(quantized, 23));
         });
     }
     static F to_float(const I& x) { return each([&](int i) { return vcvtq_f32_s32(x.at[i]); }); }
@@ -117,17 +117,17 @@ struct LanesNeon {
     }
     // Of so many blocks; zeros after them.
     static Packed packed_of(const std::uint8_t* p, int blocks) {
-        std::uint8_t held[kSpanBytes] = {};
+        std::uint8_t held[kActBlockBytes] = {};
         __builtin_memcpy(held, p, static_cast<std::size_t>(blocks) * kBlockBytes);
         return packed(held);
     }
     // R rows of a span times T tokens.
     template <int R, int T>
-    static void multiply(const Packed (&w)[R], const Span* const (&x)[T], I (&whole)[R][T]) {
+    static void multiply(const Packed (&w)[R], const ActBlock512* const (&x)[T], I (&quantized)[R][T]) {
         for (int r = 0; r < R; ++r) {
             for (int t = 0; t < T; ++t) {
                 for (int four = 0; four < 4; ++four) {
-                    whole[r][t].at[four] = dot(*x[t], four, [&](int j) { return w[r].at[four][j]; });
+                    quantized[r][t].at[four] = dot(*x[t], four, [&](int j) { return w[r].at[four][j]; });
                 }
             }
         }
@@ -148,7 +148,7 @@ struct LanesNeon {
 
     // Products are at most 12 * 128: eight of them stay within 16 bits.
     template <class At>
-    static int32x4_t dot(const Span& x, int four, At at) {
+    static int32x4_t dot(const ActBlock512& x, int four, At at) {
         int16x8_t highs[2], lows[2];
         for (int j = 0; j < 8; ++j) {
             const int8x16_t w = at(j), high = vld1q_s8(x.high[j] + 16 * four), low = vld1q_s8(x.low[j] + 16 * four);

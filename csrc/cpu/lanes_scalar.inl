@@ -9,11 +9,11 @@ struct LanesScalar {
     struct I {
         std::int32_t at[16];
     };
-    // Doubled weights, as the vectors of Span.
+    // Doubled weights, as the vectors of ActBlock512.
     struct Packed {
         std::int8_t at[8][64];
     };
-    static constexpr int kRows = 1, kTokens = 2, kPackedRows = 1, kColumnRows = 1, kMixedHeads = 1;
+    static constexpr int kRows = 1, kTokens = 2, kPackedRows = 1, kColumnRows = 1, kValueHeads = 1;
 
     template <class Each>
     static F each(Each value) {
@@ -82,18 +82,18 @@ struct LanesScalar {
     }
     // Of so many blocks; zeros after them.
     static Packed packed_of(const std::uint8_t* p, int blocks) {
-        std::uint8_t held[kSpanBytes] = {};
+        std::uint8_t held[kActBlockBytes] = {};
         std::memcpy(held, p, static_cast<std::size_t>(blocks) * kBlockBytes);
         return packed(held);
     }
     // R rows of a span times T tokens.
     template <int R, int T>
-    static void multiply(const Packed (&w)[R], const Span* const (&x)[T], I (&whole)[R][T]) {
+    static void multiply(const Packed (&w)[R], const ActBlock512* const (&x)[T], I (&quantized)[R][T]) {
         for (int r = 0; r < R; ++r) {
-            for (int t = 0; t < T; ++t) whole[r][t] = dot(w[r].at[0], *x[t]);
+            for (int t = 0; t < T; ++t) quantized[r][t] = dot(w[r].at[0], *x[t]);
         }
     }
-    static I dot(const std::int8_t* w, const Span& x) {
+    static I dot(const std::int8_t* w, const ActBlock512& x) {
         I sums = {};
         for (int j = 0; j < 8; ++j) {
             for (int i = 0; i < 64; ++i) sums.at[i / 4] += w[64 * j + i] * (256 * x.high[j][i] + x.low[j][i]);

@@ -11,7 +11,7 @@
 
 namespace moe_surgery::cpu {
 
-const Kernels kNeonKernels = Over<LanesNeon>::set("neon");
+const Kernels kNeonKernels = kernels_over<LanesNeon>("neon");
 
 }  // namespace moe_surgery::cpu
 #endif

@@ -9,6 +9,6 @@
 
 namespace moe_surgery::cpu {
 
-const Kernels kScalarKernels = Over<LanesScalar>::set("scalar");
+const Kernels kScalarKernels = kernels_over<LanesScalar>("scalar");
 
 }  // namespace moe_surgery::cpu

@@ -28,30 +28,30 @@ class Run {
         h_.resize(static_cast<std::size_t>(tokens_ * stack.hidden));
         y_.resize(h_.size());
         q_.resize(static_cast<std::size_t>(tokens_ * queries));
-        turned_.resize(q_.size());
+        rotated_.resize(q_.size());
         k_.resize(static_cast<std::size_t>(tokens_ * keys));
         v_.resize(k_.size());
         sinks_.resize(static_cast<std::size_t>(stack.heads));
     }
 
-    void attention(const DecoderLayer& layer, const LayerCache& cache) {
+    void self_attention(const DecoderLayer& layer, const LayerCache& cache) {
         norm(layer.attention_norm);
         engine_.products(h_.data(), tokens_, {product_of(layer.q, q_.data()), product_of(layer.k, k_.data()),
                                               product_of(layer.v, v_.data())});
-        turn_queries();
+        rotate_queries();
         store(cache);
-        attend(layer, cache);
+        attention_over_cache(layer, cache);
         engine_.products(q_.data(), tokens_, {product_of(layer.o, y_.data())});
         add(y_, step_.x);
     }
 
-    void experts(const DecoderLayer& layer) {
+    void moe(const DecoderLayer& layer) {
         norm(layer.mlp_norm);
         logits_.resize(static_cast<std::size_t>(tokens_ * layer.router.rows));
         ids_.resize(static_cast<std::size_t>(tokens_ * layer.top_k));
         weights_.resize(ids_.size());
         engine_.products(h_.data(), tokens_, {product_of(layer.router, logits_.data())});
-        choose(logits_.data(), tokens_, layer.router.rows, layer.top_k, ids_.data(), weights_.data());
+        topk_softmax(logits_.data(), tokens_, layer.router.rows, layer.top_k, ids_.data(), weights_.data());
         if (layer.index) {
             for (std::int64_t& id : ids_) id = layer.index[id];
         }
@@ -65,15 +65,15 @@ class Run {
     }
 
     // [batch, columns, heads, head_dim] to [batch, heads, columns, head_dim].
-    void turn_queries() {
+    void rotate_queries() {
         const std::ptrdiff_t d = stack_.head_dim, width = stack_.heads * d, half = d / 2;
         const std::ptrdiff_t angles[3] = {step_.columns * half, 0, half};
-        rotate({q_.data(), step_.cos, step_.sin,
+        apply_rope({q_.data(), step_.cos, step_.sin,
                 {step_.batch, stack_.heads, step_.columns},
                 {step_.columns * width, d, width},
                 {angles[0], angles[1], angles[2]},
                 {angles[0], angles[1], angles[2]},
-                d, turned_.data()});
+                d, rotated_.data()});
     }
 
     void store(const LayerCache& cache) {
@@ -83,7 +83,7 @@ class Run {
             const std::ptrdiff_t slot = cache.places[b * cache.place_stride + column];
             for (std::ptrdiff_t head = 0; head < stack_.kv_heads; ++head) {
                 const std::ptrdiff_t from = (t * stack_.kv_heads + head) * d;
-                rotate({k_.data() + from, step_.cos + t * d / 2, step_.sin + t * d / 2, {1, 1, 1}, {}, {}, {}, d,
+                apply_rope({k_.data() + from, step_.cos + t * d / 2, step_.sin + t * d / 2, {1, 1, 1}, {}, {}, {}, d,
                         cache.keys + b * cache.key_strides[0] + head * cache.key_strides[1] + slot * cache.key_strides[2]});
                 std::copy_n(v_.data() + from, d,
                             cache.values + b * cache.value_strides[0] + head * cache.value_strides[1] +
@@ -93,9 +93,9 @@ class Run {
     }
 
     // To q_ [batch, columns, heads * head_dim].
-    void attend(const DecoderLayer& layer, const LayerCache& cache) {
+    void attention_over_cache(const DecoderLayer& layer, const LayerCache& cache) {
         Attention a = {};
-        a.q = turned_.data();
+        a.q = rotated_.data();
         a.keys = reinterpret_cast<const std::uint8_t*>(cache.keys);
         a.values = reinterpret_cast<const std::uint8_t*>(cache.values);
         for (int i = 0; i < 3; ++i) {
@@ -118,17 +118,17 @@ class Run {
         a.out = q_.data();
         // Layers of one kind see the same slots.
         const auto kind = std::make_pair(cache.positions, layer.window);
-        const auto found = seen_.find(kind);
-        engine_.attend(a, found != seen_.end() ? found->second : seen_.emplace(kind, seen_slots(a)).first->second);
+        const auto found = visible_.find(kind);
+        engine_.attention(a, found != visible_.end() ? found->second : visible_.emplace(kind, visible_keys(a)).first->second);
     }
 
     const Engine& engine_;
     const Stack& stack_;
     const Step& step_;
     const std::ptrdiff_t tokens_;
-    Floats h_, y_, q_, turned_, k_, v_, sinks_, logits_, weights_;
+    Floats h_, y_, q_, rotated_, k_, v_, sinks_, logits_, weights_;
     std::vector<std::int64_t> ids_;
-    std::map<std::pair<const std::int64_t*, std::ptrdiff_t>, Seen> seen_;
+    std::map<std::pair<const std::int64_t*, std::ptrdiff_t>, VisibleKeys> visible_;
 };
 
 }  // namespace
@@ -136,8 +136,8 @@ class Run {
 void run(const Engine& engine, const Stack& stack, const Step& step) {
     Run run(engine, stack, step);
     for (std::size_t i = 0; i < stack.layers.size(); ++i) {
-        run.attention(stack.layers[i], step.caches[i]);
-        run.experts(stack.layers[i]);
+        run.self_attention(stack.layers[i], step.caches[i]);
+        run.moe(stack.layers[i]);
     }
 }
 

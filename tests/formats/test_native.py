@@ -57,9 +57,8 @@ def test_importing_the_formats_does_not_import_torch() -> None:
 def test_the_core_without_python(tmp_path: Path) -> None:
     """All implementations against the scalar one, with the address and undefined sanitizers."""
     core = ROOT / "csrc"
-    sources = [
-        core / f"{name}.cpp" for name in ("tests/selftest", "scalar", "avx2", "avx512", "neon", "dispatch")
-    ]
+    units = ("tests/selftest", "scalar", "avx2", "avx512", "neon", "dispatch")
+    sources = [core / "isa/isa.cpp", *(core / "mxfp4" / f"{unit}.cpp" for unit in units)]
     sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
     probe = tmp_path / "probe.cpp"
     probe.write_text("int main() {}\n")

@@ -144,11 +144,11 @@ void check_dense(Checked& check, Shape s, Dtype dtype) {
     }
     compare(check, (name + " dense_rows").c_str(), s, [&](const Kernels& kernels, Floats& y) {
         const std::ptrdiff_t width = groups_of(s.columns) * kGroup;
-        Floats spread(static_cast<std::size_t>(s.tokens * width));
-        std::vector<Spread> rows;
+        Floats deinterleave(static_cast<std::size_t>(s.tokens * width));
+        std::vector<Deinterleaved> rows;
         for (std::ptrdiff_t t = 0; t < s.tokens; ++t) {
-            rows.push_back(spread.data() + t * width);
-            kernels.spread(x.data() + t * s.columns, s.columns, spread.data() + t * width);
+            rows.push_back(deinterleave.data() + t * width);
+            kernels.deinterleave(x.data() + t * s.columns, s.columns, deinterleave.data() + t * width);
         }
         kernels.dense_rows({weight.data(), size_of_value * s.columns, s.columns, dtype}, 0, s.rows, rows.data(), s.tokens, y.data(), s.rows);
     }, exact, size, 1e-6);
@@ -192,8 +192,8 @@ void check_mxfp4(Checked& check, Shape s) {
         }
     }
     compare(check, "mxfp4_rows", s, [&](const Kernels& kernels, Floats& y) {
-        const std::ptrdiff_t width = spans_of(s.columns);
-        std::vector<Span> spans(static_cast<std::size_t>(s.tokens * width));
+        const std::ptrdiff_t width = act_blocks_of(s.columns);
+        std::vector<ActBlock512> spans(static_cast<std::size_t>(s.tokens * width));
         std::vector<Quantized> rows;
         for (std::ptrdiff_t t = 0; t < s.tokens; ++t) {
             rows.push_back(spans.data() + t * width);
@@ -206,11 +206,11 @@ void check_mxfp4(Checked& check, Shape s) {
 
 void check_between(Checked& check, Shape s, Dtype dtype) {
     const Floats h = random_floats(2 * s.columns), x = random_floats(s.columns);
-    const Bytes loud = random_values(s.columns, dtype);
+    const Bytes weights_lane = random_values(s.columns, dtype);
     const auto run = [&](const Kernels& kernels) {
         Floats all(static_cast<std::size_t>(2 * s.columns));
         kernels.swiglu(h.data(), s.columns, 7.0f, 1.702f, all.data());
-        kernels.rms_norm(x.data(), {loud.data(), dtype}, s.columns, 1e-5f, all.data() + s.columns);
+        kernels.rms_norm(x.data(), {weights_lane.data(), dtype}, s.columns, 1e-5f, all.data() + s.columns);
         return all;
     };
     const Floats expected = run(kScalarKernels);
@@ -223,7 +223,7 @@ void check_between(Checked& check, Shape s, Dtype dtype) {
     for (float value : x) squares += static_cast<double>(value) * value;
     const double scale = 1 / std::sqrt(squares / static_cast<double>(s.columns) + 1e-5f);
     for (std::ptrdiff_t i = 0; i < s.columns; ++i) {
-        const double exact = x[static_cast<std::size_t>(i)] * scale * value_of(loud, i, dtype);
+        const double exact = x[static_cast<std::size_t>(i)] * scale * value_of(weights_lane, i, dtype);
         check(std::fabs(expected[static_cast<std::size_t>(s.columns + i)] - exact) <= 1e-5 * std::fabs(exact), "scalar", "rms_norm", s);
     }
     for (const Kernels* kernels : available_kernels()) check(same(run(*kernels), expected), kernels->name, "swiglu, rms_norm", s);
@@ -241,11 +241,11 @@ void check_attend(Checked& check, Shape s, bool wide) {
     const auto value = [&](std::ptrdiff_t i) { return wide ? floats[static_cast<std::size_t>(i)] : bf16_value(held, i); };
     std::vector<std::int32_t> slots;
     for (std::ptrdiff_t r = s.rows - 1; r >= 0; --r) slots.push_back(static_cast<std::int32_t>(r));
-    const AttentionSpan span = {held.data(), held.data() + width * size, s.columns * size, s.columns * size, slots.data(), s.rows, s.columns, wide};
+    const KeyRange span = {held.data(), held.data() + width * size, s.columns * size, s.columns * size, slots.data(), s.rows, s.columns, wide};
     const auto run = [&](const Kernels& kernels, std::ptrdiff_t at_once) {
-        Floats out(q.size()), scores(static_cast<std::size_t>(attention_room(s.rows)));
+        Floats out(q.size()), scores(static_cast<std::size_t>(attention_scratch(s.rows)));
         for (std::ptrdiff_t h = 0; h < s.tokens; h += at_once) {
-            kernels.attend(q.data() + h * s.columns, s.columns, sinks.data() + h, std::min(at_once, s.tokens - h), span, scores.data(), out.data() + h * s.columns);
+            kernels.attention(q.data() + h * s.columns, s.columns, sinks.data() + h, std::min(at_once, s.tokens - h), span, scores.data(), out.data() + h * s.columns);
         }
         return out;
     };
@@ -262,11 +262,11 @@ void check_attend(Checked& check, Shape s, bool wide) {
         for (std::ptrdiff_t c = 0; c < s.columns; ++c) {
             double exact = 0;
             for (std::ptrdiff_t r = 0; r < s.rows; ++r) exact += weights[static_cast<std::size_t>(r)] / total * value(width + r * s.columns + c);
-            check(std::fabs(expected[static_cast<std::size_t>(h * s.columns + c)] - exact) <= 1e-5, "scalar", "attend", s);
+            check(std::fabs(expected[static_cast<std::size_t>(h * s.columns + c)] - exact) <= 1e-5, "scalar", "attention", s);
         }
     }
     for (const Kernels* kernels : available_kernels()) {
-        for (std::ptrdiff_t at_once : {std::ptrdiff_t{1}, s.tokens}) check(same(run(*kernels, at_once), expected), kernels->name, "attend", s);
+        for (std::ptrdiff_t at_once : {std::ptrdiff_t{1}, s.tokens}) check(same(run(*kernels, at_once), expected), kernels->name, "attention", s);
     }
 }
 

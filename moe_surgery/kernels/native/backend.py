@@ -182,7 +182,7 @@ class NativeBackend:
         _check_place("positions", positions)
         positions, frequencies = positions.long().contiguous(), in_float32(frequencies)
         cos, sin = (torch.empty((*positions.shape, len(frequencies))) for _ in range(2))
-        self._native.turns(
+        self._native.rope_cos_sin(
             positions.data_ptr(),
             positions.numel(),
             frequencies.data_ptr(),
@@ -203,7 +203,7 @@ class NativeBackend:
             )
         y = torch.empty(tuple(x.shape))
         angles = (cos.data_ptr(), _spread(cos), sin.data_ptr(), _spread(sin))
-        self._native.rotate(wide.data_ptr(), wide.stride(), *angles, y.shape, y.data_ptr())
+        self._native.apply_rope(wide.data_ptr(), wide.stride(), *angles, y.shape, y.data_ptr())
         return _as(y, x)
 
     def attention(
@@ -234,7 +234,7 @@ class NativeBackend:
         queries, keys, sinks = queries.contiguous(), keys.contiguous(), in_float32(sinks)
         out = torch.empty((batch, columns, heads * head_dim))
         size = k.element_size()
-        self._engine.attend(
+        self._engine.attention(
             wide.data_ptr(),
             k.data_ptr(),
             tuple(s * size for s in k.stride()[:3]),

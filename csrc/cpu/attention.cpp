@@ -9,8 +9,8 @@
 
 namespace moe_surgery::cpu {
 
-Seen seen_slots(const Attention& a) {
-    Seen seen;
+VisibleKeys visible_keys(const Attention& a) {
+    VisibleKeys seen;
     std::vector<std::int32_t> order;
     for (std::ptrdiff_t b = 0; b < a.batch; ++b) {
         const std::int64_t* held = a.key_positions + b * a.key_position_stride;
@@ -35,20 +35,20 @@ Seen seen_slots(const Attention& a) {
     return seen;
 }
 
-void Engine::attend(const Attention& a, const Seen& seen) const {
+void Engine::attention(const Attention& a, const VisibleKeys& seen) const {
     const std::ptrdiff_t group = a.heads / a.kv_heads, all = a.batch * a.queries;
     // A handful of keys is done before another thread has woken up.
     const bool small = static_cast<std::ptrdiff_t>(seen.slots.size()) * a.heads * a.head_dim < 1 << 16;
     const int threads = small ? 1 : threads_;
     std::ptrdiff_t longest = 0, before = 0;
     for (std::ptrdiff_t end : seen.ends) longest = std::max(longest, end - std::exchange(before, end));
-    const std::ptrdiff_t room = attention_room(longest);
-    const std::unique_ptr<float[]> scores(new float[static_cast<std::size_t>(room * threads)]);
+    const std::ptrdiff_t scratch_size = attention_scratch(longest);
+    const std::unique_ptr<float[]> scores(new float[static_cast<std::size_t>(scratch_size * threads)]);
     const auto one = [&](std::ptrdiff_t piece, int thread) {
         const std::ptrdiff_t which = piece / a.kv_heads, kv_head = piece % a.kv_heads;
         const std::ptrdiff_t b = which / a.queries, query = which % a.queries;
         const std::ptrdiff_t begin = which ? seen.ends[static_cast<std::size_t>(which - 1)] : 0;
-        const AttentionSpan span = {a.keys + b * a.key_strides[0] + kv_head * a.key_strides[1],
+        const KeyRange span = {a.keys + b * a.key_strides[0] + kv_head * a.key_strides[1],
                                     a.values + b * a.value_strides[0] + kv_head * a.value_strides[1],
                                     a.key_strides[2],
                                     a.value_strides[2],
@@ -57,8 +57,8 @@ void Engine::attend(const Attention& a, const Seen& seen) const {
                                     a.head_dim,
                                     a.wide};
         const std::ptrdiff_t head = kv_head * group;
-        kernels_.attend(a.q + ((b * a.heads + head) * a.queries + query) * a.head_dim, a.queries * a.head_dim,
-                        a.sinks + head, group, span, scores.get() + room * thread,
+        kernels_.attention(a.q + ((b * a.heads + head) * a.queries + query) * a.head_dim, a.queries * a.head_dim,
+                        a.sinks + head, group, span, scores.get() + scratch_size * thread,
                         a.out + (which * a.heads + head) * a.head_dim);
     };
     Pool::shared().run(threads, {{all * a.kv_heads, one}});

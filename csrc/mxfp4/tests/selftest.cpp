@@ -9,8 +9,8 @@
 #include <random>
 #include <vector>
 
-#include "dispatch.hpp"
-#include "mxfp4.hpp"
+#include "../dispatch.hpp"
+#include "../mxfp4.hpp"
 
 using namespace moe_surgery::mxfp4;
 

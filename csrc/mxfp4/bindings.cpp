@@ -1,4 +1,4 @@
-// Python bindings of the core: check shapes and contiguity, release the GIL, report errors.
+// Python bindings of the MXFP4 conversions: check shapes and contiguity, release the GIL, report errors.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/bindings.hpp"
+#include "bindings.hpp"
 #include "dispatch.hpp"
 #include "mxfp4.hpp"
 
@@ -128,18 +128,14 @@ std::vector<std::string> instruction_sets() {
 }
 
 }  // namespace
-}  // namespace moe_surgery::mxfp4
 
-NB_MODULE(_native, module) {
-    namespace mxfp4 = moe_surgery::mxfp4;
-    module.doc() = "MXFP4 <-> BF16 kernels (see moe_surgery.formats.mxfp4) and CPU kernels of the runtime (see moe_surgery.kernels.native).";
-    module.def("instruction_sets", &mxfp4::instruction_sets,
-               "Names that `isa` may have on this machine, best first.");
-    module.def("decode", &mxfp4::decode, "blocks"_a.noconvert(), "scales"_a.noconvert(),
+void bind(nb::module_& module) {
+    module.def("instruction_sets", &instruction_sets, "Names that `isa` may have on this machine, best first.");
+    module.def("decode", &decode, "blocks"_a.noconvert(), "scales"_a.noconvert(), "out"_a.noconvert(), "isa"_a = "");
+    module.def("decode_transposed", &decode_transposed, "blocks"_a.noconvert(), "scales"_a.noconvert(),
                "out"_a.noconvert(), "isa"_a = "");
-    module.def("decode_transposed", &mxfp4::decode_transposed, "blocks"_a.noconvert(),
-               "scales"_a.noconvert(), "out"_a.noconvert(), "isa"_a = "");
-    module.def("encode_transposed", &mxfp4::encode_transposed, "values"_a.noconvert(),
-               "blocks"_a.noconvert(), "scales"_a.noconvert(), "isa"_a = "");
-    moe_surgery::cpu::bind(module);
+    module.def("encode_transposed", &encode_transposed, "values"_a.noconvert(), "blocks"_a.noconvert(),
+               "scales"_a.noconvert(), "isa"_a = "");
 }
+
+}  // namespace moe_surgery::mxfp4

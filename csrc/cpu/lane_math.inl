@@ -1,0 +1,88 @@
+// What every kernel needs, over the sixteen lanes V of one instruction set.
+#pragma once
+
+#include "bits.hpp"
+#include "kernels.hpp"
+
+namespace moe_surgery::cpu {
+namespace {
+
+// Weights are prefetched at least this many bytes before they are used, and at least a tile of rows before:
+// with less, rows of the same tile prefetch what their neighbours have already read.
+constexpr std::ptrdiff_t kAhead = 16384;
+
+// Into the second-level cache: for the first, too few requests are in flight at a time.
+inline void prefetch(const std::uint8_t* p) { __builtin_prefetch(p, 0, 2); }
+
+inline std::ptrdiff_t smaller(std::ptrdiff_t a, std::ptrdiff_t b) { return a < b ? a : b; }
+
+template <class V>
+struct LaneMath {
+    using F = typename V::F;
+
+    // e^x; x below -87 gives what -87 gives, and NaN stays one. Error within 2 units in the last place.
+    static F exp(F x) {
+        x = V::max(V::set(-87.0f), V::min(V::set(88.0f), x));
+        const F n = V::round(V::mul(x, V::set(1.44269504f)));
+        F r = V::fma(n, V::set(-0.693359375f), x);
+        r = V::fma(n, V::set(2.12194440e-4f), r);
+        F p = V::set(1.9875691500e-4f);
+        p = V::fma(p, r, V::set(1.3981999507e-3f));
+        p = V::fma(p, r, V::set(8.3334519073e-3f));
+        p = V::fma(p, r, V::set(4.1665795894e-2f));
+        p = V::fma(p, r, V::set(1.6666665459e-1f));
+        p = V::fma(p, r, V::set(5.0000001201e-1f));
+        p = V::add(V::fma(p, V::mul(r, r), r), V::set(1.0f));
+        return V::mul(p, V::power_of_two(n));
+    }
+
+    static F partial(const float* p, std::ptrdiff_t count) {
+        float held[kLanes] = {};
+        __builtin_memcpy(held, p, static_cast<std::size_t>(count) * sizeof(float));
+        return V::load(held);
+    }
+
+    static void store_partial(float* p, F f, std::ptrdiff_t count) {
+        float held[kLanes];
+        V::store(held, f);
+        __builtin_memcpy(p, held, static_cast<std::size_t>(count) * sizeof(float));
+    }
+
+    // How the values of a dtype are read: sixteen from p on; 32, those at even places and those at odd ones.
+    struct Bf16 {
+        static constexpr std::ptrdiff_t kBytes = 2;
+        static F lanes(const std::uint8_t* p) { return V::bf16(p); }
+        static void pairs(const std::uint8_t* p, F& even, F& odd) { V::bf16_pairs(p, even, odd); }
+    };
+    struct F16 {
+        static constexpr std::ptrdiff_t kBytes = 2;
+        static F lanes(const std::uint8_t* p) { return V::f16(p); }
+        static void pairs(const std::uint8_t* p, F& even, F& odd) { V::f16_pairs(p, even, odd); }
+    };
+    struct F32 {
+        static constexpr std::ptrdiff_t kBytes = 4;
+        static F lanes(const std::uint8_t* p) { return V::f32(p); }
+        static void pairs(const std::uint8_t* p, F& even, F& odd) { V::f32_pairs(p, even, odd); }
+    };
+
+    // Calls `run` with the one for `dtype`.
+    template <class Run>
+    static void with(Dtype dtype, Run run) {
+        switch (dtype) {
+            case Dtype::bf16: return run(Bf16{});
+            case Dtype::f16: return run(F16{});
+            case Dtype::f32: return run(F32{});
+        }
+    }
+
+    // `count` values, zeros after them.
+    template <class W>
+    static F lanes_partial(const std::uint8_t* p, std::ptrdiff_t count) {
+        std::uint8_t held[W::kBytes * kLanes] = {};
+        __builtin_memcpy(held, p, static_cast<std::size_t>(W::kBytes * count));
+        return W::lanes(held);
+    }
+};
+
+}  // namespace
+}  // namespace moe_surgery::cpu

@@ -1,0 +1,93 @@
+// Products with MXFP4 rows, 512 columns at a time.
+#pragma once
+
+#include "lane_math.inl"
+
+namespace moe_surgery::cpu {
+namespace {
+
+template <class V>
+struct Mxfp4 {
+    using F = typename V::F;
+    using Math = LaneMath<V>;
+
+    // R rows from `row` on times T tokens.
+    template <int R, int T>
+    static void mxfp4_tile(const Mxfp4Rows& weight, std::ptrdiff_t row, const Quantized* x, float* y,
+                           std::ptrdiff_t y_stride) {
+        const std::uint8_t* blocks = weight.blocks + row * weight.block_stride;
+        const std::uint8_t* scales = weight.scales + row * weight.scale_stride;
+        const std::ptrdiff_t held = weight.columns / kBlock, full = held / kLanes;
+        F sums[R][T];
+        for (int r = 0; r < R; ++r) {
+            for (int t = 0; t < T; ++t) sums[r][t] = V::zero();
+        }
+        for (std::ptrdiff_t s = 0; s < full; ++s) {
+            multiply_act_block<R, T>(x, s, sums, [&](int r, typename V::Packed& packed, F& scale) {
+                const std::uint8_t* from = blocks + r * weight.block_stride + s * kActBlockBytes;
+                for (int line = 0; line < kActBlockBytes; line += 64) prefetch(from + kAhead + line);
+                packed = V::packed(from);
+                scale = V::scales(scales + r * weight.scale_stride + s * kLanes);
+            });
+        }
+        if (full * kLanes < held) {
+            const std::ptrdiff_t count = held - full * kLanes;
+            multiply_act_block<R, T>(x, full, sums, [&](int r, typename V::Packed& packed, F& scale) {
+                const std::uint8_t* from = blocks + r * weight.block_stride + full * kActBlockBytes;
+                for (std::ptrdiff_t line = 0; line < count * kBlockBytes; line += 64) prefetch(from + kAhead + line);
+                std::uint8_t some[kLanes] = {};
+                __builtin_memcpy(some, scales + r * weight.scale_stride + full * kLanes, static_cast<std::size_t>(count));
+                packed = V::packed_of(from, static_cast<int>(count));
+                scale = V::scales(some);
+            });
+        }
+        for (int r = 0; r < R; ++r) {
+            for (int t = 0; t < T; ++t) y[t * y_stride + r] = V::sum(sums[r][t]);
+        }
+    }
+
+    // `at(r, packed, scale)` gives span s of row r.
+    template <int R, int T, class At>
+    static inline void multiply_act_block(const Quantized* x, std::ptrdiff_t s, F (&sums)[R][T], At at) {
+        typename V::Packed packed[R];
+        F scales[R];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) at(r, packed[r], scales[r]);
+        const ActBlock512* spans[T];
+        for (int t = 0; t < T; ++t) spans[t] = x[t] + s;
+        typename V::I quantized[R][T];
+        V::template multiply<R, T>(packed, spans, quantized);
+        for (int t = 0; t < T; ++t) {
+            const F factors = V::load(spans[t]->factors);
+            for (int r = 0; r < R; ++r) {
+                sums[r][t] = V::fma(V::to_float(quantized[r][t]), V::mul(factors, scales[r]), sums[r][t]);
+            }
+        }
+    }
+
+    template <int R>
+    static void mxfp4_some_rows(const Mxfp4Rows& weight, std::ptrdiff_t row, const Quantized* x,
+                                std::ptrdiff_t tokens, float* y, std::ptrdiff_t y_stride) {
+        std::ptrdiff_t t = 0;
+        const auto run = [&](auto tile, std::ptrdiff_t count) {
+            tile(weight, row, x + t, y + t * y_stride, y_stride);
+            t += count;
+        };
+        while (tokens - t >= 4 && tokens - t != 5) run(mxfp4_tile<R, 4>, 4);
+        if (tokens - t >= 3) run(mxfp4_tile<R, 3>, 3);  // of five, so that none is left alone
+        if (tokens - t == 2) run(mxfp4_tile<R, 2>, 2);
+        if (tokens - t == 1) run(mxfp4_tile<R, 1>, 1);
+    }
+
+    static void mxfp4_rows(const Mxfp4Rows& weight, std::ptrdiff_t first, std::ptrdiff_t last,
+                           const Quantized* x, std::ptrdiff_t tokens, float* y, std::ptrdiff_t y_stride) {
+        std::ptrdiff_t r = first;
+        for (; last - r >= V::kPackedRows; r += V::kPackedRows) {
+            mxfp4_some_rows<V::kPackedRows>(weight, r, x, tokens, y + r - first, y_stride);
+        }
+        for (; r < last; ++r) mxfp4_some_rows<1>(weight, r, x, tokens, y + r - first, y_stride);
+    }
+};
+
+}  // namespace
+}  // namespace moe_surgery::cpu
