@@ -65,8 +65,8 @@ class Shard:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def read_into(self, buffer: memoryview, offset: int, *, keep: bool = False) -> None:
-        """Fill `buffer` from file position `offset`; `keep` if it is read again soon (then `forget`).
+    def read_into(self, buffer: memoryview, offset: int, *, cache: bool = False) -> None:
+        """Fill `buffer` from file position `offset`; `cache` if it is read again soon (then `drop_cache`).
 
         Raises InvalidInputError if the file is shorter than its header said, OutputError if the
         system cannot read it.
@@ -74,7 +74,7 @@ class Shard:
         done, total = 0, len(buffer)
         while done < total:
             try:
-                count = self._ops.pread_into(self.fd, buffer[done:], offset + done, keep)
+                count = self._ops.pread_into(self.fd, buffer[done:], offset + done, cache)
             except OSError as error:
                 raise OutputError(
                     f"{printable_path(self.path)}: cannot read {total} bytes at {offset}: {error.strerror}"
@@ -83,9 +83,9 @@ class Shard:
                 raise self._cut_short(offset + total)
             done += count
 
-    def forget(self, offset: int, nbytes: int) -> None:
-        """Let go of what was read with `keep`."""
-        self._ops.forget(self.fd, offset, nbytes)
+    def drop_cache(self, offset: int, nbytes: int) -> None:
+        """Let go of what was read with `cache`."""
+        self._ops.drop_cache(self.fd, offset, nbytes)
 
     def window(self, offset: int, nbytes: int) -> memoryview:
         """The mapped bytes [offset, offset + nbytes), read in before they are returned.

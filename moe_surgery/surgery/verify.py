@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-import xxhash
 
 from moe_surgery import families
 from moe_surgery.checkpoint.additions import is_addition
@@ -17,15 +15,16 @@ from moe_surgery.checkpoint.files import open_regular, printable_path
 from moe_surgery.checkpoint.header import Header, read_header
 from moe_surgery.checkpoint.locate import locate
 from moe_surgery.checkpoint.text import printable
+from moe_surgery.engine.chunks import Chunk, chunks_of, plain_chunks
+from moe_surgery.engine.digest import FileDigest, read_chunk
+from moe_surgery.engine.spans import Copy, Span
+from moe_surgery.engine.stream import stream
 from moe_surgery.errors import MoeSurgeryError, OutputError, VerificationError
-from moe_surgery.surgery.chunks import Chunk, Piece, chunks_of
 from moe_surgery.surgery.compiler import compile_program
-from moe_surgery.surgery.digest import read_chunk, windows
 from moe_surgery.surgery.manifest import FileRecord, Manifest, load_manifest
 from moe_surgery.surgery.names import MANIFEST_NAME
-from moe_surgery.surgery.producer import Producer
-from moe_surgery.surgery.program import Copy, Encode, OutputShard, OutputTensor, Span
-from moe_surgery.surgery.stream import stream
+from moe_surgery.surgery.producer import producer_of
+from moe_surgery.surgery.program import OutputShard, OutputTensor
 
 __all__ = ["Verification", "verify_checkpoint"]
 
@@ -187,17 +186,21 @@ class _Verifier:
 
     def _whole(self, fd: int, path: Path, size: int) -> str:
         """The digest of a file."""
-        state = xxhash.xxh3_128()
+        return self._digest(fd, path, FileDigest(), plain_chunks(size)).whole
 
-        def take(_: Chunk, buffer: memoryview) -> None:
-            state.update(buffer)
+    def _digest(self, fd: int, path: Path, digest: FileDigest, chunks: Iterable[Chunk]) -> FileDigest:
+        """`digest` after all `chunks` of the file."""
+
+        def fill(chunk: Chunk, buffer: memoryview) -> None:
+            read_chunk(fd, path, chunk.offset, buffer, self._ops)
+
+        def consume(chunk: Chunk, buffer: memoryview) -> None:
+            digest.update(chunk, buffer)
             self._progress(len(buffer))
+            self._bytes += len(buffer)
 
-        stream(
-            windows(size), lambda chunk, buffer: read_chunk(fd, path, chunk.offset, buffer, self._ops), take
-        )
-        self._bytes += size
-        return state.hexdigest()
+        stream(chunks, fill, consume)
+        return digest
 
     def _header(self, fd: int, path: Path) -> Header | None:
         """The file's header, or None where it is damaged (which is reported)."""
@@ -220,28 +223,18 @@ class _Verifier:
 
     def _digests(self, fd: int, path: Path, record: FileRecord, header: Header | None) -> None:
         """One pass over the file: its own digest and, where the header can be read, its tensors'."""
-        whole = xxhash.xxh3_128()
-        states = {} if header is None else {n: xxhash.xxh3_128() for n in header.tensors}
-        chunks = windows(record.size) if header is None else chunks_of(as_shard(path.name, header))
-        names = list(states)
-
-        def take(chunk: Chunk, buffer: memoryview) -> None:
-            whole.update(buffer)
-            for piece in chunk.pieces:
-                if piece.tensor >= 0:
-                    states[names[piece.tensor]].update(_of(piece, buffer))
-            self._progress(len(buffer))
-
-        stream(chunks, lambda chunk, buffer: read_chunk(fd, path, chunk.offset, buffer, self._ops), take)
-        self._bytes += record.size
-        damaged = [
-            n for n, t in record.tensors.items() if n in states and states[n].hexdigest() != t.xxh3_128
-        ]
+        if header is None:
+            digest = self._digest(fd, path, FileDigest(), plain_chunks(record.size))
+        else:
+            shard = as_shard(path.name, header)
+            digest = self._digest(fd, path, FileDigest(len(shard.tensors)), chunks_of(shard))
+        found = dict(zip(header.tensors if header else (), digest.tensors, strict=True))
+        damaged = [n for n, t in record.tensors.items() if n in found and found[n] != t.xxh3_128]
         for name in damaged:
             self._problems.append(
                 f"{printable_path(path)}: tensor '{printable(name)}': its bytes do not have the manifest's digest"
             )
-        if whole.hexdigest() != record.xxh3_128 and not damaged:
+        if digest.whole != record.xxh3_128 and not damaged:
             self._problems.append(f"{printable_path(path)}: its header was altered")
 
     def _unlisted(self, manifest: Manifest) -> None:
@@ -297,26 +290,21 @@ class _Verifier:
                     f"{printable_path(source.path)}"
                 )
         expected = OutputShard(name, bytes(header.data_start), tuple(tensors[n] for n in header.tensors))
-        if orphan := next(_scales_before_blocks(expected), None):
-            raise VerificationError(
-                f"{printable_path(path)}: tensor '{printable(orphan)}' does not follow its blocks, as in no output "
-                "of this tool"
-            )
-        producer = Producer(expected, source.shards)
+        producer = producer_of(expected, source.shards)
         different: dict[str, None] = {}
         fd = open_regular(path)
 
-        def take(chunk: Chunk, buffer: memoryview) -> None:
+        def consume(chunk: Chunk, buffer: memoryview) -> None:
             found = bytearray(len(buffer))
             read_chunk(fd, path, chunk.offset, memoryview(found), self._ops)
             if found != buffer:
-                for piece in chunk.pieces:
-                    if piece.tensor >= 0 and _of(piece, memoryview(found)) != _of(piece, buffer):
+                for piece in chunk.slices:
+                    if piece.tensor >= 0 and piece.of(memoryview(found)) != piece.of(buffer):
                         different[expected.tensors[piece.tensor].name] = None
             self._progress(len(buffer))
 
         try:
-            stream(chunks_of(expected), producer.fill, take)
+            stream(chunks_of(expected), producer.fill, consume)
         finally:
             os.close(fd)
         self._bytes += expected.nbytes
@@ -335,20 +323,6 @@ def as_shard(name: str, header: Header) -> OutputShard:
         for i in header.tensors.values()
     )
     return OutputShard(name, bytes(start), tensors)
-
-
-def _scales_before_blocks(shard: OutputShard) -> Iterator[str]:
-    """Tensors whose making would wait for ever: MXFP4 scales are found while their blocks are made."""
-    found: set[Span] = set()
-    for tensor, part in ((t, p) for t in shard.tensors for p in t.parts if isinstance(p, Encode)):
-        if not part.scales:
-            found.add(part.values)
-        elif part.values not in found:
-            yield tensor.name
-
-
-def _of(piece: Piece, buffer: memoryview) -> memoryview:
-    return buffer[piece.position : piece.position + piece.nbytes]
 
 
 def _shown(described: tuple[str, tuple[int, ...]] | None) -> str:
