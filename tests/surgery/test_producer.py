@@ -140,11 +140,37 @@ def test_threads_that_fill_out_of_step_give_the_same_bytes(case: Case, seed: int
     assert bytes(found) == case.whole
 
 
+@pytest.mark.parametrize("chunk_bytes", [1501, 30_000])
+@pytest.mark.parametrize("order", ["backwards", "shuffled"])
+def test_chunks_in_any_order_give_the_same_bytes(case: Case, order: str, chunk_bytes: int) -> None:
+    """One thread: whoever waited for bytes of another chunk would wait for ever."""
+    work = list(chunks_of(case.shard, chunk_bytes))[::-1]
+    if order == "shuffled":
+        random.Random(7).shuffle(work)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(case.made, work).result(60) == case.whole
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_threads_that_start_in_any_order_give_the_same_bytes(case: Case, seed: int) -> None:
+    work = list(chunks_of(case.shard, random.Random(seed).randrange(700, 9000)))
+    random.Random(seed).shuffle(work)
+    producer = producer_of(case.shard, case.checkpoint.shards)
+    found = bytearray(case.shard.nbytes)
+
+    def fill(chunk: Chunk) -> None:
+        producer.fill(chunk, memoryview(found)[chunk.offset : chunk.offset + chunk.nbytes])
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(fill, work, timeout=60))
+    assert bytes(found) == case.whole
+
+
 def test_conversion_is_reported_once_however_it_is_cut(case: Case) -> None:
     reports = []
-    for chunk_bytes in (case.shard.nbytes, 5000, 611):
+    for chunk_bytes, step in ((case.shard.nbytes, 1), (5000, 1), (611, 1), (611, -1)):
         producer = producer_of(case.shard, case.checkpoint.shards)
-        for chunk in chunks_of(case.shard, chunk_bytes):
+        for chunk in list(chunks_of(case.shard, chunk_bytes))[::step]:
             producer.fill(chunk, memoryview(bytearray(chunk.nbytes)))
         reports.append(producer.report())
     encoded = sum(
