@@ -13,8 +13,8 @@ from moe_surgery.checkpoint.additions import ADAPTER_CONFIG, is_addition, is_wei
 from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.checkpoint.files import printable_path, read_small_file
 from moe_surgery.checkpoint.index import MAX_INDEX_BYTES, Index, parse_index
-from moe_surgery.checkpoint.locate import locate
 from moe_surgery.checkpoint.other_formats import instead
+from moe_surgery.checkpoint.resolve import resolve
 from moe_surgery.checkpoint.shard import Shard
 from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.checkpoint.text import printable
@@ -83,7 +83,7 @@ class Checkpoint:
         also skips a model.safetensors beside an index, and tensors in its shards that it does not name,
         instead of refusing them. Raises InvalidInputError for malformed files, OutputError for unreadable ones.
         """
-        place = locate(path)
+        place = resolve(path)
         folder, only = (place, None) if place.is_dir() else (place.parent, place.name)
         config = _read_config(folder / CONFIG_NAME)
         index = _read_index(folder) if only is None else None

@@ -1,7 +1,7 @@
 """The safetensors header: read once, checked in full, trusted afterwards.
 
 A file is eight bytes of little-endian header length, the header as a JSON object, and the data
-section. `frame_header` decides where the data section begins, `_trusted` establishes everything
+section. `frame_header` decides where the data section begins, `_validate` establishes everything
 else; whoever holds a `Header` need not check again that names are unique, that dtype, shape and
 offsets agree, and that the tensors cover the data section without hole or overlap.
 
@@ -121,7 +121,7 @@ def parse_header(raw: bytes, file_size: int, *, file: str) -> Header:
     if len(raw) != data_start:
         raise InvalidInputError(f"{where}: got {len(raw)} bytes of header, expected {data_start}")
     root = parse_json(raw[_LENGTH_BYTES:], where=f"{where}: header")
-    tensors, metadata = _trusted(root, file_size - data_start, where)
+    tensors, metadata = _validate(root, file_size - data_start, where)
     return Header(tensors, metadata, data_start, file_size, xxh3_128(raw).hexdigest())
 
 
@@ -210,7 +210,7 @@ def _encoded(text: str) -> bytes:
         raise InvalidInputError("header to be written: lone surrogate in a name or in metadata") from None
 
 
-def _trusted(root: object, data_size: int, where: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def _validate(root: object, data_size: int, where: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Every rule of the header beyond its frame and its JSON, in one place."""
     if not isinstance(root, dict):
         raise InvalidInputError(f"{where}: header must be a JSON object, got {describe(root)}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.checkpoint.fileops import FileOps
-from moe_surgery.checkpoint.staging import exclusive
+from moe_surgery.checkpoint.staging import output_lock
 from moe_surgery.checkpoint.writer import OutputFile, remove_leftover
 from moe_surgery.engine.chunks import Chunk
 from moe_surgery.engine.output import Progress, check_space, publish, write_layout
@@ -37,7 +37,7 @@ def write_gguf(
     meanwhile; OutputError, InvalidInputError for files that cannot be written or read.
     """
     ops = ops or FileOps()
-    with exclusive(out):
+    with output_lock(out):
         remove_leftover(OutputFile.temporary(out), ops)
         if not ignore_free_space:
             check_space(program.nbytes, out, out.parent, ops)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.checkpoint.files import printable_path
-from moe_surgery.checkpoint.locate import check_is_path
+from moe_surgery.checkpoint.resolve import check_is_path
 from moe_surgery.errors import OutputError, UsageError
 from moe_surgery.surgery.manifest import is_ours
 from moe_surgery.surgery.names import MANIFEST_NAME

@@ -13,7 +13,7 @@ from moe_surgery.checkpoint.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoin
 from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.checkpoint.files import open_regular, printable_path
 from moe_surgery.checkpoint.header import Header, read_header
-from moe_surgery.checkpoint.locate import locate
+from moe_surgery.checkpoint.resolve import resolve
 from moe_surgery.checkpoint.text import printable
 from moe_surgery.engine.chunks import Chunk, chunks_of, plain_chunks
 from moe_surgery.engine.digest import FileDigest, read_chunk
@@ -75,7 +75,7 @@ def verify_checkpoint(
     Raises OutputError where `out` is no folder, or holds no manifest and `structure_only` is off,
     and any error of opening `source`.
     """
-    folder = locate(out)
+    folder = resolve(out)
     if not folder.is_dir():
         raise OutputError(f"{printable_path(folder)}: is a file; name the folder of the checkpoint")
     return _Verifier(folder, progress or (lambda _: None)).run(source, structure_only, weights_only)

@@ -12,7 +12,7 @@ import pytest
 
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.checkpoint.fileops import FileOps
-from moe_surgery.checkpoint.locate import locate
+from moe_surgery.checkpoint.resolve import resolve
 from moe_surgery.checkpoint.shard import Shard
 from moe_surgery.errors import InvalidInputError, MoeSurgeryError, OutputError, UsageError
 
@@ -195,9 +195,9 @@ def test_check_sees_a_file_put_in_its_place(shard: Path) -> None:
 
 def test_names_lead_to_their_places(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder.parent)
-    assert locate("model") == Path("model")
-    assert locate(folder) == folder
-    assert locate(next(folder.glob("*.safetensors"))).parent == folder
+    assert resolve("model") == Path("model")
+    assert resolve(folder) == folder
+    assert resolve(next(folder.glob("*.safetensors"))).parent == folder
     with Checkpoint.open("example:tiny") as opened:
         assert opened.config["model_type"] == "gpt_oss"
 
@@ -206,7 +206,7 @@ def test_path_that_exists_wins_over_a_hub_id(folder: Path, monkeypatch: pytest.M
     (folder.parent / "openai").mkdir()
     folder.rename(folder.parent / "openai" / "gpt-oss-20b")
     monkeypatch.chdir(folder.parent)
-    assert locate("openai/gpt-oss-20b") == Path("openai/gpt-oss-20b")
+    assert resolve("openai/gpt-oss-20b") == Path("openai/gpt-oss-20b")
 
 
 @pytest.mark.parametrize(
