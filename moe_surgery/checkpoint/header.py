@@ -13,14 +13,14 @@ whose non-zero dimensions overflow, rank, names and counts beyond the constants 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from xxhash import xxh3_128
 
 from moe_surgery.checkpoint.dtypes import tensor_nbytes
-from moe_surgery.checkpoint.files import pread_exact, printable_path
+from moe_surgery.checkpoint.files import printable_path
+from moe_surgery.checkpoint.source import ByteSource
 from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.checkpoint.text import describe, printable
 from moe_surgery.errors import InvalidInputError
@@ -100,15 +100,14 @@ class Header:
     digest: str
 
 
-def read_header(fd: int, *, file: str) -> Header:
-    """The header of the open file `fd`; `file` names it in errors. The file position stays.
+def read_header(source: ByteSource) -> Header:
+    """The header of the file `source`.
 
     Raises InvalidInputError for a file that breaks the format, OutputError if it cannot be read.
     """
-    size = os.fstat(fd).st_size
-    prefix = pread_exact(fd, min(size, _HINT_BYTES), 0, file)
-    data_start = frame_header(prefix, size, file=file)
-    return parse_header(pread_exact(fd, data_start, 0, file), size, file=file)
+    size, file = source.size, source.where
+    data_start = frame_header(source.read(0, min(size, _HINT_BYTES)), size, file=file)
+    return parse_header(source.read(0, data_start), size, file=file)
 
 
 def parse_header(raw: bytes, file_size: int, *, file: str) -> Header:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterable
 
 import xxhash
 
-from moe_surgery.checkpoint.fileops import FileOps
-from moe_surgery.checkpoint.files import open_regular, printable_path
+from moe_surgery.checkpoint.source import ByteSource
 from moe_surgery.engine.chunks import Chunk, FileLayout, chunks_of
 from moe_surgery.engine.stream import stream
-from moe_surgery.errors import OutputError
 
-__all__ = ["FileDigest", "digest_file", "read_chunk"]
+__all__ = ["FileDigest", "digest_chunks", "digest_file"]
 
 
 class FileDigest:
@@ -41,40 +37,27 @@ class FileDigest:
         return [state.hexdigest() for state in self._tensors]
 
 
-def digest_file(
-    path: Path, layout: FileLayout, progress: Callable[[int], None], ops: FileOps
-) -> FileDigest | None:
+def digest_file(source: ByteSource, layout: FileLayout, progress: Callable[[int], None]) -> FileDigest | None:
     """The digests of a finished file that should be `layout`; None where its size is another.
 
     Raises OutputError or InvalidInputError where it cannot be read.
     """
-    fd = open_regular(path)
-    try:
-        if os.fstat(fd).st_size != layout.nbytes:
-            return None
-        digest = FileDigest(len(layout.tensors))
-
-        def fill(chunk: Chunk, buffer: memoryview) -> None:
-            read_chunk(fd, path, chunk.offset, buffer, ops)
-
-        def consume(chunk: Chunk, buffer: memoryview) -> None:
-            digest.update(chunk, buffer)
-            progress(chunk.nbytes)
-
-        stream(chunks_of(layout), fill, consume)
-        return digest
-    finally:
-        os.close(fd)
+    if source.size != layout.nbytes:
+        return None
+    return digest_chunks(source, chunks_of(layout), FileDigest(len(layout.tensors)), progress)
 
 
-def read_chunk(fd: int, path: Path, offset: int, buffer: memoryview, ops: FileOps) -> None:
-    """Fill `buffer` from `offset` of `fd`. Raises OutputError naming `path`."""
-    done = 0
-    while done < len(buffer):
-        try:
-            count = ops.pread_into(fd, buffer[done:], offset + done)
-        except OSError as error:
-            raise OutputError(f"{printable_path(path)}: cannot read at {offset}: {error.strerror}") from error
-        if not count:
-            raise OutputError(f"{printable_path(path)}: ends before byte {offset + len(buffer)}")
-        done += count
+def digest_chunks(
+    source: ByteSource, chunks: Iterable[Chunk], digest: FileDigest, progress: Callable[[int], None]
+) -> FileDigest:
+    """`digest` after all `chunks` of the file; raises as `digest_file`."""
+
+    def fill(chunk: Chunk, buffer: memoryview) -> None:
+        source.read_into(chunk.offset, buffer)
+
+    def consume(chunk: Chunk, buffer: memoryview) -> None:
+        digest.update(chunk, buffer)
+        progress(chunk.nbytes)
+
+    stream(chunks, fill, consume)
+    return digest

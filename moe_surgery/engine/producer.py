@@ -43,7 +43,7 @@ class Producer:
         for span, piece in _copies_merged(chunk.slices):
             if span is not None:
                 target = buffer[piece.position : piece.position + span.nbytes]
-                self._shards[span.shard].read_into(target, span.offset)
+                self._shards[span.shard].read_into(span.offset, target)
             elif piece.part is None:
                 piece.of(buffer)[:] = self._header[piece.start : piece.start + piece.nbytes]
             elif self._converter is None:

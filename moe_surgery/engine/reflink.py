@@ -34,7 +34,7 @@ def share_extents(
         end = (offset + span.nbytes) // CLONE_BLOCK * CLONE_BLOCK
         if begin >= end:
             continue
-        source = sources[span.shard].fd
+        source = sources[span.shard].source
         if not file.clone(source, span.offset + begin - offset, end - begin, begin):
             return shared, False
         shared.append((begin, end))

@@ -8,6 +8,7 @@ from dataclasses import astuple, dataclass
 from typing import Protocol, TypeVar
 
 from moe_surgery.checkpoint.fileops import FileOps
+from moe_surgery.checkpoint.local_file import LocalFile
 from moe_surgery.checkpoint.shard import Shard
 from moe_surgery.checkpoint.staging import Staging
 from moe_surgery.checkpoint.writer import OutputFile, remove_leftover
@@ -64,7 +65,8 @@ class FolderRun:
             path = self._staging.folder / layout.name
             entry = recorded.get(layout.name)
             if entry is not None and path.is_file():
-                digest = digest_file(path, layout, self._progress, self._ops)
+                with LocalFile(path, self._ops) as file:
+                    digest = digest_file(file, layout, self._progress)
                 if digest is not None and digest.whole == entry["xxh3_128"]:
                     report = EncodeReport(*entry["conversion"])  # type: ignore[misc]
                     finished[layout.name] = WrittenFile(digest.whole, tuple(digest.tensors), report)

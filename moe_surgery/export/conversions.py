@@ -119,7 +119,7 @@ class GgufConversions:
                 scales = np.empty((end - begin, groups), np.uint8)
                 report = convert.encode_transposed(values[:, begin:end], part.format, blocks, scales)
             except InvalidInputError as error:
-                file = self._shards[part.values.shard].path
+                file = self._shards[part.values.shard].where
                 raise InvalidInputError(
                     f"{file}: tensor {part.tensor!r}, rows from {(first + begin) * part.step}: {error}; "
                     "it cannot be stored as MXFP4"
@@ -132,7 +132,7 @@ class GgufConversions:
     def _read(self, span: Span, start: int, nbytes: int, role: str, *, cache: bool = False) -> Bytes:
         """Bytes [start, start + nbytes) of `span`, until this thread next reads something of that role."""
         buffer = self._buffer(role, nbytes)
-        self._shards[span.shard].read_into(buffer.data, span.offset + start, cache=cache)
+        self._shards[span.shard].read_into(span.offset + start, buffer.data, cache=cache)
         return buffer
 
     def _buffer(self, role: str, nbytes: int) -> Bytes:

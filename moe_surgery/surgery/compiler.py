@@ -81,9 +81,7 @@ def compile_program(
     if len(shards) > 1:
         weight_map = {t.name: s.name for s in shards for t in s.tensors}
         texts[INDEX_NAME] = build_index(weight_map, sum(t.nbytes for s in shards for t in s.tensors))
-    sources = tuple(
-        SourceFile(n, s.identity.size, s.header.digest) for n, s in sorted(checkpoint.shards.items())
-    )
+    sources = tuple(SourceFile(n, s.nbytes, s.header.digest) for n, s in sorted(checkpoint.shards.items()))
     return Program(
         plan,
         target,

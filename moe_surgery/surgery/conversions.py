@@ -74,7 +74,7 @@ class Conversions:
         shard = self._shards[part.values.shard]
         for first, last, skip, target in _strips(start, out, part.target.block_bytes):
             raw = np.empty((last - first) * width, np.uint8)
-            shard.read_into(raw.data, part.values.offset + first * width)
+            shard.read_into(part.values.offset + first * width, raw.data)
             values = self._in_format(convert.words_of(raw, part.source), part.source, part)
             begin = skip or 0
             target[:] = values.view(np.uint8)[begin : begin + len(target)]
@@ -85,7 +85,7 @@ class Conversions:
         except InvalidInputError as error:
             span = part.values if isinstance(part, Cast) else part.blocks
             raise InvalidInputError(
-                f"{self._shards[span.shard].path}: tensor {part.tensor!r}: {error}; choose another --dtype"
+                f"{self._shards[span.shard].where}: tensor {part.tensor!r}: {error}; choose another --dtype"
             ) from None
 
     def _encode(self, part: Encode, start: int, out: npt.NDArray[np.uint8]) -> None:
@@ -131,7 +131,7 @@ class Conversions:
         try:
             return convert.encode_transposed(values, part.source, blocks, scales)
         except InvalidInputError as error:
-            file = self._shards[part.values.shard].path
+            file = self._shards[part.values.shard].where
             raise InvalidInputError(
                 f"{file}: tensor {part.tensor!r}, rows from {first}: {error}; it cannot be stored as MXFP4"
             ) from None

@@ -59,7 +59,7 @@ def run_program(
     meanwhile; OutputError, InvalidInputError for files that cannot be written or read.
     """
     ops = ops or FileOps()
-    salt = repr([s.identity for _, s in sorted(checkpoint.shards.items())])
+    salt = repr([s.stamp for _, s in sorted(checkpoint.shards.items())])
     with Staging(out, program.digest(salt), ops) as staging:
         try:
             job = _Run(program, checkpoint, staging, ops, progress or (lambda _: None))

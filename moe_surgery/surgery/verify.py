@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,12 +11,14 @@ from moe_surgery import families
 from moe_surgery.checkpoint.additions import is_addition
 from moe_surgery.checkpoint.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint
 from moe_surgery.checkpoint.fileops import FileOps
-from moe_surgery.checkpoint.files import open_regular, printable_path
+from moe_surgery.checkpoint.files import printable_path
 from moe_surgery.checkpoint.header import Header, read_header
+from moe_surgery.checkpoint.local_file import LocalFile, LocalFolder
 from moe_surgery.checkpoint.resolve import resolve
+from moe_surgery.checkpoint.source import ByteSource, Folder
 from moe_surgery.checkpoint.text import printable
 from moe_surgery.engine.chunks import Chunk, chunks_of, plain_chunks
-from moe_surgery.engine.digest import FileDigest, read_chunk
+from moe_surgery.engine.digest import FileDigest, digest_chunks
 from moe_surgery.engine.spans import Copy, Span
 from moe_surgery.engine.stream import stream
 from moe_surgery.errors import MoeSurgeryError, OutputError, VerificationError
@@ -58,7 +60,7 @@ class Verification:
 def verify_checkpoint(
     out: str | os.PathLike[str],
     *,
-    source: str | os.PathLike[str] | None = None,
+    source: str | os.PathLike[str] | Folder | None = None,
     structure_only: bool = False,
     weights_only: bool = False,
     progress: Progress | None = None,
@@ -93,11 +95,11 @@ class _Verifier:
         self._tensors = 0
 
     def run(
-        self, source: str | os.PathLike[str] | None, structure_only: bool, weights_only: bool
+        self, source: str | os.PathLike[str] | Folder | None, structure_only: bool, weights_only: bool
     ) -> Verification:
         manifest = self._manifest(needed=not structure_only or source is not None)
         self._structure()
-        files = sum(1 for e in os.scandir(self._folder) if e.is_file())
+        files = sum(LocalFolder(self._folder).listing().values())
         if manifest is not None:
             files = len(manifest.files)
             for name, record in manifest.files.items():
@@ -154,58 +156,40 @@ class _Verifier:
 
     def _shard(self, name: str, record: FileRecord, structure_only: bool) -> None:
         path = self._folder / name
-        fd = open_regular(path)
-        try:
-            size = os.fstat(fd).st_size
-            if size != record.size:
-                self._problems.append(f"{printable_path(path)}: {size} bytes, expected {record.size}")
+        with LocalFile(path, self._ops) as file:
+            if file.size != record.size:
+                self._problems.append(f"{file.where}: {file.size} bytes, expected {record.size}")
                 return
-            header = self._header(fd, path)
+            header = self._header(file)
             if header is not None:
                 self._compare_header(path, header, record)
             if not structure_only:
-                self._digests(fd, path, record, header)
-        finally:
-            os.close(fd)
+                self._digests(file, name, record, header)
 
     def _side_file(self, name: str, record: FileRecord, structure_only: bool) -> None:
         path = self._folder / name
         edited = f"{printable_path(path)}: edited or damaged since it was written"
         try:
-            fd = open_regular(path)
-            try:
-                size = os.fstat(fd).st_size
-                if size != record.size:
-                    self._sides[name] = f"{edited}: {size} bytes, expected {record.size}"
-                elif not structure_only and self._whole(fd, path, record.size) != record.xxh3_128:
+            with LocalFile(path, self._ops) as file:
+                if file.size != record.size:
+                    self._sides[name] = f"{edited}: {file.size} bytes, expected {record.size}"
+                elif not structure_only and self._whole(file) != record.xxh3_128:
                     self._sides[name] = f"{edited}: its bytes do not have the manifest's digest"
-            finally:
-                os.close(fd)
         except MoeSurgeryError as error:
             self._sides[name] = str(error)
 
-    def _whole(self, fd: int, path: Path, size: int) -> str:
+    def _whole(self, file: ByteSource) -> str:
         """The digest of a file."""
-        return self._digest(fd, path, FileDigest(), plain_chunks(size)).whole
+        return digest_chunks(file, plain_chunks(file.size), FileDigest(), self._passed).whole
 
-    def _digest(self, fd: int, path: Path, digest: FileDigest, chunks: Iterable[Chunk]) -> FileDigest:
-        """`digest` after all `chunks` of the file."""
+    def _passed(self, nbytes: int) -> None:
+        self._bytes += nbytes
+        self._progress(nbytes)
 
-        def fill(chunk: Chunk, buffer: memoryview) -> None:
-            read_chunk(fd, path, chunk.offset, buffer, self._ops)
-
-        def consume(chunk: Chunk, buffer: memoryview) -> None:
-            digest.update(chunk, buffer)
-            self._progress(len(buffer))
-            self._bytes += len(buffer)
-
-        stream(chunks, fill, consume)
-        return digest
-
-    def _header(self, fd: int, path: Path) -> Header | None:
+    def _header(self, file: ByteSource) -> Header | None:
         """The file's header, or None where it is damaged (which is reported)."""
         try:
-            return read_header(fd, file=printable_path(path))
+            return read_header(file)
         except MoeSurgeryError as error:
             if str(error) not in self._problems:
                 self._problems.append(str(error))
@@ -221,41 +205,41 @@ class _Verifier:
                     f"{_shown(listed.get(name))} in {MANIFEST_NAME}"
                 )
 
-    def _digests(self, fd: int, path: Path, record: FileRecord, header: Header | None) -> None:
+    def _digests(self, file: ByteSource, name: str, record: FileRecord, header: Header | None) -> None:
         """One pass over the file: its own digest and, where the header can be read, its tensors'."""
         if header is None:
-            digest = self._digest(fd, path, FileDigest(), plain_chunks(record.size))
+            digest = digest_chunks(file, plain_chunks(file.size), FileDigest(), self._passed)
         else:
-            shard = as_shard(path.name, header)
-            digest = self._digest(fd, path, FileDigest(len(shard.tensors)), chunks_of(shard))
+            shard = as_shard(name, header)
+            digest = digest_chunks(file, chunks_of(shard), FileDigest(len(shard.tensors)), self._passed)
         found = dict(zip(header.tensors if header else (), digest.tensors, strict=True))
         damaged = [n for n, t in record.tensors.items() if n in found and found[n] != t.xxh3_128]
         for name in damaged:
             self._problems.append(
-                f"{printable_path(path)}: tensor '{printable(name)}': its bytes do not have the manifest's digest"
+                f"{file.where}: tensor '{printable(name)}': its bytes do not have the manifest's digest"
             )
         if digest.whole != record.xxh3_128 and not damaged:
-            self._problems.append(f"{printable_path(path)}: its header was altered")
+            self._problems.append(f"{file.where}: its header was altered")
 
     def _unlisted(self, manifest: Manifest) -> None:
         known = {*manifest.files, MANIFEST_NAME}
         hidden = []
-        for entry in sorted(os.scandir(self._folder), key=lambda e: e.name):
-            if entry.name in known:
+        for name in sorted(LocalFolder(self._folder).listing()):
+            if name in known:
                 continue
-            if entry.name.startswith("."):
-                hidden.append(printable(entry.name))
+            if name.startswith("."):
+                hidden.append(printable(name))
                 continue
-            line = f"{printable_path(entry.path)}: not listed in {MANIFEST_NAME}"
-            shard = entry.name.endswith(SHARD_SUFFIX) and not is_addition(entry.name)
-            fault = shard or entry.name in (CONFIG_NAME, INDEX_NAME)
+            line = f"{printable_path(self._folder / name)}: not listed in {MANIFEST_NAME}"
+            shard = name.endswith(SHARD_SUFFIX) and not is_addition(name)
+            fault = shard or name in (CONFIG_NAME, INDEX_NAME)
             (self._problems if fault else self._notes).append(line)
         if hidden:  # .gitattributes, .git, .cache: of git, the hub or the desktop
             self._notes.append(
                 f"{printable_path(self._folder)}: {', '.join(hidden)}: hidden, not part of the checkpoint"
             )
 
-    def _against(self, source: str | os.PathLike[str], manifest: Manifest) -> None:
+    def _against(self, source: str | os.PathLike[str] | Folder, manifest: Manifest) -> None:
         with Checkpoint.open(source) as checkpoint:
             model = families.describe(checkpoint)
             self._same_source(checkpoint, manifest)
@@ -292,22 +276,18 @@ class _Verifier:
         expected = OutputShard(name, bytes(header.data_start), tuple(tensors[n] for n in header.tensors))
         producer = producer_of(expected, source.shards)
         different: dict[str, None] = {}
-        fd = open_regular(path)
 
         def consume(chunk: Chunk, buffer: memoryview) -> None:
             found = bytearray(len(buffer))
-            read_chunk(fd, path, chunk.offset, memoryview(found), self._ops)
+            file.read_into(chunk.offset, memoryview(found))
             if found != buffer:
                 for piece in chunk.slices:
                     if piece.tensor >= 0 and piece.of(memoryview(found)) != piece.of(buffer):
                         different[expected.tensors[piece.tensor].name] = None
-            self._progress(len(buffer))
+            self._passed(len(buffer))
 
-        try:
+        with LocalFile(path, self._ops) as file:
             stream(chunks_of(expected), producer.fill, consume)
-        finally:
-            os.close(fd)
-        self._bytes += expected.nbytes
         for tensor in different:
             self._problems.append(
                 f"{printable_path(path)}: tensor '{printable(tensor)}': differs from the kept experts of "
