@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.ready
 NATIVE_SOURCES := $(wildcard $(addprefix csrc/,*.cpp *.hpp *.inl cpu/*.cpp cpu/*.hpp cpu/*.inl))
 # What of surgery converts: tested without the extension as well.
-CONVERTING := $(addprefix tests/surgery/test_,equivalence.py producer.py stream.py verify.py)
+CONVERTING := $(addprefix tests/surgery/test_,equivalence.py producer.py verify.py) tests/engine/test_stream.py
 # The core without Python: what each self-test is made of.
 CORE_TESTS := formats cpu
 formats_SOURCES := csrc/tests/selftest.cpp $(filter-out csrc/bindings.cpp,$(wildcard csrc/*.cpp))
