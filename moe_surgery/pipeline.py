@@ -123,8 +123,9 @@ def prune(
     """Write the experts of `checkpoint` that `plan` keeps as the new checkpoint folder `out`.
 
     `checkpoint` is a path, or a `Folder` of another source of bytes. `plan` is a `Plan`, the path of a
-    plan file, or makes a plan of the described model; `top_k` replaces its number of experts a token, and may be more than the source's, up to the experts kept. `dtype`: "keep"
-    moves expert weights as they are stored; "bf16", "mxfp4", "f16" and "f32" convert them, each value
+    plan file, or makes a plan of the described model; `top_k` replaces its number of
+    experts a token, and may be more than the source's, up to the experts kept. `dtype`: "keep" moves
+    expert weights as they are stored; "bf16", "mxfp4", "f16" and "f32" convert them, each value
     rounded once to the nearest (see `moe_surgery.formats.convert`), and one too large for the format is
     refused. Other tensors keep their dtype. `max_shard_size` in bytes of tensors.
     `card` writes a model card as README.md (a README.md of the source becomes README.source.md in
