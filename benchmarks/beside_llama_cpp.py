@@ -35,7 +35,7 @@ from machine import describe_machine
 from make_checkpoint import Shape, make_checkpoint
 
 from moe_surgery.checkpoint.checkpoint import Checkpoint
-from moe_surgery.checkpoint.locate import locate
+from moe_surgery.checkpoint.resolve import resolve
 from moe_surgery.families import describe
 from moe_surgery.runtime.config import ModelConfig
 from moe_surgery.runtime.decode_cost import bytes_per_token
@@ -291,7 +291,7 @@ def main(
     if find_spec("llama_cpp") is None:
         raise click.ClickException("llama-cpp-python is missing: pip install llama-cpp-python")
     work.mkdir(parents=True, exist_ok=True)
-    source = locate("example:tiny") if tiny else work / "full"
+    source = resolve("example:tiny") if tiny else work / "full"
     if not source.exists():
         make_checkpoint(source, Shape(), 3)
     report = {

@@ -27,7 +27,7 @@ import torch
 from machine import describe_machine
 
 from moe_surgery import inspect, load_model, plan_random, prune
-from moe_surgery.checkpoint.locate import locate
+from moe_surgery.checkpoint.resolve import resolve
 from moe_surgery.runtime.generate import generate
 from moe_surgery.runtime.speculation.speculate import speculate
 from moe_surgery.runtime.text import Text
@@ -57,7 +57,7 @@ def prompts_of(checkpoint: str) -> list[list[int]]:
 )
 def main(dtype: str, kinds: tuple[str, ...]) -> None:
     torch.set_num_threads(1)
-    checkpoint = str(locate("example:tiny"))
+    checkpoint = str(resolve("example:tiny"))
     options = {"dtype": DTYPES[dtype], "backend": "native"}
     target, described = load_model(checkpoint, **options), inspect(checkpoint)
     prompts, rows, began = prompts_of(checkpoint), [], time.perf_counter()

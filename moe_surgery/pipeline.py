@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from moe_surgery import families
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.checkpoint.fileops import FileOps
+from moe_surgery.checkpoint.source import Folder
 from moe_surgery.checkpoint.staging import stale_partials
 from moe_surgery.errors import PlanMismatchError
 from moe_surgery.families.identity import identity
@@ -66,7 +67,7 @@ class ExportResult:
     notes: tuple[str, ...] = ()
 
 
-def inspect(checkpoint: PathLike, *, ignore_unlisted: bool = False) -> Inspection:
+def inspect(checkpoint: PathLike | Folder, *, ignore_unlisted: bool = False) -> Inspection:
     """Family, sizes and bytes of `checkpoint`, and of what n = 1..E kept experts would make of it.
 
     Reads headers only. Raises InvalidInputError or OutputError.
@@ -102,7 +103,7 @@ def check_statistics(checkpoint: PathLike, statistics: Statistics | PathLike) ->
 
 
 def prune(
-    checkpoint: PathLike,
+    checkpoint: PathLike | Folder,
     out: PathLike,
     plan: Plan | PathLike | PlanMaker,
     *,
@@ -121,9 +122,10 @@ def prune(
 ) -> PruneResult:
     """Write the experts of `checkpoint` that `plan` keeps as the new checkpoint folder `out`.
 
-    `plan` is a `Plan`, the path of a plan file, or makes a plan of the described model; `top_k` replaces its
-    number of experts a token, and may be more than the source's, up to the experts kept. `dtype`: "keep"
-    moves expert weights as they are stored; "bf16", "mxfp4", "f16" and "f32" convert them, each value
+    `checkpoint` is a path, or a `Folder` of another source of bytes. `plan` is a `Plan`, the path of a
+    plan file, or makes a plan of the described model; `top_k` replaces its number of
+    experts a token, and may be more than the source's, up to the experts kept. `dtype`: "keep" moves
+    expert weights as they are stored; "bf16", "mxfp4", "f16" and "f32" convert them, each value
     rounded once to the nearest (see `moe_surgery.formats.convert`), and one too large for the format is
     refused. Other tensors keep their dtype. `max_shard_size` in bytes of tensors.
     `card` writes a model card as README.md (a README.md of the source becomes README.source.md in
@@ -173,7 +175,7 @@ def prune(
 
 
 def export_gguf(
-    checkpoint: PathLike,
+    checkpoint: PathLike | Folder,
     out: PathLike,
     *,
     plan: Plan | PathLike | None = None,

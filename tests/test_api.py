@@ -13,7 +13,7 @@ import pytest
 
 import moe_surgery
 from moe_surgery import export_gguf, load_plan, make_card, plan_from_ranking, prune, rank
-from moe_surgery.checkpoint.locate import locate
+from moe_surgery.checkpoint.resolve import resolve
 from moe_surgery.errors import OutputError, PlanMismatchError
 from moe_surgery.pipeline import check_statistics
 from moe_surgery.quality.evaluation import load_evaluation
@@ -79,7 +79,7 @@ def test_a_model_is_loaded_with_the_plan_in_a_file(folder: Path, tmp_path: Path,
     from moe_surgery import load_model, view
     from tests.support.checkpoints import write_folder
 
-    source = locate(TINY)
+    source = resolve(TINY)
     config = load_config(source)
     config["num_local_experts"] = 8
     pruned = write_folder(tmp_path / "pruned", kept_tensors(load_tensors(source), PLAN.layers), config)
@@ -96,7 +96,9 @@ def test_prune_and_export_take_the_path_of_a_plan(folder: Path, tmp_path: Path, 
     plan = as_path(folder / "plan.json")
     result = prune(TINY, tmp_path / "out", plan)
     assert result.program.plan == PLAN
-    assert_same_tensors(load_tensors(tmp_path / "out"), kept_tensors(load_tensors(locate(TINY)), PLAN.layers))
+    assert_same_tensors(
+        load_tensors(tmp_path / "out"), kept_tensors(load_tensors(resolve(TINY)), PLAN.layers)
+    )
     export_gguf(TINY, tmp_path / "by-path.gguf", plan=plan)
     export_gguf(TINY, tmp_path / "by-plan.gguf", plan=PLAN)
     assert (tmp_path / "by-path.gguf").read_bytes() == (tmp_path / "by-plan.gguf").read_bytes()

@@ -20,7 +20,7 @@ from moe_surgery.card.text import code, count, counted, fenced, heading, scalar,
 from moe_surgery.card.usage import limits_section, usage_section
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.checkpoint.files import printable_path
-from moe_surgery.checkpoint.locate import locate
+from moe_surgery.checkpoint.resolve import resolve
 from moe_surgery.errors import OutputError, UsageError
 from moe_surgery.families.model import Model
 from moe_surgery.formats.expert_format import ExpertFormat
@@ -65,7 +65,7 @@ def make_card(
         from moe_surgery.quality.evaluation import as_evaluation
 
         evaluation = as_evaluation(evaluation)
-    folder = locate(out)
+    folder = resolve(out)
     if not folder.is_dir():
         raise OutputError(f"{printable_path(folder)}: is a file; name the folder of the checkpoint")
     path = folder / MANIFEST_NAME

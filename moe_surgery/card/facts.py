@@ -145,7 +145,7 @@ def facts_of_checkpoint(folder: Path, checkpoint: Checkpoint, model: Model, mani
         plan,
         model.top_k,
         model.expert_format,
-        sum(shard.identity.size for shard in checkpoint.shards.values()),
+        sum(shard.nbytes for shard in checkpoint.shards.values()),
         sum(size for size in sizes if isinstance(size, int)),
         manifest.origin,
         manifest.files,

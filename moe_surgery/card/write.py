@@ -9,7 +9,7 @@ import xxhash
 
 from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.checkpoint.files import printable_path, read_small_file
-from moe_surgery.checkpoint.locate import locate
+from moe_surgery.checkpoint.resolve import resolve
 from moe_surgery.checkpoint.writer import output_failure, remove_leftover, write_file
 from moe_surgery.errors import InvalidInputError, OutputError
 from moe_surgery.surgery.manifest import MAX_BYTES, load_manifest, with_file
@@ -32,7 +32,7 @@ def write_card(
     Raises OutputError where README.md was changed since it was written (by hand, perhaps) and
     `overwrite` is off, where files cannot be written, and as `load_manifest`.
     """
-    folder, ops = Path(locate(out)), ops or FileOps()
+    folder, ops = Path(resolve(out)), ops or FileOps()
     manifest, readme = folder / MANIFEST_NAME, folder / README_NAME
     record = load_manifest(manifest).files.get(README_NAME)
     raw, content = read_small_file(manifest, limit=MAX_BYTES, what="a manifest"), text.encode()

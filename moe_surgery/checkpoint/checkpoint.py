@@ -11,11 +11,13 @@ from types import MappingProxyType
 
 from moe_surgery.checkpoint.additions import ADAPTER_CONFIG, is_addition, is_weights, note_of
 from moe_surgery.checkpoint.fileops import FileOps
-from moe_surgery.checkpoint.files import printable_path, read_small_file
+from moe_surgery.checkpoint.files import printable_path
 from moe_surgery.checkpoint.index import MAX_INDEX_BYTES, Index, parse_index
-from moe_surgery.checkpoint.locate import locate
+from moe_surgery.checkpoint.local_file import LocalFolder
 from moe_surgery.checkpoint.other_formats import instead
+from moe_surgery.checkpoint.resolve import resolve
 from moe_surgery.checkpoint.shard import Shard
+from moe_surgery.checkpoint.source import Folder, read_small
 from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.checkpoint.text import printable
 from moe_surgery.errors import InvalidInputError, OutputError
@@ -74,27 +76,32 @@ class Checkpoint:
 
     @classmethod
     def open(
-        cls, path: str | os.PathLike[str], *, ignore_unlisted: bool = False, ops: FileOps | None = None
+        cls,
+        path: str | os.PathLike[str] | Folder,
+        *,
+        ignore_unlisted: bool = False,
+        ops: FileOps | None = None,
     ) -> Checkpoint:
         """Open a folder, one .safetensors file, `example:tiny`, or a hub id in the local hub cache.
+
+        A `Folder` is opened wherever it lies; config.json, the index and shards are read through it.
 
         Files that transformers ignores are ignored: shards that the index does not name, whatever lies
         beside a model.safetensors without an index, adapters, value heads, backups. `ignore_unlisted`
         also skips a model.safetensors beside an index, and tensors in its shards that it does not name,
         instead of refusing them. Raises InvalidInputError for malformed files, OutputError for unreadable ones.
         """
-        place = locate(path)
-        folder, only = (place, None) if place.is_dir() else (place.parent, place.name)
-        config = _read_config(folder / CONFIG_NAME)
-        index = _read_index(folder) if only is None else None
-        names = [only] if only is not None else _shard_names(folder, index, ignore_unlisted)
-        notes = () if only is not None else _notes(folder, names, index)
+        files, only = (path, None) if isinstance(path, Folder) else _located(path, ops)
+        folder, listing = files.path, files.listing()
+        config = _read_config(files, listing)
+        index = _read_index(files, listing) if only is None else None
+        names = [only] if only is not None else _shard_names(folder, listing, index, ignore_unlisted)
+        notes = () if only is not None else _notes(folder, listing, names, index)
         with ExitStack() as stack:
-            shards = {n: stack.enter_context(Shard(folder / n, ops or FileOps())) for n in names}
+            shards = {n: stack.enter_context(Shard(n, files.open(n))) for n in names}
             tensors = _collect(folder, shards, index, ignore_unlisted)
-            sides = tuple(sorted(_side_files(folder)))
             stack.pop_all()
-        return cls(folder, config, shards, tensors, sides, index, notes)
+        return cls(folder, config, shards, tensors, _side_files(listing), index, notes)
 
     @property
     def config_path(self) -> Path:
@@ -127,29 +134,39 @@ class Checkpoint:
         self.close()
 
 
-def _read_config(path: Path) -> dict[str, object]:
-    if not path.exists():
+def _located(name: str | os.PathLike[str], ops: FileOps | None) -> tuple[Folder, str | None]:
+    """The folder, and the one file of it that was named."""
+    path = resolve(name)
+    return (LocalFolder(path, ops), None) if path.is_dir() else (LocalFolder(path.parent, ops), path.name)
+
+
+def _read_config(files: Folder, listing: Mapping[str, bool]) -> dict[str, object]:
+    path = files.path / CONFIG_NAME
+    if CONFIG_NAME not in listing:
         raise OutputError(
             f"{printable_path(path)}: not found; a checkpoint needs its config.json beside the shards"
             + instead(path.parent)
         )
-    raw = read_small_file(path, limit=MAX_CONFIG_BYTES, what="a model config")
+    with files.open(CONFIG_NAME) as source:
+        raw = read_small(source, limit=MAX_CONFIG_BYTES, what="a model config")
     config = parse_json(raw, where=printable_path(path), allow_floats=True)
     if not isinstance(config, dict):
         raise InvalidInputError(f"{printable_path(path)}: not a JSON object")
     return config
 
 
-def _read_index(folder: Path) -> Index | None:
-    path = folder / INDEX_NAME
-    if not os.path.lexists(path):
+def _read_index(files: Folder, listing: Mapping[str, bool]) -> Index | None:
+    if INDEX_NAME not in listing:
         return None
-    raw = read_small_file(path, limit=MAX_INDEX_BYTES, what="a shard index")
-    return parse_index(raw, file=printable_path(path))
+    with files.open(INDEX_NAME) as source:
+        raw = read_small(source, limit=MAX_INDEX_BYTES, what="a shard index")
+        return parse_index(raw, file=source.where)
 
 
-def _shard_names(folder: Path, index: Index | None, ignore_unlisted: bool) -> list[str]:
-    present = {e.name for e in os.scandir(folder) if e.name.endswith(".safetensors")}
+def _shard_names(
+    folder: Path, listing: Mapping[str, bool], index: Index | None, ignore_unlisted: bool
+) -> list[str]:
+    present = {name for name in listing if name.endswith(".safetensors")}
     if index is None:
         own = {name for name in present if not name.startswith(".") and not is_addition(name)}
         if not own:
@@ -169,8 +186,10 @@ def _shard_names(folder: Path, index: Index | None, ignore_unlisted: bool) -> li
     return sorted(listed)
 
 
-def _notes(folder: Path, read: list[str], index: Index | None) -> tuple[str, ...]:
-    ignored = {e.name for e in os.scandir(folder) if e.is_file() and not e.name.startswith(".")} - set(read)
+def _notes(
+    folder: Path, listing: Mapping[str, bool], read: list[str], index: Index | None
+) -> tuple[str, ...]:
+    ignored = {name for name, is_file in listing.items() if is_file and not name.startswith(".")} - set(read)
     reason = f"{SINGLE_NAME} is the whole model" if index is None else f"not listed in {INDEX_NAME}"
     note = note_of(ignored, reason)
     return () if note is None else (f"{printable_path(folder)}: {note}",)
@@ -208,13 +227,15 @@ def _refs(shards: Mapping[str, Shard]) -> Iterator[TensorRef]:
             yield TensorRef(info.name, name, info.dtype, info.shape, start + info.begin, info.nbytes)
 
 
-def _side_files(folder: Path) -> Iterator[str]:
+def _side_files(listing: Mapping[str, bool]) -> tuple[str, ...]:
     """Regular files that travel with a checkpoint: not weights, config or index, not hidden.
 
     Weights in other formats and backups hold all experts; with the configuration of an adapter, PEFT
     would load another model in place of this one.
     """
-    for entry in list(os.scandir(folder)):
-        skipped = entry.name.startswith(".") or entry.name in (CONFIG_NAME, INDEX_NAME, ADAPTER_CONFIG)
-        if not skipped and not is_weights(entry.name) and entry.is_file():
-            yield entry.name
+    skipped = (CONFIG_NAME, INDEX_NAME, ADAPTER_CONFIG)
+    return tuple(
+        name
+        for name, is_file in sorted(listing.items())
+        if is_file and name not in skipped and not name.startswith(".") and not is_weights(name)
+    )

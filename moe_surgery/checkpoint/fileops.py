@@ -40,15 +40,15 @@ class FileOps:
     def close(self, fd: int) -> None:
         os.close(fd)
 
-    def pread_into(self, fd: int, buffer: memoryview, offset: int, keep: bool = False) -> int:
+    def pread_into(self, fd: int, buffer: memoryview, offset: int, cache: bool = False) -> int:
         """Read at `offset` into `buffer`; returns the bytes read, which may be fewer (0 at the end).
 
         Pages that the read brings into the page cache leave it again (pages that were there stay):
         they are used once, should not push out what the user works with, and on virtual machines
-        growing the cache costs more than the reading (measured: 2.5 times the time). With `keep` they
-        stay, to be read again soon and then given up with `forget`.
+        growing the cache costs more than the reading (measured: 2.5 times the time). With `cache` they
+        stay, to be read again soon and then given up with `drop_cache`.
         """
-        if self._uncached and not keep:
+        if self._uncached and not cache:
             try:
                 return os.preadv(fd, [buffer], offset, RWF_DONTCACHE)
             except OSError as error:
@@ -57,8 +57,8 @@ class FileOps:
                 self._uncached = False
         return os.preadv(fd, [buffer], offset)
 
-    def forget(self, fd: int, offset: int, nbytes: int) -> None:
-        """Let go of the page cache's copy of a range that was read with `keep`."""
+    def drop_cache(self, fd: int, offset: int, nbytes: int) -> None:
+        """Let go of the page cache's copy of a range that was read with `cache`."""
         if sys.platform == "linux":
             os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
 

@@ -12,7 +12,7 @@ import stat
 from moe_surgery.checkpoint.text import printable
 from moe_surgery.errors import InvalidInputError, OutputError
 
-__all__ = ["is_safetensors", "open_regular", "pread_exact", "printable_path", "read_small_file"]
+__all__ = ["is_safetensors", "open_regular", "printable_path", "read_small_file"]
 
 _PATH_LIMIT = 1024
 _READ_BYTES = 1 << 20
@@ -87,31 +87,6 @@ def read_small_file(path: str | os.PathLike[str], *, limit: int, what: str) -> b
         raise OutputError(f"{printable_path(path)}: cannot read {what}: {error.strerror}") from None
     finally:
         os.close(fd)
-
-
-def pread_exact(fd: int, n: int, offset: int, file: str) -> bytes:
-    """The `n` bytes at `offset` of `fd`; `file` names it in errors.
-
-    Raises InvalidInputError if the file ends before them (it was cut after its size was taken),
-    OutputError for a read that fails.
-    """
-    pieces: list[bytes] = []
-    missing = n
-    while missing:
-        try:
-            piece = os.pread(fd, missing, offset + n - missing)
-        except OSError as error:
-            raise OutputError(
-                f"{printable_path(file)}: cannot read {n} bytes at {offset}: {error.strerror}"
-            ) from None
-        if not piece:
-            raise InvalidInputError(
-                f"{printable_path(file)}: ends at byte {offset + n - missing}, "
-                f"expected {n} bytes at {offset}; the file was cut while it was read"
-            )
-        pieces.append(piece)
-        missing -= len(piece)
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 def _read_to_end(fd: int, path: str | os.PathLike[str], limit: int, what: str) -> bytes:

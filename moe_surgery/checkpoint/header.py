@@ -1,7 +1,7 @@
 """The safetensors header: read once, checked in full, trusted afterwards.
 
 A file is eight bytes of little-endian header length, the header as a JSON object, and the data
-section. `frame_header` decides where the data section begins, `_trusted` establishes everything
+section. `frame_header` decides where the data section begins, `_validate` establishes everything
 else; whoever holds a `Header` need not check again that names are unique, that dtype, shape and
 offsets agree, and that the tensors cover the data section without hole or overlap.
 
@@ -13,14 +13,14 @@ whose non-zero dimensions overflow, rank, names and counts beyond the constants 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from xxhash import xxh3_128
 
 from moe_surgery.checkpoint.dtypes import tensor_nbytes
-from moe_surgery.checkpoint.files import pread_exact, printable_path
+from moe_surgery.checkpoint.files import printable_path
+from moe_surgery.checkpoint.source import ByteSource
 from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.checkpoint.text import describe, printable
 from moe_surgery.errors import InvalidInputError
@@ -100,15 +100,14 @@ class Header:
     digest: str
 
 
-def read_header(fd: int, *, file: str) -> Header:
-    """The header of the open file `fd`; `file` names it in errors. The file position stays.
+def read_header(source: ByteSource) -> Header:
+    """The header of the file `source`.
 
     Raises InvalidInputError for a file that breaks the format, OutputError if it cannot be read.
     """
-    size = os.fstat(fd).st_size
-    prefix = pread_exact(fd, min(size, _HINT_BYTES), 0, file)
-    data_start = frame_header(prefix, size, file=file)
-    return parse_header(pread_exact(fd, data_start, 0, file), size, file=file)
+    size, file = source.size, source.where
+    data_start = frame_header(source.read(0, min(size, _HINT_BYTES)), size, file=file)
+    return parse_header(source.read(0, data_start), size, file=file)
 
 
 def parse_header(raw: bytes, file_size: int, *, file: str) -> Header:
@@ -121,7 +120,7 @@ def parse_header(raw: bytes, file_size: int, *, file: str) -> Header:
     if len(raw) != data_start:
         raise InvalidInputError(f"{where}: got {len(raw)} bytes of header, expected {data_start}")
     root = parse_json(raw[_LENGTH_BYTES:], where=f"{where}: header")
-    tensors, metadata = _trusted(root, file_size - data_start, where)
+    tensors, metadata = _validate(root, file_size - data_start, where)
     return Header(tensors, metadata, data_start, file_size, xxh3_128(raw).hexdigest())
 
 
@@ -210,7 +209,7 @@ def _encoded(text: str) -> bytes:
         raise InvalidInputError("header to be written: lone surrogate in a name or in metadata") from None
 
 
-def _trusted(root: object, data_size: int, where: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def _validate(root: object, data_size: int, where: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Every rule of the header beyond its frame and its JSON, in one place."""
     if not isinstance(root, dict):
         raise InvalidInputError(f"{where}: header must be a JSON object, got {describe(root)}")

@@ -23,7 +23,7 @@ from moe_surgery.checkpoint.files import printable_path
 from moe_surgery.checkpoint.writer import output_failure
 from moe_surgery.errors import OutputError
 
-__all__ = ["Staging", "exclusive", "stale_partials"]
+__all__ = ["Staging", "output_lock", "stale_partials"]
 
 _JOURNAL = ".journal"
 
@@ -185,7 +185,7 @@ class Staging:
 
 
 @contextmanager
-def exclusive(out: Path) -> Iterator[None]:
+def output_lock(out: Path) -> Iterator[None]:
     """Hold the lock on the output `out`, a file, while the block runs; OutputError where another run does."""
     path = out.with_name(f".{out.name}.lock")
     lock = _locked(path, out)

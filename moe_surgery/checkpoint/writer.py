@@ -12,6 +12,7 @@ import xxhash
 
 from moe_surgery.checkpoint.fileops import UNSUPPORTED, FileOps
 from moe_surgery.checkpoint.files import open_regular, printable_path
+from moe_surgery.checkpoint.source import ByteSource
 from moe_surgery.errors import DiskFullError, OutputError
 
 __all__ = ["OutputFile", "copy_file", "output_failure", "remove_leftover", "write_file"]
@@ -68,10 +69,13 @@ class OutputFile:
             named = self._temporary if error.errno == errno.EEXIST else path
             raise output_failure(error, named, "create") from error
 
-    def clone(self, source: int, source_offset: int, nbytes: int, offset: int) -> bool:
+    def clone(self, source: ByteSource, source_offset: int, nbytes: int, offset: int) -> bool:
         """Share extents of the file `source` instead of writing; False where that cannot be."""
+        fd = source.fileno()
+        if fd is None:
+            return False
         try:
-            self._ops.clone_range(source, source_offset, nbytes, self._fd, offset)
+            self._ops.clone_range(fd, source_offset, nbytes, self._fd, offset)
         except OSError as error:
             if error.errno in UNSUPPORTED:
                 return False

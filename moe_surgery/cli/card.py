@@ -45,7 +45,7 @@ def command(
     from moe_surgery.card.card import make_card
     from moe_surgery.card.write import write_card
     from moe_surgery.checkpoint.fileops import FileOps
-    from moe_surgery.checkpoint.locate import locate
+    from moe_surgery.checkpoint.resolve import resolve
     from moe_surgery.checkpoint.writer import write_file
     from moe_surgery.quality.evaluation import load_evaluation
 
@@ -55,7 +55,7 @@ def command(
     if overwrite and not write:
         raise UsageError("--overwrite goes with --write")
     check_new_output(output, [evaluation])
-    if output is not None and output.parent.exists() and output.parent.samefile(locate(out)):
+    if output is not None and output.parent.exists() and output.parent.samefile(resolve(out)):
         raise UsageError(
             f"-o {output}: is in the checkpoint; --write changes its README.md and manifest together"
         )

@@ -76,7 +76,7 @@ def command(
         advance: list[Advance] = []
 
         def on_start(program: GgufProgram) -> None:
-            terminal.detail(f"reading {size(program.reads)}, a tokenizer of {program.tokens} tokens")
+            terminal.detail(f"reading {size(program.bytes_read)}, a tokenizer of {program.tokens} tokens")
             if not dry_run:
                 advance.append(stack.enter_context(terminal.progress("exporting", program.nbytes)))
 

@@ -272,7 +272,7 @@ class _Output(click.Path):
     """A path to write; what reads as a source (example:tiny, owner/model@revision) is refused."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        from moe_surgery.checkpoint.locate import check_is_path
+        from moe_surgery.checkpoint.resolve import check_is_path
 
         try:
             check_is_path(value)

@@ -37,7 +37,7 @@ class _Amount:
     coverage_over: str
     target_size: int | None
     target_params: int | None
-    storage: str
+    expert_format: str
 
 
 @click.command("plan")
@@ -257,7 +257,7 @@ def _count(
     from moe_surgery.pipeline import inspect
 
     found = inspect(_needed(checkpoint, said[0]))
-    stored = found.expert_format if amount.storage == "keep" else format_named(amount.storage)
+    stored = found.expert_format if amount.expert_format == "keep" else format_named(amount.expert_format)
     best = found.largest(amount.target_size, amount.target_params, stored)
     if amount.target_size is not None:
         return best, {"target_size": amount.target_size, "expert_storage": stored.name}

@@ -109,7 +109,7 @@ def command(
         advance: list[Advance] = []
 
         def on_start(program: Program) -> None:
-            terminal.detail(f"reading {size(program.reads)} from {len(program.sources)} shards")
+            terminal.detail(f"reading {size(program.bytes_read)} from {len(program.sources)} shards")
             if not dry_run:
                 terminal.after_interrupt = "; the same command goes on where it stopped"
                 advance.append(stack.enter_context(terminal.progress("pruning", program.nbytes)))
@@ -195,8 +195,8 @@ def _as_dict(result: PruneResult, seconds: float) -> dict[str, object]:
 
 def _print_program(terminal: Terminal, result: PruneResult) -> None:
     program = result.program
-    rows = [[s.name, str(len(s.tensors)), size(s.reads), size(s.nbytes)] for s in program.shards]
-    rows.append(["total", "", size(program.reads), size(program.nbytes)])
+    rows = [[s.name, str(len(s.tensors)), size(s.bytes_read), size(s.nbytes)] for s in program.shards]
+    rows.append(["total", "", size(program.bytes_read), size(program.nbytes)])
     terminal.table(f"would write {result.out}", ["shard", "tensors", "read", "written"], rows)
     terminal.result("beside them: " + ", ".join([*program.texts, *program.copies, "surgery.json"]))
 

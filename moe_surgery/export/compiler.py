@@ -8,6 +8,7 @@ from pathlib import Path
 
 from moe_surgery.checkpoint.checkpoint import Checkpoint, TensorRef
 from moe_surgery.checkpoint.hub import snapshot_of
+from moe_surgery.engine.spans import Copy, Span, coalesce
 from moe_surgery.errors import PlanMismatchError, UsageError
 from moe_surgery.export.ggml import BLOCK_VALUES
 from moe_surgery.export.gguf import Metadata, TensorEntry, TensorType, header, padding
@@ -28,8 +29,6 @@ from moe_surgery.families.model import Model, ModelTensor
 from moe_surgery.formats.expert_format import MXFP4, ExpertFormat
 from moe_surgery.runtime.config import ModelConfig
 from moe_surgery.selection.plan import Plan
-from moe_surgery.surgery.compiler import joined
-from moe_surgery.surgery.program import Copy, Span
 
 __all__ = ["DTYPES", "compile_gguf", "default_name"]
 
@@ -140,7 +139,7 @@ def _tensor(
     else:
         shape = (slowest, *dims[:-1], dims[-1] // step) if dims else (slowest,)
         refs = [tensor.stored] if kept is None else [tensor.stored.rows(e, 1) for e in kept]
-        spans = list(joined(map(_span, refs)))
+        spans = list(coalesce(map(_span, refs)))
         dtype = tensor.stored.dtype
         if len(shape) == 1 or tensor.role in _FLOAT32:
             kind = TensorType.F32

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moe_surgery.engine.spans import Copy, Span
 from moe_surgery.export.ggml import BLOCK_BYTES, BLOCK_VALUES
 from moe_surgery.export.gguf import TensorEntry
 from moe_surgery.formats.expert_format import ExpertFormat
-from moe_surgery.surgery.program import Copy, Span
 
 __all__ = ["GgufPart", "GgufProgram", "GgufTensor", "Pack", "Pad", "Quantise", "Transpose", "Widen"]
 
@@ -17,7 +17,7 @@ class Pad:
     """Zeros up to the next aligned position."""
 
     nbytes: int
-    reads = 0
+    bytes_read = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Widen:
         return self.span.nbytes // (4 if self.dtype == "F32" else 2) // self.step * 4
 
     @property
-    def reads(self) -> int:
+    def bytes_read(self) -> int:
         return self.span.nbytes
 
 
@@ -58,7 +58,7 @@ class Pack:
         return self.rows // self.step * self.row_bytes
 
     @property
-    def reads(self) -> int:
+    def bytes_read(self) -> int:
         return self.blocks.nbytes + self.scales.nbytes
 
 
@@ -82,7 +82,7 @@ class Transpose:
         return self.rows // self.step * self.row_bytes
 
     @property
-    def reads(self) -> int:
+    def bytes_read(self) -> int:
         return self.values.nbytes
 
 
@@ -107,7 +107,7 @@ class Quantise:
         return self.rows // self.step * self.row_bytes
 
     @property
-    def reads(self) -> int:
+    def bytes_read(self) -> int:
         return self.values.nbytes
 
 
@@ -148,9 +148,9 @@ class GgufProgram:
         return len(self.header) + sum(t.nbytes for t in self.tensors)
 
     @property
-    def reads(self) -> int:
+    def bytes_read(self) -> int:
         """Bytes read from the source shards; those of weights that are split in two count twice."""
-        return sum(p.reads for t in self.tensors for p in t.parts)
+        return sum(p.bytes_read for t in self.tensors for p in t.parts)
 
     def bytes_by_type(self) -> dict[str, int]:
         """Bytes of tensors by their type in the file, without padding."""
@@ -169,7 +169,7 @@ class GgufProgram:
             "parameters": self.parameters,
             "expert_storage": self.expert_format.name,
             "tensors": len(self.tensors),
-            "bytes_read": self.reads,
+            "bytes_read": self.bytes_read,
             "bytes_written": self.nbytes,
             "bytes_by_type": self.bytes_by_type(),
             "pre_tokenizer": self.pre_tokenizer,

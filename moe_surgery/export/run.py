@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.checkpoint.fileops import FileOps
-from moe_surgery.checkpoint.files import printable_path
-from moe_surgery.checkpoint.staging import exclusive
-from moe_surgery.checkpoint.writer import OutputFile, output_failure, remove_leftover
-from moe_surgery.errors import DiskFullError, OutputError
-from moe_surgery.export.producer import GgufProducer
+from moe_surgery.checkpoint.staging import output_lock
+from moe_surgery.checkpoint.writer import OutputFile, remove_leftover
+from moe_surgery.engine.chunks import Chunk
+from moe_surgery.engine.output import Progress, check_space, publish, write_layout
+from moe_surgery.engine.producer import Producer
+from moe_surgery.export.conversions import GgufConversions
 from moe_surgery.export.program import GgufProgram
 from moe_surgery.formats.encode_report import EncodeReport
-from moe_surgery.surgery.chunks import AnyPart, Chunk, chunks_over
-from moe_surgery.surgery.stream import stream
 
 __all__ = ["write_gguf"]
-
-Progress = Callable[[int], None]
 
 
 def write_gguf(
@@ -41,48 +37,22 @@ def write_gguf(
     meanwhile; OutputError, InvalidInputError for files that cannot be written or read.
     """
     ops = ops or FileOps()
-    with exclusive(out):
+    with output_lock(out):
         remove_leftover(OutputFile.temporary(out), ops)
         if not ignore_free_space:
-            _check_space(program, out, ops)
+            check_space(program.nbytes, out, out.parent, ops)
         file = OutputFile(out, ops)
         try:
-            producer = GgufProducer(program, checkpoint.shards)
+            producer = Producer(program, checkpoint.shards, GgufConversions(checkpoint.shards))
 
-            def take(chunk: Chunk, _: memoryview) -> None:
+            def consume(chunk: Chunk, _: memoryview) -> None:
                 if progress:
                     progress(chunk.nbytes)
 
-            def finish(chunk: Chunk, buffer: memoryview) -> None:
-                file.write(buffer, chunk.offset)
-
-            stream(chunks_over(_parts(program)), producer.fill, take, finish)
+            write_layout(program, producer.fill, file, consume)
             checkpoint.check_unchanged()
-            file.publish(replace=overwrite)
         except BaseException:
             file.discard()
             raise
-        try:
-            ops.fsync_dir(out.parent)
-        except OSError as error:
-            raise output_failure(error, out.parent, "flush") from error
+        publish(file, ops, replace=overwrite)
     return producer.report()
-
-
-def _parts(program: GgufProgram) -> Iterator[tuple[int, AnyPart | None, int]]:
-    yield -1, None, len(program.header)
-    for number, tensor in enumerate(program.tensors):
-        for part in tensor.parts:
-            yield number, part, part.nbytes
-
-
-def _check_space(program: GgufProgram, out: Path, ops: FileOps) -> None:
-    try:
-        free = ops.free_bytes(out.parent)
-    except OSError as error:
-        raise OutputError(f"{printable_path(out.parent)}: {error.strerror}") from error
-    if program.nbytes > free:
-        raise DiskFullError(
-            f"{printable_path(out)}: needs {program.nbytes:,} bytes but its file system has {free:,} free; "
-            "free some space, keep fewer experts, or pass --ignore-free-space"
-        )

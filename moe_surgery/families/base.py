@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
-__all__ = ["ConfigKey", "Family", "Layout", "Role", "Slice", "Tensor"]
+__all__ = ["ConfigKey", "Family", "Layout", "Role", "StoredAs", "Tensor"]
 
 
 class Role(Enum):
@@ -57,7 +57,7 @@ class Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Slice:
+class StoredAs:
     """Where a layout keeps a tensor: under `name`, whole, or rows [start, start + own rows) of it.
 
     `start` and `rows` are dimension expressions; `rows` is the row count of the fused tensor.
@@ -84,7 +84,7 @@ class ConfigKey:
 class Layout:
     """How one way of storing a family names its tensors.
 
-    `names` maps an output name to its `Slice`; names not in it are the same. `blocks` and `scales`
+    `names` maps an output name to its `StoredAs`; names not in it are the same. `blocks` and `scales`
     are the two suffixes of an MXFP4 tensor. `side_files_dropped` are files that only make sense in
     this layout; `parent_side_files` are taken from the folder above when that holds the tokenizer.
     `hub_config` makes a config.json of the hub's layout from this layout's. `reader` is the program
@@ -94,7 +94,7 @@ class Layout:
 
     name: str
     reader: str
-    names: Mapping[str, Slice] = field(default_factory=dict)
+    names: Mapping[str, StoredAs] = field(default_factory=dict)
     blocks: str = "_blocks"
     scales: str = "_scales"
     side_files_dropped: frozenset[str] = frozenset()
@@ -102,8 +102,8 @@ class Layout:
     hub_config: Callable[[Mapping[str, object]], dict[str, object]] | None = None
     dimensions: Mapping[str, ConfigKey] = field(default_factory=dict)
 
-    def find(self, name: str) -> Slice:
-        return self.names.get(name, Slice(name))
+    def find(self, name: str) -> StoredAs:
+        return self.names.get(name, StoredAs(name))
 
 
 @dataclass(frozen=True, slots=True)

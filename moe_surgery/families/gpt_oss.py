@@ -13,7 +13,7 @@ from moe_surgery.families.base import (
     Family,
     Layout,
     Role,
-    Slice,
+    StoredAs,
     Tensor,
 )
 
@@ -52,22 +52,22 @@ TENSORS: Final = (
 _BLOCK: Final = "block.{layer}."
 _QKV_ROWS: Final = "heads*head_dim+2*kv_heads*head_dim"
 _ORIGINAL_NAMES: Final = {
-    "model.embed_tokens.weight": Slice("embedding.weight"),
-    "model.norm.weight": Slice("norm.scale"),
-    "lm_head.weight": Slice("unembedding.weight"),
-    "model.layers.{layer}.input_layernorm.weight": Slice(_BLOCK + "attn.norm.scale"),
-    "model.layers.{layer}.post_attention_layernorm.weight": Slice(_BLOCK + "mlp.norm.scale"),
-    _ATTENTION + "sinks": Slice(_BLOCK + "attn.sinks"),
-    _ATTENTION + "o_proj.weight": Slice(_BLOCK + "attn.out.weight"),
-    _ATTENTION + "o_proj.bias": Slice(_BLOCK + "attn.out.bias"),
-    _MLP + "router.weight": Slice(_BLOCK + "mlp.gate.weight"),
-    _MLP + "router.bias": Slice(_BLOCK + "mlp.gate.bias"),
-    _MLP + "experts.gate_up_proj": Slice(_BLOCK + "mlp.mlp1_weight"),
-    _MLP + "experts.gate_up_proj_bias": Slice(_BLOCK + "mlp.mlp1_bias"),
-    _MLP + "experts.down_proj": Slice(_BLOCK + "mlp.mlp2_weight"),
-    _MLP + "experts.down_proj_bias": Slice(_BLOCK + "mlp.mlp2_bias"),
+    "model.embed_tokens.weight": StoredAs("embedding.weight"),
+    "model.norm.weight": StoredAs("norm.scale"),
+    "lm_head.weight": StoredAs("unembedding.weight"),
+    "model.layers.{layer}.input_layernorm.weight": StoredAs(_BLOCK + "attn.norm.scale"),
+    "model.layers.{layer}.post_attention_layernorm.weight": StoredAs(_BLOCK + "mlp.norm.scale"),
+    _ATTENTION + "sinks": StoredAs(_BLOCK + "attn.sinks"),
+    _ATTENTION + "o_proj.weight": StoredAs(_BLOCK + "attn.out.weight"),
+    _ATTENTION + "o_proj.bias": StoredAs(_BLOCK + "attn.out.bias"),
+    _MLP + "router.weight": StoredAs(_BLOCK + "mlp.gate.weight"),
+    _MLP + "router.bias": StoredAs(_BLOCK + "mlp.gate.bias"),
+    _MLP + "experts.gate_up_proj": StoredAs(_BLOCK + "mlp.mlp1_weight"),
+    _MLP + "experts.gate_up_proj_bias": StoredAs(_BLOCK + "mlp.mlp1_bias"),
+    _MLP + "experts.down_proj": StoredAs(_BLOCK + "mlp.mlp2_weight"),
+    _MLP + "experts.down_proj_bias": StoredAs(_BLOCK + "mlp.mlp2_bias"),
 } | {
-    f"{_ATTENTION}{part}_proj.{leaf}": Slice(_BLOCK + f"attn.qkv.{leaf}", start, _QKV_ROWS)
+    f"{_ATTENTION}{part}_proj.{leaf}": StoredAs(_BLOCK + f"attn.qkv.{leaf}", start, _QKV_ROWS)
     for leaf in ("weight", "bias")
     for part, start in (
         ("q", "0"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import xxhash
 
 from moe_surgery.checkpoint.checkpoint import Checkpoint
-from moe_surgery.checkpoint.files import pread_exact
 from moe_surgery.families.base import Role
 from moe_surgery.families.model import Model
 
@@ -24,6 +23,5 @@ def identity(checkpoint: Checkpoint, model: Model) -> str:
     for tensor in sorted(model.tensors, key=lambda t: t.name):
         if tensor.role is Role.ROUTER:
             ref = tensor.stored
-            shard = checkpoint.shards[ref.shard]
-            digest.update(pread_exact(shard.fd, ref.nbytes, ref.offset, str(checkpoint.path / ref.shard)))
+            digest.update(checkpoint.shards[ref.shard].source.read(ref.offset, ref.nbytes))
     return digest.hexdigest()

@@ -12,7 +12,7 @@ from moe_surgery.checkpoint.files import printable_path
 from moe_surgery.checkpoint.text import describe as described
 from moe_surgery.checkpoint.text import printable
 from moe_surgery.errors import InvalidInputError
-from moe_surgery.families.base import Family, Layout, Role, Slice, Tensor
+from moe_surgery.families.base import Family, Layout, Role, StoredAs, Tensor
 from moe_surgery.formats.expert_format import FORMATS, MXFP4, ExpertFormat, format_of_dtype
 
 __all__ = ["Model", "ModelTensor", "describe"]
@@ -285,7 +285,7 @@ def _locate(
 
 
 def _find_plain(
-    checkpoint: Checkpoint, where: Slice, shape: tuple[int, ...], dimensions: Mapping[str, int]
+    checkpoint: Checkpoint, where: StoredAs, shape: tuple[int, ...], dimensions: Mapping[str, int]
 ) -> TensorRef:
     ref = _get(checkpoint, where.name)
     whole = shape if not where.rows else (_evaluate(where.rows, dimensions), *shape[1:])

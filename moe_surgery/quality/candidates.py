@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moe_surgery.checkpoint.files import printable_path, read_small_file
-from moe_surgery.checkpoint.locate import locate
+from moe_surgery.checkpoint.resolve import resolve
 from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.errors import InvalidInputError, PlanMismatchError
 from moe_surgery.kernels.weights import Layer
@@ -53,7 +53,7 @@ def pruned_candidate(path: str, other: Model, full: Model) -> Candidate:
             f"{path}: has {a.layers} layers, hidden size {a.hidden}, vocabulary {a.vocabulary}; "
             f"the full model has {b.layers}, {b.hidden}, {b.vocabulary}"
         )
-    kept, provenance = _origin(locate(path), a.layers, b.experts)
+    kept, provenance = _origin(resolve(path), a.layers, b.experts)
     if kept is not None and any(len(row) != a.experts for row in kept):
         raise InvalidInputError(
             f"{path}: its manifest or {MAPPING_NAME} does not name the {a.experts} experts it has"

@@ -22,31 +22,39 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 
 class MappedShards:
-    """Read-only mappings of a checkpoint's shards; they live as long as any tensor over them."""
+    """Read-only mappings of a checkpoint's shards; they live as long as any tensor over them.
+
+    Tensors of a source that has no mapping are read, while the checkpoint is open.
+    """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self._maps = {
-            name: mmap.mmap(shard.fd, 0, prot=mmap.PROT_READ) for name, shard in checkpoint.shards.items()
-        }
+        self._sources = {name: shard.source for name, shard in checkpoint.shards.items()}
+        self._maps = {name: source.map() for name, source in self._sources.items()}
 
     def tensor(self, ref: TensorRef) -> Tensor:
-        """The tensor at `ref` as a view of the mapping (a copy only if its bytes lie unaligned).
+        """The tensor at `ref` as a view of the mapping (a copy if its bytes lie unaligned, or there is none).
 
         It must not be written to: the pages are read-only.
         """
         dtype = DTYPES[ref.dtype]
+        mapped = self._maps[ref.shard]
+        if mapped is None:
+            raw = bytearray(ref.nbytes)
+            self._sources[ref.shard].read_into(ref.offset, memoryview(raw))
+            return torch.frombuffer(raw, dtype=dtype).view(ref.shape)
         if ref.offset % dtype.itemsize:
-            raw = bytearray(self._maps[ref.shard][ref.offset : ref.offset + ref.nbytes])
+            raw = bytearray(mapped[ref.offset : ref.offset + ref.nbytes])
             return torch.frombuffer(raw, dtype=dtype).view(ref.shape)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             flat = torch.frombuffer(
-                self._maps[ref.shard], dtype=dtype, offset=ref.offset, count=ref.nbytes // dtype.itemsize
+                mapped, dtype=dtype, offset=ref.offset, count=ref.nbytes // dtype.itemsize
             )
         return flat.view(ref.shape)
 
     def release(self, ref: TensorRef) -> None:
         """Let go of the pages of `ref` after it was copied to a device."""
-        if hasattr(mmap, "MADV_DONTNEED"):
+        mapped = self._maps[ref.shard]
+        if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
             start = ref.offset - ref.offset % mmap.PAGESIZE
-            self._maps[ref.shard].madvise(mmap.MADV_DONTNEED, start, ref.offset + ref.nbytes - start)
+            mapped.madvise(mmap.MADV_DONTNEED, start, ref.offset + ref.nbytes - start)

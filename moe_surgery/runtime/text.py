@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_surgery.checkpoint.files import printable_path, read_small_file
-from moe_surgery.checkpoint.locate import locate
+from moe_surgery.checkpoint.resolve import resolve
 from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.errors import InvalidInputError, OutputError, UsageError
 from moe_surgery.runtime.config import token_ids
@@ -39,7 +39,7 @@ class Text:
             from tokenizers import Tokenizer
         except ImportError:
             raise UsageError("text needs the tokenizers package: pip install 'moe-surgery[torch]'") from None
-        place = locate(path)
+        place = resolve(path)
         self._folder = place if place.is_dir() else place.parent
         file = self._folder / "tokenizer.json"
         if not file.is_file():

@@ -10,6 +10,7 @@ from moe_surgery.checkpoint.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoin
 from moe_surgery.checkpoint.dtypes import DTYPE_BITS
 from moe_surgery.checkpoint.header import build_header
 from moe_surgery.checkpoint.index import build_index
+from moe_surgery.engine.spans import Copy, Span, coalesce
 from moe_surgery.errors import PlanMismatchError, UsageError
 from moe_surgery.families.base import Role
 from moe_surgery.families.model import Model, ModelTensor
@@ -19,14 +20,12 @@ from moe_surgery.surgery.config import output_config
 from moe_surgery.surgery.names import MANIFEST_NAME, MAPPING_NAME, README_NAME, SOURCE_README_NAME
 from moe_surgery.surgery.program import (
     Cast,
-    Copy,
     Decode,
     Encode,
     OutputShard,
     OutputTensor,
     Program,
     SourceFile,
-    Span,
 )
 
 __all__ = ["compile_program"]
@@ -82,9 +81,7 @@ def compile_program(
     if len(shards) > 1:
         weight_map = {t.name: s.name for s in shards for t in s.tensors}
         texts[INDEX_NAME] = build_index(weight_map, sum(t.nbytes for s in shards for t in s.tensors))
-    sources = tuple(
-        SourceFile(n, s.identity.size, s.header.digest) for n, s in sorted(checkpoint.shards.items())
-    )
+    sources = tuple(SourceFile(n, s.nbytes, s.header.digest) for n, s in sorted(checkpoint.shards.items()))
     return Program(
         plan,
         target,
@@ -149,11 +146,11 @@ def _converted(
         for is_scales in (False, True):
             yield tuple(Encode(v, rows, columns, is_scales, stored.name, source) for v in values)
     else:
-        yield tuple(Cast(v, source, target, stored.name) for v in joined(iter(values)))
+        yield tuple(Cast(v, source, target, stored.name) for v in coalesce(values))
 
 
 def _gathered(name: str, ref: TensorRef, kept: Sequence[int]) -> OutputTensor:
-    spans = joined(_slice(ref, e) for e in kept)
+    spans = coalesce(_slice(ref, e) for e in kept)
     return OutputTensor(name, ref.dtype, (len(kept), *ref.shape[1:]), tuple(map(Copy, spans)))
 
 
@@ -163,20 +160,6 @@ def _whole(ref: TensorRef) -> Span:
 
 def _slice(ref: TensorRef, expert: int) -> Span:
     return _whole(ref.rows(expert, 1))
-
-
-def joined(spans: Iterator[Span]) -> Iterator[Span]:
-    """The same bytes in the same order, neighbours in one shard made one span."""
-    last: Span | None = None
-    for span in spans:
-        if last is not None and (last.shard, last.offset + last.nbytes) == (span.shard, span.offset):
-            last = Span(last.shard, last.offset, last.nbytes + span.nbytes)
-            continue
-        if last is not None:
-            yield last
-        last = span
-    if last is not None:
-        yield last
 
 
 def _paired(tensors: Iterator[OutputTensor]) -> Iterator[Group]:

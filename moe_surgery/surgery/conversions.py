@@ -1,22 +1,23 @@
-"""Expert weights from one format to another: packed ones through mapped windows of the source."""
+"""Expert weights from one format to another: packed ones through mapped regions of the source."""
 
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from moe_surgery.checkpoint.shard import Shard
+from moe_surgery.engine.chunks import PartSlice
+from moe_surgery.engine.mapped_regions import MappedRegions
 from moe_surgery.errors import InvalidInputError
 from moe_surgery.formats import convert, mxfp4
 from moe_surgery.formats.encode_report import EncodeReport
 from moe_surgery.formats.expert_format import BF16, ExpertFormat
-from moe_surgery.surgery.chunks import Piece
-from moe_surgery.surgery.program import Cast, Decode, Encode, Span
-from moe_surgery.surgery.windows import Windows
+from moe_surgery.surgery.encoded_scales import EncodedScales
+from moe_surgery.surgery.program import Cast, Decode, Encode
 
 __all__ = ["Conversions"]
 
@@ -24,23 +25,21 @@ GROUP = mxfp4.BLOCK_VALUES
 
 
 class Conversions:
-    """The converted parts of one output shard. `fill` may run in several threads."""
+    """The converted parts of one output shard. `fill` may run in several threads, in any order."""
 
     def __init__(self, sources: Mapping[str, Shard]) -> None:
         self._shards = sources
-        self._lock = threading.Condition()
-        self._windows = Windows(sources)
-        self._scales: dict[Span, npt.NDArray[np.uint8]] = {}
-        self._missing: Counter[Span] = Counter()
-        self._untaken: Counter[Span] = Counter()
-        self._failed = False
+        self._lock = threading.Lock()
+        self._regions = MappedRegions(sources)
+        self._scales = EncodedScales()
         self._reports: list[EncodeReport] = []
 
     def report(self) -> EncodeReport:
         """What conversion to MXFP4 lost."""
-        return EncodeReport.total(self._reports)
+        with self._lock:
+            return EncodeReport.total(self._reports)
 
-    def fill(self, piece: Piece, target: memoryview) -> None:
+    def fill(self, piece: PartSlice, target: memoryview) -> None:
         """Write the bytes of a piece of a Decode, Cast or Encode part to `target`."""
         out = np.frombuffer(target, np.uint8)
         if isinstance(piece.part, Decode):
@@ -48,20 +47,15 @@ class Conversions:
         elif isinstance(piece.part, Cast):
             self._cast(piece.part, piece.start, out)
         elif isinstance(piece.part, Encode) and piece.part.scales:
-            self._take_scales(piece.part, piece.start, out)
+            part = piece.part
+            self._scales.take(part, piece.start, out, partial(self._encode_scales, part))
         elif isinstance(piece.part, Encode):
             self._encode(piece.part, piece.start, out)
-
-    def fail(self) -> None:
-        """Some part could not be made: whoever waits for scales that will not come must not wait for ever."""
-        with self._lock:
-            self._failed = True
-            self._lock.notify_all()
 
     def _decode(self, part: Decode, start: int, out: npt.NDArray[np.uint8]) -> None:
         """Bytes [start, start + len(out)) of the transposed expert, strip by strip of 32 columns."""
         strip = part.target.nbytes(GROUP * part.rows)
-        with self._windows.open(part.blocks) as raw, self._windows.open(part.scales) as raw_scales:
+        with self._regions.open(part.blocks) as raw, self._regions.open(part.scales) as raw_scales:
             groups = part.columns // GROUP
             blocks = raw.reshape(part.rows, groups, mxfp4.BLOCK_BYTES)
             scales = raw_scales.reshape(part.rows, groups)
@@ -80,7 +74,7 @@ class Conversions:
         shard = self._shards[part.values.shard]
         for first, last, skip, target in _strips(start, out, part.target.block_bytes):
             raw = np.empty((last - first) * width, np.uint8)
-            shard.read_into(raw.data, part.values.offset + first * width)
+            shard.read_into(part.values.offset + first * width, raw.data)
             values = self._in_format(convert.words_of(raw, part.source), part.source, part)
             begin = skip or 0
             target[:] = values.view(np.uint8)[begin : begin + len(target)]
@@ -91,17 +85,18 @@ class Conversions:
         except InvalidInputError as error:
             span = part.values if isinstance(part, Cast) else part.blocks
             raise InvalidInputError(
-                f"{self._shards[span.shard].path}: tensor {part.tensor!r}: {error}; choose another --dtype"
+                f"{self._shards[span.shard].where}: tensor {part.tensor!r}: {error}; choose another --dtype"
             ) from None
 
     def _encode(self, part: Encode, start: int, out: npt.NDArray[np.uint8]) -> None:
-        """Bytes [start, start + len(out)) of the blocks, row by row; the rows' scales are put by.
+        """Bytes [start, start + len(out)) of the blocks, row by row; the rows' scales are kept.
 
         A row cut by the border of two chunks is converted in both, and counted where it begins.
         """
         groups = part.columns // GROUP
         row = groups * mxfp4.BLOCK_BYTES
-        with self._windows.open(part.values) as raw:
+        begins = -(-start // row), -(-(start + len(out)) // row)  # the rows that begin here
+        with self._scales.claim(part, *begins), self._regions.open(part.values) as raw:
             values = convert.words_of(raw, part.source).reshape(part.columns, part.rows)
             for first, last, skip, target in _strips(start, out, row):
                 shape = (last - first, groups, mxfp4.BLOCK_BYTES)
@@ -111,7 +106,19 @@ class Conversions:
                 if skip is not None:
                     target[:] = blocks.reshape(-1)[skip : skip + len(target)]
                 if not skip:
-                    self._put_scales(part, first, scales, report)
+                    self._scales.put(part, first, scales)
+                    with self._lock:
+                        self._reports.append(report)
+
+    def _encode_scales(self, part: Encode, first: int, last: int) -> None:
+        """Find the scales of rows [first, last). The loss is counted where the blocks are made."""
+        groups = part.columns // GROUP
+        with self._scales.claim(part, first, last), self._regions.open(part.values) as raw:
+            values = convert.words_of(raw, part.source).reshape(part.columns, part.rows)
+            blocks = np.empty((last - first, groups, mxfp4.BLOCK_BYTES), np.uint8)
+            scales = np.empty((last - first, groups), np.uint8)
+            self._converted(part, values[:, first:last], blocks, scales, first)
+            self._scales.put(part, first, scales)
 
     def _converted(
         self,
@@ -124,37 +131,10 @@ class Conversions:
         try:
             return convert.encode_transposed(values, part.source, blocks, scales)
         except InvalidInputError as error:
-            file = self._shards[part.values.shard].path
+            file = self._shards[part.values.shard].where
             raise InvalidInputError(
                 f"{file}: tensor {part.tensor!r}, rows from {first}: {error}; it cannot be stored as MXFP4"
             ) from None
-
-    def _put_scales(
-        self, part: Encode, first: int, scales: npt.NDArray[np.uint8], report: EncodeReport
-    ) -> None:
-        with self._lock:
-            if part.values not in self._scales:
-                self._scales[part.values] = np.empty((part.rows, part.columns // GROUP), np.uint8)
-                self._missing[part.values] = part.rows
-                self._untaken[part.values] = self._scales[part.values].size
-            self._scales[part.values][first : first + len(scales)] = scales
-            self._missing[part.values] -= len(scales)
-            self._reports.append(report)
-            self._lock.notify_all()
-
-    def _take_scales(self, part: Encode, start: int, out: npt.NDArray[np.uint8]) -> None:
-        """Scales of an expert whose blocks are being made by chunks dispatched before this one."""
-        with self._lock:
-            self._lock.wait_for(
-                lambda: self._failed or (part.values in self._scales and not self._missing[part.values])
-            )
-            if self._failed:
-                return
-            out[:] = self._scales[part.values].reshape(-1)[start : start + len(out)]
-            self._untaken[part.values] -= len(out)
-            if not self._untaken[part.values]:
-                for kept in (self._scales, self._missing, self._untaken):
-                    del kept[part.values]
 
 
 def _strips(

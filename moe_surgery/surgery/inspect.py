@@ -151,7 +151,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, model: Model) -> Inspection:
         nbytes=checkpoint.nbytes,
         dtypes=dict(sorted(dtypes.items())),
         parts=_parts(model),
-        shards={name: shard.identity.size for name, shard in sorted(checkpoint.shards.items())},
+        shards={name: shard.nbytes for name, shard in sorted(checkpoint.shards.items())},
         sizes=sizes,
         notes=model.notes,
     )

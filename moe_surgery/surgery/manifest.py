@@ -14,11 +14,12 @@ import xxhash
 from moe_surgery.checkpoint.files import printable_path, read_small_file
 from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.checkpoint.text import describe, printable
+from moe_surgery.engine.run import WrittenFile
 from moe_surgery.errors import InvalidInputError, OutputError, VerificationError
 from moe_surgery.formats.expert_format import ExpertFormat, format_named
 from moe_surgery.selection.plan import Plan, plan_from_dict
 from moe_surgery.surgery.names import MANIFEST_NAME
-from moe_surgery.surgery.program import Program
+from moe_surgery.surgery.program import OutputShard, Program
 from moe_surgery.version import __version__
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "is_ours",
     "load_manifest",
     "manifest_bytes",
+    "shard_record",
     "with_file",
 ]
 
@@ -70,6 +72,15 @@ class Manifest:
     files: Mapping[str, FileRecord]
     tool: str
     origin: Mapping[str, object] = field(default_factory=dict)
+
+
+def shard_record(shard: OutputShard, written: WrittenFile) -> FileRecord:
+    """What the manifest says of a finished shard."""
+    tensors = {
+        t.name: TensorRecord(t.dtype, t.shape, digest)
+        for t, digest in zip(shard.tensors, written.tensors, strict=True)
+    }
+    return FileRecord(shard.nbytes, written.digest, tensors)
 
 
 def manifest_bytes(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.checkpoint.files import printable_path
-from moe_surgery.checkpoint.locate import check_is_path
+from moe_surgery.checkpoint.resolve import check_is_path
 from moe_surgery.errors import OutputError, UsageError
 from moe_surgery.surgery.manifest import is_ours
 from moe_surgery.surgery.names import MANIFEST_NAME
@@ -72,7 +72,8 @@ def _check_writable(folder: Path) -> None:
 
 def _source_folders(checkpoint: Checkpoint) -> set[Path]:
     """The source's folder and, where its files are links (the hub cache), the folders they lead to."""
-    files = [checkpoint.config_path, *(s.path for s in checkpoint.shards.values())]
+    shards = (s.source.path for s in checkpoint.shards.values())
+    files = [checkpoint.config_path, *(path for path in shards if path is not None)]
     return {checkpoint.path.resolve()} | {f.resolve().parent for f in files}
 
 

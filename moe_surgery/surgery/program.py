@@ -14,12 +14,12 @@ from dataclasses import asdict, dataclass, field
 import xxhash
 
 from moe_surgery.checkpoint.header import TensorInfo
+from moe_surgery.engine.spans import Copy, Span
 from moe_surgery.formats.expert_format import ExpertFormat
 from moe_surgery.selection.plan import Plan
 
 __all__ = [
     "Cast",
-    "Copy",
     "Decode",
     "Encode",
     "OutputShard",
@@ -27,32 +27,7 @@ __all__ = [
     "Part",
     "Program",
     "SourceFile",
-    "Span",
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """`nbytes` bytes at file position `offset` of the source shard named `shard`."""
-
-    shard: str
-    offset: int
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """Source bytes as they are."""
-
-    span: Span
-
-    @property
-    def nbytes(self) -> int:
-        return self.span.nbytes
-
-    @property
-    def reads(self) -> int:
-        return self.span.nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +46,7 @@ class Decode:
         return self.target.nbytes(self.rows * self.columns)
 
     @property
-    def reads(self) -> int:
+    def bytes_read(self) -> int:
         return self.blocks.nbytes + self.scales.nbytes
 
 
@@ -89,7 +64,7 @@ class Cast:
         return self.values.nbytes // self.source.block_bytes * self.target.block_bytes
 
     @property
-    def reads(self) -> int:
+    def bytes_read(self) -> int:
         return self.values.nbytes
 
 
@@ -97,7 +72,7 @@ class Cast:
 class Encode:
     """One expert's dense weight [columns, rows] as MXFP4 of [rows, columns]: its blocks or its scales.
 
-    The scales are found while the blocks are made, so their part follows in the same shard.
+    The scales are found while the blocks are made: that is once where both lie in one shard.
     """
 
     values: Span
@@ -112,7 +87,7 @@ class Encode:
         return self.rows * self.columns // 32 * (1 if self.scales else 16)
 
     @property
-    def reads(self) -> int:
+    def bytes_read(self) -> int:
         return 0 if self.scales else self.values.nbytes
 
 
@@ -146,8 +121,8 @@ class OutputShard:
         return len(self.header) + sum(t.nbytes for t in self.tensors)
 
     @property
-    def reads(self) -> int:
-        return sum(p.reads for t in self.tensors for p in t.parts)
+    def bytes_read(self) -> int:
+        return sum(p.bytes_read for t in self.tensors for p in t.parts)
 
     def infos(self) -> dict[str, TensorInfo]:
         """What a reader of the finished file finds in its header."""
@@ -190,9 +165,9 @@ class Program:
         return sum(s.nbytes for s in self.shards)
 
     @property
-    def reads(self) -> int:
+    def bytes_read(self) -> int:
         """Bytes read from the source shards."""
-        return sum(s.reads for s in self.shards)
+        return sum(s.bytes_read for s in self.shards)
 
     def digest(self, salt: str = "") -> str:
         """xxh3_128 over every part of the program and `salt`, as 32 hexadecimal digits."""
@@ -216,13 +191,13 @@ class Program:
             "top_k": self.top_k,
             "parameters": self.parameters,
             "expert_storage": self.expert_format.name,
-            "bytes_read": self.reads,
+            "bytes_read": self.bytes_read,
             "bytes_written": self.nbytes,
             "shards": [
                 {
                     "name": s.name,
                     "tensors": len(s.tensors),
-                    "bytes_read": s.reads,
+                    "bytes_read": s.bytes_read,
                     "bytes_written": s.nbytes,
                 }
                 for s in self.shards

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import astuple, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
@@ -14,22 +13,17 @@ from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.checkpoint.files import printable_path
 from moe_surgery.checkpoint.staging import Staging
-from moe_surgery.checkpoint.writer import OutputFile, copy_file, output_failure, remove_leftover, write_file
-from moe_surgery.errors import DiskFullError, OutputError
+from moe_surgery.checkpoint.writer import copy_file, remove_leftover, write_file
+from moe_surgery.engine.output import Progress, check_space
+from moe_surgery.engine.run import FolderRun
+from moe_surgery.errors import OutputError
 from moe_surgery.formats.encode_report import EncodeReport
-from moe_surgery.surgery.chunks import Chunk, chunks_of
-from moe_surgery.surgery.digest import FileDigest, digest_file
-from moe_surgery.surgery.manifest import FileRecord, manifest_bytes
+from moe_surgery.surgery.manifest import FileRecord, manifest_bytes, shard_record
 from moe_surgery.surgery.names import MANIFEST_NAME
-from moe_surgery.surgery.producer import Producer
-from moe_surgery.surgery.program import Copy, OutputShard, Program, Span
-from moe_surgery.surgery.stream import stream
+from moe_surgery.surgery.producer import producer_of
+from moe_surgery.surgery.program import Program
 
 __all__ = ["Outcome", "run_program"]
-
-CLONE_BLOCK = 4096
-
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +59,7 @@ def run_program(
     meanwhile; OutputError, InvalidInputError for files that cannot be written or read.
     """
     ops = ops or FileOps()
-    salt = repr([s.identity for _, s in sorted(checkpoint.shards.items())])
+    salt = repr([s.stamp for _, s in sorted(checkpoint.shards.items())])
     with Staging(out, program.digest(salt), ops) as staging:
         try:
             job = _Run(program, checkpoint, staging, ops, progress or (lambda _: None))
@@ -83,122 +77,37 @@ class _Run:
         self._checkpoint = checkpoint
         self._staging = staging
         self._ops = ops
-        self._progress = progress
-        self._reflink = True
-        self._shared = 0
-        self._reports: dict[str, EncodeReport] = {}
+        self._shards = FolderRun(staging, checkpoint.shards, ops, progress)
 
     def execute(self, overwrite: bool, ignore_free_space: bool) -> Outcome:
-        finished = self._take_up()
-        resumed = tuple(s.name for s in self._program.shards if s.name in finished)
-        todo = [s for s in self._program.shards if s.name not in finished]
+        shards = self._program.shards
+        finished = self._shards.resume(shards)
+        resumed = [s for s in shards if s.name in finished]
+        todo = [s for s in shards if s.name not in finished]
         if not ignore_free_space:
             self._check_space(sum(s.nbytes for s in todo))
-        with ThreadPoolExecutor(1, "flush") as flusher:
-            flushing: Future[None] | None = None
-            for shard in todo:
-                file, record = self._write_shard(shard)
-                if flushing is not None:
-                    try:
-                        flushing.result()
-                    except BaseException:
-                        file.discard()
-                        raise
-                finished[shard.name] = record
-                flushing = flusher.submit(self._finish_shard, shard.name, file, record)
-            if flushing is not None:
-                flushing.result()
-        conversion = _conversion(self._reports.values())
-        self._write_small_files(finished, conversion)
+        finished |= self._shards.write(todo, producer_of)
+        conversion = _conversion(f.report for f in finished.values())
+        records = {s.name: shard_record(s, finished[s.name]) for s in (*resumed, *todo)}
+        self._write_small_files(records, conversion)
         self._checkpoint.check_unchanged()
         self._staging.publish(overwrite=overwrite)
-        kept = sum(finished[name].size for name in resumed)
-        return Outcome(sum(s.nbytes for s in todo), kept, resumed, self._shared, conversion)
-
-    def _take_up(self) -> dict[str, FileRecord]:
-        """Shards that an earlier run finished and whose bytes still have the recorded digest."""
-        recorded = {str(e["name"]): e for e in self._staging.finished}
-        finished: dict[str, FileRecord] = {}
-        for shard in self._program.shards:
-            path = self._staging.folder / shard.name
-            entry = recorded.get(shard.name)
-            if entry is not None and path.is_file():
-                record = digest_file(path, shard, self._progress, self._ops)
-                if record.size == shard.nbytes and record.xxh3_128 == entry["xxh3_128"]:
-                    finished[shard.name] = record
-                    self._reports[shard.name] = EncodeReport(*entry["conversion"])  # type: ignore[misc]
-                    continue
-            remove_leftover(path, self._ops)
-        return finished
+        return Outcome(
+            sum(s.nbytes for s in todo),
+            sum(s.nbytes for s in resumed),
+            tuple(s.name for s in resumed),
+            self._shards.bytes_shared,
+            conversion,
+        )
 
     def _check_space(self, shard_bytes: int) -> None:
         program = self._program
         try:
             small = sum(map(len, program.texts.values())) + sum(map(os.path.getsize, program.copies.values()))
-            free = self._ops.free_bytes(self._staging.folder)
         except OSError as error:
             where = error.filename or self._staging.folder
             raise OutputError(f"{printable_path(where)}: {error.strerror}") from error
-        needed = shard_bytes + small
-        if needed > free:
-            raise DiskFullError(
-                f"{printable_path(self._staging.out)}: needs {needed:,} bytes but its file system has {free:,} free; "
-                "free some space, keep fewer experts, or pass --ignore-free-space"
-            )
-
-    def _write_shard(self, shard: OutputShard) -> tuple[OutputFile, FileRecord]:
-        producer = Producer(shard, self._checkpoint.shards)
-        digest = FileDigest(shard)
-        file = OutputFile(self._staging.folder / shard.name, self._ops)
-        try:
-            shared = self._share_extents(shard, file)
-
-            def take(chunk: Chunk, buffer: memoryview) -> None:
-                digest.update(chunk, buffer)
-                self._progress(chunk.nbytes)
-
-            def finish(chunk: Chunk, buffer: memoryview) -> None:
-                for begin, end in _gaps(chunk, shared):
-                    file.write(buffer[begin - chunk.offset : end - chunk.offset], begin)
-
-            stream(chunks_of(shard), producer.fill, take, finish)
-        except BaseException:
-            file.discard()
-            raise
-        self._reports[shard.name] = producer.report()
-        return file, digest.record()
-
-    def _share_extents(self, shard: OutputShard, file: OutputFile) -> list[tuple[int, int]]:
-        """Reflink the block-aligned inside of copies whose place in a block is the same."""
-        shared: list[tuple[int, int]] = []
-        for span, offset in _placed_copies(shard) if self._reflink else ():
-            if (span.offset - offset) % CLONE_BLOCK:
-                continue
-            begin = offset + -offset % CLONE_BLOCK
-            end = (offset + span.nbytes) // CLONE_BLOCK * CLONE_BLOCK
-            if begin >= end:
-                continue
-            source = self._checkpoint.shards[span.shard].fd
-            if not file.clone(source, span.offset + begin - offset, end - begin, begin):
-                self._reflink = False
-                break
-            shared.append((begin, end))
-            self._shared += end - begin
-        return shared
-
-    def _finish_shard(self, name: str, file: OutputFile, record: FileRecord) -> None:
-        try:
-            file.publish()
-        except BaseException:
-            file.discard()
-            raise
-        try:
-            self._ops.fsync_dir(self._staging.folder)
-        except OSError as error:
-            raise output_failure(error, self._staging.folder, "flush") from error
-        self._staging.record(
-            {"name": name, "xxh3_128": record.xxh3_128, "conversion": astuple(self._reports[name])}
-        )
+        check_space(shard_bytes + small, self._staging.out, self._staging.folder, self._ops)
 
     def _write_small_files(
         self, shards: Mapping[str, FileRecord], conversion: Mapping[str, object] | None
@@ -232,36 +141,3 @@ def _conversion(reports: Iterable[EncodeReport]) -> dict[str, object] | None:
         "inexact_blocks": total.inexact_blocks,
         "relative_error": float(f"{total.relative_error:.6g}"),
     }
-
-
-def _placed_copies(shard: OutputShard) -> Iterator[tuple[Span, int]]:
-    """Every copy of the shard with its file offset, neighbours in both files joined."""
-    offset = len(shard.header)
-    run: Span | None = None
-    start = 0
-    for part in (p for t in shard.tensors for p in t.parts):
-        span = part.span if isinstance(part, Copy) else None
-        if run and span and (run.shard, run.offset + run.nbytes) == (span.shard, span.offset):
-            run = Span(run.shard, run.offset, run.nbytes + span.nbytes)
-        else:
-            if run:
-                yield run, start
-            run, start = span, offset
-        offset += part.nbytes
-    if run:
-        yield run, start
-
-
-def _gaps(chunk: Chunk, shared: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """The parts of the chunk's file range that `shared`, sorted and disjoint, does not cover."""
-    position, stop = chunk.offset, chunk.offset + chunk.nbytes
-    for begin, end in shared:
-        if end <= position:
-            continue
-        if begin >= stop:
-            break
-        if begin > position:
-            yield position, begin
-        position = max(position, end)
-    if position < stop:
-        yield position, stop

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-import xxhash
 
 from moe_surgery import families
 from moe_surgery.checkpoint.additions import is_addition
 from moe_surgery.checkpoint.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint
 from moe_surgery.checkpoint.fileops import FileOps
-from moe_surgery.checkpoint.files import open_regular, printable_path
+from moe_surgery.checkpoint.files import printable_path
 from moe_surgery.checkpoint.header import Header, read_header
-from moe_surgery.checkpoint.locate import locate
+from moe_surgery.checkpoint.local_file import LocalFile, LocalFolder
+from moe_surgery.checkpoint.resolve import resolve
+from moe_surgery.checkpoint.source import ByteSource, Folder
 from moe_surgery.checkpoint.text import printable
+from moe_surgery.engine.chunks import Chunk, chunks_of, plain_chunks
+from moe_surgery.engine.digest import FileDigest, digest_chunks
+from moe_surgery.engine.spans import Copy, Span
+from moe_surgery.engine.stream import stream
 from moe_surgery.errors import MoeSurgeryError, OutputError, VerificationError
-from moe_surgery.surgery.chunks import Chunk, Piece, chunks_of
 from moe_surgery.surgery.compiler import compile_program
-from moe_surgery.surgery.digest import read_chunk, windows
 from moe_surgery.surgery.manifest import FileRecord, Manifest, load_manifest
 from moe_surgery.surgery.names import MANIFEST_NAME
-from moe_surgery.surgery.producer import Producer
-from moe_surgery.surgery.program import Copy, Encode, OutputShard, OutputTensor, Span
-from moe_surgery.surgery.stream import stream
+from moe_surgery.surgery.producer import producer_of
+from moe_surgery.surgery.program import OutputShard, OutputTensor
 
 __all__ = ["Verification", "verify_checkpoint"]
 
@@ -59,7 +60,7 @@ class Verification:
 def verify_checkpoint(
     out: str | os.PathLike[str],
     *,
-    source: str | os.PathLike[str] | None = None,
+    source: str | os.PathLike[str] | Folder | None = None,
     structure_only: bool = False,
     weights_only: bool = False,
     progress: Progress | None = None,
@@ -76,7 +77,7 @@ def verify_checkpoint(
     Raises OutputError where `out` is no folder, or holds no manifest and `structure_only` is off,
     and any error of opening `source`.
     """
-    folder = locate(out)
+    folder = resolve(out)
     if not folder.is_dir():
         raise OutputError(f"{printable_path(folder)}: is a file; name the folder of the checkpoint")
     return _Verifier(folder, progress or (lambda _: None)).run(source, structure_only, weights_only)
@@ -94,11 +95,11 @@ class _Verifier:
         self._tensors = 0
 
     def run(
-        self, source: str | os.PathLike[str] | None, structure_only: bool, weights_only: bool
+        self, source: str | os.PathLike[str] | Folder | None, structure_only: bool, weights_only: bool
     ) -> Verification:
         manifest = self._manifest(needed=not structure_only or source is not None)
         self._structure()
-        files = sum(1 for e in os.scandir(self._folder) if e.is_file())
+        files = sum(LocalFolder(self._folder).listing().values())
         if manifest is not None:
             files = len(manifest.files)
             for name, record in manifest.files.items():
@@ -155,54 +156,40 @@ class _Verifier:
 
     def _shard(self, name: str, record: FileRecord, structure_only: bool) -> None:
         path = self._folder / name
-        fd = open_regular(path)
-        try:
-            size = os.fstat(fd).st_size
-            if size != record.size:
-                self._problems.append(f"{printable_path(path)}: {size} bytes, expected {record.size}")
+        with LocalFile(path, self._ops) as file:
+            if file.size != record.size:
+                self._problems.append(f"{file.where}: {file.size} bytes, expected {record.size}")
                 return
-            header = self._header(fd, path)
+            header = self._header(file)
             if header is not None:
                 self._compare_header(path, header, record)
             if not structure_only:
-                self._digests(fd, path, record, header)
-        finally:
-            os.close(fd)
+                self._digests(file, name, record, header)
 
     def _side_file(self, name: str, record: FileRecord, structure_only: bool) -> None:
         path = self._folder / name
         edited = f"{printable_path(path)}: edited or damaged since it was written"
         try:
-            fd = open_regular(path)
-            try:
-                size = os.fstat(fd).st_size
-                if size != record.size:
-                    self._sides[name] = f"{edited}: {size} bytes, expected {record.size}"
-                elif not structure_only and self._whole(fd, path, record.size) != record.xxh3_128:
+            with LocalFile(path, self._ops) as file:
+                if file.size != record.size:
+                    self._sides[name] = f"{edited}: {file.size} bytes, expected {record.size}"
+                elif not structure_only and self._whole(file) != record.xxh3_128:
                     self._sides[name] = f"{edited}: its bytes do not have the manifest's digest"
-            finally:
-                os.close(fd)
         except MoeSurgeryError as error:
             self._sides[name] = str(error)
 
-    def _whole(self, fd: int, path: Path, size: int) -> str:
+    def _whole(self, file: ByteSource) -> str:
         """The digest of a file."""
-        state = xxhash.xxh3_128()
+        return digest_chunks(file, plain_chunks(file.size), FileDigest(), self._passed).whole
 
-        def take(_: Chunk, buffer: memoryview) -> None:
-            state.update(buffer)
-            self._progress(len(buffer))
+    def _passed(self, nbytes: int) -> None:
+        self._bytes += nbytes
+        self._progress(nbytes)
 
-        stream(
-            windows(size), lambda chunk, buffer: read_chunk(fd, path, chunk.offset, buffer, self._ops), take
-        )
-        self._bytes += size
-        return state.hexdigest()
-
-    def _header(self, fd: int, path: Path) -> Header | None:
+    def _header(self, file: ByteSource) -> Header | None:
         """The file's header, or None where it is damaged (which is reported)."""
         try:
-            return read_header(fd, file=printable_path(path))
+            return read_header(file)
         except MoeSurgeryError as error:
             if str(error) not in self._problems:
                 self._problems.append(str(error))
@@ -218,51 +205,41 @@ class _Verifier:
                     f"{_shown(listed.get(name))} in {MANIFEST_NAME}"
                 )
 
-    def _digests(self, fd: int, path: Path, record: FileRecord, header: Header | None) -> None:
+    def _digests(self, file: ByteSource, name: str, record: FileRecord, header: Header | None) -> None:
         """One pass over the file: its own digest and, where the header can be read, its tensors'."""
-        whole = xxhash.xxh3_128()
-        states = {} if header is None else {n: xxhash.xxh3_128() for n in header.tensors}
-        chunks = windows(record.size) if header is None else chunks_of(as_shard(path.name, header))
-        names = list(states)
-
-        def take(chunk: Chunk, buffer: memoryview) -> None:
-            whole.update(buffer)
-            for piece in chunk.pieces:
-                if piece.tensor >= 0:
-                    states[names[piece.tensor]].update(_of(piece, buffer))
-            self._progress(len(buffer))
-
-        stream(chunks, lambda chunk, buffer: read_chunk(fd, path, chunk.offset, buffer, self._ops), take)
-        self._bytes += record.size
-        damaged = [
-            n for n, t in record.tensors.items() if n in states and states[n].hexdigest() != t.xxh3_128
-        ]
+        if header is None:
+            digest = digest_chunks(file, plain_chunks(file.size), FileDigest(), self._passed)
+        else:
+            shard = as_shard(name, header)
+            digest = digest_chunks(file, chunks_of(shard), FileDigest(len(shard.tensors)), self._passed)
+        found = dict(zip(header.tensors if header else (), digest.tensors, strict=True))
+        damaged = [n for n, t in record.tensors.items() if n in found and found[n] != t.xxh3_128]
         for name in damaged:
             self._problems.append(
-                f"{printable_path(path)}: tensor '{printable(name)}': its bytes do not have the manifest's digest"
+                f"{file.where}: tensor '{printable(name)}': its bytes do not have the manifest's digest"
             )
-        if whole.hexdigest() != record.xxh3_128 and not damaged:
-            self._problems.append(f"{printable_path(path)}: its header was altered")
+        if digest.whole != record.xxh3_128 and not damaged:
+            self._problems.append(f"{file.where}: its header was altered")
 
     def _unlisted(self, manifest: Manifest) -> None:
         known = {*manifest.files, MANIFEST_NAME}
         hidden = []
-        for entry in sorted(os.scandir(self._folder), key=lambda e: e.name):
-            if entry.name in known:
+        for name in sorted(LocalFolder(self._folder).listing()):
+            if name in known:
                 continue
-            if entry.name.startswith("."):
-                hidden.append(printable(entry.name))
+            if name.startswith("."):
+                hidden.append(printable(name))
                 continue
-            line = f"{printable_path(entry.path)}: not listed in {MANIFEST_NAME}"
-            shard = entry.name.endswith(SHARD_SUFFIX) and not is_addition(entry.name)
-            fault = shard or entry.name in (CONFIG_NAME, INDEX_NAME)
+            line = f"{printable_path(self._folder / name)}: not listed in {MANIFEST_NAME}"
+            shard = name.endswith(SHARD_SUFFIX) and not is_addition(name)
+            fault = shard or name in (CONFIG_NAME, INDEX_NAME)
             (self._problems if fault else self._notes).append(line)
         if hidden:  # .gitattributes, .git, .cache: of git, the hub or the desktop
             self._notes.append(
                 f"{printable_path(self._folder)}: {', '.join(hidden)}: hidden, not part of the checkpoint"
             )
 
-    def _against(self, source: str | os.PathLike[str], manifest: Manifest) -> None:
+    def _against(self, source: str | os.PathLike[str] | Folder, manifest: Manifest) -> None:
         with Checkpoint.open(source) as checkpoint:
             model = families.describe(checkpoint)
             self._same_source(checkpoint, manifest)
@@ -297,29 +274,20 @@ class _Verifier:
                     f"{printable_path(source.path)}"
                 )
         expected = OutputShard(name, bytes(header.data_start), tuple(tensors[n] for n in header.tensors))
-        if orphan := next(_scales_before_blocks(expected), None):
-            raise VerificationError(
-                f"{printable_path(path)}: tensor '{printable(orphan)}' does not follow its blocks, as in no output "
-                "of this tool"
-            )
-        producer = Producer(expected, source.shards)
+        producer = producer_of(expected, source.shards)
         different: dict[str, None] = {}
-        fd = open_regular(path)
 
-        def take(chunk: Chunk, buffer: memoryview) -> None:
+        def consume(chunk: Chunk, buffer: memoryview) -> None:
             found = bytearray(len(buffer))
-            read_chunk(fd, path, chunk.offset, memoryview(found), self._ops)
+            file.read_into(chunk.offset, memoryview(found))
             if found != buffer:
-                for piece in chunk.pieces:
-                    if piece.tensor >= 0 and _of(piece, memoryview(found)) != _of(piece, buffer):
+                for piece in chunk.slices:
+                    if piece.tensor >= 0 and piece.of(memoryview(found)) != piece.of(buffer):
                         different[expected.tensors[piece.tensor].name] = None
-            self._progress(len(buffer))
+            self._passed(len(buffer))
 
-        try:
-            stream(chunks_of(expected), producer.fill, take)
-        finally:
-            os.close(fd)
-        self._bytes += expected.nbytes
+        with LocalFile(path, self._ops) as file:
+            stream(chunks_of(expected), producer.fill, consume)
         for tensor in different:
             self._problems.append(
                 f"{printable_path(path)}: tensor '{printable(tensor)}': differs from the kept experts of "
@@ -335,20 +303,6 @@ def as_shard(name: str, header: Header) -> OutputShard:
         for i in header.tensors.values()
     )
     return OutputShard(name, bytes(start), tensors)
-
-
-def _scales_before_blocks(shard: OutputShard) -> Iterator[str]:
-    """Tensors whose making would wait for ever: MXFP4 scales are found while their blocks are made."""
-    found: set[Span] = set()
-    for tensor, part in ((t, p) for t in shard.tensors for p in t.parts if isinstance(p, Encode)):
-        if not part.scales:
-            found.add(part.values)
-        elif part.values not in found:
-            yield tensor.name
-
-
-def _of(piece: Piece, buffer: memoryview) -> memoryview:
-    return buffer[piece.position : piece.position + piece.nbytes]
 
 
 def _shown(described: tuple[str, tuple[int, ...]] | None) -> str:

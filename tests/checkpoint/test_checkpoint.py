@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from moe_surgery.checkpoint.checkpoint import Checkpoint
-from moe_surgery.checkpoint.fileops import FileOps
-from moe_surgery.checkpoint.locate import locate
+from moe_surgery.checkpoint.local_file import LocalFile
+from moe_surgery.checkpoint.resolve import resolve
 from moe_surgery.checkpoint.shard import Shard
 from moe_surgery.errors import InvalidInputError, MoeSurgeryError, OutputError, UsageError
 
@@ -34,7 +34,7 @@ def test_every_tensor_is_where_the_reference_reader_finds_it(folder: Path) -> No
         assert sorted(opened.tensors) == sorted(expected)
         for name, ref in opened.tensors.items():
             buffer = bytearray(ref.nbytes)
-            opened.shards[ref.shard].read_into(memoryview(buffer), ref.offset)
+            opened.shards[ref.shard].read_into(ref.offset, memoryview(buffer))
             assert bytes(buffer) == expected[name].tobytes()
             assert ref.shape == expected[name].shape
             assert bytes(opened.shards[ref.shard].window(ref.offset, ref.nbytes)) == bytes(buffer)
@@ -135,17 +135,17 @@ def shard(folder: Path) -> Path:
 
 def test_short_reads_are_continued(shard: Path) -> None:
     raw = shard.read_bytes()
-    with Shard(shard, ShortOps(lambda n: min(n, 7))) as opened:
+    with Shard("x", LocalFile(shard, ShortOps(lambda n: min(n, 7)))) as opened:
         buffer = bytearray(len(raw))
-        opened.read_into(memoryview(buffer), 0)
+        opened.read_into(0, memoryview(buffer))
     assert buffer == raw
 
 
 def test_read_past_the_end_is_an_error(shard: Path) -> None:
     size = shard.stat().st_size
-    with Shard(shard, FileOps()) as opened:
+    with Shard("x", LocalFile(shard)) as opened:
         for read in (
-            lambda: opened.read_into(memoryview(bytearray(10)), size - 9),
+            lambda: opened.read_into(size - 9, memoryview(bytearray(10))),
             lambda: opened.window(size - 9, 10),
         ):
             with pytest.raises(InvalidInputError, match=f"ends before byte {size + 1}"):
@@ -154,11 +154,11 @@ def test_read_past_the_end_is_an_error(shard: Path) -> None:
 
 def test_shard_cut_after_it_was_opened_is_an_error_and_no_crash(shard: Path) -> None:
     size = shard.stat().st_size
-    with Shard(shard, FileOps()) as opened:
+    with Shard("x", LocalFile(shard)) as opened:
         opened.window(0, 100)
         os.truncate(shard, 1000)
         for read in (
-            lambda: opened.read_into(memoryview(bytearray(size)), 0),
+            lambda: opened.read_into(0, memoryview(bytearray(size))),
             lambda: opened.window(0, size),
             opened.check_unchanged,
         ):
@@ -169,7 +169,7 @@ def test_shard_cut_after_it_was_opened_is_an_error_and_no_crash(shard: Path) -> 
 
 def test_released_window_can_be_had_again(shard: Path) -> None:
     raw = shard.read_bytes()
-    with Shard(shard, FileOps()) as opened:
+    with Shard("x", LocalFile(shard)) as opened:
         for offset in (0, 1, mmap.PAGESIZE - 1, len(raw) - 1):
             window = opened.window(offset, len(raw) - offset)
             opened.release(offset, len(raw) - offset)
@@ -179,7 +179,7 @@ def test_released_window_can_be_had_again(shard: Path) -> None:
 
 
 def test_check_sees_a_file_put_in_its_place(shard: Path) -> None:
-    with Shard(shard, FileOps()) as opened:
+    with Shard("x", LocalFile(shard)) as opened:
         opened.check_unchanged()
         shutil.copy2(shard, shard.with_name("copy"))
         shard.with_name("copy").rename(shard)
@@ -195,9 +195,9 @@ def test_check_sees_a_file_put_in_its_place(shard: Path) -> None:
 
 def test_names_lead_to_their_places(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder.parent)
-    assert locate("model") == Path("model")
-    assert locate(folder) == folder
-    assert locate(next(folder.glob("*.safetensors"))).parent == folder
+    assert resolve("model") == Path("model")
+    assert resolve(folder) == folder
+    assert resolve(next(folder.glob("*.safetensors"))).parent == folder
     with Checkpoint.open("example:tiny") as opened:
         assert opened.config["model_type"] == "gpt_oss"
 
@@ -206,7 +206,7 @@ def test_path_that_exists_wins_over_a_hub_id(folder: Path, monkeypatch: pytest.M
     (folder.parent / "openai").mkdir()
     folder.rename(folder.parent / "openai" / "gpt-oss-20b")
     monkeypatch.chdir(folder.parent)
-    assert locate("openai/gpt-oss-20b") == Path("openai/gpt-oss-20b")
+    assert resolve("openai/gpt-oss-20b") == Path("openai/gpt-oss-20b")
 
 
 @pytest.mark.parametrize(

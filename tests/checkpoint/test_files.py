@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import mmap
 import os
-import signal
 import socket
 import time
 from pathlib import Path
 
 import pytest
 
-from moe_surgery.checkpoint.files import open_regular, pread_exact, read_small_file
-from moe_surgery.checkpoint.header import build_header, frame_header, read_header
+from moe_surgery.checkpoint.files import open_regular, read_small_file
 from moe_surgery.errors import InvalidInputError, MoeSurgeryError, OutputError
 
 from ..support.faults import open_files
@@ -120,81 +118,6 @@ def test_relative_path_is_taken_from_the_folder_descriptor(file: Path, tmp_path:
             open_regular("absent", dir_fd=folder)
     finally:
         os.close(folder)
-
-
-def test_pread_exact_reads_by_position(file: Path) -> None:
-    fd = open_regular(file)
-    try:
-        assert pread_exact(fd, 4, 3, "f") == b"3456"
-        assert pread_exact(fd, 0, 3, "f") == b""
-        assert pread_exact(fd, 10, 0, "f") == b"0123456789"
-        assert os.lseek(fd, 0, os.SEEK_CUR) == 0
-    finally:
-        os.close(fd)
-
-
-def test_pread_exact_refuses_a_file_that_ends_early(file: Path) -> None:
-    fd = open_regular(file)
-    try:
-        with pytest.raises(InvalidInputError, match=r"f: ends at byte 10, expected 5 bytes at 8; .* cut"):
-            pread_exact(fd, 5, 8, "f")
-    finally:
-        os.close(fd)
-
-
-def test_pread_exact_reports_a_failing_read(tmp_path: Path) -> None:
-    fd = os.open(tmp_path, os.O_RDONLY)
-    try:
-        with pytest.raises(OutputError, match="f: cannot read 5 bytes at 8: Is a directory"):
-            pread_exact(fd, 5, 8, "f")
-    finally:
-        os.close(fd)
-
-
-def test_pread_exact_continues_short_reads() -> None:
-    path = Path("/proc/kallsyms")
-    if not os.access(path, os.R_OK):
-        pytest.skip("needs a file that the system hands out a page at a time")
-    with path.open("rb") as whole:
-        expected = whole.read(20_100)[100:]
-    fd = open_regular(path)
-    try:
-        assert len(os.pread(fd, 20_000, 100)) < 20_000
-        assert pread_exact(fd, 20_000, 100, "f") == expected
-    finally:
-        os.close(fd)
-
-
-def test_reads_go_on_through_signals(tmp_path: Path) -> None:
-    path = tmp_path / "big"
-    path.write_bytes(bytes(64 << 20))
-    hits = []
-    previous = signal.signal(signal.SIGALRM, lambda *_: hits.append(1))
-    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
-    fd = open_regular(path)
-    try:
-        for _ in range(5):
-            assert len(pread_exact(fd, 64 << 20, 0, "big")) == 64 << 20
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
-        os.close(fd)
-    assert hits
-
-
-def test_R1_header_of_a_file_that_shrinks_after_framing_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(build_header([("a", "U8", (4,))]) + b"abcd")
-    fd = open_regular(path)
-    try:
-        data_start = frame_header(pread_exact(fd, 8, 0, "f"), path.stat().st_size, file="f")
-        os.truncate(path, 20)
-        with pytest.raises(InvalidInputError, match=r"f: ends at byte 20, .* cut while it was read"):
-            pread_exact(fd, data_start, 0, "f")
-        with pytest.raises(InvalidInputError, match="does not fit a file of 20 bytes"):
-            read_header(fd, file="f")
-    finally:
-        os.close(fd)
 
 
 def test_read_small_file_up_to_its_limit(file: Path) -> None:

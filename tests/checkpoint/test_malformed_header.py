@@ -14,8 +14,8 @@ import safetensors
 from safetensors import safe_open
 
 from moe_surgery.checkpoint.dtypes import DTYPE_BITS
-from moe_surgery.checkpoint.files import open_regular
 from moe_surgery.checkpoint.header import MAX_HEADER_BYTES, Header, parse_header, read_header
+from moe_surgery.checkpoint.local_file import LocalFile
 from moe_surgery.checkpoint.text import printable
 from moe_surgery.errors import InvalidInputError
 
@@ -45,11 +45,8 @@ THREE = st(
 
 
 def read_path(path: Path) -> Header:
-    fd = open_regular(path)
-    try:
-        return read_header(fd, file=str(path))
-    finally:
-        os.close(fd)
+    with LocalFile(path) as file:
+        return read_header(file)
 
 
 def write(path: Path, blob: bytes) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_surgery.checkpoint.locate import locate
+from moe_surgery.checkpoint.resolve import resolve
 from tests.support.checkpoints import write_checkpoint
 from tests.support.command import call
 
@@ -89,7 +89,7 @@ def test_a_missing_tokenizer_is_one_line(tmp_path: Path, capsys: Capture) -> Non
 
 def test_a_missing_template_is_a_note(tmp_path: Path, capsys: Capture) -> None:
     source = tmp_path / "in"
-    shutil.copytree(locate("example:tiny"), source)
+    shutil.copytree(resolve("example:tiny"), source)
     (source / "chat_template.jinja").unlink()
     done = call(capsys, "export", source, tmp_path / "out.gguf")
     assert done.code == 0

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe_surgery import export_gguf, plan_keeping, plan_random, prune
-from moe_surgery.checkpoint.locate import locate
+from moe_surgery.checkpoint.resolve import resolve
 from moe_surgery.errors import InvalidInputError, MoeSurgeryError, PlanMismatchError, UsageError
 from moe_surgery.pipeline import make_plan
 from moe_surgery.selection.plan import Plan
@@ -125,7 +125,7 @@ def test_experts_in_the_order_of_a_plan(layout: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", [32, *COUNTS])
 def test_the_embedded_model_and_what_is_left_of_it(count: int, tmp_path: Path) -> None:
-    source, tiny = locate("example:tiny"), locate("example:tiny")
+    source, tiny = resolve("example:tiny"), resolve("example:tiny")
     if count < 32:
         source = tmp_path / "pruned"
         prune(tiny, source, lambda model: plan_random(count, count, model))
@@ -151,7 +151,7 @@ def test_the_metadata_of_the_embedded_model(tmp_path: Path) -> None:
     export_gguf("example:tiny", tmp_path / "out.gguf")
     got = read(tmp_path / "out.gguf").metadata
     small = {k: v for k, v in got.items() if not k.startswith("GGUF.") and not isinstance(v, list)}
-    template = (locate("example:tiny") / "chat_template.jinja").read_text()
+    template = (resolve("example:tiny") / "chat_template.jinja").read_text()
     assert small.pop("gpt-oss.attention.layer_norm_rms_epsilon") == pytest.approx(1e-5, rel=1e-6)
     assert small == {
         "general.architecture": "gpt-oss",

@@ -25,7 +25,7 @@ import torch  # noqa: E402
 
 from benchmarks.make_tokenizer import make_tokenizer  # noqa: E402
 from moe_surgery import export_gguf, load_model, plan_random, prune  # noqa: E402
-from moe_surgery.checkpoint.locate import locate  # noqa: E402
+from moe_surgery.checkpoint.resolve import resolve  # noqa: E402
 from moe_surgery.demo import arithmetic  # noqa: E402
 from moe_surgery.runtime.text import Text  # noqa: E402
 from tests.support import oracle  # noqa: E402
@@ -66,7 +66,7 @@ def relative(got: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
 def test_logits_of_the_embedded_model_and_what_is_left_of_it(
     count: int, texts: dict[str, list[int]], tmp_path: Path
 ) -> None:
-    source = locate("example:tiny")
+    source = resolve("example:tiny")
     if count < COUNTS[0]:
         source = tmp_path / "pruned"
         prune("example:tiny", source, lambda model: plan_random(count, count, model))
@@ -132,4 +132,4 @@ def test_a_file_without_tokenizer_runs_on_token_numbers(texts: dict[str, list[in
 def test_the_chat_template_is_taken_from_the_file(tmp_path: Path) -> None:
     export_gguf("example:tiny", tmp_path / "model.gguf")
     template = load(tmp_path / "model.gguf").metadata["tokenizer.chat_template"]
-    assert template == (locate("example:tiny") / "chat_template.jinja").read_text()
+    assert template == (resolve("example:tiny") / "chat_template.jinja").read_text()

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from benchmarks.make_tokenizer import CONTROL_LISTED, make_tokenizer
-from moe_surgery.checkpoint.locate import locate
+from moe_surgery.checkpoint.resolve import resolve
 from moe_surgery.errors import InvalidInputError, OutputError
 from moe_surgery.export.tokenizer import CONTROL, NORMAL, UNUSED, USER_DEFINED, Tokenizer, read_tokenizer
 
-TINY = locate("example:tiny")
+TINY = resolve("example:tiny")
 CONFIG = json.loads((TINY / "config.json").read_text())
 Json = dict[str, Any]
 

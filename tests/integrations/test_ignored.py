@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from moe_surgery import inspect, load_model, plan_keeping, prune
-from moe_surgery.checkpoint.locate import locate
+from moe_surgery.checkpoint.resolve import resolve
 from moe_surgery.errors import InvalidInputError
 from tests.support.command import assert_sound, call
 
@@ -27,7 +27,7 @@ LISTED = (FIRST, "model-00002-of-00002.safetensors")
 
 
 def source_tensors() -> dict[str, torch.Tensor]:
-    return {name: t for file in LISTED for name, t in load_file(locate("example:tiny") / file).items()}
+    return {name: t for file in LISTED for name, t in load_file(resolve("example:tiny") / file).items()}
 
 
 def zeros() -> dict[str, torch.Tensor]:
@@ -185,7 +185,7 @@ def quiet() -> Iterator[None]:
 @pytest.fixture
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     copy = tmp_path / "model"
-    shutil.copytree(locate("example:tiny"), copy)
+    shutil.copytree(resolve("example:tiny"), copy)
     FOLDERS[request.node.callspec.params["case"]][0](copy)
     return copy
 
@@ -236,7 +236,7 @@ def test_a_pruned_model_is_the_same_without_what_is_ignored(case: str, folder: P
 def test_model_safetensors_beside_an_index_is_refused(tmp_path: Path) -> None:
     """transformers reads it alone, other programs the shards: no choice would be everybody's."""
     folder = tmp_path / "model"
-    shutil.copytree(locate("example:tiny"), folder)
+    shutil.copytree(resolve("example:tiny"), folder)
     before = theirs(folder)
     save(zeros(), folder / "model.safetensors")
     assert not torch.equal(theirs(folder), before)

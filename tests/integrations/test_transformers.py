@@ -15,7 +15,7 @@ pytest.importorskip("transformers.integrations.moe", reason="this transformers h
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
 from moe_surgery import plan_keeping, plan_random, prune  # noqa: E402
-from moe_surgery.checkpoint.locate import locate  # noqa: E402
+from moe_surgery.checkpoint.resolve import resolve  # noqa: E402
 from moe_surgery.errors import PlanMismatchError, UsageError  # noqa: E402
 from moe_surgery.integrations.transformers import PackedMLP, register, replace_experts  # noqa: E402
 from tests.support import oracle  # noqa: E402
@@ -30,7 +30,7 @@ TOKENS = torch.randint(0, 2048, (2, 70), generator=torch.Generator().manual_seed
 @pytest.fixture(scope="module", params=[32, 8, 3])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded model, whole and pruned."""
-    tiny = locate("example:tiny")
+    tiny = resolve("example:tiny")
     if request.param == 32:
         return tiny
     pruned = tmp_path_factory.mktemp("pruned") / str(request.param)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from moe_surgery.checkpoint.locate import locate
+from moe_surgery.checkpoint.resolve import resolve
 from moe_surgery.demo import arithmetic
 
 if TYPE_CHECKING:
@@ -81,4 +81,4 @@ def routed() -> Routed:
     pytest.importorskip("transformers")
     from tests.support.routed import Routed
 
-    return Routed(locate("example:tiny"))
+    return Routed(resolve("example:tiny"))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("torch")
 
-from moe_surgery.checkpoint.locate import locate
+from moe_surgery.checkpoint.resolve import resolve
 from moe_surgery.demo import arithmetic
 from moe_surgery.errors import InvalidInputError, MoeSurgeryError, OutputError, UsageError
 from moe_surgery.quality import text_files as module
@@ -47,7 +47,7 @@ def opened(
 def tokenizer():  # type: ignore[no-untyped-def]
     """The same tokenizer and template in transformers' hands."""
     transformers = pytest.importorskip("transformers")
-    return transformers.AutoTokenizer.from_pretrained(locate("example:tiny"), local_files_only=True)
+    return transformers.AutoTokenizer.from_pretrained(resolve("example:tiny"), local_files_only=True)
 
 
 def encoded(tokenizer, text: str) -> tuple[int, ...]:  # type: ignore[no-untyped-def]

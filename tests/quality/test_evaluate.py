@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from moe_surgery import prune  # noqa: E402
-from moe_surgery.checkpoint.locate import locate  # noqa: E402
+from moe_surgery.checkpoint.resolve import resolve  # noqa: E402
 from moe_surgery.errors import InvalidInputError, PlanMismatchError, UsageError  # noqa: E402
 from moe_surgery.quality import evaluate as module  # noqa: E402
 from moe_surgery.quality.candidates import Candidate  # noqa: E402
@@ -356,7 +356,7 @@ def test_predictions_that_are_no_numbers_are_refused(tmp_path: Path, texts: Path
     shape = Shape(layers=3, experts=3, top_k=1, vocabulary=2048)
     folder = write_lively(tmp_path / "model", shape, edit_tensors=overflowing)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((locate(TINY) / name).read_bytes())
+        (folder / name).write_bytes((resolve(TINY) / name).read_bytes())
     corpus = opened(Text(folder), texts / "words.jsonl")
     plan = Plan("gpt_oss", 3, ((0,),) * 3)
     with pytest.raises(InvalidInputError, match="predictions on domain 'words' are no finite numbers"):

@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from moe_surgery import load_model, load_plan, load_ranking  # noqa: E402
-from moe_surgery.checkpoint.locate import locate  # noqa: E402
+from moe_surgery.checkpoint.resolve import resolve  # noqa: E402
 from moe_surgery.demo import arithmetic  # noqa: E402
 from moe_surgery.quality.corpus import Passage, text_files  # noqa: E402
 from moe_surgery.quality.greedy_elimination import eliminate, reconstruct  # noqa: E402
@@ -92,7 +92,7 @@ def passages() -> list[Passage]:
 def test_a_layers_errors_are_those_of_transformers_with_masked_routers(passages: list[Passage]) -> None:
     """The last layer: what comes before it is the full model either way."""
     found = reconstruct(load_model(TINY, dtype=torch.float32, backend="reference"), passages)[-1]
-    model = oracle.load_model(locate(TINY), torch.float32)
+    model = oracle.load_model(resolve(TINY), torch.float32)
     seen: list[torch.Tensor] = []
     model.model.layers[-1].register_forward_hook(
         lambda _m, _i, out: seen.append(out if isinstance(out, torch.Tensor) else out[0])

@@ -15,7 +15,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from moe_surgery.checkpoint.locate import locate  # noqa: E402
+from moe_surgery.checkpoint.resolve import resolve  # noqa: E402
 from moe_surgery.errors import InvalidInputError, OutputError, PlanMismatchError, UsageError  # noqa: E402
 from moe_surgery.quality import hidden_states as states  # noqa: E402
 from moe_surgery.quality.corpus import open_corpus, text_files  # noqa: E402
@@ -357,7 +357,7 @@ def lines_of(out: Path) -> list[dict[str, object]]:
 
 def greedy(routed: Routed, prompt: list[int], most: int) -> list[int]:
     """What transformers says, token by token, until a stop token of generation_config.json."""
-    stops = json.loads((locate(TINY) / "generation_config.json").read_text())["eos_token_id"]
+    stops = json.loads((resolve(TINY) / "generation_config.json").read_text())["eos_token_id"]
     tokens = list(prompt)
     while len(tokens) < len(prompt) + most:
         tokens.append(int(routed.see(tokens).logits[-1].argmax()))
@@ -393,7 +393,7 @@ def test_prompts_and_their_answers_are_counted_apart_and_add_up(answered: Profil
 def test_an_answer_ends_at_any_stop_token_of_generation_config(tmp_path: Path, texts: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
-    for file in locate(TINY).iterdir():
+    for file in resolve(TINY).iterdir():
         (folder / file.name).symlink_to(file)
     model, text = load_model(TINY, dtype=F32), Text(TINY)
     prompt = text.encode(text.chat([{"role": "user", "content": QUESTIONS[0]}]))
@@ -563,7 +563,7 @@ def test_outputs_that_are_no_numbers_are_refused(tmp_path: Path, texts: Path) ->
     shape = Shape(layers=3, experts=5, top_k=2, vocabulary=2048)
     folder = write_lively(tmp_path / "model", shape, edit_tensors=overflowing)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((locate(TINY) / name).read_bytes())
+        (folder / name).write_bytes((resolve(TINY) / name).read_bytes())
     files = text_files([texts / "words.jsonl"])
     with pytest.raises(InvalidInputError, match=r"model: layer 1 gives numbers that are not finite.*f32"):
         profile(folder, files, tmp_path / "s", dtype=torch.float16)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from moe_surgery.checkpoint.locate import locate
+from moe_surgery.checkpoint.resolve import resolve
 from tests.runtime.models import write_lively
 from tests.support.checkpoints import Shape
 
@@ -38,7 +38,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def tiny() -> Path:
-    return locate("example:tiny")
+    return resolve("example:tiny")
 
 
 @pytest.fixture(scope="session")

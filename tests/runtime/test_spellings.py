@@ -254,7 +254,7 @@ def test_the_original_layout_follows_openais_own_keys(tmp_path: Path) -> None:
 @pytest.mark.parametrize("file", [{"eos_token_id": [5, 7]}, {"eos_token_id": 5}, None], ids=str)
 def test_stop_tokens_are_those_of_transformers_generate(file: object, tmp_path: Path) -> None:
     """generation_config.json goes before config.json."""
-    from moe_surgery.checkpoint.locate import locate
+    from moe_surgery.checkpoint.resolve import resolve
     from moe_surgery.runtime.text import Text
 
     shape = replace(SHAPE, layers=1, head_dim=8)
@@ -262,7 +262,7 @@ def test_stop_tokens_are_those_of_transformers_generate(file: object, tmp_path: 
     (folder / "generation_config.json").unlink()
     if file is not None:
         (folder / "generation_config.json").write_text(json.dumps(file))
-    (folder / "tokenizer.json").write_bytes((locate("example:tiny") / "tokenizer.json").read_bytes())
+    (folder / "tokenizer.json").write_bytes((resolve("example:tiny") / "tokenizer.json").read_bytes())
     expected = oracle.load_model(folder).generation_config.eos_token_id
     mine = Text(folder).stop_tokens or load_model(folder).config.stop_tokens
     assert list(mine) == (expected if isinstance(expected, list) else [expected])

@@ -77,8 +77,8 @@ class ShortOps(FileOps):
     def __init__(self, some: Callable[[int], int]) -> None:
         self._some = some
 
-    def pread_into(self, fd: int, buffer: memoryview, offset: int, keep: bool = False) -> int:
-        return super().pread_into(fd, buffer[: self._some(len(buffer))], offset, keep)
+    def pread_into(self, fd: int, buffer: memoryview, offset: int, cache: bool = False) -> int:
+        return super().pread_into(fd, buffer[: self._some(len(buffer))], offset, cache)
 
     def pwrite(self, fd: int, data: memoryview | bytes, offset: int) -> int:
         return super().pwrite(fd, data[: self._some(len(data))], offset)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from moe_surgery.checkpoint.locate import locate
+from moe_surgery.checkpoint.resolve import resolve
 from tests.runtime.models import write_lively
 from tests.support.checkpoints import Shape, Tensors
 
@@ -26,7 +26,7 @@ def write_harmony(folder: Path, template: str = TEMPLATE, names: Sequence[str] =
     """The files of a tokenizer that has all tokens of the format, and `names` as tokens; returns `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in _FILES:
-        (folder / name).write_bytes((locate("example:tiny") / name).read_bytes())
+        (folder / name).write_bytes((resolve("example:tiny") / name).read_bytes())
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     last = max(*tokenizer["model"]["vocab"].values(), *(t["id"] for t in tokenizer["added_tokens"]))
     for number, token in enumerate((*_MORE, *names), last + 1):

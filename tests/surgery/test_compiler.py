@@ -17,9 +17,10 @@ from safetensors import deserialize
 
 from moe_surgery import Plan, describe
 from moe_surgery.checkpoint.checkpoint import Checkpoint
+from moe_surgery.engine.spans import Copy, Span
 from moe_surgery.errors import PlanMismatchError, UsageError
 from moe_surgery.surgery.compiler import compile_program
-from moe_surgery.surgery.program import Copy, Decode, Encode, OutputShard, Part, Program, Span
+from moe_surgery.surgery.program import Decode, Encode, OutputShard, Part, Program
 from tests.support.checkpoints import (
     INDEX,
     LAYOUTS,

@@ -18,12 +18,13 @@ from hypothesis import strategies as st
 
 from moe_surgery import families
 from moe_surgery.checkpoint.checkpoint import Checkpoint
+from moe_surgery.engine.chunks import CHUNK_BYTES, Chunk, chunks_of
+from moe_surgery.engine.spans import Copy
 from moe_surgery.formats.native import native_module
 from moe_surgery.selection.plan import plan_keeping
-from moe_surgery.surgery.chunks import CHUNK_BYTES, Chunk, chunks_of
 from moe_surgery.surgery.compiler import compile_program
-from moe_surgery.surgery.producer import Producer
-from moe_surgery.surgery.program import Copy, Decode, Encode, OutputShard
+from moe_surgery.surgery.producer import producer_of
+from moe_surgery.surgery.program import Decode, Encode, OutputShard
 
 from ..support.checkpoints import (
     Shape,
@@ -50,7 +51,7 @@ class Case:
 
     def made(self, chunks: list[Chunk]) -> bytes:
         """The shard's bytes when its chunks are filled one after another."""
-        producer = Producer(self.shard, self.checkpoint.shards)
+        producer = producer_of(self.shard, self.checkpoint.shards)
         found = bytearray(self.shard.nbytes)
         for chunk in chunks:
             producer.fill(chunk, memoryview(found)[chunk.offset : chunk.offset + chunk.nbytes])
@@ -66,7 +67,7 @@ def prepared(folder: Path, dtype: str, shape: Shape = SHAPE) -> Iterator[Case]:
         (shard,) = compile_program(checkpoint, model, plan_keeping(KEPT, model), dtype=dtype).shards
         buffer = bytearray(shard.nbytes)
         (chunk,) = chunks_of(shard, shard.nbytes)
-        Producer(shard, checkpoint.shards).fill(chunk, memoryview(buffer))
+        producer_of(shard, checkpoint.shards).fill(chunk, memoryview(buffer))
         yield Case(checkpoint, shard, bytes(buffer))
 
 
@@ -106,7 +107,7 @@ def test_chunks_of_a_few_bytes_give_the_same_bytes(tmp_path: Path, chunk_bytes: 
     for dtype in ("keep", "bf16", "mxfp4"):
         with prepared(tmp_path / dtype, dtype, shape) as case:
             start = len(case.shard.header)
-            producer = Producer(case.shard, case.checkpoint.shards)
+            producer = producer_of(case.shard, case.checkpoint.shards)
             for chunk in chunks_of(case.shard, chunk_bytes):
                 if chunk.offset + chunk.nbytes > start:
                     buffer = bytearray(chunk.nbytes)
@@ -118,7 +119,7 @@ def test_chunks_of_a_few_bytes_give_the_same_bytes(tmp_path: Path, chunk_bytes: 
 def test_threads_that_fill_out_of_step_give_the_same_bytes(case: Case, seed: int) -> None:
     """Chunks start in order, as the pipeline has it, and go on at any pace."""
     rng = random.Random(seed)
-    producer = Producer(case.shard, case.checkpoint.shards)
+    producer = producer_of(case.shard, case.checkpoint.shards)
     found = bytearray(case.shard.nbytes)
     work = list(chunks_of(case.shard, rng.randrange(700, 9000)))
     pauses = [rng.uniform(0, 0.002) for _ in work]
@@ -139,11 +140,37 @@ def test_threads_that_fill_out_of_step_give_the_same_bytes(case: Case, seed: int
     assert bytes(found) == case.whole
 
 
+@pytest.mark.parametrize("chunk_bytes", [1501, 30_000])
+@pytest.mark.parametrize("order", ["backwards", "shuffled"])
+def test_chunks_in_any_order_give_the_same_bytes(case: Case, order: str, chunk_bytes: int) -> None:
+    """One thread: whoever waited for bytes of another chunk would wait for ever."""
+    work = list(chunks_of(case.shard, chunk_bytes))[::-1]
+    if order == "shuffled":
+        random.Random(7).shuffle(work)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(case.made, work).result(60) == case.whole
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_threads_that_start_in_any_order_give_the_same_bytes(case: Case, seed: int) -> None:
+    work = list(chunks_of(case.shard, random.Random(seed).randrange(700, 9000)))
+    random.Random(seed).shuffle(work)
+    producer = producer_of(case.shard, case.checkpoint.shards)
+    found = bytearray(case.shard.nbytes)
+
+    def fill(chunk: Chunk) -> None:
+        producer.fill(chunk, memoryview(found)[chunk.offset : chunk.offset + chunk.nbytes])
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(fill, work, timeout=60))
+    assert bytes(found) == case.whole
+
+
 def test_conversion_is_reported_once_however_it_is_cut(case: Case) -> None:
     reports = []
-    for chunk_bytes in (case.shard.nbytes, 5000, 611):
-        producer = Producer(case.shard, case.checkpoint.shards)
-        for chunk in chunks_of(case.shard, chunk_bytes):
+    for chunk_bytes, step in ((case.shard.nbytes, 1), (5000, 1), (611, 1), (611, -1)):
+        producer = producer_of(case.shard, case.checkpoint.shards)
+        for chunk in list(chunks_of(case.shard, chunk_bytes))[::step]:
             producer.fill(chunk, memoryview(bytearray(chunk.nbytes)))
         reports.append(producer.report())
     encoded = sum(
@@ -174,7 +201,7 @@ def test_conversion_gives_back_what_it_mapped_in(tmp_path: Path) -> None:
     if not os.path.exists("/proc/self/smaps"):
         pytest.skip("resident pages of a mapping are seen in /proc/self/smaps only")
     with prepared(tmp_path, "bf16", Shape(1, 4, 2, 2048, 1024, 4, 2, 8, 8)) as case:
-        producer = Producer(case.shard, case.checkpoint.shards)
+        producer = producer_of(case.shard, case.checkpoint.shards)
         for chunk in chunks_of(case.shard, 1_000_000):
             producer.fill(chunk, memoryview(bytearray(chunk.nbytes)))
         mappings = [
@@ -185,7 +212,7 @@ def test_conversion_gives_back_what_it_mapped_in(tmp_path: Path) -> None:
         assert mappings
         lines = [line.split() for m in mappings for line in m.splitlines() if line.startswith("Rss:")]
         resident = sum(int(kilobytes) for _, kilobytes, _ in lines) << 10
-        assert resident < case.shard.reads / 4
+        assert resident < case.shard.bytes_read / 4
 
 
 # --- whole folders

@@ -13,6 +13,7 @@ import safetensors
 import xxhash
 
 from moe_surgery.checkpoint.header import Header, read_header
+from moe_surgery.checkpoint.local_file import LocalFile
 from moe_surgery.errors import InvalidInputError, PlanMismatchError, VerificationError
 from moe_surgery.pipeline import prune
 from moe_surgery.selection.plan import plan_keeping
@@ -65,8 +66,8 @@ def flip(path: Path, offset: int, mask: int) -> None:
 
 
 def header_of(shard: Path) -> Header:
-    with shard.open("rb") as file:
-        return read_header(file.fileno(), file=shard.name)
+    with LocalFile(shard) as file:
+        return read_header(file)
 
 
 def header_offsets(shard: Path) -> Iterator[int]:

@@ -1,4 +1,4 @@
-"""A bounded pipeline: chunks made by several threads, taken in order, finished by one more thread."""
+"""A bounded pipeline: chunks filled by several threads, consumed in order, written by one more thread."""
 
 from __future__ import annotations
 
@@ -11,73 +11,78 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final
 
-from moe_surgery.surgery.chunks import CHUNK_BYTES, Chunk
+from moe_surgery.engine.chunks import CHUNK_BYTES, Chunk
 
-__all__ = ["stream"]
+__all__ = ["Stage", "stream"]
 
 # More reads in flight than there are cores, since they mostly wait; few enough for their buffers.
 FEWEST_WORKERS: Final = 4
 MOST_WORKERS: Final = 8
-WAITING_TO_FINISH: Final = 2
+WAITING_TO_WRITE: Final = 2
 
-Fill = Callable[[Chunk, memoryview], None]
+Stage = Callable[[Chunk, memoryview], None]
 
 
 def stream(
-    chunks: Iterable[Chunk], fill: Fill, take: Fill, finish: Fill | None = None, *, workers: int | None = None
+    chunks: Iterable[Chunk],
+    fill: Stage,
+    consume: Stage,
+    write: Stage | None = None,
+    *,
+    workers: int | None = None,
 ) -> None:
-    """Run every chunk through `fill`, `take` and `finish`, all three overlapped.
+    """Run every chunk through `fill`, `consume` and `write`, all three overlapped.
 
     `fill(chunk, buffer)` runs in `workers` threads (default: one a core, 4 to 8), several chunks
-    at a time; `take` in the caller's thread, in the order of `chunks`; `finish` in a thread of its
-    own, in order. A chunk's buffer is page-aligned and is used again after `finish`. Memory is a
+    at a time; `consume` in the caller's thread, in the order of `chunks`; `write` in one separate
+    thread, in order. A chunk's buffer is page-aligned and is used again after `write`. Memory is a
     fixed number of buffers of `CHUNK_BYTES`. The first error ends everything and is raised.
     """
     count = workers or max(FEWEST_WORKERS, min(MOST_WORKERS, os.cpu_count() or 1))
     free: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()
-    for _ in range(count + (WAITING_TO_FINISH if finish else 0)):
+    for _ in range(count + (WAITING_TO_WRITE if write else 0)):
         free.put(mmap.mmap(-1, CHUNK_BYTES))
     pending: deque[tuple[Chunk, mmap.mmap, Future[None]]] = deque()
     pool = ThreadPoolExecutor(count, "fill")
-    finisher = _Finisher(finish, free) if finish else None
+    writer = _Writer(write, free) if write else None
 
-    def take_oldest() -> None:
+    def consume_oldest() -> None:
         chunk, buffer, future = pending.popleft()
         future.result()
-        take(chunk, memoryview(buffer)[: chunk.nbytes])
-        if finisher is None:
+        consume(chunk, memoryview(buffer)[: chunk.nbytes])
+        if writer is None:
             free.put(buffer)
         else:
-            finisher.put(chunk, buffer)
+            writer.put(chunk, buffer)
 
     try:
         for chunk in chunks:
             if len(pending) == count:
-                take_oldest()
+                consume_oldest()
             buffer = free.get()
             view = memoryview(buffer)[: chunk.nbytes]
             pending.append((chunk, buffer, pool.submit(fill, chunk, view)))
         while pending:
-            take_oldest()
-        if finisher is not None:
-            finisher.close()
+            consume_oldest()
+        if writer is not None:
+            writer.close()
     except BaseException:
         pool.shutdown(wait=True, cancel_futures=True)
-        if finisher is not None:
-            finisher.abandon()
+        if writer is not None:
+            writer.abandon()
         raise
     pool.shutdown()
 
 
-class _Finisher:
-    """One thread that applies `finish` in order and returns buffers to `free`, even after a failure."""
+class _Writer:
+    """One thread that applies `write` in order and returns buffers to `free`, even after a failure."""
 
-    def __init__(self, finish: Fill, free: queue.SimpleQueue[mmap.mmap]) -> None:
-        self._finish = finish
+    def __init__(self, write: Stage, free: queue.SimpleQueue[mmap.mmap]) -> None:
+        self._write = write
         self._free = free
         self._queue: queue.SimpleQueue[tuple[Chunk, mmap.mmap] | None] = queue.SimpleQueue()
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="finish", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="write", daemon=True)
         self._thread.start()
 
     def put(self, chunk: Chunk, buffer: mmap.mmap) -> None:
@@ -93,7 +98,7 @@ class _Finisher:
             raise self._error
 
     def abandon(self) -> None:
-        """Stop without finishing what waits."""
+        """Stop without writing what waits."""
         self._error = self._error or RuntimeError("abandoned")
         self._queue.put(None)
         self._thread.join()
@@ -103,7 +108,7 @@ class _Finisher:
             chunk, buffer = item
             if self._error is None:
                 try:
-                    self._finish(chunk, memoryview(buffer)[: chunk.nbytes])
+                    self._write(chunk, memoryview(buffer)[: chunk.nbytes])
                 except BaseException as error:
                     self._error = error
             self._free.put(buffer)

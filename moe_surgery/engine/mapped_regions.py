@@ -1,4 +1,4 @@
-"""Mapped windows of source shards, shared by threads and given back by the last one."""
+"""Mapped regions of source shards, shared by threads and given back by the last one."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_surgery.checkpoint.shard import Shard
-from moe_surgery.surgery.program import Span
+from moe_surgery.engine.spans import Span
 
-__all__ = ["Windows"]
+__all__ = ["MappedRegions"]
 
 
-class Windows:
-    """Windows of `shards`, which may be opened in several threads at once."""
+class MappedRegions:
+    """Regions of `shards`, which may be opened in several threads at once."""
 
     def __init__(self, shards: Mapping[str, Shard]) -> None:
         self._shards = shards

@@ -1,4 +1,4 @@
-"""Makes the bytes of a GGUF file's chunks from source shards."""
+"""The parts of a GGUF file that are no copies: floats widened, expert weights in ggml's order."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_surgery.checkpoint.shard import Shard
+from moe_surgery.engine.chunks import PartSlice
+from moe_surgery.engine.mapped_regions import MappedRegions
+from moe_surgery.engine.spans import Span
 from moe_surgery.errors import InvalidInputError
 from moe_surgery.export import ggml
-from moe_surgery.export.program import GgufProgram, Pack, Pad, Quantise, Transpose, Widen
+from moe_surgery.export.program import Pack, Pad, Quantise, Transpose, Widen
 from moe_surgery.formats import convert, mxfp4
 from moe_surgery.formats.encode_report import EncodeReport
-from moe_surgery.surgery.chunks import Chunk
-from moe_surgery.surgery.program import Copy, Span
-from moe_surgery.surgery.windows import Windows
 
-__all__ = ["GgufProducer"]
+__all__ = ["GgufConversions"]
 
 FLOAT_BYTES: Final = 4
 
@@ -27,13 +27,12 @@ Bytes = NDArray[np.uint8]
 RowPart = Pack | Transpose | Quantise
 
 
-class GgufProducer:
-    """Fills the chunks of one GGUF file from source shards. `fill` may run in several threads."""
+class GgufConversions:
+    """The converted parts of one GGUF file. `fill` may run in several threads, in any order."""
 
-    def __init__(self, program: GgufProgram, sources: Mapping[str, Shard]) -> None:
-        self._header = program.header
+    def __init__(self, sources: Mapping[str, Shard]) -> None:
         self._shards = sources
-        self._windows = Windows(sources)
+        self._regions = MappedRegions(sources)
         self._scratch = threading.local()
         self._lock = threading.Lock()
         self._reports: list[EncodeReport] = []
@@ -43,25 +42,19 @@ class GgufProducer:
         with self._lock:
             return EncodeReport.total(self._reports)
 
-    def fill(self, chunk: Chunk, buffer: memoryview) -> None:
-        """Write the chunk's bytes to `buffer`. Raises InvalidInputError or OutputError."""
-        for piece in chunk.pieces:
-            target = buffer[piece.position : piece.position + piece.nbytes]
-            part, out = piece.part, np.frombuffer(target, np.uint8)
-            if part is None:
-                target[:] = self._header[piece.start : piece.start + piece.nbytes]
-            elif isinstance(part, Copy):
-                self._shards[part.span.shard].read_into(target, part.span.offset + piece.start)
-            elif isinstance(part, Pad):
-                out[:] = 0
-            elif isinstance(part, Widen):
-                self._widen(part, piece.start, out)
-            elif isinstance(part, Pack):
-                self._rows(part, piece.start, out, self._pack)
-            elif isinstance(part, Transpose):
-                self._rows(part, piece.start, out, self._transpose)
-            elif isinstance(part, Quantise):
-                self._rows(part, piece.start, out, self._quantise)
+    def fill(self, piece: PartSlice, target: memoryview) -> None:
+        """Write the bytes of a piece of any part but a Copy to `target`."""
+        part, out = piece.part, np.frombuffer(target, np.uint8)
+        if isinstance(part, Pad):
+            out[:] = 0
+        elif isinstance(part, Widen):
+            self._widen(part, piece.start, out)
+        elif isinstance(part, Pack):
+            self._rows(part, piece.start, out, self._pack)
+        elif isinstance(part, Transpose):
+            self._rows(part, piece.start, out, self._transpose)
+        elif isinstance(part, Quantise):
+            self._rows(part, piece.start, out, self._quantise)
 
     def _widen(self, part: Widen, start: int, out: Bytes) -> None:
         """Whole floats: alignment of tensors and chunks leaves none cut."""
@@ -97,11 +90,11 @@ class GgufProducer:
         row = groups * mxfp4.BLOCK_BYTES
         begin, number = first * part.step, count * part.step
         again = part.first + 1 < part.step
-        blocks = self._read(part.blocks, begin * row, number * row, "blocks", keep=again)
-        scales = self._read(part.scales, begin * groups, number * groups, "scales", keep=again)
+        blocks = self._read(part.blocks, begin * row, number * row, "blocks", cache=again)
+        scales = self._read(part.scales, begin * groups, number * groups, "scales", cache=again)
         if part.step > 1 and not again and last * part.step == part.rows:
             for span in (part.blocks, part.scales):  # as a whole: of a cut large page nothing would go
-                self._shards[span.shard].forget(span.offset, span.nbytes)
+                self._shards[span.shard].drop_cache(span.offset, span.nbytes)
         ggml.pack(
             blocks.reshape(count, part.step, groups, mxfp4.BLOCK_BYTES)[:, part.first],
             scales.reshape(count, part.step, groups)[:, part.first],
@@ -109,13 +102,13 @@ class GgufProducer:
         )
 
     def _transpose(self, part: Transpose, first: int, last: int, out: Bytes, skip: int) -> None:
-        with self._windows.open(part.values) as raw:
+        with self._regions.open(part.values) as raw:
             rows = convert.words_of(out, part.format).reshape(last - first, part.columns)
             rows[:] = _chosen(part, raw, first, last).T
 
     def _quantise(self, part: Quantise, first: int, last: int, out: Bytes, skip: int) -> None:
         """A row cut by the border of two chunks is converted in both, and counted where it begins."""
-        with self._windows.open(part.values) as raw:
+        with self._regions.open(part.values) as raw:
             values = np.ascontiguousarray(_chosen(part, raw, first, last))
         cut, groups = 1 if skip else 0, part.columns // ggml.BLOCK_VALUES
         for begin, end, counts in ((0, cut, False), (cut, last - first, True)):
@@ -126,7 +119,7 @@ class GgufProducer:
                 scales = np.empty((end - begin, groups), np.uint8)
                 report = convert.encode_transposed(values[:, begin:end], part.format, blocks, scales)
             except InvalidInputError as error:
-                file = self._shards[part.values.shard].path
+                file = self._shards[part.values.shard].where
                 raise InvalidInputError(
                     f"{file}: tensor {part.tensor!r}, rows from {(first + begin) * part.step}: {error}; "
                     "it cannot be stored as MXFP4"
@@ -136,10 +129,10 @@ class GgufProducer:
                 with self._lock:
                     self._reports.append(report)
 
-    def _read(self, span: Span, start: int, nbytes: int, role: str, *, keep: bool = False) -> Bytes:
+    def _read(self, span: Span, start: int, nbytes: int, role: str, *, cache: bool = False) -> Bytes:
         """Bytes [start, start + nbytes) of `span`, until this thread next reads something of that role."""
         buffer = self._buffer(role, nbytes)
-        self._shards[span.shard].read_into(buffer.data, span.offset + start, keep=keep)
+        self._shards[span.shard].read_into(span.offset + start, buffer.data, cache=cache)
         return buffer
 
     def _buffer(self, role: str, nbytes: int) -> Bytes:

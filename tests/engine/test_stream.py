@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_surgery.surgery.chunks import CHUNK_BYTES, Chunk, chunks_of
-from moe_surgery.surgery.program import Copy, OutputShard, OutputTensor, Span
-from moe_surgery.surgery.stream import stream
+from moe_surgery.engine.chunks import CHUNK_BYTES, Chunk, chunks_of
+from moe_surgery.engine.spans import Copy, Span
+from moe_surgery.engine.stream import stream
+from moe_surgery.surgery.program import OutputShard, OutputTensor
 
 SIZES = (CHUNK_BYTES, CHUNK_BYTES, 5000, 1)
 
@@ -53,13 +54,13 @@ def no_thread_stays() -> Iterator[None]:
 
 @pytest.mark.parametrize("workers", [None, 1, 2, 7])
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("slow", ["fill", "take", "finish", "all"])
-def test_chunks_are_taken_and_finished_in_order_with_their_bytes(
+@pytest.mark.parametrize("slow", ["fill", "consume", "write", "all"])
+def test_chunks_are_consumed_and_written_in_order_with_their_bytes(
     workers: int | None, seed: int, slow: str
 ) -> None:
     rng, work = random.Random(seed), chunks(40)
-    taken: list[Chunk] = []
-    finished: list[Chunk] = []
+    consumed: list[Chunk] = []
+    written: list[Chunk] = []
     in_use: set[int] = set()
     lock = threading.Lock()
 
@@ -74,34 +75,34 @@ def test_chunks_are_taken_and_finished_in_order_with_their_bytes(
         wait("fill")
         stamp(chunk, buffer)
 
-    def take(chunk: Chunk, buffer: memoryview) -> None:
+    def consume(chunk: Chunk, buffer: memoryview) -> None:
         assert threading.current_thread() is threading.main_thread()
         assert stamped(chunk, buffer)
-        wait("take")
+        wait("consume")
         assert stamped(chunk, buffer)
-        taken.append(chunk)
+        consumed.append(chunk)
 
-    def finish(chunk: Chunk, buffer: memoryview) -> None:
-        wait("finish")
+    def write(chunk: Chunk, buffer: memoryview) -> None:
+        wait("write")
         assert stamped(chunk, buffer)
-        finished.append(chunk)
+        written.append(chunk)
         with lock:
             in_use.remove(address(buffer))
 
-    stream(work, fill, take, finish, workers=workers)
-    assert taken == work
-    assert finished == work
+    stream(work, fill, consume, write, workers=workers)
+    assert consumed == work
+    assert written == work
 
 
-def test_without_finish_chunks_are_taken_in_order() -> None:
-    work, taken = chunks(50), []
+def test_without_write_chunks_are_consumed_in_order() -> None:
+    work, consumed = chunks(50), []
 
-    def take(chunk: Chunk, buffer: memoryview) -> None:
+    def consume(chunk: Chunk, buffer: memoryview) -> None:
         assert stamped(chunk, buffer)
-        taken.append(chunk)
+        consumed.append(chunk)
 
-    stream(iter(work), stamp, take)
-    assert taken == work
+    stream(iter(work), stamp, consume)
+    assert consumed == work
 
 
 def test_nothing_to_do_is_done() -> None:
@@ -109,21 +110,21 @@ def test_nothing_to_do_is_done() -> None:
 
 
 def test_buffers_are_few_and_page_aligned() -> None:
-    def used(count: int, finish: Callable[[Chunk, memoryview], None] | None) -> set[int]:
+    def used(count: int, write: Callable[[Chunk, memoryview], None] | None) -> set[int]:
         seen: set[int] = set()
 
         def fill(chunk: Chunk, buffer: memoryview) -> None:
             seen.add(address(buffer))
 
-        stream(chunks(count), fill, lambda chunk, buffer: None, finish, workers=3)
+        stream(chunks(count), fill, lambda chunk, buffer: None, write, workers=3)
         return seen
 
-    for finish in (None, lambda chunk, buffer: time.sleep(0.001)):
-        assert all(a % 4096 == 0 for a in used(30, finish))
-        assert len(used(300, finish)) <= 8
+    for write in (None, lambda chunk, buffer: time.sleep(0.001)):
+        assert all(a % 4096 == 0 for a in used(30, write))
+        assert len(used(300, write)) <= 8
 
 
-def test_slow_taker_holds_the_fillers_back() -> None:
+def test_slow_consumer_holds_the_fillers_back() -> None:
     filled = threading.Semaphore(0)
     ahead: list[int] = []
     count = 0
@@ -131,25 +132,25 @@ def test_slow_taker_holds_the_fillers_back() -> None:
     def fill(chunk: Chunk, buffer: memoryview) -> None:
         filled.release()
 
-    def take(chunk: Chunk, buffer: memoryview) -> None:
+    def consume(chunk: Chunk, buffer: memoryview) -> None:
         nonlocal count
         time.sleep(0.005)
         while filled.acquire(blocking=False):
             count += 1
         ahead.append(count - len(ahead))
 
-    stream(chunks(60), fill, take, workers=3)
+    stream(chunks(60), fill, consume, workers=3)
     assert max(ahead) <= 5
 
 
-@pytest.mark.parametrize("stage", ["chunks", "fill", "take", "finish"])
+@pytest.mark.parametrize("stage", ["chunks", "fill", "consume", "write"])
 @pytest.mark.parametrize("at", [0, 1, 17, 39])
 @pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])
 def test_first_error_ends_everything_and_is_raised(stage: str, at: int, kind: type[BaseException]) -> None:
     work = chunks(40)
     culprit = work[at]
-    finished: list[Chunk] = []
-    taken: list[Chunk] = []
+    written: list[Chunk] = []
+    consumed: list[Chunk] = []
 
     def check(where: str, chunk: Chunk) -> None:
         if where == stage and chunk is culprit:
@@ -163,32 +164,32 @@ def test_first_error_ends_everything_and_is_raised(stage: str, at: int, kind: ty
     def fill(chunk: Chunk, buffer: memoryview) -> None:
         check("fill", chunk)
 
-    def take(chunk: Chunk, buffer: memoryview) -> None:
-        check("take", chunk)
-        taken.append(chunk)
+    def consume(chunk: Chunk, buffer: memoryview) -> None:
+        check("consume", chunk)
+        consumed.append(chunk)
 
-    def finish(chunk: Chunk, buffer: memoryview) -> None:
-        check("finish", chunk)
-        finished.append(chunk)
+    def write(chunk: Chunk, buffer: memoryview) -> None:
+        check("write", chunk)
+        written.append(chunk)
 
     with pytest.raises(kind, match=f"{stage} {at}"):
-        stream(source(), fill, take, finish)
-    assert finished == work[: len(finished)]
-    assert taken == work[: len(taken)]
-    assert len(finished) <= at
-    if stage != "finish":
-        assert len(taken) <= at
+        stream(source(), fill, consume, write)
+    assert written == work[: len(written)]
+    assert consumed == work[: len(consumed)]
+    assert len(written) <= at
+    if stage != "write":
+        assert len(consumed) <= at
 
 
-def test_error_of_finish_is_raised_though_fill_goes_on() -> None:
+def test_error_of_write_is_raised_though_fill_continues() -> None:
     """The last chunk's error has no later chunk to surface with."""
 
-    def finish(chunk: Chunk, buffer: memoryview) -> None:
+    def write(chunk: Chunk, buffer: memoryview) -> None:
         time.sleep(0.01)
         raise OSError("full")
 
     with pytest.raises(OSError, match="full"):
-        stream(chunks(1), stamp, stamp, finish)
+        stream(chunks(1), stamp, stamp, write)
 
 
 def test_errors_of_several_stages_raise_one() -> None:
@@ -224,9 +225,9 @@ def test_chunks_cover_every_byte_once(header: int, tensors: list[list[int]], chu
     found = list(chunks_of(shard, chunk_bytes))
     for chunk in found:
         assert chunk.offset == position
-        assert sum(p.nbytes for p in chunk.pieces) == chunk.nbytes
+        assert sum(p.nbytes for p in chunk.slices) == chunk.nbytes
         filled = 0
-        for piece in chunk.pieces:
+        for piece in chunk.slices:
             assert piece.position == filled
             assert piece.nbytes > 0
             size = len(shard.header) if piece.part is None else piece.part.nbytes

@@ -10,7 +10,7 @@ from moe_surgery.checkpoint.files import printable_path
 from moe_surgery.checkpoint.kinds import STATISTICS, WEIGHTS, kind_of, wrong_kind
 from moe_surgery.errors import OutputError, UsageError
 
-__all__ = ["EXAMPLES", "check_is_path", "locate"]
+__all__ = ["EXAMPLES", "check_is_path", "resolve"]
 
 EXAMPLES = {"tiny": "tiny-gpt-oss"}
 _EXAMPLES_FOLDER = Path(__file__).parent.parent / "examples"
@@ -19,7 +19,7 @@ _NOT_READ = ("original/*", "metal/*")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", re.ASCII)
 
 
-def locate(name: str | os.PathLike[str]) -> Path:
+def resolve(name: str | os.PathLike[str]) -> Path:
     """The folder or .safetensors file that `name` means.
 
     `name` is a path, `example:tiny` (the embedded checkpoint), or a hub id `owner/model[@revision]`

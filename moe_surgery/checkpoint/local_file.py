@@ -1,0 +1,158 @@
+"""Files and folders of this machine's file systems as sources of bytes."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_surgery.checkpoint.fileops import FileOps
+from moe_surgery.checkpoint.files import open_regular, printable_path
+from moe_surgery.checkpoint.source import ByteSource, Folder
+from moe_surgery.errors import InvalidInputError, OutputError
+
+__all__ = ["FileStamp", "LocalFile", "LocalFolder"]
+
+MADV_POPULATE_READ = 22  # Linux 5.14; Python's mmap has no name for it
+
+
+@dataclass(frozen=True, slots=True)
+class FileStamp:
+    """What tells that a file is still the one that was opened."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, stat: os.stat_result) -> FileStamp:
+        return cls(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+
+class LocalFile(ByteSource):
+    """A regular file, opened read-only."""
+
+    def __init__(self, path: Path, ops: FileOps | None = None) -> None:
+        """Raises InvalidInputError for what is not a regular file, OutputError where it cannot be opened."""
+        self.where = printable_path(path)
+        self._path = path
+        self._ops = ops or FileOps()
+        self._map: mmap.mmap | None = None
+        self._fd = open_regular(path)
+        try:
+            self._stamp = FileStamp.of(os.fstat(self._fd))
+        except BaseException:
+            self.close()
+            raise
+        self.size = self._stamp.size
+
+    @property
+    def stamp(self) -> FileStamp:
+        return self._stamp
+
+    @property
+    def path(self) -> Path:
+        return self._path
+
+    def close(self) -> None:
+        if self._map is not None:
+            with suppress(BufferError):  # a view is still alive; the map goes with the last one
+                self._map.close()
+            self._map = None
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def read_into(self, offset: int, buffer: memoryview, *, cache: bool = False) -> None:
+        done, total = 0, len(buffer)
+        while done < total:
+            try:
+                count = self._ops.pread_into(self._fd, buffer[done:], offset + done, cache)
+            except OSError as error:
+                raise self._unreadable(error, offset, total) from error
+            if count == 0:
+                raise self._cut_short(offset + total)
+            done += count
+
+    def drop_cache(self, offset: int, nbytes: int) -> None:
+        self._ops.drop_cache(self._fd, offset, nbytes)
+
+    def region(self, offset: int, nbytes: int) -> memoryview:
+        """As `ByteSource.region`: a file cut since it was opened is an error here, not a SIGBUS at the first touch."""
+        try:
+            if self._map is None:
+                self._map = mmap.mmap(self._fd, 0, prot=mmap.PROT_READ)
+            size = os.fstat(self._fd).st_size
+        except OSError as error:
+            raise self._unreadable(error, offset, nbytes) from error
+        if offset + nbytes > size:
+            raise self._cut_short(offset + nbytes)
+        if nbytes and sys.platform == "linux":
+            self._advise(MADV_POPULATE_READ, offset, nbytes)
+        return memoryview(self._map)[offset : offset + nbytes]
+
+    def release(self, offset: int, nbytes: int) -> None:
+        """Let go of the resident pages of a region (they stay in the page cache)."""
+        if self._map is not None and nbytes and sys.platform == "linux":
+            self._advise(mmap.MADV_DONTNEED, offset, nbytes)
+
+    def map(self) -> mmap.mmap:
+        return mmap.mmap(self._fd, 0, prot=mmap.PROT_READ)
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def check_unchanged(self) -> None:
+        try:
+            now = {FileStamp.of(os.stat(self._path)), FileStamp.of(os.fstat(self._fd))}
+        except OSError as error:
+            raise OutputError(f"{self.where}: {error.strerror}") from error
+        if now != {self._stamp}:
+            raise InvalidInputError(
+                f"{self.where}: changed while it was being read; run again when nothing writes to it"
+            )
+
+    def _advise(self, advice: int, offset: int, nbytes: int) -> None:
+        assert self._map is not None
+        start = offset - offset % mmap.PAGESIZE
+        try:
+            self._map.madvise(advice, start, offset + nbytes - start)
+        except OSError as error:
+            if error.errno != 22:  # EINVAL: an older kernel does not know the advice
+                raise self._unreadable(error, offset, nbytes) from error
+
+    def _unreadable(self, error: OSError, offset: int, nbytes: int) -> OutputError:
+        return OutputError(f"{self.where}: cannot read {nbytes} bytes at {offset}: {error.strerror}")
+
+    def _cut_short(self, end: int) -> InvalidInputError:
+        return InvalidInputError(f"{self.where}: ends before byte {end}; it was cut while being read")
+
+
+class LocalFolder(Folder):
+    """A folder of this machine."""
+
+    def __init__(self, path: Path, ops: FileOps | None = None) -> None:
+        self.path = path
+        self._ops = ops or FileOps()
+
+    def listing(self) -> Mapping[str, bool]:
+        try:
+            with os.scandir(self.path) as entries:
+                return {entry.name: _is_file(entry) for entry in entries}
+        except OSError as error:
+            raise OutputError(f"{printable_path(self.path)}: cannot list: {error.strerror}") from None
+
+    def open(self, name: str) -> ByteSource:
+        return LocalFile(self.path / name, self._ops)
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # links in a circle, no permission: `open` says what is wrong
+        return False

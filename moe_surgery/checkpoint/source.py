@@ -1,0 +1,113 @@
+"""Where the bytes of a file come from: read by position, whatever holds them.
+
+Everything above a checkpoint's folder reads its files through these two interfaces, so that a file on
+disk, a range request to a server or a buffer in memory can stand behind them. What only some sources can
+do (map, reflink) they offer; the others say None and are read instead.
+"""
+
+from __future__ import annotations
+
+import mmap
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+
+from moe_surgery.errors import InvalidInputError
+
+__all__ = ["ByteSource", "Folder", "read_small"]
+
+
+class ByteSource(ABC):
+    """One file, open for reading by any number of threads. Close it, or use it as a context manager."""
+
+    where: str
+    """What messages call it: its path or address, safe to print."""
+
+    size: int
+    """Bytes, when it was opened."""
+
+    @property
+    @abstractmethod
+    def stamp(self) -> Hashable:
+        """Equal for two openings only if the bytes are the same as far as the source can tell; its `repr` too."""
+
+    @abstractmethod
+    def read_into(self, offset: int, buffer: memoryview, *, cache: bool = False) -> None:
+        """Fill `buffer` with the bytes from `offset`; `cache` if they are soon read again (then `drop_cache`).
+
+        Raises InvalidInputError if the file ends before, OutputError if it cannot be read.
+        """
+
+    @abstractmethod
+    def check_unchanged(self) -> None:
+        """Raise InvalidInputError if the file was replaced or written to since it was opened, OutputError if gone."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of it; reads raise OutputError from now on. Closing again does nothing."""
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """The `nbytes` bytes at `offset`; raises as `read_into`."""
+        buffer = bytearray(nbytes)
+        self.read_into(offset, memoryview(buffer), cache=True)
+        return bytes(buffer)
+
+    def drop_cache(self, offset: int, nbytes: int) -> None:  # noqa: B027
+        """Let go of what was read with `cache`."""
+
+    def region(self, offset: int, nbytes: int) -> memoryview | None:
+        """The mapped bytes [offset, offset + nbytes), already read in; None where the source has no mapping.
+
+        Raises as `read_into`. Give the pages back with `release`.
+        """
+        return None
+
+    def release(self, offset: int, nbytes: int) -> None:  # noqa: B027
+        """Let go of the resident pages of a region."""
+
+    def map(self) -> mmap.mmap | None:
+        """A read-only mapping of the whole file, which outlives the source; None where there is none."""
+        return None
+
+    def fileno(self) -> int | None:
+        """A descriptor whose extents a file on the same file system may share; None where there is none."""
+        return None
+
+    @property
+    def path(self) -> Path | None:
+        """Where it lies on this machine, None where it does not."""
+        return None
+
+    def __enter__(self) -> ByteSource:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Folder(ABC):
+    """The files of a checkpoint, side by side."""
+
+    path: Path
+    """The folder, in messages and for the files beside the weights."""
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @abstractmethod
+    def listing(self) -> Mapping[str, bool]:
+        """Every name in the folder, and whether it is a regular file (or a link to one). Raises OutputError."""
+
+    @abstractmethod
+    def open(self, name: str) -> ByteSource:
+        """The file `name`. Raises InvalidInputError where it is none, OutputError where it cannot be opened."""
+
+
+def read_small(source: ByteSource, *, limit: int, what: str) -> bytes:
+    """All bytes of a file that may hold at most `limit`; `what` names its role in errors.
+
+    Raises InvalidInputError for more than `limit` bytes, before reading them, and as `read_into`.
+    """
+    if source.size > limit:
+        raise InvalidInputError(f"{source.where}: larger than the {limit} bytes allowed for {what}")
+    return source.read(0, source.size)

@@ -1,0 +1,1 @@
+"""Moves bytes from source files to output files; knows neither models nor formats of files."""

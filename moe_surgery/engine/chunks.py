@@ -1,0 +1,110 @@
+"""An output file as fixed chunks, and what each chunk is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+__all__ = [
+    "CHUNK_BYTES",
+    "Chunk",
+    "FileLayout",
+    "HasSize",
+    "PartSlice",
+    "TensorLayout",
+    "chunks_of",
+    "parts_of",
+    "plain_chunks",
+]
+
+# Large enough that a request costs little beside its bytes, small enough that a handful in flight
+# fits a 64 MiB process; a multiple of any block size, as direct writes require.
+CHUNK_BYTES: Final = 2 << 20
+
+
+class HasSize(Protocol):
+    """A part of an output file; what makes its bytes knows more of it."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+class TensorLayout(Protocol):
+    """One tensor of an output file; its parts follow one another without gap."""
+
+    @property
+    def parts(self) -> Sequence[HasSize]: ...
+
+
+class FileLayout(Protocol):
+    """An output file: `header`, then `tensors` in order."""
+
+    @property
+    def header(self) -> bytes: ...
+
+    @property
+    def tensors(self) -> Sequence[TensorLayout]: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PartSlice:
+    """Bytes [start, start + nbytes) of `part`, placed at `position` in the chunk.
+
+    `part` None stands for the file's header. `tensor` is the index of the tensor in the file, -1
+    for the header.
+    """
+
+    tensor: int
+    part: HasSize | None
+    start: int
+    position: int
+    nbytes: int
+
+    def of(self, buffer: memoryview) -> memoryview:
+        """The bytes of this slice in the chunk's `buffer`."""
+        return buffer[self.position : self.position + self.nbytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """`nbytes` bytes of the output file at `offset`, made of `slices` in order."""
+
+    offset: int
+    nbytes: int
+    slices: tuple[PartSlice, ...]
+
+
+def parts_of(layout: FileLayout) -> Iterator[tuple[int, HasSize | None, int]]:
+    """(tensor, part, bytes) in the order of the file; the header is part None of tensor -1."""
+    yield -1, None, len(layout.header)
+    for i, tensor in enumerate(layout.tensors):
+        for part in tensor.parts:
+            yield i, part, part.nbytes
+
+
+def chunks_of(layout: FileLayout, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
+    """The file as consecutive chunks of `chunk_bytes` (the last one shorter)."""
+    offset, filled = 0, 0
+    slices: list[PartSlice] = []
+    for tensor, part, total in parts_of(layout):
+        start = 0
+        while start < total:
+            count = min(total - start, chunk_bytes - filled)
+            slices.append(PartSlice(tensor, part, start, filled, count))
+            start += count
+            filled += count
+            if filled == chunk_bytes:
+                yield Chunk(offset, filled, tuple(slices))
+                offset, filled, slices = offset + filled, 0, []
+    if filled:
+        yield Chunk(offset, filled, tuple(slices))
+
+
+def plain_chunks(nbytes: int) -> Iterator[Chunk]:
+    """Chunks over a file of `nbytes` bytes of which nothing else is known."""
+    for offset in range(0, nbytes, CHUNK_BYTES):
+        yield Chunk(offset, min(CHUNK_BYTES, nbytes - offset), ())

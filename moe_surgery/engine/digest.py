@@ -1,0 +1,63 @@
+"""Digests of a file, whole and per tensor, taken as its chunks pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import xxhash
+
+from moe_surgery.checkpoint.source import ByteSource
+from moe_surgery.engine.chunks import Chunk, FileLayout, chunks_of
+from moe_surgery.engine.stream import stream
+
+__all__ = ["FileDigest", "digest_chunks", "digest_file"]
+
+
+class FileDigest:
+    """xxh3_128 of a file and of each of its `tensors`; feed it the chunks in order."""
+
+    def __init__(self, tensors: int = 0) -> None:
+        self._whole = xxhash.xxh3_128()
+        self._tensors = [xxhash.xxh3_128() for _ in range(tensors)]
+
+    def update(self, chunk: Chunk, buffer: memoryview) -> None:
+        self._whole.update(buffer)
+        for piece in chunk.slices:
+            if piece.tensor >= 0:
+                self._tensors[piece.tensor].update(piece.of(buffer))
+
+    @property
+    def whole(self) -> str:
+        """The digest of all bytes so far, as 32 hexadecimal digits."""
+        return self._whole.hexdigest()
+
+    @property
+    def tensors(self) -> list[str]:
+        """The digests of the tensors, in the order of the file."""
+        return [state.hexdigest() for state in self._tensors]
+
+
+def digest_file(source: ByteSource, layout: FileLayout, progress: Callable[[int], None]) -> FileDigest | None:
+    """The digests of a finished file that should be `layout`; None where its size is another.
+
+    Raises OutputError or InvalidInputError where it cannot be read.
+    """
+    if source.size != layout.nbytes:
+        return None
+    return digest_chunks(source, chunks_of(layout), FileDigest(len(layout.tensors)), progress)
+
+
+def digest_chunks(
+    source: ByteSource, chunks: Iterable[Chunk], digest: FileDigest, progress: Callable[[int], None]
+) -> FileDigest:
+    """`digest` after all `chunks` of the file; raises as `digest_file`."""
+
+    def fill(chunk: Chunk, buffer: memoryview) -> None:
+        source.read_into(chunk.offset, buffer)
+
+    def consume(chunk: Chunk, buffer: memoryview) -> None:
+        digest.update(chunk, buffer)
+        progress(chunk.nbytes)
+
+    stream(chunks, fill, consume)
+    return digest

@@ -1,0 +1,68 @@
+"""What every run does that writes an output file: check the space, stream the bytes, publish."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from moe_surgery.checkpoint.fileops import FileOps
+from moe_surgery.checkpoint.files import printable_path
+from moe_surgery.checkpoint.writer import OutputFile, output_failure
+from moe_surgery.engine.chunks import Chunk, FileLayout, chunks_of
+from moe_surgery.engine.reflink import Range, unshared
+from moe_surgery.engine.stream import Stage, stream
+from moe_surgery.errors import DiskFullError, OutputError
+
+__all__ = ["Progress", "check_space", "publish", "write_layout"]
+
+Progress = Callable[[int], None]
+"""Called with a number of bytes each time some have passed."""
+
+
+def check_space(needed: int, out: Path, folder: Path, ops: FileOps) -> None:
+    """Raise DiskFullError where the file system of `folder` has fewer than `needed` bytes free for `out`."""
+    try:
+        free = ops.free_bytes(folder)
+    except OSError as error:
+        where = error.filename or folder
+        raise OutputError(f"{printable_path(where)}: {error.strerror}") from error
+    if needed > free:
+        raise DiskFullError(
+            f"{printable_path(out)}: needs {needed:,} bytes but its file system has {free:,} free; "
+            "free some space, keep fewer experts, or pass --ignore-free-space"
+        )
+
+
+def write_layout(
+    layout: FileLayout,
+    fill: Stage,
+    file: OutputFile,
+    consume: Stage,
+    *,
+    shared: Sequence[Range] = (),
+) -> None:
+    """Stream `layout`, whose bytes `fill` makes, through `consume` to `file`.
+
+    `shared` ranges, sorted and disjoint, are not written: the file has them. On any error the file stays
+    unpublished; the caller discards it.
+    """
+
+    def write(chunk: Chunk, buffer: memoryview) -> None:
+        for begin, end in unshared(chunk, shared):
+            file.write(buffer[begin - chunk.offset : end - chunk.offset], begin)
+
+    stream(chunks_of(layout), fill, consume, write)
+
+
+def publish(file: OutputFile, ops: FileOps, *, replace: bool = True) -> None:
+    """Flush `file`, give it its name and flush its folder; discard it where that fails."""
+    try:
+        file.publish(replace=replace)
+    except BaseException:
+        file.discard()
+        raise
+    folder = file.path.parent
+    try:
+        ops.fsync_dir(folder)
+    except OSError as error:
+        raise output_failure(error, folder, "flush") from error

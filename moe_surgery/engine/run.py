@@ -1,0 +1,119 @@
+"""Writes the files of an output folder, journalled as they finish, so that a killed run can resume."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import astuple, dataclass
+from typing import Protocol, TypeVar
+
+from moe_surgery.checkpoint.fileops import FileOps
+from moe_surgery.checkpoint.local_file import LocalFile
+from moe_surgery.checkpoint.shard import Shard
+from moe_surgery.checkpoint.staging import Staging
+from moe_surgery.checkpoint.writer import OutputFile, remove_leftover
+from moe_surgery.engine.chunks import Chunk, FileLayout
+from moe_surgery.engine.digest import FileDigest, digest_file
+from moe_surgery.engine.output import Progress, publish, write_layout
+from moe_surgery.engine.producer import Producer
+from moe_surgery.engine.reflink import Range, share_extents
+from moe_surgery.formats.encode_report import EncodeReport
+
+__all__ = ["FolderRun", "NamedLayout", "WrittenFile"]
+
+
+class NamedLayout(FileLayout, Protocol):
+    """An output file with its name in the folder."""
+
+    @property
+    def name(self) -> str: ...
+
+
+Layout = TypeVar("Layout", bound=NamedLayout)
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenFile:
+    """A finished file: xxh3_128 of the whole and of each tensor, and what conversion to MXFP4 lost."""
+
+    digest: str
+    tensors: tuple[str, ...]
+    report: EncodeReport
+
+
+class FolderRun:
+    """Writes files to a `Staging` folder. `bytes_shared` counts those that were reflinked, not written."""
+
+    def __init__(
+        self, staging: Staging, sources: Mapping[str, Shard], ops: FileOps, progress: Progress
+    ) -> None:
+        self.bytes_shared = 0
+        self._staging = staging
+        self._sources = sources
+        self._ops = ops
+        self._progress = progress
+        self._reflink = True
+
+    def resume(self, layouts: Iterable[NamedLayout]) -> dict[str, WrittenFile]:
+        """The files that an earlier run finished and whose bytes still have the recorded digest.
+
+        Whatever else lies under the name of a layout is removed.
+        """
+        recorded = {str(e["name"]): e for e in self._staging.finished}
+        finished: dict[str, WrittenFile] = {}
+        for layout in layouts:
+            path = self._staging.folder / layout.name
+            entry = recorded.get(layout.name)
+            if entry is not None and path.is_file():
+                with LocalFile(path, self._ops) as file:
+                    digest = digest_file(file, layout, self._progress)
+                if digest is not None and digest.whole == entry["xxh3_128"]:
+                    report = EncodeReport(*entry["conversion"])  # type: ignore[misc]
+                    finished[layout.name] = WrittenFile(digest.whole, tuple(digest.tensors), report)
+                    continue
+            remove_leftover(path, self._ops)
+        return finished
+
+    def write(
+        self, layouts: Iterable[Layout], producer_of: Callable[[Layout, Mapping[str, Shard]], Producer]
+    ) -> dict[str, WrittenFile]:
+        """Write the files in order. Each is flushed and journalled while the next is written."""
+        written: dict[str, WrittenFile] = {}
+        with ThreadPoolExecutor(1, "flush") as flusher:
+            flushing: Future[None] | None = None
+            for layout in layouts:
+                file, result = self._write(layout, producer_of(layout, self._sources))
+                if flushing is not None:
+                    try:
+                        flushing.result()
+                    except BaseException:
+                        file.discard()
+                        raise
+                written[layout.name] = result
+                flushing = flusher.submit(self._finish, layout.name, file, result)
+            if flushing is not None:
+                flushing.result()
+        return written
+
+    def _write(self, layout: NamedLayout, producer: Producer) -> tuple[OutputFile, WrittenFile]:
+        digest = FileDigest(len(layout.tensors))
+        file = OutputFile(self._staging.folder / layout.name, self._ops)
+        try:
+            shared: list[Range] = []
+            if self._reflink:
+                shared, self._reflink = share_extents(layout, file, self._sources)
+                self.bytes_shared += sum(end - begin for begin, end in shared)
+
+            def consume(chunk: Chunk, buffer: memoryview) -> None:
+                digest.update(chunk, buffer)
+                self._progress(chunk.nbytes)
+
+            write_layout(layout, producer.fill, file, consume, shared=shared)
+        except BaseException:
+            file.discard()
+            raise
+        return file, WrittenFile(digest.whole, tuple(digest.tensors), producer.report())
+
+    def _finish(self, name: str, file: OutputFile, result: WrittenFile) -> None:
+        publish(file, self._ops)
+        self._staging.record({"name": name, "xxh3_128": result.digest, "conversion": astuple(result.report)})

@@ -1,0 +1,50 @@
+"""Runs of source bytes, and the part of an output file that copies one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+__all__ = ["Copy", "Span", "coalesce"]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """`nbytes` bytes at file position `offset` of the source shard named `shard`."""
+
+    shard: str
+    offset: int
+    nbytes: int
+
+    def then(self, other: Span) -> Span | None:
+        """Both as one span where `other` begins where this one ends, else None."""
+        if (self.shard, self.offset + self.nbytes) != (other.shard, other.offset):
+            return None
+        return Span(self.shard, self.offset, self.nbytes + other.nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Source bytes, unchanged."""
+
+    span: Span
+
+    @property
+    def nbytes(self) -> int:
+        return self.span.nbytes
+
+    @property
+    def bytes_read(self) -> int:
+        return self.span.nbytes
+
+
+def coalesce(spans: Iterable[Span]) -> Iterator[Span]:
+    """The same bytes in the same order, adjacent spans of one shard merged."""
+    last: Span | None = None
+    for span in spans:
+        merged = last.then(span) if last is not None else None
+        if last is not None and merged is None:
+            yield last
+        last = merged or span
+    if last is not None:
+        yield last

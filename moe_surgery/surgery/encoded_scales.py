@@ -1,0 +1,123 @@
+"""MXFP4 scales between the encoding that finds them, with the blocks, and their place in the file."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_surgery.engine.spans import Span
+from moe_surgery.formats import mxfp4
+from moe_surgery.surgery.program import Encode
+
+__all__ = ["EncodedScales"]
+
+_MISSING: Final = 0
+_CLAIMED: Final = 1
+_FOUND: Final = 2
+_MOST_ROW_BYTES: Final = 1 << 21
+"""Bytes of blocks that `take` has encoded at a time."""
+
+
+@dataclass(slots=True)
+class _Weight:
+    """Scales u8 [rows, groups], the state of each row, and how many bytes have not been taken."""
+
+    scales: NDArray[np.uint8]
+    state: NDArray[np.uint8]
+    untaken: int
+
+
+class EncodedScales:
+    """Scales of the weights of one shard, for several threads.
+
+    Rows are encoded once where chunks begin in file order (blocks come before scales), and give the same
+    scales in any order: `take` encodes rows that nobody has claimed. Whoever holds a claim waits for
+    nothing, so waiting for a claimed row always ends.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._weights: dict[Span, _Weight] = {}
+        self._taken: set[Span] = set()
+
+    @contextmanager
+    def claim(self, part: Encode, first: int, last: int) -> Iterator[None]:
+        """While the caller encodes rows [first, last) and `put`s them; those that it does not are freed."""
+        with self._changed:
+            weight = self._weight(part)
+            ours = np.zeros(0, np.bool_)
+            if weight is not None:
+                ours = weight.state[first:last] == _MISSING
+                weight.state[first:last][ours] = _CLAIMED
+        try:
+            yield
+        finally:
+            if weight is not None:
+                with self._changed:
+                    rows = weight.state[first:last]
+                    rows[ours & (rows == _CLAIMED)] = _MISSING
+                    self._changed.notify_all()
+
+    def put(self, part: Encode, first: int, scales: NDArray[np.uint8]) -> None:
+        """Keep scales u8 [n, groups] of rows [first, first + n) until they are taken."""
+        with self._changed:
+            weight = self._weight(part)
+            if weight is not None:
+                weight.scales[first : first + len(scales)] = scales
+                weight.state[first : first + len(scales)] = _FOUND
+                self._changed.notify_all()
+
+    def take(
+        self,
+        part: Encode,
+        start: int,
+        out: NDArray[np.uint8],
+        encode: Callable[[int, int], None],
+    ) -> None:
+        """Write scale bytes [start, start + len(out)) of the weight to `out`.
+
+        `encode(first, last)` must claim, encode and put these rows. When all bytes of the weight have
+        been taken, they are let go of.
+        """
+        groups = part.columns // mxfp4.BLOCK_VALUES
+        first, last = start // groups, -(-(start + len(out)) // groups)
+        most = max(1, _MOST_ROW_BYTES // (groups * mxfp4.BLOCK_BYTES))
+        while True:
+            with self._changed:
+                self._taken.discard(part.values)
+                weight = self._weight(part)
+                assert weight is not None
+                state = weight.state[first:last]
+                missing = np.flatnonzero(state == _MISSING)
+                if not missing.size:
+                    if (state == _FOUND).all():
+                        out[:] = weight.scales.reshape(-1)[start : start + len(out)]
+                        self._count(part, weight, len(out))
+                        return
+                    self._changed.wait()
+                    continue
+            begin = first + int(missing[0])
+            breaks = np.flatnonzero(np.diff(missing) != 1)
+            run = int(breaks[0]) + 1 if breaks.size else missing.size
+            encode(begin, begin + min(run, most))
+
+    def _count(self, part: Encode, weight: _Weight, taken: int) -> None:
+        weight.untaken -= taken
+        if not weight.untaken:
+            del self._weights[part.values]
+            self._taken.add(part.values)
+
+    def _weight(self, part: Encode) -> _Weight | None:
+        """The weight's entry, made where there is none; None where all of its scales have been taken."""
+        if part.values in self._taken:
+            return None
+        if part.values not in self._weights:
+            scales = np.empty((part.rows, part.columns // mxfp4.BLOCK_VALUES), np.uint8)
+            self._weights[part.values] = _Weight(scales, np.zeros(part.rows, np.uint8), scales.size)
+        return self._weights[part.values]

@@ -1,0 +1,231 @@
+"""What every source of bytes must do, whatever holds them; and what a local file does beside."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from moe_surgery.checkpoint.header import build_header, parse_header, read_header
+from moe_surgery.checkpoint.local_file import LocalFile, LocalFolder
+from moe_surgery.checkpoint.source import ByteSource, read_small
+from moe_surgery.errors import InvalidInputError, OutputError
+
+from ..support.faults import ShortOps
+from ..support.sources import MemoryFile, MemorySource
+
+CONTENT = random.Random(3).randbytes(100_001)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kind of source: `open` opens what holds `CONTENT`, `change` gives that other content."""
+
+    open: Callable[[], ByteSource]
+    change: Callable[[bytes], None]
+
+
+def local(folder: Path) -> Case:
+    path = folder / "file.bin"
+    path.write_bytes(CONTENT)
+
+    def change(content: bytes) -> None:
+        path.write_bytes(content)
+        os.utime(path, ns=(7, 7))  # whatever the clock's resolution
+
+    return Case(lambda: LocalFile(path), change)
+
+
+def short_reads(folder: Path) -> Case:
+    case = local(folder)
+    return Case(lambda: LocalFile(folder / "file.bin", ShortOps(lambda n: min(n, 4097))), case.change)
+
+
+def memory(_: Path) -> Case:
+    file = MemoryFile(CONTENT)
+
+    def change(content: bytes) -> None:
+        file.content = content
+
+    return Case(lambda: MemorySource("memory:file.bin", file), change)
+
+
+@pytest.fixture(params=[local, short_reads, memory], ids=lambda make: make.__name__)
+def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
+    made: Case = request.param(tmp_path)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("offset", "nbytes"), [(0, 0), (0, 1), (0, 100_001), (1, 4096), (4095, 2), (100_000, 1), (100_001, 0)]
+)
+@pytest.mark.parametrize("cache", [False, True])
+def test_any_range_is_read(case: Case, offset: int, nbytes: int, cache: bool) -> None:
+    with case.open() as source:
+        buffer = bytearray(nbytes)
+        source.read_into(offset, memoryview(buffer), cache=cache)
+        assert buffer == CONTENT[offset : offset + nbytes]
+        assert source.read(offset, nbytes) == buffer
+        source.drop_cache(offset, nbytes)
+        assert source.read(offset, nbytes) == buffer
+
+
+def test_reads_leave_the_bytes_beside_the_buffer(case: Case) -> None:
+    with case.open() as source:
+        whole = bytearray(b"\xaa" * 30)
+        source.read_into(5, memoryview(whole)[10:20])
+    assert whole == b"\xaa" * 10 + CONTENT[5:15] + b"\xaa" * 10
+
+
+def test_size_and_name_are_those_of_the_file(case: Case) -> None:
+    with case.open() as source:
+        assert source.size == len(CONTENT)
+        assert source.where.endswith("file.bin")
+        assert source.where.isprintable()
+
+
+@pytest.mark.parametrize(("offset", "nbytes"), [(100_000, 2), (100_001, 1), (200_000, 5), (0, 100_002)])
+def test_reads_past_the_end_are_refused(case: Case, offset: int, nbytes: int) -> None:
+    with case.open() as source:
+        message = f"{re.escape(source.where)}: ends before byte {offset + nbytes}"
+        for read in (source.read, source.region):
+            if source.region(0, 1) is None and read == source.region:
+                continue
+            with pytest.raises(InvalidInputError, match=message):
+                read(offset, nbytes)
+
+
+def test_threads_read_at_once(case: Case) -> None:
+    rng = random.Random(1)
+    ranges = [(offset, rng.randrange(5000)) for offset in rng.choices(range(95_000), k=300)]
+    with case.open() as source, ThreadPoolExecutor(8) as pool:
+        got = list(pool.map(lambda r: source.read(*r), ranges))
+    assert got == [CONTENT[offset : offset + nbytes] for offset, nbytes in ranges]
+
+
+def test_two_openings_have_the_same_stamp_until_the_bytes_change(case: Case) -> None:
+    with case.open() as one, case.open() as other:
+        assert one.stamp == other.stamp
+        assert hash(one.stamp) == hash(other.stamp)
+        assert repr(one.stamp) == repr(other.stamp)
+        one.check_unchanged()
+        case.change(CONTENT[:-1] + bytes([CONTENT[-1] ^ 1]))
+        with case.open() as later:
+            assert later.stamp != one.stamp
+            assert repr(later.stamp) != repr(one.stamp)
+            later.check_unchanged()
+        with pytest.raises(InvalidInputError, match=f"{re.escape(one.where)}: changed while"):
+            one.check_unchanged()
+
+
+def test_a_file_that_is_cut_is_an_error_not_a_crash(case: Case) -> None:
+    with case.open() as source:
+        source.region(0, len(CONTENT))
+        case.change(CONTENT[:1000])
+        assert source.read(0, 1000) == CONTENT[:1000]
+        with pytest.raises(InvalidInputError, match="ends before byte 1001"):
+            source.read(0, 1001)
+        if source.fileno() is not None:
+            with pytest.raises(InvalidInputError, match="ends before byte 50000"):
+                source.region(0, 50_000)
+        with pytest.raises(InvalidInputError):
+            source.check_unchanged()
+
+
+def test_closed_source_reads_no_more(case: Case) -> None:
+    source = case.open()
+    source.close()
+    source.close()
+    with pytest.raises(OutputError, match=re.escape(source.where)):
+        source.read(0, 10)
+
+
+def test_what_a_source_offers_beside_reading_holds_the_same_bytes(case: Case) -> None:
+    """None where it offers nothing."""
+    with case.open() as source:
+        region, mapped, fd, path = source.region(7, 5000), source.map(), source.fileno(), source.path
+        assert {x is None for x in (region, mapped, fd, path)} in ({True}, {False})
+        source.release(7, 5000)
+        if region is not None and mapped is not None and fd is not None and path is not None:
+            assert region == CONTENT[7:5007]
+            assert os.pread(fd, 5000, 7) == region
+            assert path.read_bytes() == CONTENT
+            region.release()
+            source.close()
+            assert mapped[:] == CONTENT  # outlives the source
+            mapped.close()
+
+
+def test_header_is_read_from_it(case: Case) -> None:
+    header = build_header([("a", "U8", (4,)), ("b", "BF16", (2, 3))])
+    case.change(header + bytes(16))
+    with case.open() as source:
+        assert read_header(source) == parse_header(header, len(header) + 16, file="x")
+
+
+def test_header_of_a_file_that_shrinks_after_it_was_opened_is_refused(case: Case) -> None:
+    header = build_header([("a", "U8", (4,))])
+    case.change(header + b"abcd")
+    with case.open() as source:
+        case.change(header[:20])
+        with pytest.raises(InvalidInputError, match=f"{re.escape(source.where)}: ends before byte"):
+            read_header(source)
+    with case.open() as source, pytest.raises(InvalidInputError, match="does not fit a file of 20 bytes"):
+        read_header(source)
+
+
+def test_small_file_is_read_up_to_its_limit(case: Case) -> None:
+    with case.open() as source:
+        assert read_small(source, limit=len(CONTENT), what="a config") == CONTENT
+        with pytest.raises(InvalidInputError, match="larger than the 100000 bytes allowed for a config"):
+            read_small(source, limit=100_000, what="a config")
+
+
+# --- local files and folders
+
+
+def test_failing_read_says_where_and_why(tmp_path: Path) -> None:
+    path = tmp_path / "file.bin"
+    path.write_bytes(CONTENT)
+    with LocalFile(path) as source:
+        os.dup2(folder := os.open(tmp_path, os.O_RDONLY), source.fileno())
+        os.close(folder)
+        with pytest.raises(OutputError, match=f"{path}: cannot read 5 bytes at 8: Is a directory"):
+            source.read(8, 5)
+
+
+def test_reads_continue_through_signals(tmp_path: Path) -> None:
+    path = tmp_path / "big"
+    path.write_bytes(bytes(64 << 20))
+    hits: list[int] = []
+    previous = signal.signal(signal.SIGALRM, lambda *_: hits.append(1))
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+    try:
+        with LocalFile(path) as source:
+            for _ in range(5):
+                assert len(source.read(0, 64 << 20)) == 64 << 20
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    assert hits
+
+
+def test_listing_says_what_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "circle").symlink_to("circle")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "fifo")
+    files = {name for name, is_file in LocalFolder(tmp_path).listing().items() if is_file}
+    assert files == {"file", "link"}
+    assert len(LocalFolder(tmp_path).listing()) == 6
+    with pytest.raises(OutputError, match="nowhere: cannot list: No such file"):
+        LocalFolder(tmp_path / "nowhere").listing()
