@@ -72,7 +72,7 @@ def check_memory(device: torch.device, model: Described, free: int | None = None
     advice = f"pruned to {most} experts it fits" if most else "no expert count fits"
     if not most and not model.expert_format.packed:
         times = "seven" if model.expert_format == F32 else "four"
-        advice += f"; --dtype mxfp4 makes experts {times} times smaller"
+        advice += f"; prune --store mxfp4 makes experts {times} times smaller"
     raise UsageError(
         f"--device {device}: the model needs {needed / 1e9:.1f} GB with headroom, "
         f"{free / 1e9:.1f} GB are free; {advice}"

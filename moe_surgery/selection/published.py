@@ -72,7 +72,7 @@ def rank_published(files: Iterable[Path], experts: int | None = None) -> Ranking
     named = max(max(row, default=0) for row in totals.values()) + 1
     count = named if experts is None else experts
     if not 1 <= count <= MAX_EXPERTS:
-        raise UsageError(f"--experts {count}: choose 1 to {MAX_EXPERTS}")
+        raise UsageError(f"--num-experts {count}: choose 1 to {MAX_EXPERTS}")
     if named > count:
         raise PlanMismatchError(f"the statistics name expert {named - 1}, but the model has {count}")
     return Ranking(

@@ -169,7 +169,7 @@ def test_rank_orders_by_any_metric_over_the_domains_named(
     for options, domains in (
         ([], ["sums", "talk:answer", "talk:prompt"]),
         (["--domain", "talk"], ["talk:answer", "talk:prompt"]),
-        (["--domain", "sums, talk:answer"], ["sums", "talk:answer"]),
+        (["--domain", "sums", "--domain", "talk:answer"], ["sums", "talk:answer"]),
     ):
         done(call(capsys, "rank", file, "--metric", metric, "-o", out, *options))
         ranking = load_ranking(out)
@@ -364,7 +364,7 @@ def test_coverage_keeps_the_fewest_experts_that_carry_it(
 def test_a_target_size_keeps_the_most_experts_that_fit_it(
     storage: str, place: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    options = ["--metric", "gate", "--target-size", "4MB", "--dtype", storage, "--checkpoint", TINY]
+    options = ["--metric", "gate", "--target-size", "4MB", "--store", storage, "--checkpoint", TINY]
     out = tmp_path / "plan.json"
     done(call(capsys, "plan", place / "both.stats", *options, "-o", out))
     plan = load_plan(out)
@@ -374,7 +374,7 @@ def test_a_target_size_keeps_the_most_experts_that_fit_it(
     def size(n: int) -> int:
         kept = f"0-{n - 1}"
         folder = tmp_path / f"pruned-{n}"
-        done(call(capsys, "prune", TINY, folder, "--keep", kept, "--dtype", storage))
+        done(call(capsys, "prune", TINY, folder, "--keep", kept, "--store", storage))
         return sum(t.nbytes for t in load_tensors(folder).values())
 
     assert size(count) <= 4_000_000 < size(count + 1)
@@ -512,7 +512,6 @@ CASES: dict[str, tuple[str, int, str]] = {
         3,
         "domain 'cooking' is not in these statistics; there are: sums, talk:answer, talk:prompt",
     ),
-    "rank: an empty domain": ("rank {in}/both.stats --metric reap --domain sums,", 2, "a name is empty"),
     "rank: a missing source": ("rank {new}/no.stats --metric reap", 5, "no.stats: cannot open: no such file"),
     "rank: another kind of source": (
         "rank {in}/both.stats {in}/r.json --metric reap",
@@ -576,12 +575,12 @@ CASES: dict[str, tuple[str, int, str]] = {
     "plan: no size": (
         "plan {in}/both.stats --metric reap --target-size big --checkpoint example:tiny",
         2,
-        "'big' is no size",
+        "'big' is not a size",
     ),
     "plan: no count": (
         "plan {in}/both.stats --metric reap --target-params 6.6X --checkpoint example:tiny",
         2,
-        "'6.6X' is no count",
+        "'6.6X' is not a number",
     ),
     "plan: too many experts": (
         "plan {in}/both.stats --metric reap -n 33",
@@ -604,9 +603,9 @@ CASES: dict[str, tuple[str, int, str]] = {
         "--coverage-over goes with --coverage",
     ),
     "plan: storage for nothing": (
-        "plan {in}/both.stats --metric reap -n 3 --dtype bf16",
+        "plan {in}/both.stats --metric reap -n 3 --store bf16",
         2,
-        "--dtype goes with --target-size",
+        "--store goes with --target-size",
     ),
     "evaluate: nothing to hold against": (
         "evaluate example:tiny --texts {in}/sums.txt",

@@ -47,7 +47,7 @@ def exported(
     source: Path, out: Path, dtype: str, ops: FileOps | None = None, overwrite: bool = False
 ) -> None:
     wanted = "mxfp4" if dtype == "quantised" else "keep"
-    export_gguf(source, out, dtype=wanted, tokenizer=False, overwrite=overwrite, ops=ops)
+    export_gguf(source, out, store=wanted, tokenizer=False, overwrite=overwrite, ops=ops)
 
 
 def attempt(

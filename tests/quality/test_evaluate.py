@@ -232,7 +232,7 @@ def test_a_view_has_exactly_the_figures_of_the_pruned_checkpoint(
     dtype: torch.dtype, pruned: Path, tmp_path: Path, text: Text, paths: list[Path]
 ) -> None:
     prune(TINY, tmp_path / "two", PLANS["top-2 of eight"])
-    prune(TINY, tmp_path / "bf16", PLANS["eight"], dtype="bf16")
+    prune(TINY, tmp_path / "bf16", PLANS["eight"], store="bf16")
     evaluation = evaluate(
         TINY,
         opened(text, *paths),

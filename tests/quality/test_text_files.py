@@ -261,7 +261,7 @@ COMMANDS: dict[str, list[str]] = {
     "profile": ["profile", "example:tiny", "-o", "x.stats"],
     "search": ["search", "example:tiny", "-o", "x.ranking"],
     "evaluate": ["evaluate", "example:tiny", "--plan", "plan.json"],
-    "bench": ["bench", "speculate", "--target", "example:tiny", "--draft-top-k", "1"],
+    "bench": ["bench", "speculate", "example:tiny", "--draft-top-k", "1"],
 }
 
 

@@ -78,7 +78,9 @@ def test_wide_experts_are_told_to_become_smaller(dtype: str, times: str, tmp_pat
     folder = write_checkpoint(tmp_path / "wide", Shape(), "bf16", edit_tensors=in_dtype(dtype))
     with Checkpoint.open(folder) as checkpoint:
         model = describe(checkpoint)
-    with pytest.raises(UsageError, match=f"no expert count fits; --dtype mxfp4 makes experts {times} times"):
+    with pytest.raises(
+        UsageError, match=f"no expert count fits; prune --store mxfp4 makes experts {times} times"
+    ):
         check_memory(CUDA, model, free=0)
 
 

@@ -84,7 +84,7 @@ class Job:
                 checkpoint,
                 describe(checkpoint),
                 self.plan,
-                dtype=self.dtype,
+                store=self.dtype,
                 max_shard_size=self.max_shard_size,
             )
 
@@ -351,7 +351,7 @@ def test_a_plan_that_does_not_fit_is_refused(plan: Plan, told: str, tmp_path: Pa
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"dtype": "fp8"}, "--dtype fp8: choose one of keep, bf16, mxfp4"),
+        ({"store": "fp8"}, "--store fp8: choose one of keep, bf16, mxfp4"),
         ({"max_shard_size": 0}, "--max-shard-size 0: must be at least one byte"),
         ({"max_shard_size": -5}, "--max-shard-size -5: must be at least one byte"),
     ],

@@ -185,7 +185,7 @@ def test_manifest_that_lies_about_the_plan_is_found_with_the_source(
 
 def test_scales_in_a_shard_without_their_blocks_are_refused_not_waited_for(tmp_path: Path) -> None:
     source, out = write_checkpoint(tmp_path / "source", layout="bf16"), tmp_path / "out"
-    prune(source, out, lambda m: plan_keeping([0, 1], m), dtype="mxfp4")
+    prune(source, out, lambda m: plan_keeping([0, 1], m), store="mxfp4")
     tensors = load_tensors(out)
     (out / "model.safetensors").unlink()
     files: dict[str, Any] = {}
