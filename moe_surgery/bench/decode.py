@@ -145,7 +145,7 @@ def measure_decoding(
     shortest = min(model.config.context for model in models.values())
     if depth + steps + 1 > shortest:
         raise UsageError(
-            f"--depth {depth} and --steps {steps} need {depth + steps + 1} tokens; "
+            f"`depth` {depth} and `steps` {steps} need {depth + steps + 1} tokens; "
             f"these models take {shortest}"
         )
     jobs = [(name, model, batch) for batch in batches for name, model in models.items()]

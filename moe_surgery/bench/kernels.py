@@ -143,7 +143,7 @@ def kernel_calls(
     Raises UsageError for a backend that does not run here, or a `hidden` that is no multiple of 32.
     """
     if hidden % 32:
-        raise UsageError(f"--hidden {hidden}: must be a multiple of 32, the block of MXFP4")
+        raise UsageError(f"`hidden` {hidden}: must be a multiple of 32, the block of MXFP4")
     chosen = [select_backend(device, name) for name in backends]
     weights = random_experts(experts, hidden, device)
     router, bias = normal(device, experts, hidden, scale=hidden**-0.5), normal(device, experts)

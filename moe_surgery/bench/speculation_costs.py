@@ -136,12 +136,10 @@ def measure_costs(
     """
     check_numbers(batch=[batch], depth=[depth], rounds=[rounds])
     for length in lengths:
-        check_length(length, "--draft-lengths", "")
+        check_length(length, "lengths", "")
     needed = depth + max(lengths) + BEHIND
     if needed > (most := min(target.config.context, draft.config.context)):
-        raise UsageError(
-            f"--depth {depth} and --draft-lengths need {needed} tokens; these models take {most}"
-        )
+        raise UsageError(f"`depth` {depth} and `lengths` need {needed} tokens; these models take {most}")
     steps = _Steps(target, draft, batch, depth, max(lengths))
     jobs: list[Callable[[], StepTime]] = [steps.plain, partial(steps.draft, 1), partial(steps.draft, 2)]
     jobs += [partial(steps.check, n + 1) for n in sorted(set(lengths))]

@@ -167,7 +167,7 @@ def measure_surgery(
     """
     check_numbers(expert_counts=expert_counts, rounds=[rounds])
     if not work.is_dir():
-        raise UsageError(f"--work {work}: is no folder; name one with room for the outputs")
+        raise UsageError(f"`work` {work}: is not a folder; name one with space for the outputs")
     place = work / f"moe-surgery-bench-{os.getpid()}"
     place.mkdir()
     try:
@@ -202,7 +202,7 @@ def _one(
     nbytes = sum(f.stat().st_size for f in out.iterdir())
     if shutil.disk_usage(place).free < nbytes:
         raise DiskFullError(
-            f"{place}: no room for a copy of {nbytes / 1e9:.2f} GB; pass --work another folder"
+            f"{place}: no space for a copy of {nbytes / 1e9:.2f} GB; choose another folder for `work`"
         )
     copied = copy_seconds(out, place / "copy", cold=cold)
     verified = timed(command_of("verify", out, "-q"), place, cold=cold)

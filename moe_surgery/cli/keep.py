@@ -31,6 +31,7 @@ def keep_options(command: Command) -> Command:
         ),
         click.option(
             "--keep",
+            "kept",
             type=EXPERT_LIST,
             help="Keep these experts in every layer, in this order: 0,3,8-11, or all.",
         ),
@@ -40,11 +41,11 @@ def keep_options(command: Command) -> Command:
     return command
 
 
-def keeping(keep: list[int] | str) -> Callable[[Model], Plan]:
+def keeping(kept: list[int] | str) -> Callable[[Model], Plan]:
     """What --keep says: the same experts in every layer."""
     from moe_surgery.selection.plan import plan_keeping
 
-    return lambda model: plan_keeping(None if isinstance(keep, str) else keep, model)
+    return lambda model: plan_keeping(None if isinstance(kept, str) else kept, model)
 
 
 def first_of(ranking: Ranking, experts: int, order: str) -> Callable[[Model], Plan]:

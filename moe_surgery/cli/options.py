@@ -177,8 +177,10 @@ def common(command: Command) -> Command:
 
     def switch(name: str) -> Callable[[click.Context, click.Parameter, bool], None]:
         def apply(context: click.Context, _: click.Parameter, value: bool) -> None:
+            terminal = terminal_of(context)
+            terminal.command = context.command
             if value:
-                setattr(terminal_of(context), name, True)
+                setattr(terminal, name, True)
 
         return apply
 

@@ -88,7 +88,7 @@ def command(
     target_size: int | None,
     target_params: int | None,
     store: str,
-    keep: list[int] | str | None,
+    kept: list[int] | str | None,
     at_random: bool,
     seed: int | None,
     top_k: int | None,
@@ -119,7 +119,7 @@ def command(
     terminal = terminal_of(context)
     check_new_output(output, [source])
     amount = _Amount(experts, coverage, coverage_over, target_size, target_params, store)
-    if (source is not None) + (keep is not None) + at_random != 1:
+    if (source is not None) + (kept is not None) + at_random != 1:
         raise UsageError("say what to keep by exactly one of RANKING or STATS, --keep and --random")
     if coverage is None and coverage_over != "worst":
         raise UsageError("--coverage-over goes with --coverage")
@@ -134,7 +134,7 @@ def command(
     if source is None:
         if metric is not None or domains or protect_super_experts:
             raise UsageError("--metric, --domain and --protect-super-experts go with STATS")
-        plan = _fixed(keep, at_random, seed, amount, checkpoint)
+        plan = _fixed(kept, at_random, seed, amount, checkpoint)
     else:
         ranking, statistics = _ranked(source, metric, domains, protect_super_experts, checkpoint)
         plan = _first(ranking, statistics, amount, checkpoint, model_type, order)
@@ -153,16 +153,16 @@ def command(
 
 
 def _fixed(
-    keep: list[int] | str | None, at_random: bool, seed: int | None, amount: _Amount, checkpoint: str | None
+    kept: list[int] | str | None, at_random: bool, seed: int | None, amount: _Amount, checkpoint: str | None
 ) -> Plan:
     """A plan that needs no ranking."""
     from moe_surgery.pipeline import make_plan
     from moe_surgery.selection.plan import plan_random
 
-    if keep is not None:
+    if kept is not None:
         if _said(amount):
             raise UsageError(f"--keep already says how many experts stay; leave out {_said(amount)[0]}")
-        return make_plan(_needed(checkpoint, "--keep"), keeping(keep))
+        return make_plan(_needed(checkpoint, "--keep"), keeping(kept))
     assert at_random
     count, told = _count(amount, None, None, _needed(checkpoint, "--random"))
     plan = make_plan(_needed(checkpoint, "--random"), lambda model: plan_random(count, seed or 0, model))

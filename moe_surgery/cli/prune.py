@@ -67,7 +67,7 @@ def command(
     plan_file: Path | None,
     ranking: Path | None,
     experts: int | None,
-    keep: list[int] | str | None,
+    kept: list[int] | str | None,
     top_k: int | None,
     store: str,
     max_shard_size: int,
@@ -96,7 +96,7 @@ def command(
     from moe_surgery.pipeline import prune
 
     terminal = terminal_of(context)
-    plan = _plan_maker(plan_file, ranking, experts, keep, order)
+    plan = _plan_maker(plan_file, ranking, experts, kept, order)
     start = time.perf_counter()
     with ExitStack() as stack:
         advance: list[Advance] = []
@@ -144,13 +144,13 @@ def _plan_maker(
     plan_file: Path | None,
     ranking: Path | None,
     experts: int | None,
-    keep: list[int] | str | None,
+    kept: list[int] | str | None,
     order: str,
 ) -> Plan | Callable[[Model], Plan]:
     from moe_surgery.selection.plan import load_plan
     from moe_surgery.selection.ranking import load_ranking
 
-    if (plan_file is not None) + (ranking is not None) + (keep is not None) != 1:
+    if (plan_file is not None) + (ranking is not None) + (kept is not None) != 1:
         raise UsageError("say which experts stay by exactly one of --plan, --ranking and --keep")
     if (ranking is None) != (experts is None):
         raise UsageError("--ranking and --experts go together: the first N of every layer are kept")
@@ -160,8 +160,8 @@ def _plan_maker(
         )
     if plan_file is not None:
         return load_plan(plan_file)
-    if keep is not None:
-        return keeping(keep)
+    if kept is not None:
+        return keeping(kept)
     assert ranking is not None
     assert experts is not None
     return first_of(load_ranking(ranking), experts, order)

@@ -57,7 +57,7 @@ def compile_gguf(
     that does not fit, InvalidInputError for a model that llama.cpp would compute otherwise.
     """
     if store not in STORES:
-        raise UsageError(f"--store {store}: choose one of {', '.join(STORES)}")
+        raise UsageError(f"`store` {store}: choose one of {', '.join(STORES)}")
     if model.model_type != "gpt_oss":
         raise UsageError(f"{checkpoint.path}: a {model.model_type} model; export writes gpt-oss models only")
     config = ModelConfig.of(model)
@@ -170,7 +170,7 @@ def _expert_weight(
         )
     if not target.takes(columns):
         raise UsageError(
-            f"--store mxfp4: tensor {tensor.name!r} has {columns} columns, not whole blocks of {BLOCK_VALUES}"
+            f"`store` mxfp4: tensor {tensor.name!r} has {columns} columns, not whole blocks of {BLOCK_VALUES}"
         )
     return TensorType.MXFP4, tuple(
         Quantise(v, rows, columns, first, step, stored.name, source) for v in values

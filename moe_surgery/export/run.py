@@ -84,5 +84,5 @@ def _check_space(program: GgufProgram, out: Path, ops: FileOps) -> None:
     if program.nbytes > free:
         raise DiskFullError(
             f"{printable_path(out)}: needs {program.nbytes:,} bytes but its file system has {free:,} free; "
-            "free some space, keep fewer experts, or pass --ignore-free-space"
+            "free some space, keep fewer experts, or pass `ignore_free_space=True`"
         )

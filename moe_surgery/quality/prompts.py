@@ -22,7 +22,7 @@ def prompts_of(corpus: Corpus, tokens: int, most: int | None = None) -> dict[str
         if (most is None or len(mine) < most) and (ids := _prompt(corpus, document, tokens)):
             mine.append(ids)
     if not any(found.values()):
-        raise UsageError(f"--texts: none has {tokens} tokens; pass longer ones or a smaller --prompt-tokens")
+        raise UsageError(f"`texts`: none has {tokens} tokens; pass longer ones or a smaller `prompt_tokens`")
     return {domain: prompts for domain, prompts in found.items() if prompts}
 
 
@@ -34,7 +34,7 @@ def check_prompts(
     for domain, some in prompts.items():
         if (longest := max(map(len, some), default=0)) + max_new_tokens > most:
             raise UsageError(
-                f"--texts: a prompt of '{domain}' has {longest} tokens; with --max-new-tokens "
+                f"`texts`: a prompt of '{domain}' has {longest} tokens; with `max_new_tokens` "
                 f"{max_new_tokens} that is more than the {most} the models take"
             )
 

@@ -57,9 +57,9 @@ def compile_program(
     one whose layers keep different numbers of experts.
     """
     if store not in EXPERT_DTYPES:
-        raise UsageError(f"--store {store}: choose one of {', '.join(EXPERT_DTYPES)}")
+        raise UsageError(f"`store` {store}: choose one of {', '.join(EXPERT_DTYPES)}")
     if max_shard_size < 1:
-        raise UsageError(f"--max-shard-size {max_shard_size}: must be at least one byte")
+        raise UsageError(f"`max_shard_size` {max_shard_size}: must be at least one byte")
     plan.check_fits(model.family.model_type, model.experts, model.layers, str(checkpoint.path))
     kept = plan.uniform_experts
     if kept is None:
@@ -68,7 +68,7 @@ def compile_program(
         raise PlanMismatchError(
             f"the plan keeps between {counts[0]} and {counts[-1]} experts per layer, but config.json of a "
             f"{model.model_type} model gives one number for all layers; keep the same number in every layer, or use "
-            "the plan with generate --plan and evaluate --plan, which write no checkpoint"
+            "the plan with generate or evaluate, which write no checkpoint"
         )
     target = model.expert_format if store == "keep" else format_named(store)
     top_k = min(plan.top_k or model.top_k, kept)
@@ -121,7 +121,7 @@ def _expert_weight(tensor: ModelTensor, kept: Sequence[int], target: ExpertForma
     _, rows, columns = tensor.shape
     if not target.takes(columns):
         raise UsageError(
-            f"--store {target.name}: tensor {tensor.name!r} has {columns} columns, "
+            f"`store` {target.name}: tensor {tensor.name!r} has {columns} columns, "
             f"not whole blocks of {target.block_values}"
         )
     stored = target.tensors(rows, columns)

@@ -143,7 +143,7 @@ class _Run:
         if needed > free:
             raise DiskFullError(
                 f"{printable_path(self._staging.out)}: needs {needed:,} bytes but its file system has {free:,} free; "
-                "free some space, keep fewer experts, or pass --ignore-free-space"
+                "free some space, keep fewer experts, or pass `ignore_free_space=True`"
             )
 
     def _write_shard(self, shard: OutputShard) -> tuple[OutputFile, FileRecord]:

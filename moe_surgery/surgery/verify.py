@@ -136,7 +136,7 @@ class _Verifier:
             if needed:
                 raise OutputError(
                     f"{printable_path(path)}: not found, so there are no digests to compare; "
-                    "--structure-only checks a checkpoint without one"
+                    "`structure_only=True` checks a checkpoint without one"
                 )
             return None
         try:

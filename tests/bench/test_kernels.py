@@ -41,8 +41,8 @@ def test_bytes_and_rates_agree() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"hidden": 40}, "--hidden 40: must be a multiple of 32"),
-        ({"tokens": [0]}, "--tokens 0: must be at least 1"),
+        ({"hidden": 40}, "`hidden` 40: must be a multiple of 32"),
+        ({"tokens": [0]}, "`tokens` 0: must be at least 1"),
     ],
 )
 def test_shapes_that_cannot_be_are_refused(options: dict[str, object], said: str) -> None:

@@ -135,8 +135,8 @@ def test_what_was_interrupted_before_anything_came_has_no_figures(model: Model) 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"batches": [0]}, "--batches 0: must be at least 1"),
-        ({"rounds": 0}, "--rounds 0: must be at least 1"),
+        ({"batches": [0]}, "`batches` 0: must be at least 1"),
+        ({"rounds": 0}, "`rounds` 0: must be at least 1"),
         ({"depth": 131072, "steps": 9}, "need 131082 tokens; these models take"),
     ],
 )

@@ -72,7 +72,7 @@ def test_a_failing_prune_leaves_nothing(source: Path, work: Path) -> None:
 
 
 def test_a_folder_that_is_not_there_is_refused(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="is no folder"):
+    with pytest.raises(UsageError, match="is not a folder"):
         list(measure_surgery(str(source), tmp_path / "nowhere", expert_counts=[1]))
 
 

@@ -142,16 +142,16 @@ def test_base_model_that_is_no_id_is_refused_before_anything_is_written(
     if name:
         with pytest.raises(ValueError, match=r"repo_id|Repo id"):
             validate(name)
-    with pytest.raises(UsageError, match="--base-model"):
+    with pytest.raises(UsageError, match="`base_model`"):
         prune(source, tmp_path / "new", cut, base_model=name)
-    with pytest.raises(UsageError, match="--base-model"):
+    with pytest.raises(UsageError, match="`base_model`"):
         make_card(out, base_model=name)
     assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("name", ["", "apache 2.0", "a\nb: c", '"', "é", "x" * 65])
 def test_license_that_is_no_identifier_is_refused(out: Path, name: str) -> None:
-    with pytest.raises(UsageError, match="--license"):
+    with pytest.raises(UsageError, match="`license`"):
         make_card(out, license=name)
 
 

@@ -278,7 +278,7 @@ def test_rank_of_a_published_tree_is_the_formula_whole_by_dataset_and_interleave
     tmp_path: Path, capsys: Capture
 ) -> None:
     tree, experts = made_up_tree(tmp_path / "tree"), 10
-    options = ["-n", experts, "--model-type", "gpt_oss"]
+    options = ["--num-experts", experts, "--model-type", "gpt_oss"]
 
     def files(folder: Path) -> list[Path]:
         found = [Path(at) / name for at, _, names in os.walk(folder) for name in names]
@@ -525,7 +525,7 @@ CASES: dict[str, tuple[str, int, str]] = {
     ),
     "rank: a ranking as the source": ("rank {in}/r.json", 3, "{in}/r.json: "),
     "rank: a metric for a ranking": ("rank {in}/r.json --metric reap", 3, "is a ranking, not"),
-    "rank: experts of ours": ("rank {in}/both.stats --metric reap -n 32", 2, "ours say both"),
+    "rank: experts of ours": ("rank {in}/both.stats --metric reap --num-experts 32", 2, "hold both"),
     "plan: another checkpoint's statistics": (
         "plan {in}/both.stats --metric reap -n 2 --checkpoint {in}/other",
         4,

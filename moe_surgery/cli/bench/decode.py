@@ -92,12 +92,13 @@ def command(
 
 def _views(full: Model, experts: list[int], ranking: Path | None) -> dict[str, Model]:
     from moe_surgery.runtime.view import view
-    from moe_surgery.selection.plan import plan_from_ranking, plan_random
+    from moe_surgery.selection.plan import check_count, plan_from_ranking, plan_random
     from moe_surgery.selection.ranking import load_ranking
 
     ranked = None if ranking is None else load_ranking(ranking)
     found = {}
     for count in experts:
+        check_count(count, full.config.experts, "expert_counts")
         plan = (
             plan_random(count, 0, full.config)
             if ranked is None

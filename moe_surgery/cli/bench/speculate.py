@@ -27,7 +27,12 @@ if TYPE_CHECKING:
 @click.argument("ckpt")
 @drafts.several_draft_options
 @click.option(
-    "--draft-lengths", type=NUMBERS, default="1,2,4,8", show_default=True, help="Tokens drafted a round."
+    "--draft-lengths",
+    "lengths",
+    type=NUMBERS,
+    default="1,2,4,8",
+    show_default=True,
+    help="Tokens drafted a round.",
 )
 @click.option(
     "--texts",
@@ -58,7 +63,7 @@ def command(
     draft: tuple[str, ...],
     draft_plan: tuple[Path, ...],
     draft_top_k: int | None,
-    draft_lengths: list[int],
+    lengths: list[int],
     texts: tuple[Path, ...],
     prompts: int,
     prompt_tokens: int,
@@ -99,7 +104,7 @@ def command(
         corpus = open_corpus(text_files(texts), Text(ckpt), context=prompt_tokens)
         asked = prompts_of(corpus, prompt_tokens, prompts)
     model = load_model(ckpt, device, torch_dtype(dtype), backend=backend)
-    job = Job(model, asked, draft_lengths, max_new_tokens, batch, depth, rounds)
+    job = Job(model, asked, lengths, max_new_tokens, batch, depth, rounds)
     found: list[Result] = []
     interrupted = False
     drafters = _drafts(model, ckpt, draft, draft_plan, draft_top_k)

@@ -69,7 +69,7 @@ def command(
     check_plot(plot)
     model = inspect(ckpt)
     for count in expert_counts:
-        check_count(count, model.experts)
+        check_count(count, model.experts, "expert_counts")
     folder = work or Path(tempfile.gettempdir())
     if cold and not drop_page_cache():
         raise UsageError("--cold: the page cache cannot be dropped; run as root on Linux, or without --cold")
