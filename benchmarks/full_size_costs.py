@@ -36,15 +36,15 @@ def ask(*arguments: object) -> dict:
     return found
 
 
-def speculation_rows(target: Path, plans: list[Path], context: int, rounds: int) -> list[dict]:
+def speculation_rows(target: Path, plans: list[Path], depth: int, rounds: int) -> list[dict]:
     """One row for each draft, top-k, batch and length."""
     drafts = [option for plan in plans for option in ("--draft-plan", plan)]
     rows = []
     for batch in BATCHES:
         for top_k in TOP_KS:
-            settings = ("--lengths", ",".join(map(str, LENGTHS)), "--batch", batch, "--context", context)
+            settings = ("--draft-lengths", ",".join(map(str, LENGTHS)), "--batch", batch, "--depth", depth)
             found = ask(
-                *("bench", "speculate", "--target", target, *drafts, "--draft-top-k", top_k),
+                *("bench", "speculate", target, *drafts, "--draft-top-k", top_k),
                 *(*settings, "--rounds", rounds),
             )
             rows += [
@@ -118,10 +118,10 @@ def as_markdown(report: dict) -> str:
 
 @click.command(help=__doc__)
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Scratch folder.")
-@click.option("--context", default=32, show_default=True, help="Tokens before the steps.")
+@click.option("--depth", default=32, show_default=True, help="Tokens before the steps.")
 @click.option("--steps", default=8, show_default=True, help="Steps of decoding a round.")
 @click.option("--rounds", default=5, show_default=True)
-def main(work: Path, context: int, steps: int, rounds: int) -> None:
+def main(work: Path, depth: int, steps: int, rounds: int) -> None:
     full, made = work / "full", work / "plans"
     if not full.exists():
         make_checkpoint(full, Shape(), 3)
@@ -135,18 +135,18 @@ def main(work: Path, context: int, steps: int, rounds: int) -> None:
     kept_list = ",".join(map(str, EXPERTS))
     batches = ",".join(map(str, BATCHES))
     decode = ask(
-        *("bench", "decode", full, "--experts", kept_list, "--batch", batches, "--context", context),
+        *("bench", "decode", full, "--expert-counts", kept_list, "--batches", batches, "--depth", depth),
         *("--steps", steps, "--rounds", rounds),
     )
     report = {
-        "how": f"python benchmarks/full_size_costs.py: context {context}, {rounds} rounds, random weights (costs, not "
+        "how": f"python benchmarks/full_size_costs.py: depth {depth}, {rounds} rounds, random weights (costs, not "
         "acceptance), views of random experts. Tokens are random and spread over experts more evenly than a text's.",
         "date": time.strftime("%Y-%m-%d"),
         "machine": describe_machine(work),
         "read_bandwidth": decode["read_bandwidth"],
         "settings": decode["settings"],
         "decode": [row | {"model": Path(row["model"]).name} for row in decode["rows"]],
-        "speculation": speculation_rows(full, plans, context, rounds),
+        "speculation": speculation_rows(full, plans, depth, rounds),
     }
     (RESULTS / "full_size_costs.json").write_text(json.dumps(report, indent=1) + "\n")
     (RESULTS / "full_size_costs.md").write_text(as_markdown(report))

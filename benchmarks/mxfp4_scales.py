@@ -72,7 +72,7 @@ def encode_by_the_largest(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, E
 
 def keep_all(source: str | Path, out: Path, dtype: str) -> float:
     """Convert a checkpoint with all its experts; the relative error of the weights."""
-    outcome = prune(source, out, plan_keeping(None, inspect(source)), dtype=dtype, card=False).outcome
+    outcome = prune(source, out, plan_keeping(None, inspect(source)), store=dtype, card=False).outcome
     assert outcome is not None
     return outcome.conversion["relative_error"] if outcome.conversion else 0.0
 

@@ -57,7 +57,7 @@ def timed(command: list[str], group: Path | None = None) -> tuple[float, int]:
 
 
 def prune_command(source: Path, out: Path, job: Job, plan: Path) -> list[str]:
-    return bench.command_of("prune", source, out, "--plan", plan, "--dtype", job.dtype, "--quiet")
+    return bench.command_of("prune", source, out, "--plan", plan, "--store", job.dtype, "--quiet")
 
 
 def in_cgroup(source: Path, out: Path, job: Job, plan: Path) -> dict[str, object]:

@@ -84,7 +84,7 @@ def run_demo(output: Path | None, say: Callable[[str], None]) -> list[DemoRow]:
             if chosen:
                 assert ranking is not None
                 plan = plan_from_ranking(ranking, experts)
-            program = prune(SOURCE, folder / name, plan, dtype=dtype).program
+            program = prune(SOURCE, folder / name, plan, store=dtype).program
             say(f"verify {name} --source {SOURCE}")
             found = verify_checkpoint(folder / name, source=SOURCE)
             nbytes = sum(t.nbytes for s in program.shards for t in s.tensors)

@@ -1,12 +1,16 @@
 """The exceptions a user can catch.
 
-Every message is one line that says what is wrong, where (file, tensor, layer or option) and what
-to do about it. Each class carries the exit code with which the command line ends.
+Every message is one line that says what is wrong, where (file, tensor, layer or parameter) and what
+to do about it. Parameters are named in backticks as Python calls them (`max_tokens`, `overwrite=True`); the
+command line shows its option instead. Each class carries the exit code with which the command line ends.
 """
 
 from __future__ import annotations
 
+import re
+
 __all__ = [
+    "PARAMETER",
     "CheckpointWarning",
     "DiskFullError",
     "InvalidInputError",
@@ -17,6 +21,9 @@ __all__ = [
     "VerificationError",
 ]
 
+PARAMETER = re.compile(r"`([a-z_][a-z0-9_]*(?:\.[a-z_][a-z0-9_]*)?)(?:=(True|False))?`")
+"""How a message names a parameter, as in `dtype`, `sampling.top_k` or `overwrite=True`."""
+
 
 class MoeSurgeryError(Exception):
     """Base of everything this package raises on purpose.
@@ -26,6 +33,11 @@ class MoeSurgeryError(Exception):
     """
 
     exit_code = 1
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The parameters that the message names, in its order: ("max_tokens",)."""
+        return tuple(dict.fromkeys(name for name, _ in PARAMETER.findall(str(self))))
 
 
 class CheckpointWarning(UserWarning):

@@ -108,7 +108,7 @@ def prune(
     plan: Plan | PathLike | PlanMaker,
     *,
     top_k: int | None = None,
-    dtype: str = "keep",
+    store: str = "keep",
     max_shard_size: int = DEFAULT_SHARD_SIZE,
     dry_run: bool = False,
     overwrite: bool = False,
@@ -123,9 +123,9 @@ def prune(
     """Write the experts of `checkpoint` that `plan` keeps as the new checkpoint folder `out`.
 
     `checkpoint` is a path, or a `Folder` of another source of bytes. `plan` is a `Plan`, the path of a
-    plan file, or makes a plan of the described model; `top_k` replaces its number of
-    experts a token, and may be more than the source's, up to the experts kept. `dtype`: "keep" moves
-    expert weights as they are stored; "bf16", "mxfp4", "f16" and "f32" convert them, each value
+    plan file, or makes a plan of the described model; `top_k` replaces its number of experts a token, and
+    may be more than the source's, up to the experts kept. `store`: "keep" moves expert weights as they are
+    stored; "bf16", "mxfp4", "f16" and "f32" convert them, each value
     rounded once to the nearest (see `moe_surgery.formats.convert`), and one too large for the format is
     refused. Other tensors keep their dtype. `max_shard_size` in bytes of tensors.
     `card` writes a model card as README.md (a README.md of the source becomes README.source.md in
@@ -145,7 +145,7 @@ def prune(
     with Checkpoint.open(checkpoint, ignore_unlisted=ignore_unlisted, ops=ops) as opened:
         model = families.describe(opened)
         chosen = (plan(model) if callable(plan) else as_plan(plan)).with_top_k(top_k)
-        program = compile_program(opened, model, chosen, dtype=dtype, max_shard_size=max_shard_size)
+        program = compile_program(opened, model, chosen, store=store, max_shard_size=max_shard_size)
         said = read_readme(program.copies.get(SOURCE_README_NAME)).base_model
         origin = origin_of(opened, model, base_model=base_model, card_base_model=said)
         program = replace(program, origin=origin)
@@ -180,7 +180,7 @@ def export_gguf(
     *,
     plan: Plan | PathLike | None = None,
     top_k: int | None = None,
-    dtype: str = "keep",
+    store: str = "keep",
     name: str | None = None,
     tokenizer: bool = True,
     dry_run: bool = False,
@@ -195,7 +195,7 @@ def export_gguf(
 
     `plan` is a `Plan` or the path of a plan file. `top_k` replaces the plan's or the model's number of
     experts a token, up to the experts that are kept. Weights keep their format and bits, norms and biases
-    become F32; `dtype` "mxfp4" converts experts. `name` is shown by programs (default: from the path).
+    become F32; `store` "mxfp4" converts experts. `name` is shown by programs (default: from the path).
     `tokenizer` False leaves tokenizer and chat template out. `on_start` is told the program, `progress`
     bytes of the file as they pass.
 
@@ -220,7 +220,7 @@ def export_gguf(
             find_tokenizer(opened, model) if tokenizer else None,
             plan=chosen,
             name=name or default_name(opened.path),
-            dtype=dtype,
+            store=store,
         )
         if on_start:
             on_start(program)

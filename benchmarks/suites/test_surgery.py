@@ -24,7 +24,7 @@ def test_prune(benchmark, checkpoint: str, tmp_path: Path, experts: int, dtype: 
         pytest.skip(f"the model has {model.experts} experts")
     out, plan = tmp_path / "out", tmp_path / "plan.json"
     plan.write_text(plan_random(experts, 0, model).to_json())
-    command = command_of("prune", checkpoint, out, "--plan", plan, "--dtype", dtype, "-q")
+    command = command_of("prune", checkpoint, out, "--plan", plan, "--store", dtype, "-q")
     pruned: list[Measured] = []
     copied: list[Measured] = []
 

@@ -133,25 +133,25 @@ def measure_decoding(
     models: Mapping[str, Model],
     *,
     batches: Sequence[int] = (1,),
-    context: int = 128,
+    depth: int = 128,
     steps: int = 16,
     rounds: int = 3,
 ) -> Iterator[DecodeRun]:
     """Every model at every batch size, in turn, `rounds` times after one run that does not count.
 
-    Raises UsageError for numbers below 1, or a context and steps that no model takes.
+    Raises UsageError for numbers below 1, or a depth and steps that no model takes.
     """
-    check_numbers(context=[context], steps=[steps], rounds=[rounds], batch=batches)
+    check_numbers(depth=[depth], steps=[steps], rounds=[rounds], batches=batches)
     shortest = min(model.config.context for model in models.values())
-    if context + steps + 1 > shortest:
+    if depth + steps + 1 > shortest:
         raise UsageError(
-            f"--context {context} and --steps {steps} need {context + steps + 1} tokens; "
+            f"`depth` {depth} and `steps` {steps} need {depth + steps + 1} tokens; "
             f"these models take {shortest}"
         )
     jobs = [(name, model, batch) for batch in batches for name, model in models.items()]
     for name, model, batch in jobs:
-        Decoding(model, name, batch, context, 1).step()
-    calls = [partial(run_decoding, model, name, batch, context, steps) for name, model, batch in jobs]
+        Decoding(model, name, batch, depth, 1).step()
+    calls = [partial(run_decoding, model, name, batch, depth, steps) for name, model, batch in jobs]
     for number, _, run in interleaved(calls, rounds):
         yield replace(run, number=number)
 

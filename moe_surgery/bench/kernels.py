@@ -95,7 +95,7 @@ def measure_kernels(
     backends: Sequence[str],
     device: torch.device,
     *,
-    experts: Sequence[int] = (4, 8, 16, 32),
+    expert_counts: Sequence[int] = (4, 8, 16, 32),
     tokens: Sequence[int] = (1,),
     hidden: int = HIDDEN,
     rounds: int = 10,
@@ -105,8 +105,8 @@ def measure_kernels(
     Raises UsageError for a backend that does not run here, or numbers out of range (`hidden` must be a
     multiple of 32).
     """
-    check_numbers(experts=experts, tokens=tokens, hidden=[hidden], rounds=[rounds])
-    for count in experts:
+    check_numbers(expert_counts=expert_counts, tokens=tokens, hidden=[hidden], rounds=[rounds])
+    for count in expert_counts:
         for calls in kernel_calls(backends, device, count, tokens=tokens, hidden=hidden):
             jobs = [partial(_seconds, call.run, device) for call in calls]
             for job in jobs:  # not counted
@@ -143,7 +143,7 @@ def kernel_calls(
     Raises UsageError for a backend that does not run here, or a `hidden` that is no multiple of 32.
     """
     if hidden % 32:
-        raise UsageError(f"--hidden {hidden}: must be a multiple of 32, the block of MXFP4")
+        raise UsageError(f"`hidden` {hidden}: must be a multiple of 32, the block of MXFP4")
     chosen = [select_backend(device, name) for name in backends]
     weights = random_experts(experts, hidden, device)
     router, bias = normal(device, experts, hidden, scale=hidden**-0.5), normal(device, experts)

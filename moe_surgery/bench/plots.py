@@ -31,13 +31,13 @@ def check_plot(file: Path | None) -> None:
     if file is None:
         return
     if file.suffix not in FORMATS:
-        raise UsageError(f"--plot {file}: name a file that ends in {', '.join(FORMATS)}")
+        raise UsageError(f"{file}: name a file that ends in {', '.join(FORMATS)}")
     if file.is_dir() or not file.absolute().parent.is_dir():
-        raise UsageError(f"--plot {file}: is a folder, or in a folder that is not there")
+        raise UsageError(f"{file}: is a folder, or in a folder that is not there")
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise UsageError("--plot needs the matplotlib package: pip install 'moe-surgery[report]'") from None
+        raise UsageError("a plot needs the matplotlib package: pip install 'moe-surgery[report]'") from None
 
 
 def draw_panels(file: Path, panels: Sequence[Panel]) -> None:

@@ -45,11 +45,11 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def check_numbers(**options: Sequence[int]) -> None:
-    """Raise UsageError for a value below 1, naming its option (`new_tokens`: --new-tokens)."""
+    """Raise UsageError for a value below 1, naming its parameter."""
     for name, values in options.items():
         for value in values:
             if value < 1:
-                raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+                raise UsageError(f"`{name}` {value}: must be at least 1")
 
 
 def interleaved(jobs: Sequence[Callable[[], T]], rounds: int) -> Iterator[tuple[int, int, T]]:

@@ -73,7 +73,7 @@ def measure_speculation(
     """
     check_numbers(new_tokens=[max_new_tokens])
     for length in lengths:
-        check_length(length, "--lengths", "")
+        check_length(length, "lengths", "")
     flat = [(domain, prompt) for domain, some in prompts.items() for prompt in some]
 
     def plainly(prompt: Sequence[int]) -> list[int]:

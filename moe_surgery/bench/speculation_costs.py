@@ -126,21 +126,21 @@ def measure_costs(
     *,
     lengths: Sequence[int] = (1, 2, 4, 8),
     batch: int = 1,
-    context: int = 128,
+    depth: int = 128,
     rounds: int = 5,
 ) -> Iterator[StepTime]:
     """The steps that rounds of `lengths` drafted tokens are made of, and plain ones, in turn; for `costs_of`.
 
-    Behind `context` random tokens: they route as evenly as tokens can, so a long step reads more experts than
+    Behind `depth` random tokens: they route as evenly as tokens can, so a long step reads more experts than
     on a text. Raises UsageError for numbers out of range, or more tokens than a model takes.
     """
-    check_numbers(batch=[batch], context=[context], rounds=[rounds])
+    check_numbers(batch=[batch], depth=[depth], rounds=[rounds])
     for length in lengths:
-        check_length(length, "--lengths", "")
-    needed = context + max(lengths) + BEHIND
+        check_length(length, "lengths", "")
+    needed = depth + max(lengths) + BEHIND
     if needed > (most := min(target.config.context, draft.config.context)):
-        raise UsageError(f"--context {context} and --lengths need {needed} tokens; these models take {most}")
-    steps = _Steps(target, draft, batch, context, max(lengths))
+        raise UsageError(f"`depth` {depth} and `lengths` need {needed} tokens; these models take {most}")
+    steps = _Steps(target, draft, batch, depth, max(lengths))
     jobs: list[Callable[[], StepTime]] = [steps.plain, partial(steps.draft, 1), partial(steps.draft, 2)]
     jobs += [partial(steps.check, n + 1) for n in sorted(set(lengths))]
     for job in jobs:  # not counted: the first run sets up what later ones use

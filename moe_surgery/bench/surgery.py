@@ -62,7 +62,7 @@ class SurgeryRun:
     written by prune and copied by cp."""
 
     experts: int
-    dtype: str
+    store: str
     number: int
     output_bytes: int
     inspect: Measured
@@ -155,29 +155,29 @@ def measure_surgery(
     checkpoint: str,
     work: Path,
     *,
-    experts: Sequence[int],
-    dtype: str = "keep",
+    expert_counts: Sequence[int],
+    store: str = "keep",
     rounds: int = 3,
     cold: bool = True,
 ) -> Iterator[SurgeryRun]:
-    """Prune `checkpoint` to each number of `experts` (drawn at random), `rounds` times, in turn.
+    """Prune `checkpoint` to each number of `expert_counts` (drawn at random), `rounds` times, in turn.
 
     Outputs go to a new folder in `work` that is removed at the end, whatever happens. Raises UsageError
     for numbers out of range, OutputError where a command fails, DiskFullError where outputs do not fit.
     """
-    check_numbers(experts=experts, rounds=[rounds])
+    check_numbers(expert_counts=expert_counts, rounds=[rounds])
     if not work.is_dir():
-        raise UsageError(f"--work {work}: is no folder; name one with room for the outputs")
+        raise UsageError(f"`work` {work}: is not a folder; name one with space for the outputs")
     place = work / f"moe-surgery-bench-{os.getpid()}"
     place.mkdir()
     try:
         out, plan = place / "out", place / "plan.json"
         for number in range(rounds):
-            for turn in range(len(experts)):
-                count = experts[(turn + number) % len(experts)]
+            for turn in range(len(expert_counts)):
+                count = expert_counts[(turn + number) % len(expert_counts)]
                 chosen = ("--random", "--experts", count, "--checkpoint", checkpoint, "-o", plan, "-q")
                 timed(command_of("plan", *chosen), place, cold=False)
-                yield _one(checkpoint, place, out, plan, count, dtype, number, cold)
+                yield _one(checkpoint, place, out, plan, count, store, number, cold)
                 shutil.rmtree(out)
     finally:
         _remove(place)
@@ -194,20 +194,20 @@ def _remove(folder: Path) -> None:
 
 
 def _one(
-    checkpoint: str, place: Path, out: Path, plan: Path, count: int, dtype: str, number: int, cold: bool
+    checkpoint: str, place: Path, out: Path, plan: Path, count: int, store: str, number: int, cold: bool
 ) -> SurgeryRun:
     inspected = timed(command_of("inspect", checkpoint, "--json"), place, cold=cold)
-    prune = command_of("prune", checkpoint, out, "--plan", plan, "--dtype", dtype, "-q")
+    prune = command_of("prune", checkpoint, out, "--plan", plan, "--store", store, "-q")
     pruned = timed(prune, place, cold=cold)
     nbytes = sum(f.stat().st_size for f in out.iterdir())
     if shutil.disk_usage(place).free < nbytes:
         raise DiskFullError(
-            f"{place}: no room for a copy of {nbytes / 1e9:.2f} GB; pass --work another folder"
+            f"{place}: no space for a copy of {nbytes / 1e9:.2f} GB; choose another folder for `work`"
         )
     copied = copy_seconds(out, place / "copy", cold=cold)
     verified = timed(command_of("verify", out, "-q"), place, cold=cold)
     read = read_seconds(out, cold=cold)
-    return SurgeryRun(count, dtype, number, nbytes, inspected, pruned, copied, verified, read)
+    return SurgeryRun(count, store, number, nbytes, inspected, pruned, copied, verified, read)
 
 
 def surgery_figures(runs: Sequence[SurgeryRun]) -> list[dict[str, object]]:
@@ -222,7 +222,7 @@ def surgery_figures(runs: Sequence[SurgeryRun]) -> list[dict[str, object]]:
         rows.append(
             {
                 "experts": count,
-                "dtype": mine[0].dtype,
+                "store": mine[0].store,
                 "rounds": len(mine),
                 "output_bytes": mine[0].output_bytes,
                 "inspect_seconds": median(r.inspect.seconds for r in mine),

@@ -78,7 +78,7 @@ def make_card(
         said = {"base_model": checked_base_model(base_model), "base_model_from": "option"}
         manifest = replace(manifest, origin={**manifest.origin, **said})
     if license is not None and not is_license(license):
-        raise UsageError(f"--license {license}: is no licence identifier; write one such as apache-2.0")
+        raise UsageError(f"`license` {license}: is not a licence identifier; write one such as apache-2.0")
     with Checkpoint.open(folder) as checkpoint:
         facts = facts_of_checkpoint(Path(folder), checkpoint, families.describe(checkpoint), manifest)
     if license is not None:

@@ -140,7 +140,7 @@ def remade(facts: Facts) -> str:
     """Commands that make the same tensors again."""
     source = facts.source_id or SOURCE
     dtype = (
-        f" --dtype {facts.expert_format.name}"
+        f" --store {facts.expert_format.name}"
         if facts.converted or facts.source.expert_format is None
         else ""
     )

@@ -43,7 +43,7 @@ def write_card(
         if found != content and not ours:
             raise OutputError(
                 f"{printable_path(readme)}: was not written by this tool, or was changed since; keep a copy and pass "
-                "--overwrite to replace it"
+                "`overwrite=True` to replace it"
             )
     for path, data in ((readme, content), (manifest, new)):
         _replace(path, data, ops)

@@ -181,7 +181,7 @@ def _shard_names(
     if SINGLE_NAME in present - listed and not ignore_unlisted:
         raise InvalidInputError(
             f"{printable_path(folder / SINGLE_NAME)}: not listed in {INDEX_NAME}, and programs differ in which of "
-            "the two they load; remove one, or pass --ignore-unlisted to read what the index lists"
+            "the two they load; remove one, or pass `ignore_unlisted=True` to read what the index lists"
         )
     return sorted(listed)
 

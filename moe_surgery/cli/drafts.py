@@ -90,7 +90,7 @@ def load_draft(
     if draft is None:
         plan = None if plan_file is None else load_plan(plan_file)
         if plan is not None and top_k is not None:
-            check_top_k(top_k, max(map(len, plan.layers)), f"{plan_file} keeps", "--draft-top-k")
+            check_top_k(top_k, max(map(len, plan.layers)), f"{plan_file} keeps", "draft_top_k")
         return view(target, plan, top_k, name=ckpt)
     model = load_model(draft, target.device, target.dtype, backend=target.backend.name)
     check_pair(target, model)
@@ -98,5 +98,5 @@ def load_draft(
         raise UsageError(f"--draft {draft}: its tokenizer gives tokens other numbers than that of {ckpt}")
     if top_k is None:
         return model
-    check_top_k(top_k, model.config.experts, f"{draft} has", "--draft-top-k")
+    check_top_k(top_k, model.config.experts, f"{draft} has", "draft_top_k")
     return view(model, None, top_k, name=draft)

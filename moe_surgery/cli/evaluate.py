@@ -16,7 +16,7 @@ from moe_surgery.cli.options import (
     needs_torch,
     router_top_k,
     terminal_of,
-    texts,
+    text_options,
     torch_dtype,
 )
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     help="A plan to try as a view, without writing a checkpoint; repeat for more.",
 )
 @router_top_k
-@texts
+@text_options
 @click.option("--answers-only", is_flag=True, help="Count the answers of conversations only.")
 @click.option("--batch-tokens", type=int, help="Tokens taken through a layer together. Default 8192.")
 @click.option("-o", "--output", type=OUTPUT, help="Write all figures here, for `report`.")
@@ -45,16 +45,16 @@ if TYPE_CHECKING:
 @common
 @click.pass_context
 def command(
-    context: click.Context,
+    click_context: click.Context,
     ckpt: str,
     pruned: tuple[str, ...],
     plan_files: tuple[Path, ...],
     top_k: int | None,
-    text_paths: tuple[Path, ...],
-    domain: tuple[str, ...],
-    text_format: str | None,
+    texts: tuple[Path, ...],
+    domains: tuple[str, ...],
+    format: str | None,
     max_tokens: int | None,
-    context_tokens: int | None,
+    context: int | None,
     answers_only: bool,
     batch_tokens: int | None,
     output: Path | None,
@@ -88,17 +88,15 @@ def command(
     from moe_surgery.runtime.text import Text
     from moe_surgery.selection.plan import load_plan
 
-    terminal = terminal_of(context)
-    check_new_output(output, [*text_paths, *plan_files])
+    terminal = terminal_of(click_context)
+    check_new_output(output, [*texts, *plan_files])
     if not pruned and not plan_files and top_k is None:
         raise UsageError(
             "nothing to hold against the full model; name PRUNED checkpoints, --plan files or --top-k"
         )
-    files = text_files(text_paths, domain, text_format)
+    files = text_files(texts, domains, format)
     plans = [(str(path), load_plan(path)) for path in plan_files]
-    corpus = open_corpus(
-        files, Text(ckpt), context=default_context(ckpt, context_tokens), max_tokens=max_tokens
-    )
+    corpus = open_corpus(files, Text(ckpt), context=default_context(ckpt, context), max_tokens=max_tokens)
     total = sum(len(passage.tokens) for passage in corpus)
     if corpus.split:
         terminal.say(f"note: {corpus.split} texts are longer than {corpus.context} tokens and were split")

@@ -23,14 +23,19 @@ if TYPE_CHECKING:
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Write this plan's experts only.")
 @router_top_k
 @click.option(
-    "--dtype",
+    "--store",
     type=click.Choice(["keep", "mxfp4"]),
     default="keep",
     show_default=True,
     help="How expert weights are stored. To mxfp4 is exact for weights that came from it.",
 )
 @click.option("--name", help="What programs call the model; default: the checkpoint's folder.")
-@click.option("--no-tokenizer", is_flag=True, help="Leave tokenizer and chat template out.")
+@click.option(
+    "--tokenizer/--no-tokenizer",
+    default=True,
+    show_default=True,
+    help="Write tokenizer and chat template into the file.",
+)
 @click.option("--dry-run", is_flag=True, help="Print what would be written, and stop.")
 @click.option("--overwrite", is_flag=True, help="Replace the file OUT if it is there.")
 @click.option("--ignore-free-space", is_flag=True, help="Start even if the output seems not to fit the disk.")
@@ -47,9 +52,9 @@ def command(
     out: Path,
     plan_file: Path | None,
     top_k: int | None,
-    dtype: str,
+    store: str,
     name: str | None,
-    no_tokenizer: bool,
+    tokenizer: bool,
     dry_run: bool,
     overwrite: bool,
     ignore_free_space: bool,
@@ -85,9 +90,9 @@ def command(
             out,
             plan=plan,
             top_k=top_k,
-            dtype=dtype,
+            store=store,
             name=name,
-            tokenizer=not no_tokenizer,
+            tokenizer=tokenizer,
             dry_run=dry_run,
             overwrite=overwrite,
             ignore_free_space=ignore_free_space,

@@ -73,7 +73,10 @@ class Settings(TypedDict):
 @click.option("--seed", type=int, help="The same seed gives the same tokens.")
 @drafts.draft_options
 @click.option(
-    "--draft-length", metavar="N|auto", help="Tokens drafted for each step of the model.  [default: 4]"
+    "--draft-length",
+    "length",
+    metavar="N|auto",
+    help="Tokens drafted for each step of the model.  [default: 4]",
 )
 @compute
 @common
@@ -97,7 +100,7 @@ def command(
     draft: str | None,
     draft_plan: Path | None,
     draft_top_k: int | None,
-    draft_length: str | None,
+    length: str | None,
     device: str,
     dtype: str | None,
     backend: str | None,
@@ -127,7 +130,7 @@ def command(
     if prompt is not None and chat is not None:
         raise UsageError("--prompt and --chat exclude each other")
     sampling = Sampling(temperature, sampling_top_k, top_p, min_p, seed)
-    length = drafts.draft_length(draft_length)
+    drafted = drafts.draft_length(length)
     text = Text(ckpt)
     asked = prompt if chat is None else _framed(text, ckpt, chat, reasoning_effort)
     if chat is None and reasoning_effort is not None:
@@ -138,7 +141,7 @@ def command(
     model = _loaded(ckpt, device, dtype, plan_file, backend, top_k)
     terminal.detail(f"{model.backend.name} backend on {model.device}, {len(tokens)} prompt tokens")
     drafter = drafts.load_draft(model, ckpt, draft, draft_plan, draft_top_k)
-    if drafter is None and length is not None:
+    if drafter is None and drafted is not None:
         raise UsageError("--draft-length: nothing drafts; pass --draft, --draft-plan or --draft-top-k")
     if top_k is not None and top_k != model.config.top_k:
         terminal.say(
@@ -152,7 +155,7 @@ def command(
         "context": context,
     }
     view = ReplyView(terminal, reasoning=reasoning == "show")
-    _run(terminal, view, model, drafter, length, text, tokens, settings)
+    _run(terminal, view, model, drafter, drafted, text, tokens, settings)
 
 
 def _framed(text: Text, ckpt: str, chat: str, effort: str | None) -> str:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 __all__ = [
     "COUNT",
     "EXPERT_LIST",
-    "NAMES",
     "OUTPUT",
     "SIZE",
     "check_new_output",
@@ -31,7 +30,7 @@ __all__ = [
     "ranked",
     "router_top_k",
     "terminal_of",
-    "texts",
+    "text_options",
     "torch_dtype",
 ]
 
@@ -126,9 +125,9 @@ def ranked(command: Command) -> Command:
         click.option(
             "--domain",
             "domains",
-            type=NAMES,
-            metavar="A,B",
-            help="Use these domains of the statistics only; default: all.",
+            metavar="NAME",
+            multiple=True,
+            help="Use only this domain of the statistics; repeat for more. Default: all.",
         ),
         click.option(
             "--metric", metavar="NAME", help="How to score experts: reap, frequency, gate, ... (see rank)."
@@ -138,31 +137,30 @@ def ranked(command: Command) -> Command:
     return command
 
 
-def texts(command: Command) -> Command:
+def text_options(command: Command) -> Command:
     """--texts, --domain, --format, --max-tokens and --context, for commands that read texts."""
     path = click.Path(path_type=Path)
     for option in (
         click.option(
             "--context",
-            "context_tokens",
             type=int,
-            help="Most tokens of one text, longer ones are split; default: 4096.",
+            help="Most tokens of one sequence; longer texts are split. Default: 4096.",
         ),
         click.option("--max-tokens", type=int, help="Most tokens of each domain; default: all."),
         click.option(
             "--format",
-            "text_format",
             type=click.Choice(["text", "jsonl", "chat"]),
             help='One text a file, {"text": ...} rows, or {"messages": [...]} rows; default: by name and first row.',
         ),
         click.option(
             "--domain",
+            "domains",
+            metavar="NAME",
             multiple=True,
-            help="Name of the texts' domain, one for all files or one for each; default: the file's.",
+            help="Domain of the texts: once for all files, or once for each. Default: the file's name.",
         ),
         click.option(
             "--texts",
-            "text_paths",
             metavar="FILE",
             type=path,
             multiple=True,
@@ -179,8 +177,10 @@ def common(command: Command) -> Command:
 
     def switch(name: str) -> Callable[[click.Context, click.Parameter, bool], None]:
         def apply(context: click.Context, _: click.Parameter, value: bool) -> None:
+            terminal = terminal_of(context)
+            terminal.command = context.command
             if value:
-                setattr(terminal_of(context), name, True)
+                setattr(terminal, name, True)
 
         return apply
 
@@ -212,7 +212,7 @@ class _Size(click.ParamType):  # type: ignore[type-arg]  # generic only from cli
             return value
         match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", value)
         if not match or match[2].upper() not in _UNITS:
-            self.fail(f"{value!r} is no size; write 5GB (10^9 bytes each), 500MB or 4GiB", param, ctx)
+            self.fail(f"{value!r} is not a size; write 5GB (10^9 bytes each), 500MB or 4GiB", param, ctx)
         return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
@@ -226,7 +226,7 @@ class _Count(click.ParamType):  # type: ignore[type-arg]
             return value
         match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kKMBT]?)\s*", value)
         if not match:
-            self.fail(f"{value!r} is no count; write 6.6B (10^9), 600M or 21500000000", param, ctx)
+            self.fail(f"{value!r} is not a number; write 6.6B (10^9), 600M or 21500000000", param, ctx)
         return int(float(match[1]) * 1000 ** " KMBT".index(match[2].upper() or " "))
 
 
@@ -245,27 +245,15 @@ class _ExpertList(click.ParamType):  # type: ignore[type-arg]
             match = re.fullmatch(r"\s*([0-9]{1,5})\s*(?:-\s*([0-9]{1,5}))?\s*", item)
             if not match:
                 self.fail(
-                    f"{item!r} is no expert; write all, or numbers and ranges such as 0,3,8-11", param, ctx
+                    f"{item!r} is not an expert; write all, or numbers and ranges such as 0,3,8-11",
+                    param,
+                    ctx,
                 )
             first, last = int(match[1]), int(match[2] or match[1])
             if last < first:
                 self.fail(f"{item!r} runs backwards; write {last}-{first}, or list the experts", param, ctx)
             kept.extend(range(first, last + 1))
         return kept
-
-
-class _Names(click.ParamType):  # type: ignore[type-arg]
-    """ "a,b" becomes a list of names."""
-
-    name = "A,B"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if not isinstance(value, str):
-            return value
-        names = [name.strip() for name in value.split(",")]
-        if not all(names):
-            self.fail(f"{value!r}: a name is empty; write a,b", param, ctx)
-        return names
 
 
 class _Output(click.Path):
@@ -285,4 +273,3 @@ SIZE = _Size()
 COUNT = _Count()
 OUTPUT = _Output(path_type=Path)
 EXPERT_LIST = _ExpertList()
-NAMES = _Names()

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from moe_surgery.cli.keep import first_of, keep_options, keeping
 from moe_surgery.cli.options import (
     COUNT,
-    EXPERT_LIST,
     OUTPUT,
     SIZE,
     check_new_output,
@@ -37,13 +37,13 @@ class _Amount:
     coverage_over: str
     target_size: int | None
     target_params: int | None
-    expert_format: str
+    store: str
 
 
 @click.command("plan")
 @click.argument("source", metavar="[RANKING|STATS]", required=False, type=click.Path(path_type=Path))
 @ranked
-@click.option("--experts", "-n", type=int, help="How many experts each layer keeps.")
+@keep_options
 @click.option(
     "--coverage",
     type=float,
@@ -58,27 +58,21 @@ class _Amount:
     help="Hold --coverage in every layer, or on the mean of layers.",
 )
 @click.option("--target-size", type=SIZE, help="Keep the most experts whose weights take at most this: 6GB.")
-@click.option("--target-params", type=COUNT, help="Keep the most experts with at most so many weights: 6.6B.")
 @click.option(
-    "--dtype",
+    "--target-params", type=COUNT, help="Keep the most experts with at most this many weights: 6.6B."
+)
+@click.option(
+    "--store",
     type=click.Choice(EXPERT_DTYPES),
     default="keep",
     show_default=True,
     help="How experts will be stored, for --target-size.",
 )
-@click.option("--keep", type=EXPERT_LIST, help="Keep these experts in every layer, in this order: 0,3,8-11.")
 @click.option("--random", "at_random", is_flag=True, help="Draw the experts, as a baseline to compare with.")
 @click.option("--seed", type=int, help="Seed of --random; default 0.")
 @router_top_k
 @click.option("--checkpoint", metavar="CKPT", help="The checkpoint that the plan is for.")
 @click.option("--model-type", help="The model type, where neither ranking nor checkpoint says it.")
-@click.option(
-    "--order",
-    type=click.Choice(["ascending", "ranking"]),
-    default="ascending",
-    show_default=True,
-    help="Order of the kept experts: by number, or best first as the published pruned models have them.",
-)
 @click.option("-o", "--output", type=OUTPUT, help="Write the plan here, not to stdout.")
 @common
 @click.pass_context
@@ -86,15 +80,15 @@ def command(
     context: click.Context,
     source: Path | None,
     metric: str | None,
-    domains: list[str] | None,
+    domains: tuple[str, ...],
     protect_super_experts: bool,
     experts: int | None,
     coverage: float | None,
     coverage_over: str,
     target_size: int | None,
     target_params: int | None,
-    dtype: str,
-    keep: list[int] | str | None,
+    store: str,
+    kept: list[int] | str | None,
     at_random: bool,
     seed: int | None,
     top_k: int | None,
@@ -124,13 +118,13 @@ def command(
 
     terminal = terminal_of(context)
     check_new_output(output, [source])
-    amount = _Amount(experts, coverage, coverage_over, target_size, target_params, dtype)
-    if (source is not None) + (keep is not None) + at_random != 1:
+    amount = _Amount(experts, coverage, coverage_over, target_size, target_params, store)
+    if (source is not None) + (kept is not None) + at_random != 1:
         raise UsageError("say what to keep by exactly one of RANKING or STATS, --keep and --random")
     if coverage is None and coverage_over != "worst":
         raise UsageError("--coverage-over goes with --coverage")
-    if target_size is None and dtype != "keep":
-        raise UsageError("--dtype goes with --target-size")
+    if target_size is None and store != "keep":
+        raise UsageError("--store goes with --target-size")
     if source is None and order != "ascending":
         raise UsageError("--order goes with a ranking")
     if seed is not None and not at_random:
@@ -138,9 +132,9 @@ def command(
     if model_type is not None and (source is None or checkpoint is not None):
         raise UsageError("--model-type goes with a ranking and without --checkpoint, which says it")
     if source is None:
-        if metric is not None or domains is not None or protect_super_experts:
+        if metric is not None or domains or protect_super_experts:
             raise UsageError("--metric, --domain and --protect-super-experts go with STATS")
-        plan = _fixed(keep, at_random, seed, amount, checkpoint)
+        plan = _fixed(kept, at_random, seed, amount, checkpoint)
     else:
         ranking, statistics = _ranked(source, metric, domains, protect_super_experts, checkpoint)
         plan = _first(ranking, statistics, amount, checkpoint, model_type, order)
@@ -159,17 +153,16 @@ def command(
 
 
 def _fixed(
-    keep: list[int] | str | None, at_random: bool, seed: int | None, amount: _Amount, checkpoint: str | None
+    kept: list[int] | str | None, at_random: bool, seed: int | None, amount: _Amount, checkpoint: str | None
 ) -> Plan:
     """A plan that needs no ranking."""
     from moe_surgery.pipeline import make_plan
-    from moe_surgery.selection.plan import plan_keeping, plan_random
+    from moe_surgery.selection.plan import plan_random
 
-    if keep is not None:
+    if kept is not None:
         if _said(amount):
             raise UsageError(f"--keep already says how many experts stay; leave out {_said(amount)[0]}")
-        kept = None if isinstance(keep, str) else keep
-        return make_plan(_needed(checkpoint, "--keep"), lambda model: plan_keeping(kept, model))
+        return make_plan(_needed(checkpoint, "--keep"), keeping(kept))
     assert at_random
     count, told = _count(amount, None, None, _needed(checkpoint, "--random"))
     plan = make_plan(_needed(checkpoint, "--random"), lambda model: plan_random(count, seed or 0, model))
@@ -179,7 +172,7 @@ def _fixed(
 def _ranked(
     source: Path,
     metric: str | None,
-    domains: list[str] | None,
+    domains: tuple[str, ...],
     protect_super_experts: bool,
     checkpoint: str | None,
 ) -> tuple[Ranking, Statistics | None]:
@@ -191,7 +184,7 @@ def _ranked(
     if not is_shipped(source):
         check_kind(source, "a ranking or a statistics file", RANKING, STATISTICS)
     if is_shipped(source) or not is_safetensors(source):
-        if metric is not None or domains is not None or protect_super_experts:
+        if metric is not None or domains or protect_super_experts:
             raise UsageError(
                 f"{source}: is a ranking; --metric, --domain and --protect-super-experts go with STATS"
             )
@@ -206,7 +199,7 @@ def _ranked(
     statistics = load_statistics(source)
     if checkpoint is not None:
         check_statistics(checkpoint, statistics)
-    ranking = rank(statistics, metric, domains=domains, protect_super_experts=protect_super_experts)
+    ranking = rank(statistics, metric, domains=domains or None, protect_super_experts=protect_super_experts)
     return ranking, statistics
 
 
@@ -226,9 +219,7 @@ def _first(
     if checkpoint is None:
         plan = plan_from_ranking(ranking, count, model_type=model_type, order=order)
     else:
-        plan = make_plan(
-            checkpoint, lambda m: plan_from_ranking(ranking, count, model_type=m.model_type, order=order)
-        )
+        plan = make_plan(checkpoint, first_of(ranking, count, order))
     return replace(plan, provenance={**plan.provenance, **told})
 
 
@@ -257,7 +248,7 @@ def _count(
     from moe_surgery.pipeline import inspect
 
     found = inspect(_needed(checkpoint, said[0]))
-    stored = found.expert_format if amount.expert_format == "keep" else format_named(amount.expert_format)
+    stored = found.expert_format if amount.store == "keep" else format_named(amount.store)
     best = found.largest(amount.target_size, amount.target_params, stored)
     if amount.target_size is not None:
         return best, {"target_size": amount.target_size, "expert_storage": stored.name}

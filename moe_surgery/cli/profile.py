@@ -16,7 +16,7 @@ from moe_surgery.cli.options import (
     computed_by,
     needs_torch,
     terminal_of,
-    texts,
+    text_options,
     torch_dtype,
 )
 from moe_surgery.cli.terminal import Advance, Terminal
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @click.command("profile")
 @click.argument("ckpt")
-@texts
+@text_options
 @click.option("-o", "--output", type=OUTPUT, required=True, help="The statistics file to write.")
 @click.option(
     "--batch-tokens",
@@ -50,13 +50,13 @@ if TYPE_CHECKING:
 @common
 @click.pass_context
 def command(
-    context: click.Context,
+    click_context: click.Context,
     ckpt: str,
-    text_paths: tuple[Path, ...],
-    domain: tuple[str, ...],
-    text_format: str | None,
+    texts: tuple[Path, ...],
+    domains: tuple[str, ...],
+    format: str | None,
     max_tokens: int | None,
-    context_tokens: int | None,
+    context: int | None,
     output: Path,
     batch_tokens: int | None,
     generate: int | None,
@@ -85,9 +85,9 @@ def command(
     from moe_surgery.quality.job import BATCH_TOKENS, profile
     from moe_surgery.selection.plan import load_plan
 
-    terminal = terminal_of(context)
-    check_new_output(output, [*text_paths, sequential])
-    files = text_files(text_paths, domain, text_format)
+    terminal = terminal_of(click_context)
+    check_new_output(output, [*texts, sequential])
+    files = text_files(texts, domains, format)
     plan = None if sequential is None else load_plan(sequential)
     terminal.after_interrupt = "; the same command goes on after the last finished batch"
     with ExitStack() as stack:
@@ -95,7 +95,7 @@ def command(
             ckpt,
             files,
             output,
-            context=context_tokens,
+            context=context,
             max_tokens=max_tokens,
             batch_tokens=BATCH_TOKENS if batch_tokens is None else batch_tokens,
             generate=generate,

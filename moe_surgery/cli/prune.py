@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moe_surgery.cli.options import EXPERT_LIST, OUTPUT, SIZE, common, router_top_k, terminal_of
+from moe_surgery.cli.keep import first_of, keep_options, keeping
+from moe_surgery.cli.options import OUTPUT, SIZE, common, router_top_k, terminal_of
 from moe_surgery.cli.terminal import Advance, Terminal, count, size
 from moe_surgery.errors import UsageError
 from moe_surgery.formats.expert_format import EXPERT_DTYPES
@@ -33,11 +34,10 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="A ranking file or published:NAME (see plan); needs --experts.",
 )
-@click.option("--experts", "-n", type=int, help="How many experts of --ranking each layer keeps.")
-@click.option("--keep", type=EXPERT_LIST, help="Keep these experts in every layer: 0,3,8-11, or all.")
+@keep_options
 @router_top_k
 @click.option(
-    "--dtype",
+    "--store",
     type=click.Choice(EXPERT_DTYPES),
     default="keep",
     show_default=True,
@@ -45,13 +45,6 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--max-shard-size", type=SIZE, default="5GB", show_default=True, help="Most tensor bytes in a file."
-)
-@click.option(
-    "--order",
-    type=click.Choice(["ascending", "ranking"]),
-    default="ascending",
-    show_default=True,
-    help="Order of the experts of --ranking in the output.",
 )
 @click.option("--dry-run", is_flag=True, help="Print what would be read and written, and stop.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is a checkpoint that moe-surgery wrote.")
@@ -74,9 +67,9 @@ def command(
     plan_file: Path | None,
     ranking: Path | None,
     experts: int | None,
-    keep: list[int] | str | None,
+    kept: list[int] | str | None,
     top_k: int | None,
-    dtype: str,
+    store: str,
     max_shard_size: int,
     order: str,
     dry_run: bool,
@@ -89,21 +82,21 @@ def command(
     """Write a smaller checkpoint with the kept experts only.
 
     CKPT is only read, and never loaded: bytes go from its files straight to OUT, in less than 100 MB of
-    memory whatever its size (300 MB where --dtype converts). OUT appears whole or not at all. Stop it at
+    memory whatever its size (300 MB where --store converts). OUT appears whole or not at all. Stop it at
     any time; the same command resumes where it stopped. Say which experts stay by exactly one of --plan,
-    --ranking and --keep; `--keep all` with --dtype converts, with --top-k it only changes the experts per
+    --ranking and --keep; `--keep all` with --store converts, with --top-k it only changes the experts per
     token.
 
     \b
     moe-surgery prune example:tiny tiny-8 --keep 0-7
     moe-surgery prune openai/gpt-oss-20b law-8 --ranking published:law --experts 8
     moe-surgery prune example:tiny tiny-16-top-2 --keep 0-15 --top-k 2
-    moe-surgery prune some/pruned-bf16-model smaller --keep all --dtype mxfp4
+    moe-surgery prune some/pruned-bf16-model smaller --keep all --store mxfp4
     """
     from moe_surgery.pipeline import prune
 
     terminal = terminal_of(context)
-    plan = _plan_maker(plan_file, ranking, experts, keep, order)
+    plan = _plan_maker(plan_file, ranking, experts, kept, order)
     start = time.perf_counter()
     with ExitStack() as stack:
         advance: list[Advance] = []
@@ -119,7 +112,7 @@ def command(
             out,
             plan,
             top_k=top_k,
-            dtype=dtype,
+            store=store,
             max_shard_size=max_shard_size,
             dry_run=dry_run,
             overwrite=overwrite,
@@ -151,13 +144,13 @@ def _plan_maker(
     plan_file: Path | None,
     ranking: Path | None,
     experts: int | None,
-    keep: list[int] | str | None,
+    kept: list[int] | str | None,
     order: str,
 ) -> Plan | Callable[[Model], Plan]:
-    from moe_surgery.selection.plan import load_plan, plan_from_ranking, plan_keeping
+    from moe_surgery.selection.plan import load_plan
     from moe_surgery.selection.ranking import load_ranking
 
-    if (plan_file is not None) + (ranking is not None) + (keep is not None) != 1:
+    if (plan_file is not None) + (ranking is not None) + (kept is not None) != 1:
         raise UsageError("say which experts stay by exactly one of --plan, --ranking and --keep")
     if (ranking is None) != (experts is None):
         raise UsageError("--ranking and --experts go together: the first N of every layer are kept")
@@ -167,17 +160,11 @@ def _plan_maker(
         )
     if plan_file is not None:
         return load_plan(plan_file)
-    if keep is not None:
-        kept = None if isinstance(keep, str) else keep
-        return lambda model: plan_keeping(kept, model)
+    if kept is not None:
+        return keeping(kept)
     assert ranking is not None
     assert experts is not None
-    loaded = load_ranking(ranking)
-
-    def choose(model: Model) -> Plan:
-        return plan_from_ranking(loaded, experts, model_type=model.model_type, order=order)
-
-    return choose
+    return first_of(load_ranking(ranking), experts, order)
 
 
 def _as_dict(result: PruneResult, seconds: float) -> dict[str, object]:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 )
 @click.option("--model-type", help="The model type to record: published statistics do not say it.")
 @click.option(
-    "--experts", "-n", type=int, help="The model's number of experts, where the statistics leave some out."
+    "--num-experts", type=int, help="The model's number of experts, where the statistics leave some out."
 )
 @click.option("-o", "--output", type=OUTPUT, help="Write the ranking here, not to stdout.")
 @common
@@ -39,12 +39,12 @@ def command(
     context: click.Context,
     sources: tuple[Path, ...],
     metric: str | None,
-    domains: list[str] | None,
+    domains: tuple[str, ...],
     protect_super_experts: bool,
     interleave_with: Path | None,
     topic: str | None,
     model_type: str | None,
-    experts: int | None,
+    num_experts: int | None,
     output: Path | None,
 ) -> None:
     """Order the experts of every layer, best first.
@@ -83,15 +83,17 @@ def command(
         other = next(source for source in sources if source not in ours)
         raise UsageError(f"{other}: is no statistics file as {ours[0]} is; rank the two kinds apart")
     if ours:
-        if model_type is not None or experts is not None:
-            raise UsageError("--model-type and --experts go with published statistics; ours say both")
+        if model_type is not None or num_experts is not None:
+            raise UsageError(
+                "--model-type and --num-experts go with published statistics; those of `profile` hold both"
+            )
         if topic is not None:
             raise UsageError("--topic goes with the published tree; --domain with statistics of `profile`")
         check_new_output(output, [*sources, interleave_with])
         ranking = _gathered(sources, metric, domains, protect_super_experts)
         told = f"{len(sources)} statistics {'file' if len(sources) == 1 else 'files'}"
     else:
-        if metric not in (None, "frequency") or domains is not None or protect_super_experts:
+        if metric not in (None, "frequency") or domains or protect_super_experts:
             raise UsageError(
                 "published statistics are ranked by frequency alone; --metric, --domain and "
                 "--protect-super-experts go with statistics that `profile` made"
@@ -100,7 +102,7 @@ def command(
             raise UsageError(
                 "--topic takes one source, the root of the published tree, and says what to interleave with"
             )
-        ranking, files = _published(sources, topic, experts, model_type, [output, interleave_with])
+        ranking, files = _published(sources, topic, num_experts, model_type, [output, interleave_with])
         told = f"{files} files"
         if topic is not None and files != TREE_FILES:
             terminal.say(
@@ -119,7 +121,7 @@ def command(
 
 
 def _gathered(
-    sources: tuple[Path, ...], metric: str | None, domains: list[str] | None, protect_super_experts: bool
+    sources: tuple[Path, ...], metric: str | None, domains: tuple[str, ...], protect_super_experts: bool
 ) -> Ranking:
     from moe_surgery.selection.metrics import METRICS
     from moe_surgery.selection.rank import rank
@@ -128,7 +130,7 @@ def _gathered(
     if metric is None:
         raise UsageError(f"say how to rank: --metric {'|'.join(METRICS)}")
     statistics = merge(load_statistics(source) for source in sources)
-    return rank(statistics, metric, domains=domains, protect_super_experts=protect_super_experts)
+    return rank(statistics, metric, domains=domains or None, protect_super_experts=protect_super_experts)
 
 
 def _published(

@@ -15,7 +15,7 @@ from moe_surgery.cli.options import (
     computed_by,
     needs_torch,
     terminal_of,
-    texts,
+    text_options,
     torch_dtype,
 )
 from moe_surgery.cli.terminal import Advance
@@ -23,19 +23,19 @@ from moe_surgery.cli.terminal import Advance
 
 @click.command("search")
 @click.argument("ckpt")
-@texts
+@text_options
 @click.option("-o", "--output", type=OUTPUT, required=True, help="The ranking file to write.")
 @compute
 @common
 @click.pass_context
 def command(
-    context: click.Context,
+    click_context: click.Context,
     ckpt: str,
-    text_paths: tuple[Path, ...],
-    domain: tuple[str, ...],
-    text_format: str | None,
+    texts: tuple[Path, ...],
+    domains: tuple[str, ...],
+    format: str | None,
     max_tokens: int | None,
-    context_tokens: int | None,
+    context: int | None,
     output: Path,
     device: str,
     dtype: str | None,
@@ -59,9 +59,9 @@ def command(
     from moe_surgery.quality.corpus import text_files
     from moe_surgery.quality.search import search
 
-    terminal = terminal_of(context)
-    check_new_output(output, text_paths)
-    files = text_files(text_paths, domain, text_format)
+    terminal = terminal_of(click_context)
+    check_new_output(output, texts)
+    files = text_files(texts, domains, format)
     terminal.after_interrupt = "; the same command goes on after the last finished layer"
     with ExitStack() as stack:
         advance: list[Advance] = []
@@ -74,7 +74,7 @@ def command(
             ckpt,
             files,
             output,
-            context=context_tokens,
+            context=context,
             max_tokens=max_tokens,
             device=device,
             dtype=torch_dtype(dtype),

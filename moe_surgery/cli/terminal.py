@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
+from moe_surgery.cli.parameters import with_options
 from moe_surgery.errors import CheckpointWarning
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Terminal:
         self.debug = False
         self.json = False
         self.after_interrupt = ""
+        self.command: click.Command | None = None
         self._notes: set[str] = set()
 
     def say(self, text: str) -> None:
@@ -48,7 +50,7 @@ class Terminal:
             click.echo(_safe(text), err=True)
 
     def error(self, text: str) -> None:
-        click.echo(f"moe-surgery: {_safe(text)}", err=True)
+        click.echo(f"moe-surgery: {_safe(with_options(text, self.command))}", err=True)
 
     def failed(self, error: BaseException) -> None:
         """One line for an error; the traceback as well with --debug."""
@@ -93,7 +95,7 @@ class Terminal:
         """A note on stderr, unless -q; each is printed once."""
         if text not in self._notes:
             self._notes.add(text)
-            self.say(f"note: {text}")
+            self.say(f"note: {with_options(text, self.command)}")
 
     @contextmanager
     def notes(self) -> Iterator[None]:

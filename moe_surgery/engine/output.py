@@ -29,7 +29,7 @@ def check_space(needed: int, out: Path, folder: Path, ops: FileOps) -> None:
     if needed > free:
         raise DiskFullError(
             f"{printable_path(out)}: needs {needed:,} bytes but its file system has {free:,} free; "
-            "free some space, keep fewer experts, or pass --ignore-free-space"
+            "free some space, keep fewer experts, or pass `ignore_free_space=True`"
         )
 
 

@@ -30,9 +30,9 @@ from moe_surgery.formats.expert_format import MXFP4, ExpertFormat
 from moe_surgery.runtime.config import ModelConfig
 from moe_surgery.selection.plan import Plan
 
-__all__ = ["DTYPES", "compile_gguf", "default_name"]
+__all__ = ["STORES", "compile_gguf", "default_name"]
 
-DTYPES = ("keep", "mxfp4")
+STORES = ("keep", "mxfp4")
 _HEAD = "lm_head.weight"
 # Roles whose tensors llama.cpp wants in float32 whatever their shape; so are all of one axis.
 _FLOAT32 = (Role.ROUTER, Role.EXPERT_BIAS)
@@ -46,23 +46,23 @@ def compile_gguf(
     *,
     plan: Plan | None = None,
     name: str,
-    dtype: str = "keep",
+    store: str = "keep",
 ) -> GgufProgram:
     """The program that writes `checkpoint`, with `plan` applied to it if given, as one GGUF file.
 
-    `dtype`: "keep" leaves expert weights as they are stored, "mxfp4" converts dense ones.
+    `store`: "keep" leaves expert weights as they are stored, "mxfp4" converts dense ones.
 
-    Raises UsageError for an unknown dtype or another family than gpt-oss, PlanMismatchError for a plan
+    Raises UsageError for an unknown format or another family than gpt-oss, PlanMismatchError for a plan
     that does not fit, InvalidInputError for a model that llama.cpp would compute otherwise.
     """
-    if dtype not in DTYPES:
-        raise UsageError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
+    if store not in STORES:
+        raise UsageError(f"`store` {store}: choose one of {', '.join(STORES)}")
     if model.model_type != "gpt_oss":
         raise UsageError(f"{checkpoint.path}: a {model.model_type} model; export writes gpt-oss models only")
     config = ModelConfig.of(model)
     check_supported(model, config)
     layers, kept, top_k = _kept(checkpoint, model, plan)
-    target = MXFP4 if dtype == "mxfp4" else model.expert_format
+    target = MXFP4 if store == "mxfp4" else model.expert_format
     metadata = Metadata()
     add_model(metadata, model, config, name, kept, top_k, target)
     if tokenizer is None:
@@ -169,7 +169,7 @@ def _expert_weight(
         )
     if not target.takes(columns):
         raise UsageError(
-            f"--dtype mxfp4: tensor {tensor.name!r} has {columns} columns, not whole blocks of {BLOCK_VALUES}"
+            f"`store` mxfp4: tensor {tensor.name!r} has {columns} columns, not whole blocks of {BLOCK_VALUES}"
         )
     return TensorType.MXFP4, tuple(
         Quantise(v, rows, columns, first, step, stored.name, source) for v in values

@@ -88,7 +88,7 @@ def read_tokenizer(folder: Path, config: Mapping[str, object], vocabulary: int) 
     if not file.is_file():
         raise OutputError(
             f"{printable_path(file)}: not found; copy the model's {TOKENIZER_NAME} there, "
-            "or pass --no-tokenizer for a file that takes and gives token numbers only"
+            "or pass `tokenizer=False` for a file that takes and gives token numbers only"
         )
     reader = _Reader(read_small_file(file, limit=MAX_BYTES, what="a tokenizer"), printable_path(file))
     settings = _settings(folder / SETTINGS_NAME)
@@ -265,7 +265,7 @@ class _Reader:
     def _refuse(self, what: str, why: str) -> NoReturn:
         raise InvalidInputError(
             f"{self._where}: {what} that llama.cpp has no name for: {why}; "
-            "pass --no-tokenizer for a file that takes and gives token numbers only"
+            "pass `tokenizer=False` for a file that takes and gives token numbers only"
         )
 
 

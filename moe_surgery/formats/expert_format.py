@@ -97,7 +97,7 @@ FORMATS: Final[Mapping[str, ExpertFormat]] = MappingProxyType({f.name: f for f i
 """Every format by its name."""
 
 EXPERT_DTYPES: Final = ("keep", *FORMATS)
-"""What `--dtype` may be: a format, or "keep" for the source's."""
+"""What `store` may be: a format, or "keep" for the source's."""
 
 
 def format_named(name: str) -> ExpertFormat:

@@ -30,23 +30,23 @@ def select_backend(device: torch.device, name: str | None = None) -> Backend:
     for is never replaced by another.
     """
     if name is not None and name not in BACKENDS:
-        raise UsageError(f"--backend {name}: unknown; known: {', '.join(BACKENDS)}")
+        raise UsageError(f"`backend` {name}: unknown; known: {', '.join(BACKENDS)}")
     if name is not None and name.endswith(SUFFIX):
         return InvariantBackend(select_backend(device, name.removesuffix(SUFFIX)))
     if name == "native" or (name is None and device.type == "cpu" and _native_reason() is None):
         if device.type != "cpu":
-            raise UsageError(f"--backend native: runs on the CPU, not on {device}")
+            raise UsageError(f"`backend` native: runs on the CPU, not on {device}")
         from moe_surgery.kernels.native import NativeBackend
 
         return NativeBackend()
     if name == "triton" or (name is None and device.type == "cuda" and _triton_reason() is None):
         if (reason := _triton_reason()) is not None:
-            raise UsageError(f"--backend triton: {reason}")
+            raise UsageError(f"`backend` triton: {reason}")
         from moe_surgery.kernels.triton import TritonBackend
         from moe_surgery.kernels.triton.launch import interpreting
 
         if device.type != "cuda" and not interpreting():
-            raise UsageError(f"--backend triton: runs on CUDA devices, not on {device}")
+            raise UsageError(f"`backend` triton: runs on CUDA devices, not on {device}")
         return TritonBackend()
     if name is None and (missing := _missing(device)) is not None:
         _log_missing(device.type, *missing)
@@ -68,7 +68,7 @@ def _log_missing(device_type: str, name: str, why: str) -> None:
     log.log(
         logging.INFO if native_disabled() and name == "native" else logging.WARNING,
         "backend reference (plain PyTorch, slower) on %s, because %s does not work: %s; "
-        "--backend reference chooses it without this note",
+        "`backend` reference chooses it without this note",
         device_type,
         name,
         why,

@@ -57,12 +57,12 @@ def generate_answers(
     nothing to answer, OutputError where the file cannot be written.
     """
     if new_tokens < 1:
-        raise UsageError(f"--generate {new_tokens}: must be at least 1")
+        raise UsageError(f"`generate` {new_tokens}: must be at least 1")
     fits, skipped = _fitting(corpus, new_tokens)
     if not fits:
         raise UsageError(
-            f"--generate {new_tokens}: no prompt leaves room for it in a context of {corpus.context} tokens"
-            + ("" if corpus.max_tokens is None else f" and --max-tokens {corpus.max_tokens}")
+            f"`generate` {new_tokens}: no prompt leaves room for it in a context of {corpus.context} tokens"
+            + ("" if corpus.max_tokens is None else f" and `max_tokens` {corpus.max_tokens}")
         )
     done = _finished(file, job, len(fits))
     try:

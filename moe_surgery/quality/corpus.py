@@ -198,16 +198,16 @@ def open_corpus(
     """
     listed = tuple(files)
     if not listed:
-        raise UsageError("no texts; name at least one file with --texts")
+        raise UsageError("no texts; name at least one file in `texts`")
     if max_tokens is not None and max_tokens < 1:
-        raise UsageError(f"--max-tokens {max_tokens}: must be at least 1")
+        raise UsageError(f"`max_tokens` {max_tokens}: must be at least 1")
     texts: dict[str, list[dict[str, object]]] = {}
     for file in listed:
         told = {"name": file.path.name, "xxh3_128": _digest(file.path), "tokens": 0}
         held = texts.setdefault(file.domain, [])
         if told["xxh3_128"] in [text["xxh3_128"] for text in held]:
             raise UsageError(
-                f"--texts {printable_path(file.path)}: domain {file.domain!r} already has this text; "
+                f"`texts` {printable_path(file.path)}: domain {file.domain!r} already has this text; "
                 "it would count twice"
             )
         held.append(told)

@@ -76,7 +76,7 @@ def evaluate(
     PlanMismatchError for a plan or checkpoint of another model, and any error of opening the checkpoint.
     """
     if batch_tokens < 1:
-        raise UsageError(f"--batch-tokens {batch_tokens}: must be at least 1")
+        raise UsageError(f"`batch_tokens` {batch_tokens}: must be at least 1")
     named_plans = loaded_pairs(plans, Plan, load_plan)
     with Checkpoint.open(checkpoint) as opened:
         described = families.describe(opened)
@@ -153,7 +153,7 @@ def evaluate_passages(
     if not any(s.tokens for s in sums[0].values()):
         raise UsageError(
             "the texts have no token to predict"
-            + (" in an answer of a conversation (--answers-only)" if answers_only else "; give longer ones")
+            + (" in an answer of a conversation (`answers_only`)" if answers_only else "; give longer ones")
         )
     found = []
     for place, (candidate, per_domain) in enumerate(zip(everyone, sums, strict=True)):
@@ -162,8 +162,8 @@ def evaluate_passages(
         for domain, s in per_domain.items():
             if not math.isfinite(s.loss + s.kl):
                 raise InvalidInputError(
-                    f"{candidate.name}: its predictions on domain {domain!r} are no finite numbers; "
-                    "try --dtype f32"
+                    f"{candidate.name}: its predictions on domain {domain!r} are not finite; "
+                    "try a wider `dtype`"
                 )
         domains = {d: s.quality(candidate.kept is not None) for d, s in per_domain.items() if s.tokens}
         most = max(k for _, k in counts[place])

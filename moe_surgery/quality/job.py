@@ -96,7 +96,7 @@ def profile(
         sequential = as_plan(sequential)
         sequential.check_fits(described.model_type, described.experts, described.layers, str(checkpoint))
     if batch_tokens < 1:
-        raise UsageError(f"--batch-tokens {batch_tokens}: must be at least 1")
+        raise UsageError(f"`batch_tokens` {batch_tokens}: must be at least 1")
     partial = partial_path(out)
     check_writable(out, partial)
     model = load_model(checkpoint, device, dtype, backend=backend, one_layer=True)
@@ -183,5 +183,5 @@ def _check_finite(data: Mapping[str, Sequence[ExpertStatistics]], checkpoint: st
         for number, layer in enumerate(layers):
             if not np.isfinite(layer.gate.sum() + layer.weighted_norm.sum() + layer.norm.sum()):
                 raise InvalidInputError(
-                    f"{checkpoint}: layer {number} gives numbers that are not finite; try --dtype f32"
+                    f"{checkpoint}: layer {number} gives numbers that are not finite; try a wider `dtype`"
                 )

@@ -22,20 +22,20 @@ def prompts_of(corpus: Corpus, tokens: int, most: int | None = None) -> dict[str
         if (most is None or len(mine) < most) and (ids := _prompt(corpus, document, tokens)):
             mine.append(ids)
     if not any(found.values()):
-        raise UsageError(f"--texts: none has {tokens} tokens; pass longer ones or a smaller --prompt-tokens")
+        raise UsageError(f"`texts`: none has {tokens} tokens; pass longer ones or a smaller `prompt_tokens`")
     return {domain: prompts for domain, prompts in found.items() if prompts}
 
 
 def check_prompts(
-    prompts: Mapping[str, Sequence[Sequence[int]]], new_tokens: int, contexts: Iterable[int]
+    prompts: Mapping[str, Sequence[Sequence[int]]], max_new_tokens: int, contexts: Iterable[int]
 ) -> None:
-    """Raise UsageError unless each prompt and `new_tokens` more fit into models of these contexts."""
+    """Raise UsageError unless each prompt and `max_new_tokens` more fit into models of these contexts."""
     most = min(contexts)
     for domain, some in prompts.items():
-        if (longest := max(map(len, some), default=0)) + new_tokens > most:
+        if (longest := max(map(len, some), default=0)) + max_new_tokens > most:
             raise UsageError(
-                f"--texts: a prompt of '{domain}' has {longest} tokens; with --new-tokens {new_tokens} that is more "
-                f"than the {most} the models take"
+                f"`texts`: a prompt of '{domain}' has {longest} tokens; with `max_new_tokens` "
+                f"{max_new_tokens} that is more than the {most} the models take"
             )
 
 

@@ -27,7 +27,7 @@ def default_context(checkpoint: str | os.PathLike[str], asked: int | None) -> in
     if asked is None:
         return min(most, CONTEXT)
     if not 1 <= asked <= most:
-        raise UsageError(f"--context {asked}: this model takes 1 to {most} tokens")
+        raise UsageError(f"`context` {asked}: this model takes 1 to {most} tokens")
     return asked
 
 

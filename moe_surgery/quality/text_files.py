@@ -84,14 +84,14 @@ def text_files(
             raise InvalidInputError(wrong_kind(path, "texts", kind))
     if domains and len(domains) not in (1, len(paths)):
         raise UsageError(
-            f"--domain: {len(domains)} names for {len(paths)} --texts; give one for all, or one for each"
+            f"`domains`: {len(domains)} names for {len(paths)} `texts`; give one for all, or one for each"
         )
     named = domains or [Path(_plain_name(p)).stem for p in paths]
     if len(named) == 1:
         named = list(named) * len(paths)
     for name in named:
         if not name or not name.isprintable() or any(c in name for c in ",/:"):
-            raise UsageError(f"--domain {name!r}: a domain is a name without commas, colons and slashes")
+            raise UsageError(f"`domains` {name!r}: a domain is a name without commas, colons and slashes")
     return tuple(
         TextFile(path, domain, format or _guessed(path)) for path, domain in zip(paths, named, strict=True)
     )
@@ -148,7 +148,8 @@ def _guessed(path: Path) -> str:
         return "jsonl"
     if _holds_rows(_head(path)):
         raise InvalidInputError(
-            f"{printable_path(path)}: holds rows of JSON; name it .jsonl or .json, or pass --format jsonl, chat or text"
+            f"{printable_path(path)}: holds rows of JSON; name it .jsonl or .json, "
+            "or set `format` to jsonl, chat or text"
         )
     return "text"
 

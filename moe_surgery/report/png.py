@@ -63,7 +63,7 @@ Evaluations = Sequence[tuple[str, Evaluation]]
 def check_plotting() -> None:
     """Raise UsageError where matplotlib is not installed."""
     if find_spec("matplotlib") is None:
-        raise UsageError("--png needs the matplotlib package: pip install 'moe-surgery[report]'")
+        raise UsageError("pictures need the matplotlib package: pip install 'moe-surgery[report]'")
 
 
 def write_pictures(
@@ -87,7 +87,7 @@ def write_pictures(
     try:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"--png {printable_path(place)}: cannot create: {error.strerror}") from None
+        raise OutputError(f"{printable_path(place)}: cannot create: {error.strerror}") from None
     used: set[str] = set()
     for name, figure in _figures(views(statistics), named_plans, named_evaluations):
         with rc_context(FONT):

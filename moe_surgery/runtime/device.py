@@ -19,22 +19,22 @@ def open_device(name: str | torch.device) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UsageError(f"--device {name}: unknown device; choose cpu, cuda, cuda:N or mps") from None
+        raise UsageError(f"`device` {name}: unknown device; choose cpu, cuda, cuda:N or mps") from None
     if device.type == "cpu":
         return device
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise UsageError(f"--device {name}: torch finds no CUDA device here; see moe-surgery doctor")
+            raise UsageError(f"`device` {name}: torch finds no CUDA device here; see moe-surgery doctor")
         if (device.index or 0) >= torch.cuda.device_count():
             raise UsageError(
-                f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, from cuda:0"
+                f"`device` {name}: there are {torch.cuda.device_count()} CUDA devices, from cuda:0"
             )
         return device
     if device.type == "mps":
         if not torch.backends.mps.is_available():
-            raise UsageError(f"--device {name}: MPS is not available here; see moe-surgery doctor")
+            raise UsageError(f"`device` {name}: MPS is not available here; see moe-surgery doctor")
         return device
-    raise UsageError(f"--device {name}: unsupported device; choose cpu, cuda, cuda:N or mps")
+    raise UsageError(f"`device` {name}: unsupported device; choose cpu, cuda, cuda:N or mps")
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -72,8 +72,8 @@ def check_memory(device: torch.device, model: Described, free: int | None = None
     advice = f"pruned to {most} experts it fits" if most else "no expert count fits"
     if not most and not model.expert_format.packed:
         times = "seven" if model.expert_format == F32 else "four"
-        advice += f"; --dtype mxfp4 makes experts {times} times smaller"
+        advice += f"; converted to MXFP4, experts are {times} times smaller"
     raise UsageError(
-        f"--device {device}: the model needs {needed / 1e9:.1f} GB with headroom, "
+        f"`device` {device}: the model needs {needed / 1e9:.1f} GB with headroom, "
         f"{free / 1e9:.1f} GB are free; {advice}"
     )

@@ -89,10 +89,10 @@ def room_for(model: Model, tokens: int, max_new_tokens: int, context: int | None
     Raises UsageError where none do, or `context` is more than the model was made for.
     """
     if max_new_tokens < 1:
-        raise UsageError(f"--max-new-tokens {max_new_tokens}: must be at least 1")
+        raise UsageError(f"`max_new_tokens` {max_new_tokens}: must be at least 1")
     longest = model.config.context if context is None else context
     if not 1 <= longest <= model.config.context:
-        raise UsageError(f"--context {longest}: this model takes 1 to {model.config.context} tokens")
+        raise UsageError(f"`context` {longest}: this model takes 1 to {model.config.context} tokens")
     if tokens >= longest:
         raise UsageError(f"the prompt has {tokens} tokens, but the context is {longest}; shorten it")
     return min(max_new_tokens, longest - tokens)

@@ -91,7 +91,7 @@ def load_model(
     plan = None if plan is None else as_plan(plan)
     place = open_device(device)
     if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype}: choose one of {', '.join(map(str, DTYPES))}")
+        raise UsageError(f"`dtype` {dtype}: choose one of {', '.join(map(str, DTYPES))}")
     chosen = select_backend(place, backend)
     compute = chosen.dtype if dtype is None else dtype
     with Checkpoint.open(path) as checkpoint:

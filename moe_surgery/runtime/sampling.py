@@ -30,15 +30,15 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
-            raise UsageError(f"--temperature {self.temperature}: must be a number of at least 0")
+            raise UsageError(f"`sampling.temperature` {self.temperature}: must be a number of at least 0")
         if self.top_k < 0:
-            raise UsageError(f"--sampling-top-k {self.top_k}: must not be negative")
+            raise UsageError(f"`sampling.top_k` {self.top_k}: must not be negative")
         if not 0 < self.top_p <= 1:
-            raise UsageError(f"--top-p {self.top_p}: must be above 0 and at most 1")
+            raise UsageError(f"`sampling.top_p` {self.top_p}: must be above 0 and at most 1")
         if not 0 <= self.min_p <= 1:
-            raise UsageError(f"--min-p {self.min_p}: must be between 0 and 1")
+            raise UsageError(f"`sampling.min_p` {self.min_p}: must be between 0 and 1")
         if self.seed is not None and not 0 <= self.seed < 1 << 63:
-            raise UsageError(f"--seed {self.seed}: must be between 0 and 2**63 - 1")
+            raise UsageError(f"`sampling.seed` {self.seed}: must be between 0 and 2**63 - 1")
 
 
 def distribution(logits: Tensor, sampling: Sampling) -> Tensor:

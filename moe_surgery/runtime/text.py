@@ -167,7 +167,7 @@ class Text:
             found = {str(t.get("name")): t["template"] for t in named if isinstance(t.get("template"), str)}
         if not found:
             raise OutputError(
-                f"{printable_path(file)}: not found; this model has no chat template, use --prompt"
+                f"{printable_path(file)}: not found; this model has no chat template; give it a plain prompt"
             )
         return found
 

@@ -34,14 +34,14 @@ def coverage(
     return np.stack(shares)
 
 
-def smallest_count(shares: npt.NDArray[np.float64], wanted: float, over: str = "worst") -> int:
-    """The fewest experts that carry the share `wanted` (0 to 1) in every layer, or on the mean of layers.
+def smallest_count(shares: npt.NDArray[np.float64], coverage: float, coverage_over: str = "worst") -> int:
+    """The fewest experts that carry the share `coverage` (0 to 1) in every layer, or on the mean of layers.
 
     Raises UsageError for a share out of range.
     """
-    if not 0 < wanted <= 1:
-        raise UsageError(f"--coverage {wanted:g}: a share is above 0 and at most 1, such as 0.95")
-    if over not in COVERAGE_OVER:
-        raise UsageError(f"--coverage-over {over}: choose one of {', '.join(COVERAGE_OVER)}")
-    carried = shares.min(axis=0) if over == "worst" else shares.mean(axis=0)
-    return next((n for n, share in enumerate(carried, 1) if share >= wanted), len(carried))
+    if not 0 < coverage <= 1:
+        raise UsageError(f"`coverage` {coverage:g}: a share is above 0 and at most 1, such as 0.95")
+    if coverage_over not in COVERAGE_OVER:
+        raise UsageError(f"`coverage_over` {coverage_over}: choose one of {', '.join(COVERAGE_OVER)}")
+    carried = shares.min(axis=0) if coverage_over == "worst" else shares.mean(axis=0)
+    return next((n for n, share in enumerate(carried, 1) if share >= coverage), len(carried))

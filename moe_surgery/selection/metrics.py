@@ -42,7 +42,7 @@ METRICS: Mapping[str, Callable[[ExpertStatistics], Floats]] = MappingProxyType(
 def score(metric: str, layers: Sequence[ExpertStatistics]) -> list[Floats]:
     """Scores float64 [experts] per layer. An expert nobody chose scores 0. Raises UsageError."""
     if metric not in METRICS:
-        raise UsageError(f"--metric {metric}: unknown; known: {', '.join(METRICS)}")
+        raise UsageError(f"`metric` {metric}: unknown; known: {', '.join(METRICS)}")
     return [METRICS[metric](layer) for layer in layers]
 
 

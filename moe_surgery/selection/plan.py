@@ -178,17 +178,17 @@ def check_kept(
         raise error(f"{where} keeps expert {twice} twice")
 
 
-def check_count(count: int, experts: int) -> None:
+def check_count(count: int, experts: int, parameter: str = "experts") -> None:
     """Raise UsageError unless 1 <= count <= experts."""
     if not 1 <= count <= experts:
-        raise UsageError(f"--experts {count}: the model has {experts} experts; choose 1 to {experts}")
+        raise UsageError(f"`{parameter}` {count}: the model has {experts} experts; choose 1 to {experts}")
 
 
-def check_top_k(top_k: int, experts: int, whose: str, option: str = "--top-k") -> None:
+def check_top_k(top_k: int, experts: int, whose: str, parameter: str = "top_k") -> None:
     """Raise UsageError unless 1 <= top_k <= experts; `whose` says what has so many, as in "the plan keeps"."""
     if not 1 <= top_k <= experts:
         raise UsageError(
-            f"{option} {top_k}: {whose} {experts} {'expert' if experts == 1 else 'experts'} in a layer; "
+            f"`{parameter}` {top_k}: {whose} {experts} {'expert' if experts == 1 else 'experts'} in a layer; "
             f"choose 1 to {experts}"
         )
 
@@ -204,12 +204,12 @@ def plan_from_ranking(
     ranking = as_ranking(ranking)
     check_count(experts, ranking.num_experts)
     if order not in ORDERS:
-        raise UsageError(f"--order {order}: choose one of {', '.join(ORDERS)}")
+        raise UsageError(f"`order` {order}: choose one of {', '.join(ORDERS)}")
     if ranking.model_type and model_type and ranking.model_type != model_type:
         raise PlanMismatchError(f"the ranking is for {ranking.model_type}, not for {model_type}")
     known = ranking.model_type or model_type
     if known is None:
-        raise UsageError("the ranking does not say which model it is for; pass --checkpoint or --model-type")
+        raise UsageError("the ranking does not say which model it is for; pass `model_type`")
     layers = tuple(
         tuple(sorted(r[:experts]) if order == "ascending" else r[:experts]) for r in ranking.layers
     )
@@ -227,7 +227,7 @@ def plan_keeping(kept: Sequence[int] | None, model: HasExperts) -> Plan:
     Raises UsageError for an expert out of range or named twice.
     """
     chosen = tuple(range(model.experts)) if kept is None else tuple(kept)
-    check_kept(chosen, model.experts, "--keep", UsageError)
+    check_kept(chosen, model.experts, "`kept`", UsageError)
     provenance = {"method": "keep", "experts": len(chosen), "kept": list(chosen)}
     return Plan(model.model_type, model.experts, (chosen,) * model.layers, provenance=provenance)
 
@@ -243,7 +243,7 @@ def plan_random(count: int, seed: int, model: HasExperts) -> Plan:
     experts = model.experts
     check_count(count, experts)
     if seed < 0:
-        raise UsageError(f"--seed {seed}: must not be negative")
+        raise UsageError(f"`seed` {seed}: must not be negative")
     drawn = (
         np.random.Generator(np.random.PCG64([seed, layer])).choice(experts, count, replace=False)
         for layer in range(model.layers)

@@ -51,10 +51,10 @@ def statistics_files(folder: str | os.PathLike[str]) -> list[Path]:
     return found
 
 
-def rank_published(files: Iterable[Path], experts: int | None = None) -> Ranking:
+def rank_published(files: Iterable[Path], num_experts: int | None = None) -> Ranking:
     """The published ranking over `files`, in the order given.
 
-    `experts` is the model's number; without it, the largest one named. Experts that no file names
+    `num_experts` is the model's number; without it, the largest one named. Experts that no file names
     come last, by number. Raises InvalidInputError naming a file that cannot be read as statistics.
     """
     totals: dict[int, dict[int, float]] = {}
@@ -70,9 +70,9 @@ def rank_published(files: Iterable[Path], experts: int | None = None) -> Ranking
     if sorted(totals) != list(range(layers)):
         raise InvalidInputError(f"the statistics name layers {sorted(totals)}, not 0 to {layers - 1}")
     named = max(max(row, default=0) for row in totals.values()) + 1
-    count = named if experts is None else experts
+    count = named if num_experts is None else num_experts
     if not 1 <= count <= MAX_EXPERTS:
-        raise UsageError(f"--experts {count}: choose 1 to {MAX_EXPERTS}")
+        raise UsageError(f"`num_experts` {count}: choose 1 to {MAX_EXPERTS}")
     if named > count:
         raise PlanMismatchError(f"the statistics name expert {named - 1}, but the model has {count}")
     return Ranking(
@@ -83,11 +83,11 @@ def rank_published(files: Iterable[Path], experts: int | None = None) -> Ranking
     )
 
 
-def rank_topic(tree: str | os.PathLike[str], topic: str, experts: int | None = None) -> Ranking:
+def rank_topic(tree: str | os.PathLike[str], topic: str, num_experts: int | None = None) -> Ranking:
     """The ranking of `topic` as published, from the whole statistics tree below the folder `tree`.
 
     "all" ranks over every file; "unsafety" reverses "safety"; the others interleave the order over the
-    topic's folders with that of "all". `experts` as in `rank_published`. Raises UsageError for an unknown
+    topic's folders with that of "all". `num_experts` as in `rank_published`. Raises UsageError for an unknown
     topic, OutputError where the tree lacks one of its folders, and as `rank_published`.
     """
     if topic not in RANKINGS:
@@ -95,7 +95,7 @@ def rank_topic(tree: str | os.PathLike[str], topic: str, experts: int | None = N
     counted = "safety" if topic == "unsafety" else topic
     files = [] if topic == "all" else _topic_files(Path(tree), counted)
     statistics = statistics_files(tree)
-    everything = rank_published(statistics, experts)
+    everything = rank_published(statistics, num_experts)
     if topic == "all":
         return replace(everything, provenance={**everything.provenance, "topic": topic})
     own = rank_published(files, everything.num_experts)

@@ -43,22 +43,22 @@ def compile_program(
     model: Model,
     plan: Plan,
     *,
-    dtype: str = "keep",
+    store: str = "keep",
     max_shard_size: int = DEFAULT_SHARD_SIZE,
 ) -> Program:
     """The program that writes `plan` applied to `checkpoint`.
 
-    `dtype`: "keep" copies expert weights as they are stored, "bf16", "mxfp4", "f16" and "f32" convert
+    `store`: "keep" copies expert weights as they are stored, "bf16", "mxfp4", "f16" and "f32" convert
     them where they are stored in another format. `max_shard_size` bounds the tensor bytes of a shard; a tensor larger
     than that has a shard of its own.
 
-    Raises UsageError for an unknown dtype or size, PlanMismatchError for a plan of another model or
+    Raises UsageError for an unknown format or size, PlanMismatchError for a plan of another model or
     one whose layers keep different numbers of experts.
     """
-    if dtype not in EXPERT_DTYPES:
-        raise UsageError(f"--dtype {dtype}: choose one of {', '.join(EXPERT_DTYPES)}")
+    if store not in EXPERT_DTYPES:
+        raise UsageError(f"`store` {store}: choose one of {', '.join(EXPERT_DTYPES)}")
     if max_shard_size < 1:
-        raise UsageError(f"--max-shard-size {max_shard_size}: must be at least one byte")
+        raise UsageError(f"`max_shard_size` {max_shard_size}: must be at least one byte")
     plan.check_fits(model.family.model_type, model.experts, model.layers, str(checkpoint.path))
     kept = plan.uniform_experts
     if kept is None:
@@ -67,9 +67,9 @@ def compile_program(
         raise PlanMismatchError(
             f"the plan keeps between {counts[0]} and {counts[-1]} experts per layer, but config.json of a "
             f"{model.model_type} model gives one number for all layers; keep the same number in every layer, or use "
-            "the plan with generate --plan and evaluate --plan, which write no checkpoint"
+            "the plan with generate or evaluate, which write no checkpoint"
         )
-    target = model.expert_format if dtype == "keep" else format_named(dtype)
+    target = model.expert_format if store == "keep" else format_named(store)
     top_k = min(plan.top_k or model.top_k, kept)
     dense: list[Group] = [(t,) for t in _outputs(model, plan, target, dense=True)]
     experts = list(_paired(_outputs(model, plan, target, dense=False)))
@@ -118,7 +118,7 @@ def _expert_weight(tensor: ModelTensor, kept: Sequence[int], target: ExpertForma
     _, rows, columns = tensor.shape
     if not target.takes(columns):
         raise UsageError(
-            f"--dtype {target.name}: tensor {tensor.name!r} has {columns} columns, "
+            f"`store` {target.name}: tensor {tensor.name!r} has {columns} columns, "
             f"not whole blocks of {target.block_values}"
         )
     stored = target.tensors(rows, columns)

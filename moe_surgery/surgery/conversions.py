@@ -85,7 +85,7 @@ class Conversions:
         except InvalidInputError as error:
             span = part.values if isinstance(part, Cast) else part.blocks
             raise InvalidInputError(
-                f"{self._shards[span.shard].where}: tensor {part.tensor!r}: {error}; choose another --dtype"
+                f"{self._shards[span.shard].where}: tensor {part.tensor!r}: {error}; choose another `store`"
             ) from None
 
     def _encode(self, part: Encode, start: int, out: npt.NDArray[np.uint8]) -> None:

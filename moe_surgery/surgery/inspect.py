@@ -114,7 +114,7 @@ class Inspection:
         return best
 
     def as_dict(self) -> dict[str, object]:
-        """For `--json`."""
+        """As plain data, for JSON."""
         sizes = [
             {
                 "experts": s.experts,

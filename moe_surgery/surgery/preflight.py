@@ -40,11 +40,11 @@ def check_output_file(checkpoint: Checkpoint, out: str | os.PathLike[str], *, ov
     if os.path.lexists(target):
         if not overwrite:
             raise OutputError(
-                f"{printable_path(target)}: exists; choose another name, or pass --overwrite to replace it"
+                f"{printable_path(target)}: exists; choose another name, or pass `overwrite=True` to replace it"
             )
         if target.is_symlink() or not target.is_file():
             raise OutputError(
-                f"{printable_path(target)}: is no regular file, so --overwrite will not replace it"
+                f"{printable_path(target)}: is not a regular file, so `overwrite=True` will not replace it"
             )
     _check_writable(target.parent)
     return target
@@ -94,11 +94,11 @@ def _check_apart(target: Path, source: Path) -> None:
 def _check_replaceable(target: Path, overwrite: bool) -> None:
     if not overwrite:
         raise OutputError(
-            f"{printable_path(target)}: exists; choose another name, or pass --overwrite to replace a "
+            f"{printable_path(target)}: exists; choose another name, or pass `overwrite=True` to replace a "
             "checkpoint that moe-surgery wrote"
         )
     if target.is_symlink() or not target.is_dir() or not is_ours(target):
         raise OutputError(
-            f"{printable_path(target)}: holds no {MANIFEST_NAME} of moe-surgery, so --overwrite will not "
-            "replace it; remove it yourself if it may go"
+            f"{printable_path(target)}: holds no {MANIFEST_NAME} of moe-surgery, so `overwrite=True` will not "
+            "replace it; delete it yourself"
         )

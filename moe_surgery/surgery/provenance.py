@@ -48,7 +48,7 @@ def origin_of(
 def checked_base_model(text: str) -> str:
     """`text` if it has the form of an id on the hub; raises UsageError."""
     if not is_hub_id(text):
-        raise UsageError(f"--base-model {text}: is no model id of the hub; write OWNER/NAME")
+        raise UsageError(f"`base_model` {text}: is not a model id of the hub; write OWNER/NAME")
     return text
 
 

@@ -137,7 +137,7 @@ class _Verifier:
             if needed:
                 raise OutputError(
                     f"{printable_path(path)}: not found, so there are no digests to compare; "
-                    "--structure-only checks a checkpoint without one"
+                    "`structure_only=True` checks a checkpoint without one"
                 )
             return None
         try:
@@ -243,7 +243,7 @@ class _Verifier:
         with Checkpoint.open(source) as checkpoint:
             model = families.describe(checkpoint)
             self._same_source(checkpoint, manifest)
-            program = compile_program(checkpoint, model, manifest.plan, dtype=manifest.expert_format.name)
+            program = compile_program(checkpoint, model, manifest.plan, store=manifest.expert_format.name)
             tensors = {t.name: t for s in program.shards for t in s.tensors}
             with Checkpoint.open(self._folder) as output:
                 for name, shard in output.shards.items():

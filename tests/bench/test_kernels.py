@@ -19,7 +19,7 @@ def test_the_reference_runs_everywhere_and_triton_not_on_the_cpu() -> None:
 
 
 def test_bytes_and_rates_agree() -> None:
-    runs = list(measure_kernels(["reference"], CPU, experts=[2, 6], tokens=[1, 3], hidden=64, rounds=2))
+    runs = list(measure_kernels(["reference"], CPU, expert_counts=[2, 6], tokens=[1, 3], hidden=64, rounds=2))
     figures = kernel_figures(runs, 1e9)
     assert len(runs) == 2 * len(figures)
     assert [(f.operation, f.experts, f.tokens) for f in figures] == [
@@ -41,8 +41,8 @@ def test_bytes_and_rates_agree() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"hidden": 40}, "--hidden 40: must be a multiple of 32"),
-        ({"tokens": [0]}, "--tokens 0: must be at least 1"),
+        ({"hidden": 40}, "`hidden` 40: must be a multiple of 32"),
+        ({"tokens": [0]}, "`tokens` 0: must be at least 1"),
     ],
 )
 def test_shapes_that_cannot_be_are_refused(options: dict[str, object], said: str) -> None:

@@ -49,5 +49,5 @@ def test_three_digits_are_kept_and_large_figures_have_no_exponent(value: float) 
 
 def test_numbers_below_one_name_their_option() -> None:
     check_numbers(batch=[1, 8], new_tokens=[1])
-    with pytest.raises(UsageError, match="--new-tokens 0: must be at least 1"):
+    with pytest.raises(UsageError, match="`new_tokens` 0: must be at least 1"):
         check_numbers(batch=[1], new_tokens=[3, 0])

@@ -88,7 +88,7 @@ def test_a_view_shows_the_bytes_that_the_pruned_checkpoint_holds(
 
 def test_every_model_and_batch_has_its_turn_in_every_round(model: Model, draft: Model) -> None:
     models = {"full": model, "pruned": draft}
-    runs = list(measure_decoding(models, batches=[1, 3], context=5, steps=4, rounds=3))
+    runs = list(measure_decoding(models, batches=[1, 3], depth=5, steps=4, rounds=3))
     seen = sorted((r.number, r.model, r.batch) for r in runs)
     assert seen == [(i, name, b) for i in range(3) for name in models for b in (1, 3)]
     assert all(len(r.step_seconds) == 4 and r.prompt_tokens == 5 * r.batch for r in runs)
@@ -125,7 +125,7 @@ def test_figures_follow_from_the_runs(model: Model, draft: Model) -> None:
 
 def test_a_context_that_just_fits_runs(model: Model) -> None:
     context = model.config.context - 2  # a step, and the token after it
-    assert len(list(measure_decoding({"full": model}, context=context, steps=1, rounds=1))) == 1
+    assert len(list(measure_decoding({"full": model}, depth=context, steps=1, rounds=1))) == 1
 
 
 def test_what_was_interrupted_before_anything_came_has_no_figures(model: Model) -> None:
@@ -135,9 +135,9 @@ def test_what_was_interrupted_before_anything_came_has_no_figures(model: Model) 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"batches": [0]}, "--batch 0: must be at least 1"),
-        ({"rounds": 0}, "--rounds 0: must be at least 1"),
-        ({"context": 131072, "steps": 9}, "need 131082 tokens; these models take"),
+        ({"batches": [0]}, "`batches` 0: must be at least 1"),
+        ({"rounds": 0}, "`rounds` 0: must be at least 1"),
+        ({"depth": 131072, "steps": 9}, "need 131082 tokens; these models take"),
     ],
 )
 def test_numbers_out_of_range_are_refused(model: Model, options: dict[str, object], said: str) -> None:
@@ -169,7 +169,7 @@ def test_every_prompt_runs_at_every_length(model: Model, draft: Model) -> None:
 
 
 def test_costs_cover_all_lengths_and_caches_stay_as_they_were(model: Model, draft: Model) -> None:
-    times = list(measure_costs(model, draft, lengths=[1, 4], batch=2, context=6, rounds=2))
+    times = list(measure_costs(model, draft, lengths=[1, 4], batch=2, depth=6, rounds=2))
     kinds = [("plain", 1), ("draft", 1), ("draft", 2), ("check", 2), ("check", 5)]
     assert sorted((t.kind, t.tokens) for t in times) == sorted(2 * kinds)
     costs = costs_of(times)

@@ -24,7 +24,7 @@ def python(code: str) -> list[str]:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    return write_checkpoint(tmp_path / "source", Shape(experts=4))
+    return write_checkpoint(tmp_path / "source", Shape(expert_counts=4))
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_a_copy_is_timed_and_removed(work: Path) -> None:
 
 
 def test_surgery_is_measured_in_turns_and_leaves_nothing(source: Path, work: Path) -> None:
-    runs = list(measure_surgery(str(source), work, experts=[1, 3], rounds=2))
+    runs = list(measure_surgery(str(source), work, expert_counts=[1, 3], rounds=2))
     assert [(r.number, r.experts) for r in runs] == [(0, 1), (0, 3), (1, 3), (1, 1)]
     assert list(work.iterdir()) == []
     rows = surgery_figures(runs)
@@ -67,13 +67,13 @@ def test_surgery_is_measured_in_turns_and_leaves_nothing(source: Path, work: Pat
 
 def test_a_failing_prune_leaves_nothing(source: Path, work: Path) -> None:
     with pytest.raises(OutputError, match="--experts 9: the model has 4 experts"):
-        list(measure_surgery(str(source), work, experts=[9], rounds=1))
+        list(measure_surgery(str(source), work, expert_counts=[9], rounds=1))
     assert list(work.iterdir()) == []
 
 
 def test_a_folder_that_is_not_there_is_refused(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="is no folder"):
-        list(measure_surgery(str(source), tmp_path / "nowhere", experts=[1]))
+    with pytest.raises(UsageError, match="is not a folder"):
+        list(measure_surgery(str(source), tmp_path / "nowhere", expert_counts=[1]))
 
 
 def test_a_command_is_this_pythons(source: Path) -> None:

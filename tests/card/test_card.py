@@ -142,16 +142,16 @@ def test_base_model_that_is_no_id_is_refused_before_anything_is_written(
     if name:
         with pytest.raises(ValueError, match=r"repo_id|Repo id"):
             validate(name)
-    with pytest.raises(UsageError, match="--base-model"):
+    with pytest.raises(UsageError, match="`base_model`"):
         prune(source, tmp_path / "new", cut, base_model=name)
-    with pytest.raises(UsageError, match="--base-model"):
+    with pytest.raises(UsageError, match="`base_model`"):
         make_card(out, base_model=name)
     assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("name", ["", "apache 2.0", "a\nb: c", '"', "é", "x" * 65])
 def test_license_that_is_no_identifier_is_refused(out: Path, name: str) -> None:
-    with pytest.raises(UsageError, match="--license"):
+    with pytest.raises(UsageError, match="`license`"):
         make_card(out, license=name)
 
 
@@ -163,10 +163,10 @@ def test_license_and_base_model_given_replace_what_the_source_said(out: Path) ->
 
 def test_relation_is_quantized_where_weights_became_mxfp4(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "in", SHAPE, "bf16")
-    prune(source, tmp_path / "a", cut, dtype="mxfp4", base_model="a/b")
+    prune(source, tmp_path / "a", cut, store="mxfp4", base_model="a/b")
     assert metadata(readme(tmp_path / "a"))["base_model_relation"] == "quantized"
     assert "converted from BF16 to MXFP4" in readme(tmp_path / "a")
-    prune(tmp_path / "a", tmp_path / "b", keep_all, dtype="bf16", base_model="a/b")
+    prune(tmp_path / "a", tmp_path / "b", keep_all, store="bf16", base_model="a/b")
     said = metadata(readme(tmp_path / "b"))
     assert said["base_model_relation"] == "finetune"
     assert "pruned" not in said["tags"]
@@ -185,7 +185,7 @@ def test_numbers_are_those_of_the_files(layout: str, dtype: str, tmp_path: Path)
     source = write_checkpoint(tmp_path / "in", SHAPE, layout, shards=3)
     full, out = tmp_path / "full", tmp_path / "out"
     prune(source, full, keep_all, card=False)
-    result = prune(source, out, cut, dtype=dtype)
+    result = prune(source, out, cut, store=dtype)
     rows = cells(readme(out))
     total, active = counted(out, 3, 2)
     source_total, source_active = counted(full, 8, 2)
@@ -224,7 +224,7 @@ def test_card_of_a_finished_checkpoint_is_the_one_it_was_written_with(
     source = write_checkpoint(tmp_path / "in", SHAPE, layout, shards=2)
     (source / "README.md").write_bytes(README)
     (source / "USAGE_POLICY").write_text("terms")
-    prune(source, tmp_path / "out", cut, dtype=dtype, max_shard_size=9000)
+    prune(source, tmp_path / "out", cut, store=dtype, max_shard_size=9000)
     assert make_card(tmp_path / "out") == readme(tmp_path / "out")
 
 
@@ -432,7 +432,7 @@ def test_python_of_the_card_runs_as_it_stands(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     out = tmp_path / "out"
-    prune("example:tiny", out, lambda m: plan_keeping(list(range(8)), m), dtype="bf16")
+    prune("example:tiny", out, lambda m: plan_keeping(list(range(8)), m), store="bf16")
     (program,) = blocks(readme(out), "python")
     assert "path/to/this/folder" in program
     said = io.StringIO()

@@ -21,13 +21,13 @@ from tests.support.command import PATIENCE, call, start
 Capture = pytest.CaptureFixture[str]
 TINY = "example:tiny"
 QUICK = {
-    "decode": ["decode", TINY, "--experts", "4", "--context", "8", "--steps", "2", "--rounds", "1"],
+    "decode": ["decode", TINY, "--expert-counts", "4", "--depth", "8", "--steps", "2", "--rounds", "1"],
     "speculate": [
-        *("speculate", "--target", TINY, "--draft-top-k", "1", "--lengths", "1,2", "--dtype", "f32"),
-        *("--context", "8", "--rounds", "1", "--prompts", "2", "--prompt-tokens", "6", "--new-tokens", "5"),
+        *("speculate", TINY, "--draft-top-k", "1", "--draft-lengths", "1,2", "--dtype", "f32"),
+        *("--depth", "8", "--rounds", "1", "--prompts", "2", "--prompt-tokens", "6", "--max-new-tokens", "5"),
     ],
-    "surgery": ["surgery", TINY, "--experts", "4", "--rounds", "1"],
-    "kernels": ["kernels", "--hidden", "64", "--experts", "2", "--rounds", "1"],
+    "surgery": ["surgery", TINY, "--expert-counts", "4", "--rounds", "1"],
+    "kernels": ["kernels", "--hidden", "64", "--expert-counts", "2", "--rounds", "1"],
 }
 
 
@@ -89,7 +89,7 @@ def test_drafts_of_several_sizes_are_compared(capsys: Capture, tmp_path: Path, t
     for count in (2, 31):
         plans.append(tmp_path / f"{count}.json")
         plans[-1].write_text(plan_random(count, 0, inspect(TINY)).to_json())
-    options = ["--target", TINY, "--lengths", "2", "--context", "8", "--rounds", "1", "--new-tokens", "6"]
+    options = [TINY, "--draft-lengths", "2", "--depth", "8", "--rounds", "1", "--max-new-tokens", "6"]
     chosen = ["--prompt-tokens", "6", "--prompts", "2", "--texts", str(texts), "--json"]
     drafts = [part for plan in plans for part in ("--draft-plan", str(plan))]
     ended = call(capsys, "bench", "speculate", *options, *drafts, *chosen)
@@ -102,15 +102,15 @@ def test_drafts_of_several_sizes_are_compared(capsys: Capture, tmp_path: Path, t
 # --- Ctrl-C
 
 LONG = {
-    "decode": ["decode", TINY, "--context", "8", "--steps", "2", "--rounds", "1000000"],
+    "decode": ["decode", TINY, "--depth", "8", "--steps", "2", "--rounds", "1000000"],
     "speculate": [
-        *("speculate", "--target", TINY, "--draft-top-k", "1", "--lengths", "1", "--rounds", "1"),
-        *("--context", "8", "--prompt-tokens", "6", "--prompts", "5", "--new-tokens", "3000"),
+        *("speculate", TINY, "--draft-top-k", "1", "--draft-lengths", "1", "--rounds", "1"),
+        *("--depth", "8", "--prompt-tokens", "6", "--prompts", "5", "--max-new-tokens", "3000"),
     ],
-    "surgery": ["surgery", TINY, "--experts", "4", "--rounds", "1000"],
-    "kernels": ["kernels", "--hidden", "64", "--experts", "2", "--rounds", "1000000"],
+    "surgery": ["surgery", TINY, "--expert-counts", "4", "--rounds", "1000"],
+    "kernels": ["kernels", "--hidden", "64", "--expert-counts", "2", "--rounds", "1000000"],
     "costs": [
-        *("speculate", "--target", TINY, "--draft-top-k", "1", "--lengths", "1", "--context", "8"),
+        *("speculate", TINY, "--draft-top-k", "1", "--draft-lengths", "1", "--depth", "8"),
         *("--rounds", "1000000"),
     ],
 }
@@ -177,27 +177,36 @@ def test_what_was_interrupted_before_anything_was_measured_says_so() -> None:
 # --- what cannot be
 
 REFUSED: dict[str, tuple[list[str], str]] = {
-    "no numbers": (["decode", TINY, "--experts", "4,x"], "Invalid value for '--experts': '4,x' is no list"),
+    "no numbers": (
+        ["decode", TINY, "--expert-counts", "4,x"],
+        "Invalid value for '--expert-counts': '4,x' is no list",
+    ),
     "no rounds": (["decode", TINY, "--rounds", "0"], "--rounds 0: must be at least 1"),
-    "too many experts": (["decode", TINY, "--experts", "33"], "--experts 33: the model has 32 experts"),
-    "no draft": (["speculate", "--target", TINY], "nothing drafts; pass --draft, --draft-plan or"),
+    "too many experts": (
+        ["decode", TINY, "--expert-counts", "33"],
+        "--expert-counts 33: the model has 32 experts",
+    ),
+    "no draft": (["speculate", TINY], "nothing drafts; pass --draft, --draft-plan or"),
     "no length": (
-        ["speculate", "--target", TINY, "--draft-top-k", "1", "--lengths", "0"],
-        "--lengths 0: must be 1 to 64",
+        ["speculate", TINY, "--draft-top-k", "1", "--draft-lengths", "0"],
+        "--draft-lengths 0: must be 1 to 64",
     ),
     "too long a context": (
-        ["speculate", "--target", TINY, "--draft-top-k", "1", "--context", "5000"],
-        "--context 5000 and --lengths need 5010 tokens; these models take 4096",
+        ["speculate", TINY, "--draft-top-k", "1", "--depth", "5000"],
+        "--depth 5000 and --draft-lengths need 5010 tokens; these models take 4096",
     ),
     "no new tokens": (
-        ["speculate", "--target", TINY, "--draft-top-k", "1", "--new-tokens", "0"],
-        "--new-tokens 0: must be at least 1",
+        ["speculate", TINY, "--draft-top-k", "1", "--max-new-tokens", "0"],
+        "--max-new-tokens 0: must be at least 1",
     ),
     "a draft that takes more": (
-        ["speculate", "--target", TINY, "--draft-top-k", "5"],
+        ["speculate", TINY, "--draft-top-k", "5"],
         "--draft-top-k 5: example:tiny takes 4 itself; a draft is to take fewer",
     ),
-    "more experts than there are": (["surgery", TINY, "--experts", "33"], "--experts 33: the model has 32"),
+    "more experts than there are": (
+        ["surgery", TINY, "--expert-counts", "33"],
+        "--expert-counts 33: the model has 32",
+    ),
     "a picture of no kind": (["kernels", "--plot", "out.txt"], "--plot out.txt: name a file that ends in"),
     "a picture nowhere": (
         ["kernels", "--plot", "/nowhere/a.png"],
@@ -224,7 +233,7 @@ def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_measured(
 ) -> None:
     asked = [{"role": "user", "content": "Why? " * 3000}, {"role": "assistant", "content": "So."}]
     (tmp_path / "long.jsonl").write_text(json.dumps({"messages": asked}) + "\n")
-    options = ["--target", TINY, "--draft-top-k", "1", "--texts", str(tmp_path / "long.jsonl"), "-v"]
+    options = [TINY, "--draft-top-k", "1", "--texts", str(tmp_path / "long.jsonl"), "-v"]
     ended = call(capsys, "bench", "speculate", *options)
     assert (ended.code, ended.out) == (2, "")
     assert "--texts: a prompt of 'long' has" in ended.err

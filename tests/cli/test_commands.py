@@ -179,7 +179,7 @@ def test_prune_reports_on_stdout_and_remarks_on_stderr(tmp_path: Path, capsys: C
 def test_prune_in_json_tells_what_it_did(dtype: str, tmp_path: Path, capsys: Capture) -> None:
     source = write_checkpoint(tmp_path / "in", Shape(experts=8, top_k=4), "bf16")
     out = tmp_path / "out"
-    ended = done(call(capsys, "prune", source, out, "--keep", "0-2", "--dtype", dtype, "--json"))
+    ended = done(call(capsys, "prune", source, out, "--keep", "0-2", "--store", dtype, "--json"))
     told = ended.json()
     assert (told["output"], told["experts"], told["top_k"]) == (str(out), 3, 3)
     assert told["expert_storage"] == ("mxfp4" if dtype == "mxfp4" else "bf16")

@@ -80,9 +80,9 @@ CASES: dict[str, tuple[str, int, str]] = {
     "a count without a ranking": ("prune {tmp}/in {tmp}/out --keep 0 -n 2", 2, "go together"),
     "an expert there is not": ("prune {tmp}/in {tmp}/out --keep 4", 2, "--keep keeps expert 4, but experts"),
     "an expert twice": ("prune {tmp}/in {tmp}/out --keep 0-2,1", 2, "--keep keeps expert 1 twice"),
-    "an unknown dtype": ("prune {tmp}/in {tmp}/out --keep 0 --dtype fp8", 2, "'fp8' is not one of 'keep'"),
+    "an unknown dtype": ("prune {tmp}/in {tmp}/out --keep 0 --store fp8", 2, "'fp8' is not one of 'keep'"),
     "a size of nothing": ("prune {tmp}/in {tmp}/out --keep 0 --max-shard-size 0", 2, "must be at least one"),
-    "no size": ("prune {tmp}/in {tmp}/out --keep 0 --max-shard-size big", 2, "'big' is no size"),
+    "no size": ("prune {tmp}/in {tmp}/out --keep 0 --max-shard-size big", 2, "'big' is not a size"),
     "a ranking as a plan": (
         "prune {tmp}/in {tmp}/out --plan {tmp}/r.json",
         3,

@@ -68,7 +68,7 @@ def test_with_a_plan_and_a_name(tmp_path: Path, capsys: Capture) -> None:
 
 def test_bf16_to_mxfp4_reports_what_it_lost(tmp_path: Path, capsys: Capture) -> None:
     source = write_checkpoint(tmp_path / "in", layout="bf16")
-    arguments = ("export", source, tmp_path / "out.gguf", "--dtype", "mxfp4", "--no-tokenizer")
+    arguments = ("export", source, tmp_path / "out.gguf", "--store", "mxfp4", "--no-tokenizer")
     done = call(capsys, *arguments)
     assert done.code == 0
     assert "MXFP4: 0 of 1,536 blocks inexact, relative error 0" in done.err

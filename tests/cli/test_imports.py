@@ -45,8 +45,8 @@ def test_the_engines_commands_never_import_torch(tmp_path: Path) -> None:
         ["inspect", source],
         ["plan", "--random", "--experts", "2", "--checkpoint", source, "-o", plan],
         ["prune", source, tmp_path / "same", "--plan", plan],
-        ["prune", source, tmp_path / "bf16", "--plan", plan, "--dtype", "bf16"],
-        ["prune", tmp_path / "bf16", tmp_path / "mxfp4", "--keep", "all", "--dtype", "mxfp4"],
+        ["prune", source, tmp_path / "bf16", "--plan", plan, "--store", "bf16"],
+        ["prune", tmp_path / "bf16", tmp_path / "mxfp4", "--keep", "all", "--store", "mxfp4"],
         ["verify", tmp_path / "bf16", "--source", source],
         ["export", "example:tiny", tmp_path / "tiny.gguf"],
     ]

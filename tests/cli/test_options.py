@@ -32,7 +32,7 @@ def test_sizes_are_decimal_unless_they_say_otherwise(text: str, nbytes: int) -> 
     "text", ["", "GB", "-1GB", "5XB", "5G", "1e9", "1_000", "5GB5", "0x10", "nan", "٣GB"]
 )
 def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(click.BadParameter, match="is no size; write 5GB"):
+    with pytest.raises(click.BadParameter, match="is not a size; write 5GB"):
         SIZE.convert(text, None, None)
 
 
@@ -66,7 +66,7 @@ def test_all_is_a_word_of_its_own() -> None:
     "text", ["", ",", "1,,2", "1-", "-1", "1-2-3", "a", "All", "1;2", "1.0", "123456", "٣"]
 )
 def test_what_is_no_list_is_refused(text: str) -> None:
-    with pytest.raises(click.BadParameter, match="is no expert; write all, or numbers and ranges"):
+    with pytest.raises(click.BadParameter, match="is not an expert; write all, or numbers and ranges"):
         EXPERT_LIST.convert(text, None, None)
 
 

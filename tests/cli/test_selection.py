@@ -169,7 +169,7 @@ def test_rank_orders_by_any_metric_over_the_domains_named(
     for options, domains in (
         ([], ["sums", "talk:answer", "talk:prompt"]),
         (["--domain", "talk"], ["talk:answer", "talk:prompt"]),
-        (["--domain", "sums, talk:answer"], ["sums", "talk:answer"]),
+        (["--domain", "sums", "--domain", "talk:answer"], ["sums", "talk:answer"]),
     ):
         done(call(capsys, "rank", file, "--metric", metric, "-o", out, *options))
         ranking = load_ranking(out)
@@ -278,7 +278,7 @@ def test_rank_of_a_published_tree_is_the_formula_whole_by_dataset_and_interleave
     tmp_path: Path, capsys: Capture
 ) -> None:
     tree, experts = made_up_tree(tmp_path / "tree"), 10
-    options = ["-n", experts, "--model-type", "gpt_oss"]
+    options = ["--num-experts", experts, "--model-type", "gpt_oss"]
 
     def files(folder: Path) -> list[Path]:
         found = [Path(at) / name for at, _, names in os.walk(folder) for name in names]
@@ -364,7 +364,7 @@ def test_coverage_keeps_the_fewest_experts_that_carry_it(
 def test_a_target_size_keeps_the_most_experts_that_fit_it(
     storage: str, place: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    options = ["--metric", "gate", "--target-size", "4MB", "--dtype", storage, "--checkpoint", TINY]
+    options = ["--metric", "gate", "--target-size", "4MB", "--store", storage, "--checkpoint", TINY]
     out = tmp_path / "plan.json"
     done(call(capsys, "plan", place / "both.stats", *options, "-o", out))
     plan = load_plan(out)
@@ -374,7 +374,7 @@ def test_a_target_size_keeps_the_most_experts_that_fit_it(
     def size(n: int) -> int:
         kept = f"0-{n - 1}"
         folder = tmp_path / f"pruned-{n}"
-        done(call(capsys, "prune", TINY, folder, "--keep", kept, "--dtype", storage))
+        done(call(capsys, "prune", TINY, folder, "--keep", kept, "--store", storage))
         return sum(t.nbytes for t in load_tensors(folder).values())
 
     assert size(count) <= 4_000_000 < size(count + 1)
@@ -512,7 +512,6 @@ CASES: dict[str, tuple[str, int, str]] = {
         3,
         "domain 'cooking' is not in these statistics; there are: sums, talk:answer, talk:prompt",
     ),
-    "rank: an empty domain": ("rank {in}/both.stats --metric reap --domain sums,", 2, "a name is empty"),
     "rank: a missing source": ("rank {new}/no.stats --metric reap", 5, "no.stats: cannot open: no such file"),
     "rank: another kind of source": (
         "rank {in}/both.stats {in}/r.json --metric reap",
@@ -526,7 +525,7 @@ CASES: dict[str, tuple[str, int, str]] = {
     ),
     "rank: a ranking as the source": ("rank {in}/r.json", 3, "{in}/r.json: "),
     "rank: a metric for a ranking": ("rank {in}/r.json --metric reap", 3, "is a ranking, not"),
-    "rank: experts of ours": ("rank {in}/both.stats --metric reap -n 32", 2, "ours say both"),
+    "rank: experts of ours": ("rank {in}/both.stats --metric reap --num-experts 32", 2, "hold both"),
     "plan: another checkpoint's statistics": (
         "plan {in}/both.stats --metric reap -n 2 --checkpoint {in}/other",
         4,
@@ -576,12 +575,12 @@ CASES: dict[str, tuple[str, int, str]] = {
     "plan: no size": (
         "plan {in}/both.stats --metric reap --target-size big --checkpoint example:tiny",
         2,
-        "'big' is no size",
+        "'big' is not a size",
     ),
     "plan: no count": (
         "plan {in}/both.stats --metric reap --target-params 6.6X --checkpoint example:tiny",
         2,
-        "'6.6X' is no count",
+        "'6.6X' is not a number",
     ),
     "plan: too many experts": (
         "plan {in}/both.stats --metric reap -n 33",
@@ -604,9 +603,9 @@ CASES: dict[str, tuple[str, int, str]] = {
         "--coverage-over goes with --coverage",
     ),
     "plan: storage for nothing": (
-        "plan {in}/both.stats --metric reap -n 3 --dtype bf16",
+        "plan {in}/both.stats --metric reap -n 3 --store bf16",
         2,
-        "--dtype goes with --target-size",
+        "--store goes with --target-size",
     ),
     "evaluate: nothing to hold against": (
         "evaluate example:tiny --texts {in}/sums.txt",

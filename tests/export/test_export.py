@@ -208,7 +208,7 @@ def test_tensors_are_those_that_llama_cpps_converter_writes(
 ) -> None:
     """The digests are of files made once by convert_hf_to_gguf.py --outtype bf16, as it came with
     llama-cpp-python 0.3.36, from these two checkpoints."""
-    prune("example:tiny", tmp_path / "in", lambda model: plan_keeping(kept, model), dtype=dtype)
+    prune("example:tiny", tmp_path / "in", lambda model: plan_keeping(kept, model), store=dtype)
     export_gguf(tmp_path / "in", tmp_path / "out.gguf")
     assert digest(read(tmp_path / "out.gguf")) == converters
 
@@ -225,7 +225,7 @@ def test_both_spellings_of_a_config_give_the_same_metadata(tmp_path: Path) -> No
 def test_bf16_that_came_from_mxfp4_goes_back_without_loss(tmp_path: Path) -> None:
     shape = SHAPES["beyond a chunk"]
     source = write_checkpoint(tmp_path / "in", shape, "bf16")
-    result = export_gguf(source, tmp_path / "out.gguf", dtype="mxfp4", tokenizer=False)
+    result = export_gguf(source, tmp_path / "out.gguf", store="mxfp4", tokenizer=False)
     assert result.conversion is not None
     weights = 3 * shape.experts * shape.hidden * shape.intermediate
     assert (result.conversion.blocks, result.conversion.inexact_blocks) == (weights // 32, 0)
@@ -238,8 +238,8 @@ def test_other_bf16_is_rounded_as_prune_rounds_it_and_the_loss_reported(tmp_path
         tensors[name] = random_bf16(np.random.default_rng(3), tensors[name].shape)
 
     source = write_checkpoint(tmp_path / "in", layout="bf16", edit_tensors=edit)
-    result = export_gguf(source, tmp_path / "out.gguf", dtype="mxfp4", tokenizer=False)
-    pruned = prune(source, tmp_path / "pruned", lambda m: plan_keeping(None, m), dtype="mxfp4")
+    result = export_gguf(source, tmp_path / "out.gguf", store="mxfp4", tokenizer=False)
+    pruned = prune(source, tmp_path / "pruned", lambda m: plan_keeping(None, m), store="mxfp4")
     assert pruned.outcome is not None
     assert pruned.outcome.conversion is not None
     assert result.conversion is not None
@@ -336,6 +336,6 @@ def test_plans_and_types_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     refuse(PlanMismatchError, said, source, plan=plan([[0], [0, 1]]))
     refuse(PlanMismatchError, "5 experts", source, plan=plan([[0], [0]], experts=5))
     refuse(PlanMismatchError, "layers", source, plan=plan([[0]]))
-    refuse(UsageError, "--dtype bf16: choose one of keep, mxfp4", source, dtype="bf16")
+    refuse(UsageError, "`store` bf16: choose one of keep, mxfp4", source, store="bf16")
     narrow = write_checkpoint(tmp_path / "narrow", Shape(hidden=48, intermediate=40), "bf16")
-    refuse(UsageError, "48 columns, not whole blocks of 32", narrow, dtype="mxfp4")
+    refuse(UsageError, "48 columns, not whole blocks of 32", narrow, store="mxfp4")

@@ -63,7 +63,7 @@ def test_every_weight_keeps_its_type_and_bits(stored: str, shape: Shape, tmp_pat
 def test_as_mxfp4_every_value_is_the_nearest(stored: str, shape: Shape, tmp_path: Path) -> None:
     edit = in_dtype(stored, is_expert_weight)
     source = write_checkpoint(tmp_path / "in", shape, "bf16", edit_tensors=edit)
-    export_gguf(source, tmp_path / "out.gguf", dtype="mxfp4", tokenizer=False)
+    export_gguf(source, tmp_path / "out.gguf", store="mxfp4", tokenizer=False)
     got = read(tmp_path / "out.gguf")
     assert got.metadata["general.file_type"] == 38
     for name, values in expert_weights(source).items():
@@ -81,7 +81,7 @@ def test_as_mxfp4_every_value_is_the_nearest(stored: str, shape: Shape, tmp_path
 def test_a_plan_on_the_way_gives_the_pruned_checkpoints_file(stored: str, dtype: str, tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "in", None, "bf16", edit_tensors=in_dtype(stored))
     plan = make_plan(source, lambda model: plan_keeping([3, 1], model))
-    prune(source, tmp_path / "pruned", plan, dtype=dtype)
+    prune(source, tmp_path / "pruned", plan, store=dtype)
     export_gguf(tmp_path / "pruned", tmp_path / "one.gguf", name="same", tokenizer=False)
-    export_gguf(source, tmp_path / "other.gguf", plan=plan, dtype=dtype, name="same", tokenizer=False)
+    export_gguf(source, tmp_path / "other.gguf", plan=plan, store=dtype, name="same", tokenizer=False)
     assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "other.gguf").read_bytes()

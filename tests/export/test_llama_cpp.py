@@ -107,10 +107,10 @@ def test_a_tokenizer_of_gpt_oss_kind_splits_the_same(tmp_path: Path) -> None:
 
 
 def test_bf16_experts_give_what_mxfp4_ones_give(texts: dict[str, list[int]], tmp_path: Path) -> None:
-    prune("example:tiny", tmp_path / "bf16", lambda m: plan_random(8, 8, m), dtype="bf16")
+    prune("example:tiny", tmp_path / "bf16", lambda m: plan_random(8, 8, m), store="bf16")
     theirs = oracle.load_model(tmp_path / "bf16")
     for dtype in ("keep", "mxfp4"):
-        export_gguf(tmp_path / "bf16", tmp_path / f"{dtype}.gguf", dtype=dtype)
+        export_gguf(tmp_path / "bf16", tmp_path / f"{dtype}.gguf", store=dtype)
         llama = load(tmp_path / f"{dtype}.gguf", logits_all=True)
         llama.eval(texts["code"])
         expected = oracle.logits_of(theirs, torch.tensor([texts["code"]]))[0]

@@ -47,7 +47,7 @@ def exported(
     source: Path, out: Path, dtype: str, ops: FileOps | None = None, overwrite: bool = False
 ) -> None:
     wanted = "mxfp4" if dtype == "quantised" else "keep"
-    export_gguf(source, out, dtype=wanted, tokenizer=False, overwrite=overwrite, ops=ops)
+    export_gguf(source, out, store=wanted, tokenizer=False, overwrite=overwrite, ops=ops)
 
 
 def attempt(
@@ -158,7 +158,7 @@ def test_an_existing_file_is_replaced_only_when_asked(small: Path, tmp_path: Pat
     out.write_text("keep me")
     error = attempt(small, out, "mxfp4")
     assert type(error) is OutputError
-    assert "exists; choose another name, or pass --overwrite to replace it" in str(error)
+    assert "exists; choose another name, or pass `overwrite=True` to replace it" in str(error)
     assert out.read_text() == "keep me"
     assert attempt(small, out, "mxfp4", overwrite=True) is None
     assert out.read_bytes() == content

@@ -141,7 +141,7 @@ def test_the_template_file_comes_before_the_settings(folder: Path) -> None:
 
 
 def test_a_missing_tokenizer_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"tokenizer\.json: not found; copy .* --no-tokenizer"):
+    with pytest.raises(OutputError, match=r"tokenizer\.json: not found; copy .* `tokenizer=False`"):
         read_tokenizer(tmp_path, CONFIG, 2048)
 
 

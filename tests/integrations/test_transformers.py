@@ -211,7 +211,7 @@ def test_another_gate_is_refused(small: Path) -> None:
 def test_nothing_else_needs_importing_first(tmp_path: Path) -> None:
     """As the README has it, in a process in which nothing of the package has been imported."""
     folder = tmp_path / "small"
-    prune("example:tiny", folder, lambda model: plan_keeping([0, 1], model), dtype="bf16")
+    prune("example:tiny", folder, lambda model: plan_keeping([0, 1], model), store="bf16")
     script = (
         "import sys, torch\n"
         "from transformers import AutoModelForCausalLM\n"

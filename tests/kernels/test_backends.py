@@ -22,7 +22,7 @@ from tests.support.command import call  # noqa: E402
 def test_an_unknown_backend_is_refused_with_the_known_ones(name: str) -> None:
     with pytest.raises(UsageError) as caught:
         select_backend(torch.device("cpu"), name)
-    assert str(caught.value) == f"--backend {name}: unknown; known: {', '.join(BACKENDS)}"
+    assert str(caught.value) == f"`backend` {name}: unknown; known: {', '.join(BACKENDS)}"
 
 
 def test_plain_pytorch_runs_on_the_cpu_when_asked_for() -> None:
@@ -78,7 +78,7 @@ def test_cuda_without_triton_is_plain_pytorch_and_a_warning(
         (
             logging.WARNING,
             f"backend reference (plain PyTorch, slower) on cuda, because triton does not work: {no_triton}; "
-            "--backend reference chooses it without this note",
+            "`backend` reference chooses it without this note",
         )
     ]
 
@@ -87,7 +87,7 @@ def test_what_was_asked_for_by_name_is_an_error_or_no_note(
     nothing_logged: None, no_triton: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in ("triton", "triton-invariant"):
-        with pytest.raises(UsageError, match=f"--backend triton: {re.escape(no_triton)}"):
+        with pytest.raises(UsageError, match=f"`backend` triton: {re.escape(no_triton)}"):
             select_backend(torch.device("cuda"), name)
     assert select_backend(torch.device("cuda"), "reference").name == "reference"
     assert select_backend(torch.device("mps")).name == "reference"  # the only one there

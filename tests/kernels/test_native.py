@@ -553,12 +553,12 @@ def test_the_cpu_takes_it_unless_disabled(monkeypatch: pytest.MonkeyPatch) -> No
     assert select_backend(cpu, "reference").name == "reference"
     monkeypatch.setenv("MOE_SURGERY_NATIVE", "0")
     assert select_backend(cpu).name == "reference"
-    with pytest.raises(UsageError, match="--backend native: disabled by MOE_SURGERY_NATIVE=0"):
+    with pytest.raises(UsageError, match="`backend` native: disabled by MOE_SURGERY_NATIVE=0"):
         select_backend(cpu, "native")
 
 
 def test_it_is_refused_on_other_devices() -> None:
-    with pytest.raises(UsageError, match="--backend native: runs on the CPU, not on meta"):
+    with pytest.raises(UsageError, match="`backend` native: runs on the CPU, not on meta"):
         select_backend(torch.device("meta"), "native")
     with pytest.raises(UsageError, match="x is on meta, not on the CPU"):
         native().linear(torch.empty(1, 3, device="meta"), torch.ones(2, 3, dtype=torch.bfloat16))

@@ -164,7 +164,7 @@ def test_domains_are_the_files_own_names_or_one_for_all_or_one_for_each(texts: P
     assert [f.domain for f in text_files(paths)] == ["sums", "words"]
     assert [f.domain for f in text_files(paths, ["all of it"])] == ["all of it"] * 2
     assert [f.domain for f in text_files(paths, ["b", "a"])] == ["b", "a"]
-    with pytest.raises(UsageError, match="3 names for 2 --texts"):
+    with pytest.raises(UsageError, match="3 names for 2 `texts`"):
         text_files(paths, ["a", "b", "c"])
     for name in ("", "a,b", "a:b", "a/b", "a\nb"):
         with pytest.raises(UsageError, match="a domain is a name"):
@@ -334,7 +334,7 @@ def test_prompts_need_conversations(text: Text, texts: Path, tmp_path: Path) -> 
 
 
 def test_bounds_below_one_and_no_files_are_refused(text: Text, texts: Path) -> None:
-    with pytest.raises(UsageError, match="--max-tokens 0: must be at least 1"):
+    with pytest.raises(UsageError, match="`max_tokens` 0: must be at least 1"):
         opened(text, texts / "sums.txt", max_tokens=0)
     with pytest.raises(UsageError, match="no texts"):
         opened(text)

@@ -232,7 +232,7 @@ def test_a_view_has_exactly_the_figures_of_the_pruned_checkpoint(
     dtype: torch.dtype, pruned: Path, tmp_path: Path, text: Text, paths: list[Path]
 ) -> None:
     prune(TINY, tmp_path / "two", PLANS["top-2 of eight"])
-    prune(TINY, tmp_path / "bf16", PLANS["eight"], dtype="bf16")
+    prune(TINY, tmp_path / "bf16", PLANS["eight"], store="bf16")
     evaluation = evaluate(
         TINY,
         opened(text, *paths),
@@ -334,9 +334,9 @@ def test_texts_with_nothing_to_predict_are_refused(tmp_path: Path, text: Text, t
     with pytest.raises(UsageError, match="no token to predict; give longer ones"):
         evaluate(TINY, opened(text, tmp_path / "x.txt", context=1), plans=[("x", PLANS["eight"])])
     for name in ("words.jsonl", "asked.jsonl"):
-        with pytest.raises(UsageError, match=r"no token to predict in an answer .*--answers-only"):
+        with pytest.raises(UsageError, match=r"no token to predict in an answer .*`answers_only`"):
             evaluate(TINY, opened(text, texts / name), plans=[("x", PLANS["eight"])], answers_only=True)
-    with pytest.raises(UsageError, match="--batch-tokens 0: must be at least 1"):
+    with pytest.raises(UsageError, match="`batch_tokens` 0: must be at least 1"):
         evaluate(TINY, opened(text, tmp_path / "x.txt"), plans=[("x", PLANS["eight"])], batch_tokens=0)
 
 

@@ -475,7 +475,7 @@ def test_prompts_without_room_are_skipped_and_it_is_said(texts: Path, text: Text
 def test_max_tokens_bounds_answers_too(texts: Path, tmp_path: Path) -> None:
     found = run(tmp_path / "s", texts / "asked.jsonl", generate=4, max_tokens=60).statistics
     assert 30 < sum(found.tokens.values()) <= 60
-    with pytest.raises(UsageError, match="and --max-tokens 5"):
+    with pytest.raises(UsageError, match="and `max_tokens` 5"):
         run(tmp_path / "t", texts / "asked.jsonl", generate=4, max_tokens=5)
 
 
@@ -536,14 +536,14 @@ def test_pages_of_a_layer_are_let_go_for_the_next(tmp_path: Path) -> None:
 def test_what_cannot_be_meant_is_refused_before_any_work(texts: Path, tmp_path: Path) -> None:
     words = texts / "words.jsonl"
     for options, complaint in (
-        ({"batch_tokens": 0}, "--batch-tokens 0: must be at least 1"),
-        ({"max_tokens": 0}, "--max-tokens 0"),
-        ({"context": 4097}, "--context 4097: this model takes 1 to 4096 tokens"),
-        ({"context": 0}, "--context 0"),
+        ({"batch_tokens": 0}, "`batch_tokens` 0: must be at least 1"),
+        ({"max_tokens": 0}, "`max_tokens` 0"),
+        ({"context": 4097}, "`context` 4097: this model takes 1 to 4096 tokens"),
+        ({"context": 0}, "`context` 0"),
     ):
         with pytest.raises(UsageError, match=complaint):
             run(tmp_path / "s", words, **options)
-    with pytest.raises(UsageError, match="--generate 0: must be at least 1"):
+    with pytest.raises(UsageError, match="`generate` 0: must be at least 1"):
         run(tmp_path / "s", texts / "asked.jsonl", generate=0)
     with pytest.raises(InvalidInputError, match="answers are generated for conversations"):
         run(tmp_path / "s", words, generate=3)

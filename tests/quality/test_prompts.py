@@ -33,7 +33,7 @@ def test_prompts_are_the_beginnings_of_texts_long_enough(tmp_path: Path) -> None
     assert found == {"math": [text.encode(LONG)[:8], text.encode("def f():\n    return 1 + 1\n")[:8]]}
     assert len(prompts_of(given, 8)["math"]) == 3
     with pytest.raises(
-        UsageError, match="--texts: none has 500 tokens; pass longer ones or a smaller --prompt-tokens"
+        UsageError, match="`texts`: none has 500 tokens; pass longer ones or a smaller `prompt_tokens`"
     ):
         prompts_of(given, 500)
 

@@ -61,7 +61,7 @@ def test_too_little_memory_names_the_largest_expert_count_that_fits(
     with pytest.raises(UsageError) as caught:
         check_memory(CUDA, full_size, free=free)
     assert str(caught.value) == (
-        f"--device cuda: the model needs 14.8 GB with headroom, {free / 1e9:.1f} GB are free; "
+        f"`device` cuda: the model needs 14.8 GB with headroom, {free / 1e9:.1f} GB are free; "
         f"pruned to {most} experts it fits"
     )
 
@@ -78,7 +78,9 @@ def test_wide_experts_are_told_to_become_smaller(dtype: str, times: str, tmp_pat
     folder = write_checkpoint(tmp_path / "wide", Shape(), "bf16", edit_tensors=in_dtype(dtype))
     with Checkpoint.open(folder) as checkpoint:
         model = describe(checkpoint)
-    with pytest.raises(UsageError, match=f"no expert count fits; --dtype mxfp4 makes experts {times} times"):
+    with pytest.raises(
+        UsageError, match=f"no expert count fits; converted to MXFP4, experts are {times} times"
+    ):
         check_memory(CUDA, model, free=0)
 
 
@@ -96,13 +98,13 @@ def test_the_cpu_is_there(name: str | torch.device) -> None:
 def test_an_unknown_device_is_refused(name: str) -> None:
     with pytest.raises(UsageError) as caught:
         open_device(name)
-    assert str(caught.value) == f"--device {name}: unknown device; choose cpu, cuda, cuda:N or mps"
+    assert str(caught.value) == f"`device` {name}: unknown device; choose cpu, cuda, cuda:N or mps"
 
 
 @pytest.mark.parametrize("name", ["meta", "xpu", "vulkan"])
 def test_a_device_of_another_kind_is_refused(name: str) -> None:
     with pytest.raises(
-        UsageError, match=f"--device {name}: unsupported device; choose cpu, cuda, cuda:N or mps"
+        UsageError, match=f"`device` {name}: unsupported device; choose cpu, cuda, cuda:N or mps"
     ):
         open_device(name)
 
@@ -110,17 +112,17 @@ def test_a_device_of_another_kind_is_refused(name: str) -> None:
 @no_cuda
 @pytest.mark.parametrize("name", ["cuda", "cuda:3"])
 def test_cuda_that_is_not_there_is_refused(name: str) -> None:
-    with pytest.raises(UsageError, match=f"--device {name}: torch finds no CUDA device here"):
+    with pytest.raises(UsageError, match=f"`device` {name}: torch finds no CUDA device here"):
         open_device(name)
 
 
 @no_mps
 def test_mps_that_is_not_there_is_refused() -> None:
-    with pytest.raises(UsageError, match="--device mps: MPS is not available here"):
+    with pytest.raises(UsageError, match="`device` mps: MPS is not available here"):
         open_device("mps")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.complex64])
 def test_a_dtype_that_is_not_offered_is_refused(small: Path, dtype: torch.dtype) -> None:
-    with pytest.raises(UsageError, match=f"dtype {dtype}: choose one of torch.float32, torch.bfloat16"):
+    with pytest.raises(UsageError, match=f"`dtype` {dtype}: choose one of torch.float32, torch.bfloat16"):
         load_model(small, dtype=dtype)

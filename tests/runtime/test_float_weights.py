@@ -68,7 +68,7 @@ def test_converted_checkpoints_are_what_transformers_computes_from_them(
     dtype: str, ids: torch.Tensor, tmp_path: Path
 ) -> None:
     folder = write_lively(tmp_path / "in", SHAPE, "bf16", seed=3, edit_tensors=in_dtype("f32"))
-    prune(folder, tmp_path / "out", lambda model: plan_keeping(None, model), dtype=dtype)
+    prune(folder, tmp_path / "out", lambda model: plan_keeping(None, model), store=dtype)
     expected = oracle.logits_of(oracle.load_model(tmp_path / "out"), ids)
     got = load_model(tmp_path / "out", dtype=torch.float32, backend="reference")(ids)
     torch.testing.assert_close(got, expected, rtol=0, atol=TOLERANCE)

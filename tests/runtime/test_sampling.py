@@ -158,8 +158,7 @@ REFUSED = {
 def test_a_setting_out_of_range_is_named(name: str, value: float) -> None:
     with pytest.raises(UsageError) as caught:
         replace(Sampling(), **{name: value})
-    option = {"top_k": "sampling-top-k"}.get(name, name.replace("_", "-"))  # --top-k is the router's
-    assert str(caught.value).startswith(f"--{option} {value}: must ")
+    assert str(caught.value).startswith(f"`sampling.{name}` {value}: must ")
 
 
 @pytest.mark.parametrize(("uniform", "token"), [(0.0, 1), (1 - 2**-24, 3)])

@@ -161,7 +161,7 @@ def test_an_unknown_role_is_refused_by_the_embedded_template(tiny_text: Text) ->
 
 def test_a_model_without_a_template_says_to_use_a_prompt(folder: Path) -> None:
     (folder / "chat_template.jinja").unlink()
-    with pytest.raises(OutputError, match=r"chat_template.jinja: not found; .* use --prompt"):
+    with pytest.raises(OutputError, match=r"chat_template.jinja: not found; .* give it a plain prompt"):
         Text(folder).chat(USER)
 
 

@@ -107,10 +107,10 @@ def test_a_view_keeps_the_top_k_of_the_model_it_is_of(small: Path) -> None:
 def test_a_top_k_outside_the_experts_is_refused(top_k: int, small: Path, tmp_path: Path) -> None:
     plan = Plan("gpt_oss", SMALL.experts, ((0, 1, 2),) * SMALL.layers)
     with pytest.raises(
-        UsageError, match=rf"--top-k {top_k}: .*small has 5 experts in a layer; choose 1 to 5"
+        UsageError, match=rf"`top_k` {top_k}: .*small has 5 experts in a layer; choose 1 to 5"
     ):
         load_model(small, top_k=top_k)
-    said = rf"^--top-k {top_k}: the plan keeps 3 experts in a layer; choose 1 to 3$"
+    said = rf"^`top_k` {top_k}: the plan keeps 3 experts in a layer; choose 1 to 3$"
     for call in (
         lambda: plan.with_top_k(top_k),
         lambda: load_model(small, plan=plan, top_k=top_k),
@@ -125,5 +125,5 @@ def test_a_top_k_outside_the_experts_is_refused(top_k: int, small: Path, tmp_pat
 
 def test_a_top_k_above_what_a_plan_keeps_is_refused_though_the_model_has_as_many(small: Path) -> None:
     plan = Plan("gpt_oss", SMALL.experts, ((0, 1, 2),) * SMALL.layers)
-    with pytest.raises(UsageError, match=r"--top-k 4: the plan keeps 3 experts in a layer; choose 1 to 3"):
+    with pytest.raises(UsageError, match=r"`top_k` 4: the plan keeps 3 experts in a layer; choose 1 to 3"):
         load_model(small, plan=plan, top_k=4)

@@ -99,5 +99,5 @@ def test_a_share_out_of_range_is_refused(wanted: float) -> None:
 
 
 def test_an_unknown_way_to_hold_it_is_refused() -> None:
-    with pytest.raises(UsageError, match="--coverage-over best: choose one of worst, mean"):
+    with pytest.raises(UsageError, match="`coverage_over` best: choose one of worst, mean"):
         smallest_count(coverage([layer([1, 2])]), 0.5, "best")

@@ -229,9 +229,9 @@ def test_keeping_none_in_particular_keeps_all() -> None:
 @pytest.mark.parametrize(
     ("kept", "told"),
     [
-        ([], "--keep keeps no expert"),
-        ([0, 6], "--keep keeps expert 6, but experts are 0 to 5"),
-        ([1, 2, 1], "--keep keeps expert 1 twice"),
+        ([], "`kept` keeps no expert"),
+        ([0, 6], "`kept` keeps expert 6, but experts are 0 to 5"),
+        ([1, 2, 1], "`kept` keeps expert 1 twice"),
     ],
 )
 def test_a_list_that_cannot_be_kept_is_refused(kept: list[int], told: str) -> None:
@@ -266,10 +266,10 @@ def test_random_plans_differ_by_seed_and_by_layer() -> None:
 
 @pytest.mark.parametrize("count", [0, -3, 33])
 def test_a_random_count_that_the_model_cannot_keep_is_refused(count: int) -> None:
-    with pytest.raises(UsageError, match=rf"--experts {count}: the model has 32 experts"):
+    with pytest.raises(UsageError, match=rf"`experts` {count}: the model has 32 experts"):
         plan_random(count, 0, Counts(32, 2))
 
 
 def test_a_negative_seed_is_refused() -> None:
-    with pytest.raises(UsageError, match="--seed -1: must not be negative"):
+    with pytest.raises(UsageError, match="`seed` -1: must not be negative"):
         plan_random(1, -1, Counts(32, 2))

@@ -208,12 +208,12 @@ def test_a_plan_keeps_the_first_of_every_layer(experts: int) -> None:
 
 @pytest.mark.parametrize("experts", [0, -1, 7, 10**9])
 def test_a_count_that_the_model_cannot_keep_is_refused(experts: int) -> None:
-    with pytest.raises(UsageError, match=rf"--experts {experts}: the model has 6 experts; choose 1 to 6"):
+    with pytest.raises(UsageError, match=rf"`experts` {experts}: the model has 6 experts; choose 1 to 6"):
         plan_from_ranking(ranked(), experts, model_type="gpt_oss")
 
 
 def test_an_unknown_order_is_refused() -> None:
-    with pytest.raises(UsageError, match="--order best: choose one of ascending, ranking"):
+    with pytest.raises(UsageError, match="`order` best: choose one of ascending, ranking"):
         plan_from_ranking(ranked(), 2, model_type="gpt_oss", order="best")
 
 

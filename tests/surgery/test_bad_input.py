@@ -347,7 +347,7 @@ def test_value_without_mxfp4_names_the_tensor(
 
     source = write_checkpoint(tmp_path / "source", layout="bf16", edit_tensors=spoil)
     why = (str(source / "model.safetensors"), f"tensor '{tensor}'", "cannot be stored as MXFP4")
-    refused(capsys, 3, *why, source=source, options=("--keep", "all", "--dtype", "mxfp4"))
+    refused(capsys, 3, *why, source=source, options=("--keep", "all", "--store", "mxfp4"))
     assert call(capsys, "prune", source, tmp_path / "kept", "--keep", "all").code == 0
     assert (load_tensors(tmp_path / "kept")[tensor][place]) == bits
 
@@ -357,14 +357,14 @@ def test_value_without_mxfp4_in_an_expert_that_goes_is_no_matter(capsys: Capture
         tensors["model.layers.1.mlp.experts.down_proj"][3] = 0x7FC0
 
     source = write_checkpoint(tmp_path / "source", layout="bf16", edit_tensors=spoil)
-    assert call(capsys, "prune", source, tmp_path / "out", "--keep", "0-2", "--dtype", "mxfp4").code == 0
+    assert call(capsys, "prune", source, tmp_path / "out", "--keep", "0-2", "--store", "mxfp4").code == 0
     assert_sound(tmp_path / "out", source)
 
 
 def test_dimensions_that_are_no_whole_blocks(capsys: Capture, tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "source", Shape(intermediate=48), "bf16")
-    why = ("--dtype mxfp4", "down_proj", "48 columns")
-    refused(capsys, 2, *why, source=source, options=("--keep", "0", "--dtype", "mxfp4"))
+    why = ("--store mxfp4", "down_proj", "48 columns")
+    refused(capsys, 2, *why, source=source, options=("--keep", "0", "--store", "mxfp4"))
     assert call(capsys, "prune", source, tmp_path / "out", "--keep", "0").code == 0
 
 
@@ -432,7 +432,7 @@ def test_number_of_experts_out_of_range(capsys: Capture, source: Path, name: str
     [
         (("--keep", "4"), "--keep keeps expert 4, but experts are 0 to 3"),
         (("--keep", "0,1,0"), "--keep keeps expert 0 twice"),
-        (("--dtype", "bf16"), "exactly one of --plan, --ranking and --keep"),
+        (("--store", "bf16"), "exactly one of --plan, --ranking and --keep"),
         (("--keep", "0", "--experts", "1"), "--ranking and --experts go together"),
         (("--keep", "0", "--max-shard-size", "0"), "--max-shard-size 0: must be at least one byte"),
     ],
@@ -447,7 +447,7 @@ def test_options_that_cannot_be(capsys: Capture, source: Path, options: tuple[st
         ("--keep", "x"),
         ("--keep", ""),
         ("--keep", "3-1"),
-        ("--dtype", "fp8"),
+        ("--store", "fp8"),
         ("--max-shard-size", "1XB"),
         ("--no-such",),
     ],

@@ -48,13 +48,13 @@ class Job:
     seed: int
     wide: str | None
     plan: Plan
-    dtype: str
+    store: str
     max_shard_size: int
 
     @property
     def storage(self) -> str:
-        if self.dtype != "keep":
-            return self.dtype
+        if self.store != "keep":
+            return self.store
         return "mxfp4" if self.layout in ("mxfp4", "original") else "bf16"
 
     def source(self) -> Tensors:
@@ -85,7 +85,7 @@ class Job:
                 checkpoint,
                 describe(checkpoint),
                 self.plan,
-                dtype=self.dtype,
+                store=self.store,
                 max_shard_size=self.max_shard_size,
             )
 
@@ -291,7 +291,7 @@ def test_the_digest_changes_with_source_dtype_and_shard_size(tmp_path: Path) -> 
     job = Job(shape, "mxfp4", 1, 0, None, plan, "keep", 10**6)
     jobs_apart = [
         job,
-        replace(job, dtype="bf16"),
+        replace(job, store="bf16"),
         replace(job, max_shard_size=10**4),
         replace(job, shards=2),
         replace(job, layout="bf16"),
@@ -352,9 +352,9 @@ def test_a_plan_that_does_not_fit_is_refused(plan: Plan, told: str, tmp_path: Pa
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"dtype": "fp8"}, "--dtype fp8: choose one of keep, bf16, mxfp4"),
-        ({"max_shard_size": 0}, "--max-shard-size 0: must be at least one byte"),
-        ({"max_shard_size": -5}, "--max-shard-size -5: must be at least one byte"),
+        ({"store": "fp8"}, "`store` fp8: choose one of keep, bf16, mxfp4"),
+        ({"max_shard_size": 0}, "`max_shard_size` 0: must be at least one byte"),
+        ({"max_shard_size": -5}, "`max_shard_size` -5: must be at least one byte"),
     ],
     ids=str,
 )

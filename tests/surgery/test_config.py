@@ -23,7 +23,7 @@ def pruned_config(
     tmp_path: Path, layout: str, kept: list[int], dtype: str = "keep", **edits: object
 ) -> dict[str, object]:
     source = write_checkpoint(tmp_path / "in", SHAPE, layout, edit_config=lambda c: c.update(edits))
-    prune(source, tmp_path / "out", lambda m: plan_keeping(kept, m), dtype=dtype)
+    prune(source, tmp_path / "out", lambda m: plan_keeping(kept, m), store=dtype)
     return load_config(tmp_path / "out")
 
 
@@ -74,7 +74,7 @@ def test_quantization_config_enters_in_alphabetical_place(tmp_path: Path) -> Non
 
 def test_quantization_config_enters_last_where_keys_are_not_sorted(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "in", SHAPE, "bf16", edit_config=reverse)
-    prune(source, tmp_path / "out", lambda m: plan_keeping([1, 2], m), dtype="mxfp4")
+    prune(source, tmp_path / "out", lambda m: plan_keeping([1, 2], m), store="mxfp4")
     assert list(load_config(tmp_path / "out")) == [*load_config(source), "quantization_config"]
 
 

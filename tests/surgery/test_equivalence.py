@@ -82,7 +82,7 @@ def full(tiny: Path, tokens: torch.Tensor) -> FullModel:
 @pytest.fixture(scope="session")
 def tiny_bf16(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("tiny") / "bf16"
-    prune(tiny, out, plan_all(TINY.experts), dtype="bf16")
+    prune(tiny, out, plan_all(TINY.experts), store="bf16")
     return out
 
 
@@ -120,7 +120,7 @@ def test_logits_are_those_of_the_full_model_routing_to_the_kept_experts(
 ) -> None:
     source, dtype, storage = WAYS[way]
     plan, out = plan_of(count), tmp_path / "out"
-    prune(request.getfixturevalue(source), out, plan, dtype=dtype)
+    prune(request.getfixturevalue(source), out, plan, store=dtype)
 
     config = load_config(out)
     top_k = min(TINY.top_k, count)
@@ -147,7 +147,7 @@ def test_the_original_layout_gives_the_tensors_of_the_hub_layout(
     tmp_path: Path,
 ) -> None:
     plan = plan_of(6)
-    run: Callable[..., object] = partial(prune, plan=plan, dtype=dtype, max_shard_size=300_000)
+    run: Callable[..., object] = partial(prune, plan=plan, store=dtype, max_shard_size=300_000)
     run(tiny, tmp_path / "hub")
     run(tiny_original, tmp_path / "original")
     got = load_tensors(tmp_path / "original")
@@ -164,7 +164,7 @@ def test_a_model_that_transformers_saved_again_gives_the_tensors_of_the_first(
 ) -> None:
     load_model(tiny, torch.bfloat16).save_pretrained(tmp_path / "saved")
     plan = plan_of(5)
-    prune(tmp_path / "saved", tmp_path / "out", plan, dtype=dtype)
+    prune(tmp_path / "saved", tmp_path / "out", plan, store=dtype)
     expected = kept_tensors(load_tensors(tiny), plan.layers)
     assert_same_tensors(load_tensors(tmp_path / "out"), expected if dtype == "mxfp4" else to_bf16(expected))
     check_logits(tmp_path / "out", plan, full, tokens)

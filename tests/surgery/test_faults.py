@@ -42,7 +42,7 @@ def expected(source: Path, dtype: str) -> dict[str, bytes]:
 
 def pruned(source: Path, out: Path, dtype: str, ops: FileOps | None = None) -> None:
     """Prune to four or so shards."""
-    prune(source, out, lambda m: plan_keeping([0, 1, 3], m), dtype=dtype, max_shard_size=15_000, ops=ops)
+    prune(source, out, lambda m: plan_keeping([0, 1, 3], m), store=dtype, max_shard_size=15_000, ops=ops)
 
 
 def attempt(source: Path, out: Path, dtype: str, ops: FileOps) -> MoeSurgeryError | None:

@@ -101,7 +101,7 @@ def test_dense_formats_are_rounded_once_as_torch_rounds(
 ) -> None:
     edit = in_dtype(stored, is_expert_weight)
     source = write_checkpoint(tmp_path / "in", shape, "bf16", shards=2, edit_tensors=edit)
-    result = prune(source, tmp_path / "out", keep, dtype=target, max_shard_size=4_000_000)
+    result = prune(source, tmp_path / "out", keep, store=target, max_shard_size=4_000_000)
     expected = {n: converted(v, target) if is_expert_weight(n) else v for n, v in expected_of(source).items()}
     assert_same_tensors(load_tensors(tmp_path / "out"), expected)
     assert result.program.expert_format.name == target
@@ -114,7 +114,7 @@ def test_dense_formats_are_rounded_once_as_torch_rounds(
 @pytest.mark.parametrize("target", ["f16", "f32"])
 def test_mxfp4_decodes_to_f16_and_f32(target: str, layout: str, shape: Shape, tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "in", shape, layout, shards=2)
-    prune(source, tmp_path / "out", keep, dtype=target)
+    prune(source, tmp_path / "out", keep, store=target)
     hub = write_checkpoint(tmp_path / "hub", shape)
     expected = expected_of(hub)
     for name in [n for n in expected if n.endswith("_blocks")]:
@@ -131,7 +131,7 @@ def test_mxfp4_decodes_to_f16_and_f32(target: str, layout: str, shape: Shape, tm
 def test_mxfp4_codes_are_the_nearest_to_the_stored_values(stored: str, shape: Shape, tmp_path: Path) -> None:
     edit = in_dtype(stored, is_expert_weight)
     source = write_checkpoint(tmp_path / "in", shape, "bf16", shards=2, edit_tensors=edit)
-    outcome = prune(source, tmp_path / "out", keep, dtype="mxfp4", max_shard_size=4_000_000).outcome
+    outcome = prune(source, tmp_path / "out", keep, store="mxfp4", max_shard_size=4_000_000).outcome
     got, error_sq, norm_sq, blocks_seen = load_tensors(tmp_path / "out"), 0.0, 0.0, 0
     for name, value in expected_of(source).items():
         if not is_expert_weight(name):
@@ -156,8 +156,8 @@ def test_mxfp4_codes_are_the_nearest_to_the_stored_values(stored: str, shape: Sh
 @pytest.mark.parametrize("dtype", ["f16", "f32"])
 def test_from_mxfp4_and_back_nothing_is_lost(dtype: str, tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "in")
-    prune(source, tmp_path / "dense", keep, dtype=dtype)
-    back = prune(tmp_path / "dense", tmp_path / "out", lambda m: plan_keeping(None, m), dtype="mxfp4")
+    prune(source, tmp_path / "dense", keep, store=dtype)
+    back = prune(tmp_path / "dense", tmp_path / "out", lambda m: plan_keeping(None, m), store="mxfp4")
     assert back.outcome is not None
     assert back.outcome.conversion is not None
     assert back.outcome.conversion["inexact_blocks"] == 0
@@ -180,11 +180,11 @@ def test_a_weight_too_large_for_the_target_is_refused_and_nothing_left(
         tensors[name][2, 5, 7] = -value
 
     source = write_checkpoint(tmp_path / "in", None, "bf16", edit_tensors=edit)
-    done = call(capsys, "prune", source, tmp_path / "out", "--keep", "0,2", "--dtype", dtype)
+    done = call(capsys, "prune", source, tmp_path / "out", "--keep", "0,2", "--store", dtype)
     assert done.code == 3
     assert f"tensor '{name}': 1 values, up to {value:.6g}, are too large for {dtype.upper()}" in done.err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in"]
-    done = call(capsys, "prune", source, tmp_path / "out", "--keep", "0,1", "--dtype", dtype)
+    done = call(capsys, "prune", source, tmp_path / "out", "--keep", "0,1", "--store", dtype)
     assert done.code == 0, done.err  # the expert with that weight is gone
 
 
@@ -197,7 +197,7 @@ def test_a_weight_that_mxfp4_cannot_hold_is_named(wrong: float, tmp_path: Path, 
         tensors[name][1, 40, 3] = wrong
 
     source = write_checkpoint(tmp_path / "in", None, "bf16", edit_tensors=edit)
-    done = call(capsys, "prune", source, tmp_path / "out", "--keep", "1", "--dtype", "mxfp4")
+    done = call(capsys, "prune", source, tmp_path / "out", "--keep", "1", "--store", "mxfp4")
     assert done.code == 3
     assert f"tensor '{name}'" in done.err
     assert "row 3, block 1" in done.err
@@ -221,7 +221,7 @@ def test_inspect_says_dtypes_and_foretells_bytes(stored: str, tmp_path: Path, ca
     assert found.dtypes == {stored.upper(): sum(t.nbytes for t in tensors.values())}
     assert found.sizes[-1].nbytes(found.expert_format) == found.nbytes
     for dtype in FORMATS:
-        program = prune(source, tmp_path / "out", keep, dtype=dtype, dry_run=True).program
+        program = prune(source, tmp_path / "out", keep, store=dtype, dry_run=True).program
         planned = sum(t.nbytes for s in program.shards for t in s.tensors)
         assert found.sizes[2].nbytes(FORMATS[dtype]) == planned
     told = call(capsys, "inspect", source, "--json").json()
@@ -237,7 +237,7 @@ def test_a_plan_for_a_size_counts_the_stored_format(tmp_path: Path, capsys: Capt
     sizes = inspect(source).sizes
     for dtype, fmt in (("keep", "f32"), ("f16", "f16"), ("mxfp4", "mxfp4")):
         limit = sizes[1].nbytes(FORMATS[fmt])
-        arguments = ["--random", "--checkpoint", source, "--dtype", dtype, "--target-size", str(limit)]
+        arguments = ["--random", "--checkpoint", source, "--store", dtype, "--target-size", str(limit)]
         plan = call(capsys, "plan", *arguments).json()
         assert {len(kept) for kept in plan["layers"]} == {2}
 
@@ -254,7 +254,7 @@ SENTENCES = {
 @pytest.mark.parametrize(("stored", "dtype"), SENTENCES)
 def test_the_card_says_how_weights_were_converted(stored: str, dtype: str, tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "in", None, "bf16", edit_tensors=in_dtype(stored))
-    result = prune(source, tmp_path / "out", keep, dtype=dtype)
+    result = prune(source, tmp_path / "out", keep, store=dtype)
     card = (tmp_path / "out" / "README.md").read_text()
     assert SENTENCES[stored, dtype] in card
     here = stored if dtype == "keep" else dtype

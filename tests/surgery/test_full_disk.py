@@ -143,7 +143,7 @@ def test_file_size_limit_is_met_like_a_full_disk(
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     with untouched(source):
-        ended = run("prune", source, out, "--keep", "0-11", "--dtype", dtype, before=before)
+        ended = run("prune", source, out, "--keep", "0-11", "--store", dtype, before=before)
     check_refused(ended, out, "File too large")
 
 

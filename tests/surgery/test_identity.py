@@ -102,7 +102,7 @@ def test_bf16_is_what_transformers_dequantises_of_every_kept_expert(shape: Shape
     tensors = make_tensors(shape, scales=(1, 252))  # beyond these the product may leave BF16
     source = write_folder(tmp_path / "in", tensors, make_config(shape), shards=4)
     result = prune(
-        source, tmp_path / "out", lambda m: plan_random(shape.experts // 2 + 1, 3, m), dtype="bf16"
+        source, tmp_path / "out", lambda m: plan_random(shape.experts // 2 + 1, 3, m), store="bf16"
     )
 
     kept = kept_tensors(tensors, result.program.plan.layers)
@@ -123,8 +123,8 @@ def test_bf16_to_mxfp4_to_bf16_gives_the_same_bits(
 ) -> None:
     tensors = to_bf16(make_tensors(shape, scales=scales))
     source = write_folder(tmp_path / "bf16", tensors, make_config(shape, "bf16"), shards=3)
-    there = prune(source, tmp_path / "mxfp4", keep_all, dtype="mxfp4")
-    prune(tmp_path / "mxfp4", tmp_path / "again", keep_all, dtype="bf16")
+    there = prune(source, tmp_path / "mxfp4", keep_all, store="mxfp4")
+    prune(tmp_path / "mxfp4", tmp_path / "again", keep_all, store="bf16")
     assert_same_tensors(load_tensors(tmp_path / "again"), tensors)
     assert load_config(tmp_path / "again") == load_config(source)
     assert there.outcome is not None
@@ -134,8 +134,8 @@ def test_bf16_to_mxfp4_to_bf16_gives_the_same_bits(
 
 def test_mxfp4_to_bf16_to_mxfp4_gives_blocks_that_decode_to_the_same(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "mxfp4", ODD, shards=2)
-    prune(source, tmp_path / "bf16", keep_all, dtype="bf16")
-    prune(tmp_path / "bf16", tmp_path / "again", keep_all, dtype="mxfp4")
+    prune(source, tmp_path / "bf16", keep_all, store="bf16")
+    prune(tmp_path / "bf16", tmp_path / "again", keep_all, store="mxfp4")
     got, expected = load_tensors(tmp_path / "again"), load_tensors(source)
     assert sorted(got) == sorted(expected)
     assert_same_tensors(to_bf16(got), to_bf16(expected))
@@ -144,8 +144,8 @@ def test_mxfp4_to_bf16_to_mxfp4_gives_blocks_that_decode_to_the_same(tmp_path: P
 
 def test_quantization_config_leaves_with_bf16_and_enters_with_mxfp4_in_its_place(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "mxfp4")
-    prune(source, tmp_path / "bf16", keep_all, dtype="bf16")
+    prune(source, tmp_path / "bf16", keep_all, store="bf16")
     without = {k: v for k, v in load_config(source).items() if k != "quantization_config"}
     assert load_config(tmp_path / "bf16") == without
-    prune(tmp_path / "bf16", tmp_path / "again", keep_all, dtype="mxfp4")
+    prune(tmp_path / "bf16", tmp_path / "again", keep_all, store="mxfp4")
     assert list(load_config(tmp_path / "again")) == list(load_config(source))

@@ -74,7 +74,7 @@ def test_inspect_foretells_what_prune_writes(
 ) -> None:
     size = inspect(full_size).sizes[experts - 1]
     program = prune(
-        full_size, tmp_path / "out", lambda m: plan_random(experts, 0, m), dtype=dtype, dry_run=True
+        full_size, tmp_path / "out", lambda m: plan_random(experts, 0, m), store=dtype, dry_run=True
     ).program
     planned = sum(t.nbytes for s in program.shards for t in s.tensors)
     assert planned == (size.bf16_bytes if dtype == "bf16" else size.mxfp4_bytes)

@@ -188,7 +188,7 @@ def test_scales_in_a_shard_without_their_blocks_are_compared_with_the_source(
     tmp_path: Path, damaged: bool
 ) -> None:
     source, out = write_checkpoint(tmp_path / "source", layout="bf16"), tmp_path / "out"
-    prune(source, out, lambda m: plan_keeping([0, 1], m), dtype="mxfp4")
+    prune(source, out, lambda m: plan_keeping([0, 1], m), store="mxfp4")
     tensors = load_tensors(out)
     name = "model.layers.1.mlp.experts.down_proj_scales"
     if damaged:

@@ -64,7 +64,7 @@ def prepared(folder: Path, dtype: str, shape: Shape = SHAPE) -> Iterator[Case]:
     source = write_checkpoint(folder / "source", shape, layout, shards=2)
     with Checkpoint.open(source) as checkpoint:
         model = families.describe(checkpoint)
-        (shard,) = compile_program(checkpoint, model, plan_keeping(KEPT, model), dtype=dtype).shards
+        (shard,) = compile_program(checkpoint, model, plan_keeping(KEPT, model), store=dtype).shards
         buffer = bytearray(shard.nbytes)
         (chunk,) = chunks_of(shard, shard.nbytes)
         producer_of(shard, checkpoint.shards).fill(chunk, memoryview(buffer))
@@ -231,7 +231,7 @@ def test_two_runs_give_the_same_folder_byte_for_byte(tmp_path: Path, dtype: str)
                 assert ".mlp.experts." in name
 
     source = write_checkpoint(tmp_path / "source", shape, layout, shards=3, edit_tensors=spoil)
-    options = ("--keep", "0-2,5,7", "--dtype", dtype, "--max-shard-size", "800kB")
+    options = ("--keep", "0-2,5,7", "--store", dtype, "--max-shard-size", "800kB")
     folders = {}
     for name, env in {"one": {}, "two": {}, "numpy": {"MOE_SURGERY_NATIVE": "0"}}.items():
         (tmp_path / name).mkdir()

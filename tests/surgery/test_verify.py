@@ -50,7 +50,7 @@ def out(job: tuple[Path, Path], tmp_path: Path) -> Path:
 
 
 def pruned(source: Path, out: Path, dtype: str = "keep") -> None:
-    prune(source, out, lambda m: plan_keeping([0, 1, 3], m), dtype=dtype, max_shard_size=25_000)
+    prune(source, out, lambda m: plan_keeping([0, 1, 3], m), store=dtype, max_shard_size=25_000)
 
 
 def problems(out: Path) -> tuple[str, ...]:

@@ -19,14 +19,16 @@ if TYPE_CHECKING:
 
 @click.command("decode")
 @click.argument("ckpts", nargs=-1, required=True, metavar="CKPT...")
-@click.option("--experts", type=NUMBERS, help="Also views of the first CKPT with so many experts.")
+@click.option("--expert-counts", type=NUMBERS, help="Also the first CKPT with N experts kept, as views.")
 @click.option(
     "--ranking",
     type=click.Path(path_type=Path),
     help="Which experts views keep: a ranking file or published:NAME; default: drawn at random.",
 )
-@click.option("--batch", type=NUMBERS, default="1", show_default=True, help="Sequences decoded together.")
-@click.option("--context", default=128, show_default=True, help="Tokens of each sequence read before.")
+@click.option(
+    "--batches", type=NUMBERS, default="1", show_default=True, help="Numbers of sequences decoded together."
+)
+@click.option("--depth", default=128, show_default=True, help="Tokens in the cache before the first step.")
 @click.option("--steps", default=16, show_default=True, help="Tokens decoded in each round.")
 @click.option("--rounds", default=3, show_default=True, help="How often every model has its turn.")
 @compute
@@ -34,12 +36,12 @@ if TYPE_CHECKING:
 @common
 @click.pass_context
 def command(
-    context_: click.Context,
+    context: click.Context,
     ckpts: tuple[str, ...],
-    experts: list[int] | None,
+    expert_counts: list[int] | None,
     ranking: Path | None,
-    batch: list[int],
-    context: int,
+    batches: list[int],
+    depth: int,
     steps: int,
     rounds: int,
     device: str,
@@ -55,28 +57,28 @@ def command(
     evenly than a text's.
 
     \b
-    moe-surgery bench decode openai/gpt-oss-20b gpt-oss-law-8 --batch 1,8
-    moe-surgery bench decode example:tiny --experts 4,16 --context 32 --steps 4 --rounds 2
+    moe-surgery bench decode openai/gpt-oss-20b gpt-oss-law-8 --batches 1,8
+    moe-surgery bench decode example:tiny --expert-counts 4,16 --depth 32 --steps 4 --rounds 2
     """
     needs_torch("bench decode")
     from moe_surgery.bench.decode import decode_figures, measure_decoding
     from moe_surgery.bench.plots import check_plot
     from moe_surgery.runtime.load import load_model
 
-    terminal = terminal_of(context_)
+    terminal = terminal_of(context)
     check_plot(plot)
     models = {name: load_model(name, device, torch_dtype(dtype), backend=backend) for name in ckpts}
     full = models[ckpts[0]]
-    models |= _views(full, experts or [], ranking)
+    models |= _views(full, expert_counts or [], ranking)
     runs, interrupted = collect(
-        measure_decoding(models, batches=batch, context=context, steps=steps, rounds=rounds),
+        measure_decoding(models, batches=batches, depth=depth, steps=steps, rounds=rounds),
         lambda r: f"round {r.number}: {r.model}, batch {r.batch}: {sum(r.step_seconds):.3f} s",
         terminal,
     )
     figures = decode_figures(runs, models)
     bandwidth = spread([r.read_bandwidth for r in runs]) if runs else None
     settings = {
-        "context": context,
+        "depth": depth,
         "steps": steps,
         "rounds": rounds,
         "dtype": dtype_name(full.dtype),
@@ -90,12 +92,13 @@ def command(
 
 def _views(full: Model, experts: list[int], ranking: Path | None) -> dict[str, Model]:
     from moe_surgery.runtime.view import view
-    from moe_surgery.selection.plan import plan_from_ranking, plan_random
+    from moe_surgery.selection.plan import check_count, plan_from_ranking, plan_random
     from moe_surgery.selection.ranking import load_ranking
 
     ranked = None if ranking is None else load_ranking(ranking)
     found = {}
     for count in experts:
+        check_count(count, full.config.experts, "expert_counts")
         plan = (
             plan_random(count, 0, full.config)
             if ranked is None

@@ -12,7 +12,9 @@ from moe_surgery.cli.options import common, needs_torch, terminal_of
 
 
 @click.command("kernels")
-@click.option("--experts", type=NUMBERS, default="4,8,16,32", show_default=True, help="Numbers of experts.")
+@click.option(
+    "--expert-counts", type=NUMBERS, default="4,8,16,32", show_default=True, help="Numbers of experts."
+)
 @click.option("--tokens", type=NUMBERS, default="1", show_default=True, help="Tokens in a call.")
 @click.option("--hidden", default=2880, show_default=True, help="Hidden size, and the experts' inner one.")
 @click.option("--rounds", default=10, show_default=True, help="How often every call has its turn.")
@@ -23,7 +25,7 @@ from moe_surgery.cli.options import common, needs_torch, terminal_of
 @click.pass_context
 def command(
     context: click.Context,
-    experts: list[int],
+    expert_counts: list[int],
     tokens: list[int],
     hidden: int,
     rounds: int,
@@ -39,7 +41,7 @@ def command(
 
     \b
     moe-surgery bench kernels --tokens 1,8
-    moe-surgery bench kernels --hidden 256 --experts 4,32 --rounds 3
+    moe-surgery bench kernels --hidden 256 --expert-counts 4,32 --rounds 3
     """
     needs_torch("bench kernels")
     from moe_surgery.bench.kernels import kernel_figures, measure_kernels, usable_backends
@@ -53,7 +55,9 @@ def command(
     names = usable_backends(place) if backend is None else [backend]
     bandwidth = read_bandwidth(place)
     runs, interrupted = collect(
-        measure_kernels(names, place, experts=experts, tokens=tokens, hidden=hidden, rounds=rounds),
+        measure_kernels(
+            names, place, expert_counts=expert_counts, tokens=tokens, hidden=hidden, rounds=rounds
+        ),
         lambda r: (
             f"round {r.number}: {r.backend} {r.operation}, {r.experts} experts, {r.tokens} tokens: "
             f"{r.seconds * 1e6:.0f} us"

@@ -24,9 +24,16 @@ if TYPE_CHECKING:
 
 
 @click.command("speculate")
-@click.option("--target", required=True, metavar="CKPT", help="The model whose output it is.")
+@click.argument("ckpt")
 @drafts.several_draft_options
-@click.option("--lengths", type=NUMBERS, default="1,2,4,8", show_default=True, help="Tokens drafted a round.")
+@click.option(
+    "--draft-lengths",
+    "lengths",
+    type=NUMBERS,
+    default="1,2,4,8",
+    show_default=True,
+    help="Tokens drafted a round.",
+)
 @click.option(
     "--texts",
     "texts",
@@ -37,10 +44,13 @@ if TYPE_CHECKING:
 )
 @click.option("--prompts", default=10, show_default=True, help="Texts of each domain to go on from.")
 @click.option("--prompt-tokens", default=32, show_default=True, help="Tokens of a text that are its prompt.")
-@click.option("--new-tokens", default=32, show_default=True, help="Tokens to go on with.")
+@click.option("--max-new-tokens", default=32, show_default=True, help="Tokens to generate for each prompt.")
 @click.option("--batch", default=1, show_default=True, help="Sequences in the steps whose cost is measured.")
 @click.option(
-    "--context", default=128, show_default=True, help="Tokens before the steps whose cost is measured."
+    "--depth",
+    default=128,
+    show_default=True,
+    help="Tokens in the cache before the steps whose cost is measured.",
 )
 @click.option("--rounds", default=5, show_default=True, help="How often the cost of each step is measured.")
 @compute
@@ -48,8 +58,8 @@ if TYPE_CHECKING:
 @common
 @click.pass_context
 def command(
-    context_: click.Context,
-    target: str,
+    context: click.Context,
+    ckpt: str,
     draft: tuple[str, ...],
     draft_plan: tuple[Path, ...],
     draft_top_k: int | None,
@@ -57,9 +67,9 @@ def command(
     texts: tuple[Path, ...],
     prompts: int,
     prompt_tokens: int,
-    new_tokens: int,
+    max_new_tokens: int,
     batch: int,
-    context: int,
+    depth: int,
     rounds: int,
     device: str,
     dtype: str,
@@ -72,12 +82,12 @@ def command(
     follows the break-even acceptance: with acceptance a, n drafted tokens give (1 - a^(n+1)) / (1 - a)
     tokens for n draft steps and a target step over n + 1 tokens (arXiv 2211.17192; where all were accepted
     the draft's next step takes two tokens). Beside it the memory: weights that the draft adds to the
-    target's, and both caches for --batch texts of --context tokens at the longest of --lengths. With
+    target's, and both caches for --batch texts of --depth tokens at the longest of --draft-lengths. With
     --texts also the acceptance there, by domain and position, and the speed-up, both prefills included.
 
     \b
-    moe-surgery bench speculate --target openai/gpt-oss-20b --draft-plan law-8.json --texts law.jsonl
-    moe-surgery bench speculate --target example:tiny --draft-top-k 1 --lengths 1,4 --context 32
+    moe-surgery bench speculate openai/gpt-oss-20b --draft-plan law-8.json --texts law.jsonl
+    moe-surgery bench speculate example:tiny --draft-top-k 1 --draft-lengths 1,4 --depth 32
     """
     needs_torch("bench speculate")
     from moe_surgery.bench.plots import check_plot
@@ -86,31 +96,31 @@ def command(
     from moe_surgery.runtime.load import load_model
     from moe_surgery.runtime.text import Text
 
-    terminal = terminal_of(context_)
+    terminal = terminal_of(context)
     check_plot(plot)
-    check_numbers(prompts=[prompts], prompt_tokens=[prompt_tokens], new_tokens=[new_tokens])
+    check_numbers(prompts=[prompts], prompt_tokens=[prompt_tokens], max_new_tokens=[max_new_tokens])
     asked = {}
     if texts:
-        corpus = open_corpus(text_files(texts), Text(target), context=prompt_tokens)
+        corpus = open_corpus(text_files(texts), Text(ckpt), context=prompt_tokens)
         asked = prompts_of(corpus, prompt_tokens, prompts)
-    model = load_model(target, device, torch_dtype(dtype), backend=backend)
-    job = Job(model, asked, lengths, new_tokens, batch, context, rounds)
+    model = load_model(ckpt, device, torch_dtype(dtype), backend=backend)
+    job = Job(model, asked, lengths, max_new_tokens, batch, depth, rounds)
     found: list[Result] = []
     interrupted = False
-    drafters = _drafts(model, target, draft, draft_plan, draft_top_k)
-    check_prompts(asked, new_tokens, [m.config.context for m in (model, *(d for _, d in drafters))])
+    drafters = _drafts(model, ckpt, draft, draft_plan, draft_top_k)
+    check_prompts(asked, max_new_tokens, [m.config.context for m in (model, *(d for _, d in drafters))])
     for name, drafter in drafters:
         result, interrupted = _measured(terminal, job, name, drafter)
         found.append(result)
         if interrupted:
             break
     settings: dict[str, object] = {
-        "target": target,
+        "target": ckpt,
         "dtype": dtype_name(model.dtype),
         "device": device,
         "backend": model.backend.name,
         "batch": batch,
-        "context": context,
+        "depth": depth,
     }
     _say(terminal, settings, found, interrupted)
     if plot and any(r.lengths for r in found):
@@ -125,9 +135,9 @@ class Job:
     target: Model
     prompts: dict[str, list[list[int]]]
     lengths: list[int]
-    new_tokens: int
+    max_new_tokens: int
     batch: int
-    context: int
+    depth: int
     rounds: int
 
 
@@ -135,7 +145,7 @@ class Job:
 class Result:
     """One draft: what it adds to the target's memory, what rounds cost, and what came of them on texts.
 
-    Caches are those of a batch whose texts reach --context tokens, at the longest of --lengths.
+    Caches are those of a batch whose texts reach --depth tokens, at the longest of --draft-lengths.
     """
 
     draft: str
@@ -175,7 +185,7 @@ def _measured(terminal: Terminal, job: Job, name: str, draft: Model) -> tuple[Re
 
     times, interrupted = collect(
         measure_costs(
-            job.target, draft, lengths=job.lengths, batch=job.batch, context=job.context, rounds=job.rounds
+            job.target, draft, lengths=job.lengths, batch=job.batch, depth=job.depth, rounds=job.rounds
         ),
         lambda t: f"{name}: {t.kind} step, {t.tokens} tokens: {t.seconds * 1e3:.3g} ms",
         terminal,
@@ -186,7 +196,7 @@ def _measured(terminal: Terminal, job: Job, name: str, draft: Model) -> tuple[Re
     if job.prompts and not interrupted:
         runs, interrupted = collect(
             measure_speculation(
-                job.target, draft, job.prompts, lengths=job.lengths, max_new_tokens=job.new_tokens
+                job.target, draft, job.prompts, lengths=job.lengths, max_new_tokens=job.max_new_tokens
             ),
             lambda r: f"{name}: {r.domain}, length {r.length}: {r.plain_seconds / r.seconds:.2f} x plain",
             terminal,
@@ -196,7 +206,7 @@ def _measured(terminal: Terminal, job: Job, name: str, draft: Model) -> tuple[Re
         statistics.mean(len(layer.router.weight) for layer in draft.layers),
         max(layer.top_k for layer in draft.layers),
         weight_bytes(draft, beside=job.target),
-        *speculation_cache_bytes(job.target, draft, job.batch, job.context, max(job.lengths)),
+        *speculation_cache_bytes(job.target, draft, job.batch, job.depth, max(job.lengths)),
         costs,
         rows,
         speculation_figures(runs),

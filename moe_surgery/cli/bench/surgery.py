@@ -18,10 +18,10 @@ from moe_surgery.formats.expert_format import EXPERT_DTYPES
 @click.command("surgery")
 @click.argument("ckpt")
 @click.option(
-    "--experts", type=NUMBERS, default="4,8,16", show_default=True, help="Numbers of experts to keep."
+    "--expert-counts", type=NUMBERS, default="4,8,16", show_default=True, help="Numbers of experts to keep."
 )
 @click.option(
-    "--dtype",
+    "--store",
     type=click.Choice(EXPERT_DTYPES),
     default="keep",
     show_default=True,
@@ -40,8 +40,8 @@ from moe_surgery.formats.expert_format import EXPERT_DTYPES
 def command(
     context: click.Context,
     ckpt: str,
-    experts: list[int],
-    dtype: str,
+    expert_counts: list[int],
+    store: str,
     rounds: int,
     work: Path | None,
     cold: bool,
@@ -53,8 +53,8 @@ def command(
     memory wherever it still lies there.
 
     \b
-    moe-surgery bench surgery openai/gpt-oss-20b --experts 8 --work /var/tmp
-    moe-surgery bench surgery example:tiny --experts 8 --rounds 1
+    moe-surgery bench surgery openai/gpt-oss-20b --expert-counts 8 --work /var/tmp
+    moe-surgery bench surgery example:tiny --expert-counts 8 --rounds 1
     """
     from moe_surgery.bench.plots import Panel, check_plot, draw_panels
     from moe_surgery.bench.surgery import (
@@ -68,13 +68,13 @@ def command(
     terminal = terminal_of(context)
     check_plot(plot)
     model = inspect(ckpt)
-    for count in experts:
-        check_count(count, model.experts)
+    for count in expert_counts:
+        check_count(count, model.experts, "expert_counts")
     folder = work or Path(tempfile.gettempdir())
     if cold and not drop_page_cache():
         raise UsageError("--cold: the page cache cannot be dropped; run as root on Linux, or without --cold")
     runs, interrupted = collect(
-        measure_surgery(ckpt, folder, experts=experts, dtype=dtype, rounds=rounds, cold=cold),
+        measure_surgery(ckpt, folder, expert_counts=expert_counts, store=store, rounds=rounds, cold=cold),
         lambda r: f"round {r.number}: {r.experts} experts: {r.prune.seconds / r.copy.seconds:.2f} x cp",
         terminal,
     )

@@ -59,13 +59,13 @@ class NativeBackend:
     def __init__(self, isa: str = "", threads: int | None = None) -> None:
         module = native_module()
         if module is None:
-            raise UsageError(f"--backend native: {availability()}; choose --backend reference")
+            raise UsageError(f"`backend` native: {availability()}; choose `backend` reference")
         self._native: Any = module
         self._plain = ReferenceBackend()
         try:
             self._engine = module.Engine(isa, _thread_count() if threads is None else threads)
         except ValueError as error:
-            raise UsageError(f"--backend native: {error}") from None
+            raise UsageError(f"`backend` native: {error}") from None
 
     @property
     def isa(self) -> str:

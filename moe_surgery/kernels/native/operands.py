@@ -42,7 +42,7 @@ def log_plain(reason: str) -> None:
     log.warning(
         "native backend: %s; its kernels read bfloat16, float16, float32 and MXFP4 with a contiguous last axis. "
         "Plain PyTorch computes this: slower, and what a token gets may depend on the tokens beside it "
-        "(--backend reference-invariant rules that out)",
+        "(`backend` reference-invariant rules that out)",
         reason,
     )
 

@@ -41,7 +41,7 @@ class TritonBackend(TorchDense):
 
         reason = availability()
         if reason is not None:
-            raise UsageError(f"--backend triton: {reason}; choose --backend reference")
+            raise UsageError(f"`backend` triton: {reason}; choose `backend` reference")
 
     def route(self, x: Tensor, weight: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         ids = torch.empty((len(x), top_k), dtype=torch.int64, device=x.device)

@@ -68,10 +68,10 @@ class AdaptiveLength:
             )
 
 
-def check_length(length: int, option: str = "--draft-length", other: str = ", or auto") -> None:
+def check_length(length: int, parameter: str = "length", other: str = ", or auto") -> None:
     """Raise UsageError unless 1 <= length <= MOST_DRAFTED."""
     if not 1 <= length <= MOST_DRAFTED:
-        raise UsageError(f"{option} {length}: must be 1 to {MOST_DRAFTED}{other}")
+        raise UsageError(f"`{parameter}` {length}: must be 1 to {MOST_DRAFTED}{other}")
 
 
 def expected_tokens(acceptance: float, length: int) -> float:

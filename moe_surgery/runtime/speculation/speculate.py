@@ -70,7 +70,7 @@ class Speculation:
         if needed > draft.config.context:
             raise UsageError(
                 f"the draft takes {draft.config.context} tokens, but prompt and answer may reach {needed + 1}; "
-                f"pass --context {draft.config.context}"
+                f"pass `context` {draft.config.context}"
             )
         costs = None
         if isinstance(length, AdaptiveLength) and length.costs is None:

@@ -94,8 +94,8 @@ def test_tokens_after_a_refused_one_count_for_nothing() -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "none": ({"most": 0}, "--draft-length 0: must be 1 to 64"),
-    "too many": ({"most": 65}, "--draft-length 65: must be 1 to 64"),
+    "none": ({"most": 0}, "`length` 0: must be 1 to 64"),
+    "too many": ({"most": 65}, "`length` 65: must be 1 to 64"),
     "confidence": ({"confidence": 1.5}, "confidence 1.5: must be between 0 and 1"),
     "memory": ({"memory": -1}, "memory -1: must be between 0 and 1"),
     "few costs": ({"most": 2, "costs": Costs(1, [1, 2])}, "costs of 2 target steps; needed for 0 to 2"),

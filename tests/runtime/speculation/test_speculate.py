@@ -396,7 +396,7 @@ def test_a_draft_with_a_shorter_context_is_refused(small_model: Model, tmp_path:
     )
     short = load_model(folder, dtype=torch.float32)
     with pytest.raises(
-        UsageError, match=r"the draft takes 30 tokens, but .* may reach 40; pass --context 30"
+        UsageError, match=r"the draft takes 30 tokens, but .* may reach 40; pass `context` 30"
     ):
         speculate(small_model, short, PROMPTS, max_new_tokens=20)
     found = speculate(small_model, short, PROMPTS, max_new_tokens=20, context=30, stop_tokens=())
@@ -406,8 +406,8 @@ def test_a_draft_with_a_shorter_context_is_refused(small_model: Model, tmp_path:
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "no prompts": ([], {}, "the prompt is empty"),
     "an empty prompt": ([[1], []], {}, "the prompt is empty"),
-    "no length": ([[1]], {"length": 0}, "--draft-length 0: must be 1 to 64, or auto"),
-    "no new tokens": ([[1]], {"max_new_tokens": 0}, "--max-new-tokens 0: must be at least 1"),
+    "no length": ([[1]], {"length": 0}, "`length` 0: must be 1 to 64, or auto"),
+    "no new tokens": ([[1]], {"max_new_tokens": 0}, "`max_new_tokens` 0: must be at least 1"),
     "a prompt as long as the context": ([[1, 2]], {"context": 2}, "2 tokens, but the context is 2; shorten"),
     "a foreign token": ([[1, SMALL.vocabulary]], {}, f"token {SMALL.vocabulary} is not one of the model's"),
 }

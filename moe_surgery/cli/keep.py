@@ -1,0 +1,55 @@
+"""The options that say which experts stay, and the plans they make: shared by `plan` and `prune`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from moe_surgery.cli.options import EXPERT_LIST
+
+if TYPE_CHECKING:
+    from moe_surgery.families.model import Model
+    from moe_surgery.selection.plan import Plan
+    from moe_surgery.selection.ranking import Ranking
+
+__all__ = ["first_of", "keep_options", "keeping"]
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def keep_options(command: Command) -> Command:
+    """--experts, --keep and --order."""
+    for option in (
+        click.option(
+            "--order",
+            type=click.Choice(["ascending", "ranking"]),
+            default="ascending",
+            show_default=True,
+            help="Order of a ranking's experts: by number, or best first as in the published pruned models.",
+        ),
+        click.option(
+            "--keep",
+            "kept",
+            type=EXPERT_LIST,
+            help="Keep these experts in every layer, in this order: 0,3,8-11, or all.",
+        ),
+        click.option("--experts", "-n", type=int, metavar="N", help="How many experts each layer keeps."),
+    ):
+        command = option(command)
+    return command
+
+
+def keeping(kept: list[int] | str) -> Callable[[Model], Plan]:
+    """What --keep says: the same experts in every layer."""
+    from moe_surgery.selection.plan import plan_keeping
+
+    return lambda model: plan_keeping(None if isinstance(kept, str) else kept, model)
+
+
+def first_of(ranking: Ranking, experts: int, order: str) -> Callable[[Model], Plan]:
+    """The first `experts` of each layer of a ranking."""
+    from moe_surgery.selection.plan import plan_from_ranking
+
+    return lambda model: plan_from_ranking(ranking, experts, model_type=model.model_type, order=order)
