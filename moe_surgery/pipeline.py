@@ -146,11 +146,12 @@ def prune(
         model = families.describe(opened)
         chosen = (plan(model) if callable(plan) else as_plan(plan)).with_top_k(top_k)
         program = compile_program(opened, model, chosen, store=store, max_shard_size=max_shard_size)
-        said = read_readme(program.copies.get(SOURCE_README_NAME)).base_model
-        origin = origin_of(opened, model, base_model=base_model, card_base_model=said)
+        copied = program.copies.get(SOURCE_README_NAME)
+        readme = read_readme(None if copied is None else opened.files.open(copied))
+        origin = origin_of(opened, model, base_model=base_model, card_base_model=readme.base_model)
         program = replace(program, origin=origin)
         if card:
-            program = with_card(program, model)
+            program = with_card(program, model, readme)
         target = check_output(opened, out, overwrite=overwrite)
         if on_start:
             on_start(program)

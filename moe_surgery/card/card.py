@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from moe_surgery import families
 from moe_surgery.card.facts import Facts, facts_of_checkpoint, facts_of_program
-from moe_surgery.card.front_matter import is_license
+from moe_surgery.card.front_matter import SourceCard, is_license
 from moe_surgery.card.method import chosen, plan_section, remade
 from moe_surgery.card.quality import quality_section
 from moe_surgery.card.text import code, count, counted, fenced, heading, scalar, size, table
@@ -38,9 +38,12 @@ __all__ = ["make_card", "with_card"]
 _UNKNOWN = "not recorded"
 
 
-def with_card(program: Program, model: Model) -> Program:
-    """`program` with a model card as README.md; `model` describes the source, `program.origin` is filled."""
-    text = _card(facts_of_program(program, model), None)
+def with_card(program: Program, model: Model, readme: SourceCard) -> Program:
+    """`program`, whose origin is filled, with a model card as README.md.
+
+    `model` describes the source, `readme` is the source's card.
+    """
+    text = _card(facts_of_program(program, model, readme), None)
     return replace(program, texts={**program.texts, README_NAME: text.encode()})
 
 

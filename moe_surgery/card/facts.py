@@ -13,6 +13,7 @@ from moe_surgery.card.front_matter import SourceCard, read_readme
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.checkpoint.files import printable_path
 from moe_surgery.checkpoint.hub import is_hub_id
+from moe_surgery.checkpoint.local_file import LocalFile
 from moe_surgery.errors import VerificationError
 from moe_surgery.families.base import Role
 from moe_surgery.families.model import Model
@@ -106,8 +107,8 @@ class Facts:
         return self.base_model if self.said("base_model_from") in ("option", "cache") else None
 
 
-def facts_of_program(program: Program, model: Model) -> Facts:
-    """The facts of what `program` will write; `model` describes its source."""
+def facts_of_program(program: Program, model: Model, readme: SourceCard) -> Facts:
+    """The facts of what `program` will write; `model` describes its source, `readme` is the source's card."""
     return _facts(
         model,
         program.plan,
@@ -117,7 +118,7 @@ def facts_of_program(program: Program, model: Model) -> Facts:
         sum(s.size for s in program.sources),
         program.origin,
         program.copies,
-        read_readme(program.copies.get(SOURCE_README_NAME)),
+        readme,
         f"moe-surgery {__version__}",
     )
 
@@ -139,7 +140,7 @@ def facts_of_checkpoint(folder: Path, checkpoint: Checkpoint, model: Model, mani
             "verify to see what was changed"
         )
     sizes = (source.get("size") for source in manifest.sources)
-    readme = folder / SOURCE_README_NAME if SOURCE_README_NAME in manifest.files else None
+    readme = LocalFile(folder / SOURCE_README_NAME) if SOURCE_README_NAME in manifest.files else None
     return _facts(
         model,
         plan,

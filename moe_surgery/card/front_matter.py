@@ -6,14 +6,12 @@ and whatever lies beyond counts as not said, so that no README can stop a run.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
-from moe_surgery.checkpoint.files import read_small_file
 from moe_surgery.checkpoint.hub import is_hub_id
+from moe_surgery.checkpoint.source import ByteSource
 
 __all__ = ["MAX_README_BYTES", "SourceCard", "front_matter", "is_license", "read_readme", "read_source_card"]
 
@@ -176,14 +174,14 @@ def _citation(lines: Sequence[str]) -> str | None:
     return text if text.strip() and len(text) <= MAX_CITATION else None
 
 
-def read_readme(path: str | os.PathLike[str] | None) -> SourceCard:
-    """The card in the file `path`; an empty one without a file, or for one too large to be a card.
+def read_readme(file: ByteSource | None) -> SourceCard:
+    """The card in `file`, which is closed; an empty one without a file, or for one too large to be a card.
 
     Raises OutputError where the file cannot be read.
     """
-    if path is None:
+    if file is None:
         return SourceCard()
-    with suppress(OSError):  # which reading will tell better
-        if os.stat(path).st_size > MAX_README_BYTES:
+    with file:
+        if file.size > MAX_README_BYTES:
             return SourceCard()
-    return read_source_card(read_small_file(path, limit=MAX_README_BYTES, what="a model card"))
+        return read_source_card(file.read(0, file.size))

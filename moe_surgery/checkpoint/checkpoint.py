@@ -53,12 +53,13 @@ class Checkpoint:
     """An open checkpoint: headers are read and validated, weights are not.
 
     `config` is the parsed config.json, `tensors` maps names to `TensorRef`s, `shards` maps file
-    names to open `Shard`s. `notes` says what of the folder is ignored. Close it, or use it as a context manager.
+    names to open `Shard`s, `files` opens any file of the folder. `notes` says what of the folder is
+    ignored. Close it, or use it as a context manager.
     """
 
     def __init__(
         self,
-        path: Path,
+        files: Folder,
         config: dict[str, object],
         shards: dict[str, Shard],
         tensors: dict[str, TensorRef],
@@ -66,7 +67,8 @@ class Checkpoint:
         index: Index | None,
         notes: tuple[str, ...] = (),
     ) -> None:
-        self.path = path
+        self.files = files
+        self.path = files.path
         self.config: Mapping[str, object] = MappingProxyType(config)
         self.shards = shards
         self.tensors = tensors
@@ -101,7 +103,7 @@ class Checkpoint:
             shards = {n: stack.enter_context(Shard(n, files.open(n))) for n in names}
             tensors = _collect(folder, shards, index, ignore_unlisted)
             stack.pop_all()
-        return cls(folder, config, shards, tensors, _side_files(listing), index, notes)
+        return cls(files, config, shards, tensors, _side_files(listing), index, notes)
 
     @property
     def config_path(self) -> Path:

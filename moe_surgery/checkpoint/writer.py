@@ -11,7 +11,7 @@ from typing import Final, NoReturn
 import xxhash
 
 from moe_surgery.checkpoint.fileops import UNSUPPORTED, FileOps
-from moe_surgery.checkpoint.files import open_regular, printable_path
+from moe_surgery.checkpoint.files import printable_path
 from moe_surgery.checkpoint.source import ByteSource
 from moe_surgery.errors import DiskFullError, OutputError
 
@@ -168,29 +168,19 @@ def write_file(path: Path, content: bytes, ops: FileOps) -> None:
         raise
 
 
-def copy_file(source: str | os.PathLike[str], path: Path, ops: FileOps) -> tuple[int, str]:
-    """Copy a regular file under the rules of `OutputFile`; its size and xxh3_128 digest."""
-    digest, size = xxhash.xxh3_128(), 0
-    buffer = memoryview(bytearray(COPY_BYTES))
-    fd = open_regular(source)
+def copy_file(source: ByteSource, path: Path, ops: FileOps) -> tuple[int, str]:
+    """Copy a file under the rules of `OutputFile`; its size and xxh3_128 digest."""
+    digest, size = xxhash.xxh3_128(), source.size
+    buffer = memoryview(bytearray(min(COPY_BYTES, size)))
+    file = OutputFile(path, ops, direct=False)
     try:
-        file = OutputFile(path, ops, direct=False)
-        try:
-            while count := _read(fd, buffer, size, source, ops):
-                digest.update(buffer[:count])
-                file.write(buffer[:count], size)
-                size += count
-            file.publish()
-        except BaseException:
-            file.discard()
-            raise
-    finally:
-        os.close(fd)
+        for offset in range(0, size, COPY_BYTES):
+            part = buffer[: min(COPY_BYTES, size - offset)]
+            source.read_into(offset, part)
+            digest.update(part)
+            file.write(part, offset)
+        file.publish()
+    except BaseException:
+        file.discard()
+        raise
     return size, digest.hexdigest()
-
-
-def _read(fd: int, buffer: memoryview, offset: int, path: str | os.PathLike[str], ops: FileOps) -> int:
-    try:
-        return ops.pread_into(fd, buffer, offset)
-    except OSError as error:
-        raise OutputError(f"{printable_path(path)}: cannot read at {offset}: {error.strerror}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -226,14 +227,14 @@ def _reflink_residue(tensors: list[OutputTensor]) -> int:
 
 
 def _side_files(checkpoint: Checkpoint, model: Model, written: set[str]) -> dict[str, str]:
-    """Output name -> source path of every file that travels with the weights."""
+    """Output name -> name, from the source's folder, of every file that travels with the weights."""
     own = {MANIFEST_NAME, MAPPING_NAME, SOURCE_README_NAME} | written | model.layout.side_files_dropped
-    found = {n: str(checkpoint.path / n) for n in checkpoint.side_files if n not in own}
+    found = {n: n for n in checkpoint.side_files if n not in own}
     parent = checkpoint.path.resolve().parent
     if model.layout.parent_side_files and (parent / CONFIG_NAME).is_file():
         for name in model.layout.parent_side_files:
             if name not in found and (parent / name).is_file():
-                found[name] = str(parent / name)
+                found[name] = os.path.join(os.pardir, name)
     if README_NAME in found:
         found[SOURCE_README_NAME] = found.pop(README_NAME)
     return dict(sorted(found.items()))

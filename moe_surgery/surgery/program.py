@@ -144,9 +144,12 @@ class SourceFile:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """The whole output. `texts` are small files with their content, `copies` maps output names of
-    side files to source paths. `expert_format` is that of the output, `origin` what the manifest shall
-    say of the source beside its files."""
+    """The whole output.
+
+    `texts` are small files with their content, `copies` maps output names of side files to names in the
+    source's folder (`Folder.open`). `expert_format` is that of the output, `origin` what the manifest
+    shall say of the source beside its files.
+    """
 
     plan: Plan
     expert_format: ExpertFormat

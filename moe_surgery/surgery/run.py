@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +10,10 @@ import xxhash
 
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.checkpoint.fileops import FileOps
-from moe_surgery.checkpoint.files import printable_path
 from moe_surgery.checkpoint.staging import Staging
 from moe_surgery.checkpoint.writer import copy_file, remove_leftover, write_file
 from moe_surgery.engine.output import Progress, check_space
 from moe_surgery.engine.run import FolderRun
-from moe_surgery.errors import OutputError
 from moe_surgery.formats.encode_report import EncodeReport
 from moe_surgery.surgery.manifest import FileRecord, manifest_bytes, shard_record
 from moe_surgery.surgery.names import MANIFEST_NAME
@@ -101,12 +98,10 @@ class _Run:
         )
 
     def _check_space(self, shard_bytes: int) -> None:
-        program = self._program
-        try:
-            small = sum(map(len, program.texts.values())) + sum(map(os.path.getsize, program.copies.values()))
-        except OSError as error:
-            where = error.filename or self._staging.folder
-            raise OutputError(f"{printable_path(where)}: {error.strerror}") from error
+        small = sum(map(len, self._program.texts.values()))
+        for name in self._program.copies.values():
+            with self._checkpoint.files.open(name) as source:
+                small += source.size
         check_space(shard_bytes + small, self._staging.out, self._staging.folder, self._ops)
 
     def _write_small_files(
@@ -114,7 +109,8 @@ class _Run:
     ) -> None:
         records = dict(shards)
         for name, source in self._program.copies.items():
-            records[name] = FileRecord(*copy_file(source, self._fresh(name), self._ops))
+            with self._checkpoint.files.open(source) as file:
+                records[name] = FileRecord(*copy_file(file, self._fresh(name), self._ops))
         for name, content in self._program.texts.items():
             records[name] = FileRecord(len(content), xxhash.xxh3_128_hexdigest(content))
             write_file(self._fresh(name), content, self._ops)

@@ -54,17 +54,13 @@ class MemorySource(ByteSource):
 
 
 class MemoryFolder(Folder):
-    """The files of `folder`, its shards, index and config held in memory; `opened` counts openings by name."""
+    """The files of `folder`, held in memory; `opened` counts openings by name."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder
         self.opened: Counter[str] = Counter()
         self._listing = dict(LocalFolder(folder).listing())
-        self._files = {
-            f.name: MemoryFile(f.read_bytes())
-            for f in folder.iterdir()
-            if f.name.endswith(".safetensors") or f.name in ("config.json", "model.safetensors.index.json")
-        }
+        self._files = {f.name: MemoryFile(f.read_bytes()) for f in folder.iterdir() if f.is_file()}
 
     def listing(self) -> Mapping[str, bool]:
         return self._listing

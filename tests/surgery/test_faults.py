@@ -113,10 +113,13 @@ def test_short_reads_and_writes_are_continued(
     assert contents(tmp_path / "out") == expected
 
 
-def test_reads_of_a_failing_disk_name_the_shard(source: Path, tmp_path: Path) -> None:
-    error = attempt(source, tmp_path / "out", "keep", FaultyOps("pread_into", 1, errno.EIO))
+@pytest.mark.parametrize(
+    ("at", "name"), [(1, "config.json"), (2, "model.safetensors.index"), (3, "model-0000")]
+)
+def test_reads_of_a_failing_disk_name_the_file(source: Path, tmp_path: Path, at: int, name: str) -> None:
+    error = attempt(source, tmp_path / "out", "keep", FaultyOps("pread_into", at, errno.EIO))
     assert type(error) is OutputError
-    assert str(source / "model-0000") in str(error)
+    assert str(source / name) in str(error)
     assert "Input/output error" in str(error)
 
 
