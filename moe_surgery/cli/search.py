@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 
 import click
@@ -18,7 +17,6 @@ from moe_surgery.cli.options import (
     text_options,
     torch_dtype,
 )
-from moe_surgery.cli.terminal import Advance
 
 
 @click.command("search")
@@ -63,13 +61,7 @@ def command(
     check_new_output(output, texts)
     files = text_files(texts, domains, format)
     terminal.after_interrupt = "; the same command goes on after the last finished layer"
-    with ExitStack() as stack:
-        advance: list[Advance] = []
-
-        def start(tokens: int, layers: int) -> None:
-            terminal.say(f"{tokens:,} tokens through {layers} layers")
-            advance.append(stack.enter_context(terminal.progress("searching", layers, "layers")))
-
+    with terminal.job() as progress:
         ranking = search(
             ckpt,
             files,
@@ -79,8 +71,7 @@ def command(
             device=device,
             dtype=torch_dtype(dtype),
             backend=backend,
-            start=start,
-            progress=lambda layers: advance[0](layers),
+            progress=progress,
         )
     errors, settings = ranking.provenance["errors"], ranking.provenance["settings"]
     assert isinstance(errors, list)
