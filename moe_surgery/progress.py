@@ -13,8 +13,8 @@ class Progress:
     """`done` of `total` units of a stage of a job.
 
     Stages and their units: "prune", "export" and "verify" in bytes, "answer" in prompts, "profile" in
-    "tokens x layers", "search" in layers, "evaluate" in tokens. The first report of a stage has what an
-    interrupted run had done; `done` never falls within a stage.
+    "tokens x layers", "search" in layers, "evaluate" in tokens. What an
+    interrupted run had done counts as done. `done` never falls within a stage.
     """
 
     stage: str

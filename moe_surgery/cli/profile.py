@@ -77,7 +77,7 @@ def command(
     moe-surgery profile openai/gpt-oss-20b --texts law.jsonl --domain law -o law.stats
     moe-surgery profile openai/gpt-oss-20b --texts questions.jsonl --generate 256 -o own.stats
 
-    Stop it at any time; the same command goes on after the last finished batch.
+    Stop it at any time; the same command resumes after the last finished batch.
     """
     needs_torch("profile")
     from moe_surgery.quality.corpus import text_files
@@ -88,7 +88,7 @@ def command(
     check_new_output(output, [*texts, sequential])
     files = text_files(texts, domains, format)
     plan = None if sequential is None else load_plan(sequential)
-    terminal.after_interrupt = "; the same command goes on after the last finished batch"
+    terminal.after_interrupt = "; the same command resumes after the last finished batch"
     with terminal.job() as progress:
         found = profile(
             ckpt,

@@ -51,7 +51,7 @@ def command(
     moe-surgery search example:tiny --texts notes.txt --max-tokens 200 -o tiny-ranking.json
     moe-surgery search openai/gpt-oss-20b --texts law.jsonl --max-tokens 4096 -o law.json
 
-    Stop it at any time; the same command goes on after the last finished layer.
+    Stop it at any time; the same command resumes after the last finished layer.
     """
     needs_torch("search")
     from moe_surgery.quality.corpus import text_files
@@ -60,7 +60,7 @@ def command(
     terminal = terminal_of(click_context)
     check_new_output(output, texts)
     files = text_files(texts, domains, format)
-    terminal.after_interrupt = "; the same command goes on after the last finished layer"
+    terminal.after_interrupt = "; the same command resumes after the last finished layer"
     with terminal.job() as progress:
         ranking = search(
             ckpt,

@@ -170,7 +170,7 @@ def test_interrupt_exits_130_with_one_line_and_the_next_run_goes_on(small_job: J
         process.send_signal(signal.SIGINT)
         stopped = ended(process)
         assert stopped.code == 130
-        assert stopped.error == "moe-surgery: interrupted; the same command goes on where it stopped"
+        assert stopped.error == "moe-surgery: interrupted; the same command resumes where it stopped"
         assert stopped.out == ""
         assert not out.exists()
         kept = finished(out)
