@@ -36,7 +36,6 @@ from moe_surgery.bench.rounds import interleaved
 from moe_surgery.formats import mxfp4, mxfp4_numpy
 from moe_surgery.formats.encode_report import EncodeReport
 from moe_surgery.formats.native import native_module
-from moe_surgery.quality.corpus import open_corpus, text_files
 from moe_surgery.quality.evaluate import evaluate
 from moe_surgery.runtime.text import Text
 from moe_surgery.selection.plan import plan_keeping
@@ -126,8 +125,9 @@ def quality(work: Path) -> list[dict[str, object]]:
         perturbed(work / "bf16", tuned, noise, of)
         error_best = keep_all(tuned, new, "mxfp4")
         error_largest = by_the_largest(tuned, new, old).relative_error
-        corpus = open_corpus(text_files([texts]), text, context=4096, max_tokens=MAX_TOKENS)
-        found = evaluate(tuned, corpus, pruned=[old, new], dtype=torch.float32, backend="reference")
+        found = evaluate(
+            tuned, texts, max_tokens=MAX_TOKENS, pruned=[old, new], dtype=torch.float32, backend="reference"
+        )
         kl_old, kl_new = (model.overall.kl for model in found.models[1:])
         rows.append(
             {

@@ -22,12 +22,11 @@ import torch
 from machine import describe_machine
 
 from moe_surgery import inspect
-from moe_surgery.quality.corpus import open_corpus, text_files
+from moe_surgery.quality.corpus import text_files
 from moe_surgery.quality.evaluate import evaluate
 from moe_surgery.quality.evaluation import Evaluated
 from moe_surgery.quality.job import profile
 from moe_surgery.quality.search import METHOD, search
-from moe_surgery.runtime.text import Text
 from moe_surgery.selection.metrics import METRICS
 from moe_surgery.selection.plan import Plan, plan_from_ranking, plan_random
 from moe_surgery.selection.rank import rank
@@ -96,9 +95,8 @@ def measure(checkpoint: str, texts: Path, max_tokens: int, work: Path) -> Row:
     found, seconds = rankings(checkpoint, files, work)
     rows: list[Row] = []
     for domain, (_, second) in files.items():
-        corpus = open_corpus(text_files([second]), Text(checkpoint), context=4096, max_tokens=max_tokens)
         start = time.perf_counter()
-        done = evaluate(checkpoint, corpus, plans=plans_for(domain, found, checkpoint))
+        done = evaluate(checkpoint, second, max_tokens=max_tokens, plans=plans_for(domain, found, checkpoint))
         seconds[f"evaluate, {domain}"] = time.perf_counter() - start
         rows.extend(row_of(domain, model) for model in done.models)
         click.echo(f"{domain}: evaluated", err=True)

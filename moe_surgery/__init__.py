@@ -21,9 +21,11 @@ if TYPE_CHECKING:
     from moe_surgery.checkpoint.checkpoint import Checkpoint
     from moe_surgery.families import describe
     from moe_surgery.pipeline import export_gguf, inspect, make_plan, prune
+    from moe_surgery.progress import Progress
     from moe_surgery.quality.evaluate import evaluate
     from moe_surgery.quality.job import profile
     from moe_surgery.quality.search import search
+    from moe_surgery.quality.text_files import TextFile
     from moe_surgery.runtime.generate import generate, stream
     from moe_surgery.runtime.load import load_model
     from moe_surgery.runtime.speculation.speculate import speculate
@@ -37,8 +39,10 @@ if TYPE_CHECKING:
 __all__ = [
     "Checkpoint",
     "Plan",
+    "Progress",
     "Ranking",
     "Statistics",
+    "TextFile",
     "__version__",
     "describe",
     "evaluate",
@@ -68,8 +72,10 @@ __all__ = [
 _HOMES = {
     "Checkpoint": ("moe_surgery.checkpoint.checkpoint", "Checkpoint"),
     "Plan": ("moe_surgery.selection.plan", "Plan"),
+    "Progress": ("moe_surgery.progress", "Progress"),
     "Ranking": ("moe_surgery.selection.ranking", "Ranking"),
     "Statistics": ("moe_surgery.selection.statistics", "Statistics"),
+    "TextFile": ("moe_surgery.quality.text_files", "TextFile"),
     "describe": ("moe_surgery.families", "describe"),
     "evaluate": ("moe_surgery.quality.evaluate", "evaluate"),
     "export_gguf": ("moe_surgery.pipeline", "export_gguf"),

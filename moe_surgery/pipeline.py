@@ -1,7 +1,8 @@
-"""Whole jobs over the rooms below: each is one documented call, and one command line on top of it."""
+"""Whole jobs over the packages below: each is one documented call, and one command line on top of it."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from moe_surgery.checkpoint.staging import stale_partials
 from moe_surgery.errors import PlanMismatchError
 from moe_surgery.families.identity import identity
 from moe_surgery.families.model import Model
+from moe_surgery.progress import Counter, OnProgress
 from moe_surgery.selection.given import PathLike
 from moe_surgery.selection.plan import Plan, as_plan, check_top_k, plan_keeping
 from moe_surgery.surgery.compiler import DEFAULT_SHARD_SIZE, compile_program
@@ -41,6 +43,7 @@ __all__ = [
     "prune",
 ]
 
+log = logging.getLogger("moe_surgery")
 PlanMaker = Callable[[Model], Plan]
 
 
@@ -116,8 +119,7 @@ def prune(
     ignore_unlisted: bool = False,
     card: bool = True,
     base_model: str | None = None,
-    on_start: Callable[[Program], None] | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: OnProgress | None = None,
     ops: FileOps | None = None,
 ) -> PruneResult:
     """Write the experts of `checkpoint` that `plan` keeps as the new checkpoint folder `out`.
@@ -130,13 +132,12 @@ def prune(
     refused. Other tensors keep their dtype. `max_shard_size` in bytes of tensors.
     `card` writes a model card as README.md (a README.md of the source becomes README.source.md in
     any case); `base_model` is the source's id on the hub, where its path and files do not say it.
-    `dry_run` stops before anything is written. `on_start` is told the program, `progress` the bytes
-    of shards as they pass (written, or re-checked from an interrupted run). `ops` is the table of
-    system calls.
+    `dry_run` stops before anything is written. `progress` is called with each `Progress`, in bytes of
+    shards (written, or checked again after an interrupted run). `ops` is the table of system calls.
 
     `out` appears whole or not at all, and the source is only ever read. Raises UsageError,
     InvalidInputError, PlanMismatchError, OutputError or DiskFullError, each with one line that says
-    what to do; interrupted (KeyboardInterrupt or a kill), the same call goes on where it stopped.
+    what to do; interrupted (KeyboardInterrupt or a kill), the same call resumes where it stopped.
     """
     # Nothing but prune needs these.
     from moe_surgery.card.card import with_card
@@ -153,8 +154,7 @@ def prune(
         if card:
             program = with_card(program, model, readme)
         target = check_output(opened, out, overwrite=overwrite)
-        if on_start:
-            on_start(program)
+        log.info("reading %.2f GB from %d shards", program.bytes_read / 1e9, len(program.sources))
         outcome = None
         if not dry_run:
             from moe_surgery.surgery.run import run_program
@@ -165,7 +165,7 @@ def prune(
                 target,
                 overwrite=overwrite,
                 ignore_free_space=ignore_free_space,
-                progress=progress,
+                progress=Counter(progress, "prune", program.nbytes, "bytes").advance,
                 ops=ops,
             )
     notes = [
@@ -188,8 +188,7 @@ def export_gguf(
     overwrite: bool = False,
     ignore_free_space: bool = False,
     ignore_unlisted: bool = False,
-    on_start: Callable[[GgufProgram], None] | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: OnProgress | None = None,
     ops: FileOps | None = None,
 ) -> ExportResult:
     """Write `checkpoint`, with `plan` applied to it if given, as the GGUF file `out` for llama.cpp.
@@ -197,8 +196,8 @@ def export_gguf(
     `plan` is a `Plan` or the path of a plan file. `top_k` replaces the plan's or the model's number of
     experts a token, up to the experts that are kept. Weights keep their format and bits, norms and biases
     become F32; `store` "mxfp4" converts experts. `name` is shown by programs (default: from the path).
-    `tokenizer` False leaves tokenizer and chat template out. `on_start` is told the program, `progress`
-    bytes of the file as they pass.
+    `tokenizer` False leaves tokenizer and chat template out. `progress` is called with each `Progress`, in
+    bytes of the file.
 
     `out` appears whole or not at all, and the source is only ever read. Raises UsageError,
     InvalidInputError, PlanMismatchError, OutputError or DiskFullError, each with one line that says
@@ -223,8 +222,7 @@ def export_gguf(
             name=name or default_name(opened.path),
             store=store,
         )
-        if on_start:
-            on_start(program)
+        log.info("reading %.2f GB, a tokenizer of %d tokens", program.bytes_read / 1e9, program.tokens)
         conversion = None
         if not dry_run:
             conversion = write_gguf(
@@ -233,7 +231,7 @@ def export_gguf(
                 target,
                 overwrite=overwrite,
                 ignore_free_space=ignore_free_space,
-                progress=progress,
+                progress=Counter(progress, "export", program.nbytes, "bytes").advance,
                 ops=ops,
             )
     return ExportResult(target, program, conversion, model.notes)

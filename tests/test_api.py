@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 import moe_surgery
-from moe_surgery import export_gguf, load_plan, make_card, plan_from_ranking, prune, rank
+from moe_surgery import Progress, export_gguf, load_plan, make_card, plan_from_ranking, prune, rank
 from moe_surgery.checkpoint.resolve import resolve
-from moe_surgery.errors import OutputError, PlanMismatchError
+from moe_surgery.errors import MoeSurgeryError, OutputError, PlanMismatchError, UsageError
 from moe_surgery.pipeline import check_statistics
 from moe_surgery.quality.evaluation import load_evaluation
 from moe_surgery.report.page import build_report
@@ -156,23 +156,117 @@ def test_profile_and_evaluate_take_the_path_of_a_plan(folder: Path, tmp_path: Pa
     pytest.importorskip("torch")
     pytest.importorskip("tokenizers")
     from moe_surgery import evaluate, profile
-    from moe_surgery.quality.corpus import open_corpus, text_files
-    from moe_surgery.runtime.text import Text
 
     notes, plan = tmp_path / "notes.txt", as_path(folder / "plan.json")
     notes.write_text("Twelve plus seven is nineteen. " * 4)
-    files = text_files([notes])
-    by_path = profile(TINY, files, tmp_path / "a", sequential=plan).statistics
-    by_plan = profile(TINY, files, tmp_path / "b", sequential=PLAN).statistics
+    by_path = profile(TINY, notes, tmp_path / "a", sequential=plan).statistics
+    by_plan = profile(TINY, [notes], tmp_path / "b", sequential=PLAN).statistics
     assert by_path.settings == by_plan.settings
     assert all(
         np.array_equal(x.gate, y.gate)
         for x, y in zip(by_path.data["notes"], by_plan.data["notes"], strict=True)
     )
-    corpus = open_corpus(files, Text(TINY), context=4096)
-    found = evaluate(TINY, corpus, plans=[plan, ("mine", plan), ("object", PLAN)])
+    found = evaluate(TINY, as_path(notes), plans=[plan, ("mine", plan), ("object", PLAN)])
     assert [m.name for m in found.models] == ["full", str(plan), "mine", "object"]
     assert found.models[1].domains == found.models[2].domains == found.models[3].domains
+
+
+# --- texts
+
+
+@pytest.fixture(scope="module")
+def sentences(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """law.txt, and chats.txt with rows of JSON under the name of a text."""
+    found = tmp_path_factory.mktemp("texts")
+    (found / "law.txt").write_text("The parties agree. " * 3)
+    (found / "chats.jsonl").write_text('{"text": "Twelve plus seven is nineteen."}\n' * 2)
+    return found
+
+
+def test_profile_search_and_evaluate_take_the_same_texts(sentences: Path, tmp_path: Path) -> None:
+    """Every form of the same texts gives the same files: a path, several, or the paths of each domain."""
+    pytest.importorskip("torch")
+    pytest.importorskip("tokenizers")
+    from moe_surgery import TextFile, evaluate, profile, search
+
+    law, chats = sentences / "law.txt", sentences / "chats.jsonl"
+    forms: dict[str, list[Any]] = {
+        "one": [law, str(law), [law], {"law": law}, {"law": [str(law)]}, TextFile(law, "law", "text")],
+        "two": [
+            [law, chats],
+            (p for p in (str(law), str(chats))),
+            {"law": [law], "chats": chats},
+            [TextFile(law, "law", "text"), chats],
+        ],
+    }
+    options: dict[str, Any] = {"context": 6, "max_tokens": 9}
+    for name, texts in forms.items():
+        results = []
+        for number, given in enumerate(texts):
+            listed = list(given) if not isinstance(given, (str, Path, dict, TextFile)) else given
+            out = tmp_path / f"{name}-{number}"
+            found = profile(TINY, listed, out.with_suffix(".stats"), **options)
+            ranking = search(TINY, listed, out.with_suffix(".json"), **options)
+            evaluation = evaluate(TINY, listed, plans=[("p", PLAN)], **options)
+            results.append((found.statistics.texts, found.output.read_bytes(), ranking, evaluation.to_json()))
+        assert all(result == results[0] for result in results), name
+        assert list(results[0][0]) == (["law"] if name == "one" else ["law", "chats"])
+
+
+def test_format_and_bounds_mean_the_same_to_all_three(sentences: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("tokenizers")
+    from moe_surgery import evaluate, profile, search
+
+    calls: list[Callable[..., object]] = [
+        lambda **o: profile(TINY, sentences / "law.txt", tmp_path / "s", **o),
+        lambda **o: search(TINY, sentences / "law.txt", tmp_path / "r", **o),
+        lambda **o: evaluate(TINY, sentences / "law.txt", plans=[("p", PLAN)], **o),
+    ]
+    for run in calls:
+        for options, named in (
+            ({"context": 0}, "`context` 0: this model takes 1 to 4096 tokens"),
+            ({"max_tokens": 0}, "`max_tokens` 0: must be at least 1"),
+            ({"format": "jsonl"}, "not a row of JSON|law.txt: line 1"),
+        ):
+            with pytest.raises(MoeSurgeryError, match=named):
+                run(**options)
+        with pytest.raises(TypeError, match="format"):
+            run(text_format="jsonl")
+    with pytest.raises(UsageError, match="no texts"):
+        evaluate(TINY, {}, plans=[("p", PLAN)])
+    wrong: Any = 7
+    with pytest.raises(TypeError):
+        evaluate(TINY, wrong, plans=[("p", PLAN)])
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- progress
+
+
+def test_every_long_job_reports_progress_in_one_shape(sentences: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("tokenizers")
+    from moe_surgery import evaluate, profile, search, verify
+
+    law = sentences / "law.txt"
+    jobs: dict[tuple[str, str], Callable[[Any], object]] = {
+        ("prune", "bytes"): lambda p: prune(TINY, tmp_path / "out", PLAN, progress=p),
+        ("verify", "bytes"): lambda p: verify(tmp_path / "out", source=TINY, progress=p),
+        ("export", "bytes"): lambda p: export_gguf(TINY, tmp_path / "out.gguf", progress=p),
+        ("profile", "tokens x layers"): lambda p: profile(TINY, law, tmp_path / "s", progress=p),
+        ("search", "layers"): lambda p: search(TINY, law, tmp_path / "r", progress=p),
+        ("evaluate", "tokens"): lambda p: evaluate(TINY, law, plans=[("p", PLAN)], progress=p),
+    }
+    for (stage, unit), job in jobs.items():
+        reports: list[Progress] = []
+        job(reports.append)
+        assert {(r.stage, r.unit, r.total) for r in reports} == {(stage, unit, reports[0].total)}
+        done = [r.done for r in reports]
+        assert done == sorted(done)
+        assert done[0] == 0 < done[-1]
+        if stage != "verify":  # whose total is that of files, some read twice
+            assert done[-1] == reports[-1].total
 
 
 # --- neither

@@ -82,10 +82,8 @@ def command(
     from moe_surgery.checkpoint.fileops import FileOps
     from moe_surgery.checkpoint.writer import write_file
     from moe_surgery.errors import UsageError
-    from moe_surgery.quality.corpus import open_corpus, text_files
+    from moe_surgery.quality.corpus import text_files
     from moe_surgery.quality.evaluate import BATCH_TOKENS, evaluate
-    from moe_surgery.quality.resume import default_context
-    from moe_surgery.runtime.text import Text
     from moe_surgery.selection.plan import load_plan
 
     terminal = terminal_of(click_context)
@@ -96,23 +94,21 @@ def command(
         )
     files = text_files(texts, domains, format)
     plans = [(str(path), load_plan(path)) for path in plan_files]
-    corpus = open_corpus(files, Text(ckpt), context=default_context(ckpt, context), max_tokens=max_tokens)
-    total = sum(len(passage.tokens) for passage in corpus)
-    if corpus.split:
-        terminal.say(f"note: {corpus.split} texts are longer than {corpus.context} tokens and were split")
-    with terminal.progress("evaluating", total, "tokens") as advance:
+    with terminal.job() as progress:
         found = evaluate(
             ckpt,
-            corpus,
+            files,
             plans=plans,
             pruned=pruned,
             top_k=top_k,
+            context=context,
+            max_tokens=max_tokens,
             answers_only=answers_only,
             batch_tokens=BATCH_TOKENS if batch_tokens is None else batch_tokens,
             device=device,
             dtype=torch_dtype(dtype),
             backend=backend,
-            progress=advance,
+            progress=progress,
         )
     if output is not None:
         write_file(output, found.to_json().encode(), FileOps())

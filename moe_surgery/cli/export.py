@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from moe_surgery.cli.options import OUTPUT, common, router_top_k, terminal_of
-from moe_surgery.cli.terminal import Advance, Terminal, count, size
+from moe_surgery.cli.terminal import Terminal, count, size
 
 if TYPE_CHECKING:
-    from moe_surgery.export.program import GgufProgram
     from moe_surgery.pipeline import ExportResult
 
 
@@ -77,14 +75,7 @@ def command(
     terminal = terminal_of(context)
     plan = None if plan_file is None else load_plan(plan_file)
     start = time.perf_counter()
-    with ExitStack() as stack:
-        advance: list[Advance] = []
-
-        def on_start(program: GgufProgram) -> None:
-            terminal.detail(f"reading {size(program.bytes_read)}, a tokenizer of {program.tokens} tokens")
-            if not dry_run:
-                advance.append(stack.enter_context(terminal.progress("exporting", program.nbytes)))
-
+    with terminal.job() as progress:
         result = export_gguf(
             ckpt,
             out,
@@ -97,8 +88,7 @@ def command(
             overwrite=overwrite,
             ignore_free_space=ignore_free_space,
             ignore_unlisted=ignore_unlisted,
-            on_start=on_start,
-            progress=lambda nbytes: advance[0](nbytes),
+            progress=progress,
         )
     seconds = time.perf_counter() - start
     if terminal.json:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,10 +18,10 @@ from moe_surgery.cli.options import (
     text_options,
     torch_dtype,
 )
-from moe_surgery.cli.terminal import Advance, Terminal
+from moe_surgery.cli.terminal import Terminal
 
 if TYPE_CHECKING:
-    from moe_surgery.quality.job import Listener, Profiled
+    from moe_surgery.quality.job import Profiled
 
 
 @click.command("profile")
@@ -78,7 +77,7 @@ def command(
     moe-surgery profile openai/gpt-oss-20b --texts law.jsonl --domain law -o law.stats
     moe-surgery profile openai/gpt-oss-20b --texts questions.jsonl --generate 256 -o own.stats
 
-    Stop it at any time; the same command goes on after the last finished batch.
+    Stop it at any time; the same command resumes after the last finished batch.
     """
     needs_torch("profile")
     from moe_surgery.quality.corpus import text_files
@@ -89,8 +88,8 @@ def command(
     check_new_output(output, [*texts, sequential])
     files = text_files(texts, domains, format)
     plan = None if sequential is None else load_plan(sequential)
-    terminal.after_interrupt = "; the same command goes on after the last finished batch"
-    with ExitStack() as stack:
+    terminal.after_interrupt = "; the same command resumes after the last finished batch"
+    with terminal.job() as progress:
         found = profile(
             ckpt,
             files,
@@ -103,29 +102,9 @@ def command(
             device=device,
             dtype=torch_dtype(dtype),
             backend=backend,
-            listener=_listener(terminal, stack),
+            progress=progress,
         )
     _print(terminal, found)
-
-
-def _listener(terminal: Terminal, stack: ExitStack) -> Listener:
-    from moe_surgery.quality.job import Listener
-
-    class Shown(Listener):
-        _advance: Advance = staticmethod(lambda _: None)
-
-        def start(self, stage: str, total: int) -> None:
-            stack.close()  # the bar of the stage before
-            title, unit = ("answering", "prompts") if stage == "answers" else ("profiling", "tokens x layers")
-            self._advance = stack.enter_context(terminal.progress(title, total, unit))
-
-        def advance(self, amount: int) -> None:
-            self._advance(amount)
-
-        def remark(self, text: str) -> None:
-            terminal.say(f"note: {text}")
-
-    return Shown()
 
 
 def _print(terminal: Terminal, found: Profiled) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,7 @@ import click
 
 from moe_surgery.cli.keep import first_of, keep_options, keeping
 from moe_surgery.cli.options import OUTPUT, SIZE, common, router_top_k, terminal_of
-from moe_surgery.cli.terminal import Advance, Terminal, count, size
+from moe_surgery.cli.terminal import Terminal, count, size
 from moe_surgery.errors import UsageError
 from moe_surgery.formats.expert_format import EXPERT_DTYPES
 
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from moe_surgery.families.model import Model
     from moe_surgery.pipeline import PruneResult
     from moe_surgery.selection.plan import Plan
-    from moe_surgery.surgery.program import Program
 
 
 @click.command("prune")
@@ -98,15 +96,9 @@ def command(
     terminal = terminal_of(context)
     plan = _plan_maker(plan_file, ranking, experts, kept, order)
     start = time.perf_counter()
-    with ExitStack() as stack:
-        advance: list[Advance] = []
-
-        def on_start(program: Program) -> None:
-            terminal.detail(f"reading {size(program.bytes_read)} from {len(program.sources)} shards")
-            if not dry_run:
-                terminal.after_interrupt = "; the same command goes on where it stopped"
-                advance.append(stack.enter_context(terminal.progress("pruning", program.nbytes)))
-
+    if not dry_run:
+        terminal.after_interrupt = "; the same command resumes where it stopped"
+    with terminal.job() as progress:
         result = prune(
             ckpt,
             out,
@@ -120,8 +112,7 @@ def command(
             ignore_unlisted=ignore_unlisted,
             card=card,
             base_model=base_model,
-            on_start=on_start,
-            progress=lambda nbytes: advance[0](nbytes),
+            progress=progress,
         )
     seconds = time.perf_counter() - start
     if terminal.json:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 
 import click
@@ -18,7 +17,6 @@ from moe_surgery.cli.options import (
     text_options,
     torch_dtype,
 )
-from moe_surgery.cli.terminal import Advance
 
 
 @click.command("search")
@@ -53,7 +51,7 @@ def command(
     moe-surgery search example:tiny --texts notes.txt --max-tokens 200 -o tiny-ranking.json
     moe-surgery search openai/gpt-oss-20b --texts law.jsonl --max-tokens 4096 -o law.json
 
-    Stop it at any time; the same command goes on after the last finished layer.
+    Stop it at any time; the same command resumes after the last finished layer.
     """
     needs_torch("search")
     from moe_surgery.quality.corpus import text_files
@@ -62,14 +60,8 @@ def command(
     terminal = terminal_of(click_context)
     check_new_output(output, texts)
     files = text_files(texts, domains, format)
-    terminal.after_interrupt = "; the same command goes on after the last finished layer"
-    with ExitStack() as stack:
-        advance: list[Advance] = []
-
-        def start(tokens: int, layers: int) -> None:
-            terminal.say(f"{tokens:,} tokens through {layers} layers")
-            advance.append(stack.enter_context(terminal.progress("searching", layers, "layers")))
-
+    terminal.after_interrupt = "; the same command resumes after the last finished layer"
+    with terminal.job() as progress:
         ranking = search(
             ckpt,
             files,
@@ -79,8 +71,7 @@ def command(
             device=device,
             dtype=torch_dtype(dtype),
             backend=backend,
-            start=start,
-            progress=lambda layers: advance[0](layers),
+            progress=progress,
         )
     errors, settings = ranking.provenance["errors"], ranking.provenance["settings"]
     assert isinstance(errors, list)

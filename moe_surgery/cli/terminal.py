@@ -10,7 +10,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
@@ -21,10 +21,21 @@ from moe_surgery.errors import CheckpointWarning
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from moe_surgery.progress import OnProgress, Progress
+
 __all__ = ["Terminal", "count", "size"]
 
 PLAIN_PROGRESS_SECONDS = 10.0
 PIPE_WIDTH = 200
+STAGES = {
+    "prune": "pruning",
+    "export": "exporting",
+    "verify": "verifying",
+    "answer": "answering",
+    "profile": "profiling",
+    "search": "searching",
+    "evaluate": "evaluating",
+}
 Advance = Callable[[int], None]
 
 
@@ -124,6 +135,25 @@ class Terminal:
                 usual(message, category, *rest, **more)
 
         return show
+
+    @contextmanager
+    def job(self) -> Iterator[OnProgress]:
+        """Show each stage of a job while the block runs; yields the library's `progress`."""
+        with ExitStack() as stack:
+            shown: Progress | None = None
+            advance: Advance = lambda _: None  # noqa: E731
+
+            def show(progress: Progress) -> None:
+                nonlocal shown, advance
+                if shown is None or shown.stage != progress.stage:
+                    stack.close()  # the bar of the stage before
+                    title = STAGES[progress.stage]
+                    advance = stack.enter_context(self.progress(title, progress.total, progress.unit))
+                    shown = None
+                advance(progress.done - (shown.done if shown else 0))
+                shown = progress
+
+            yield show
 
     @contextmanager
     def progress(self, title: str, total: int, unit: str = "bytes") -> Iterator[Advance]:

@@ -39,23 +39,19 @@ def command(
     moe-surgery verify some-downloaded-model --structure-only
     """
     from moe_surgery.checkpoint.files import printable_path
-    from moe_surgery.checkpoint.resolve import resolve
     from moe_surgery.checkpoint.text import printable
     from moe_surgery.surgery.verify import verify_checkpoint
 
     terminal = terminal_of(context)
     if structure_only and source:
         raise click.UsageError("--source compares bytes, --structure-only reads none; choose one")
-    folder = resolve(out)
-    total = sum(f.stat().st_size for f in folder.iterdir() if f.is_file()) if folder.is_dir() else 0
-    total *= 0 if structure_only else 2 if source else 1
-    with terminal.progress("verifying", total) as advance:
+    with terminal.job() as progress:
         found = verify_checkpoint(
             out,
             source=source,
             structure_only=structure_only,
             weights_only=weights_only,
-            progress=advance,
+            progress=progress,
         )
     if terminal.json:
         terminal.data({"output": out, "ok": found.ok, **asdict(found)})

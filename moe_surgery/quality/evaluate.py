@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -14,13 +15,17 @@ from moe_surgery import families
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.errors import InvalidInputError, UsageError
 from moe_surgery.families.identity import identity
+from moe_surgery.progress import Counter, OnProgress
 from moe_surgery.quality.candidates import Candidate, pruned_candidate
-from moe_surgery.quality.corpus import Corpus, Passage, batches
+from moe_surgery.quality.corpus import Passage, batches, open_corpus
 from moe_surgery.quality.evaluation import Evaluated, Evaluation, Quality
 from moe_surgery.quality.hidden_states import HiddenStates
 from moe_surgery.quality.layerwise import apply_attention, apply_experts, embed, logits_of
+from moe_surgery.quality.resume import default_context
+from moe_surgery.quality.text_files import Texts, as_text_files
 from moe_surgery.runtime.load import load_model
 from moe_surgery.runtime.model import Model
+from moe_surgery.runtime.text import Text
 from moe_surgery.selection.given import Named, loaded_pairs
 from moe_surgery.selection.plan import Plan, check_top_k, load_plan, plan_keeping
 
@@ -28,7 +33,7 @@ __all__ = ["evaluate", "evaluate_passages"]
 
 BATCH_TOKENS = 8192
 LOGIT_BYTES = 64 << 20
-Progress = Callable[[int], None]
+log = logging.getLogger("moe_surgery")
 
 
 @dataclass(slots=True)
@@ -51,26 +56,30 @@ class _Sums:
 
 def evaluate(
     checkpoint: str | os.PathLike[str],
-    corpus: Corpus,
+    texts: Texts,
     *,
     plans: Named[Plan] = (),
     pruned: Sequence[str | os.PathLike[str]] = (),
     top_k: int | None = None,
+    context: int | None = None,
+    max_tokens: int | None = None,
+    format: str | None = None,
     answers_only: bool = False,
     batch_tokens: int = BATCH_TOKENS,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     backend: str | None = None,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Evaluation:
-    """What plans and pruned checkpoints cost against the full `checkpoint` on the texts of `corpus`.
+    """What plans and pruned checkpoints cost against the full `checkpoint` on `texts`.
 
     Plans (with the names they get, or as paths of plan files) are evaluated as views: nothing is
     written. All models go through a layer together, which is then let go, so memory holds one layer and
     each model's hidden states for a batch. `top_k` is how many experts the router chooses for a token in
     all plans and pruned checkpoints; without any, the full model is compared with itself with that top-k.
-    `answers_only` counts tokens of the conversations' answers alone. `progress` is told the tokens that
-    all models are done with.
+    `answers_only` counts tokens of the conversations' answers alone. `texts`, `format`, `context` and
+    `max_tokens` as for `profile`. `progress` is called with each `Progress`, in tokens that all models are
+    done with; texts that were split are a warning of the logger "moe_surgery".
 
     Raises UsageError where there is nothing to predict or `top_k` is not from 1 to the experts kept,
     PlanMismatchError for a plan or checkpoint of another model, and any error of opening the checkpoint.
@@ -93,8 +102,18 @@ def evaluate(
     for path in pruned:
         other = load_model(path, device, dtype, backend=backend, top_k=top_k, one_layer=True)
         candidates.append(pruned_candidate(os.fspath(path), other, model))
+    corpus = open_corpus(
+        as_text_files(texts, format),
+        Text(checkpoint),
+        context=default_context(checkpoint, context),
+        max_tokens=max_tokens,
+    )
+    total = sum(len(p.tokens) for p in corpus)  # reads all texts once, before any long work
+    if corpus.split:
+        log.warning("%d texts are longer than %d tokens and were split", corpus.split, corpus.context)
+    done = Counter(progress, "evaluate", total, "tokens")
     groups = batches(corpus, batch_tokens)
-    models = evaluate_passages(model, groups, candidates, answers_only=answers_only, progress=progress)
+    models = evaluate_passages(model, groups, candidates, answers_only=answers_only, progress=done.advance)
     settings: dict[str, object] = {
         **model.computation,
         "context": corpus.context,
@@ -113,12 +132,12 @@ def evaluate_passages(
     candidates: Sequence[Candidate],
     *,
     answers_only: bool = False,
-    progress: Progress | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> tuple[Evaluated, ...]:
     """The full `model` and the candidates on batches of passages, in that order.
 
     Raises UsageError where no batch has a token to predict, InvalidInputError where a model's predictions
-    are no numbers (weights that overflow in the compute dtype).
+    are not finite (weights that overflow in the compute dtype). `progress` is called with each batch's tokens.
     """
     experts = model.layers[0].router.weight.shape[0]
     full = Candidate("full", (tuple(range(experts)),) * len(model.layers))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -15,10 +16,12 @@ from moe_surgery import families
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.errors import InvalidInputError, UsageError
 from moe_surgery.families.identity import identity
+from moe_surgery.progress import Counter, OnProgress
 from moe_surgery.quality.answers import generate_answers
-from moe_surgery.quality.corpus import Passage, TextFile, batches, open_corpus
+from moe_surgery.quality.corpus import Passage, batches, open_corpus
 from moe_surgery.quality.profile import profile_passages
 from moe_surgery.quality.resume import check_writable, default_context, job_digest, partial_path
+from moe_surgery.quality.text_files import Texts, as_text_files
 from moe_surgery.runtime.load import load_model
 from moe_surgery.runtime.text import Text
 from moe_surgery.selection.given import PathLike
@@ -32,22 +35,10 @@ from moe_surgery.selection.statistics import (
 )
 from moe_surgery.version import __version__
 
-__all__ = ["BATCH_TOKENS", "Listener", "Profiled", "profile"]
+__all__ = ["BATCH_TOKENS", "Profiled", "profile"]
 
 BATCH_TOKENS = 8192
-
-
-class Listener:
-    """What `profile` tells as it goes; every method may be overridden."""
-
-    def start(self, stage: str, total: int) -> None:
-        """A stage begins: "answers" (total prompts) or "profile" (total tokens x layers)."""
-
-    def advance(self, amount: int) -> None:
-        """So much of the stage is done."""
-
-    def remark(self, text: str) -> None:
-        """Something a user should know."""
+log = logging.getLogger("moe_surgery")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,33 +52,35 @@ class Profiled:
 
 def profile(
     checkpoint: str | os.PathLike[str],
-    files: Sequence[TextFile],
+    texts: Texts,
     output: str | os.PathLike[str],
     *,
     context: int | None = None,
     max_tokens: int | None = None,
+    format: str | None = None,
     batch_tokens: int = BATCH_TOKENS,
     generate: int | None = None,
     sequential: Plan | PathLike | None = None,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     backend: str | None = None,
-    listener: Listener | None = None,
+    progress: OnProgress | None = None,
 ) -> Profiled:
     """Run texts through a checkpoint one layer at a time and save what its experts did.
 
-    `files` as `corpus.text_files` makes them. `context`: most tokens of a passage (default 4096 or
-    the model's); longer texts are split. `max_tokens` bounds each domain. All passages of a batch of
+    `texts`: paths, or the paths of each domain by its name (see `Texts`); `format` says what they hold where
+    names and first rows do not ("text", "jsonl", "chat"). `context`: most tokens of a passage (default 4096
+    or the model's); longer texts are split. `max_tokens` bounds each domain. All passages of a batch of
     `batch_tokens` go through a layer before the next one is touched: memory holds a layer and the
     batch's hidden states. `generate`: the model first answers each conversation in so many tokens.
     `sequential`: layers see what earlier layers give with the experts of this plan (or of the plan file of
-    that path) only. `device`, `dtype` and `backend` are as for `load_model`.
+    that path) only. `device`, `dtype` and `backend` are as for `load_model`. `progress` is called with
+    each `Progress`; texts that were split or skipped are warnings of the logger "moe_surgery".
 
-    After each batch the sums so far go to `.NAME.partial` beside `output`; the same call goes on
+    After each batch the sums so far go to `.NAME.partial` beside `output`; the same call resumes
     there. Raises UsageError, InvalidInputError (a file without text, not UTF-8, malformed),
     PlanMismatchError, OutputError.
     """
-    told = listener or Listener()
     out = Path(output)
     with Checkpoint.open(checkpoint) as opened:
         described = families.describe(opened)
@@ -101,6 +94,7 @@ def profile(
     check_writable(out, partial)
     model = load_model(checkpoint, device, dtype, backend=backend, one_layer=True)
     text = Text(checkpoint)
+    files = as_text_files(texts, format)
     corpus = open_corpus(files, text, context=default_context(checkpoint, context), max_tokens=max_tokens)
     settings: dict[str, object] = {
         **model.computation,
@@ -115,27 +109,26 @@ def profile(
     passages: Iterable[Passage] = corpus
     if generate is not None:
         whole = load_model(checkpoint, device, dtype, backend=backend)
-        told.start("answers", sum(1 for _ in corpus.prompts()))
+        answered = Counter(progress, "answer", sum(1 for _ in corpus.prompts()), "prompts")
         file = out.with_name(f"{out.name}.answers.jsonl")
         stops = text.stop_tokens or None
         passages, skipped = generate_answers(
-            whole, corpus, generate, file, job=job, stop_tokens=stops, progress=told.advance
+            whole, corpus, generate, file, job=job, stop_tokens=stops, progress=answered.advance
         )
         del whole
         if skipped:
-            told.remark(f"{skipped} prompts leave no room for an answer in the context and were skipped")
+            log.warning("%d prompts leave no space for an answer in the context and were skipped", skipped)
     total = sum(len(p.tokens) for p in passages)  # reads all texts once, before any long work
     if corpus.split:
-        told.remark(f"{corpus.split} texts are longer than {corpus.context} tokens and were split")
+        log.warning("%d texts are longer than %d tokens and were split", corpus.split, corpus.context)
     found, finished = _resumed(partial, job)
     resumed = sum(found.tokens.values()) if found else 0
     layers = len(model.layers)
-    told.start("profile", total * layers)
-    told.advance(resumed * layers)
+    profiled = Counter(progress, "profile", total * layers, "tokens x layers", done=resumed * layers)
     for number, batch in enumerate(batches(passages, batch_tokens)):
         if number < finished:
             continue
-        data = profile_passages(model, batch, sequential=sequential, progress=told.advance)
+        data = profile_passages(model, batch, sequential=sequential, progress=profiled.advance)
         _check_finite(data, str(checkpoint))
         part = Statistics(
             described.model_type,
@@ -152,8 +145,9 @@ def profile(
         save_statistics(found, partial)
     assert found is not None
     if generate is not None:  # files hold prompts only; the tokens counted are the domain's
-        for told_text in (t for texts in corpus.texts.values() for t in texts):
-            told_text.pop("tokens")
+        for listed in corpus.texts.values():
+            for text_ in listed:
+                text_.pop("tokens")
     for domain in found.domains:
         listed = corpus.texts.get(domain) or corpus.texts[domain.rpartition(":")[0]]
         found.texts[domain] = [text for text in listed if text.get("tokens") != 0]  # the bound was met before

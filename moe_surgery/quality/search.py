@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -16,9 +16,11 @@ from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.checkpoint.writer import write_file
 from moe_surgery.families.identity import identity
-from moe_surgery.quality.corpus import TextFile, open_corpus
+from moe_surgery.progress import Counter, OnProgress
+from moe_surgery.quality.corpus import open_corpus
 from moe_surgery.quality.greedy_elimination import LayerOrder, reconstruct
 from moe_surgery.quality.resume import check_writable, default_context, job_digest, partial_path
+from moe_surgery.quality.text_files import Texts, as_text_files
 from moe_surgery.runtime.load import load_model
 from moe_surgery.runtime.text import Text
 from moe_surgery.selection.ranking import Ranking
@@ -27,28 +29,29 @@ from moe_surgery.version import __version__
 __all__ = ["METHOD", "search"]
 
 METHOD = "reconstruction"
+log = logging.getLogger("moe_surgery")
 
 
 def search(
     checkpoint: str | os.PathLike[str],
-    files: Sequence[TextFile],
+    texts: Texts,
     output: str | os.PathLike[str],
     *,
     context: int | None = None,
     max_tokens: int | None = None,
+    format: str | None = None,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     backend: str | None = None,
-    start: Callable[[int, int], None] | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: OnProgress | None = None,
 ) -> Ranking:
     """Rank each layer's experts by how well the first n rebuild its output on texts; save the ranking.
 
-    `files` as `corpus.text_files` makes them, all domains together; `context` and `max_tokens` as for
-    `profile`. All tokens go through together (see `reconstruct` for what that costs). `start` is told
-    tokens and layers, `progress` each layer that is done. After each layer the orders so far go to
-    `.NAME.partial` beside `output`; the same call goes on there. Raises UsageError, InvalidInputError
-    and OutputError.
+    All domains together; `texts`, `format`, `context` and `max_tokens` as for `profile`. All tokens go through
+    together (see `reconstruct` for what that costs). `progress` is called with each `Progress`.
+
+    After each layer the orders so far go to `.NAME.partial` beside `output`; the same call resumes there.
+    Raises UsageError, InvalidInputError and OutputError.
     """
     out = Path(output)
     partial = partial_path(out)
@@ -57,6 +60,7 @@ def search(
         described = families.describe(opened)
         known = identity(opened, described)
     model = load_model(checkpoint, device, dtype, backend=backend, one_layer=True)
+    files = as_text_files(texts, format)
     corpus = open_corpus(
         files, Text(checkpoint), context=default_context(checkpoint, context), max_tokens=max_tokens
     )
@@ -69,18 +73,15 @@ def search(
     passages = list(corpus)
     tokens = sum(len(p.tokens) for p in passages)
     done = _resumed(partial, job)
-    if start:
-        start(tokens, described.layers)
-    if progress:
-        progress(len(done))
+    log.info("%d tokens through %d layers", tokens, described.layers)
+    searched = Counter(progress, "search", described.layers, "layers", done=len(done))
     orders = list(done)
 
     def finished(_: int, order: LayerOrder) -> None:
         orders.append(order)
         said = {"job": job, "layers": [asdict(o) for o in orders]}
         write_file(partial, json.dumps(said).encode(), FileOps())
-        if progress:
-            progress(1)
+        searched.advance(1)
 
     reconstruct(model, passages, known=done, finished=finished)
     ranking = Ranking(

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from moe_surgery.checkpoint.kinds import NOT_TEXTS, kind_of, wrong_kind
 from moe_surgery.errors import InvalidInputError, OutputError, UsageError
 from moe_surgery.quality.json_list import JsonList
 
-__all__ = ["FORMATS", "TextFile", "blocks", "rows", "text_files"]
+__all__ = ["FORMATS", "TextFile", "Texts", "as_text_files", "blocks", "rows", "text_files"]
 
 FORMATS = ("text", "jsonl", "chat")
 READ_BYTES = 1 << 20
@@ -66,6 +66,29 @@ class TextFile:
     path: Path
     domain: str
     format: str
+
+
+Path_ = str | os.PathLike[str]
+Texts = Path_ | TextFile | Iterable[Path_ | TextFile] | Mapping[str, Path_ | Iterable[Path_]]
+"""Texts to read: one path or several, each a domain by its file's name; or the paths of each domain, by its
+name."""
+
+
+def as_text_files(texts: Texts, format: str | None = None) -> tuple[TextFile, ...]:
+    """`texts` with their domains and formats; `format` as for `text_files`, which also says what is raised.
+
+    Raises TypeError for what is no path.
+    """
+    if isinstance(texts, Mapping):
+        pairs = [(domain, path) for domain, paths in texts.items() for path in _listed(paths)]
+        return text_files([Path(p) for _, p in pairs], [domain for domain, _ in pairs], format)
+    return tuple(
+        t if isinstance(t, TextFile) else text_files([Path(t)], format=format)[0] for t in _listed(texts)
+    )
+
+
+def _listed(texts: Any) -> list[Any]:
+    return [texts] if isinstance(texts, (str, os.PathLike, TextFile)) else list(texts)
 
 
 def text_files(

@@ -22,6 +22,7 @@ from moe_surgery.engine.digest import FileDigest, digest_chunks
 from moe_surgery.engine.spans import Copy, Span
 from moe_surgery.engine.stream import stream
 from moe_surgery.errors import MoeSurgeryError, OutputError, VerificationError
+from moe_surgery.progress import Counter, OnProgress
 from moe_surgery.surgery.compiler import compile_program
 from moe_surgery.surgery.manifest import FileRecord, Manifest, load_manifest
 from moe_surgery.surgery.names import MANIFEST_NAME
@@ -31,8 +32,6 @@ from moe_surgery.surgery.program import OutputShard, OutputTensor
 __all__ = ["Verification", "verify_checkpoint"]
 
 SHARD_SUFFIX = ".safetensors"
-
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +62,7 @@ def verify_checkpoint(
     source: str | os.PathLike[str] | Folder | None = None,
     structure_only: bool = False,
     weights_only: bool = False,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Verification:
     """Check the checkpoint folder `out`; every problem found is reported, not only the first.
 
@@ -72,7 +71,7 @@ def verify_checkpoint(
     manifest's plan makes of the source. With `weights_only` a file beside the shards (README.md,
     config.json, tokenizer) that was edited or is missing is a note, not a problem; config and index must
     still agree with the shards. Without upstream digests, damage that was in the source
-    before the surgery cannot be seen.
+    before the surgery cannot be seen. `progress` is called with each `Progress`, in bytes.
 
     Raises OutputError where `out` is no folder, or holds no manifest and `structure_only` is off,
     and any error of opening `source`.
@@ -80,11 +79,14 @@ def verify_checkpoint(
     folder = resolve(out)
     if not folder.is_dir():
         raise OutputError(f"{printable_path(folder)}: is a file; name the folder of the checkpoint")
-    return _Verifier(folder, progress or (lambda _: None)).run(source, structure_only, weights_only)
+    reads = 0 if structure_only else 2 if source is not None else 1
+    total = reads * sum(entry.stat().st_size for entry in os.scandir(folder) if entry.is_file())
+    counter = Counter(progress, "verify", total, "bytes")
+    return _Verifier(folder, counter.advance).run(source, structure_only, weights_only)
 
 
 class _Verifier:
-    def __init__(self, folder: Path, progress: Progress) -> None:
+    def __init__(self, folder: Path, progress: Callable[[int], None]) -> None:
         self._folder = folder
         self._progress = progress
         self._problems: list[str] = []

@@ -207,10 +207,10 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         ["surgery", TINY, "--expert-counts", "33"],
         "--expert-counts 33: the model has 32",
     ),
-    "a picture of no kind": (["kernels", "--plot", "out.txt"], "--plot out.txt: name a file that ends in"),
+    "a picture of no kind": (["kernels", "--plot", "out.txt"], "out.txt: name a file that ends in"),
     "a picture nowhere": (
         ["kernels", "--plot", "/nowhere/a.png"],
-        "--plot /nowhere/a.png: is a folder, or in",
+        "/nowhere/a.png: is a folder, or in",
     ),
     "no such backend": (["kernels", "--backend", "magic"], "--backend magic: unknown; known: "),
 }
@@ -243,7 +243,7 @@ def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_measured(
 def test_without_matplotlib_the_extra_is_named(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     ended = call(capsys, "bench", "kernels", "--plot", "a.png")
-    line = "moe-surgery: --plot needs the matplotlib package: pip install 'moe-surgery[report]'"
+    line = "moe-surgery: a plot needs the matplotlib package: pip install 'moe-surgery[report]'"
     assert (ended.code, ended.error) == (2, line)
 
 

@@ -271,7 +271,10 @@ def test_a_template_that_may_not_or_cannot_is_one_line(
 def test_a_chat_without_a_template_is_one_line(capsys: Capture, tiny: Path) -> None:
     (tiny / "chat_template.jinja").unlink()
     line = refused(call(capsys, "generate", tiny, "--chat", "Hi"), 5)
-    assert line == f"{tiny}/chat_template.jinja: not found; this model has no chat template, use --prompt"
+    assert (
+        line
+        == f"{tiny}/chat_template.jinja: not found; this model has no chat template; give it a plain prompt"
+    )
 
 
 # --- speculation

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 from pathlib import Path
 
@@ -22,7 +23,7 @@ COMMANDS_ARE_MEANT = {
     "card/method.py": "the commands that make such a checkpoint",
     "card/usage.py": "the commands that use one",
     "checkpoint/kinds.py": "which command takes a kind of file",
-    "checkpoint/locate.py": "the hub's own command that downloads",
+    "checkpoint/resolve.py": "the hub's own command that downloads",
     "demo.py": "the commands that it shows",
     "report/page.py": "names of CSS variables",
 }
@@ -89,30 +90,16 @@ def test_python_reads_the_parameter_and_a_terminal_the_option(
     assert "`" not in ended.err
 
 
-@pytest.mark.parametrize(
-    ("command", "function"),
-    [("profile", "profile"), ("search", "search"), ("prune", "prune")],
-)
-def test_an_option_carries_the_name_of_its_parameter(command: str, function: str) -> None:
+@pytest.mark.parametrize("job", ["profile", "search", "evaluate", "prune", "export"])
+def test_an_option_carries_the_name_of_its_parameter(job: str) -> None:
     """So that a message about the one is a message about the other."""
-    import inspect
-
     pytest.importorskip("torch")
-    known = set(inspect.signature(getattr(moe_surgery, function)).parameters)
-    ours = {
-        "json",
-        "verbose",
-        "quiet",
-        "debug",
-        "domains",
-        "plan_file",
-        "ranking",
-        "experts",
-        "kept",
-        "order",
-    }
-    options = {p.name for p in at((command,)).params if isinstance(p, click.Option)}
-    assert options - known - ours <= {"plan_files", "output", "texts", "format"}
+    function = getattr(moe_surgery, {"export": "export_gguf"}.get(job, job))
+    known = set(inspect.signature(function).parameters)
+    options = {p.name for p in at((job,)).params if isinstance(p, click.Option)}
+    everywhere = {"json", "verbose", "quiet", "debug"}
+    choose_experts = {"plan_file", "plan_files", "ranking", "experts", "kept", "order"}
+    assert options - known - everywhere - choose_experts <= {"domains", "output"}
 
 
 def test_a_checkpoint_names_the_flag_that_reads_it_anyway(tmp_path: Path) -> None:

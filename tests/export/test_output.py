@@ -16,6 +16,7 @@ import pytest
 from moe_surgery import export_gguf
 from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.errors import DiskFullError, InvalidInputError, MoeSurgeryError, OutputError, UsageError
+from moe_surgery.progress import Progress
 from tests.support.checkpoints import Shape, write_checkpoint, write_sparse_checkpoint
 from tests.support.command import ended, run, siblings, start, untouched, wait_for
 from tests.support.faults import FaultyOps, ShortOps, open_files
@@ -207,8 +208,10 @@ def test_space_is_checked_before_the_first_byte(small: Path, tmp_path: Path) -> 
 
 
 def test_an_interrupt_leaves_nothing(small: Path, tmp_path: Path) -> None:
-    def interrupt(_: int) -> None:
-        raise KeyboardInterrupt
+    def interrupt(progress: Progress) -> None:
+        assert (progress.stage, progress.unit) == ("export", "bytes")
+        if progress.done:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         export_gguf(small, tmp_path / "out.gguf", tokenizer=False, progress=interrupt)

@@ -17,6 +17,7 @@ pytest.importorskip("transformers")
 from moe_surgery import prune  # noqa: E402
 from moe_surgery.checkpoint.resolve import resolve  # noqa: E402
 from moe_surgery.errors import InvalidInputError, PlanMismatchError, UsageError  # noqa: E402
+from moe_surgery.progress import Progress  # noqa: E402
 from moe_surgery.quality import evaluate as module  # noqa: E402
 from moe_surgery.quality.candidates import Candidate  # noqa: E402
 from moe_surgery.quality.corpus import Corpus, Passage, open_corpus, text_files  # noqa: E402
@@ -106,7 +107,7 @@ def assert_close(mine: Quality, theirs: Quality) -> None:
 
 @pytest.fixture(scope="module")
 def found(text: Text, paths: list[Path]) -> Evaluation:
-    return evaluate(TINY, opened(text, *paths), plans=list(PLANS.items()), dtype=F32)
+    return evaluate(TINY, paths, plans=list(PLANS.items()), dtype=F32)
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +167,7 @@ def test_on_answers_only_answers_count(
     name: str, routed: Routed, full: list[Seen], text: Text, paths: list[Path]
 ) -> None:
     passages, plan = list(opened(text, *paths)), PLANS[name]
-    evaluation = evaluate(TINY, opened(text, *paths), plans=[(name, plan)], answers_only=True, dtype=F32)
+    evaluation = evaluate(TINY, paths, plans=[(name, plan)], answers_only=True, dtype=F32)
     theirs = expected(passages, full, seen(routed, plan, passages), answers_only=True)
     assert evaluation.domains == ["talk"] == list(theirs)
     assert_close(evaluation.models[1].domains["talk"], theirs["talk"])
@@ -178,7 +179,12 @@ def test_split_texts_are_texts_of_their_own(context: int, routed: Routed, text: 
     for answers_only in (False, True):
         corpus = opened(text, texts / "talk.jsonl", context=context)
         evaluation = evaluate(
-            TINY, corpus, plans=[("x", PLANS["eight"])], answers_only=answers_only, dtype=F32
+            TINY,
+            texts / "talk.jsonl",
+            context=context,
+            plans=[("x", PLANS["eight"])],
+            answers_only=answers_only,
+            dtype=F32,
         )
         passages = list(corpus)
         whole = [routed.see(p.tokens) for p in passages]
@@ -191,10 +197,10 @@ def test_batches_and_pieces_of_any_size_give_the_same_figures(
     batch_tokens: int, found: Evaluation, text: Text, paths: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "LOGIT_BYTES", 2048 * 4 * 7)
-    done: list[int] = []
+    done: list[Progress] = []
     again = evaluate(
         TINY,
-        opened(text, *paths),
+        paths,
         plans=list(PLANS.items()),
         dtype=F32,
         batch_tokens=batch_tokens,
@@ -204,12 +210,14 @@ def test_batches_and_pieces_of_any_size_give_the_same_figures(
         for domain, quality in theirs.domains.items():
             assert_close(mine.domains[domain], quality)
     told = sum(int(str(t["tokens"])) for listed in again.texts.values() for t in listed)
-    assert sum(done) == told == sum(len(p.tokens) for p in opened(text, *paths))
+    assert {(p.stage, p.total, p.unit) for p in done} == {("evaluate", told, "tokens")}
+    assert [p.done for p in done] == sorted(p.done for p in done)
+    assert done[-1].done == told == sum(len(p.tokens) for p in opened(text, *paths))
 
 
 def test_provenance_texts_and_checkpoint_are_recorded(text: Text, texts: Path) -> None:
     plan = replace(PLANS["eight"], provenance={"method": "reap", "domains": ["law"]})
-    evaluation = evaluate(TINY, opened(text, texts / "words.jsonl"), plans=[("p.json", plan)], dtype=F32)
+    evaluation = evaluate(TINY, texts / "words.jsonl", plans=[("p.json", plan)], dtype=F32)
     assert evaluation.models[1].provenance == plan.provenance
     assert evaluation.models[0].provenance == {}
     assert evaluation.texts["words"][0]["name"] == "words.jsonl"
@@ -235,7 +243,7 @@ def test_a_view_has_exactly_the_figures_of_the_pruned_checkpoint(
     prune(TINY, tmp_path / "bf16", PLANS["eight"], store="bf16")
     evaluation = evaluate(
         TINY,
-        opened(text, *paths),
+        paths,
         plans=[("a", PLANS["eight"]), ("b", PLANS["top-2 of eight"])],
         pruned=[pruned, tmp_path / "two", tmp_path / "bf16"],
         dtype=dtype,
@@ -268,9 +276,7 @@ def test_a_published_checkpoint_is_understood_by_its_mapping(tmp_path: Path, tex
     shuffled = {n: dict(sorted(row.items())) for n, row in mapping.items()}
     (mapped / "expert_mapping.json").write_text(json.dumps(shuffled))
     (bare / "expert_mapping.json").unlink()
-    evaluation = evaluate(
-        TINY, opened(text, texts / "words.jsonl"), plans=[("x", plan)], pruned=[mapped, bare], dtype=F32
-    )
+    evaluation = evaluate(TINY, texts / "words.jsonl", plans=[("x", plan)], pruned=[mapped, bare], dtype=F32)
     _, view, by_mapping, unknown = (m.domains["words"] for m in evaluation.models)
     assert by_mapping == view
     assert sum(view.redirected) > 0
@@ -282,11 +288,11 @@ def test_a_cut_of_a_cut_tells_no_redirected_routes_of_the_first_source(
     pruned: Path, tmp_path: Path, text: Text, texts: Path
 ) -> None:
     prune(pruned, tmp_path / "four", Plan("gpt_oss", 8, ((0, 2, 4, 6),) * 4))
-    evaluation = evaluate(TINY, opened(text, texts / "words.jsonl"), pruned=[tmp_path / "four"], dtype=F32)
+    evaluation = evaluate(TINY, texts / "words.jsonl", pruned=[tmp_path / "four"], dtype=F32)
     assert evaluation.models[1].experts == (4,) * 4
     assert evaluation.models[1].domains["words"].redirected == ()
     assert evaluation.models[1].overall.redirected == ()
-    nearer = evaluate(pruned, opened(text, texts / "words.jsonl"), pruned=[tmp_path / "four"], dtype=F32)
+    nearer = evaluate(pruned, texts / "words.jsonl", pruned=[tmp_path / "four"], dtype=F32)
     assert len(nearer.models[1].domains["words"].redirected) == 4
 
 
@@ -314,14 +320,14 @@ def test_a_mapping_that_makes_no_sense_is_named(case: str, pruned: Path, tmp_pat
     (folder / "expert_mapping.json").write_text(json.dumps(MAPPINGS[case]))
     (tmp_path / "x.txt").write_text("One and two.")
     with pytest.raises(InvalidInputError, match=r"expert_mapping\.json"):
-        evaluate(TINY, opened(text, tmp_path / "x.txt"), pruned=[folder])
+        evaluate(TINY, tmp_path / "x.txt", pruned=[folder])
 
 
 # --- what is refused
 
 
 def test_plans_and_checkpoints_of_other_models_are_refused(tmp_path: Path, text: Text, texts: Path) -> None:
-    corpus = opened(text, texts / "words.jsonl")
+    corpus = texts / "words.jsonl"
     with pytest.raises(PlanMismatchError, match="the plan is for gpt_oss with 4 layers of 8 experts"):
         evaluate(TINY, corpus, plans=[("x", Plan("gpt_oss", 8, ((0,),) * 4))])
     other = write_checkpoint(tmp_path / "other", Shape(layers=2))
@@ -332,12 +338,12 @@ def test_plans_and_checkpoints_of_other_models_are_refused(tmp_path: Path, text:
 def test_texts_with_nothing_to_predict_are_refused(tmp_path: Path, text: Text, texts: Path) -> None:
     (tmp_path / "x.txt").write_text("One and two.")
     with pytest.raises(UsageError, match="no token to predict; give longer ones"):
-        evaluate(TINY, opened(text, tmp_path / "x.txt", context=1), plans=[("x", PLANS["eight"])])
+        evaluate(TINY, tmp_path / "x.txt", context=1, plans=[("x", PLANS["eight"])])
     for name in ("words.jsonl", "asked.jsonl"):
         with pytest.raises(UsageError, match=r"no token to predict in an answer .*`answers_only`"):
-            evaluate(TINY, opened(text, texts / name), plans=[("x", PLANS["eight"])], answers_only=True)
+            evaluate(TINY, texts / name, plans=[("x", PLANS["eight"])], answers_only=True)
     with pytest.raises(UsageError, match="`batch_tokens` 0: must be at least 1"):
-        evaluate(TINY, opened(text, tmp_path / "x.txt"), plans=[("x", PLANS["eight"])], batch_tokens=0)
+        evaluate(TINY, tmp_path / "x.txt", plans=[("x", PLANS["eight"])], batch_tokens=0)
 
 
 def test_a_domain_with_nothing_to_predict_is_left_out(tiny_model: Model) -> None:
@@ -357,8 +363,8 @@ def test_predictions_that_are_no_numbers_are_refused(tmp_path: Path, texts: Path
     folder = write_lively(tmp_path / "model", shape, edit_tensors=overflowing)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((resolve(TINY) / name).read_bytes())
-    corpus = opened(Text(folder), texts / "words.jsonl")
+    corpus = texts / "words.jsonl"
     plan = Plan("gpt_oss", 3, ((0,),) * 3)
-    with pytest.raises(InvalidInputError, match="predictions on domain 'words' are no finite numbers"):
+    with pytest.raises(InvalidInputError, match="predictions on domain 'words' are not finite"):
         evaluate(folder, corpus, plans=[("x", plan)], dtype=torch.float16)
     assert evaluate(folder, corpus, plans=[("x", plan)], dtype=torch.bfloat16).to_json()

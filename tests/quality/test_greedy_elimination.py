@@ -17,6 +17,7 @@ pytest.importorskip("transformers")
 from moe_surgery import load_model, load_plan, load_ranking  # noqa: E402
 from moe_surgery.checkpoint.resolve import resolve  # noqa: E402
 from moe_surgery.demo import arithmetic  # noqa: E402
+from moe_surgery.progress import Progress  # noqa: E402
 from moe_surgery.quality.corpus import Passage, text_files  # noqa: E402
 from moe_surgery.quality.greedy_elimination import eliminate, reconstruct  # noqa: E402
 from moe_surgery.quality.search import search  # noqa: E402
@@ -132,19 +133,17 @@ def test_an_interrupted_search_goes_on_and_gives_the_same_file(tmp_path: Path) -
     text.write_text(arithmetic(random.Random(3), 400))
     files = text_files([text])
     search(TINY, files, tmp_path / "whole.json")
-    layers: list[int] = []
 
-    def stop_after_two(done: int) -> None:
-        layers.append(done)
-        if sum(layers) == 2:
+    def stop_after_two(progress: Progress) -> None:
+        if progress.done == 2:
             raise Stop
 
     with pytest.raises(Stop):
         search(TINY, files, tmp_path / "r.json", progress=stop_after_two)
     assert not (tmp_path / "r.json").exists()
-    resumed: list[int] = []
+    resumed: list[Progress] = []
     search(TINY, files, tmp_path / "r.json", progress=resumed.append)
-    assert resumed == [2, 1, 1]
+    assert resumed == [Progress("search", done, 4, "layers") for done in (2, 3, 4)]
     assert (tmp_path / "r.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["r.json", "sums.txt", "whole.json"]
 
@@ -154,17 +153,17 @@ def test_what_another_backend_left_is_not_taken_up(tmp_path: Path) -> None:
     text.write_text(arithmetic(random.Random(3), 200))
     files = text_files([text])
 
-    def stop(done: int) -> None:
-        if done:
+    def stop(progress: Progress) -> None:
+        if progress.done:
             raise Stop
 
     with pytest.raises(Stop):
         search(TINY, files, tmp_path / "r.json", max_tokens=20, dtype=torch.float32, progress=stop)
     assert (tmp_path / ".r.json.partial").exists()
-    layers: list[int] = []
+    layers: list[Progress] = []
     options = {"max_tokens": 20, "dtype": torch.float32, "backend": "reference-invariant"}
     search(TINY, files, tmp_path / "r.json", progress=layers.append, **options)  # type: ignore[arg-type]
-    assert layers == [0, 1, 1, 1, 1]
+    assert [p.done for p in layers] == [0, 1, 2, 3, 4]
 
 
 def test_the_command_makes_a_ranking_that_plan_takes(

@@ -17,10 +17,11 @@ pytest.importorskip("transformers")
 
 from moe_surgery.checkpoint.resolve import resolve  # noqa: E402
 from moe_surgery.errors import InvalidInputError, OutputError, PlanMismatchError, UsageError  # noqa: E402
+from moe_surgery.progress import Progress  # noqa: E402
 from moe_surgery.quality import hidden_states as states  # noqa: E402
 from moe_surgery.quality.corpus import open_corpus, text_files  # noqa: E402
 from moe_surgery.quality.evaluate import evaluate  # noqa: E402
-from moe_surgery.quality.job import Listener, Profiled, profile  # noqa: E402
+from moe_surgery.quality.job import Profiled, profile  # noqa: E402
 from moe_surgery.quality.search import search  # noqa: E402
 from moe_surgery.runtime.load import load_model  # noqa: E402
 from moe_surgery.runtime.text import Text  # noqa: E402
@@ -54,25 +55,21 @@ def check(mine: Statistics, theirs: Statistics, rtol: float = 1e-5) -> None:
         assert_same(mine.data[domain], theirs.data[domain], rtol)
 
 
-class Recorder(Listener):
-    """Writes down what it is told; raises KeyboardInterrupt at the call `stop_at` of a stage."""
+class Recorder:
+    """Writes down the amounts by which each stage advances; raises KeyboardInterrupt at call `stop_at` of one."""
 
     def __init__(self, stop_in: str = "", stop_at: int = 0) -> None:
         self.stages: list[tuple[str, int, list[int]]] = []
-        self.remarks: list[str] = []
         self._stop = stop_in, stop_at
 
-    def start(self, stage: str, total: int) -> None:
-        self.stages.append((stage, total, []))
-
-    def advance(self, amount: int) -> None:
-        stage, _, done = self.stages[-1]
-        done.append(amount)
-        if (stage, len(done)) == self._stop:
+    def __call__(self, progress: Progress) -> None:
+        if not self.stages or self.stages[-1][0] != progress.stage:
+            self.stages.append((progress.stage, progress.total, []))
+        _, total, amounts = self.stages[-1]
+        assert progress.total == total
+        amounts.append(progress.done - sum(amounts))
+        if (progress.stage, len(amounts)) == self._stop:
             raise KeyboardInterrupt
-
-    def remark(self, text: str) -> None:
-        self.remarks.append(text)
 
 
 @pytest.fixture(scope="module")
@@ -132,10 +129,11 @@ def test_halves_of_one_domain_merged_are_the_whole(texts: Path, tmp_path: Path) 
     assert_same(merged.data["words"], all_.data["words"])
 
 
-def test_long_texts_are_split_and_it_is_said(texts: Path, text: Text, routed: Routed, tmp_path: Path) -> None:
-    told = Recorder()
-    found = run(tmp_path / "s", texts / "sums.txt", context=50, listener=told).statistics
-    assert told.remarks == ["1 texts are longer than 50 tokens and were split"]
+def test_long_texts_are_split_and_it_is_said(
+    texts: Path, text: Text, routed: Routed, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = run(tmp_path / "s", texts / "sums.txt", context=50).statistics
+    assert caplog.messages == ["1 texts are longer than 50 tokens and were split"]
     pieces = sequences(text, texts / "sums.txt", context=50)["sums"]
     assert len(pieces) > 2
     assert_same(found.data["sums"], routed.statistics(pieces))
@@ -204,9 +202,8 @@ def test_every_command_takes_the_default_backend_and_says_which(
     }
     profiled = profile(TINY, text_files([words]), tmp_path / "s", max_tokens=8, dtype=dtype)
     ranking = search(TINY, text_files([words]), tmp_path / "r.json", max_tokens=8, dtype=dtype)
-    corpus = open_corpus(text_files([words]), text, context=64, max_tokens=8)
     plan = Plan("gpt_oss", 32, ((0, 1),) * 4)
-    evaluation = evaluate(TINY, corpus, plans=[("two", plan)], dtype=dtype)
+    evaluation = evaluate(TINY, [words], context=64, max_tokens=8, plans=[("two", plan)], dtype=dtype)
     found = [profiled.statistics.settings, ranking.provenance["settings"], evaluation.settings]
     for settings in found:
         assert isinstance(settings, dict)
@@ -235,7 +232,7 @@ def test_the_commands_print_the_backend(
 
 def interrupted(out: Path, paths: Sequence[Path], calls: int, **options: object) -> None:
     with pytest.raises(KeyboardInterrupt):
-        run(out, *paths, listener=Recorder("profile", calls), **options)
+        run(out, *paths, progress=Recorder("profile", calls), **options)
     assert not out.exists()
 
 
@@ -246,7 +243,7 @@ def test_an_interrupted_run_goes_on_after_its_last_batch(texts: Path, tmp_path: 
     # The first call tells what was kept; then a call for each of 4 layers of a batch.
     interrupted(out, paths, 1 + 4 * 2 + 1, batch_tokens=40)
     told = Recorder()
-    found = run(out, *paths, batch_tokens=40, listener=told)
+    found = run(out, *paths, batch_tokens=40, progress=told)
     assert out.read_bytes() == undisturbed.output.read_bytes()
     [(_, total, done)] = told.stages
     assert 0 < found.resumed_tokens < sum(found.statistics.tokens.values())
@@ -336,7 +333,7 @@ def test_a_stopped_process_leaves_what_the_next_run_finishes(
     stopped = ended(process)
     assert stopped.code == (130 if sent == signal.SIGINT else -signal.SIGKILL)
     if sent == signal.SIGINT:
-        assert "interrupted; the same command goes on after the last finished batch" in stopped.error
+        assert "interrupted; the same command resumes after the last finished batch" in stopped.error
     assert not out.exists()
     found = run(out, source, batch_tokens=20)
     assert found.resumed_tokens > 0
@@ -412,7 +409,7 @@ def test_interrupted_answers_are_taken_up_by_groups(
     out = tmp_path / "own.stats"
     file = tmp_path / "own.stats.answers.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        run(out, texts / "asked.jsonl", generate=6, listener=Recorder("answers", 2))
+        run(out, texts / "asked.jsonl", generate=6, progress=Recorder("answer", 3))
     lines = file.read_text().splitlines(keepends=True)
     assert len(lines) == 5  # what it is, and one group
     changed = json.loads(lines[1])
@@ -424,8 +421,8 @@ def test_interrupted_answers_are_taken_up_by_groups(
     ]
     file.write_text("".join(lines) + extra)
     told = Recorder()
-    run(out, texts / "asked.jsonl", generate=6, listener=told)
-    assert told.stages[0] == ("answers", 6, [4, 2])
+    run(out, texts / "asked.jsonl", generate=6, progress=told)
+    assert told.stages[0] == ("answer", 6, [0, 4, 2])
     assert file.read_text().splitlines(keepends=True) == [*lines, *whole[5:]]  # what was changed is kept
 
 
@@ -433,8 +430,8 @@ def test_answers_of_another_job_are_made_anew(answered: Profiled, texts: Path, t
     file = tmp_path / "own.stats.answers.jsonl"
     file.write_text(answered.output.with_name("own.stats.answers.jsonl").read_text())
     told = Recorder()
-    run(tmp_path / "own.stats", texts / "asked.jsonl", generate=5, listener=told)
-    assert told.stages[0] == ("answers", 6, [0, 4, 2])
+    run(tmp_path / "own.stats", texts / "asked.jsonl", generate=5, progress=told)
+    assert told.stages[0] == ("answer", 6, [0, 0, 4, 2])
     assert all(len(s["tokens"]) - s["answer"] <= 5 for s in lines_of(tmp_path / "own.stats")[1:])  # type: ignore
 
 
@@ -445,8 +442,8 @@ def test_an_answers_file_of_the_same_job_is_used_again(
         answered.output.with_name("own.stats.answers.jsonl").read_text()
     )
     told = Recorder()
-    found = run(tmp_path / "own.stats", texts / "asked.jsonl", generate=6, listener=told)
-    assert told.stages[0] == ("answers", 6, [6])
+    found = run(tmp_path / "own.stats", texts / "asked.jsonl", generate=6, progress=told)
+    assert told.stages[0] == ("answer", 6, [0, 6])
     assert found.output.read_bytes() == answered.output.read_bytes()
 
 
@@ -458,15 +455,16 @@ def test_a_damaged_answer_is_named(answered: Profiled, texts: Path, tmp_path: Pa
         run(tmp_path / "own.stats", texts / "asked.jsonl", generate=6)
 
 
-def test_prompts_without_room_are_skipped_and_it_is_said(texts: Path, text: Text, tmp_path: Path) -> None:
+def test_prompts_without_room_are_skipped_and_it_is_said(
+    texts: Path, text: Text, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     lengths = sorted(len(text.encode(text.chat([{"role": "user", "content": q}]))) for q in QUESTIONS)
-    told = Recorder()
-    run(tmp_path / "s", texts / "asked.jsonl", generate=3, context=lengths[0] + 3, listener=told)
+    run(tmp_path / "s", texts / "asked.jsonl", generate=3, context=lengths[0] + 3)
     fitting = sum(n == lengths[0] for n in lengths)
     assert fitting < 6
     assert len(lines_of(tmp_path / "s")) == 1 + fitting
-    assert told.remarks == [
-        f"{6 - fitting} prompts leave no room for an answer in the context and were skipped"
+    assert caplog.messages == [
+        f"{6 - fitting} prompts leave no space for an answer in the context and were skipped"
     ]
     with pytest.raises(UsageError, match="no prompt leaves room for it in a context of 8 tokens"):
         run(tmp_path / "t", texts / "asked.jsonl", generate=3, context=8)
@@ -565,6 +563,8 @@ def test_outputs_that_are_no_numbers_are_refused(tmp_path: Path, texts: Path) ->
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((resolve(TINY) / name).read_bytes())
     files = text_files([texts / "words.jsonl"])
-    with pytest.raises(InvalidInputError, match=r"model: layer 1 gives numbers that are not finite.*f32"):
+    with pytest.raises(
+        InvalidInputError, match=r"model: layer 1 gives numbers that are not finite; try a wider `dtype`"
+    ):
         profile(folder, files, tmp_path / "s", dtype=torch.float16)
     assert not (tmp_path / "s").exists()

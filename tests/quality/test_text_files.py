@@ -196,7 +196,7 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     ),
     "cut gzip": ("x.jsonl.gz", CUT, "damaged gzip data: "),
     "a wrong checksum": ("x.txt.gz", bytes(FLIPPED), "damaged gzip data: "),
-    "rows named txt": ("x.txt", lines(TALK), "holds rows of JSON; name it .jsonl or .json, or set `format`"),
+    "rows named txt": ("x.txt", lines(TALK), "holds rows of JSON; name it .jsonl or .json, or set "),
     "a list named txt": ("x.txt", listed(TEXTS, indent=2), "holds rows of JSON; name it .jsonl or .json, or"),
     "rows without a name": ("x", b'\n{"id": 1, "text": "x"}\n', "holds rows of JSON; name it .jsonl or"),
     "an object with a list": (

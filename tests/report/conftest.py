@@ -30,10 +30,9 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Real:
     pytest.importorskip("tokenizers")
     from moe_surgery.demo import demo_texts
     from moe_surgery.pipeline import inspect
-    from moe_surgery.quality.corpus import open_corpus, text_files
+    from moe_surgery.quality.corpus import text_files
     from moe_surgery.quality.evaluate import evaluate
     from moe_surgery.quality.job import profile
-    from moe_surgery.runtime.text import Text
 
     folder = tmp_path_factory.mktemp("texts")
     for name, words in demo_texts().items():
@@ -42,8 +41,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Real:
     done = profile("example:tiny", files, folder / "tiny.stats", dtype=torch.float32)
     drawn = [(f"random-8-{s}.json", plan_random(8, s, inspect("example:tiny"))) for s in range(2)]
     plans = [(f"reap-code-{n}.json", plan_of(done.statistics, "reap", n, ["code"])) for n in (8, 16)] + drawn
-    corpus = open_corpus(files, Text("example:tiny"), context=4096)
-    return Real(done.statistics, plans, evaluate("example:tiny", corpus, plans=plans, dtype=torch.float32))
+    return Real(done.statistics, plans, evaluate("example:tiny", files, plans=plans, dtype=torch.float32))
 
 
 @pytest.fixture(scope="session")

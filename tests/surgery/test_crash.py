@@ -16,6 +16,7 @@ import pytest
 
 from moe_surgery.errors import OutputError
 from moe_surgery.pipeline import PruneResult, prune
+from moe_surgery.progress import Progress
 from moe_surgery.selection.plan import plan_keeping
 
 from ..support.checkpoints import Shape, write_checkpoint
@@ -169,7 +170,7 @@ def test_interrupt_exits_130_with_one_line_and_the_next_run_goes_on(small_job: J
         process.send_signal(signal.SIGINT)
         stopped = ended(process)
         assert stopped.code == 130
-        assert stopped.error == "moe-surgery: interrupted; the same command goes on where it stopped"
+        assert stopped.error == "moe-surgery: interrupted; the same command resumes where it stopped"
         assert stopped.out == ""
         assert not out.exists()
         kept = finished(out)
@@ -263,12 +264,9 @@ def source(tmp_path: Path) -> Path:
 
 def pruned(source: Path, out: Path, *, stop_after: int | None = None) -> PruneResult | None:
     """Prune `source` to shards of 8 kB; interrupted (None) once `stop_after` bytes have passed."""
-    passed = 0
 
-    def progress(nbytes: int) -> None:
-        nonlocal passed
-        passed += nbytes
-        if stop_after is not None and passed > stop_after:
+    def progress(progress: Progress) -> None:
+        if stop_after is not None and progress.done > stop_after:
             raise KeyboardInterrupt
 
     try:

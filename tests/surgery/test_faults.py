@@ -13,6 +13,7 @@ import pytest
 from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.errors import DiskFullError, InvalidInputError, MoeSurgeryError, OutputError
 from moe_surgery.pipeline import prune
+from moe_surgery.progress import Progress
 from moe_surgery.selection.plan import plan_keeping
 
 from ..support.checkpoints import Shape, write_checkpoint
@@ -198,8 +199,9 @@ def test_side_file_removed_during_the_run_is_refused(tmp_path: Path) -> None:
 def test_run_that_ends_with_an_unknown_error_leaves_nothing_either(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "source", Shape(layers=1))
 
-    def fails(_: int) -> None:
-        raise ZeroDivisionError
+    def fails(progress: Progress) -> None:
+        if progress.done:
+            raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         prune(source, tmp_path / "out", lambda m: plan_keeping([0], m), progress=fails)

@@ -18,6 +18,7 @@ import pytest
 from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.errors import MoeSurgeryError, OutputError
 from moe_surgery.pipeline import prune
+from moe_surgery.progress import Progress
 from moe_surgery.selection.plan import plan_keeping
 
 from ..support.checkpoints import write_checkpoint
@@ -295,7 +296,7 @@ def test_old_output_can_be_read_until_it_is_replaced(
 ) -> None:
     before = contents(out)
 
-    def look(_: int) -> None:
+    def look(_: Progress) -> None:
         assert contents(out) == before
 
     prune(source, out, lambda m: plan_keeping([0, 1, 3], m), overwrite=True, progress=look)

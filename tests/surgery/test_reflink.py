@@ -16,6 +16,7 @@ from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.checkpoint.fileops import UNSUPPORTED, FileOps
 from moe_surgery.checkpoint.header import build_header
 from moe_surgery.pipeline import prune
+from moe_surgery.progress import Progress
 from moe_surgery.selection.plan import plan_keeping
 from moe_surgery.surgery.compiler import compile_program
 from moe_surgery.surgery.run import run_program
@@ -129,12 +130,8 @@ def test_command_says_what_is_shared(disk: Path, source: Path) -> None:
 
 
 def test_interrupted_run_keeps_shards_that_share(disk: Path, source: Path) -> None:
-    passed = 0
-
-    def progress(nbytes: int) -> None:
-        nonlocal passed
-        passed += nbytes
-        if passed > 2_000_000:
+    def progress(progress: Progress) -> None:
+        if progress.done > 2_000_000:
             raise KeyboardInterrupt
 
     def job(**more: object) -> object:

@@ -1,0 +1,42 @@
+"""How long jobs report where they are: one call with a `Progress`, whatever the job."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+__all__ = ["Counter", "OnProgress", "Progress"]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """`done` of `total` units of a stage of a job.
+
+    Stages and their units: "prune", "export" and "verify" in bytes, "answer" in prompts, "profile" in
+    "tokens x layers", "search" in layers, "evaluate" in tokens. What an
+    interrupted run had done counts as done. `done` never falls within a stage.
+    """
+
+    stage: str
+    done: int
+    total: int
+    unit: str
+
+
+OnProgress = Callable[[Progress], None]
+"""Called in the thread that runs the job; what it raises ends the job as Ctrl-C would."""
+
+
+class Counter:
+    """Adds up what a stage has done and reports it to `progress`, first at once."""
+
+    def __init__(self, progress: OnProgress | None, stage: str, total: int, unit: str, done: int = 0) -> None:
+        self._progress, self._stage, self._total, self._unit = progress, stage, total, unit
+        self._done = done
+        self.advance(0)
+
+    def advance(self, amount: int) -> None:
+        """`amount` more units are done."""
+        self._done += amount
+        if self._progress:
+            self._progress(Progress(self._stage, self._done, self._total, self._unit))
