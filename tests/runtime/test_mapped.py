@@ -14,13 +14,16 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from moe_surgery import Plan, load_model  # noqa: E402
+from moe_surgery.checkpoint.checkpoint import Checkpoint  # noqa: E402
 from moe_surgery.kernels.weights import Layer  # noqa: E402
 from moe_surgery.runtime.generate import generate  # noqa: E402
+from moe_surgery.runtime.mapped import MappedShards  # noqa: E402
 from moe_surgery.runtime.model import Model  # noqa: E402
 from tests.runtime.conftest import SMALL  # noqa: E402
 from tests.runtime.models import write_lively  # noqa: E402
-from tests.support.checkpoints import load_tensors  # noqa: E402
+from tests.support.checkpoints import load_tensors, write_checkpoint  # noqa: E402
 from tests.support.command import untouched  # noqa: E402
+from tests.support.sources import MemoryFolder  # noqa: E402
 
 needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
 PLAN = Plan("gpt_oss", SMALL.experts, ((4, 0, 2), (1,), (3, 2)))
@@ -128,3 +131,15 @@ def test_weights_at_odd_offsets_are_read_right(small: Path, dtype: torch.dtype, 
     (moved / shard).write_bytes(len(header).to_bytes(8, "little") + header + data)
     ids = torch.arange(20)[None]
     assert torch.equal(load_model(moved, dtype=dtype)(ids), load_model(small, dtype=dtype)(ids))
+
+
+def test_tensors_of_a_source_without_a_mapping_are_read(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "model", shards=2)
+    with Checkpoint.open(MemoryFolder(folder)) as opened:
+        shards = MappedShards(opened)
+        got = {name: shards.tensor(ref) for name, ref in opened.tensors.items()}
+        for ref in opened.tensors.values():
+            shards.release(ref)
+    for name, expected in load_tensors(folder).items():
+        assert got[name].contiguous().view(torch.uint8).numpy().tobytes() == expected.tobytes()
+        assert tuple(got[name].shape) == expected.shape
