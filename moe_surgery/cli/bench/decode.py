@@ -161,9 +161,9 @@ def _say(
         )
         for f in figures
     ]
-    told = ", ".join(f"{name} {value}" for name, value in settings.items())
+    shown = ", ".join(f"{name} {value}" for name, value in settings.items())
     read = f"{bandwidth.median / 1e9:.1f} GB/s ({bandwidth.low / 1e9:.1f}-{bandwidth.high / 1e9:.1f})"
-    terminal.table(f"Decoding ({told}; a plain read loop: {read})", columns, rows)
+    terminal.table(f"Decoding ({shown}; a plain read loop: {read})", columns, rows)
 
 
 def _plot(file: Path, figures: list[DecodeFigures]) -> None:

@@ -35,7 +35,7 @@ def command(
 ) -> None:
     """Route, experts and a dense product of one layer, by backend, beside a plain read loop.
 
-    Random weights of gpt-oss-20b's size unless --hidden says otherwise; the bytes are those of the
+    Random weights of gpt-oss-20b's size unless --hidden is given; the bytes are those of the
     weights a call has to read, the share is of what the read loop reads. A call takes the same weights every
     time: what fits into the last cache is measured there, at --hidden 2880 most of it does not.
 

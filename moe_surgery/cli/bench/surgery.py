@@ -31,7 +31,7 @@ from moe_surgery.formats.expert_format import EXPERT_DTYPES
 @click.option(
     "--work",
     type=click.Path(path_type=Path),
-    help="Folder with room for an output and its copy; default: the system's for temporary files.",
+    help="Folder with space for an output and its copy; default: the system's for temporary files.",
 )
 @click.option("--cold", is_flag=True, help="Drop the whole machine's page cache before each command (root).")
 @plot_option
