@@ -17,7 +17,7 @@ MAX_ROWS = 10
 
 @click.command("inspect")
 @click.argument("ckpt")
-@click.option("--all-sizes", is_flag=True, help="List every expert count, not one in a few.")
+@click.option("--all-sizes", is_flag=True, help="List every expert count.")
 @click.option(
     "--ignore-unlisted",
     is_flag=True,

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 )
 @click.option("--depth", default=128, show_default=True, help="Tokens in the cache before the first step.")
 @click.option("--steps", default=16, show_default=True, help="Tokens decoded in each round.")
-@click.option("--rounds", default=3, show_default=True, help="How often every model has its turn.")
+@click.option("--rounds", default=3, show_default=True, help="Rounds; each measures every model once.")
 @compute
 @plot_option
 @common

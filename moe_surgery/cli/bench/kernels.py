@@ -17,7 +17,7 @@ from moe_surgery.cli.options import common, needs_torch, terminal_of
 )
 @click.option("--tokens", type=NUMBERS, default="1", show_default=True, help="Tokens in a call.")
 @click.option("--hidden", default=2880, show_default=True, help="Hidden size, and the experts' inner one.")
-@click.option("--rounds", default=10, show_default=True, help="How often every call has its turn.")
+@click.option("--rounds", default=10, show_default=True, help="Rounds; each measures every call once.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N or mps.")
 @click.option("--backend", help="This backend only; default: all that run on the device.")
 @plot_option

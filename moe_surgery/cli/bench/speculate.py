@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Tokens in the cache before the steps whose cost is measured.",
 )
-@click.option("--rounds", default=5, show_default=True, help="How often the cost of each step is measured.")
+@click.option("--rounds", default=5, show_default=True, help="Rounds; each measures every step once.")
 @compute
 @plot_option
 @common

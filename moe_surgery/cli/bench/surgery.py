@@ -27,7 +27,7 @@ from moe_surgery.formats.expert_format import EXPERT_DTYPES
     show_default=True,
     help="As prune's.",
 )
-@click.option("--rounds", default=3, show_default=True, help="How often every number has its turn.")
+@click.option("--rounds", default=3, show_default=True, help="Rounds; each measures every number once.")
 @click.option(
     "--work",
     type=click.Path(path_type=Path),
