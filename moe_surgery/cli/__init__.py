@@ -52,7 +52,7 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:  # which click would report with an empty line of its own
+        except KeyboardInterrupt:  # which click would report with an additional empty line
             if sys.stderr.isatty():
                 click.echo(err=True)  # past the ^C that the terminal shows
             raise click.Abort from None
@@ -85,8 +85,8 @@ def _one_line(error: click.ClickException) -> str:
 
 def _out_of_memory(error: BaseException) -> bool:
     """Python's own error, or what torch's allocators say."""
-    said = str(error)
-    return isinstance(error, MemoryError) or "can't allocate memory" in said or "out of memory" in said
+    message = str(error)
+    return isinstance(error, MemoryError) or "can't allocate memory" in message or "out of memory" in message
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         terminal.failed(error)
         code = error.exit_code
     except BrokenPipeError:
-        sys.stderr.close()  # the reader has gone: nobody is left to tell
+        sys.stderr.close()  # the reader has gone
         code = IO_ERROR
     except OSError as error:
         terminal.failed(error)

@@ -31,7 +31,7 @@ def several_draft_options(command: Command) -> Command:
 
 
 def _options(command: Command, several: bool) -> Command:
-    again = " Can be given again." if several else ""
+    again = " Repeat for more." if several else ""
     options = (
         click.option("--draft", metavar="CKPT", multiple=several, help=f"Let this checkpoint draft.{again}"),
         click.option(
@@ -49,18 +49,18 @@ def _options(command: Command, several: bool) -> Command:
     return command
 
 
-def draft_length(said: str | None) -> int | AdaptiveLength | None:
+def draft_length(value: str | None) -> int | AdaptiveLength | None:
     """The value of --draft-length; None where it is not given. Raises UsageError."""
     from moe_surgery.runtime.speculation.draft_length import AdaptiveLength, check_length
 
-    if said is None:
+    if value is None:
         return None
-    if said == AUTO:
+    if value == AUTO:
         return AdaptiveLength()
     try:
-        length = int(said)
+        length = int(value)
     except ValueError:
-        raise UsageError(f"--draft-length {said}: give a number of tokens, or {AUTO}") from None
+        raise UsageError(f"--draft-length {value}: give a number of tokens, or {AUTO}") from None
     check_length(length)
     return length
 
@@ -86,7 +86,7 @@ def load_draft(
     if draft is None and plan_file is None and top_k is None:
         return None
     if top_k is not None and top_k > (own := max(layer.top_k for layer in target.layers)):
-        raise UsageError(f"--draft-top-k {top_k}: {ckpt} takes {own} itself; a draft is to take fewer")
+        raise UsageError(f"--draft-top-k {top_k}: {ckpt} takes {own} itself; a draft must take fewer")
     if draft is None:
         plan = None if plan_file is None else load_plan(plan_file)
         if plan is not None and top_k is not None:
@@ -95,7 +95,7 @@ def load_draft(
     model = load_model(draft, target.device, target.dtype, backend=target.backend.name)
     check_pair(target, model)
     if not Text(ckpt).same_tokens(Text(draft)):
-        raise UsageError(f"--draft {draft}: its tokenizer gives tokens other numbers than that of {ckpt}")
+        raise UsageError(f"--draft {draft}: its tokenizer numbers tokens differently from that of {ckpt}")
     if top_k is None:
         return model
     check_top_k(top_k, model.config.experts, f"{draft} has", "draft_top_k")

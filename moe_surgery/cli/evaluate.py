@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     metavar="PLAN",
     type=click.Path(path_type=Path),
     multiple=True,
-    help="A plan to try as a view, without writing a checkpoint; repeat for more.",
+    help="A plan to evaluate as a view, without writing a checkpoint; repeat for more.",
 )
 @router_top_k
 @text_options
@@ -62,16 +62,16 @@ def command(
     dtype: str | None,
     backend: str | None,
 ) -> None:
-    """Show what plans and pruned checkpoints cost, before or after anything is written.
+    """Show what plans and pruned checkpoints cost, before or after writing a checkpoint.
 
-    CKPT is the full model, PRUNED are checkpoints made of it. On every text the full model runs once
+    CKPT is the full model, PRUNED are checkpoints pruned from it. On every text the full model runs once
     and all others beside it, layer by layer: cross-entropy (nats a token) and perplexity, KL divergence
     from the full model's predictions, how often the likeliest next token is the same, and the share of
     routes that had to go to another expert. Perplexity of a chat model on raw text says little: prefer
     conversations with --answers-only, and look at KL and agreement.
 
-    With --top-k all that is held against CKPT routes each token to that many experts; alone, it is CKPT
-    itself with another top-k that is tried. CKPT keeps its own for the comparison.
+    With --top-k, plans and pruned checkpoints route each token to that many experts; without any, CKPT
+    itself with that top-k is evaluated. The full model keeps its top-k.
 
     \b
     moe-surgery evaluate example:tiny --plan code.json --texts notes.txt --texts code.py
@@ -90,7 +90,7 @@ def command(
     check_new_output(output, [*texts, *plan_files])
     if not pruned and not plan_files and top_k is None:
         raise UsageError(
-            "nothing to hold against the full model; name PRUNED checkpoints, --plan files or --top-k"
+            "nothing to compare with the full model; name PRUNED checkpoints, --plan files or --top-k"
         )
     files = text_files(texts, domains, format)
     plans = [(str(path), load_plan(path)) for path in plan_files]

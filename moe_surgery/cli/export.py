@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     type=click.Choice(["keep", "mxfp4"]),
     default="keep",
     show_default=True,
-    help="How expert weights are stored. To mxfp4 is exact for weights that came from it.",
+    help="Format of expert weights in OUT. To mxfp4 is exact for weights that came from it.",
 )
 @click.option("--name", help="What programs call the model; default: the checkpoint's folder.")
 @click.option(
@@ -61,8 +61,8 @@ def command(
     """Write a full or pruned checkpoint as one GGUF file, for llama.cpp, Ollama and LM Studio.
 
     Weights keep their format and every bit (norms, biases and router become F32), and tokenizer and chat
-    template go into the file. CKPT is only read, and never loaded; OUT appears whole or not at all. With --plan a full
-    checkpoint is written as its pruned self.
+    template go into the file. CKPT is only read, and never loaded; OUT appears complete or not at all. With --plan only
+    the experts of the plan are written.
 
     \b
     moe-surgery export example:tiny tiny.gguf

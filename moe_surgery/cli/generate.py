@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Settings(TypedDict):
-    """What plain and speculative generation are told alike."""
+    """What plain and speculative generation have in common."""
 
     max_new_tokens: int
     sampling: Sampling
@@ -34,7 +34,7 @@ class Settings(TypedDict):
 
 @click.command("generate")
 @click.argument("ckpt")
-@click.option("--prompt", help="Text to go on from. Without --prompt and --chat it is read from stdin.")
+@click.option("--prompt", help="Text to continue. Without --prompt and --chat it is read from stdin.")
 @click.option("--chat", help="A message to answer, by the checkpoint's chat template.")
 @click.option(
     "--reasoning",
@@ -114,7 +114,7 @@ def command(
     both: "answer" and "reasoning".
 
     With --draft, --draft-plan or --draft-top-k a cheaper model proposes tokens that the full one checks
-    several at a time: the output stays its own (exactly in float32, --dtype f32).
+    several at a time: the output is still that of the full model (exactly in float32, --dtype f32).
 
     \b
     moe-surgery generate example:tiny --prompt "12 + 30 =" --max-new-tokens 8

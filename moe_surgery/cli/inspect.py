@@ -17,7 +17,7 @@ MAX_ROWS = 10
 
 @click.command("inspect")
 @click.argument("ckpt")
-@click.option("--all-sizes", is_flag=True, help="List every expert count, not one in a few.")
+@click.option("--all-sizes", is_flag=True, help="List every expert count.")
 @click.option(
     "--ignore-unlisted",
     is_flag=True,
@@ -26,7 +26,7 @@ MAX_ROWS = 10
 @common
 @click.pass_context
 def command(context: click.Context, ckpt: str, all_sizes: bool, ignore_unlisted: bool) -> None:
-    """Show what a checkpoint is and what fewer experts would make of it.
+    """Show what a checkpoint holds, and its size with fewer experts.
 
     Reads headers only, so it is instant at any size. The table shows how many parameters remain with
     n experts kept in each layer, and how many bytes they take in MXFP4, BF16 and the format they are

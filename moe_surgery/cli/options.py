@@ -193,8 +193,8 @@ def common(command: Command) -> Command:
 
     flags: tuple[tuple[tuple[str, ...], Any, str], ...] = (
         (("--debug",), switch("debug"), "Show the traceback of an error."),
-        (("-q", "--quiet"), verbosity(-1), "No progress and no remarks."),
-        (("-v", "--verbose"), verbosity(1), "Say more on stderr."),
+        (("-q", "--quiet"), verbosity(-1), "No progress and no notes."),
+        (("-v", "--verbose"), verbosity(1), "Print more on stderr."),
         (("--json",), switch("json"), "Print the result as JSON on stdout."),
     )
     for names, callback, text in flags:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class _Amount:
-    """How many experts stay: exactly one of these says it."""
+    """How many experts stay: exactly one of these is given."""
 
     experts: int | None
     coverage: float | None
@@ -55,7 +55,7 @@ class _Amount:
     type=click.Choice(["worst", "mean"]),
     default="worst",
     show_default=True,
-    help="Hold --coverage in every layer, or on the mean of layers.",
+    help="Reach --coverage in every layer, or on the mean of layers.",
 )
 @click.option("--target-size", type=SIZE, help="Keep the most experts whose weights take at most this: 6GB.")
 @click.option(
@@ -72,7 +72,7 @@ class _Amount:
 @click.option("--seed", type=int, help="Seed of --random; default 0.")
 @router_top_k
 @click.option("--checkpoint", metavar="CKPT", help="The checkpoint that the plan is for.")
-@click.option("--model-type", help="The model type, where neither ranking nor checkpoint says it.")
+@click.option("--model-type", help="The model type, where neither ranking nor checkpoint has it.")
 @click.option("-o", "--output", type=OUTPUT, help="Write the plan here, not to stdout.")
 @common
 @click.pass_context
@@ -97,12 +97,12 @@ def command(
     order: str,
     output: Path | None,
 ) -> None:
-    """Decide which experts of each layer stay.
+    """Choose which experts of each layer to keep.
 
     RANKING is a ranking file: ours, or layers by name ({"layer_0": [31, 9, ...], ...} or {"0": [...], ...},
     one object or one a line); or published:NAME, one of those published for gpt-oss-20b (all,
     health_or_medicine, instruction_following, law, math, safety, science, unsafety). STATS is what `profile`
-    made, ranked here by --metric. How many stay is said by exactly one of --experts, --coverage,
+    made, ranked here by --metric. Choose how many with exactly one of --experts, --coverage,
     --target-size and --target-params. The plan is a small JSON file for `prune --plan`, `evaluate --plan`
     and `generate --plan`.
 
@@ -120,7 +120,7 @@ def command(
     check_new_output(output, [source])
     amount = _Amount(experts, coverage, coverage_over, target_size, target_params, store)
     if (source is not None) + (kept is not None) + at_random != 1:
-        raise UsageError("say what to keep by exactly one of RANKING or STATS, --keep and --random")
+        raise UsageError("choose experts with exactly one of RANKING or STATS, --keep and --random")
     if coverage is None and coverage_over != "worst":
         raise UsageError("--coverage-over goes with --coverage")
     if target_size is None and store != "keep":
@@ -130,7 +130,7 @@ def command(
     if seed is not None and not at_random:
         raise UsageError("--seed goes with --random")
     if model_type is not None and (source is None or checkpoint is not None):
-        raise UsageError("--model-type goes with a ranking and without --checkpoint, which says it")
+        raise UsageError("--model-type goes with a ranking and without --checkpoint, which has it")
     if source is None:
         if metric is not None or domains or protect_super_experts:
             raise UsageError("--metric, --domain and --protect-super-experts go with STATS")
@@ -195,7 +195,7 @@ def _ranked(
     from moe_surgery.selection.statistics import load_statistics
 
     if metric is None:
-        raise UsageError(f"{source}: are statistics; say how to rank them: --metric {'|'.join(METRICS)}")
+        raise UsageError(f"{source}: are statistics; choose how to rank them: --metric {'|'.join(METRICS)}")
     statistics = load_statistics(source)
     if checkpoint is not None:
         check_statistics(checkpoint, statistics)
@@ -230,14 +230,14 @@ def _count(
     said = _said(amount)
     if len(said) != 1:
         raise UsageError(
-            "say how many experts stay by exactly one of --experts, --coverage, --target-size and "
+            "choose how many experts stay with exactly one of --experts, --coverage, --target-size and "
             "--target-params"
         )
     if amount.experts is not None:
         return amount.experts, {}
     if amount.coverage is not None:
         if ranking is None or statistics is None:
-            raise UsageError("--coverage needs STATS: a ranking does not say how much each expert carries")
+            raise UsageError("--coverage needs STATS: a ranking does not have how much each expert carries")
         from moe_surgery.selection.coverage import coverage, smallest_count
 
         domains = ranking.provenance["domains"]

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     "--generate",
     metavar="N",
     type=int,
-    help="Let the model answer each conversation in at most N tokens first, and profile that.",
+    help="First let the model answer each conversation in at most N tokens, and profile the answers too.",
 )
 @click.option(
     "--sequential",
@@ -66,7 +66,7 @@ def command(
 ) -> None:
     """Run texts through a model and record what each expert did.
 
-    All tokens of a batch go through layer 0, then its weights are let go and layer 1 is mapped: memory
+    All tokens of a batch go through layer 0, then its weights are released and layer 1 is mapped: memory
     holds one layer, whatever the model's size. The statistics (how often an expert was chosen, its
     routing weights, the size of its outputs) are kept per domain; rankings by any metric follow from
     them without a new run. Texts of the kind the model will serve, in its chat format, choose best:

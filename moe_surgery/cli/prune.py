@@ -79,9 +79,9 @@ def command(
 ) -> None:
     """Write a smaller checkpoint with the kept experts only.
 
-    CKPT is only read, and never loaded: bytes go from its files straight to OUT, in less than 100 MB of
-    memory whatever its size (300 MB where --store converts). OUT appears whole or not at all. Stop it at
-    any time; the same command resumes where it stopped. Say which experts stay by exactly one of --plan,
+    CKPT is only read and never loaded: bytes go from its files straight to OUT, in less than 100 MB of
+    memory at any size (300 MB where --store converts). OUT appears complete or not at all. Stop it at
+    any time; the same command resumes where it stopped. Choose experts with exactly one of --plan,
     --ranking and --keep; `--keep all` with --store converts, with --top-k it only changes the experts per
     token.
 
@@ -142,13 +142,11 @@ def _plan_maker(
     from moe_surgery.selection.ranking import load_ranking
 
     if (plan_file is not None) + (ranking is not None) + (kept is not None) != 1:
-        raise UsageError("say which experts stay by exactly one of --plan, --ranking and --keep")
+        raise UsageError("choose experts with exactly one of --plan, --ranking and --keep")
     if (ranking is None) != (experts is None):
         raise UsageError("--ranking and --experts go together: the first N of every layer are kept")
     if ranking is None and order != "ascending":
-        raise UsageError(
-            "--order goes with --ranking: a plan or list already says in which order experts come"
-        )
+        raise UsageError("--order goes with --ranking: a plan or list has its order already")
     if plan_file is not None:
         return load_plan(plan_file)
     if kept is not None:
@@ -190,13 +188,13 @@ def _print_outcome(terminal: Terminal, result: PruneResult, seconds: float) -> N
     )
     if outcome.shards_resumed:
         terminal.say(
-            f"kept {len(outcome.shards_resumed)} finished shards ({size(outcome.bytes_resumed)}) of an earlier run"
+            f"kept {len(outcome.shards_resumed)} finished shards ({size(outcome.bytes_resumed)}) of an interrupted run"
         )
     if outcome.bytes_shared:
         terminal.say(f"{size(outcome.bytes_shared)} share their disk blocks with the source (reflink)")
     if outcome.conversion:
-        said = outcome.conversion
+        lost = outcome.conversion
         terminal.say(
-            f"MXFP4: {said['inexact_blocks']:,} of {said['blocks']:,} blocks inexact, "
-            f"relative error {said['relative_error']:.3g}"
+            f"MXFP4: {lost['inexact_blocks']:,} of {lost['blocks']:,} blocks inexact, "
+            f"relative error {lost['relative_error']:.3g}"
         )

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     type=click.Choice(RANKINGS),
     help="Rank the whole published tree for this topic, as published.",
 )
-@click.option("--model-type", help="The model type to record: published statistics do not say it.")
+@click.option("--model-type", help="The model type to record: published statistics do not hold it.")
 @click.option(
     "--num-experts", type=int, help="The model's number of experts, where the statistics leave some out."
 )
@@ -47,7 +47,7 @@ def command(
     num_experts: int | None,
     output: Path | None,
 ) -> None:
-    """Order the experts of every layer, best first.
+    """Rank the experts of every layer, best first.
 
     SOURCES are statistics files that `profile` made, ranked by --metric over all domains or those of
     --domain; or folders of the published statistics tree (<dataset>/<category>/<outcome>.json) and
@@ -81,7 +81,7 @@ def command(
     ours = [source for source in sources if is_safetensors(source)]
     if ours and len(ours) < len(sources):
         other = next(source for source in sources if source not in ours)
-        raise UsageError(f"{other}: is no statistics file as {ours[0]} is; rank the two kinds apart")
+        raise UsageError(f"{other}: is not a statistics file, {ours[0]} is; rank the two kinds separately")
     if ours:
         if model_type is not None or num_experts is not None:
             raise UsageError(
@@ -100,7 +100,7 @@ def command(
             )
         if topic is not None and (len(sources) > 1 or interleave_with is not None):
             raise UsageError(
-                "--topic takes one source, the root of the published tree, and says what to interleave with"
+                "--topic takes one source, the root of the published tree, and interleaves by itself"
             )
         ranking, files = _published(sources, topic, num_experts, model_type, [output, interleave_with])
         told = f"{files} files"
@@ -128,7 +128,7 @@ def _gathered(
     from moe_surgery.selection.statistics import load_statistics, merge
 
     if metric is None:
-        raise UsageError(f"say how to rank: --metric {'|'.join(METRICS)}")
+        raise UsageError(f"choose how to rank: --metric {'|'.join(METRICS)}")
     statistics = merge(load_statistics(source) for source in sources)
     return rank(statistics, metric, domains=domains or None, protect_super_experts=protect_super_experts)
 

@@ -49,7 +49,7 @@ def command(
 
     STATS is a statistics file. The page holds a heat map of layers and experts, what domains have in
     common, how much the best experts carry, the curves of evaluations, and tables to sort. It loads
-    nothing from anywhere, so it can be sent around as it is.
+    nothing from the network, so the file can be shared.
 
     \b
     moe-surgery report law.stats -o report.html

@@ -39,10 +39,10 @@ def command(
     dtype: str | None,
     backend: str | None,
 ) -> None:
-    """Find the experts that together rebuild each layer's output best.
+    """Rank experts by how well the first n together reproduce each layer's output.
 
     Metrics score experts one by one. This drops one after the other, each time the one that changes
-    the layer's output least given what is left, with tokens routed anew to the experts that remain.
+    the layer's output least given what is left, with tokens routed again among the experts that remain.
     The ranking serves every size: `plan` takes its first N. It keeps more of the model than any metric
     at the same size (see benchmarks/results/quality.md), and costs more: every token goes through
     every expert, 8 times the experts' work of `profile` for 32 experts with top-4.

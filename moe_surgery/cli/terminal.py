@@ -27,6 +27,7 @@ __all__ = ["Terminal", "count", "size"]
 
 PLAIN_PROGRESS_SECONDS = 10.0
 PIPE_WIDTH = 200
+COLUMN_GAP = 3
 STAGES = {
     "prune": "pruning",
     "export": "exporting",
@@ -90,17 +91,28 @@ class Terminal:
         click.echo(json.dumps(value, indent=2, default=str))
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table on stdout; the first column is left-aligned, the others right."""
+        """A table on stdout; the first column is left-aligned, the others right. One that is wider than the
+        terminal is printed as several, each with the first column."""
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
-        self.result(title)  # as a line of its own, which a narrow table does not wrap
-        table = Table(box=SIMPLE_HEAD, pad_edge=False)
-        for number, column in enumerate(columns):
-            table.add_column(column, justify="right" if number else "left", no_wrap=True)
-        for row in rows:
-            table.add_row(*map(_safe, row))
-        _console(sys.stdout).print(table)
+        self.result(title)  # as a separate line, which a narrow table does not wrap
+        console = _console(sys.stdout)
+        cells = [list(map(_safe, row)) for row in [columns, *rows]]
+        for numbers in _fitting(cells, console.width):
+            table = Table(box=SIMPLE_HEAD, pad_edge=False)
+            for number in numbers:
+                first = number == 0
+                table.add_column(
+                    cells[0][number],
+                    justify="left" if first else "right",
+                    no_wrap=not first,
+                    overflow="fold",
+                    max_width=console.width // 2 - COLUMN_GAP if first and len(columns) > 1 else None,
+                )
+            for row in cells[1:]:
+                table.add_row(*(row[number] for number in numbers))
+            console.print(table)
 
     def note(self, text: str) -> None:
         """A note on stderr, unless -q; each is printed once."""
@@ -234,11 +246,26 @@ def _plain(title: str, total: int, unit: str, say: Callable[[str], None]) -> Adv
     return advance
 
 
+def _fitting(cells: Sequence[Sequence[str]], width: int) -> list[list[int]]:
+    """The columns in groups that fit `width`, the first column in each (at most half of `width`)."""
+    widths = [max(map(len, column)) + COLUMN_GAP for column in zip(*cells, strict=True)]
+    first = min(widths[0], width // 2)
+    groups: list[list[int]] = [[0]]
+    used = first
+    for number, needed in enumerate(widths[1:], 1):
+        if used + needed > width and len(groups[-1]) > 1:
+            groups.append([0])
+            used = first
+        groups[-1].append(number)
+        used += needed
+    return groups
+
+
 def _console(file: TextIO) -> Console:
     from rich.console import Console
 
     # Where nobody sets a width (a pipe, a file), tables take what they need.
-    width = None if file.isatty() else PIPE_WIDTH
+    width = None if file.isatty() or os.environ.get("COLUMNS", "").isdigit() else PIPE_WIDTH
     return Console(file=file, width=width, markup=False, emoji=False, highlight=False)
 
 

@@ -21,14 +21,14 @@ from moe_surgery.errors import VerificationError
 def command(
     context: click.Context, out: str, source: str | None, structure_only: bool, weights_only: bool
 ) -> None:
-    """Check that a checkpoint is whole.
+    """Check that a checkpoint is complete and undamaged.
 
     Compares headers, index and config with one another, and the digest of every file and tensor
     with the manifest (surgery.json): one flipped byte anywhere is found and named. Damage that was
-    in the source before the surgery cannot be seen. Exit code 8 if anything is wrong.
+    in the source before the surgery cannot be seen. Exit code 8 if there is a problem.
 
-    Files beside the shards (README.md, config.json, tokenizer) are named apart from weights where they
-    were edited; that too is exit code 8, unless --weights-only makes it a note. Files that were added
+    Files beside the shards (README.md, config.json, tokenizer) that were edited are reported separately from
+    weights; that too is exit code 8, unless --weights-only makes it a note. Files that were added
     (.gitattributes, .git, .cache) are a note, added shards are not.
 
     \b

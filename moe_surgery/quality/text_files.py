@@ -19,6 +19,7 @@ from moe_surgery.checkpoint.files import open_regular, printable_path
 from moe_surgery.checkpoint.kinds import NOT_TEXTS, kind_of, wrong_kind
 from moe_surgery.errors import InvalidInputError, OutputError, UsageError
 from moe_surgery.quality.json_list import JsonList
+from moe_surgery.selection.given import PathLike
 
 __all__ = ["FORMATS", "TextFile", "Texts", "as_text_files", "blocks", "rows", "text_files"]
 
@@ -68,8 +69,7 @@ class TextFile:
     format: str
 
 
-Path_ = str | os.PathLike[str]
-Texts = Path_ | TextFile | Iterable[Path_ | TextFile] | Mapping[str, Path_ | Iterable[Path_]]
+Texts = PathLike | TextFile | Iterable[PathLike | TextFile] | Mapping[str, PathLike | Iterable[PathLike]]
 """Texts to read: one path or several, each a domain by its file's name; or the paths of each domain, by its
 name."""
 
@@ -77,7 +77,7 @@ name."""
 def as_text_files(texts: Texts, format: str | None = None) -> tuple[TextFile, ...]:
     """`texts` with their domains and formats; `format` as for `text_files`, which also says what is raised.
 
-    Raises TypeError for what is no path.
+    Raises TypeError for what is not a path.
     """
     if isinstance(texts, Mapping):
         pairs = [(domain, path) for domain, paths in texts.items() for path in _listed(paths)]

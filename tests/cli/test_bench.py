@@ -179,7 +179,7 @@ def test_what_was_interrupted_before_anything_was_measured_says_so() -> None:
 REFUSED: dict[str, tuple[list[str], str]] = {
     "no numbers": (
         ["decode", TINY, "--expert-counts", "4,x"],
-        "Invalid value for '--expert-counts': '4,x' is no list",
+        "Invalid value for '--expert-counts': '4,x' is not a list",
     ),
     "no rounds": (["decode", TINY, "--rounds", "0"], "--rounds 0: must be at least 1"),
     "too many experts": (
@@ -201,7 +201,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     ),
     "a draft that takes more": (
         ["speculate", TINY, "--draft-top-k", "5"],
-        "--draft-top-k 5: example:tiny takes 4 itself; a draft is to take fewer",
+        "--draft-top-k 5: example:tiny takes 4 itself; a draft must take fewer",
     ),
     "more experts than there are": (
         ["surgery", TINY, "--expert-counts", "33"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 
 import click
@@ -76,3 +77,13 @@ def test_plan_and_prune_say_which_experts_stay_by_the_same_options() -> None:
     shared = ("--experts", "--keep", "--order", "--top-k")
     plan, prune = options(("plan",)), options(("prune",))
     assert [plan[name].help for name in shared] == [prune[name].help for name in shared]
+
+
+PRIVATE_WORDS = r"\b(is no|anew|goes on|so many|of its own|as it is|otherwise than|told|said)\b"
+
+
+@pytest.mark.parametrize("path", PATHS, ids=" ".join)
+def test_help_is_plain_english(path: tuple[str, ...]) -> None:
+    command = at(path)
+    texts = [command.help or "", *(o.help or "" for o in options(path).values())]
+    assert [text for text in texts if re.search(PRIVATE_WORDS, text)] == []

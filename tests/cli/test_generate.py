@@ -359,4 +359,4 @@ def test_a_draft_of_another_tokenizer_is_one_line(capsys: Capture, tiny: Path) -
     vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
     put(tiny / "tokenizer.json", json.dumps(tokenizer))
     line = refused(call(capsys, "generate", TINY, "--prompt", PROMPT, "--draft", tiny), 2)
-    assert line == f"--draft {tiny}: its tokenizer gives tokens other numbers than that of {TINY}"
+    assert line == f"--draft {tiny}: its tokenizer numbers tokens differently from that of {TINY}"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -125,3 +128,22 @@ def test_a_plan_file_made_as_the_help_says_prunes_as_the_help_says(tmp_path: Pat
 def test_the_module_runs_as_the_command() -> None:
     ended = run("--version")
     assert (ended.code, ended.out) == (0, f"moe-surgery, version {__version__}\n")
+
+
+@pytest.mark.parametrize(("words", "completed"), [("prune x y --st", "--store"), ("bench sp", "speculate")])
+def test_a_shell_completes_commands_and_options(words: str, completed: str) -> None:
+    """As the line of docs/running.md sets it up: click's protocol for bash."""
+    typed = f"moe-surgery {words}"
+    more = {"COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1)}
+    main = "from moe_surgery.cli import main; main()"
+    done = [
+        subprocess.run(
+            [sys.executable, "-c", main],
+            env={**os.environ, **more, "_MOE_SURGERY_COMPLETE": step},
+            capture_output=True,
+            text=True,
+        ).stdout
+        for step in ("bash_source", "bash_complete")
+    ]
+    assert "_MOE_SURGERY_COMPLETE=bash_complete" in done[0]
+    assert completed in [line.partition(",")[2] for line in done[1].splitlines()]

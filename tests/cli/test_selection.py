@@ -501,7 +501,7 @@ CASES: dict[str, tuple[str, int, str]] = {
         3,
         "is a safetensors file of weights, not a statistics file",
     ),
-    "rank: no metric": ("rank {in}/both.stats", 2, "say how to rank: --metric frequency|gate|"),
+    "rank: no metric": ("rank {in}/both.stats", 2, "choose how to rank: --metric frequency|gate|"),
     "rank: an unknown metric": (
         "rank {in}/both.stats --metric best",
         2,
@@ -531,7 +531,7 @@ CASES: dict[str, tuple[str, int, str]] = {
         4,
         "the statistics are of another checkpoint",
     ),
-    "plan: no metric": ("plan {in}/both.stats -n 2", 2, "say how to rank them: --metric frequency|"),
+    "plan: no metric": ("plan {in}/both.stats -n 2", 2, "choose how to rank them: --metric frequency|"),
     "plan: an unknown metric": ("plan {in}/both.stats --metric best -n 2", 2, "--metric best: unknown"),
     "plan: an unknown domain": (
         "plan {in}/both.stats --metric reap --domain x -n 2",
@@ -610,7 +610,7 @@ CASES: dict[str, tuple[str, int, str]] = {
     "evaluate: nothing to hold against": (
         "evaluate example:tiny --texts {in}/sums.txt",
         2,
-        "nothing to hold",
+        "nothing to compare",
     ),
     "evaluate: an empty text": (
         "evaluate example:tiny --plan {new}/p.json --texts {new}/empty.txt",

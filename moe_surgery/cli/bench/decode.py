@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 )
 @click.option("--depth", default=128, show_default=True, help="Tokens in the cache before the first step.")
 @click.option("--steps", default=16, show_default=True, help="Tokens decoded in each round.")
-@click.option("--rounds", default=3, show_default=True, help="How often every model has its turn.")
+@click.option("--rounds", default=3, show_default=True, help="Rounds; each measures every model once.")
 @compute
 @plot_option
 @common
@@ -161,9 +161,9 @@ def _say(
         )
         for f in figures
     ]
-    told = ", ".join(f"{name} {value}" for name, value in settings.items())
+    shown = ", ".join(f"{name} {value}" for name, value in settings.items())
     read = f"{bandwidth.median / 1e9:.1f} GB/s ({bandwidth.low / 1e9:.1f}-{bandwidth.high / 1e9:.1f})"
-    terminal.table(f"Decoding ({told}; a plain read loop: {read})", columns, rows)
+    terminal.table(f"Decoding ({shown}; a plain read loop: {read})", columns, rows)
 
 
 def _plot(file: Path, figures: list[DecodeFigures]) -> None:

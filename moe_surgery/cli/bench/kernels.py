@@ -17,7 +17,7 @@ from moe_surgery.cli.options import common, needs_torch, terminal_of
 )
 @click.option("--tokens", type=NUMBERS, default="1", show_default=True, help="Tokens in a call.")
 @click.option("--hidden", default=2880, show_default=True, help="Hidden size, and the experts' inner one.")
-@click.option("--rounds", default=10, show_default=True, help="How often every call has its turn.")
+@click.option("--rounds", default=10, show_default=True, help="Rounds; each measures every call once.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N or mps.")
 @click.option("--backend", help="This backend only; default: all that run on the device.")
 @plot_option
@@ -35,7 +35,7 @@ def command(
 ) -> None:
     """Route, experts and a dense product of one layer, by backend, beside a plain read loop.
 
-    Random weights of gpt-oss-20b's size unless --hidden says otherwise; the bytes are those of the
+    Random weights of gpt-oss-20b's size unless --hidden is given; the bytes are those of the
     weights a call has to read, the share is of what the read loop reads. A call takes the same weights every
     time: what fits into the last cache is measured there, at --hidden 2880 most of it does not.
 

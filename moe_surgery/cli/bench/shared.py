@@ -33,7 +33,7 @@ class _Numbers(click.ParamType):  # type: ignore[type-arg]  # generic only from 
         if not isinstance(value, str):
             return value
         if not re.fullmatch(r"\s*[0-9]{1,9}\s*(,\s*[0-9]{1,9}\s*)*", value):
-            self.fail(f"{value!r} is no list of numbers; write 4,8,16", param, ctx)
+            self.fail(f"{value!r} is not a list of numbers; write 4,8,16", param, ctx)
         return list(dict.fromkeys(int(n) for n in value.split(",")))
 
 
@@ -45,13 +45,13 @@ def plot_option(command: Command) -> Command:
     return click.option("--plot", type=OUTPUT, help="Draw the figures here: .png, .svg or .pdf.")(command)
 
 
-def collect(results: Iterator[T], said: Callable[[T], str], terminal: Terminal) -> tuple[list[T], bool]:
-    """All `results`, and whether Ctrl-C ended them early; each is said with -v as it comes."""
+def collect(results: Iterator[T], describe: Callable[[T], str], terminal: Terminal) -> tuple[list[T], bool]:
+    """All `results`, and whether Ctrl-C ended them early; each is printed with -v."""
     found: list[T] = []
     try:
         for result in results:
             found.append(result)
-            terminal.detail(said(result))
+            terminal.detail(describe(result))
     except KeyboardInterrupt:
         if isinstance(results, Generator):
             results.close()

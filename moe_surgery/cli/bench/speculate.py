@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Texts as profile takes them, a file for each domain; repeat for more. Without: costs only.",
 )
-@click.option("--prompts", default=10, show_default=True, help="Texts of each domain to go on from.")
+@click.option("--prompts", default=10, show_default=True, help="Texts of each domain to continue.")
 @click.option("--prompt-tokens", default=32, show_default=True, help="Tokens of a text that are its prompt.")
 @click.option("--max-new-tokens", default=32, show_default=True, help="Tokens to generate for each prompt.")
 @click.option("--batch", default=1, show_default=True, help="Sequences in the steps whose cost is measured.")
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Tokens in the cache before the steps whose cost is measured.",
 )
-@click.option("--rounds", default=5, show_default=True, help="How often the cost of each step is measured.")
+@click.option("--rounds", default=5, show_default=True, help="Rounds; each measures every step once.")
 @compute
 @plot_option
 @common
@@ -216,10 +216,10 @@ def _measured(terminal: Terminal, job: Job, name: str, draft: Model) -> tuple[Re
 
 def _say(terminal: Terminal, settings: dict[str, object], found: list[Result], interrupted: bool) -> None:
     if terminal.json:
-        said = {"settings": settings, "drafts": [asdict(r) for r in found], "interrupted": interrupted}
-        terminal.data(machine() | said)
+        result = {"settings": settings, "drafts": [asdict(r) for r in found], "interrupted": interrupted}
+        terminal.data(machine() | result)
         return
-    told = ", ".join(f"{name} {value}" for name, value in settings.items())
+    shown = ", ".join(f"{name} {value}" for name, value in settings.items())
     if rows := [(r, row) for r in found for row in r.lengths]:
         cells = [
             (
@@ -238,7 +238,7 @@ def _say(terminal: Terminal, settings: dict[str, object], found: list[Result], i
             )
             for r, row in rows
         ]
-        terminal.table(f"Cost of a round ({told})", _COST_COLUMNS, cells)
+        terminal.table(f"Cost of a round ({shown})", _COST_COLUMNS, cells)
     if texts := [_cells(r.draft, f) for r in found for f in r.figures]:
         terminal.table("On texts, beside plain decoding", _TEXT_COLUMNS, texts)
 

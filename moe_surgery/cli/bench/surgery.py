@@ -27,11 +27,11 @@ from moe_surgery.formats.expert_format import EXPERT_DTYPES
     show_default=True,
     help="As prune's.",
 )
-@click.option("--rounds", default=3, show_default=True, help="How often every number has its turn.")
+@click.option("--rounds", default=3, show_default=True, help="Rounds; each measures every number once.")
 @click.option(
     "--work",
     type=click.Path(path_type=Path),
-    help="Folder with room for an output and its copy; default: the system's for temporary files.",
+    help="Folder with space for an output and its copy; default: the system's for temporary files.",
 )
 @click.option("--cold", is_flag=True, help="Drop the whole machine's page cache before each command (root).")
 @plot_option
