@@ -24,7 +24,7 @@ def python(code: str) -> list[str]:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    return write_checkpoint(tmp_path / "source", Shape(expert_counts=4))
+    return write_checkpoint(tmp_path / "source", Shape(experts=4))
 
 
 @pytest.fixture

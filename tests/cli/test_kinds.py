@@ -91,7 +91,7 @@ PLACES: dict[str, tuple[str, str, set[str], int]] = {
     ),
     "prune --ranking": ("prune example:tiny {new}/out --ranking {file} -n 2", "a ranking", RANKINGS, 3),
     "bench decode --ranking": (
-        "bench decode example:tiny --experts 2 --ranking {file}",
+        "bench decode example:tiny --expert-counts 2 --ranking {file}",
         "a ranking",
         RANKINGS,
         3,
@@ -152,7 +152,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run("export", TINY, "{in}/tiny.gguf")
     run("report", "{in}/tiny.stats", "-o", "{in}/report.html")
     (folder / "inspect.json").write_text(run("inspect", TINY, "--json"))
-    bench = ("bench", "kernels", "--hidden", "64", "--experts", "2", "--rounds", "1", "--json")
+    bench = ("bench", "kernels", "--hidden", "64", "--expert-counts", "2", "--rounds", "1", "--json")
     (folder / "bench.json").write_text(run(*bench))
     experts = {"3": {"count_frequency": 0.5}}
     phases = {f"{p}_expert_analytics": {"layer_0": experts} for p in ("think", "answer")}
