@@ -34,7 +34,18 @@ def test_the_command_ranks_a_folder(tmp_path: Path, capsys: pytest.CaptureFixtur
     out = tmp_path / "ranking.json"
     interleaved = ["--interleave-with", str(tmp_path / "all.json")]
     with pytest.raises(SystemExit) as ended:
-        main(["rank", str(tmp_path / "t"), "-n2", "--model-type", "gpt_oss", "-o", str(out), *interleaved])
+        main(
+            [
+                "rank",
+                str(tmp_path / "t"),
+                "--num-experts=2",
+                "--model-type",
+                "gpt_oss",
+                "-o",
+                str(out),
+                *interleaved,
+            ]
+        )
     assert ended.value.code == 0
     ranking = load_ranking(out)
     assert ranking.layers == ((1, 0), (0, 1))
