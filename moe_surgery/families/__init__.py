@@ -20,9 +20,9 @@ FAMILIES: tuple[Family, ...] = (GPT_OSS,)
 def describe(checkpoint: Checkpoint, families: tuple[Family, ...] = FAMILIES) -> Model:
     """The `Model` that `checkpoint` holds, every tensor's presence, shape and dtype checked.
 
-    `families` are those that it may be of. Each of its notes is also a CheckpointWarning. Raises InvalidInputError where the model type is
-    unknown or config and tensors disagree; a checkpoint of another family, class, layout or quantisation is
-    named as such.
+    `families` are those that it may be of. Each of its notes is also a CheckpointWarning. Raises
+    InvalidInputError where the model type is unknown or config and tensors disagree; a checkpoint of
+    another family, class, layout or quantisation is named as such.
     """
     try:
         model = _model.describe(checkpoint, families)
