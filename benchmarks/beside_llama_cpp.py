@@ -37,7 +37,7 @@ from make_checkpoint import Shape, make_checkpoint
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.checkpoint.resolve import resolve
 from moe_surgery.families import describe
-from moe_surgery.runtime.config import ModelConfig
+from moe_surgery.families.model_config import ModelConfig
 from moe_surgery.runtime.decode_cost import bytes_per_token
 
 RESULTS = Path(__file__).parent / "results"

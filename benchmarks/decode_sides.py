@@ -20,7 +20,7 @@ import numpy as np
 
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.families import describe
-from moe_surgery.runtime.config import ModelConfig
+from moe_surgery.families.model_config import ModelConfig
 
 SIDES = ("ours", "llama.cpp")
 PROMPT, PREFILL, BATCHES, CONTEXT = 16, 512, (1, 8), 256

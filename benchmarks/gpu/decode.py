@@ -10,12 +10,12 @@ from torch import Tensor
 from benchmarks.gpu.gate import Verdict
 from benchmarks.gpu.timing import timed
 from benchmarks.gpu.weights import fill_cache, random_model, weight_bytes
+from moe_surgery.families.model_config import ModelConfig
 from moe_surgery.kernels.interface import Backend
 from moe_surgery.kernels.reference import ReferenceBackend
 from moe_surgery.kernels.triton.decode.launches import launch_count
 from moe_surgery.kernels.triton.decode.step import DecodeStep
 from moe_surgery.runtime.cache import Cache
-from moe_surgery.runtime.config import ModelConfig
 from moe_surgery.runtime.decode_cost import bytes_per_token
 from moe_surgery.runtime.model import Model
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from moe_surgery.bench.random_weights import normal, random_experts
+from moe_surgery.families.model_config import ModelConfig, RopeConfig
 from moe_surgery.kernels import Backend
 from moe_surgery.kernels.reference.mxfp4 import decode
 from moe_surgery.kernels.weights import DenseWeight, ExpertWeights, Layer, Mxfp4Weight, Projection
 from moe_surgery.runtime.cache import Cache
-from moe_surgery.runtime.config import ModelConfig, RopeConfig
 from moe_surgery.runtime.model import Model
 from moe_surgery.runtime.step_bytes import weight_bytes
 

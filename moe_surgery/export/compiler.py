@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Final
 
 from moe_surgery.checkpoint.checkpoint import Checkpoint, TensorRef
 from moe_surgery.checkpoint.hub import snapshot_of
 from moe_surgery.engine.spans import Copy, Span, coalesce
-from moe_surgery.errors import PlanMismatchError, UsageError
+from moe_surgery.errors import InvalidInputError, PlanMismatchError, UsageError
 from moe_surgery.export.ggml import BLOCK_VALUES
 from moe_surgery.export.gguf import Metadata, TensorEntry, TensorType, header, padding
-from moe_surgery.export.gpt_oss import ARCHITECTURE, NAMES, add_model, check_supported
 from moe_surgery.export.program import (
     GgufPart,
     GgufProgram,
@@ -24,19 +24,20 @@ from moe_surgery.export.program import (
     Widen,
 )
 from moe_surgery.export.tokenizer import Tokenizer, add_tokenizer
-from moe_surgery.families.base import Role
+from moe_surgery.families.base import GgufArchitecture, Role
 from moe_surgery.families.model import Model, ModelTensor
-from moe_surgery.formats.expert_format import MXFP4, ExpertFormat
-from moe_surgery.runtime.config import ModelConfig
+from moe_surgery.families.model_config import ModelConfig
+from moe_surgery.formats.expert_format import BF16, F16, F32, MXFP4, ExpertFormat
 from moe_surgery.selection.plan import Plan
 
 __all__ = ["STORES", "compile_gguf", "default_name"]
 
 STORES = ("keep", "mxfp4")
-_HEAD = "lm_head.weight"
+FILE_TYPES: Final = MappingProxyType({F32: 0, F16: 1, BF16: 32, MXFP4: 38})
+"""llama.cpp's numbers for what most weights are stored as."""
+QUANTIZATION_VERSION: Final = 2
 # Roles whose tensors llama.cpp wants in float32 whatever their shape; so are all of one axis.
 _FLOAT32 = (Role.ROUTER, Role.EXPERT_BIAS)
-_LAYER = re.compile(r"(?<=^model\.layers\.)\d+(?=\.)")
 
 
 def compile_gguf(
@@ -52,24 +53,25 @@ def compile_gguf(
 
     `store`: "keep" leaves expert weights as they are stored, "mxfp4" converts dense ones.
 
-    Raises UsageError for an unknown format or another family than gpt-oss, PlanMismatchError for a plan
+    Raises UsageError for an unknown format or a family that llama.cpp does not know, PlanMismatchError for a plan
     that does not fit, InvalidInputError for a model that llama.cpp would compute otherwise.
     """
     if store not in STORES:
         raise UsageError(f"`store` {store}: choose one of {', '.join(STORES)}")
-    if model.model_type != "gpt_oss":
-        raise UsageError(f"{checkpoint.path}: a {model.model_type} model; export writes gpt-oss models only")
+    gguf = model.family.gguf
+    if gguf is None:
+        raise UsageError(f"{checkpoint.path}: a {model.model_type} model, which export cannot write as GGUF")
     config = ModelConfig.of(model)
-    check_supported(model, config)
-    layers, kept, top_k = _kept(checkpoint, model, plan)
+    if (problem := gguf.unsupported(model, config)) is not None:
+        raise InvalidInputError(f"config.json: {problem}; this model cannot be exported to GGUF")
+    layers, kept, top_k = _kept(checkpoint, model, plan, gguf)
     target = MXFP4 if store == "mxfp4" else model.expert_format
-    metadata = Metadata()
-    add_model(metadata, model, config, name, kept, top_k, target)
+    metadata = _metadata(gguf, config, name, kept, top_k, target)
     if tokenizer is None:
         metadata.text("tokenizer.ggml.model", "none")
     else:
         add_tokenizer(metadata, tokenizer)
-    tensors = tuple(_tensors(model, layers, target))
+    tensors = tuple(_tensors(model, gguf, layers, target))
     return GgufProgram(
         header(metadata, (t.entry for t in tensors)),
         tensors,
@@ -94,7 +96,7 @@ def default_name(path: Path) -> str:
 
 
 def _kept(
-    checkpoint: Checkpoint, model: Model, plan: Plan | None
+    checkpoint: Checkpoint, model: Model, plan: Plan | None, gguf: GgufArchitecture
 ) -> tuple[Sequence[Sequence[int]], int, int]:
     """The experts of every layer, how many they are, and how many of them are active."""
     if plan is None:
@@ -105,21 +107,49 @@ def _kept(
         counts = sorted({len(row) for row in plan.layers})
         raise PlanMismatchError(
             f"the plan keeps between {counts[0]} and {counts[-1]} experts per layer, but a GGUF file of the "
-            f"architecture {ARCHITECTURE} gives one number for all layers; keep the same number in every layer"
+            f"architecture {gguf.architecture} gives one number for all layers; keep the same number in every layer"
         )
     return plan.layers, kept, min(plan.top_k or model.top_k, kept)
 
 
-def _tensors(model: Model, layers: Sequence[Sequence[int]], target: ExpertFormat) -> Iterator[GgufTensor]:
+def _metadata(
+    gguf: GgufArchitecture, config: ModelConfig, name: str, experts: int, top_k: int, target: ExpertFormat
+) -> Metadata:
+    """What llama.cpp has to know of the model, without its tokenizer."""
+    metadata = Metadata()
+    metadata.text("general.architecture", gguf.architecture)
+    metadata.text("general.type", "model")
+    metadata.text("general.name", name)
+    metadata.u32("general.file_type", FILE_TYPES[target])
+    metadata.u32("general.quantization_version", QUANTIZATION_VERSION)
+    for key, value in gguf.metadata(config, experts, top_k).items():
+        if isinstance(value, str):
+            metadata.text(key, value)
+        elif isinstance(value, int):
+            metadata.u32(key, value)
+        else:
+            metadata.f32(key, value)
+    return metadata
+
+
+def _tensors(
+    model: Model, gguf: GgufArchitecture, layers: Sequence[Sequence[int]], target: ExpertFormat
+) -> Iterator[GgufTensor]:
+    weights = model.family.weights
+    patterns = gguf.names(weights)
+    names = {
+        pattern.format(layer=layer): [n.format(layer=layer) for n in found]
+        for layer in range(model.layers)
+        for pattern, found in patterns.items()
+    }
     for tensor in model.tensors:
-        pattern = _LAYER.sub("{layer}", tensor.name)
-        names = [n.replace("{layer}", str(tensor.layer)) for n in NAMES[pattern]]
         kept = layers[tensor.layer] if tensor.has_experts and tensor.layer is not None else None
-        for first, name in enumerate(names):
-            yield _tensor(tensor, name, kept, target, first, len(names))
+        targets = names[tensor.name]
+        for first, name in enumerate(targets):
+            yield _tensor(tensor, name, kept, target, first, len(targets))
     if not any(t.role is Role.UNEMBEDDING for t in model.tensors):  # tied: llama.cpp wants the matrix twice
         embedding = next(t for t in model.tensors if t.role is Role.EMBEDDING)
-        yield _tensor(embedding, NAMES[_HEAD][0], None, target, 0, 1)
+        yield _tensor(embedding, names[weights.unembedding][0], None, target, 0, 1)
 
 
 def _tensor(

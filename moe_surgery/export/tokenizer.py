@@ -74,8 +74,7 @@ def find_tokenizer(checkpoint: Checkpoint, model: Model) -> Tokenizer:
     above = folder.resolve().parent
     if TOKENIZER_NAME in model.layout.parent_side_files and not (folder / TOKENIZER_NAME).is_file():
         folder = above if (above / TOKENIZER_NAME).is_file() else folder
-    config = model.layout.hub_config(model.config) if model.layout.hub_config else model.config
-    return read_tokenizer(folder, config, model.dimensions["vocabulary"])
+    return read_tokenizer(folder, model.hub_config, model.dimensions["vocabulary"])
 
 
 def read_tokenizer(folder: Path, config: Mapping[str, object], vocabulary: int) -> Tokenizer:

@@ -17,17 +17,17 @@ __all__ = ["FAMILIES", "Family", "Model", "ModelTensor", "Role", "describe"]
 FAMILIES: tuple[Family, ...] = (GPT_OSS,)
 
 
-def describe(checkpoint: Checkpoint) -> Model:
+def describe(checkpoint: Checkpoint, families: tuple[Family, ...] = FAMILIES) -> Model:
     """The `Model` that `checkpoint` holds, every tensor's presence, shape and dtype checked.
 
-    Each of its notes is also a CheckpointWarning. Raises InvalidInputError where the model type is
-    unknown or config and tensors disagree; a checkpoint of another family, class, layout or quantisation is
-    named as such.
+    `families` are those that it may be of. Each of its notes is also a CheckpointWarning. Raises
+    InvalidInputError where the model type is unknown or config and tensors disagree; a checkpoint of
+    another family, class, layout or quantisation is named as such.
     """
     try:
-        model = _model.describe(checkpoint, FAMILIES)
+        model = _model.describe(checkpoint, families)
     except InvalidInputError as error:
-        if (instead := foreign(checkpoint, FAMILIES)) is None:
+        if (instead := foreign(checkpoint, families)) is None:
             raise
         raise InvalidInputError(instead) from error
     for note in model.notes:

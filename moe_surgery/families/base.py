@@ -9,8 +9,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
-__all__ = ["ConfigKey", "Family", "Layout", "Role", "StoredAs", "Tensor"]
+if TYPE_CHECKING:
+    from moe_surgery.families.model import Model
+    from moe_surgery.families.model_config import ModelConfig
+
+__all__ = [
+    "ConfigKey",
+    "Family",
+    "GgufArchitecture",
+    "LayerNames",
+    "Layout",
+    "ProjectionNames",
+    "Role",
+    "StoredAs",
+    "Tensor",
+    "WeightNames",
+]
 
 
 class Role(Enum):
@@ -70,13 +86,13 @@ class StoredAs:
 
 @dataclass(frozen=True, slots=True)
 class ConfigKey:
-    """A dimension in config.json: the first of `keys` that is there, else `default`.
+    """A value in config.json: that of the first of `keys` that is there, else `default`.
 
     `unread` are spellings that `Layout.reader` does not read; they are written along with `keys`.
     """
 
     keys: tuple[str, ...]
-    default: int | None = None
+    default: float | None = None
     unread: tuple[str, ...] = ()
 
 
@@ -107,8 +123,67 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
+class ProjectionNames:
+    """Weight and bias of a linear layer."""
+
+    weight: str
+    bias: str
+
+
+@dataclass(frozen=True, slots=True)
+class LayerNames:
+    """Which tensor makes which part of a decoder layer; each name holds `{layer}`.
+
+    `gate_up` and `down` are expert weights, gate rows at even and up rows at odd positions of `gate_up`.
+    """
+
+    attention_norm: str
+    q: ProjectionNames
+    k: ProjectionNames
+    v: ProjectionNames
+    o: ProjectionNames
+    sinks: str
+    mlp_norm: str
+    router: ProjectionNames
+    gate_up: str
+    gate_up_bias: str
+    down: str
+    down_bias: str
+
+
+@dataclass(frozen=True, slots=True)
+class WeightNames:
+    """Which tensor makes which part of a model that the runtime runs, by its names in the hub's layout."""
+
+    embedding: str
+    norm: str
+    unembedding: str
+    layer: LayerNames
+
+
+@dataclass(frozen=True, slots=True)
+class GgufArchitecture:
+    """How llama.cpp knows a family.
+
+    `names` gives for each tensor its name in GGUF, or two for one whose rows alternate between two of
+    GGUF. `metadata` gives the architecture's keys for a model with a number of experts kept and of
+    experts active: an int is written as u32, a float as f32. `unsupported` says what llama.cpp would
+    compute differently, None where it computes what the model does.
+    """
+
+    architecture: str
+    names: Callable[[WeightNames], Mapping[str, tuple[str, ...]]]
+    metadata: Callable[[ModelConfig, int, int], Mapping[str, int | float | str]]
+    unsupported: Callable[[Model, ModelConfig], str | None]
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
-    """A model family: its dimensions, tensors, and the config keys that surgery changes."""
+    """A model family: its dimensions, tensors, and the config keys that surgery changes.
+
+    `read_config` reads the constants that `config_keys` names; `weights` says which tensors make which
+    part of a layer. `gguf` is None where llama.cpp does not know the family.
+    """
 
     model_type: str
     title: str
@@ -116,3 +191,13 @@ class Family:
     tensors: tuple[Tensor, ...]
     layouts: tuple[Layout, ...]
     quantization_config: Mapping[str, object]
+    config_keys: Mapping[str, ConfigKey]
+    read_config: Callable[[Model], ModelConfig]
+    weights: WeightNames
+    gguf: GgufArchitecture | None = None
+
+    @property
+    def tied_key(self) -> str | None:
+        """The config key that says that the embedding is the unembedding too; None where none says it."""
+        tensor = next(t for t in self.tensors if t.role is Role.UNEMBEDDING)
+        return tensor.present_if[0].removeprefix("!") if tensor.present_if else None

@@ -18,7 +18,6 @@ from moe_surgery.formats.expert_format import FORMATS, MXFP4, ExpertFormat, form
 __all__ = ["Model", "ModelTensor", "describe"]
 
 FLOATS = frozenset(f.dtype for f in FORMATS.values() if not f.packed)
-UNTIED = ("!tie_word_embeddings", True)
 # Stored by old versions of transformers and by TRL, used by no model.
 IGNORED_TENSORS = (
     (re.compile(r"(^|\.)rotary_emb\.inv_freq$"), "a buffer that follows from config.json"),
@@ -82,6 +81,11 @@ class Model:
         return self.family.model_type
 
     @property
+    def hub_config(self) -> Mapping[str, object]:
+        """config.json as the hub's layout has it."""
+        return self.layout.hub_config(self.config) if self.layout.hub_config else self.config
+
+    @property
     def layers(self) -> int:
         return self.dimensions["layers"]
 
@@ -125,7 +129,7 @@ def describe(checkpoint: Checkpoint, families: tuple[Family, ...]) -> Model:
         present = _present(tensor, checkpoint.config)
         if (
             not present
-            and tensor.present_if == UNTIED
+            and tensor.role is Role.UNEMBEDDING
             and layout.find(tensor.name).name in checkpoint.tensors
         ):
             present = True

@@ -13,7 +13,7 @@ from moe_surgery import families
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.checkpoint.files import printable_path
 from moe_surgery.errors import OutputError, UsageError
-from moe_surgery.runtime.config import ModelConfig
+from moe_surgery.families.model_config import ModelConfig
 
 __all__ = ["CONTEXT", "check_writable", "default_context", "job_digest", "partial_path"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moe_surgery.families.model_config import ModelConfig
 from moe_surgery.formats.expert_format import BF16, MXFP4
-from moe_surgery.runtime.config import ModelConfig
 
 __all__ = ["StepBytes", "bytes_per_token", "distinct_experts"]
 

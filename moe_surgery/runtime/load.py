@@ -9,14 +9,14 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from moe_surgery import families
 from moe_surgery.checkpoint.checkpoint import Checkpoint, TensorRef
 from moe_surgery.errors import UsageError
+from moe_surgery.families import FAMILIES, Family, ModelTensor, describe
 from moe_surgery.families import Model as Described
-from moe_surgery.families import ModelTensor
+from moe_surgery.families.base import LayerNames, ProjectionNames
+from moe_surgery.families.model_config import ModelConfig
 from moe_surgery.kernels import Backend, select_backend
 from moe_surgery.kernels.weights import DenseWeight, ExpertWeights, Layer, Mxfp4Weight, Projection, Weight
-from moe_surgery.runtime.config import ModelConfig
 from moe_surgery.runtime.device import check_memory, open_device
 from moe_surgery.runtime.mapped import MappedShards
 from moe_surgery.runtime.model import Model
@@ -70,6 +70,7 @@ def load_model(
     *,
     top_k: int | None = None,
     one_layer: bool = False,
+    families: tuple[Family, ...] = FAMILIES,
 ) -> Model:
     """Load a checkpoint (folder, file, example or cached hub id) to run it.
 
@@ -82,7 +83,8 @@ def load_model(
     bit for bit. `top_k` is how many experts the router chooses for a token, instead of the plan's or the
     model's number; it may be more than that, up to the experts of a layer (a layer with fewer uses all of
     them). With `one_layer` a layer is mapped, or moved to the device, when `Model.layers` is asked for it,
-    and let go for the next one: for work that takes all texts through one layer at a time.
+    and let go for the next one: for work that takes all texts through one layer at a time. `families`
+    are those that the checkpoint may be of.
 
     Raises InvalidInputError or OutputError for the checkpoint, PlanMismatchError for a plan of
     another model, UsageError for an unknown device, dtype or backend, a top-k outside 1 to the
@@ -95,7 +97,7 @@ def load_model(
     chosen = select_backend(place, backend)
     compute = chosen.dtype if dtype is None else dtype
     with Checkpoint.open(path) as checkpoint:
-        described = families.describe(checkpoint)
+        described = describe(checkpoint, families)
         if plan is not None:
             plan.check_fits(described.model_type, described.experts, described.layers, str(path))
             plan = plan.with_top_k(top_k)
@@ -119,6 +121,7 @@ def _assembled(
     config = ModelConfig.of(described)
     shards = MappedShards(checkpoint)
     tensors = {t.name: t for t in described.tensors}
+    names = described.family.weights
 
     def fetch(ref: TensorRef) -> Tensor:
         mapped = shards.tensor(ref)
@@ -131,29 +134,30 @@ def _assembled(
     def get(name: str) -> Tensor:
         return fetch(tensors[name].stored)
 
-    embedding = get("model.embed_tokens.weight")
+    embedding = get(names.embedding)
 
     def make(number: int) -> Layer:
-        layer = _layer(number, config, tensors, get, fetch, plan, top_k)
+        layer = _layer(number, names.layer, config, tensors, get, fetch, plan, top_k)
         # For decode steps, of this model and of its views, which share the tensors.
         return layer if one_layer else backend.prepare_layer(layer)
 
     def release(number: int) -> None:
-        for name, tensor in tensors.items():
-            if name.startswith(f"model.layers.{number}."):
+        for tensor in described.tensors:
+            if tensor.layer == number:
                 for ref in filter(None, (tensor.stored, tensor.scales)):
                     shards.release(ref)
 
     layers: Sequence[Layer] = (
         OneLayer(config.layers, make, release) if one_layer else [make(n) for n in range(config.layers)]
     )
-    unembedding = get("lm_head.weight") if "lm_head.weight" in tensors else embedding
-    norm = get("model.norm.weight")
+    unembedding = get(names.unembedding) if names.unembedding in tensors else embedding
+    norm = get(names.norm)
     return Model(config, embedding, layers, norm, unembedding, compute, backend)
 
 
 def _layer(
     number: int,
+    names: LayerNames,
     config: ModelConfig,
     tensors: dict[str, ModelTensor],
     get: Get,
@@ -161,36 +165,39 @@ def _layer(
     plan: Plan | None,
     top_k: int | None,
 ) -> Layer:
-    prefix = f"model.layers.{number}."
+    def named(name: str) -> str:
+        return name.format(layer=number)
 
-    def projection(name: str) -> Projection:
-        bias = f"{prefix}{name}.bias"
-        return Projection(get(f"{prefix}{name}.weight"), get(bias) if bias in tensors else None)
+    def vector(name: str) -> Tensor:
+        return get(named(name))
+
+    def projection(part: ProjectionNames) -> Projection:
+        return Projection(vector(part.weight), vector(part.bias) if named(part.bias) in tensors else None)
 
     def weight(name: str) -> Weight:
-        tensor = tensors[f"{prefix}mlp.experts.{name}"]
+        tensor = tensors[named(name)]
         if tensor.scales is None:
             return DenseWeight(fetch(tensor.stored))
         return Mxfp4Weight(fetch(tensor.stored), fetch(tensor.scales))
 
-    router = projection("mlp.router")
+    router = projection(names.router)
     experts = ExpertWeights(
-        weight("gate_up_proj"),
-        get(f"{prefix}mlp.experts.gate_up_proj_bias"),
-        weight("down_proj"),
-        get(f"{prefix}mlp.experts.down_proj_bias"),
+        weight(names.gate_up),
+        vector(names.gate_up_bias),
+        weight(names.down),
+        vector(names.down_bias),
         None,
         config.swiglu_limit,
         config.swiglu_alpha,
     )
     whole = Layer(
-        attention_norm=get(f"{prefix}input_layernorm.weight"),
-        q=projection("self_attn.q_proj"),
-        k=projection("self_attn.k_proj"),
-        v=projection("self_attn.v_proj"),
-        o=projection("self_attn.o_proj"),
-        sinks=get(f"{prefix}self_attn.sinks"),
-        mlp_norm=get(f"{prefix}post_attention_layernorm.weight"),
+        attention_norm=vector(names.attention_norm),
+        q=projection(names.q),
+        k=projection(names.k),
+        v=projection(names.v),
+        o=projection(names.o),
+        sinks=vector(names.sinks),
+        mlp_norm=vector(names.mlp_norm),
         router=router,
         experts=experts,
         top_k=min(top_k or config.top_k, router.weight.shape[0]),

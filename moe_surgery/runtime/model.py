@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe_surgery.errors import UsageError
+from moe_surgery.families.model_config import ModelConfig
 from moe_surgery.kernels import Backend
 from moe_surgery.kernels.interface import DecoderModel, DecoderShape, DecodeStep, FusedLayers
 from moe_surgery.kernels.weights import Layer
 from moe_surgery.runtime.cache import Cache
-from moe_surgery.runtime.config import ModelConfig
 from moe_surgery.runtime.rope import Rope
 
 __all__ = ["SCORE_BYTES", "Model"]

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from moe_surgery.families.model_config import RopeConfig
 from moe_surgery.kernels import Backend
-from moe_surgery.runtime.config import RopeConfig
 
 __all__ = ["Rope"]
 

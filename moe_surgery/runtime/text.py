@@ -11,7 +11,7 @@ from moe_surgery.checkpoint.files import printable_path, read_small_file
 from moe_surgery.checkpoint.resolve import resolve
 from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.errors import InvalidInputError, OutputError, UsageError
-from moe_surgery.runtime.config import token_ids
+from moe_surgery.families.model_config import token_ids
 from moe_surgery.runtime.harmony import Harmony, Markers, Reply
 from moe_surgery.runtime.text_stream import TextStream
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from moe_surgery.families.base import Role
 from moe_surgery.families.model import Model
 from moe_surgery.formats.expert_format import ExpertFormat
 
 __all__ = ["output_config"]
 
-TIED = "tie_word_embeddings"
 QUANTIZATION = "quantization_config"
 
 
@@ -16,7 +16,7 @@ def output_config(model: Model, experts: int, top_k: int, expert_format: ExpertF
 
     Keys keep their order. Every spelling of the two counts that the source uses is changed, and one
     that transformers reads is added where there is none; "quantization_config" leaves with a dense format
-    and enters with MXFP4; "tie_word_embeddings" is false where lm_head.weight is stored.
+    and enters with MXFP4; the key that ties the embeddings is false where the unembedding is stored.
     """
     source = dict(model.config)
     config = model.layout.hub_config(source) if model.layout.hub_config else source
@@ -28,8 +28,9 @@ def output_config(model: Model, experts: int, top_k: int, expert_format: ExpertF
                 config[name] = value
         if not any(name in config for name in key.keys):
             config = _inserted(config, key.keys[0], value)
-    if config.get(TIED) and any(t.name == "lm_head.weight" for t in model.tensors):
-        config[TIED] = False  # transformers takes a stored lm_head even so, others do not
+    tied = model.family.tied_key
+    if tied and config.get(tied) and any(t.role is Role.UNEMBEDDING for t in model.tensors):
+        config[tied] = False  # transformers uses a stored unembedding in any case, others do not
     if not expert_format.packed:
         config.pop(QUANTIZATION, None)
     elif QUANTIZATION not in config:

@@ -15,8 +15,8 @@ pytest.importorskip("transformers")
 
 from moe_surgery import Checkpoint, describe, load_model  # noqa: E402
 from moe_surgery.errors import InvalidInputError  # noqa: E402
+from moe_surgery.families.model_config import ModelConfig  # noqa: E402
 from moe_surgery.kernels.reference import ReferenceBackend  # noqa: E402
-from moe_surgery.runtime.config import ModelConfig  # noqa: E402
 from tests.runtime.models import Config, write_lively  # noqa: E402
 from tests.support import oracle  # noqa: E402
 from tests.support.checkpoints import Shape, Tensors  # noqa: E402

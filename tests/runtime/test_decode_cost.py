@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from moe_surgery.runtime.config import ModelConfig, RopeConfig
+from moe_surgery.families.model_config import ModelConfig, RopeConfig
 from moe_surgery.runtime.decode_cost import bytes_per_token, distinct_experts
 
 WINDOWS = tuple(128 if i % 2 == 0 else None for i in range(24))

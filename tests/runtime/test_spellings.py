@@ -17,7 +17,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: E402
 
 from moe_surgery import Checkpoint, describe, inspect, load_model, plan_keeping, prune  # noqa: E402
 from moe_surgery.errors import CheckpointWarning, InvalidInputError  # noqa: E402
-from moe_surgery.runtime.config import ModelConfig  # noqa: E402
+from moe_surgery.families.model_config import ModelConfig  # noqa: E402
 from moe_surgery.runtime.rope import inverse_frequencies  # noqa: E402
 from tests.runtime.models import Config, write_lively  # noqa: E402
 from tests.support import oracle  # noqa: E402

@@ -1,0 +1,220 @@
+"""config.json of gpt-oss in the hub's layout: its keys, what stands for a missing one, and how they are read."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
+
+from moe_surgery.checkpoint.text import describe
+from moe_surgery.errors import CheckpointWarning, InvalidInputError
+from moe_surgery.families.base import ConfigKey
+from moe_surgery.families.model import Model
+from moe_surgery.families.model_config import ModelConfig, RopeConfig, token_ids
+
+__all__ = ["CONFIG_KEYS", "DIMENSIONS", "QUANTIZATION_CONFIG", "number", "read_config"]
+
+QUANTIZATION_CONFIG: Final = MappingProxyType(
+    {
+        "modules_to_not_convert": [
+            "model.layers.*.self_attn",
+            "model.layers.*.mlp.router",
+            "model.embed_tokens",
+            "lm_head",
+        ],
+        "quant_method": "mxfp4",
+    }
+)
+
+# As transformers' GptOssConfig reads them: num_experts is an alias that is set last, experts_per_token
+# is kept and not used.
+DIMENSIONS: Final = MappingProxyType(
+    {
+        "layers": ConfigKey(("num_hidden_layers",)),
+        "experts": ConfigKey(("num_experts", "num_local_experts")),
+        "top_k": ConfigKey(("num_experts_per_tok",), default=4, unread=("experts_per_token",)),
+        "hidden": ConfigKey(("hidden_size",)),
+        "intermediate": ConfigKey(("intermediate_size",)),
+        "heads": ConfigKey(("num_attention_heads",)),
+        "kv_heads": ConfigKey(("num_key_value_heads",)),
+        "head_dim": ConfigKey(("head_dim",), default=64),
+        "vocabulary": ConfigKey(("vocab_size",)),
+    }
+)
+
+# What transformers' GptOssConfig takes where config.json has no such key.
+CONFIG_KEYS: Final = MappingProxyType(
+    {
+        "max_position_embeddings": ConfigKey(("max_position_embeddings",), default=131072),
+        "layer_types": ConfigKey(("layer_types",)),
+        "sliding_window": ConfigKey(("sliding_window",), default=128),
+        "rope_scaling": ConfigKey(("rope_scaling",)),
+        "rope_parameters": ConfigKey(("rope_parameters",)),
+        "rope_theta": ConfigKey(("rope_theta",), default=150000.0),
+        "original_length": ConfigKey(("original_max_position_embeddings",)),
+        "rms_norm_eps": ConfigKey(("rms_norm_eps",), default=1e-5),
+        "swiglu_limit": ConfigKey(("swiglu_limit",), default=7.0),
+        "swiglu_alpha": ConfigKey(("swiglu_alpha",), default=1.702),
+        "eos_token_id": ConfigKey(("eos_token_id",)),
+    }
+)
+
+MAX_NUMBER: Final = 10**9
+# What transformers takes where config.json says nothing.
+DEFAULT_ROPE: Final = MappingProxyType(
+    {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "truncate": False,
+    }
+)
+LAYER_TYPES: Final = ("sliding_attention", "full_attention")
+
+
+def read_config(model: Model) -> ModelConfig:
+    """The configuration of a model built like gpt-oss, by its family's `config_keys`.
+
+    Raises InvalidInputError naming the key.
+    """
+    config, dims = _Config(model.hub_config, model.family.config_keys), model.dimensions
+    if dims["heads"] % dims["kv_heads"]:
+        raise InvalidInputError(
+            f"config.json: {dims['heads']} attention heads do not share {dims['kv_heads']} key-value heads"
+        )
+    if dims["head_dim"] % 2:
+        raise InvalidInputError(f"config.json: head_dim is {dims['head_dim']}; rotation needs pairs")
+    return ModelConfig(
+        layers=dims["layers"],
+        hidden=dims["hidden"],
+        intermediate=dims["intermediate"],
+        heads=dims["heads"],
+        kv_heads=dims["kv_heads"],
+        head_dim=dims["head_dim"],
+        vocabulary=dims["vocabulary"],
+        experts=dims["experts"],
+        top_k=dims["top_k"],
+        context=config.whole("max_position_embeddings"),
+        windows=_windows(config, dims["layers"]),
+        rope=_rope(config, model.family.title),
+        eps=config.number("rms_norm_eps"),
+        swiglu_limit=config.number("swiglu_limit"),
+        swiglu_alpha=config.number("swiglu_alpha"),
+        stop_tokens=token_ids(config.get("eos_token_id")),
+        model_type=model.model_type,
+    )
+
+
+def number(config: Mapping[str, object], key: str, default: float | None) -> float:
+    """The number above 0 under `key`. Raises InvalidInputError for another value, and where there is none."""
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < MAX_NUMBER:
+        raise InvalidInputError(f"config.json: {key} is {describe(value)}, not a number above 0")
+    return value
+
+
+def _whole(config: Mapping[str, object], key: str, default: float | None) -> int:
+    value = float(number(config, key, default))
+    if value != int(value):
+        raise InvalidInputError(f"config.json: {key} is {value}, not a whole number")
+    return int(value)
+
+
+class _Config:
+    """config.json read by the names of a family's `config_keys`."""
+
+    def __init__(self, values: Mapping[str, object], keys: Mapping[str, ConfigKey]) -> None:
+        self._values, self._keys = values, keys
+
+    def key(self, name: str) -> str:
+        """The key in config.json; the first spelling where none is there."""
+        keys = self._keys[name].keys
+        return next((k for k in keys if k in self._values), keys[0])
+
+    def get(self, name: str) -> object:
+        return self._values.get(self.key(name))
+
+    def number(self, name: str) -> float:
+        return float(number(self._values, self.key(name), self._keys[name].default))
+
+    def whole(self, name: str) -> int:
+        return _whole(self._values, self.key(name), self._keys[name].default)
+
+
+def _windows(config: _Config, layers: int) -> tuple[int | None, ...]:
+    """Sliding layers see `sliding_window` positions; without "layer_types" every second layer slides."""
+    kinds = config.get("layer_types") or [LAYER_TYPES[i % 2] for i in range(layers)]
+    key = config.key("layer_types")
+    if not isinstance(kinds, list) or len(kinds) != layers:
+        raise InvalidInputError(f"config.json: {key} does not list {layers} layers")
+    if unknown := set(map(str, kinds)) - set(LAYER_TYPES):
+        raise InvalidInputError(
+            f"config.json: {key} holds {describe(min(unknown))}; known: {', '.join(LAYER_TYPES)}"
+        )
+    window = config.whole("sliding_window") if LAYER_TYPES[0] in kinds else None
+    return tuple(window if kind == LAYER_TYPES[0] else None for kind in kinds)
+
+
+def _rope(config: _Config, title: str) -> RopeConfig:
+    """transformers 5 writes `rope_parameters`, older versions `rope_scaling` and `rope_theta`.
+
+    Where both are there, transformers (`convert_rope_params_to_dict`) takes `rope_scaling`; a
+    `rope_theta` inside goes before one outside.
+    """
+    name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    key, parameters = config.key(name), config.key("rope_parameters")
+    rope = config.get(name) or dict(DEFAULT_ROPE)
+    if name == "rope_scaling" and config.get("rope_parameters") not in (None, {}, rope):
+        warnings.warn(
+            f"config.json: {key} and {parameters} differ; transformers and moe-surgery use {key}",
+            CheckpointWarning,
+            stacklevel=4,
+        )
+    if not isinstance(rope, dict):
+        raise InvalidInputError(f"config.json: {key} is not an object")
+    if layered := sorted(rope.keys() & set(LAYER_TYPES)):
+        raise InvalidInputError(
+            f"config.json: {key} has an entry for {layered[0]}; {title} has one rotary embedding for all layers"
+        )
+    theta = float(number(rope, "rope_theta", config.number("rope_theta")))
+    if theta <= 1:
+        raise InvalidInputError(f"config.json: rope_theta is {theta}, not above 1")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return RopeConfig(theta)
+    if kind != "yarn":
+        raise InvalidInputError(f"config.json: rope_type is {describe(kind)}; known: default, yarn")
+    if "factor" not in rope:
+        raise InvalidInputError(f"config.json: {key} has no factor, which yarn needs")
+    factor = float(number(rope, "factor", 1.0))
+    given = rope.get("attention_factor")
+    # Outside the object it goes first; the model's context is the last resort, as in transformers.
+    context = config.whole("max_position_embeddings")
+    outside = config.get("original_length") is not None
+    length = (
+        config.whole("original_length")
+        if outside
+        else _whole(rope, "original_max_position_embeddings", context)
+    )
+    return RopeConfig(
+        theta,
+        factor,
+        length,
+        float(number(rope, "beta_fast", 32.0)),
+        float(number(rope, "beta_slow", 1.0)),
+        bool(rope.get("truncate", True)),
+        _mscale(rope, factor) if given is None else float(number(rope, "attention_factor", 1.0)),
+    )
+
+
+def _mscale(rope: Mapping[str, object], factor: float) -> float:
+    """What YaRN multiplies cos and sin with where `attention_factor` does not say it."""
+
+    def scale(by: float) -> float:
+        return 0.1 * by * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return scale(number(rope, "mscale", 1.0)) / scale(number(rope, "mscale_all_dim", 1.0))
+    return scale(1.0)
