@@ -9,6 +9,9 @@ from hypothesis import settings
 # Workers share the machine's cores: threads of torch that wait for one another would only spin.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Workers get a width of 80; tables are as wide as they need where a test sets none.
+os.environ.pop("COLUMNS", None)
+
 # Machines differ in speed and so do runs: how long an example takes says nothing about the code.
 settings.register_profile("suite", deadline=None)
 settings.load_profile("suite")

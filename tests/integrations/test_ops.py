@@ -135,7 +135,7 @@ def test_a_cpu_without_the_extension_says_why(
         assert ops.backend_of("cpu").name == "reference"
     assert caplog.messages == [
         "backend reference (plain PyTorch, slower) on cpu, because native does not work: disabled by "
-        "MOE_SURGERY_NATIVE=0; --backend reference chooses it without this note",
+        "MOE_SURGERY_NATIVE=0; `backend` reference chooses it without this note",
         "experts on cpu: reference backend",
     ]
     assert {r.levelno for r in caplog.records} == {logging.INFO}  # it was asked for
@@ -149,5 +149,5 @@ def test_a_cuda_device_without_triton_says_why(
         assert ops.backend_of("cuda").name == "reference"
     assert caplog.messages == [
         "backend reference (plain PyTorch, slower) on cuda, because triton does not work: triton is not "
-        "installed; --backend reference chooses it without this note"
+        "installed; `backend` reference chooses it without this note"
     ]

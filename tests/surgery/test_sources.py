@@ -26,7 +26,7 @@ def test_inspect_prune_and_verify_over_bytes_in_memory(tmp_path: Path, dtype: st
     layout = "bf16" if dtype in ("mxfp4", "f32") else "mxfp4"
     source = write_checkpoint(tmp_path / "source", SHAPE, layout, shards=3)
     held = MemoryFolder(source)
-    options = {"dtype": dtype, "max_shard_size": 900_000}
+    options = {"store": dtype, "max_shard_size": 900_000}
     prune(source, tmp_path / "one", lambda m: plan_keeping(KEPT, m), **options)  # type: ignore[arg-type]
     expected = inspect(source).as_dict()
     with Checkpoint.open(source) as opened:
@@ -48,8 +48,8 @@ def test_inspect_prune_and_verify_over_bytes_in_memory(tmp_path: Path, dtype: st
 def test_export_over_bytes_in_memory(tmp_path: Path, layout: str, dtype: str) -> None:
     source = write_checkpoint(tmp_path / "source", SHAPE, layout, shards=3)
     held = MemoryFolder(source)
-    export_gguf(source, tmp_path / "one.gguf", dtype=dtype, tokenizer=False, name="x")
+    export_gguf(source, tmp_path / "one.gguf", store=dtype, tokenizer=False, name="x")
     for file in source.iterdir():
         file.unlink()
-    export_gguf(held, tmp_path / "two.gguf", dtype=dtype, tokenizer=False, name="x")
+    export_gguf(held, tmp_path / "two.gguf", store=dtype, tokenizer=False, name="x")
     assert (tmp_path / "two.gguf").read_bytes() == (tmp_path / "one.gguf").read_bytes()
