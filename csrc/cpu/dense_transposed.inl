@@ -40,7 +40,7 @@ struct DenseTransposed {
         }
     }
 
-    // Columns start .. start + count of a transposed weight; those so many bytes further on are next.
+    // Columns start .. start + count of a transposed weight; what lies `ahead` bytes further on is prefetched.
     struct Columns {
         const DenseRows& weight;
         std::ptrdiff_t start, count, ahead;

@@ -1,4 +1,4 @@
-"""Files beside a model that are no part of it: adapters, value heads, backups. transformers ignores them too."""
+"""Files beside a model that are not part of it: adapters, value heads, backups. transformers ignores them too."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def is_weights(name: str) -> bool:
 def note_of(names: Iterable[str], unlisted: str) -> str | None:
     """How many of `names` are ignored, with an example and why; None where none is worth a note.
 
-    `unlisted` is why a shard that is no addition is not read.
+    `unlisted` is the reason to give for any other shard that is not read.
     """
     found = [(rank, name, why) for name in names for rank, why in _reasons(name, unlisted)]
     if not found:

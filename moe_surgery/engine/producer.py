@@ -14,7 +14,10 @@ __all__ = ["Converter", "Producer"]
 
 
 class Converter(Protocol):
-    """Makes the parts of a file that are no copies. `fill` may run in several threads, in any order."""
+    """Makes the parts of a file that are converted rather than copied.
+
+    `fill` may run in several threads, in any order.
+    """
 
     def fill(self, piece: PartSlice, target: memoryview) -> None:
         """Write the bytes of `piece` to `target`. Raises InvalidInputError or OutputError."""

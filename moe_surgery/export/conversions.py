@@ -1,4 +1,4 @@
-"""The parts of a GGUF file that are no copies: floats widened, expert weights in ggml's order."""
+"""The parts of a GGUF file that are converted rather than copied: floats widened, expert weights in ggml's order."""
 
 from __future__ import annotations
 

@@ -26,8 +26,8 @@ _QUANTISED: Final = (
 )
 # Layouts of experts, by tensor name, within a family that stacks them.
 _LAYOUTS: Final = (
-    (re.compile(r"\.experts\.[0-9]+\."), "stores every expert under names of its own"),
-    (re.compile(r"\.experts\.[a-z_]+s\.[0-9]+\."), "stores every expert under names of its own"),
+    (re.compile(r"\.experts\.[0-9]+\."), "stores every expert in separate tensors"),
+    (re.compile(r"\.experts\.[a-z_]+s\.[0-9]+\."), "stores every expert in separate tensors"),
     (re.compile(r"\.experts\.(gate|up)_proj(_|\.|$)"), "stores gate and up projections apart"),
 )
 _STACKED: Final = re.compile(r"\.experts\.gate_up_proj(_blocks)?$")

@@ -59,6 +59,6 @@ class ModelConfig:
 
 
 def token_ids(value: object) -> tuple[int, ...]:
-    """Token ids of a config value that may be a number, a list or null; anything else is no token."""
+    """Token ids of a config value that may be a number, a list or null; anything else is ignored."""
     values = value if isinstance(value, list) else [value]
     return tuple(v for v in values if type(v) is int and 0 <= v < MAX_TOKEN_ID)

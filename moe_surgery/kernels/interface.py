@@ -84,9 +84,9 @@ class DecoderModel:
 class KVCache(Protocol):
     """The keys and values that a decode step reads and extends; see `moe_surgery.runtime.cache.Cache`.
 
-    keys[i] and values[i] [batch, kv_heads, slots[i], head_dim]; `positions[slots]` int64 [batch, slots] says
-    which position each slot of a layer of so many slots holds, NOWHERE for none. Column c of a sequence is
-    kept in slot c % slots, at position c - pads.
+    keys[i] and values[i] [batch, kv_heads, slots[i], head_dim]; `positions[n]` int64 [batch, n] says
+    which position each slot holds in layers of n slots, NOWHERE for none. Column c of a sequence is kept in
+    slot c % n, at position c - pads.
     """
 
     batch: int

@@ -64,7 +64,7 @@ class JsonList:
             return found
 
     def _next(self) -> str:
-        """The next character that is no space; empty at the end."""
+        """The next character that is not white space; empty at the end."""
         while True:
             end = _SPACE.match(self._held, self._at).end()  # type: ignore[union-attr]
             self._advance(end)

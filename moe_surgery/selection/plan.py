@@ -185,7 +185,7 @@ def check_count(count: int, experts: int, parameter: str = "experts") -> None:
 
 
 def check_top_k(top_k: int, experts: int, whose: str, parameter: str = "top_k") -> None:
-    """Raise UsageError unless 1 <= top_k <= experts; `whose` says what has so many, as in "the plan keeps"."""
+    """Raise UsageError unless 1 <= top_k <= experts; `whose` says what has that many, as in "the plan keeps"."""
     if not 1 <= top_k <= experts:
         raise UsageError(
             f"`{parameter}` {top_k}: {whose} {experts} {'expert' if experts == 1 else 'experts'} in a layer; "

@@ -93,7 +93,7 @@ def replace_experts(names: dict[str, tuple[int, ...]]) -> Callable[[Tensors], No
     return edit
 
 
-APART, TOGETHER = "stores gate and up projections apart", "stores every expert under names of its own"
+APART, TOGETHER = "stores gate and up projections apart", "stores every expert in separate tensors"
 LAYOUTS: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
     "split": ({"gate_proj": (4, 64, 32), "up_proj": (4, 64, 32), "down_proj": (4, 32, 64)}, APART),
     "split weights": ({"gate_proj.weight": (4, 32, 64), "up_proj.weight": (4, 32, 64)}, APART),
