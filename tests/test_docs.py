@@ -90,12 +90,14 @@ def test_commands_that_need_more_than_a_test_has_take_their_options(page: str) -
     for block in blocks(page, "sh"):
         for line in commands(block):
             arguments = shlex.split(line)[1:]
-            context = click.Context(cli)
+            # As the program makes it: a command remembers the help options of the first context it sees.
+            context = click.Context(cli, **cli.context_settings)
             command: click.Command | None = cli
             while isinstance(command, click.Group):
                 command = command.get_command(context, arguments.pop(0))
             assert command is not None, line
-            command.make_parser(context).parse_args(arguments)  # raises on an option that is not there
+            parser = command.make_parser(click.Context(command, parent=context))
+            parser.parse_args(arguments)  # raises on an option that is not there
 
 
 @pytest.mark.parametrize(
