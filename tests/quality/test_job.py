@@ -30,7 +30,7 @@ from moe_surgery.selection.statistics import Statistics, load_statistics, merge 
 from tests.quality.conftest import QUESTIONS, conversation, write_lines  # noqa: E402
 from tests.runtime.models import write_lively  # noqa: E402
 from tests.support.checkpoints import Shape, Tensors, write_checkpoint  # noqa: E402
-from tests.support.command import call, ended, start, wait_for  # noqa: E402
+from tests.support.command import call, start_stopped, stop_with  # noqa: E402
 from tests.support.routed import Routed, assert_same  # noqa: E402
 
 TINY = "example:tiny"
@@ -327,10 +327,10 @@ def test_a_stopped_process_leaves_what_the_next_run_finishes(
 ) -> None:
     source = many.output.with_name("many.jsonl")
     out, partial = tmp_path / "s", tmp_path / ".s.partial"
-    process = start("profile", TINY, "--texts", source, "--dtype", "f32", "--batch-tokens", "20", "-o", out)
-    assert wait_for(partial.exists, process)
-    process.send_signal(sent)
-    stopped = ended(process)
+    options = ("--texts", source, "--dtype", "f32", "--batch-tokens", "20", "-o", out)
+    process = start_stopped(r"\.partial\.tmp$", 3, "profile", TINY, *options)
+    assert partial.exists()
+    stopped = stop_with(process, sent)
     assert stopped.code == (130 if sent == signal.SIGINT else -signal.SIGKILL)
     if sent == signal.SIGINT:
         assert "interrupted; the same command resumes after the last finished batch" in stopped.error

@@ -26,6 +26,20 @@ PATIENCE = 120.0
 
 _PACKAGE = Path(moe_surgery.__file__).parent.parent
 
+_STOPPING = """
+import os, re, signal, sys
+from moe_surgery.cli import main
+pattern, left = re.compile(sys.argv[1]), int(sys.argv[2])
+def hook(event, arguments):
+    global left
+    if event == "open" and isinstance(arguments[0], str) and pattern.search(arguments[0]):
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGSTOP)
+sys.addaudithook(hook)
+main(sys.argv[3:])
+"""
+
 
 @dataclass(frozen=True)
 class Ended:
@@ -62,6 +76,34 @@ def start(
     *arguments: str | Path, env: Mapping[str, str] | None = None, before: Callable[[], None] | None = None
 ) -> subprocess.Popen[str]:
     """Begin `moe-surgery ARGUMENTS` as a process; `before` runs in the child just before it."""
+    return _start(["-m", "moe_surgery", *map(str, arguments)], env, before)
+
+
+def start_stopped(pattern: str, number: int, *arguments: str | Path) -> subprocess.Popen[str]:
+    """`start`, stopped (SIGSTOP) just before it opens its `number`-th file whose path matches `pattern`."""
+    process = _start(["-c", _STOPPING, pattern, str(number), *map(str, arguments)], None, None)
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        pid, status = os.waitpid(process.pid, os.WUNTRACED | os.WNOHANG)
+        if pid:
+            assert os.WIFSTOPPED(status), f"ended before it opened {number} files like {pattern}"
+            return process
+        if time.monotonic() > deadline:
+            process.kill()
+            pytest.fail("the command is stuck")
+        time.sleep(0.002)
+
+
+def stop_with(process: subprocess.Popen[str], number: signal.Signals) -> Ended:
+    """Send `number` to a stopped process, let it continue, and wait for its end."""
+    process.send_signal(number)
+    process.send_signal(signal.SIGCONT)
+    return ended(process)
+
+
+def _start(
+    arguments: list[str], env: Mapping[str, str] | None, before: Callable[[], None] | None
+) -> subprocess.Popen[str]:
 
     def prepare() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has it ignored
@@ -70,7 +112,7 @@ def start(
 
     path = os.pathsep.join([str(_PACKAGE), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.Popen(
-        [sys.executable, "-m", "moe_surgery", *map(str, arguments)],
+        [sys.executable, *arguments],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -28,11 +28,14 @@ from ..support.command import (
     run,
     siblings,
     start,
+    start_stopped,
+    stop_with,
     untouched,
     wait_for,
 )
 
 KEPT = list(range(12))
+SHARD = r"\.safetensors\.tmp$"
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,11 @@ def finished(out: Path) -> dict[str, tuple[int, int]]:
     return {n: ((folder / n).stat().st_ino, (folder / n).stat().st_mtime_ns) for n in names if folder}
 
 
+def held_run(job: Job, out: Path, *options: str) -> subprocess.Popen[str]:
+    """A live run, stopped when it has finished several shards and starts the next."""
+    return start_stopped(SHARD, 6, "prune", job.source, out, *job.options, *options)
+
+
 def journalled(out: Path) -> int:
     """The same as a number, for a folder that a live run may rename at any moment."""
     try:
@@ -150,10 +158,8 @@ def test_run_killed_again_and_again_gets_done(small_job: Job, tmp_path: Path) ->
     out = tmp_path / "out"
     done = 0
     for _ in range(3):
-        process = start("prune", small_job.source, out, *small_job.options)
-        assert wait_for(lambda wanted=done + 2: journalled(out) >= wanted, process)  # type: ignore[misc]
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process = start_stopped(SHARD, 4, "prune", small_job.source, out, *small_job.options)
+        assert stop_with(process, signal.SIGKILL).code == -signal.SIGKILL
         assert not out.exists()
         assert len(finished(out)) > done
         done = len(finished(out))
@@ -165,10 +171,7 @@ def test_run_killed_again_and_again_gets_done(small_job: Job, tmp_path: Path) ->
 def test_interrupt_exits_130_with_one_line_and_the_next_run_goes_on(small_job: Job, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with untouched(small_job.source):
-        process = start("prune", small_job.source, out, *small_job.options)
-        assert wait_for(lambda: journalled(out) > 1, process)
-        process.send_signal(signal.SIGINT)
-        stopped = ended(process)
+        stopped = stop_with(held_run(small_job, out), signal.SIGINT)
         assert stopped.code == 130
         assert stopped.error == "moe-surgery: interrupted; the same command resumes where it stopped"
         assert stopped.out == ""
@@ -183,10 +186,7 @@ def test_interrupt_exits_130_with_one_line_and_the_next_run_goes_on(small_job: J
 
 def test_terminated_run_is_taken_up_by_the_next(small_job: Job, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    process = start("prune", small_job.source, out, *small_job.options)
-    assert wait_for(lambda: journalled(out) > 1, process)
-    process.send_signal(signal.SIGTERM)
-    assert ended(process).code == -signal.SIGTERM
+    assert stop_with(held_run(small_job, out), signal.SIGTERM).code == -signal.SIGTERM
     assert not out.exists()
     assert run("prune", small_job.source, out, *small_job.options).code == 0
     assert contents(out) == small_job.expected
@@ -199,10 +199,7 @@ def test_terminated_run_is_taken_up_by_the_next(small_job: Job, tmp_path: Path) 
 @pytest.fixture
 def held(small_job: Job, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """A live run towards `tmp_path / "out"`, stopped in the middle of its work."""
-    out = tmp_path / "out"
-    process = start("prune", small_job.source, out, *small_job.options)
-    assert wait_for(lambda: journalled(out) > 0, process)
-    process.send_signal(signal.SIGSTOP)
+    process = held_run(small_job, tmp_path / "out")
     yield process
     process.kill()
     process.wait(PATIENCE)
@@ -231,10 +228,7 @@ def test_what_appears_at_the_output_meanwhile_is_not_touched(
     small_job: Job, tmp_path: Path, kind: str, overwrite: bool
 ) -> None:
     out = tmp_path / "out"
-    options = (*small_job.options, "--overwrite") if overwrite else small_job.options
-    process = start("prune", small_job.source, out, *options)
-    assert wait_for(lambda: journalled(out) > 0, process)
-    process.send_signal(signal.SIGSTOP)
+    process = held_run(small_job, out, *(["--overwrite"] if overwrite else []))
     if kind.endswith("folder"):
         out.mkdir()
     if kind == "folder":
