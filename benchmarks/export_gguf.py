@@ -98,7 +98,7 @@ def main(work: Path, rounds: int) -> None:
     if not (source / "tokenizer.json").exists():
         make_tokenizer(source, Shape().vocabulary)
     plan = work / "plan.json"
-    timed(command_of("plan", "--random", "--experts", PRUNED_TO, "--checkpoint", source, "-o", plan, "-q"))
+    timed(command_of("plan", "--random", "--experts", PRUNED_TO, source, "-o", plan, "-q"))
     report = {
         "how": "python benchmarks/export_gguf.py: export and `cp --reflink=never` + sync alternate, each from a "
         "dropped page cache until flushed; whole process.",

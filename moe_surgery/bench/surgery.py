@@ -175,7 +175,7 @@ def measure_surgery(
         for number in range(rounds):
             for turn in range(len(expert_counts)):
                 count = expert_counts[(turn + number) % len(expert_counts)]
-                chosen = ("--random", "--experts", count, "--checkpoint", checkpoint, "-o", plan, "-q")
+                chosen = ("--random", "--experts", count, checkpoint, "-o", plan, "-q")
                 timed(command_of("plan", *chosen), place, cold=False)
                 yield _one(checkpoint, place, out, plan, count, store, number, cold)
                 shutil.rmtree(out)

@@ -154,6 +154,6 @@ def remade(facts: Facts) -> str:
     seed, kept = facts.plan.provenance.get("seed"), len(facts.plan.layers[0])
     if facts.plan.provenance.get("method") == "random" and type(seed) is int and seed >= 0:
         top_k = "" if facts.plan.top_k is None else f" --top-k {facts.plan.top_k}"
-        command = f"moe-surgery plan --random --experts {kept} --seed {seed}{top_k} --checkpoint {source} -o plan.json"
+        command = f"moe-surgery plan {source} --random --experts {kept} --seed {seed}{top_k} -o plan.json"
         text += "\n\nand the plan itself by\n\n" + fenced(command, "sh")
     return text

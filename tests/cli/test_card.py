@@ -77,7 +77,7 @@ def test_card_with_an_evaluation_is_written_into_the_checkpoint(
 @pytest.mark.parametrize(
     ("options", "code", "word"),
     [
-        (["--write", "-o", "x"], 2, "exclude"),
+        (["--write", "-o", "x"], 2, "choose one of --write and -o"),
         (["--overwrite"], 2, "--write"),
         (["--base-model", "a b"], 2, "--base-model a b"),
         (["--license", "a b"], 2, "--license a b"),
