@@ -63,7 +63,7 @@ def test_card_with_an_evaluation_is_written_into_the_checkpoint(
     ended = call(capsys, "card", out, *options)
     assert ended.code == 0, ended.err
     text = (out / "README.md").read_text()
-    assert "routes redirected" in text
+    assert "rerouted" in text
     assert (metadata(text)["base_model"], metadata(text)["license"]) == ("a/b", "mit")
     assert_sound(out, source)
     assert call(capsys, "card", out, *options).code == 0
