@@ -192,7 +192,7 @@ def test_lines_stand_out_from_their_page() -> None:
 
 
 def test_statistics_that_cannot_be_shown_are_refused() -> None:
-    with pytest.raises(InvalidInputError, match="hold no domain"):
+    with pytest.raises(InvalidInputError, match="have no domain"):
         views(Statistics("gpt_oss", "a", 4, 8, 2))
     damaged = made_up(2, 4, ["x"])
     damaged.data["x"][1].norm[2] = np.nan

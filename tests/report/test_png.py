@@ -63,7 +63,7 @@ def test_figures_of_one_name_do_not_hide_each_other(tmp_path: Path) -> None:
 def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(
-        UsageError, match=r"pictures need the matplotlib package: pip install 'moe-surgery\[report\]'"
+        UsageError, match=r"figures need the matplotlib package: pip install 'moe-surgery\[report\]'"
     ):
         next(write_pictures(tmp_path / "x", made_up(1, 4, ["a"])))
     assert not (tmp_path / "x").exists()
