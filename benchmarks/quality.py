@@ -24,7 +24,7 @@ from machine import describe_machine
 from moe_surgery import inspect
 from moe_surgery.quality.corpus import text_files
 from moe_surgery.quality.evaluate import evaluate
-from moe_surgery.quality.evaluation import Evaluated
+from moe_surgery.quality.evaluation import ModelResult
 from moe_surgery.quality.job import profile
 from moe_surgery.quality.search import METHOD, search
 from moe_surgery.selection.metrics import METRICS
@@ -103,7 +103,7 @@ def measure(checkpoint: str, texts: Path, max_tokens: int, work: Path) -> Row:
     return {"domains": list(files), "rows": rows, "seconds": seconds}
 
 
-def row_of(domain: str, model: Evaluated) -> Row:
+def row_of(domain: str, model: ModelResult) -> Row:
     scope, method, kept = model.name.split("/") if "/" in model.name else ("full", "", str(model.experts[0]))
     quality = model.domains[domain]
     return {
@@ -115,7 +115,7 @@ def row_of(domain: str, model: Evaluated) -> Row:
         "cross_entropy": quality.cross_entropy,
         "kl": quality.kl,
         "agreement": quality.agreement,
-        "redirected": summary.mean(quality.redirected),
+        "redirected": summary.mean(quality.rerouted),
     }
 
 

@@ -12,12 +12,12 @@ from moe_surgery.card.text import code, counted, table
 from moe_surgery.errors import PlanMismatchError
 
 if TYPE_CHECKING:
-    from moe_surgery.quality.evaluation import Evaluated, Evaluation, Quality
+    from moe_surgery.quality.evaluation import Evaluation, ModelResult, Quality
 
 __all__ = ["matching_result", "quality_section"]
 
 
-def matching_result(evaluation: Evaluation, facts: Facts) -> Evaluated:
+def matching_result(evaluation: Evaluation, facts: Facts) -> ModelResult:
     """The result in `evaluation` for this checkpoint.
 
     Its full model must be the source, and the result have the same number of experts, the same top-k
@@ -95,7 +95,7 @@ def quality_section(evaluation: Evaluation | None, facts: Facts) -> str:
 
 
 def _row(name: str, full: Quality, pruned: Quality) -> list[str]:
-    rerouted = sum(pruned.redirected) / len(pruned.redirected) if pruned.redirected else math.nan
+    rerouted = sum(pruned.rerouted) / len(pruned.rerouted) if pruned.rerouted else math.nan
     return [
         name,
         f"{pruned.tokens:,}",

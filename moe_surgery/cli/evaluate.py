@@ -135,7 +135,7 @@ def _print(terminal: Terminal, evaluation: Evaluation) -> None:
 
 
 def _figures(quality: Quality) -> list[str]:
-    rerouted = quality.redirected
+    rerouted = quality.rerouted
     return [
         f"{quality.tokens:,}",
         f"{quality.cross_entropy:.3f}",

@@ -22,7 +22,7 @@ from moe_surgery.cli.options import (
 from moe_surgery.cli.terminal import Terminal
 
 if TYPE_CHECKING:
-    from moe_surgery.quality.job import Profiled
+    from moe_surgery.quality.job import ProfileResult
 
 
 @click.command("profile")
@@ -104,7 +104,7 @@ def command(
     _print(terminal, profiled)
 
 
-def _print(terminal: Terminal, profiled: Profiled) -> None:
+def _print(terminal: Terminal, profiled: ProfileResult) -> None:
     statistics = profiled.statistics
     if terminal.json:
         terminal.data(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from moe_surgery.quality.evaluation import Evaluation
 from moe_surgery.report.content import line_name
-from moe_surgery.report.curves import FEW, MEASURES, Line, lines, meant_for
+from moe_surgery.report.curves import FEW, MEASURES, Line, lines, ranked_for_domain
 from moe_surgery.report.figures import View, coverage, plan_coverage
 from moe_surgery.report.svg import Chart, Series
 from moe_surgery.selection.metrics import METRICS
@@ -19,10 +19,10 @@ TITLES = {
     "kl": ("KL divergence from the full model", "nats per token"),
     "cross_entropy": ("Cross-entropy", "nats per token"),
     "agreement": ("Same most likely token", "share of tokens"),
-    "redirected": ("Rerouted to another expert", "mean over layers"),
+    "rerouted": ("Rerouted to another expert", "mean over layers"),
 }
 KEPT = "experts kept in each layer"
-PERCENT = frozenset({"agreement", "redirected"})
+PERCENT = frozenset({"agreement", "rerouted"})
 
 
 def coverage_charts(
@@ -57,7 +57,7 @@ def evaluation_charts(evaluation: Evaluation) -> list[Chart]:
     domain = evaluation.domains[0] if len(evaluation.domains) == 1 else None
     curves = lines(evaluation)
     if len(curves) > FEW:
-        curves = meant_for(curves, domain, evaluation.domains)
+        curves = ranked_for_domain(curves, domain, evaluation.domains)
     return [evaluation_chart(evaluation, curves, measure, domain) for measure in MEASURES]
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from moe_surgery.quality.evaluation import Evaluated, Evaluation, Quality
+from moe_surgery.quality.evaluation import Evaluation, ModelResult, Quality
 from moe_surgery.report.curves import MEASURES, Line, lines, ranked_for
 from moe_surgery.report.figures import CARRIED, View, coverage, overlap, plan_coverage
 from moe_surgery.report.markup import number, shown
@@ -84,7 +84,7 @@ def ranked_on(domains: Sequence[str], every: Sequence[str]) -> str:
     return "all domains" if len(domains) > 1 and sorted(domains) == sorted(every) else ", ".join(domains)
 
 
-def data_of(model: Evaluated, every: Sequence[str]) -> str:
+def data_of(model: ModelResult, every: Sequence[str]) -> str:
     """The domains a model's experts were ranked on, or the seed of a random choice."""
     domains, seed = model.provenance.get("domains"), model.provenance.get("seed")
     if isinstance(domains, list):
@@ -157,11 +157,11 @@ def _points(line: Line, measure: str, domain: str | None) -> list[list[float | i
     ]
 
 
-def _quality(model: Evaluated, domain: str | None) -> Quality:
+def _quality(model: ModelResult, domain: str | None) -> Quality:
     return model.overall if domain is None else model.domains[domain]
 
 
-def _model(model: Evaluated, where: Sequence[str | None], every: Sequence[str]) -> list[object]:
+def _model(model: ModelResult, where: Sequence[str | None], every: Sequence[str]) -> list[object]:
     """[name, kind, experts, top-k, method, ranked on or seed, figures per domain or null]."""
     method = model.provenance.get("method")
     least, most = min(model.experts), max(model.experts)
@@ -178,7 +178,7 @@ def _model(model: Evaluated, where: Sequence[str | None], every: Sequence[str]) 
 
 
 def _figures(q: Quality) -> list[float | int | None]:
-    rerouted = MEASURES["redirected"](q)
+    rerouted = MEASURES["rerouted"](q)
     return [
         q.tokens,
         *(number(x) for x in (q.cross_entropy, q.perplexity, q.kl, q.agreement, rerouted)),

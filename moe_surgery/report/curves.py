@@ -9,9 +9,9 @@ from types import MappingProxyType
 
 import numpy as np
 
-from moe_surgery.quality.evaluation import Evaluated, Evaluation, Quality
+from moe_surgery.quality.evaluation import Evaluation, ModelResult, Quality
 
-__all__ = ["FEW", "MEASURES", "Line", "Point", "lines", "meant_for", "method_of", "ranked_for"]
+__all__ = ["FEW", "MEASURES", "Line", "Point", "lines", "method_of", "ranked_for", "ranked_for_domain"]
 
 RANDOM = "random"
 # More lines are hard to tell apart; the initial view then shows only those ranked on its texts.
@@ -23,7 +23,7 @@ MEASURES: Mapping[str, Callable[[Quality], float]] = MappingProxyType(
         "kl": lambda q: q.kl,
         "cross_entropy": lambda q: q.cross_entropy,
         "agreement": lambda q: q.agreement,
-        "redirected": lambda q: float(np.mean(q.redirected)) if q.redirected else math.nan,
+        "rerouted": lambda q: float(np.mean(q.rerouted)) if q.rerouted else math.nan,
     }
 )
 
@@ -45,7 +45,7 @@ class Line:
 
     method: str
     domains: tuple[str, ...] | None
-    models: tuple[Evaluated, ...]
+    models: tuple[ModelResult, ...]
 
     def points(self, measure: str, domain: str | None) -> list[Point]:
         """Points by experts kept, for one domain's texts or (None) all."""
@@ -58,7 +58,7 @@ class Line:
         return [Point(n, len(y), float(np.median(y)), min(y), max(y)) for n, y in sorted(by_size.items())]
 
 
-def method_of(model: Evaluated) -> str:
+def method_of(model: ModelResult) -> str:
     """How the model's experts were chosen, from its provenance; else its kind."""
     method = model.provenance.get("method")
     name = method if isinstance(method, str) and method else model.kind
@@ -67,7 +67,7 @@ def method_of(model: Evaluated) -> str:
 
 def lines(evaluation: Evaluation) -> list[Line]:
     """The evaluation's models but the full one, by method and domains, in the order they appear."""
-    groups: dict[tuple[str, tuple[str, ...] | None], list[Evaluated]] = {}
+    groups: dict[tuple[str, tuple[str, ...] | None], list[ModelResult]] = {}
     for model in evaluation.models:
         if model.kind != "full":
             method = method_of(model)
@@ -76,7 +76,7 @@ def lines(evaluation: Evaluation) -> list[Line]:
     return [Line(method, domains, tuple(models)) for (method, domains), models in groups.items()]
 
 
-def meant_for(curves: Sequence[Line], domain: str | None, every: Sequence[str]) -> list[Line]:
+def ranked_for_domain(curves: Sequence[Line], domain: str | None, every: Sequence[str]) -> list[Line]:
     """Lines ranked for `domain` and lines without domains; all lines if none is for it."""
     meant = [line for line in curves if line.domains is None or ranked_for(line.domains, domain, every)]
     return meant if any(line.domains for line in meant) else list(curves)
@@ -93,7 +93,7 @@ def _whole(domain: str) -> str:
     return name if name and part in ("prompt", "answer") else domain
 
 
-def _domains(model: Evaluated) -> tuple[str, ...] | None:
+def _domains(model: ModelResult) -> tuple[str, ...] | None:
     domains = model.provenance.get("domains")
     if not isinstance(domains, list) or not domains:
         return None

@@ -112,10 +112,10 @@ def read_inputs(
             )
         for model in evaluation.models:
             # Empty if the routes are not known, for every domain alike.
-            counted = statistics.layers if any(q.redirected for q in model.domains.values()) else 0
+            counted = statistics.layers if any(q.rerouted for q in model.domains.values()) else 0
             for domain, q in model.domains.items():
-                figures = (q.cross_entropy, q.kl, q.agreement, *q.redirected)
-                if len(q.redirected) != counted or not np.isfinite(figures).all():
+                figures = (q.cross_entropy, q.kl, q.agreement, *q.rerouted)
+                if len(q.rerouted) != counted or not np.isfinite(figures).all():
                     raise InvalidInputError(
                         f"{name}: figures of {model.name!r} on {domain!r} are damaged: not finite, or not for "
                         f"{statistics.layers} layers; evaluate it again"

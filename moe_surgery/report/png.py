@@ -22,7 +22,7 @@ from moe_surgery.errors import OutputError, UsageError
 from moe_surgery.quality.evaluation import Evaluation
 from moe_surgery.report.charts import TITLES, coverage_charts, evaluation_chart
 from moe_surgery.report.content import ALL_TEXTS
-from moe_surgery.report.curves import FEW, MEASURES, lines, meant_for
+from moe_surgery.report.curves import FEW, MEASURES, lines, ranked_for_domain
 from moe_surgery.report.figures import View, views
 from moe_surgery.report.markup import shown
 from moe_surgery.report.page import read_inputs
@@ -193,7 +193,7 @@ def _evaluation(evaluation: Evaluation, measure: str) -> Figure:
     curves = lines(evaluation)
     charts = []
     for domain in [*([None] if len(evaluation.domains) > 1 else []), *evaluation.domains]:
-        selected = curves if len(curves) <= FEW else meant_for(curves, domain, evaluation.domains)
+        selected = curves if len(curves) <= FEW else ranked_for_domain(curves, domain, evaluation.domains)
         chart = evaluation_chart(evaluation, selected, measure, domain, log=measure == "kl")
         if selected is not curves:
             # Each panel has the lines of its domains; named by method they share a legend.

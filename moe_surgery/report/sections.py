@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import isnan
 
-from moe_surgery.quality.evaluation import Evaluated, Evaluation
+from moe_surgery.quality.evaluation import Evaluation, ModelResult
 from moe_surgery.report.charts import coverage_charts, evaluation_charts
 from moe_surgery.report.content import ALL_TEXTS, data_of
 from moe_surgery.report.curves import MEASURES
@@ -248,9 +248,9 @@ def _mean_and_worst(mean: float, worst: float) -> str:
     return f"{100 * mean:.1f} ({100 * worst:.1f})"
 
 
-def _model_row(model: Evaluated, evaluation: Evaluation) -> tuple[object, ...]:
+def _model_row(model: ModelResult, evaluation: Evaluation) -> tuple[object, ...]:
     q = model.overall
-    rerouted = MEASURES["redirected"](q)
+    rerouted = MEASURES["rerouted"](q)
     return (
         model.name,
         min_to_max(model.experts),

@@ -449,7 +449,7 @@ def test_evaluation_is_shown_with_its_figures(source: Path, out: Path) -> None:
     card = make_card(out, evaluation=evaluation_of(source, plan, 2))
     rows = cells(section(card, "Evaluation"))
     law, code = quality(1, 3, 300), quality(2, 3)
-    redirected = [100 * sum(q.redirected) / 3 for q in (law, code)]
+    redirected = [100 * sum(q.rerouted) / 3 for q in (law, code)]
     assert rows["`law`"] == [
         "300", "2.12", f"{2.718281828459045**law.cross_entropy:.2f}", f"{law.kl:.4f}",
         f"{100 * law.agreement:.1f} %", f"{redirected[0]:.1f} %",

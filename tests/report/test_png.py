@@ -42,7 +42,7 @@ def test_every_figure_is_a_picture_for_print(tmp_path: Path) -> None:
             *(f"heatmap-{m}.png" for m in METRICS),
             *(f"overlap-{m}.png" for m in METRICS),
             *(f"coverage-{d}.png" for d in ("all-domains", "a-b", "x-2")),
-            *(f"evaluation-{m}.png" for m in ("kl", "cross_entropy", "agreement", "redirected")),
+            *(f"evaluation-{m}.png" for m in ("kl", "cross_entropy", "agreement", "rerouted")),
         ]
     )
     assert {p.name for p in paths} == {p.name for p in (tmp_path / "new" / "folder").iterdir()}

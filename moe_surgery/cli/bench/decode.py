@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moe_surgery.bench.rounds import Spread, rounded, spread
+from moe_surgery.bench.rounds import MedianRange, median_range, rounded
 from moe_surgery.cli.bench.shared import NUMBERS, collect, finish, machine, plot_option
 from moe_surgery.cli.options import common, compute, dtype_name, needs_torch, terminal_of, torch_dtype
 from moe_surgery.cli.terminal import Terminal, size
@@ -78,7 +78,7 @@ def command(
         terminal,
     )
     figures = decode_figures(runs, models)
-    bandwidth = spread([r.read_bandwidth for r in runs]) if runs else None
+    bandwidth = median_range([r.read_bandwidth for r in runs]) if runs else None
     settings = {
         "depth": depth,
         "steps": steps,
@@ -114,7 +114,7 @@ def _views(full: Model, experts: list[int], ranking: Path | None) -> dict[str, M
 def _print(
     terminal: Terminal,
     figures: list[DecodeFigures],
-    bandwidth: Spread | None,
+    bandwidth: MedianRange | None,
     settings: dict[str, object],
     interrupted: bool,
 ) -> None:

@@ -56,7 +56,7 @@ const MEASURES = [
   ["kl", "KL divergence from the full model", "nats per token"],
   ["cross_entropy", "Cross-entropy", "nats per token"],
   ["agreement", "Same most likely token", "share of tokens"],
-  ["redirected", "Rerouted to another expert", "mean over layers"],
+  ["rerouted", "Rerouted to another expert", "mean over layers"],
 ];
 // More lines are hard to tell apart.
 const FEW = 8;
@@ -85,7 +85,7 @@ function showEvaluation() {
     // Colours are numbered among the lines shown, so that a few lines never look alike.
   const lines = e.lines.filter((l) => l.set === null || wanted === null || wanted.includes(l.set)).map((l, place) => ({ ...l, place }));
   const charts = MEASURES.map(([measure, title, yLabel]) => {
-    const share = measure === "agreement" || measure === "redirected";
+    const share = measure === "agreement" || measure === "rerouted";
     const series = lines.map((l) => ({ name: l.name, place: l.place, points: l.points[measure][domain].map(([x, y, low, high, models]) => (
       { x, y, low, high, title: `${l.name}, ${whole(x)} experts: ${share ? percent(y) : figure(y)}` +
         (models > 1 ? ` (median of ${models})` : "") })) }));
