@@ -36,7 +36,7 @@ from make_checkpoint import Shape, make_checkpoint
 
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.checkpoint.resolve import resolve
-from moe_surgery.families import describe
+from moe_surgery.families import identify_model
 from moe_surgery.families.model_config import ModelConfig
 from moe_surgery.runtime.decode_cost import bytes_per_token
 
@@ -75,7 +75,7 @@ def warm(path: Path) -> None:
 def make_model(source: Path, experts: int, work: Path) -> tuple[Path, Path, Callable[[], None]]:
     """A checkpoint of `experts` experts, its export, and what removes what was made."""
     with Checkpoint.open(source) as opened:
-        whole = describe(opened).experts == experts
+        whole = identify_model(opened).experts == experts
     pruned, gguf = work / f"pruned-{experts}", work / f"model-{experts}.gguf"
 
     def remove() -> None:
@@ -159,7 +159,7 @@ def measure(source: Path, experts: int, work: Path, rounds: int, threads: int, s
 
     try:
         with Checkpoint.open(checkpoint) as opened:
-            config = ModelConfig.of(describe(opened))
+            config = ModelConfig.of(identify_model(opened))
         nbytes = {f"batch {b}": bytes_per_token(config, experts, b, CONTEXT).token for b in BATCHES}
         together = (2 + REPACKED) * gguf.stat().st_size < available_bytes()
         rows = []

@@ -19,7 +19,7 @@ import click
 import numpy as np
 
 from moe_surgery.checkpoint.checkpoint import Checkpoint
-from moe_surgery.families import describe
+from moe_surgery.families import identify_model
 from moe_surgery.families.model_config import ModelConfig
 
 SIDES = ("ours", "llama.cpp")
@@ -146,7 +146,7 @@ def run_control(checkpoint: str, threads: int, logits: str) -> dict:
 
 def vocabulary_of(checkpoint: str) -> int:
     with Checkpoint.open(checkpoint) as opened:
-        return ModelConfig.of(describe(opened)).vocabulary
+        return ModelConfig.of(identify_model(opened)).vocabulary
 
 
 def read_bandwidth(threads: int) -> float:

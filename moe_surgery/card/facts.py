@@ -16,7 +16,7 @@ from moe_surgery.checkpoint.hub import is_hub_id
 from moe_surgery.checkpoint.local_file import LocalFile
 from moe_surgery.errors import VerificationError
 from moe_surgery.families.base import Role
-from moe_surgery.families.model import Model
+from moe_surgery.families.model_spec import ModelSpec
 from moe_surgery.formats.expert_format import BF16, FORMATS, ExpertFormat
 from moe_surgery.selection.plan import Plan
 from moe_surgery.surgery.manifest import Manifest
@@ -107,7 +107,7 @@ class Facts:
         return self.base_model if self.said("base_model_from") in ("option", "cache") else None
 
 
-def facts_of_program(program: Program, model: Model, readme: SourceCard) -> Facts:
+def facts_of_program(program: Program, model: ModelSpec, readme: SourceCard) -> Facts:
     """The facts of what `program` will write; `model` describes its source, `readme` is the source's card."""
     return _facts(
         model,
@@ -123,7 +123,7 @@ def facts_of_program(program: Program, model: Model, readme: SourceCard) -> Fact
     )
 
 
-def facts_of_checkpoint(folder: Path, checkpoint: Checkpoint, model: Model, manifest: Manifest) -> Facts:
+def facts_of_checkpoint(folder: Path, checkpoint: Checkpoint, model: ModelSpec, manifest: Manifest) -> Facts:
     """The facts of the finished checkpoint in `folder`, from its manifest and headers.
 
     Raises VerificationError where the two do not speak of one model, OutputError where its copy of
@@ -156,7 +156,7 @@ def facts_of_checkpoint(folder: Path, checkpoint: Checkpoint, model: Model, mani
 
 
 def _facts(
-    model: Model,
+    model: ModelSpec,
     plan: Plan,
     top_k: int,
     expert_format: ExpertFormat,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from moe_surgery.families.model import Model
+    from moe_surgery.families.model_spec import ModelSpec
 
 __all__ = ["ModelConfig", "RopeConfig", "token_ids"]
 
@@ -50,7 +50,7 @@ class ModelConfig:
     model_type: str = "gpt_oss"
 
     @classmethod
-    def of(cls, model: Model) -> ModelConfig:
+    def of(cls, model: ModelSpec) -> ModelConfig:
         """The configuration of an identified checkpoint, as its family reads it.
 
         Raises InvalidInputError naming the key.

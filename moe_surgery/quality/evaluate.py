@@ -88,7 +88,7 @@ def evaluate(
         raise UsageError(f"`batch_tokens` {batch_tokens}: must be at least 1")
     named_plans = loaded_pairs(plans, Plan, load_plan)
     with Checkpoint.open(checkpoint) as opened:
-        described = families.describe(opened)
+        described = families.identify_model(opened)
         known = identity(opened, described)
     model = load_model(checkpoint, device, dtype, backend=backend, one_layer=True)
     candidates = []

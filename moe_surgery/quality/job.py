@@ -83,7 +83,7 @@ def profile(
     """
     out = Path(output)
     with Checkpoint.open(checkpoint) as opened:
-        described = families.describe(opened)
+        described = families.identify_model(opened)
         known = identity(opened, described)
     if sequential is not None:
         sequential = as_plan(sequential)

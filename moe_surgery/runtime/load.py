@@ -11,8 +11,7 @@ from torch import Tensor
 
 from moe_surgery.checkpoint.checkpoint import Checkpoint, TensorRef
 from moe_surgery.errors import UsageError
-from moe_surgery.families import FAMILIES, Family, ModelTensor, describe
-from moe_surgery.families import Model as Described
+from moe_surgery.families import FAMILIES, Family, ModelSpec, ModelTensor, identify_model
 from moe_surgery.families.base import LayerNames, ProjectionNames
 from moe_surgery.families.model_config import ModelConfig
 from moe_surgery.kernels import Backend, select_backend
@@ -97,7 +96,7 @@ def load_model(
     chosen = select_backend(place, backend)
     compute = chosen.dtype if dtype is None else dtype
     with Checkpoint.open(path) as checkpoint:
-        described = describe(checkpoint, families)
+        described = identify_model(checkpoint, families)
         if plan is not None:
             plan.check_fits(described.model_type, described.experts, described.layers, str(path))
             plan = plan.with_top_k(top_k)
@@ -110,7 +109,7 @@ def load_model(
 
 def _assembled(
     checkpoint: Checkpoint,
-    described: Described,
+    described: ModelSpec,
     plan: Plan | None,
     top_k: int | None,
     place: torch.device,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from moe_surgery import Checkpoint, describe, load_model  # noqa: E402
+from moe_surgery import Checkpoint, identify_model, load_model  # noqa: E402
 from moe_surgery.errors import InvalidInputError  # noqa: E402
 from moe_surgery.families.model_config import ModelConfig  # noqa: E402
 from moe_surgery.kernels.reference import ReferenceBackend  # noqa: E402
@@ -96,7 +96,7 @@ def test_tied_embeddings_are_read(usual: torch.Tensor, tmp_path: Path) -> None:
 def config_of(folder: Path, edit: Callable[[Config], object]) -> ModelConfig:
     """What the runtime makes of `folder` with its config.json edited."""
     with Checkpoint.open(folder) as checkpoint:
-        model = describe(checkpoint)
+        model = identify_model(checkpoint)
     config = dict(model.config)
     edit(config)
     return ModelConfig.of(replace(model, config=config))

@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 from transformers import GptOssConfig, GptOssForCausalLM  # noqa: E402
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: E402
 
-from moe_surgery import Checkpoint, describe, inspect, load_model, plan_keeping, prune  # noqa: E402
+from moe_surgery import Checkpoint, identify_model, inspect, load_model, plan_keeping, prune  # noqa: E402
 from moe_surgery.errors import CheckpointWarning, InvalidInputError  # noqa: E402
 from moe_surgery.families.model_config import ModelConfig  # noqa: E402
 from moe_surgery.runtime.rope import inverse_frequencies  # noqa: E402
@@ -125,7 +125,7 @@ def test_the_same_config_is_read_alike(case: str, tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "in", SHAPE, edit_config=edited(**READ[case][0]))
     expected = theirs(folder)
     with Checkpoint.open(folder) as checkpoint:
-        got = ModelConfig.of(describe(checkpoint))
+        got = ModelConfig.of(identify_model(checkpoint))
     assert {k: getattr(got, k) for k in DIMENSIONS} == {
         k: getattr(expected, v) for k, v in DIMENSIONS.items()
     }

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moe_surgery import inspect, plan_keeping, prune, verify
-from moe_surgery.families.model import Model
+from moe_surgery.families.model_spec import ModelSpec
 from moe_surgery.formats.expert_format import FORMATS
 from moe_surgery.selection.plan import Plan
 from tests.support.checkpoints import (
@@ -57,7 +57,7 @@ MIXES: Mapping[str, Edit] = {
 }
 
 
-def keep(model: Model) -> Plan:
+def keep(model: ModelSpec) -> Plan:
     return plan_keeping(KEPT, model)
 
 

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
-from moe_surgery.checkpoint.text import describe
+from moe_surgery.checkpoint.text import describe_value
 from moe_surgery.errors import CheckpointWarning, InvalidInputError
 from moe_surgery.families.base import ConfigKey
-from moe_surgery.families.model import Model
 from moe_surgery.families.model_config import ModelConfig, RopeConfig, token_ids
+from moe_surgery.families.model_spec import ModelSpec
 
 __all__ = ["CONFIG_KEYS", "DIMENSIONS", "QUANTIZATION_CONFIG", "number", "read_config"]
 
@@ -74,7 +74,7 @@ DEFAULT_ROPE: Final = MappingProxyType(
 LAYER_TYPES: Final = ("sliding_attention", "full_attention")
 
 
-def read_config(model: Model) -> ModelConfig:
+def read_config(model: ModelSpec) -> ModelConfig:
     """The configuration of a model built like gpt-oss, by its family's `config_keys`.
 
     Raises InvalidInputError naming the key.
@@ -111,7 +111,7 @@ def number(config: Mapping[str, object], key: str, default: float | None) -> flo
     """The number above 0 under `key`. Raises InvalidInputError for another value, and where there is none."""
     value = config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < MAX_NUMBER:
-        raise InvalidInputError(f"config.json: {key} is {describe(value)}, not a number above 0")
+        raise InvalidInputError(f"config.json: {key} is {describe_value(value)}, not a number above 0")
     return value
 
 
@@ -151,7 +151,7 @@ def _windows(config: _Config, layers: int) -> tuple[int | None, ...]:
         raise InvalidInputError(f"config.json: {key} does not list {layers} layers")
     if unknown := set(map(str, kinds)) - set(LAYER_TYPES):
         raise InvalidInputError(
-            f"config.json: {key} holds {describe(min(unknown))}; known: {', '.join(LAYER_TYPES)}"
+            f"config.json: {key} holds {describe_value(min(unknown))}; known: {', '.join(LAYER_TYPES)}"
         )
     window = config.whole("sliding_window") if LAYER_TYPES[0] in kinds else None
     return tuple(window if kind == LAYER_TYPES[0] else None for kind in kinds)
@@ -185,7 +185,7 @@ def _rope(config: _Config, title: str) -> RopeConfig:
     if kind == "default":
         return RopeConfig(theta)
     if kind != "yarn":
-        raise InvalidInputError(f"config.json: rope_type is {describe(kind)}; known: default, yarn")
+        raise InvalidInputError(f"config.json: rope_type is {describe_value(kind)}; known: default, yarn")
     if "factor" not in rope:
         raise InvalidInputError(f"config.json: {key} has no factor, which yarn needs")
     factor = float(number(rope, "factor", 1.0))

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Final
 
 from moe_surgery.families.base import GgufArchitecture, WeightNames
-from moe_surgery.families.model import Model
 from moe_surgery.families.model_config import ModelConfig
+from moe_surgery.families.model_spec import ModelSpec
 
 __all__ = ["GGUF"]
 
@@ -47,7 +47,7 @@ def names(weights: WeightNames) -> Mapping[str, tuple[str, ...]]:
     }
 
 
-def unsupported(model: Model, config: ModelConfig) -> str | None:
+def unsupported(model: ModelSpec, config: ModelConfig) -> str | None:
     """What llama.cpp would compute differently; None where it computes what the model does."""
     full = [bool(i % 2) for i in range(config.layers)]
     factor = 0.1 * math.log(config.rope.factor) + 1.0 if config.rope.factor > 1 else 1.0

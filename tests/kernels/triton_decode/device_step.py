@@ -63,10 +63,10 @@ def models(folder: Path, keep: int | None = None) -> tuple[Model, Model]:
     for backend in ("triton", "reference"):
         plan = None
         if keep is not None:
-            from moe_surgery import Checkpoint, describe
+            from moe_surgery import Checkpoint, identify_model
 
             with Checkpoint.open(folder) as checkpoint:
-                plan = plan_random(keep, 1, describe(checkpoint))
+                plan = plan_random(keep, 1, identify_model(checkpoint))
         found.append(load_model(folder, DEVICE, torch.float32, plan, backend=backend))
     return found[0], found[1]
 

@@ -343,10 +343,10 @@ def test_a_view_holds_the_models_own_tensors_and_a_router(tiny: Path, tiny_model
 
 
 def described(path: Path) -> tuple[Any, ...]:
-    from moe_surgery import Checkpoint, describe
+    from moe_surgery import Checkpoint, identify_model
 
     with Checkpoint.open(path) as checkpoint:
-        return tuple(describe(checkpoint).tensors)
+        return tuple(identify_model(checkpoint).tensors)
 
 
 def test_views_leave_the_model_as_it_was(small: Path, small_model: Model) -> None:
