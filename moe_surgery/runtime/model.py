@@ -15,6 +15,7 @@ from moe_surgery.kernels import Backend
 from moe_surgery.kernels.interface import DecoderModel, DecoderShape, DecodeStep, FusedLayers
 from moe_surgery.kernels.weights import Layer
 from moe_surgery.runtime.cache import Cache
+from moe_surgery.runtime.decoder_layer import Attend, decoder_layer
 from moe_surgery.runtime.rope import Rope
 
 __all__ = ["SCORE_BYTES", "Model"]
@@ -96,7 +97,7 @@ class Model:
             mask = None if attention_mask is None else attention_mask[:, start:stop]
             x = self._hidden(ids[:, start:stop], cache, mask)
             if stop == tokens or stop > tokens - keep:
-                kept.append(self._logits(x[:, max(0, tokens - keep - start) :]))
+                kept.append(self.lm_head(x[:, max(0, tokens - keep - start) :]))
         return kept[0] if len(kept) == 1 else torch.cat(kept, dim=1)
 
     def decode_step(self, cache: Cache) -> DecodeStep | None:
@@ -120,6 +121,10 @@ class Model:
             self.dtype,
         )
 
+    def embed(self, ids: Tensor) -> Tensor:
+        """Hidden states [..., hidden] before the first layer, of ids int64 [...] on the model's device."""
+        return F.embedding(ids, self.embedding).to(self.dtype)
+
     def _admitted(self, ids: Tensor) -> Tensor:
         """`ids` on the model's device; checked only where that waits for no device."""
         if not ids.numel():
@@ -141,15 +146,15 @@ class Model:
     def _hidden(self, ids: Tensor, cache: Cache, mask: Tensor | None) -> Tensor:
         """One step through all layers: ids [batch, tokens] -> [batch, tokens, hidden]."""
         positions = cache.begin(ids.shape[1], mask)
-        angles = self.rope(positions, self.backend)
-        x = F.embedding(ids, self.embedding).to(self.dtype)
+        cos, sin = self.rope(positions, self.backend)
+        x = self.embed(ids)
         fused = self._fused_layers() if cache.stores_before_reading(ids.shape[1]) else None
         if fused is not None:
-            x = fused(x, positions, *angles, cache.layer_slots())
+            x = fused(x, positions, cos, sin, cache.layer_slots())
         else:
             for number, layer in enumerate(self.layers):
-                x = x + self._attention(number, layer, x, cache, positions, angles)
-                x = x + self._experts(layer, x)
+                attend = self._attend(number, layer, cache, positions)
+                x = decoder_layer(self.backend, self.config, layer, x, cos, sin, attend)
         cache.end()
         return x
 
@@ -167,35 +172,18 @@ class Model:
         c = self.config
         return DecoderShape(c.heads, c.kv_heads, c.head_dim, c.eps, c.windows)
 
-    def _attention(
-        self,
-        number: int,
-        layer: Layer,
-        x: Tensor,
-        cache: Cache,
-        positions: Tensor,
-        angles: tuple[Tensor, Tensor],
-    ) -> Tensor:
-        c = self.config
-        batch, tokens, _ = x.shape
-        h = self.backend.rms_norm(x, layer.attention_norm, c.eps)
-        cos, sin = (a[:, None] for a in angles)  # [batch, 1, tokens, head_dim / 2]
-        q, k, v = (
-            y.view(batch, tokens, -1, c.head_dim).transpose(1, 2)
-            for y in self.backend.multi_linear(h, [layer.q.pair, layer.k.pair, layer.v.pair])
-        )
-        keys, values, held = cache.update(number, self.backend.apply_rope(k, cos, sin), v)
-        q = self.backend.apply_rope(q, cos, sin)
-        mixed = self.backend.attention(q, keys, values, layer.sinks, positions, held, c.windows[number])
-        return self.backend.linear(mixed, *layer.o.pair)
+    def _attend(self, number: int, layer: Layer, cache: Cache, positions: Tensor) -> Attend:
+        """Attention of layer `number` over `cache`, to which it adds the step's keys and values."""
 
-    def _experts(self, layer: Layer, x: Tensor) -> Tensor:
-        h = self.backend.rms_norm(x, layer.mlp_norm, self.config.eps).view(-1, self.config.hidden)
-        router = layer.router
-        assert router.bias is not None
-        ids, weights = self.backend.route(h, router.weight, router.bias, layer.top_k)
-        return self.backend.experts(h, ids, weights, layer.experts).view(x.shape)
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # [batch, heads, tokens, head_dim]
+            keys, values, key_positions = cache.update(number, k, v)
+            window = self.config.windows[number]
+            return self.backend.attention(q, keys, values, layer.sinks, positions, key_positions, window)
 
-    def _logits(self, x: Tensor) -> Tensor:
+        return attend
+
+    def lm_head(self, x: Tensor) -> Tensor:
+        """Logits float32 [..., vocabulary] of hidden states x [..., hidden] after the last layer."""
         x = self.backend.rms_norm(x, self.norm, self.config.eps)
         return self.backend.linear(x, self.unembedding).float()
