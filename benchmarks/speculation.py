@@ -106,7 +106,7 @@ def product(target: Model, checkpoint: str, domain: Domain, work: Path) -> Itera
 
 def beside(target: Model, domain: Domain, seeds: int = 3) -> Iterator[dict[str, object]]:
     """Random plans of the same sizes, and the model as its own draft."""
-    layers, experts = target.config.layers, target.config.experts
+    layers, experts = target.config.num_hidden_layers, target.config.num_local_experts
     shape = type("Shape", (), {"model_type": "gpt_oss", "experts": experts, "layers": layers})()
     for count in (*EXPERTS, experts):
         for seed in range(seeds if count < experts else 1):

@@ -33,16 +33,17 @@ def target(checkpoint: str) -> Model:
 
 
 @pytest.fixture
-def shown(target: Model, experts: int | None) -> Model:
+def shown(checkpoint: str, target: Model, experts: int | None) -> Model:
     """A view of the target with so many experts, drawn at random; None: the target itself."""
+    from moe_surgery.pipeline import inspect
     from moe_surgery.runtime.view import view
     from moe_surgery.selection.plan import plan_random
 
     if experts is None:
         return target
-    if experts >= target.config.experts:
-        pytest.skip(f"the model has {target.config.experts} experts")
-    return view(target, plan_random(experts, 0, target.config))
+    if experts >= target.config.num_local_experts:
+        pytest.skip(f"the model has {target.config.num_local_experts} experts")
+    return view(target, plan_random(experts, 0, inspect(checkpoint)))
 
 
 @pytest.fixture(scope="session")

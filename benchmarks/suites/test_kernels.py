@@ -20,7 +20,7 @@ TOKENS = (1, 8)
 @pytest.fixture(scope="module", params=[4, 32], ids="{} experts".format)
 def calls(request: pytest.FixtureRequest, target: Model) -> dict[tuple[str, str, int], KernelCall]:
     """By backend, operation and tokens, all over the same weights."""
-    found = kernel_calls(BACKENDS, CPU, request.param, tokens=TOKENS, hidden=target.config.hidden)
+    found = kernel_calls(BACKENDS, CPU, request.param, tokens=TOKENS, hidden=target.config.hidden_size)
     return {(call.backend, call.operation, call.tokens): call for several in found for call in several}
 
 

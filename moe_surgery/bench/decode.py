@@ -77,7 +77,7 @@ class Decoding:
     @torch.inference_mode()
     def __init__(self, model: Model, name: str, batch: int, context: int, steps: int, seed: int = 0) -> None:
         random = torch.Generator().manual_seed(seed)
-        ids = torch.randint(0, model.config.vocabulary, (batch, context), generator=random)
+        ids = torch.randint(0, model.config.vocab_size, (batch, context), generator=random)
         self._model, self._name, self._batch, self._prompt_tokens = model, name, batch, batch * context
         self._cache = model.new_cache(batch, context + steps + 1)
         synchronize(model.device)
@@ -142,7 +142,7 @@ def measure_decoding(
     Raises UsageError for numbers below 1, or a depth and steps that no model takes.
     """
     check_numbers(depth=[depth], steps=[steps], rounds=[rounds], batches=batches)
-    shortest = min(model.config.context for model in models.values())
+    shortest = min(model.config.max_position_embeddings for model in models.values())
     if depth + steps + 1 > shortest:
         raise UsageError(
             f"`depth` {depth} and `steps` {steps} need {depth + steps + 1} tokens; "
@@ -201,8 +201,8 @@ def decode_figures(runs: Sequence[DecodeRun], models: Mapping[str, Model]) -> li
 def cache_step_bytes(model: Model, batch: int, positions: int) -> int:
     """Bytes of keys and values that a step reads behind `positions` positions of each sequence."""
     c = model.config
-    seen = sum(positions if w is None else min(positions, w) for w in c.windows)
-    return 2 * batch * seen * c.kv_heads * c.head_dim * model.dtype.itemsize
+    seen = sum(positions if w is None else min(positions, w) for w in c.sliding_windows)
+    return 2 * batch * seen * c.num_key_value_heads * c.head_dim * model.dtype.itemsize
 
 
 def _rate(run: DecodeRun) -> float:

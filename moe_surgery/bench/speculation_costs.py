@@ -63,7 +63,7 @@ class _Steps:
     def __init__(self, target: Model, draft: Model, batch: int, context: int, most: int) -> None:
         random = torch.Generator().manual_seed(0)
         columns = context + most + BEHIND
-        self._ids = torch.randint(0, target.config.vocabulary, (batch, columns), generator=random)
+        self._ids = torch.randint(0, target.config.vocab_size, (batch, columns), generator=random)
         self._target, self._draft, self._context = target, draft, context
         self._target_cache = target.new_cache(batch, columns, rollback=most + 1)
         self._draft_cache = draft.new_cache(batch, columns, rollback=most + BEHIND)
@@ -138,7 +138,7 @@ def measure_costs(
     for length in lengths:
         check_length(length, "lengths", "")
     needed = depth + max(lengths) + BEHIND
-    if needed > (most := min(target.config.context, draft.config.context)):
+    if needed > (most := min(target.config.max_position_embeddings, draft.config.max_position_embeddings)):
         raise UsageError(f"`depth` {depth} and `lengths` need {needed} tokens; these models take {most}")
     steps = _Steps(target, draft, batch, depth, max(lengths))
     jobs: list[Callable[[], StepTime]] = [steps.plain, partial(steps.draft, 1), partial(steps.draft, 2)]

@@ -98,5 +98,5 @@ def load_draft(
         raise UsageError(f"--draft {draft}: its tokenizer numbers tokens differently from that of {ckpt}")
     if top_k is None:
         return model
-    check_top_k(top_k, model.config.experts, f"{draft} has", "draft_top_k")
+    check_top_k(top_k, model.config.num_local_experts, f"{draft} has", "draft_top_k")
     return view(model, None, top_k, name=draft)

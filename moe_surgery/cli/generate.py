@@ -143,9 +143,9 @@ def command(
     drafter = drafts.load_draft(model, ckpt, draft, draft_plan, draft_top_k)
     if drafter is None and drafted is not None:
         raise UsageError("--draft-length: nothing drafts; pass --draft, --draft-plan or --draft-top-k")
-    if top_k is not None and top_k != model.config.top_k:
+    if top_k is not None and top_k != model.config.num_experts_per_tok:
         terminal.say(
-            f"note: the router chooses {top_k} experts for each token instead of {model.config.top_k}; "
+            f"note: the router chooses {top_k} experts for each token instead of {model.config.num_experts_per_tok}; "
             "--sampling-top-k limits the tokens to draw from"
         )
     settings: Settings = {

@@ -27,13 +27,13 @@ NOWHERE = -1  # position of a cache slot that holds nothing, or a padding token
 
 @dataclass(frozen=True, slots=True)
 class DecoderShape:
-    """What decoder layers have in common; `windows` has an entry a layer, None for full attention."""
+    """What decoder layers have in common. `sliding_windows[i]` is layer i's window, None for full attention."""
 
-    heads: int
-    kv_heads: int
+    num_heads: int
+    num_kv_heads: int
     head_dim: int
-    eps: float
-    windows: Sequence[int | None]
+    rms_norm_eps: float
+    sliding_windows: Sequence[int | None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,15 +48,19 @@ def pruned_candidate(path: str, other: Model, full: Model) -> Candidate:
     Raises PlanMismatchError where it cannot come from `full`.
     """
     a, b = other.config, full.config
-    if (a.layers, a.vocabulary, a.hidden) != (b.layers, b.vocabulary, b.hidden):
+    if (a.num_hidden_layers, a.vocab_size, a.hidden_size) != (
+        b.num_hidden_layers,
+        b.vocab_size,
+        b.hidden_size,
+    ):
         raise PlanMismatchError(
-            f"{path}: has {a.layers} layers, hidden size {a.hidden}, vocabulary {a.vocabulary}; "
-            f"the full model has {b.layers}, {b.hidden}, {b.vocabulary}"
+            f"{path}: has {a.num_hidden_layers} layers, hidden size {a.hidden_size}, vocabulary {a.vocab_size}; "
+            f"the full model has {b.num_hidden_layers}, {b.hidden_size}, {b.vocab_size}"
         )
-    kept, provenance = _origin(resolve(path), a.layers, b.experts)
-    if kept is not None and any(len(row) != a.experts for row in kept):
+    kept, provenance = _origin(resolve(path), a.num_hidden_layers, b.num_local_experts)
+    if kept is not None and any(len(row) != a.num_local_experts for row in kept):
         raise InvalidInputError(
-            f"{path}: its manifest or {MAPPING_NAME} does not name the {a.experts} experts it has"
+            f"{path}: its manifest or {MAPPING_NAME} does not name the {a.num_local_experts} experts it has"
         )
     return Candidate(path, kept, model=other, provenance=provenance)
 

@@ -247,7 +247,7 @@ def _compare(
     sums: Sequence[dict[str, _Sums]],
 ) -> None:
     """Add the predictions of all models for the target rows to `sums`, a bounded piece at a time."""
-    step = max(1, LOGIT_BYTES // (model.config.vocabulary * 4))
+    step = max(1, LOGIT_BYTES // (model.config.vocab_size * 4))
     for start in range(0, len(targets.rows), step):
         piece = slice(start, start + step)
         rows, owner = targets.rows[piece], targets.owner[piece]

@@ -131,7 +131,7 @@ def _outputs(model: Model, layer: Layer, states: HiddenStates) -> tuple[Tensor, 
     gram = rows_buffer(states.tokens, experts * experts, torch.float32, torch.device("cpu"))
     for start in range(0, states.tokens, PIECE_TOKENS):
         where = slice(start, min(start + PIECE_TOKENS, states.tokens))
-        x = model.backend.rms_norm(states[where], layer.mlp_norm, model.config.eps)
+        x = model.backend.rms_norm(states[where], layer.mlp_norm, model.config.rms_norm_eps)
         ids, weights = model.backend.route(x.float(), router.weight, router.bias, experts)
         shares[where] = torch.zeros(len(x), experts).scatter_(1, ids.cpu(), weights.float().cpu())
         outputs = torch.empty(len(x), experts, x.shape[1], device=x.device)

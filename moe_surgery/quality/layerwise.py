@@ -19,7 +19,7 @@ __all__ = ["apply_attention", "apply_experts", "choose_experts", "embed", "logit
 @torch.inference_mode()
 def embed(model: Model, passages: Sequence[Sequence[int]]) -> HiddenStates:
     """Hidden states before the first layer, of passages of token ids."""
-    states = HiddenStates([len(p) for p in passages], model.config.hidden, model.dtype, model.device)
+    states = HiddenStates([len(p) for p in passages], model.config.hidden_size, model.dtype, model.device)
     for passage, start in zip(passages, states.starts[:-1], strict=True):
         ids = torch.tensor(list(passage), dtype=torch.int64, device=model.device)
         states[start : start + len(passage)] = model.embed(ids)
@@ -29,7 +29,7 @@ def embed(model: Model, passages: Sequence[Sequence[int]]) -> HiddenStates:
 @torch.inference_mode()
 def apply_attention(model: Model, number: int, layer: Layer, states: HiddenStates) -> None:
     """Add the self-attention of layer `number`, a passage seeing itself only, to `states`."""
-    backend, window = model.backend, model.config.windows[number]
+    backend, window = model.backend, model.config.sliding_windows[number]
     for first, last in states.groups():
         start, stop = states.starts[first], states.starts[last]
         lengths = states.lengths[first:last]

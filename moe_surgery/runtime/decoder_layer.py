@@ -49,7 +49,7 @@ def attention_block(
 
     cos and sin float32 [..., head_dim / 2] are those of each token's position.
     """
-    h = backend.rms_norm(x, layer.attention_norm, config.eps)
+    h = backend.rms_norm(x, layer.attention_norm, config.rms_norm_eps)
     q, k, v = (
         y.view(*x.shape[:-1], -1, config.head_dim)
         for y in backend.multi_linear(h, [layer.q.pair, layer.k.pair, layer.v.pair])
@@ -69,6 +69,6 @@ def moe_block(backend: Backend, config: ModelConfig, layer: Layer, x: Tensor) ->
 def route(backend: Backend, config: ModelConfig, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The experts' input norm(x) [tokens, hidden] for x [tokens, hidden], and `Backend.route`'s choice for it:
     ids int64 and weights [tokens, top_k]."""
-    h = backend.rms_norm(x, layer.mlp_norm, config.eps)
+    h = backend.rms_norm(x, layer.mlp_norm, config.rms_norm_eps)
     assert layer.router.bias is not None
     return (h, *backend.route(h, layer.router.weight, layer.router.bias, layer.top_k))

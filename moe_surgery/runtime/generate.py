@@ -63,7 +63,9 @@ def stream(
     """
     if not isinstance(input_ids, Tensor):
         input_ids, attention_mask = pad_left(input_ids)
-    stops = torch.tensor(model.config.stop_tokens if stop_tokens is None else stop_tokens, dtype=torch.int64)
+    stops = torch.tensor(
+        model.config.eos_token_ids if stop_tokens is None else stop_tokens, dtype=torch.int64
+    )
     batch, tokens = input_ids.shape
     new = room_for(model, tokens, max_new_tokens, context)
     cache = model.new_cache(batch, tokens + new - 1)  # the last token is not looked at again
@@ -90,9 +92,11 @@ def room_for(model: Model, tokens: int, max_new_tokens: int, context: int | None
     """
     if max_new_tokens < 1:
         raise UsageError(f"`max_new_tokens` {max_new_tokens}: must be at least 1")
-    longest = model.config.context if context is None else context
-    if not 1 <= longest <= model.config.context:
-        raise UsageError(f"`context` {longest}: this model takes 1 to {model.config.context} tokens")
+    longest = model.config.max_position_embeddings if context is None else context
+    if not 1 <= longest <= model.config.max_position_embeddings:
+        raise UsageError(
+            f"`context` {longest}: this model takes 1 to {model.config.max_position_embeddings} tokens"
+        )
     if tokens >= longest:
         raise UsageError(f"the prompt has {tokens} tokens, but the context is {longest}; shorten it")
     return min(max_new_tokens, longest - tokens)

@@ -148,7 +148,9 @@ def _assembled(
                     shards.release(ref)
 
     layers: Sequence[Layer] = (
-        OneLayer(config.layers, make, release) if one_layer else [make(n) for n in range(config.layers)]
+        OneLayer(config.num_hidden_layers, make, release)
+        if one_layer
+        else [make(n) for n in range(config.num_hidden_layers)]
     )
     unembedding = get(names.unembedding) if names.unembedding in tensors else embedding
     norm = get(names.norm)
@@ -200,6 +202,6 @@ def _layer(
         mlp_norm=vector(names.mlp_norm),
         router=router,
         experts=experts,
-        top_k=min(top_k or config.top_k, router.weight.shape[0]),
+        top_k=min(top_k or config.num_experts_per_tok, router.weight.shape[0]),
     )
     return whole if plan is None else view_layer(whole, plan.layers[number], plan.top_k)

@@ -51,7 +51,7 @@ class Model:
         self.dtype = dtype
         self.backend = backend
         self.device = norm.device
-        self.rope = Rope(config.rope, config.head_dim, self.device)
+        self.rope = Rope(config.rope_parameters, config.head_dim, self.device)
         self._fused: tuple[Sequence[Layer], FusedLayers | None] | None = None
 
     @property
@@ -68,9 +68,20 @@ class Model:
         that the model was not made for.
         """
         c = self.config
-        if not 1 <= context <= c.context:
-            raise UsageError(f"a context of {context} tokens; this model takes 1 to {c.context}")
-        return Cache(batch, context, c.windows, c.kv_heads, c.head_dim, self.dtype, self.device, rollback)
+        if not 1 <= context <= c.max_position_embeddings:
+            raise UsageError(
+                f"a context of {context} tokens; this model takes 1 to {c.max_position_embeddings}"
+            )
+        return Cache(
+            batch,
+            context,
+            c.sliding_windows,
+            c.num_key_value_heads,
+            c.head_dim,
+            self.dtype,
+            self.device,
+            rollback,
+        )
 
     @torch.inference_mode()
     def __call__(
@@ -131,15 +142,15 @@ class Model:
             raise UsageError("no tokens; give at least one")
         if ids.device.type == "cpu":
             low, high = map(int, ids.aminmax())
-            if low < 0 or high >= self.config.vocabulary:
+            if low < 0 or high >= self.config.vocab_size:
                 raise UsageError(
-                    f"token {low if low < 0 else high} is not one of the model's {self.config.vocabulary}"
+                    f"token {low if low < 0 else high} is not one of the model's {self.config.vocab_size}"
                 )
         return ids.to(self.device)
 
     def _chunks(self, cache: Cache, batch: int, tokens: int) -> list[tuple[int, int]]:
         keys = min(cache.context, cache.length + tokens)
-        step = SCORE_BYTES // (batch * keys * self.config.heads * 4)
+        step = SCORE_BYTES // (batch * keys * self.config.num_attention_heads * 4)
         step = max(1, min(step, MOST_PREFILL))
         return [(a, min(a + step, tokens)) for a in range(0, tokens, step)]
 
@@ -170,7 +181,9 @@ class Model:
 
     def _shape(self) -> DecoderShape:
         c = self.config
-        return DecoderShape(c.heads, c.kv_heads, c.head_dim, c.eps, c.windows)
+        return DecoderShape(
+            c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.rms_norm_eps, c.sliding_windows
+        )
 
     def _attend(self, number: int, layer: Layer, cache: Cache, positions: Tensor) -> Attend:
         """Attention of layer `number` over `cache`, to which it adds the step's keys and values."""
@@ -178,12 +191,12 @@ class Model:
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # [batch, heads, tokens, head_dim]
             keys, values, key_positions = cache.update(number, k, v)
-            window = self.config.windows[number]
+            window = self.config.sliding_windows[number]
             return self.backend.attention(q, keys, values, layer.sinks, positions, key_positions, window)
 
         return attend
 
     def lm_head(self, x: Tensor) -> Tensor:
         """Logits float32 [..., vocabulary] of hidden states x [..., hidden] after the last layer."""
-        x = self.backend.rms_norm(x, self.norm, self.config.eps)
+        x = self.backend.rms_norm(x, self.norm, self.config.rms_norm_eps)
         return self.backend.linear(x, self.unembedding).float()

@@ -45,8 +45,8 @@ def weight_bytes(model: Model, beside: Model | None = None) -> int:
 def cache_bytes(model: Model, batch: int, context: int, rollback: int) -> int:
     """Bytes of keys and values of `Model.new_cache(batch, context, rollback=rollback)`, without making it."""
     c = model.config
-    slots = sum(context if w is None else min(context, w + rollback) for w in c.windows)
-    return 2 * batch * c.kv_heads * slots * c.head_dim * model.dtype.itemsize
+    slots = sum(context if w is None else min(context, w + rollback) for w in c.sliding_windows)
+    return 2 * batch * c.num_key_value_heads * slots * c.head_dim * model.dtype.itemsize
 
 
 def shown_bytes(model: Model) -> int:

@@ -53,7 +53,7 @@ def view(
     c = model.config
     if plan is not None:
         plan = as_plan(plan)
-        plan.check_fits(c.model_type, c.experts, c.layers, name)
+        plan.check_fits(c.model_type, c.num_local_experts, c.num_hidden_layers, name)
     viewed = copy(model)
     if plan is None:
         viewed.layers = [

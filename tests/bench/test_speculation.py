@@ -59,7 +59,7 @@ def test_step_bytes_are_those_counted_from_the_configuration(tokens: int, top_k:
     from dataclasses import replace
 
     tiny = load_model("example:tiny")
-    counted = bytes_per_token(replace(tiny.config, top_k=top_k), 32, tokens, 0)
+    counted = bytes_per_token(replace(tiny.config, num_experts_per_tok=top_k), 32, tokens, 0)
     assert model_step_bytes(view(tiny, None, top_k), tokens) == pytest.approx(counted.step, rel=1e-9)
 
 
@@ -124,7 +124,7 @@ def test_figures_follow_from_the_runs(model: Model, draft: Model) -> None:
 
 
 def test_a_context_that_just_fits_runs(model: Model) -> None:
-    context = model.config.context - 2  # a step, and the token after it
+    context = model.config.max_position_embeddings - 2  # a step, and the token after it
     assert len(list(measure_decoding({"full": model}, depth=context, steps=1, rounds=1))) == 1
 
 

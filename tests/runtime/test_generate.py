@@ -91,7 +91,7 @@ def test_a_stream_ends_when_every_sequence_has(small_model: Model) -> None:
 
 
 def test_the_checkpoints_stop_tokens_are_taken_unless_others_are_given(small_model: Model) -> None:
-    assert small_model.config.stop_tokens == (2,)
+    assert small_model.config.eos_token_ids == (2,)
     likely = copy(small_model)
     likely.unembedding = small_model.unembedding.clone()
     likely.unembedding[2] = 0
@@ -124,7 +124,7 @@ def test_prompt_and_answer_together_fit_the_context(small_model: Model, context:
 
 
 def test_the_models_whole_context_can_be_used(small_model: Model) -> None:
-    prompt = torch.ones(1, small_model.config.context - 2, dtype=torch.int64)
+    prompt = torch.ones(1, small_model.config.max_position_embeddings - 2, dtype=torch.int64)
     assert len(generate(small_model, prompt, max_new_tokens=9, stop_tokens=()).tokens[0]) == 2
 
 

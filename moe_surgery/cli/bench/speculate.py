@@ -108,7 +108,9 @@ def command(
     found: list[Result] = []
     interrupted = False
     drafters = _drafts(model, ckpt, draft, draft_plan, draft_top_k)
-    check_prompts(asked, max_new_tokens, [m.config.context for m in (model, *(d for _, d in drafters))])
+    check_prompts(
+        asked, max_new_tokens, [m.config.max_position_embeddings for m in (model, *(d for _, d in drafters))]
+    )
     for name, drafter in drafters:
         result, interrupted = _measured(terminal, job, name, drafter)
         found.append(result)

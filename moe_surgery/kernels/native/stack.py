@@ -33,8 +33,10 @@ class NativeStack:
         self._engine = engine
         self._held = list(layers)  # what the addresses below belong to
         hidden = layers[0].q.weight.shape[1]
-        self._stack = native.Stack(hidden, shape.heads, shape.kv_heads, shape.head_dim, shape.eps)
-        for layer, window in zip(layers, shape.windows, strict=True):
+        self._stack = native.Stack(
+            hidden, shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.rms_norm_eps
+        )
+        for layer, window in zip(layers, shape.sliding_windows, strict=True):
             _check(layer, hidden, shape)
             e = layer.experts
             projections = (layer.q, layer.k, layer.v, layer.o, layer.router)
@@ -72,7 +74,7 @@ class NativeStack:
 
 def _check(layer: Layer, hidden: int, shape: DecoderShape) -> None:
     """Raise UnsupportedWeight unless all that is not an expert can be read and has the shapes that belong together."""
-    wide, narrow = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    wide, narrow = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     wanted = {"q": (wide, hidden), "k": (narrow, hidden), "v": (narrow, hidden), "o": (hidden, wide)}
     experts = len(layer.router.weight)
     for projection, size in (
@@ -87,7 +89,7 @@ def _check(layer: Layer, hidden: int, shape: DecoderShape) -> None:
     for vector, length in (
         (layer.attention_norm, hidden),
         (layer.mlp_norm, hidden),
-        (layer.sinks, shape.heads),
+        (layer.sinks, shape.num_heads),
     ):
         check_readable("a norm's weight or sinks", vector)
         if vector.shape != (length,):

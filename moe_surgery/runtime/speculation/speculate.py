@@ -67,19 +67,18 @@ class Speculation:
         tokens = self._ids.shape[1]
         self._new = room_for(target, tokens, max_new_tokens, context)
         needed = tokens + self._new - 1  # the last token is not looked at again
-        if needed > draft.config.context:
+        if needed > (most := draft.config.max_position_embeddings):
             raise UsageError(
-                f"the draft takes {draft.config.context} tokens, but prompt and answer may reach {needed + 1}; "
-                f"pass `context` {draft.config.context}"
+                f"the draft takes {most} tokens, but prompt and answer may reach {needed + 1}; pass `context` {most}"
             )
         costs = None
         if isinstance(length, AdaptiveLength) and length.costs is None:
             costs = counted_costs(target, draft, len(prompts), length.most)
         self._control = LengthControl(length, costs)
         # Refused tokens lie past the last one that stays until they are taken back.
-        self._columns = min(needed + self._control.most, target.config.context)
-        self._draft_columns = min(needed + self._control.most, draft.config.context)
-        stops = target.config.stop_tokens if stop_tokens is None else stop_tokens
+        self._columns = min(needed + self._control.most, target.config.max_position_embeddings)
+        self._draft_columns = min(needed + self._control.most, draft.config.max_position_embeddings)
+        stops = target.config.eos_token_ids if stop_tokens is None else stop_tokens
         self._stops = torch.tensor(stops, dtype=torch.int64)
         self._sampler = Sampler(sampling or Sampling())
         self._target = target
@@ -221,10 +220,10 @@ class Speculation:
 
 def check_pair(target: Model, draft: Model) -> None:
     """Raise UsageError unless `draft` can draft for `target`."""
-    if draft.config.vocabulary != target.config.vocabulary:
+    if draft.config.vocab_size != target.config.vocab_size:
         raise UsageError(
-            f"the draft has a vocabulary of {draft.config.vocabulary}, the target one of "
-            f"{target.config.vocabulary}; draft with a model of the same tokenizer"
+            f"the draft has a vocabulary of {draft.config.vocab_size}, the target one of "
+            f"{target.config.vocab_size}; draft with a model of the same tokenizer"
         )
 
 
@@ -235,8 +234,8 @@ def speculation_cache_bytes(
     and answer together: sliding layers hold what may be taken back, drafted tokens lie past the last one."""
     columns = tokens - 1 + length  # the last token is not looked at again
     return (
-        cache_bytes(target, batch, min(columns, target.config.context), length),
-        cache_bytes(draft, batch, min(columns, draft.config.context), length + BEHIND),
+        cache_bytes(target, batch, min(columns, target.config.max_position_embeddings), length),
+        cache_bytes(draft, batch, min(columns, draft.config.max_position_embeddings), length + BEHIND),
     )
 
 

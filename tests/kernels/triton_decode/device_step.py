@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_surgery import load_model, plan_random
+from moe_surgery import inspect, load_model, plan_random
 from moe_surgery.errors import UsageError
 from moe_surgery.kernels.interface import DecoderModel
 from moe_surgery.kernels.triton.decode.launches import launch_count
@@ -198,7 +198,7 @@ def test_a_view_changes_nothing_of_its_model(folder: Path) -> None:
     model, plain = models(folder)
     model.layers = plain.layers  # q, k and v apart, as no captured step has seen them
     before = list(model.layers)
-    for drawn in (view(model, plan_random(4, 0, model.config)), view(model, None, 1)):
+    for drawn in (view(model, plan_random(4, 0, inspect(folder))), view(model, None, 1)):
         assert all(one is other for one, other in zip(model.layers, before, strict=True))
         for one, other in zip(model.layers, drawn.layers, strict=True):
             assert one.q.weight.data_ptr() == other.q.weight.data_ptr()
@@ -207,7 +207,7 @@ def test_a_view_changes_nothing_of_its_model(folder: Path) -> None:
 def test_a_view_that_drafts_step_by_step_leaves_the_output_the_targets(folder: Path) -> None:
     """Draft steps are captured ones, taken back where tokens are refused; q, k and v are shared."""
     target, plain = models(folder)
-    draft = view(target, plan_random(4, 0, target.config))
+    draft = view(target, plan_random(4, 0, inspect(folder)))
     prompt, new = [[3, 1, 4, 1, 5, 9]], 40 if ON_GPU else 6
     expected = generate(plain, prompt, max_new_tokens=new, stop_tokens=()).tokens
     found = speculate(target, draft, prompt, length=2, max_new_tokens=new, stop_tokens=())

@@ -30,7 +30,7 @@ def program(characters: int) -> str:
 
 def sequence_probabilities(model: Model, prompt: list[int], length: int, sampling: Sampling) -> np.ndarray:
     """The probability of every continuation of `length` tokens, float64 [vocabulary] * length."""
-    size = model.config.vocabulary
+    size = model.config.vocab_size
     found = np.ones(())
     for i in range(length):
         contexts = [prompt + list(c) for c in itertools.product(range(size), repeat=i)]

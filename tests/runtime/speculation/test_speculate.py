@@ -333,8 +333,8 @@ def storages(model: Model) -> set[int]:
 def test_a_view_holds_the_models_own_tensors_and_a_router(tiny: Path, tiny_model: Model, kept: int) -> None:
     draft = view(tiny_model, plan_random(kept, 0, inspect(tiny)))
     assert storages(draft) == storages(tiny_model)
-    rows = tiny_model.config.layers * kept
-    router = rows * (tiny_model.config.hidden + 1) * 2  # BF16
+    rows = tiny_model.config.num_hidden_layers * kept
+    router = rows * (tiny_model.config.hidden_size + 1) * 2  # BF16
     assert weight_bytes(draft, beside=tiny_model) == router + rows * 8  # and an index
     assert weight_bytes(view(tiny_model, None, 1), beside=tiny_model) == 0
     assert weight_bytes(tiny_model) == sum(

@@ -140,7 +140,7 @@ class DecodeStep:
             return torch.empty((batch, columns), dtype=model.dtype, device=device)
 
         total, mid, h, y = (buffer(len(model.norm)) for _ in range(4))
-        q, attended = (buffer(shape.heads * shape.head_dim) for _ in range(2))
+        q, attended = (buffer(shape.num_heads * shape.head_dim) for _ in range(2))
         launches: list[Launch] = []
 
         def normed(
@@ -148,8 +148,8 @@ class DecodeStep:
         ) -> ProjectionInput:
             """What a projection reads: x + added, normed by it at one token and by a launch before it else."""
             if batch == 1:
-                return ProjectionInput(h, x, added, row_ids, norm_weight, total, shape.eps)
-            launches.append(residual_norm(x, added, norm_weight, h, shape.eps, total, row_ids))
+                return ProjectionInput(h, x, added, row_ids, norm_weight, total, shape.rms_norm_eps)
+            launches.append(residual_norm(x, added, norm_weight, h, shape.rms_norm_eps, total, row_ids))
             return ProjectionInput(h)
 
         for number, layer in enumerate(map(join_qkv, model.layers)):
@@ -165,11 +165,11 @@ class DecodeStep:
             kv_write = KVWrite(keys, values, positions, self._column, self._pads, cos, sin)
             weight, bias = _joined(layer)
             launches.append(qkv(inputs, weight, bias, q, kv_write, upcast_fp32))
-            window, sinks = shape.windows[number], layer.sinks
+            window, sinks = shape.sliding_windows[number], layer.sinks
             args = (q, keys, values, positions, self._column, self._pads, sinks, window, attended)
             launches.append(attention(*args, multiprocessors, upcast_fp32))
             launches.append(output(attended, total, layer.o.weight, bias_of(layer.o), mid, upcast_fp32))
-            launches.append(residual_norm(mid, None, layer.mlp_norm, h, shape.eps))
+            launches.append(residual_norm(mid, None, layer.mlp_norm, h, shape.rms_norm_eps))
             launches += _moe(layer, h, y)
         inputs = normed(mid, y, model.norm)
         launches.append(unembed(inputs, model.unembedding, self.logits, self._column, upcast_fp32))
