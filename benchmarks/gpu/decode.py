@@ -17,7 +17,7 @@ from moe_surgery.kernels.triton.decode.launches import launch_count
 from moe_surgery.kernels.triton.decode.step import DecodeStep
 from moe_surgery.runtime.cache import Cache
 from moe_surgery.runtime.decode_cost import bytes_per_token
-from moe_surgery.runtime.model import Model
+from moe_surgery.runtime.model import CausalLM
 
 __all__ = ["BATCHES", "CONTEXT", "KEPT", "describe_step", "kept", "measure_decode"]
 
@@ -62,7 +62,7 @@ def measure_decode(
     return rows
 
 
-def _row(model: Model, batch: int, context: int, bandwidth: float, errors: Errors) -> dict[str, object]:
+def _row(model: CausalLM, batch: int, context: int, bandwidth: float, errors: Errors) -> dict[str, object]:
     config, device = model.config, model.device
     torch.cuda.reset_peak_memory_stats(device)
     cache = model.new_cache(batch, context + 2 * STEPS + REPLAYS + 8)
@@ -110,12 +110,12 @@ def _row(model: Model, batch: int, context: int, bandwidth: float, errors: Error
 
 
 @torch.inference_mode()
-def _errors(model: Model, backend: Backend, batch: int, context: int) -> Errors:
+def _errors(model: CausalLM, backend: Backend, batch: int, context: int) -> Errors:
     """One step three ways from the same cache: captured, plain PyTorch in BF16, and in float32."""
     tokens = torch.randint(0, model.config.vocab_size, (batch,), device=model.device)
     found: list[Tensor] = []
     for dtype in (torch.bfloat16, torch.float32):
-        plain = Model(
+        plain = CausalLM(
             model.config,
             model.embedding,
             model.layers,
@@ -135,7 +135,7 @@ def _errors(model: Model, backend: Backend, batch: int, context: int) -> Errors:
     return Errors(float((step - exact).norm() / size), float((rounded - exact).norm() / size))
 
 
-def captured_step(model: Model, cache: Cache) -> DecodeStep:
+def captured_step(model: CausalLM, cache: Cache) -> DecodeStep:
     """The Triton backend's step. Raises TypeError where the model has another or none."""
     step = model.decode_step(cache)
     if not isinstance(step, DecodeStep):

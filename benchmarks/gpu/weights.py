@@ -10,7 +10,7 @@ from moe_surgery.kernels import Backend
 from moe_surgery.kernels.reference.mxfp4 import decode
 from moe_surgery.kernels.weights import DenseWeight, ExpertWeights, Layer, Mxfp4Weight, Projection
 from moe_surgery.runtime.cache import Cache
-from moe_surgery.runtime.model import Model
+from moe_surgery.runtime.model import CausalLM
 from moe_surgery.runtime.step_bytes import weight_bytes
 
 __all__ = ["as_dense", "fill_cache", "gpt_oss_20b", "random_experts", "random_model", "weight_bytes"]
@@ -43,7 +43,7 @@ def as_dense(experts: ExpertWeights) -> ExpertWeights:
     return ExpertWeights(dense(experts.gate_up), experts.gate_up_bias, dense(experts.down), experts.down_bias)
 
 
-def random_model(config: ModelConfig, device: torch.device, backend: Backend) -> Model:
+def random_model(config: ModelConfig, device: torch.device, backend: Backend) -> CausalLM:
     """A model of `config` in BF16 with MXFP4 experts."""
     c, heads = config, config.num_attention_heads * config.head_dim
     width = c.hidden_size**-0.5
@@ -69,7 +69,7 @@ def random_model(config: ModelConfig, device: torch.device, backend: Backend) ->
     embedding = normal(device, c.vocab_size, c.hidden_size)
     unembedding = normal(device, c.vocab_size, c.hidden_size, scale=width)
     norm = normal(device, c.hidden_size).abs()
-    return Model(config, embedding, layers, norm, unembedding, torch.bfloat16, backend)
+    return CausalLM(config, embedding, layers, norm, unembedding, torch.bfloat16, backend)
 
 
 def fill_cache(cache: Cache, columns: int, seed: int = 0) -> None:

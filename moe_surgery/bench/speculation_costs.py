@@ -14,7 +14,7 @@ from moe_surgery.bench.memory import synchronize
 from moe_surgery.bench.rounds import check_numbers, interleaved
 from moe_surgery.errors import UsageError
 from moe_surgery.runtime.generate import decoder
-from moe_surgery.runtime.model import Model
+from moe_surgery.runtime.model import CausalLM
 from moe_surgery.runtime.sampling import Sampler, Sampling
 from moe_surgery.runtime.speculation.acceptance import accept_greedy
 from moe_surgery.runtime.speculation.draft import BEHIND
@@ -60,7 +60,7 @@ class _Steps:
     """
 
     @torch.inference_mode()
-    def __init__(self, target: Model, draft: Model, batch: int, context: int, most: int) -> None:
+    def __init__(self, target: CausalLM, draft: CausalLM, batch: int, context: int, most: int) -> None:
         random = torch.Generator().manual_seed(0)
         columns = context + most + BEHIND
         self._ids = torch.randint(0, target.config.vocab_size, (batch, columns), generator=random)
@@ -121,8 +121,8 @@ class _Steps:
 
 
 def measure_costs(
-    target: Model,
-    draft: Model,
+    target: CausalLM,
+    draft: CausalLM,
     *,
     lengths: Sequence[int] = (1, 2, 4, 8),
     batch: int = 1,

@@ -17,7 +17,7 @@ from moe_surgery.cli.terminal import Terminal, size
 from moe_surgery.errors import UsageError
 
 if TYPE_CHECKING:
-    from moe_surgery.runtime.model import Model
+    from moe_surgery.runtime.model import CausalLM
     from moe_surgery.runtime.sampling import Sampling
     from moe_surgery.runtime.speculation.draft_length import AdaptiveLength
     from moe_surgery.runtime.text import Text
@@ -174,7 +174,7 @@ def _stdin() -> str:
 
 def _loaded(
     ckpt: str, device: str, dtype: str | None, plan_file: Path | None, backend: str | None, top_k: int | None
-) -> Model:
+) -> CausalLM:
     from moe_surgery.runtime.load import load_model
     from moe_surgery.selection.plan import load_plan
 
@@ -185,8 +185,8 @@ def _loaded(
 def _run(
     terminal: Terminal,
     view: ReplyView,
-    model: Model,
-    draft: Model | None,
+    model: CausalLM,
+    draft: CausalLM | None,
     length: int | AdaptiveLength | None,
     text: Text,
     tokens: list[int],

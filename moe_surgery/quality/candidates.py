@@ -10,7 +10,7 @@ from moe_surgery.checkpoint.resolve import resolve
 from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.errors import InvalidInputError, PlanMismatchError
 from moe_surgery.kernels.weights import Layer
-from moe_surgery.runtime.model import Model
+from moe_surgery.runtime.model import CausalLM
 from moe_surgery.runtime.view import view_layer
 from moe_surgery.surgery.manifest import is_ours, load_manifest
 from moe_surgery.surgery.names import MANIFEST_NAME, MAPPING_NAME
@@ -31,7 +31,7 @@ class Candidate:
     name: str
     kept: tuple[tuple[int, ...], ...] | None
     top_k: int | None = None
-    model: Model | None = None
+    model: CausalLM | None = None
     provenance: dict[str, object] = field(default_factory=dict)
 
     def layer(self, number: int, full: Layer) -> Layer:
@@ -42,7 +42,7 @@ class Candidate:
         return view_layer(full, self.kept[number], self.top_k)
 
 
-def pruned_candidate(path: str, other: Model, full: Model) -> Candidate:
+def pruned_candidate(path: str, other: CausalLM, full: CausalLM) -> Candidate:
     """The checkpoint `other` at `path`; what its experts were comes from its manifest or expert mapping.
 
     Raises PlanMismatchError where it cannot come from `full`.

@@ -24,7 +24,7 @@ from moe_surgery.quality.layerwise import apply_attention, apply_experts, embed,
 from moe_surgery.quality.resume import default_context
 from moe_surgery.quality.text_files import Texts, as_text_files
 from moe_surgery.runtime.load import load_model
-from moe_surgery.runtime.model import Model
+from moe_surgery.runtime.model import CausalLM
 from moe_surgery.runtime.text import Text
 from moe_surgery.selection.given import Named, loaded_pairs
 from moe_surgery.selection.plan import Plan, check_top_k, load_plan, plan_keeping
@@ -127,7 +127,7 @@ def evaluate(
 
 @torch.inference_mode()
 def evaluate_passages(
-    model: Model,
+    model: CausalLM,
     groups: Iterable[Sequence[Passage]],
     candidates: Sequence[Candidate],
     *,
@@ -240,7 +240,7 @@ def _count_routes(sums: dict[str, _Sums], targets: _Targets, number: int, moved:
 
 
 def _compare(
-    model: Model,
+    model: CausalLM,
     everyone: Sequence[Candidate],
     states: Sequence[HiddenStates],
     targets: _Targets,

@@ -11,13 +11,13 @@ from moe_surgery.kernels import Backend
 from moe_surgery.kernels.weights import Layer
 from moe_surgery.quality.hidden_states import HiddenStates
 from moe_surgery.runtime.decoder_layer import Attend, attention_block, moe_block, route
-from moe_surgery.runtime.model import SCORE_BYTES, Model
+from moe_surgery.runtime.model import SCORE_BYTES, CausalLM
 
 __all__ = ["apply_attention", "apply_experts", "choose_experts", "embed", "logits_of"]
 
 
 @torch.inference_mode()
-def embed(model: Model, passages: Sequence[Sequence[int]]) -> HiddenStates:
+def embed(model: CausalLM, passages: Sequence[Sequence[int]]) -> HiddenStates:
     """Hidden states before the first layer, of passages of token ids."""
     states = HiddenStates([len(p) for p in passages], model.config.hidden_size, model.dtype, model.device)
     for passage, start in zip(passages, states.starts[:-1], strict=True):
@@ -27,7 +27,7 @@ def embed(model: Model, passages: Sequence[Sequence[int]]) -> HiddenStates:
 
 
 @torch.inference_mode()
-def apply_attention(model: Model, number: int, layer: Layer, states: HiddenStates) -> None:
+def apply_attention(model: CausalLM, number: int, layer: Layer, states: HiddenStates) -> None:
     """Add the self-attention of layer `number`, a passage seeing itself only, to `states`."""
     backend, window = model.backend, model.config.sliding_windows[number]
     for first, last in states.groups():
@@ -43,14 +43,14 @@ def apply_attention(model: Model, number: int, layer: Layer, states: HiddenState
 
 @torch.inference_mode()
 def choose_experts(
-    model: Model, layer: Layer, states: HiddenStates, where: slice
+    model: CausalLM, layer: Layer, states: HiddenStates, where: slice
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The experts' input [tokens, hidden] for the rows `where`, and the router's ids and weights."""
     return route(model.backend, model.config, layer, states[where])
 
 
 @torch.inference_mode()
-def apply_experts(model: Model, layer: Layer, states: HiddenStates) -> Tensor:
+def apply_experts(model: CausalLM, layer: Layer, states: HiddenStates) -> Tensor:
     """Add the output of the experts to `states`; the ids chosen, int64 [tokens, top_k] on the CPU."""
     chosen = []
     for where in states.pieces():
@@ -60,7 +60,7 @@ def apply_experts(model: Model, layer: Layer, states: HiddenStates) -> Tensor:
 
 
 @torch.inference_mode()
-def logits_of(model: Model, x: Tensor) -> Tensor:
+def logits_of(model: CausalLM, x: Tensor) -> Tensor:
     """Logits float32 [rows, vocabulary] of hidden states after the last layer."""
     return model.lm_head(x)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_surgery.errors import UsageError
 from moe_surgery.runtime.cache import Cache
-from moe_surgery.runtime.model import Model
+from moe_surgery.runtime.model import CausalLM
 from moe_surgery.runtime.sampling import Sampler, Sampling
 
 __all__ = ["Generated", "Step", "decoder", "generate", "pad_left", "room_for", "stream"]
@@ -46,7 +46,7 @@ def pad_left(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 @torch.inference_mode()
 def stream(
-    model: Model,
+    model: CausalLM,
     input_ids: Tensor | Sequence[Sequence[int]],
     *,
     attention_mask: Tensor | None = None,
@@ -85,7 +85,7 @@ def stream(
         logits = follow(drawn)
 
 
-def room_for(model: Model, tokens: int, max_new_tokens: int, context: int | None) -> int:
+def room_for(model: CausalLM, tokens: int, max_new_tokens: int, context: int | None) -> int:
     """How many new tokens fit behind a prompt of `tokens`, at most `max_new_tokens`.
 
     Raises UsageError where none do, or `context` is more than the model was made for.
@@ -102,7 +102,7 @@ def room_for(model: Model, tokens: int, max_new_tokens: int, context: int | None
     return min(max_new_tokens, longest - tokens)
 
 
-def decoder(model: Model, cache: Cache) -> Callable[[Tensor], Tensor]:
+def decoder(model: CausalLM, cache: Cache) -> Callable[[Tensor], Tensor]:
     """What turns the tokens drawn [batch] into the next logits [batch, 1, vocabulary].
 
     The backend's own decode step where it has one, which may reuse its result's memory.
@@ -114,7 +114,7 @@ def decoder(model: Model, cache: Cache) -> Callable[[Tensor], Tensor]:
 
 
 def generate(
-    model: Model,
+    model: CausalLM,
     input_ids: Tensor | Sequence[Sequence[int]],
     *,
     callback: Callable[[Step], None] | None = None,

@@ -18,7 +18,7 @@ from moe_surgery.runtime.cache import Cache
 from moe_surgery.runtime.decoder_layer import Attend, decoder_layer
 from moe_surgery.runtime.rope import Rope
 
-__all__ = ["SCORE_BYTES", "Model"]
+__all__ = ["SCORE_BYTES", "CausalLM"]
 
 DEFAULT_ROLLBACK = 16
 # Attention scores held at once: queries x keys x heads, four bytes each.
@@ -26,7 +26,7 @@ SCORE_BYTES = 128 << 20
 MOST_PREFILL = 512
 
 
-class Model:
+class CausalLM:
     """A loaded model. Call it for logits; `new_cache` makes what decoding needs.
 
     `config` is that of the checkpoint (its experts and top_k are the stored ones; a layer's own

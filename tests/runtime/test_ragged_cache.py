@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 
 from moe_surgery.errors import UsageError  # noqa: E402
 from moe_surgery.runtime.cache import Cache  # noqa: E402
-from moe_surgery.runtime.model import Model  # noqa: E402
+from moe_surgery.runtime.model import CausalLM  # noqa: E402
 from tests.runtime.conftest import SMALL, WINDOW  # noqa: E402
 
 TOLERANCE = 1e-4
@@ -41,7 +41,7 @@ def edits(draw: st.DrawFn) -> tuple[int, list[int], list[tuple[list[int], int]]]
 @given(seed=st.integers(0, 99), plan=edits())
 @settings(max_examples=60)
 def test_rows_that_take_back_their_own_number_give_what_each_gives_alone(
-    steady_model: Model, seed: int, plan: tuple[int, list[int], list[tuple[list[int], int]]]
+    steady_model: CausalLM, seed: int, plan: tuple[int, list[int], list[tuple[list[int], int]]]
 ) -> None:
     rollback, pads, steps = plan
     random = torch.Generator().manual_seed(seed)
@@ -69,13 +69,13 @@ def test_rows_that_take_back_their_own_number_give_what_each_gives_alone(
     assert cache.nbytes == nbytes
 
 
-def filled(model: Model, *, rollback: int = 4, columns: int = 30) -> Cache:
+def filled(model: CausalLM, *, rollback: int = 4, columns: int = 30) -> Cache:
     cache = model.new_cache(2, 40, rollback=rollback)
     model(torch.zeros(2, columns, dtype=torch.int64), cache, logits_to_keep=0)
     return cache
 
 
-def test_each_row_is_held_to_what_its_rings_hold(small_model: Model) -> None:
+def test_each_row_is_held_to_what_its_rings_hold(small_model: CausalLM) -> None:
     cache = filled(small_model)
     cache.truncate([28, 26])
     assert (cache.lengths, cache.length, cache.ragged) == ((28, 26), 28, True)
@@ -88,7 +88,7 @@ def test_each_row_is_held_to_what_its_rings_hold(small_model: Model) -> None:
     assert (cache.lengths, cache.ragged) == ((26, 26), False)
 
 
-def test_a_row_may_begin_anew_and_frees_its_columns(small_model: Model) -> None:
+def test_a_row_may_begin_anew_and_frees_its_columns(small_model: CausalLM) -> None:
     cache = filled(small_model, columns=40)
     with pytest.raises(UsageError, match="41 tokens do not fit the context of 40"):
         cache.check_room(1)
@@ -97,6 +97,6 @@ def test_a_row_may_begin_anew_and_frees_its_columns(small_model: Model) -> None:
     assert [int((held[1] >= 0).sum()) for held in cache.positions.values()] == [0, 0]
 
 
-def test_lengths_for_another_number_of_rows_are_refused(small_model: Model) -> None:
+def test_lengths_for_another_number_of_rows_are_refused(small_model: CausalLM) -> None:
     with pytest.raises(UsageError, match="3 lengths for a cache of 2 sequences"):
         filled(small_model).truncate([1, 2, 3])

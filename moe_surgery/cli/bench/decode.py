@@ -14,7 +14,7 @@ from moe_surgery.cli.terminal import Terminal, size
 
 if TYPE_CHECKING:
     from moe_surgery.bench.decode import DecodeFigures
-    from moe_surgery.runtime.model import Model
+    from moe_surgery.runtime.model import CausalLM
 
 
 @click.command("decode")
@@ -90,7 +90,7 @@ def command(
     finish(terminal, interrupted, bool(figures))
 
 
-def _views(checkpoint: str, full: Model, experts: list[int], ranking: Path | None) -> dict[str, Model]:
+def _views(checkpoint: str, full: CausalLM, experts: list[int], ranking: Path | None) -> dict[str, CausalLM]:
     from moe_surgery.pipeline import inspect
     from moe_surgery.runtime.view import view
     from moe_surgery.selection.plan import check_count, plan_from_ranking, plan_random

@@ -19,7 +19,7 @@ from moe_surgery.errors import UsageError
 if TYPE_CHECKING:
     from moe_surgery.bench.speculation import SpeculationFigures, SpeculationRun
     from moe_surgery.bench.speculation_costs import LengthCost
-    from moe_surgery.runtime.model import Model
+    from moe_surgery.runtime.model import CausalLM
     from moe_surgery.runtime.speculation.draft_length import Costs
 
 
@@ -134,7 +134,7 @@ def command(
 class Job:
     """What is measured of every draft."""
 
-    target: Model
+    target: CausalLM
     prompts: dict[str, list[list[int]]]
     lengths: list[int]
     max_new_tokens: int
@@ -162,8 +162,8 @@ class Result:
 
 
 def _drafts(
-    model: Model, target: str, checkpoints: tuple[str, ...], plans: tuple[Path, ...], top_k: int | None
-) -> list[tuple[str, Model]]:
+    model: CausalLM, target: str, checkpoints: tuple[str, ...], plans: tuple[Path, ...], top_k: int | None
+) -> list[tuple[str, CausalLM]]:
     asked: list[tuple[str, str | None, Path | None]]
     asked = [(name, name, None) for name in checkpoints] + [(str(p), None, p) for p in plans]
     if not asked and top_k is not None:
@@ -178,7 +178,7 @@ def _drafts(
     return found
 
 
-def _measured(terminal: Terminal, job: Job, name: str, draft: Model) -> tuple[Result, bool]:
+def _measured(terminal: Terminal, job: Job, name: str, draft: CausalLM) -> tuple[Result, bool]:
     """What was measured of one draft, and whether Ctrl-C ended it early."""
     from moe_surgery.bench.speculation import measure_speculation, speculation_figures
     from moe_surgery.bench.speculation_costs import break_even_rows, costs_of, measure_costs

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moe_surgery.errors import UsageError
 from moe_surgery.runtime.generate import decoder, pad_left, room_for
-from moe_surgery.runtime.model import Model
+from moe_surgery.runtime.model import CausalLM
 from moe_surgery.runtime.sampling import Sampler, Sampling, distribution
 from moe_surgery.runtime.speculation.acceptance import accept_drawn, accept_greedy
 from moe_surgery.runtime.speculation.draft import BEHIND, Drafter, Proposal
@@ -51,8 +51,8 @@ class Speculation:
 
     def __init__(
         self,
-        target: Model,
-        draft: Model,
+        target: CausalLM,
+        draft: CausalLM,
         prompts: Sequence[Sequence[int]],
         *,
         length: int | AdaptiveLength = DEFAULT_LENGTH,
@@ -218,7 +218,7 @@ class Speculation:
         return new, log_probabilities
 
 
-def check_pair(target: Model, draft: Model) -> None:
+def check_pair(target: CausalLM, draft: CausalLM) -> None:
     """Raise UsageError unless `draft` can draft for `target`."""
     if draft.config.vocab_size != target.config.vocab_size:
         raise UsageError(
@@ -228,7 +228,7 @@ def check_pair(target: Model, draft: Model) -> None:
 
 
 def speculation_cache_bytes(
-    target: Model, draft: Model, batch: int, tokens: int, length: int
+    target: CausalLM, draft: CausalLM, batch: int, tokens: int, length: int
 ) -> tuple[int, int]:
     """Bytes of the target's and the draft's keys and values for `batch` sequences of `tokens` tokens, prompt
     and answer together: sliding layers hold what may be taken back, drafted tokens lie past the last one."""
@@ -240,8 +240,8 @@ def speculation_cache_bytes(
 
 
 def speculate(
-    target: Model,
-    draft: Model,
+    target: CausalLM,
+    draft: CausalLM,
     prompts: Sequence[Sequence[int]],
     *,
     length: int | AdaptiveLength = DEFAULT_LENGTH,

@@ -16,7 +16,7 @@ from moe_surgery.kernels.triton.decode.step import DecodeStep
 from moe_surgery.kernels.triton.tuning import DeviceProps
 from moe_surgery.runtime.cache import Cache
 from moe_surgery.runtime.generate import generate
-from moe_surgery.runtime.model import Model
+from moe_surgery.runtime.model import CausalLM
 from moe_surgery.runtime.speculation.speculate import speculate
 from moe_surgery.runtime.view import view
 from tests.runtime.models import write_lively
@@ -57,7 +57,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return write_lively(place, SHAPE, request.param, edit_config=lambda c: c.update(sliding_window=WINDOW))
 
 
-def models(folder: Path, keep: int | None = None) -> tuple[Model, Model]:
+def models(folder: Path, keep: int | None = None) -> tuple[CausalLM, CausalLM]:
     """The same weights twice, in float32: with triton and with plain PyTorch."""
     found = []
     for backend in ("triton", "reference"):
@@ -72,7 +72,7 @@ def models(folder: Path, keep: int | None = None) -> tuple[Model, Model]:
 
 
 def prefilled(
-    model: Model, batch: int, context: int, mask: torch.Tensor | None, prompt: torch.Tensor
+    model: CausalLM, batch: int, context: int, mask: torch.Tensor | None, prompt: torch.Tensor
 ) -> Cache:
     cache = model.new_cache(batch, context, rollback=ROLLBACK)
     model(prompt, cache, mask)
