@@ -72,13 +72,13 @@ def random_model(config: ModelConfig, device: torch.device, backend: Backend) ->
     return CausalLM(config, embedding, layers, norm, unembedding, torch.bfloat16, backend)
 
 
-def fill_cache(cache: Cache, columns: int, seed: int = 0) -> None:
-    """Random keys and values for `columns` columns of an empty cache, as if a prompt had been read."""
+def fill_cache(cache: Cache, tokens: int, seed: int = 0) -> None:
+    """Random keys and values for `tokens` tokens of an empty cache, as after a prompt."""
     generator = torch.Generator(cache.keys[0].device).manual_seed(seed)
     for kept in (*cache.keys, *cache.values):
         # Through BF16, so that caches of any dtype hold the same numbers.
         kept.copy_(torch.randn(kept.shape, generator=generator, device=kept.device).bfloat16())
-    for slots, held in cache.positions.items():
-        for column in range(max(0, columns - slots), columns):
-            held[:, column % slots] = column
-    cache.advance(columns)
+    for slots, positions in cache.positions.items():
+        for token in range(max(0, tokens - slots), tokens):
+            positions[:, token % slots] = token
+    cache.advance(tokens)

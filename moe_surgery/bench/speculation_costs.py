@@ -62,11 +62,11 @@ class _Steps:
     @torch.inference_mode()
     def __init__(self, target: CausalLM, draft: CausalLM, batch: int, context: int, most: int) -> None:
         random = torch.Generator().manual_seed(0)
-        columns = context + most + BEHIND
-        self._ids = torch.randint(0, target.config.vocab_size, (batch, columns), generator=random)
+        tokens = context + most + BEHIND
+        self._ids = torch.randint(0, target.config.vocab_size, (batch, tokens), generator=random)
         self._target, self._draft, self._context = target, draft, context
-        self._target_cache = target.new_cache(batch, columns, rollback=most + 1)
-        self._draft_cache = draft.new_cache(batch, columns, rollback=most + BEHIND)
+        self._target_cache = target.new_cache(batch, tokens, rollback=most + 1)
+        self._draft_cache = draft.new_cache(batch, tokens, rollback=most + BEHIND)
         for model, cache in ((target, self._target_cache), (draft, self._draft_cache)):
             model(self._ids[:, :context], cache, logits_to_keep=1)
         self._plain = decoder(target, self._target_cache)

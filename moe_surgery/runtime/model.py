@@ -64,7 +64,7 @@ class CausalLM:
     def new_cache(self, batch: int, context: int, *, rollback: int = DEFAULT_ROLLBACK) -> Cache:
         """A KV cache for `batch` sequences of up to `context` tokens, padding included.
 
-        `rollback` is how many tokens `Cache.truncate` can take back. Raises UsageError for a context
+        `rollback` is how many tokens `Cache.truncate` can roll back. Raises UsageError for a context
         that the model was not made for.
         """
         c = self.config
@@ -100,7 +100,7 @@ class CausalLM:
         """
         batch, tokens = input_ids.shape
         cache = cache if cache is not None else self.new_cache(batch, tokens)
-        cache.check_room(tokens)
+        cache.check_capacity(tokens)
         ids = self._admitted(input_ids)
         keep = tokens if logits_to_keep is None else min(logits_to_keep, tokens)
         kept: list[Tensor] = []
@@ -159,9 +159,9 @@ class CausalLM:
         positions = cache.begin(ids.shape[1], mask)
         cos, sin = self.rope(positions, self.backend)
         x = self.embed(ids)
-        fused = self._fused_layers() if cache.stores_before_reading(ids.shape[1]) else None
+        fused = self._fused_layers() if cache.can_write_in_place(ids.shape[1]) else None
         if fused is not None:
-            x = fused(x, positions, cos, sin, cache.layer_slots())
+            x = fused(x, positions, cos, sin, cache.layer_caches())
         else:
             for number, layer in enumerate(self.layers):
                 attend = self._attend(number, layer, cache, positions)

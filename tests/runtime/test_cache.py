@@ -1,4 +1,4 @@
-"""However a text reaches the model (whole, in pieces, padded, taken back), its logits are the same."""
+"""However a text reaches the model (whole, in pieces, padded, rolled back), its logits are the same."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def close(got: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def in_pieces(model: CausalLM, ids: torch.Tensor, cuts: list[int], rollback: int) -> torch.Tensor:
-    """Logits of `ids` fed to one cache, cut before each of the columns `cuts`."""
+    """Logits of `ids` fed to one cache, cut before each of the tokens `cuts`."""
     cache = model.new_cache(ids.shape[0], ids.shape[1], rollback=rollback)
     edges = sorted({0, ids.shape[1], *cuts})
     return torch.cat([model(ids[:, a:b], cache) for a, b in pairwise(edges)], dim=1)
@@ -134,16 +134,16 @@ def test_padding_gives_no_nan(small_model: CausalLM) -> None:
 
 @st.composite
 def edits(draw: st.DrawFn) -> tuple[int, list[tuple[int, int]]]:
-    """A rollback, and steps (columns to take back, columns to add) that a cache made for it allows."""
-    rollback, length, furthest = draw(st.integers(0, 2 * WINDOW)), 0, 0
+    """A rollback, and steps (tokens to roll back, tokens to add) that a cache made for it allows."""
+    rollback, length, longest = draw(st.integers(0, 2 * WINDOW)), 0, 0
     steps = []
     for _ in range(draw(st.integers(1, 8))):
-        least = max(0, furthest - rollback)
+        least = max(0, longest - rollback)
         back = draw(st.integers(0, length - least)) if length > least else 0
         new = draw(st.integers(1, 12))
         steps.append((back, new))
         length += new - back
-        furthest = max(furthest, length)
+        longest = max(longest, length)
     return rollback, steps
 
 
@@ -159,7 +159,7 @@ def test_other_tokens_after_a_truncation_give_what_a_fresh_run_gives(
         kept = text.shape[1] - back
         cache.truncate(kept)
         more = text_of(1000 * seed + number, 2, new)
-        # The second text begins with padding, some of which may have been taken back.
+        # The second text begins with padding, some of which may have been rolled back.
         real = torch.ones(2, new, dtype=torch.int64)
         real[1, : max(0, min(pads - kept, new))] = 0
         text, mask = torch.cat((text[:, :kept], more), 1), torch.cat((mask[:, :kept], real), 1)
@@ -179,8 +179,8 @@ def test_more_than_the_rollback_is_refused(small_model: CausalLM, rollback: int)
     cache = filled(small_model, LENGTH, rollback)
     with pytest.raises(UsageError) as caught:
         cache.truncate(LENGTH - rollback - 1)
-    said = f"cannot take back {rollback + 1} columns; this cache was made for {rollback}"
-    assert str(caught.value) == said
+    message = f"cannot roll back {rollback + 1} tokens: this cache was allocated with `rollback` {rollback}"
+    assert str(caught.value) == message
     cache.truncate(LENGTH - rollback)
     assert cache.length == LENGTH - rollback
 
@@ -189,13 +189,13 @@ def test_rollbacks_do_not_add_up_past_what_the_rings_hold(small_model: CausalLM)
     cache = filled(small_model, LENGTH, 5)
     cache.truncate(LENGTH - 5)
     small_model(text_of(1, 1, 1), cache)
-    with pytest.raises(UsageError, match="cannot take back 6 columns"):
+    with pytest.raises(UsageError, match="cannot roll back 6 tokens"):
         cache.truncate(LENGTH - 6)
 
 
 @pytest.mark.parametrize("length", [-1, LENGTH + 1])
 def test_a_length_that_never_was_is_refused(small_model: CausalLM, length: int) -> None:
-    with pytest.raises(UsageError, match=f"cannot truncate a cache of {LENGTH} columns to {length}"):
+    with pytest.raises(UsageError, match=f"cannot truncate a cache of {LENGTH} tokens to {length}"):
         filled(small_model, LENGTH, 5).truncate(length)
 
 
@@ -242,5 +242,5 @@ def test_a_cache_takes_the_documented_bytes(
 ) -> None:
     cache = load_model(small, dtype=dtype).new_cache(3, context, rollback=rollback)
     ring = min(context, WINDOW + rollback)
-    columns = ring + context + ring  # layers 0 and 2 slide
-    assert cache.nbytes == 2 * 3 * columns * SMALL.kv_heads * SMALL.head_dim * dtype.itemsize
+    tokens = ring + context + ring  # layers 0 and 2 slide
+    assert cache.nbytes == 2 * 3 * tokens * SMALL.kv_heads * SMALL.head_dim * dtype.itemsize

@@ -38,7 +38,7 @@ def draw_ids(batch: int, tokens: int) -> torch.Tensor:
 
 
 def outcome(model: CausalLM, batch: int) -> list[torch.Tensor]:
-    """Logits and caches of a prompt with padding, steps of one and several tokens, and one taken back."""
+    """Logits and caches of a prompt with padding, steps of one and several tokens, and a rollback."""
     ids, cache, found = draw_ids(batch, 190), model.new_cache(batch, 300), []
     mask = torch.ones(batch, 140, dtype=torch.int64)
     mask[0, :3] = 0

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_surgery.kernels.interface import DecoderShape, LayerSlots
+from moe_surgery.kernels.interface import DecoderShape, LayerCache
 from moe_surgery.kernels.native.operands import (
     F32,
     UnsupportedWeight,
@@ -55,15 +55,15 @@ class NativeStack:
             )
 
     def __call__(
-        self, x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, caches: Sequence[LayerSlots]
+        self, x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, caches: Sequence[LayerCache]
     ) -> Tensor:
         x, positions, cos, sin = (a.contiguous() for a in (x, positions, cos, sin))
-        batch, columns, _ = x.shape
+        batch, tokens, _ = x.shape
         self._engine.run(
             self._stack,
             x.data_ptr(),
             batch,
-            columns,
+            tokens,
             positions.data_ptr(),
             cos.data_ptr(),
             sin.data_ptr(),
@@ -105,9 +105,9 @@ def _check(layer: Layer, hidden: int, shape: DecoderShape) -> None:
         raise UnsupportedWeight("the experts' shapes or expert map do not fit the layer")
 
 
-def _slots(cache: LayerSlots) -> tuple[object, ...]:
+def _slots(cache: LayerCache) -> tuple[object, ...]:
     """`LayerCacheTuple` of the extension."""
-    keys, values, positions, places = cache.keys, cache.values, cache.positions, cache.places
+    keys, values, positions, slot_ids = cache.keys, cache.values, cache.positions, cache.slot_ids
     assert keys.dtype == values.dtype == F32
     return (
         keys.data_ptr(),
@@ -117,6 +117,6 @@ def _slots(cache: LayerSlots) -> tuple[object, ...]:
         keys.shape[2],
         positions.data_ptr(),
         positions.stride(0),
-        places.data_ptr(),
-        places.stride(0) if places.ndim == 2 else 0,
+        slot_ids.data_ptr(),
+        slot_ids.stride(0) if slot_ids.ndim == 2 else 0,
     )

@@ -79,12 +79,12 @@ def prefilled(
     return cache
 
 
-def prompts(batch: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+def prompts(batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens and a mask in which later sequences have more padding."""
     random = torch.Generator().manual_seed(batch)
-    tokens = torch.randint(0, VOCABULARY, (batch, columns), generator=random).to(DEVICE)
+    tokens = torch.randint(0, VOCABULARY, (batch, length), generator=random).to(DEVICE)
     pads = torch.arange(batch)[:, None] % 3
-    return tokens, (torch.arange(columns)[None] >= pads).long().to(DEVICE)
+    return tokens, (torch.arange(length)[None] >= pads).long().to(DEVICE)
 
 
 @pytest.mark.parametrize("capture", CAPTURES)
@@ -111,8 +111,8 @@ def test_every_step_gives_the_logits_of_the_plain_forward_pass(
 
 def same_cache(one: Cache, other: Cache) -> None:
     assert one.length == other.length
-    for slots, held in other.positions.items():
-        assert torch.equal(one.positions[slots], held)
+    for slots, positions in other.positions.items():
+        assert torch.equal(one.positions[slots], positions)
     for layer in range(len(other.keys)):
         torch.testing.assert_close(one.keys[layer], other.keys[layer], rtol=0, atol=TOLERANCE)
         torch.testing.assert_close(one.values[layer], other.values[layer], rtol=0, atol=TOLERANCE)

@@ -155,13 +155,13 @@ def test_caches_take_what_is_stated(
     c = json.loads((tiny / "config.json").read_text())
     windows = [c["sliding_window"] if kind == "sliding_attention" else None for kind in c["layer_types"]]
     assert set(windows) == {64, None}
-    columns = 70 + new - 1 + length  # the last token is not looked at again, drafted ones lie beyond
+    tokens = 70 + new - 1 + length  # the last token is not looked at again, drafted ones lie beyond
 
     def expected(rollback: int) -> int:
-        slots = sum(columns if w is None else min(columns, w + rollback) for w in windows)
+        slots = sum(tokens if w is None else min(tokens, w + rollback) for w in windows)
         return 2 * batch * slots * c["num_key_value_heads"] * c["head_dim"] * dtype.itemsize
 
-    stated = [expected(length), expected(length + 2)]  # the draft may be two columns behind
+    stated = [expected(length), expected(length + 2)]  # the draft may be two tokens behind
     assert held == stated
     assert [run.statistics.target_cache_bytes, run.statistics.draft_cache_bytes] == stated
     assert list(speculation_cache_bytes(target, draft, batch, 70 + new, length)) == stated

@@ -268,11 +268,11 @@ def test_caches_take_the_bytes_of_their_columns(small_model: CausalLM) -> None:
         small_model, small_draft(small_model, 1), PROMPTS, length=length, max_new_tokens=new, stop_tokens=()
     )
     context = 20 + new - 1 + length
-    column = 2 * len(PROMPTS) * SMALL.kv_heads * SMALL.head_dim * 4
+    token_bytes = 2 * len(PROMPTS) * SMALL.kv_heads * SMALL.head_dim * 4
     s = found.statistics
-    # Rings hold the window and what may be taken back: `length` columns, two more for the draft.
-    assert s.target_cache_bytes == column * (context + 2 * (WINDOW + length))
-    assert s.draft_cache_bytes == column * (context + 2 * (WINDOW + length + 2))
+    # Rings hold the window and what may be rolled back: `length` tokens, two more for the draft.
+    assert s.target_cache_bytes == token_bytes * (context + 2 * (WINDOW + length))
+    assert s.draft_cache_bytes == token_bytes * (context + 2 * (WINDOW + length + 2))
 
 
 # --- drafting rules
