@@ -146,7 +146,7 @@ def run_control(checkpoint: str, threads: int, logits: str) -> dict:
 
 def vocabulary_of(checkpoint: str) -> int:
     with Checkpoint.open(checkpoint) as opened:
-        return ModelConfig.of(identify_model(opened)).vocabulary
+        return ModelConfig.of(identify_model(opened)).vocab_size
 
 
 def read_bandwidth(threads: int) -> float:

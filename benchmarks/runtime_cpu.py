@@ -42,7 +42,7 @@ def run_model(path: str, context: int) -> dict[str, float]:
     loaded = time.perf_counter()
     cache = model.new_cache(1, context)
     generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(0, model.config.vocabulary, (1, context - NEW_TOKENS), generator=generator)
+    prompt = torch.randint(0, model.config.vocab_size, (1, context - NEW_TOKENS), generator=generator)
     logits = model(prompt, cache, logits_to_keep=1)
     prefilled = time.perf_counter()
     for _ in range(NEW_TOKENS):

@@ -29,7 +29,7 @@ from moe_surgery.quality.corpus import Passage, open_corpus, text_files
 from moe_surgery.quality.profile import profile_passages
 from moe_surgery.quality.prompts import prompts_of
 from moe_surgery.runtime.generate import generate
-from moe_surgery.runtime.model import Model
+from moe_surgery.runtime.model import CausalLM
 from moe_surgery.runtime.speculation.speculate import speculate
 from moe_surgery.runtime.speculation.statistics import SpeculationStatistics
 from moe_surgery.runtime.text import Text
@@ -51,7 +51,7 @@ Prompts = list[list[int]]
 class Domain:
     """One domain's prompts, what the target says to them, and its own order of experts by layer."""
 
-    def __init__(self, name: str, target: Model, prompts: Prompts, ranked: list[tuple[int, ...]]) -> None:
+    def __init__(self, name: str, target: CausalLM, prompts: Prompts, ranked: list[tuple[int, ...]]) -> None:
         self.name, self.prompts, self._ranked = name, prompts, ranked
         self.plain = generate(target, prompts, max_new_tokens=NEW_TOKENS, stop_tokens=()).tokens
 
@@ -59,7 +59,7 @@ class Domain:
         kept = tuple(tuple(sorted(layer[:experts])) for layer in self._ranked)
         return Plan("gpt_oss", len(self._ranked[0]), kept)
 
-    def run(self, target: Model, draft: Model, length: int) -> tuple[SpeculationStatistics, int]:
+    def run(self, target: CausalLM, draft: CausalLM, length: int) -> tuple[SpeculationStatistics, int]:
         """What speculation did, and how many of the prompts went on other than plainly."""
         found = speculate(
             target, draft, self.prompts, length=length, max_new_tokens=NEW_TOKENS, stop_tokens=()
@@ -68,7 +68,7 @@ class Domain:
         return found.statistics, wrong
 
 
-def make_domains(target: Model, checkpoint: str, texts: Path, only: tuple[str, ...]) -> list[Domain]:
+def make_domains(target: CausalLM, checkpoint: str, texts: Path, only: tuple[str, ...]) -> list[Domain]:
     """Domains with prompts from their last texts and rankings from the others."""
     found = []
     for file in text_files(sorted(texts.glob("*.jsonl")), format="jsonl"):
@@ -84,7 +84,9 @@ def make_domains(target: Model, checkpoint: str, texts: Path, only: tuple[str, .
     return found
 
 
-def drafts(target: Model, checkpoint: str, domain: Domain, work: Path) -> Iterator[tuple[str, int, Model]]:
+def drafts(
+    target: CausalLM, checkpoint: str, domain: Domain, work: Path
+) -> Iterator[tuple[str, int, CausalLM]]:
     """(kind, experts, draft) for every draft of the product, with the model's own top-k."""
     for experts in EXPERTS:
         plan = domain.plan(experts)
@@ -94,7 +96,7 @@ def drafts(target: Model, checkpoint: str, domain: Domain, work: Path) -> Iterat
         yield "view", experts, view(target, plan)
 
 
-def product(target: Model, checkpoint: str, domain: Domain, work: Path) -> Iterator[dict[str, object]]:
+def product(target: CausalLM, checkpoint: str, domain: Domain, work: Path) -> Iterator[dict[str, object]]:
     """A row for every draft, top-k and length."""
     for kind, experts, whole in drafts(target, checkpoint, domain, work):
         for top_k in TOP_KS:
@@ -104,9 +106,9 @@ def product(target: Model, checkpoint: str, domain: Domain, work: Path) -> Itera
                 yield {**row, **measured(target, draft, domain, length)}
 
 
-def beside(target: Model, domain: Domain, seeds: int = 3) -> Iterator[dict[str, object]]:
+def beside(target: CausalLM, domain: Domain, seeds: int = 3) -> Iterator[dict[str, object]]:
     """Random plans of the same sizes, and the model as its own draft."""
-    layers, experts = target.config.layers, target.config.experts
+    layers, experts = target.config.num_hidden_layers, target.config.num_local_experts
     shape = type("Shape", (), {"model_type": "gpt_oss", "experts": experts, "layers": layers})()
     for count in (*EXPERTS, experts):
         for seed in range(seeds if count < experts else 1):
@@ -116,7 +118,7 @@ def beside(target: Model, domain: Domain, seeds: int = 3) -> Iterator[dict[str, 
             yield {**row, **measured(target, view(target, plan), domain, 4)}
 
 
-def measured(target: Model, draft: Model, domain: Domain, length: int) -> dict[str, object]:
+def measured(target: CausalLM, draft: CausalLM, domain: Domain, length: int) -> dict[str, object]:
     s, wrong = domain.run(target, draft, length)
     return {
         "domain": domain.name,
