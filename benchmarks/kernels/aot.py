@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+import triton  # type: ignore[import-untyped,import-not-found,unused-ignore]
+from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped,import-not-found,unused-ignore]
+from triton.compiler import ASTSource  # type: ignore[import-untyped,import-not-found,unused-ignore]
 
 from benchmarks.kernels.entries import DEVICES, entries
 from moe_surgery.kernels.triton.launch import Launch

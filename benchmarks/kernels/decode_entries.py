@@ -43,18 +43,20 @@ def _step(batch: int, multiprocessors: int, dtype: torch.dtype) -> Iterator[tupl
     q = _empty(batch, HEADS * HEAD_DIM, dtype=dtype)
     rows = (HEADS + 2 * KV_HEADS) * HEAD_DIM
     weight, bias = _empty(rows, HIDDEN), _empty(rows)
-    tables = [_empty(CONTEXT, HEAD_DIM // 2, dtype=torch.float32) for _ in range(2)]
+    cos, sin = (_empty(CONTEXT, HEAD_DIM // 2, dtype=torch.float32) for _ in range(2))
     for slots, window in ((CONTEXT, None), (RING, WINDOW)):
-        kept = [_empty(batch, KV_HEADS, slots, HEAD_DIM, dtype=dtype) for _ in range(2)]
+        keys, values = (_empty(batch, KV_HEADS, slots, HEAD_DIM, dtype=dtype) for _ in range(2))
         held = _whole(batch, slots)
-        kv_write = KVWrite(*kept, held, column, pads, *tables)
+        kv_write = KVWrite(keys, values, held, column, pads, cos, sin)
         kind = "full" if window is None else "ring"
         yield f"qkv {kind} {batch}", qkv(later, weight, bias, q, kv_write, upcast_fp32)
         if batch == 1 and window is None:
             yield f"qkv gathered {batch}", qkv(first, weight, bias, q, kv_write, upcast_fp32)
         yield (
             f"attention {kind} {batch}",
-            attention(q, *kept, held, column, pads, _empty(HEADS), window, q, multiprocessors, upcast_fp32),
+            attention(
+                q, keys, values, held, column, pads, _empty(HEADS), window, q, multiprocessors, upcast_fp32
+            ),
         )
     yield f"output {batch}", output(q, total, _empty(HIDDEN, q.shape[1]), _empty(HIDDEN), h, upcast_fp32)
     logits = _empty(batch, VOCABULARY, dtype=torch.float32)
