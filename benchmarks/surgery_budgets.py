@@ -26,6 +26,7 @@ from benchmarks.cgroup import enter_command, memory_cgroup
 from benchmarks.layout import gpt_oss_20b
 from benchmarks.make_checkpoint import make_checkpoint
 from benchmarks.publish import RESULTS, begin, heading, publish, span, table
+from moe_surgery import inspect
 from moe_surgery.bench import surgery as bench
 
 CGROUP_BYTES = 128 << 20
@@ -116,8 +117,8 @@ def measure(job: Job, source: Path, work: Path, rounds: int) -> dict[str, object
 
 
 def small_commands(source: Path, work: Path) -> dict[str, dict[str, float]]:
-    ranking = work / "ranking.json"
-    ranking.write_text(json.dumps({f"layer_{i}": list(range(32)) for i in range(24)}))
+    model, ranking = inspect(source), work / "ranking.json"
+    ranking.write_text(json.dumps({f"layer_{i}": list(range(model.experts)) for i in range(model.layers)}))
     chosen = ["--experts", 8, "--checkpoint", source, "-o", work / "plan.json"]
     jobs = {
         "inspect": bench.command_of("inspect", source, "--json"),
