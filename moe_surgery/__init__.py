@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from moe_surgery.card.card import make_card
     from moe_surgery.card.write import write_card
     from moe_surgery.checkpoint.checkpoint import Checkpoint
-    from moe_surgery.families import describe
+    from moe_surgery.families import identify_model
     from moe_surgery.pipeline import export_gguf, inspect, make_plan, prune
     from moe_surgery.progress import Progress
     from moe_surgery.quality.evaluate import evaluate
@@ -44,10 +44,10 @@ __all__ = [
     "Statistics",
     "TextFile",
     "__version__",
-    "describe",
     "evaluate",
     "export_gguf",
     "generate",
+    "identify_model",
     "inspect",
     "load_model",
     "load_plan",
@@ -76,7 +76,7 @@ _HOMES = {
     "Ranking": ("moe_surgery.selection.ranking", "Ranking"),
     "Statistics": ("moe_surgery.selection.statistics", "Statistics"),
     "TextFile": ("moe_surgery.quality.text_files", "TextFile"),
-    "describe": ("moe_surgery.families", "describe"),
+    "identify_model": ("moe_surgery.families", "identify_model"),
     "evaluate": ("moe_surgery.quality.evaluate", "evaluate"),
     "export_gguf": ("moe_surgery.pipeline", "export_gguf"),
     "generate": ("moe_surgery.runtime.generate", "generate"),

@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_surgery import families
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.checkpoint.source import Folder
 from moe_surgery.checkpoint.staging import stale_partials
 from moe_surgery.errors import PlanMismatchError
+from moe_surgery.families import FAMILIES, Family, identify_model
 from moe_surgery.families.identity import identity
-from moe_surgery.families.model import Model
+from moe_surgery.families.model_spec import ModelSpec
 from moe_surgery.progress import Counter, OnProgress
 from moe_surgery.selection.given import PathLike
 from moe_surgery.selection.plan import Plan, as_plan, check_top_k, plan_keeping
@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 log = logging.getLogger("moe_surgery")
-PlanMaker = Callable[[Model], Plan]
+PlanMaker = Callable[[ModelSpec], Plan]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,34 +70,45 @@ class ExportResult:
     notes: tuple[str, ...] = ()
 
 
-def inspect(checkpoint: PathLike | Folder, *, ignore_unlisted: bool = False) -> Inspection:
+def inspect(
+    checkpoint: PathLike | Folder,
+    *,
+    ignore_unlisted: bool = False,
+    families: tuple[Family, ...] = FAMILIES,
+) -> Inspection:
     """Family, sizes and bytes of `checkpoint`, and of what n = 1..E kept experts would make of it.
 
-    Reads headers only. Raises InvalidInputError or OutputError.
+    Reads headers only. `families` are the model families to recognise.
+    Raises InvalidInputError or OutputError.
     """
     with Checkpoint.open(checkpoint, ignore_unlisted=ignore_unlisted) as opened:
-        return inspect_checkpoint(opened, families.describe(opened))
+        return inspect_checkpoint(opened, identify_model(opened, families))
 
 
-def make_plan(checkpoint: PathLike, choose: PlanMaker) -> Plan:
+def make_plan(checkpoint: PathLike, choose: PlanMaker, *, families: tuple[Family, ...] = FAMILIES) -> Plan:
     """The plan that `choose` makes of the model in `checkpoint`, checked to fit it.
 
     Raises PlanMismatchError where it does not, and any error of opening the checkpoint.
     """
     with Checkpoint.open(checkpoint) as opened:
-        model = families.describe(opened)
+        model = identify_model(opened, families)
     plan = choose(model)
     plan.check_fits(model.model_type, model.experts, model.layers, str(checkpoint))
     return plan
 
 
-def check_statistics(checkpoint: PathLike, statistics: Statistics | PathLike) -> None:
+def check_statistics(
+    checkpoint: PathLike,
+    statistics: Statistics | PathLike,
+    *,
+    families: tuple[Family, ...] = FAMILIES,
+) -> None:
     """Raise PlanMismatchError unless `statistics` (or those in the file of that path) are of `checkpoint`."""
     from moe_surgery.selection.statistics import as_statistics
 
     statistics = as_statistics(statistics)
     with Checkpoint.open(checkpoint) as opened:
-        known = identity(opened, families.describe(opened))
+        known = identity(opened, identify_model(opened, families))
     if statistics.identity != known:
         raise PlanMismatchError(
             f"the statistics are of another checkpoint ({statistics.identity}) than {checkpoint} ({known}); "
@@ -119,6 +130,7 @@ def prune(
     ignore_unlisted: bool = False,
     card: bool = True,
     base_model: str | None = None,
+    families: tuple[Family, ...] = FAMILIES,
     progress: OnProgress | None = None,
     ops: FileOps | None = None,
 ) -> PruneResult:
@@ -133,7 +145,8 @@ def prune(
     `card` writes a model card as README.md (a README.md of the source becomes README.source.md in
     any case); `base_model` is the source's id on the hub, where its path and files do not say it.
     `dry_run` stops before anything is written. `progress` is called with each `Progress`, in bytes of
-    shards (written, or checked again after an interrupted run). `ops` is the table of system calls.
+    shards (written, or checked again after an interrupted run). `families` are the model families to
+    recognise. `ops` is the table of system calls.
 
     `out` appears whole or not at all, and the source is only ever read. Raises UsageError,
     InvalidInputError, PlanMismatchError, OutputError or DiskFullError, each with one line that says
@@ -144,7 +157,7 @@ def prune(
     from moe_surgery.card.front_matter import read_readme
 
     with Checkpoint.open(checkpoint, ignore_unlisted=ignore_unlisted, ops=ops) as opened:
-        model = families.describe(opened)
+        model = identify_model(opened, families)
         chosen = (plan(model) if callable(plan) else as_plan(plan)).with_top_k(top_k)
         program = compile_program(opened, model, chosen, store=store, max_shard_size=max_shard_size)
         copied = program.copies.get(SOURCE_README_NAME)
@@ -170,7 +183,13 @@ def prune(
             )
     notes = [
         *model.notes,
-        *serving_notes(chosen.uniform_experts or 0, program.top_k, model.top_k, chosen.top_k),
+        *serving_notes(
+            chosen.uniform_experts or 0,
+            program.top_k,
+            model.top_k,
+            chosen.top_k,
+            expert_format=program.expert_format,
+        ),
     ]
     return PruneResult(target, program, outcome, tuple(notes), tuple(stale_partials(target)))
 
@@ -188,6 +207,7 @@ def export_gguf(
     overwrite: bool = False,
     ignore_free_space: bool = False,
     ignore_unlisted: bool = False,
+    families: tuple[Family, ...] = FAMILIES,
     progress: OnProgress | None = None,
     ops: FileOps | None = None,
 ) -> ExportResult:
@@ -196,8 +216,8 @@ def export_gguf(
     `plan` is a `Plan` or the path of a plan file. `top_k` replaces the plan's or the model's number of
     experts a token, up to the experts that are kept. Weights keep their format and bits, norms and biases
     become F32; `store` "mxfp4" converts experts. `name` is shown by programs (default: from the path).
-    `tokenizer` False leaves tokenizer and chat template out. `progress` is called with each `Progress`, in
-    bytes of the file.
+    `tokenizer` False leaves tokenizer and chat template out. `families` are the model families to
+    recognise. `progress` is called with each `Progress`, in bytes of the file.
 
     `out` appears whole or not at all, and the source is only ever read. Raises UsageError,
     InvalidInputError, PlanMismatchError, OutputError or DiskFullError, each with one line that says
@@ -208,7 +228,7 @@ def export_gguf(
     from moe_surgery.export.tokenizer import find_tokenizer
 
     with Checkpoint.open(checkpoint, ignore_unlisted=ignore_unlisted, ops=ops) as opened:
-        model = families.describe(opened)
+        model = identify_model(opened, families)
         if plan is None and top_k is not None:
             check_top_k(top_k, model.experts, f"{checkpoint} has")
             plan = plan_keeping(None, model)

@@ -22,7 +22,7 @@ from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.checkpoint.files import printable_path
 from moe_surgery.checkpoint.resolve import resolve
 from moe_surgery.errors import OutputError, UsageError
-from moe_surgery.families.model import Model
+from moe_surgery.families.model_spec import ModelSpec
 from moe_surgery.formats.expert_format import ExpertFormat
 from moe_surgery.surgery.manifest import load_manifest
 from moe_surgery.surgery.names import MANIFEST_NAME, README_NAME, SOURCE_README_NAME
@@ -38,7 +38,7 @@ __all__ = ["make_card", "with_card"]
 _UNKNOWN = "not recorded"
 
 
-def with_card(program: Program, model: Model, readme: SourceCard) -> Program:
+def with_card(program: Program, model: ModelSpec, readme: SourceCard) -> Program:
     """`program`, whose origin is filled in, with a model card as README.md.
 
     `model` describes the source, `readme` is the source's card.
@@ -83,7 +83,7 @@ def make_card(
     if license is not None and not is_license(license):
         raise UsageError(f"`license` {license}: is not a licence identifier such as apache-2.0")
     with Checkpoint.open(folder) as checkpoint:
-        facts = facts_of_checkpoint(Path(folder), checkpoint, families.describe(checkpoint), manifest)
+        facts = facts_of_checkpoint(Path(folder), checkpoint, families.identify_model(checkpoint), manifest)
     if license is not None:
         card = replace(facts.card, license=license, license_name=None, license_link=None)
         facts = replace(facts, card=card, license_given=True)

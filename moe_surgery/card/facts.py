@@ -16,7 +16,7 @@ from moe_surgery.checkpoint.hub import is_hub_id
 from moe_surgery.checkpoint.local_file import LocalFile
 from moe_surgery.errors import VerificationError
 from moe_surgery.families.base import Role
-from moe_surgery.families.model import Model
+from moe_surgery.families.model_spec import ModelSpec
 from moe_surgery.formats.expert_format import BF16, FORMATS, ExpertFormat
 from moe_surgery.selection.plan import Plan
 from moe_surgery.surgery.manifest import Manifest
@@ -108,7 +108,7 @@ class Facts:
         return self.base_model if self.recorded("base_model_from") in ("option", "cache") else None
 
 
-def facts_of_program(program: Program, model: Model, readme: SourceCard) -> Facts:
+def facts_of_program(program: Program, model: ModelSpec, readme: SourceCard) -> Facts:
     """The facts of what `program` will write; `model` describes its source, `readme` is the source's card."""
     return _facts(
         model,
@@ -124,7 +124,7 @@ def facts_of_program(program: Program, model: Model, readme: SourceCard) -> Fact
     )
 
 
-def facts_of_checkpoint(folder: Path, checkpoint: Checkpoint, model: Model, manifest: Manifest) -> Facts:
+def facts_of_checkpoint(folder: Path, checkpoint: Checkpoint, model: ModelSpec, manifest: Manifest) -> Facts:
     """The facts of the finished checkpoint in `folder`, from its manifest and headers.
 
     Raises VerificationError if the two describe different models, OutputError if the copy of the
@@ -157,7 +157,7 @@ def facts_of_checkpoint(folder: Path, checkpoint: Checkpoint, model: Model, mani
 
 
 def _facts(
-    model: Model,
+    model: ModelSpec,
     plan: Plan,
     top_k: int,
     expert_format: ExpertFormat,

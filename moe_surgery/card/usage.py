@@ -73,7 +73,9 @@ def _notes(facts: Facts) -> list[str]:
     this, source = facts.this, facts.source
     assert this.top_k is not None
     source_top_k = this.top_k if source.top_k is None else source.top_k
-    notes = serving_notes(facts.kept, this.top_k, source_top_k, facts.plan.top_k)
+    notes = serving_notes(
+        facts.kept, this.top_k, source_top_k, facts.plan.top_k, expert_format=facts.expert_format
+    )
     if not notes:
         return []
     return ["Known problems with serving engines:\n\n" + "\n".join(f"- {n}" for n in notes)]

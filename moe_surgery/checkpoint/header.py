@@ -22,7 +22,7 @@ from moe_surgery.checkpoint.dtypes import tensor_nbytes
 from moe_surgery.checkpoint.files import printable_path
 from moe_surgery.checkpoint.source import ByteSource
 from moe_surgery.checkpoint.strict_json import parse_json
-from moe_surgery.checkpoint.text import describe, printable
+from moe_surgery.checkpoint.text import describe_value, printable
 from moe_surgery.errors import InvalidInputError
 
 __all__ = [
@@ -212,7 +212,7 @@ def _encoded(text: str) -> bytes:
 def _validate(root: object, data_size: int, where: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Every rule of the header beyond its frame and its JSON, in one place."""
     if not isinstance(root, dict):
-        raise InvalidInputError(f"{where}: header must be a JSON object, got {describe(root)}")
+        raise InvalidInputError(f"{where}: header must be a JSON object, got {describe_value(root)}")
     metadata = _metadata(root.pop(_METADATA_KEY, {}), where)
     if len(root) > MAX_TENSORS:
         raise InvalidInputError(f"{where}: {len(root)} tensors are over the limit of {MAX_TENSORS}")
@@ -229,11 +229,11 @@ def _validate(root: object, data_size: int, where: str) -> tuple[dict[str, Tenso
 
 def _metadata(value: object, where: str) -> dict[str, str]:
     if not isinstance(value, dict):
-        raise InvalidInputError(f"{where}: {_METADATA_KEY} must be an object, got {describe(value)}")
+        raise InvalidInputError(f"{where}: {_METADATA_KEY} must be an object, got {describe_value(value)}")
     for key, text in value.items():
         if not isinstance(text, str):
             raise InvalidInputError(
-                f"{where}: {_METADATA_KEY} '{printable(key)}' must be a string, got {describe(text)}"
+                f"{where}: {_METADATA_KEY} '{printable(key)}' must be a string, got {describe_value(text)}"
             )
     return value
 
@@ -241,7 +241,7 @@ def _metadata(value: object, where: str) -> dict[str, str]:
 def _tensor_info(name: str, entry: object) -> TensorInfo:
     check_name(name)
     if not isinstance(entry, dict):
-        raise InvalidInputError(f"entry must be an object, got {describe(entry)}")
+        raise InvalidInputError(f"entry must be an object, got {describe_value(entry)}")
     for field in _FIELDS:
         if field not in entry:
             raise InvalidInputError(f"{field} is missing")
@@ -250,7 +250,7 @@ def _tensor_info(name: str, entry: object) -> TensorInfo:
         raise InvalidInputError(f"unknown field '{printable(unknown)}'")
     dtype = entry["dtype"]
     if not isinstance(dtype, str):
-        raise InvalidInputError(f"dtype must be a string, got {describe(dtype)}")
+        raise InvalidInputError(f"dtype must be a string, got {describe_value(dtype)}")
     shape = _integers(entry["shape"], "shape")
     if len(shape) > MAX_RANK:
         raise InvalidInputError(f"{len(shape)} dimensions are over the limit of {MAX_RANK}")
@@ -270,11 +270,11 @@ def _tensor_info(name: str, entry: object) -> TensorInfo:
 
 def _integers(values: object, field: str) -> tuple[int, ...]:
     if not isinstance(values, list):
-        raise InvalidInputError(f"{field} must be an array, got {describe(values)}")
+        raise InvalidInputError(f"{field} must be an array, got {describe_value(values)}")
     for value in values:
         # bool is an int to Python, and true is no number in JSON
         if type(value) is not int or value < 0:
-            raise InvalidInputError(f"{field} must hold non-negative integers, got {describe(value)}")
+            raise InvalidInputError(f"{field} must hold non-negative integers, got {describe_value(value)}")
     return tuple(values)
 
 

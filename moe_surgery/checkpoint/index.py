@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from moe_surgery.checkpoint.files import printable_path
 from moe_surgery.checkpoint.header import MAX_TENSORS, check_name
 from moe_surgery.checkpoint.strict_json import parse_json
-from moe_surgery.checkpoint.text import describe, printable
+from moe_surgery.checkpoint.text import describe_value, printable
 from moe_surgery.errors import InvalidInputError
 
 __all__ = ["MAX_INDEX_BYTES", "Index", "build_index", "parse_index", "safe_shard_name"]
@@ -53,10 +53,10 @@ def parse_index(raw: bytes, *, file: str) -> Index:
         raise InvalidInputError(f"{where}: {len(raw)} bytes are over the limit of {MAX_INDEX_BYTES}")
     root = parse_json(raw, where=where, allow_floats=True)
     if not isinstance(root, dict):
-        raise InvalidInputError(f"{where}: index must be a JSON object, got {describe(root)}")
+        raise InvalidInputError(f"{where}: index must be a JSON object, got {describe_value(root)}")
     metadata = root.get("metadata", {})
     if not isinstance(metadata, dict):
-        raise InvalidInputError(f"{where}: metadata must be an object, got {describe(metadata)}")
+        raise InvalidInputError(f"{where}: metadata must be an object, got {describe_value(metadata)}")
     if "weight_map" not in root:
         raise InvalidInputError(f"{where}: weight_map is missing")
     weight_map = _weight_map(root["weight_map"], where, file)
@@ -85,7 +85,7 @@ def safe_shard_name(name: object, *, file: str) -> str:
         problem = f"does not end in {_SUFFIX}"
     else:
         return name
-    shown = f"'{printable(name)}'" if isinstance(name, str) else describe(name)
+    shown = f"'{printable(name)}'" if isinstance(name, str) else describe_value(name)
     raise InvalidInputError(f"{printable_path(file)}: shard name {shown} {problem}")
 
 
@@ -106,7 +106,7 @@ def build_index(weight_map: Mapping[str, str], total_size: int, total_parameters
 
 def _weight_map(value: object, where: str, file: str) -> dict[str, str]:
     if not isinstance(value, dict):
-        raise InvalidInputError(f"{where}: weight_map must be an object, got {describe(value)}")
+        raise InvalidInputError(f"{where}: weight_map must be an object, got {describe_value(value)}")
     if len(value) > MAX_TENSORS:
         raise InvalidInputError(f"{where}: {len(value)} tensors are over the limit of {MAX_TENSORS}")
     shards: dict[str, None] = {}
@@ -141,5 +141,5 @@ def _total_size(metadata: dict[str, object], where: str) -> int | None:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise InvalidInputError(f"{where}: metadata.total_size must be bytes, got {describe(value)}")
+        raise InvalidInputError(f"{where}: metadata.total_size must be bytes, got {describe_value(value)}")
     return value

@@ -6,7 +6,7 @@ sequences, line breaks, direction marks, or ten million characters.
 
 from __future__ import annotations
 
-__all__ = ["describe", "printable"]
+__all__ = ["describe_value", "printable"]
 
 NAME_LIMIT = 96
 
@@ -24,7 +24,7 @@ def printable(name: str, *, limit: int = NAME_LIMIT) -> str:
     return f"{_escaped(name[: limit - tail])}...{_escaped(name[-tail:])}"
 
 
-def describe(value: object) -> str:
+def describe_value(value: object) -> str:
     """What a parsed JSON `value` is, for "expected ..., got ...": short whatever its size."""
     if value is None:
         return "null"

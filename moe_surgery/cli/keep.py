@@ -10,7 +10,7 @@ import click
 from moe_surgery.cli.options import EXPERT_LIST
 
 if TYPE_CHECKING:
-    from moe_surgery.families.model import Model
+    from moe_surgery.families.model_spec import ModelSpec
     from moe_surgery.selection.plan import Plan
     from moe_surgery.selection.ranking import Ranking
 
@@ -43,14 +43,14 @@ def keep_options(command: Command) -> Command:
     return command
 
 
-def keeping(kept: list[int] | str) -> Callable[[Model], Plan]:
+def keeping(kept: list[int] | str) -> Callable[[ModelSpec], Plan]:
     """The plan of --keep: the same experts in every layer."""
     from moe_surgery.selection.plan import plan_keeping
 
     return lambda model: plan_keeping(None if isinstance(kept, str) else kept, model)
 
 
-def first_of(ranking: Ranking, experts: int, order: str) -> Callable[[Model], Plan]:
+def first_of(ranking: Ranking, experts: int, order: str) -> Callable[[ModelSpec], Plan]:
     """The first `experts` of each layer of a ranking."""
     from moe_surgery.selection.plan import plan_from_ranking
 

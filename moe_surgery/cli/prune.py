@@ -24,7 +24,7 @@ from moe_surgery.errors import UsageError
 from moe_surgery.formats.expert_format import EXPERT_DTYPES
 
 if TYPE_CHECKING:
-    from moe_surgery.families.model import Model
+    from moe_surgery.families.model_spec import ModelSpec
     from moe_surgery.pipeline import PruneResult
     from moe_surgery.selection.plan import Plan
 
@@ -140,7 +140,7 @@ def _plan_maker(
     experts: int | None,
     kept: list[int] | str | None,
     order: str,
-) -> Plan | Callable[[Model], Plan]:
+) -> Plan | Callable[[ModelSpec], Plan]:
     from moe_surgery.selection.plan import load_plan
     from moe_surgery.selection.ranking import load_ranking
 

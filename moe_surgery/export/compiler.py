@@ -25,8 +25,8 @@ from moe_surgery.export.program import (
 )
 from moe_surgery.export.tokenizer import Tokenizer, add_tokenizer
 from moe_surgery.families.base import GgufArchitecture, Role
-from moe_surgery.families.model import Model, ModelTensor
 from moe_surgery.families.model_config import ModelConfig
+from moe_surgery.families.model_spec import ModelSpec, ModelTensor
 from moe_surgery.formats.expert_format import BF16, F16, F32, MXFP4, ExpertFormat
 from moe_surgery.selection.plan import Plan
 
@@ -42,7 +42,7 @@ _FLOAT32 = (Role.ROUTER, Role.EXPERT_BIAS)
 
 def compile_gguf(
     checkpoint: Checkpoint,
-    model: Model,
+    model: ModelSpec,
     tokenizer: Tokenizer | None,
     *,
     plan: Plan | None = None,
@@ -96,7 +96,7 @@ def default_name(path: Path) -> str:
 
 
 def _kept(
-    checkpoint: Checkpoint, model: Model, plan: Plan | None, gguf: GgufArchitecture
+    checkpoint: Checkpoint, model: ModelSpec, plan: Plan | None, gguf: GgufArchitecture
 ) -> tuple[Sequence[Sequence[int]], int, int]:
     """The experts of every layer, how many they are, and how many of them are active."""
     if plan is None:
@@ -133,7 +133,7 @@ def _metadata(
 
 
 def _tensors(
-    model: Model, gguf: GgufArchitecture, layers: Sequence[Sequence[int]], target: ExpertFormat
+    model: ModelSpec, gguf: GgufArchitecture, layers: Sequence[Sequence[int]], target: ExpertFormat
 ) -> Iterator[GgufTensor]:
     weights = model.family.weights
     patterns = gguf.names(weights)

@@ -15,11 +15,11 @@ from typing import Final, NoReturn
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.checkpoint.files import printable_path, read_small_file
 from moe_surgery.checkpoint.strict_json import parse_json
-from moe_surgery.checkpoint.text import describe
+from moe_surgery.checkpoint.text import describe_value
 from moe_surgery.errors import InvalidInputError, OutputError
 from moe_surgery.export.gguf import Metadata
 from moe_surgery.export.json_walk import STRING, JsonWalk
-from moe_surgery.families.model import Model
+from moe_surgery.families.model_spec import ModelSpec
 
 __all__ = ["TOKENIZER_NAME", "Tokenizer", "add_tokenizer", "find_tokenizer", "read_tokenizer"]
 
@@ -68,7 +68,7 @@ class Tokenizer:
     chat_template: str | None = None
 
 
-def find_tokenizer(checkpoint: Checkpoint, model: Model) -> Tokenizer:
+def find_tokenizer(checkpoint: Checkpoint, model: ModelSpec) -> Tokenizer:
     """The tokenizer beside the shards, or one folder up where the layout keeps it there."""
     folder = checkpoint.path
     above = folder.resolve().parent
@@ -186,7 +186,7 @@ class _Reader:
     def _check_model(self) -> None:
         kind = self._model.get("type", "BPE")
         if kind != "BPE" or self._model.get("byte_fallback"):
-            self._refuse(f"is a {describe(kind)} model", "a byte-level BPE one is needed")
+            self._refuse(f"is a {describe_value(kind)} model", "a byte-level BPE one is needed")
         if not self._vocabulary or not self._merges:
             self._refuse("holds no vocabulary or no merges", "the file is incomplete")
         if self._parts.get("normalizer") is not None:
@@ -200,7 +200,9 @@ class _Reader:
             said = token if isinstance(token, dict) else {}
             number, content = said.get("id"), said.get("content")
             if type(number) is not int or not isinstance(content, str) or not content:
-                raise InvalidInputError(f"{self._where}: added_tokens holds {describe(token)}, not a token")
+                raise InvalidInputError(
+                    f"{self._where}: added_tokens holds {describe_value(token)}, not a token"
+                )
             found[number] = content.encode(), bool(said.get("special")) or _looks_special(content)
         return found
 

@@ -6,26 +6,25 @@ import warnings
 
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.errors import CheckpointWarning, InvalidInputError
-from moe_surgery.families import model as _model
 from moe_surgery.families.base import Family, Role
 from moe_surgery.families.foreign import foreign
 from moe_surgery.families.gpt_oss import GPT_OSS
-from moe_surgery.families.model import Model, ModelTensor
+from moe_surgery.families.model_spec import ModelSpec, ModelTensor, build_model_spec
 
-__all__ = ["FAMILIES", "Family", "Model", "ModelTensor", "Role", "describe"]
+__all__ = ["FAMILIES", "Family", "ModelSpec", "ModelTensor", "Role", "identify_model"]
 
 FAMILIES: tuple[Family, ...] = (GPT_OSS,)
 
 
-def describe(checkpoint: Checkpoint, families: tuple[Family, ...] = FAMILIES) -> Model:
-    """The `Model` that `checkpoint` holds, every tensor's presence, shape and dtype checked.
+def identify_model(checkpoint: Checkpoint, families: tuple[Family, ...] = FAMILIES) -> ModelSpec:
+    """The `ModelSpec` that `checkpoint` holds, every tensor's presence, shape and dtype checked.
 
     `families` are those that it may be of. Each of its notes is also a CheckpointWarning. Raises
     InvalidInputError where the model type is unknown or config and tensors disagree; a checkpoint of
     another family, class, layout or quantisation is named as such.
     """
     try:
-        model = _model.describe(checkpoint, families)
+        model = build_model_spec(checkpoint, families)
     except InvalidInputError as error:
         if (instead := foreign(checkpoint, families)) is None:
             raise

@@ -1,7 +1,7 @@
 """What a model family is to the engine: a table of tensors, their axes and config keys.
 
-A family says nothing about a particular checkpoint. `families.describe` holds it against one and
-returns a `Model`: every tensor found, its shape and dtype checked.
+A family says nothing about a particular checkpoint; `families.identify_model` checks a checkpoint against it
+and returns a `ModelSpec`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from moe_surgery.families.model import Model
     from moe_surgery.families.model_config import ModelConfig
+    from moe_surgery.families.model_spec import ModelSpec
 
 __all__ = [
     "ConfigKey",
@@ -174,7 +174,7 @@ class GgufArchitecture:
     architecture: str
     names: Callable[[WeightNames], Mapping[str, tuple[str, ...]]]
     metadata: Callable[[ModelConfig, int, int], Mapping[str, int | float | str]]
-    unsupported: Callable[[Model, ModelConfig], str | None]
+    unsupported: Callable[[ModelSpec, ModelConfig], str | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +192,7 @@ class Family:
     layouts: tuple[Layout, ...]
     quantization_config: Mapping[str, object]
     config_keys: Mapping[str, ConfigKey]
-    read_config: Callable[[Model], ModelConfig]
+    read_config: Callable[[ModelSpec], ModelConfig]
     weights: WeightNames
     gguf: GgufArchitecture | None = None
 

@@ -8,8 +8,7 @@ from typing import Final
 
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.checkpoint.files import printable_path
-from moe_surgery.checkpoint.text import describe as described
-from moe_surgery.checkpoint.text import printable
+from moe_surgery.checkpoint.text import describe_value, printable
 from moe_surgery.families.base import Family
 
 __all__ = ["foreign"]
@@ -80,7 +79,7 @@ def _another_family(
     elif model_type is None:
         named = f"is a {class_name} checkpoint"
     else:
-        named = f"model_type is {described(model_type)}"
+        named = f"model_type is {describe_value(model_type)}"
     return f"{where}: {named}; supported is model_type {known}"
 
 

@@ -6,12 +6,12 @@ import xxhash
 
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.families.base import Role
-from moe_surgery.families.model import Model
+from moe_surgery.families.model_spec import ModelSpec
 
 __all__ = ["identity"]
 
 
-def identity(checkpoint: Checkpoint, model: Model) -> str:
+def identity(checkpoint: Checkpoint, model: ModelSpec) -> str:
     """A digest (xxh3_128) over the names, dtypes and shapes of all tensors and the bytes of the routers.
 
     Routers are small and what statistics and plans depend on: checkpoints that were trained apart

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from moe_surgery import families
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.errors import PlanMismatchError, UsageError
-from moe_surgery.families import Model as Described
+from moe_surgery.families import ModelSpec
 from moe_surgery.families.gpt_oss.weights import WEIGHTS
 from moe_surgery.integrations import ops  # noqa: F401  # registers torch.ops.moe_surgery
 from moe_surgery.kernels.reference.experts import swiglu
@@ -178,7 +178,7 @@ def replace_experts(model: nn.Module, checkpoint: str | os.PathLike[str]) -> nn.
     """
     layers = _layers(model)
     with Checkpoint.open(checkpoint) as opened:
-        described = families.describe(opened)
+        described = families.identify_model(opened)
         tensors = {t.name: t for t in described.tensors}
         _check_fits(layers, described, str(checkpoint))
         config: Any = model.config
@@ -218,7 +218,7 @@ def _layers(model: nn.Module) -> list[Any]:
     return layers
 
 
-def _check_fits(layers: list[Any], described: Described, where: str) -> None:
+def _check_fits(layers: list[Any], described: ModelSpec, where: str) -> None:
     dimensions = described.dimensions
     if not described.expert_format.packed:
         raise UsageError(

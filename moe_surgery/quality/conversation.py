@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from moe_surgery.checkpoint.text import describe, printable
+from moe_surgery.checkpoint.text import describe_value, printable
 from moe_surgery.errors import InvalidInputError
 
 __all__ = ["Conversation", "answer_start", "common_length", "conversation", "described"]
@@ -54,7 +54,9 @@ def conversation(row: object, where: str) -> Conversation:
     others = {key: value for key, value in row.items() if key != "messages" and value is not None}
     arguments = _parsed(others.pop("chat_template_kwargs", {}), f"{where}: chat_template_kwargs")
     if not isinstance(arguments, dict):
-        raise InvalidInputError(f"{where}: chat_template_kwargs is {describe(arguments)}, not an object")
+        raise InvalidInputError(
+            f"{where}: chat_template_kwargs is {describe_value(arguments)}, not an object"
+        )
     variables = {key: others.pop(key) for key in (*VARIABLES, *CONTENTS) if key in others}
     for key, value in arguments.items():
         if key in OURS:
@@ -109,7 +111,7 @@ def common_length(one: Sequence[object], other: Sequence[object]) -> int:
 def described(row: object) -> str:
     """What `row` is, with its keys if it is an object."""
     if not isinstance(row, dict) or not row:
-        return describe(row)
+        return describe_value(row)
     names = ", ".join(f"'{printable(str(key))}'" for key in list(row)[:8])
     return f"an object with {names}" + (" and more" if len(row) > 8 else "")
 
@@ -121,17 +123,19 @@ def _message(value: object, where: str) -> Row:
         )
     content, calls = value.get("content"), value.get("tool_calls")
     if calls is not None and not (isinstance(calls, list) and all(isinstance(c, dict) for c in calls)):
-        raise InvalidInputError(f"{where}: tool_calls is {describe(calls)}, not a list of objects")
+        raise InvalidInputError(f"{where}: tool_calls is {describe_value(calls)}, not a list of objects")
     if isinstance(content, list):
         for part in content:
             if not isinstance(part, dict) or not isinstance(part.get("text"), str):
                 kind = part.get("type") if isinstance(part, dict) else part
-                raise InvalidInputError(f"{where}: content has a part of {describe(kind)}; only text is read")
+                raise InvalidInputError(
+                    f"{where}: content has a part of {describe_value(kind)}; only text is read"
+                )
     elif content is None:
         if not calls and not value.get("function_call") and not any(value.get(key) for key in REASONING):
             raise InvalidInputError(f"{where}: has neither content nor tool_calls")
     elif not isinstance(content, str):
-        raise InvalidInputError(f"{where}: content is {describe(content)}, not a string")
+        raise InvalidInputError(f"{where}: content is {describe_value(content)}, not a string")
     return {key: item for key, item in value.items() if key != "tool_calls" or item}
 
 
@@ -153,9 +157,9 @@ def _objects(value: object, where: str) -> list[object] | None:
     if parsed is None:
         return None
     if not isinstance(parsed, list):
-        raise InvalidInputError(f"{where}: expected a list of objects, got {describe(parsed)}")
+        raise InvalidInputError(f"{where}: expected a list of objects, got {describe_value(parsed)}")
     items = [_parsed(item, where) for item in parsed]
     for item in items:
         if not isinstance(item, dict):
-            raise InvalidInputError(f"{where}: expected a list of objects, got {describe(item)} in it")
+            raise InvalidInputError(f"{where}: expected a list of objects, got {describe_value(item)} in it")
     return items

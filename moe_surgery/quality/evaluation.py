@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from moe_surgery.checkpoint.files import printable_path, read_small_file
 from moe_surgery.checkpoint.kinds import EVALUATION, reads
 from moe_surgery.checkpoint.strict_json import parse_json
-from moe_surgery.checkpoint.text import describe
+from moe_surgery.checkpoint.text import describe_value
 from moe_surgery.errors import InvalidInputError
 from moe_surgery.selection.fields import is_integer
 from moe_surgery.selection.given import PathLike, loaded
@@ -142,7 +142,7 @@ def load_evaluation(path: str | os.PathLike[str]) -> Evaluation:
         )
     if not is_integer(root.get("version"), VERSION):
         raise InvalidInputError(
-            f"{where}: evaluation version {describe(root.get('version'))} is unknown (supported: "
+            f"{where}: evaluation version {describe_value(root.get('version'))} is unknown (supported: "
             f"{VERSION}); upgrade moe-surgery"
         )
     try:

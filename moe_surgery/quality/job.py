@@ -83,7 +83,7 @@ def profile(
     """
     out = Path(output)
     with Checkpoint.open(checkpoint) as opened:
-        described = families.describe(opened)
+        described = families.identify_model(opened)
         source_identity = identity(opened, described)
     if sequential is not None:
         sequential = as_plan(sequential)
@@ -134,7 +134,7 @@ def profile(
             described.model_type,
             source_identity,
             described.experts,
-            model.config.hidden,
+            model.config.hidden_size,
             described.top_k,
             {d: int(data[d][0].count.sum()) // described.top_k for d in data},
             {d: [] for d in data},

@@ -23,11 +23,11 @@ CONTEXT = 4096
 def default_context(checkpoint: str | os.PathLike[str], context: int | None) -> int:
     """Longest passage in tokens: `context` if given, else 4096 or the model's context."""
     with Checkpoint.open(checkpoint) as opened:
-        most = ModelConfig.of(families.describe(opened)).context
+        most = ModelConfig.of(families.identify_model(opened)).max_position_embeddings
     if context is None:
         return min(most, CONTEXT)
     if not 1 <= context <= most:
-        raise UsageError(f"`context` {context}: this model supports 1 to {most} tokens")
+        raise UsageError(f"`context` {context}: this model takes 1 to {most} tokens")
     return context
 
 

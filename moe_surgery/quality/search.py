@@ -57,7 +57,7 @@ def search(
     partial = partial_path(out)
     check_writable(out, partial)
     with Checkpoint.open(checkpoint) as opened:
-        described = families.describe(opened)
+        described = families.identify_model(opened)
         source_identity = identity(opened, described)
     model = load_model(checkpoint, device, dtype, backend=backend, one_layer=True)
     files = as_text_files(texts, format)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from moe_surgery.errors import UsageError
-from moe_surgery.families import Model as Described
+from moe_surgery.families import ModelSpec
 from moe_surgery.formats.expert_format import F32
 
 __all__ = ["check_memory", "fitting_experts", "free_memory", "open_device", "weight_bytes"]
@@ -46,7 +46,7 @@ def free_memory(device: torch.device) -> int | None:
     return None
 
 
-def weight_bytes(model: Described, experts: int) -> int:
+def weight_bytes(model: ModelSpec, experts: int) -> int:
     """Bytes of the weights as stored with `experts` kept in every layer."""
     total = 0
     for tensor in model.tensors:
@@ -54,13 +54,13 @@ def weight_bytes(model: Described, experts: int) -> int:
     return total
 
 
-def fitting_experts(model: Described, free: int) -> int:
+def fitting_experts(model: ModelSpec, free: int) -> int:
     """The largest number of kept experts whose weights fit `free` bytes with headroom; 0 for none."""
     fits = (n for n in range(model.experts, 0, -1) if weight_bytes(model, n) + HEADROOM_BYTES <= free)
     return next(fits, 0)
 
 
-def check_memory(device: torch.device, model: Described, free: int | None = None) -> None:
+def check_memory(device: torch.device, model: ModelSpec, free: int | None = None) -> None:
     """Raise UsageError unless the weights fit `device` (`free` bytes, if not asked of the device)."""
     free = free_memory(device) if free is None else free
     if free is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from moe_surgery.checkpoint.text import describe
+from moe_surgery.checkpoint.text import describe_value
 from moe_surgery.errors import InvalidInputError
 
 __all__ = ["integer_rows", "is_integer", "number_rows", "optional_text", "positive"]
@@ -21,14 +21,14 @@ def is_integer(value: object, wanted: int) -> bool:
 def positive(value: object, where: str) -> int:
     """`value` as a positive integer."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InvalidInputError(f"{where} is {describe(value)}, not a positive integer")
+        raise InvalidInputError(f"{where} is {describe_value(value)}, not a positive integer")
     return value
 
 
 def optional_text(value: object, where: str) -> str | None:
     """`value` as a string or None."""
     if value is not None and not isinstance(value, str):
-        raise InvalidInputError(f"{where} is {describe(value)}, not a string")
+        raise InvalidInputError(f"{where} is {describe_value(value)}, not a string")
     return value
 
 

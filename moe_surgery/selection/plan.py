@@ -11,7 +11,7 @@ from typing import Protocol
 from moe_surgery.checkpoint.files import printable_path, read_small_file
 from moe_surgery.checkpoint.kinds import PLAN, reads
 from moe_surgery.checkpoint.strict_json import parse_json
-from moe_surgery.checkpoint.text import describe
+from moe_surgery.checkpoint.text import describe_value
 from moe_surgery.errors import InvalidInputError, PlanMismatchError, UsageError
 from moe_surgery.selection.fields import integer_rows, is_integer, optional_text, positive
 from moe_surgery.selection.given import PathLike, loaded
@@ -139,14 +139,14 @@ def plan_from_dict(root: Mapping[str, object], where: str) -> Plan:
     """The plan in a parsed JSON object; `where` names its file. Raises as `load_plan`."""
     if not is_integer(root.get("version"), VERSION):
         raise InvalidInputError(
-            f"{where}: plan version {describe(root.get('version'))} is not known here (this reads version {VERSION}); "
-            "upgrade moe-surgery"
+            f"{where}: plan version {describe_value(root.get('version'))} is not supported (this reads "
+            f"version {VERSION}); upgrade moe-surgery"
         )
     experts = positive(root.get("num_source_experts"), f"{where}: num_source_experts")
     layers = integer_rows(root.get("layers"), f"{where}: layers")
     if not is_integer(root.get("num_layers"), len(layers)):
         raise InvalidInputError(
-            f"{where}: num_layers is {describe(root.get('num_layers'))}, but layers has {len(layers)}"
+            f"{where}: num_layers is {describe_value(root.get('num_layers'))}, but layers has {len(layers)}"
         )
     for number, kept in enumerate(layers):
         check_kept(kept, experts, f"{where}: layer {number}", InvalidInputError)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from moe_surgery.checkpoint.files import printable_path, read_small_file
 from moe_surgery.checkpoint.kinds import RANKING, reads
 from moe_surgery.checkpoint.strict_json import parse_json
-from moe_surgery.checkpoint.text import describe
+from moe_surgery.checkpoint.text import describe_value
 from moe_surgery.errors import InvalidInputError
 from moe_surgery.selection.fields import (
     MAX_ROWS,
@@ -106,10 +106,12 @@ def _objects(raw: bytes, where: str) -> list[tuple[str, dict[str, object]]]:
 
 def _own(root: Mapping[str, object], where: str) -> Ranking:
     if root["format"] != RANKING_FORMAT:
-        raise InvalidInputError(f"{where}: format is {describe(root['format'])}, expected {RANKING_FORMAT!r}")
+        raise InvalidInputError(
+            f"{where}: format is {describe_value(root['format'])}, expected {RANKING_FORMAT!r}"
+        )
     if not is_integer(root.get("version"), VERSION):
         raise InvalidInputError(
-            f"{where}: ranking version {describe(root.get('version'))} is not known here (this reads version "
+            f"{where}: ranking version {describe_value(root.get('version'))} is not supported (this reads version "
             f"{VERSION}); upgrade moe-surgery"
         )
     experts = positive(root.get("num_experts"), f"{where}: num_experts")

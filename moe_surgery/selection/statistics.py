@@ -234,7 +234,7 @@ def load_statistics(path: str | os.PathLike[str]) -> Statistics:
     if not isinstance(said, dict) or said.get("format") != STATISTICS_FORMAT:
         raise InvalidInputError(f"{where}: holds no statistics of moe-surgery")
     if said.get("version") != VERSION:
-        raise InvalidInputError(f"{where}: statistics version {said.get('version')!r} is not known here")
+        raise InvalidInputError(f"{where}: statistics version {said.get('version')!r} is not supported")
     arrays = {
         name: np.frombuffer(
             raw, _DTYPES[info.dtype], count=info.nbytes // 8, offset=header.data_start + info.begin

@@ -14,7 +14,7 @@ from moe_surgery.checkpoint.index import build_index
 from moe_surgery.engine.spans import Copy, Span, coalesce
 from moe_surgery.errors import PlanMismatchError, UsageError
 from moe_surgery.families.base import Role
-from moe_surgery.families.model import Model, ModelTensor
+from moe_surgery.families.model_spec import ModelSpec, ModelTensor
 from moe_surgery.formats.expert_format import EXPERT_DTYPES, ExpertFormat, format_named
 from moe_surgery.selection.plan import Plan
 from moe_surgery.surgery.config import output_config
@@ -41,7 +41,7 @@ Group = tuple[OutputTensor, ...]
 
 def compile_program(
     checkpoint: Checkpoint,
-    model: Model,
+    model: ModelSpec,
     plan: Plan,
     *,
     store: str = "keep",
@@ -103,7 +103,7 @@ def expert_mapping(plan: Plan) -> dict[str, dict[str, int]]:
     }
 
 
-def _outputs(model: Model, plan: Plan, target: ExpertFormat, *, dense: bool) -> Iterator[OutputTensor]:
+def _outputs(model: ModelSpec, plan: Plan, target: ExpertFormat, *, dense: bool) -> Iterator[OutputTensor]:
     for tensor in model.tensors:
         if tensor.has_experts is dense:
             continue
@@ -226,7 +226,7 @@ def _reflink_residue(tensors: list[OutputTensor]) -> int:
     return best if gains[best] else 0
 
 
-def _side_files(checkpoint: Checkpoint, model: Model, written: set[str]) -> dict[str, str]:
+def _side_files(checkpoint: Checkpoint, model: ModelSpec, written: set[str]) -> dict[str, str]:
     """Output name -> name, from the source's folder, of every file that travels with the weights."""
     own = {MANIFEST_NAME, MAPPING_NAME, SOURCE_README_NAME} | written | model.layout.side_files_dropped
     found = {n: n for n in checkpoint.side_files if n not in own}

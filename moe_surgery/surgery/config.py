@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moe_surgery.families.base import Role
-from moe_surgery.families.model import Model
+from moe_surgery.families.model_spec import ModelSpec
 from moe_surgery.formats.expert_format import ExpertFormat
 
 __all__ = ["output_config"]
@@ -11,7 +11,9 @@ __all__ = ["output_config"]
 QUANTIZATION = "quantization_config"
 
 
-def output_config(model: Model, experts: int, top_k: int, expert_format: ExpertFormat) -> dict[str, object]:
+def output_config(
+    model: ModelSpec, experts: int, top_k: int, expert_format: ExpertFormat
+) -> dict[str, object]:
     """The configuration of `model` with `experts` experts, `top_k` of them active, stored as `expert_format`.
 
     Keys keep their order. Every spelling of the two counts that the source uses is changed, and one

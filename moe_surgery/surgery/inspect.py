@@ -9,7 +9,7 @@ from pathlib import Path
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.errors import UsageError
 from moe_surgery.families.base import Role
-from moe_surgery.families.model import Model
+from moe_surgery.families.model_spec import ModelSpec
 from moe_surgery.formats.expert_format import BF16, MXFP4, ExpertFormat
 
 __all__ = ["MEMORY_SIZES_GB", "Inspection", "Size", "inspect_checkpoint"]
@@ -129,7 +129,7 @@ class Inspection:
         return {"expert_storage" if key == "expert_format" else key: value for key, value in found.items()}
 
 
-def inspect_checkpoint(checkpoint: Checkpoint, model: Model) -> Inspection:
+def inspect_checkpoint(checkpoint: Checkpoint, model: ModelSpec) -> Inspection:
     """Everything `moe-surgery inspect` says of an open checkpoint."""
     sizes = tuple(_size(model, n) for n in range(1, model.experts + 1))
     dtypes: Counter[str] = Counter()
@@ -157,7 +157,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, model: Model) -> Inspection:
     )
 
 
-def _size(model: Model, experts: int) -> Size:
+def _size(model: ModelSpec, experts: int) -> Size:
     other = weights = 0
     for tensor in model.tensors:
         kept = tensor.parameters // model.experts * experts if tensor.has_experts else tensor.parameters
@@ -168,7 +168,7 @@ def _size(model: Model, experts: int) -> Size:
     return Size(experts, model.parameters(experts), model.active_parameters(experts), weights, other)
 
 
-def _parts(model: Model) -> dict[str, int]:
+def _parts(model: ModelSpec) -> dict[str, int]:
     """Stored bytes by part, largest first."""
     parts: Counter[str] = Counter()
     for tensor in model.tensors:

@@ -13,7 +13,7 @@ import xxhash
 
 from moe_surgery.checkpoint.files import printable_path, read_small_file
 from moe_surgery.checkpoint.strict_json import parse_json
-from moe_surgery.checkpoint.text import describe, printable
+from moe_surgery.checkpoint.text import describe_value, printable
 from moe_surgery.engine.run import WrittenFile
 from moe_surgery.errors import InvalidInputError, OutputError, VerificationError
 from moe_surgery.formats.expert_format import ExpertFormat, format_named
@@ -152,9 +152,7 @@ def load_manifest(path: Path) -> Manifest:
     if not isinstance(root, dict) or root.get("format") != MANIFEST_FORMAT:
         raise InvalidInputError(f"{where}: not a manifest of moe-surgery")
     if root.get("version") != VERSION:
-        raise InvalidInputError(
-            f"{where}: manifest version {str(root.get('version'))[:20]} is not known here"
-        )
+        raise InvalidInputError(f"{where}: manifest version {str(root.get('version'))[:20]} is not supported")
     digest = str(root.get("digest"))
     blank = raw.replace(digest.encode(), _BLANK.encode(), 1)
     if xxhash.xxh3_128_hexdigest(blank) != digest:
@@ -197,5 +195,5 @@ def _parsed(root: Mapping[str, object], where: str) -> Manifest:
 def _get(holder: object, key: str, kind: type[Value]) -> Value:
     value = holder.get(key) if isinstance(holder, Mapping) else None
     if not isinstance(value, kind):
-        raise ValueError(f"{key} is {describe(value)}")
+        raise ValueError(f"{key} is {describe_value(value)}")
     return value

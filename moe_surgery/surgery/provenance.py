@@ -9,13 +9,17 @@ from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.checkpoint.hub import is_hub_id, snapshot_of
 from moe_surgery.errors import UsageError
 from moe_surgery.families.identity import identity
-from moe_surgery.families.model import Model
+from moe_surgery.families.model_spec import ModelSpec
 
 __all__ = ["checked_base_model", "origin_of"]
 
 
 def origin_of(
-    checkpoint: Checkpoint, model: Model, *, base_model: str | None = None, card_base_model: str | None = None
+    checkpoint: Checkpoint,
+    model: ModelSpec,
+    *,
+    base_model: str | None = None,
+    card_base_model: str | None = None,
 ) -> dict[str, object]:
     """What the manifest records of the source beside its files; no path of this machine in it.
 
@@ -52,7 +56,7 @@ def checked_base_model(text: str) -> str:
     return text
 
 
-def _name(checkpoint: Checkpoint, model: Model) -> str:
+def _name(checkpoint: Checkpoint, model: ModelSpec) -> str:
     """The folder's name; that of its parent for OpenAI's layout in `original/`."""
     folder = Path(os.path.abspath(checkpoint.path))
     if model.layout.hub_config is not None and folder.name == "original" and folder.parent.name:

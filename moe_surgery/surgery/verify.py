@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_surgery import families
 from moe_surgery.checkpoint.additions import is_addition
 from moe_surgery.checkpoint.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint
 from moe_surgery.checkpoint.fileops import FileOps
@@ -22,6 +21,7 @@ from moe_surgery.engine.digest import FileDigest, digest_chunks
 from moe_surgery.engine.spans import Copy, Span
 from moe_surgery.engine.stream import stream
 from moe_surgery.errors import MoeSurgeryError, OutputError, VerificationError
+from moe_surgery.families import FAMILIES, Family, identify_model
 from moe_surgery.progress import Counter, OnProgress
 from moe_surgery.surgery.compiler import compile_program
 from moe_surgery.surgery.manifest import FileRecord, Manifest, load_manifest
@@ -62,6 +62,7 @@ def verify_checkpoint(
     source: str | os.PathLike[str] | Folder | None = None,
     structure_only: bool = False,
     weights_only: bool = False,
+    families: tuple[Family, ...] = FAMILIES,
     progress: OnProgress | None = None,
 ) -> Verification:
     """Check the checkpoint folder `out`; every problem found is reported, not only the first.
@@ -71,7 +72,8 @@ def verify_checkpoint(
     manifest's plan makes of the source. With `weights_only` a file beside the shards (README.md,
     config.json, tokenizer) that was edited or is missing is a note, not a problem; config and index must
     still agree with the shards. Without upstream digests, damage that was in the source
-    before the surgery cannot be seen. `progress` is called with each `Progress`, in bytes.
+    before the surgery cannot be seen. `families` are the model
+    families to recognise; `progress` is called with each `Progress`, in bytes.
 
     Raises OutputError where `out` is no folder, or holds no manifest and `structure_only` is off,
     and any error of opening `source`.
@@ -82,12 +84,13 @@ def verify_checkpoint(
     reads = 0 if structure_only else 2 if source is not None else 1
     total = reads * sum(entry.stat().st_size for entry in os.scandir(folder) if entry.is_file())
     counter = Counter(progress, "verify", total, "bytes")
-    return _Verifier(folder, counter.advance).run(source, structure_only, weights_only)
+    return _Verifier(folder, families, counter.advance).run(source, structure_only, weights_only)
 
 
 class _Verifier:
-    def __init__(self, folder: Path, progress: Callable[[int], None]) -> None:
+    def __init__(self, folder: Path, families: tuple[Family, ...], progress: Callable[[int], None]) -> None:
         self._folder = folder
+        self._families = families
         self._progress = progress
         self._problems: list[str] = []
         self._notes: list[str] = []
@@ -151,7 +154,7 @@ class _Verifier:
     def _structure(self) -> None:
         def check() -> None:
             with Checkpoint.open(self._folder) as checkpoint:
-                self._notes.extend(families.describe(checkpoint).notes)
+                self._notes.extend(identify_model(checkpoint, self._families).notes)
                 self._tensors = len(checkpoint.tensors)
 
         self._attempt(check)
@@ -243,7 +246,7 @@ class _Verifier:
 
     def _against(self, source: str | os.PathLike[str] | Folder, manifest: Manifest) -> None:
         with Checkpoint.open(source) as checkpoint:
-            model = families.describe(checkpoint)
+            model = identify_model(checkpoint, self._families)
             self._same_source(checkpoint, manifest)
             program = compile_program(checkpoint, model, manifest.plan, store=manifest.expert_format.name)
             tensors = {t.name: t for s in program.shards for t in s.tensors}

@@ -14,7 +14,7 @@ from markdown_it.token import Token
 from safetensors import safe_open
 
 from moe_surgery import Checkpoint
-from moe_surgery.families import describe
+from moe_surgery.families import identify_model
 from moe_surgery.families.identity import identity
 from moe_surgery.quality.evaluation import Evaluation, ModelResult, Quality
 from moe_surgery.selection.plan import Plan
@@ -102,7 +102,7 @@ def quality(seed: int, layers: int, tokens: int = 100) -> Quality:
 def evaluation_of(source: Path | str, plan: Plan, top_k: int, **changed: Any) -> Evaluation:
     """An evaluation, with made-up figures, of `plan` against the checkpoint `source`."""
     with Checkpoint.open(source) as opened:
-        model = describe(opened)
+        model = identify_model(opened)
         known = identity(opened, model)
     zero = Quality(100, 0.75, 0.0, 1.0, (0.0,) * model.layers)
     full = ModelResult(

@@ -14,7 +14,7 @@ import pytest
 from moe_surgery import make_card, plan_from_ranking, plan_keeping, plan_random, prune
 from moe_surgery.card.method import METHODS
 from moe_surgery.errors import OutputError, PlanMismatchError, UsageError, VerificationError
-from moe_surgery.families.model import Model
+from moe_surgery.families.model_spec import ModelSpec
 from moe_surgery.selection.metrics import METRICS
 from moe_surgery.selection.plan import Plan, load_plan
 from moe_surgery.selection.ranking import Ranking
@@ -58,11 +58,11 @@ As here:
 """
 
 
-def cut(model: Model) -> Plan:
+def cut(model: ModelSpec) -> Plan:
     return plan_random(3, 5, model)
 
 
-def keep_all(model: Model) -> Plan:
+def keep_all(model: ModelSpec) -> Plan:
     return plan_keeping(None, model)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_surgery import Checkpoint, describe, plan_keeping, prune
+from moe_surgery import Checkpoint, identify_model, plan_keeping, prune
 from tests.families.refusal import refusal
 from tests.support.checkpoints import (
     LAYOUTS,
@@ -211,7 +211,7 @@ def test_scales_may_lie_in_another_shard_than_their_blocks(tmp_path: Path) -> No
 def test_every_layout_is_described_as_one_model(layout: str, tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "in", Shape(), layout, shards=3)
     with Checkpoint.open(source) as checkpoint:
-        model = describe(checkpoint)
+        model = identify_model(checkpoint)
     assert (model.layers, model.experts, model.top_k) == (2, 4, 2)
     assert model.expert_format.name == ("mxfp4" if layout in ("mxfp4", "original") else "bf16")
     shapes = {t.name: t.shape for t in model.tensors}

@@ -15,7 +15,7 @@ SHAPE = Shape(layers=3, experts=4)
 
 def of(folder: Path) -> str:
     with Checkpoint.open(folder) as opened:
-        return identity(opened, families.describe(opened))
+        return identity(opened, families.identify_model(opened))
 
 
 def written(folder: Path, layout: str = "mxfp4", *, shards: int = 1, flip: str = "", seed: int = 0) -> Path:

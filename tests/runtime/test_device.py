@@ -9,9 +9,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from moe_surgery import Checkpoint, describe, load_model  # noqa: E402
+from moe_surgery import Checkpoint, identify_model, load_model  # noqa: E402
 from moe_surgery.errors import UsageError  # noqa: E402
-from moe_surgery.families.model import Model  # noqa: E402
+from moe_surgery.families.model_spec import ModelSpec  # noqa: E402
 from moe_surgery.runtime.device import check_memory, free_memory, open_device  # noqa: E402
 from tests.support.checkpoints import (  # noqa: E402
     Shape,
@@ -30,11 +30,11 @@ no_mps = pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is 
 
 
 @pytest.fixture(scope="module")
-def full_size(tmp_path_factory: pytest.TempPathFactory) -> Model:
+def full_size(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
     with Checkpoint.open(
         write_sparse_checkpoint(tmp_path_factory.mktemp("device") / "20b", gpt_oss_20b())
     ) as c:
-        return describe(c)
+        return identify_model(c)
 
 
 def nbytes(experts: int) -> int:
@@ -47,7 +47,7 @@ def nbytes(experts: int) -> int:
     return total
 
 
-def test_the_sizes_are_the_real_models(full_size: Model) -> None:
+def test_the_sizes_are_the_real_models(full_size: ModelSpec) -> None:
     assert nbytes(32) == 13_761_264_768
     check_memory(CUDA, full_size, free=nbytes(32) + HEADROOM)
 
@@ -55,7 +55,7 @@ def test_the_sizes_are_the_real_models(full_size: Model) -> None:
 @pytest.mark.parametrize("most", [1, 2, 8, 16, 31])
 @pytest.mark.parametrize("spare", [0, 1_000_000])
 def test_too_little_memory_names_the_largest_expert_count_that_fits(
-    full_size: Model, most: int, spare: int
+    full_size: ModelSpec, most: int, spare: int
 ) -> None:
     free = nbytes(most) + HEADROOM + spare
     with pytest.raises(UsageError) as caught:
@@ -66,7 +66,7 @@ def test_too_little_memory_names_the_largest_expert_count_that_fits(
     )
 
 
-def test_one_byte_too_little_is_too_little(full_size: Model) -> None:
+def test_one_byte_too_little_is_too_little(full_size: ModelSpec) -> None:
     with pytest.raises(UsageError, match="pruned to 31 experts it fits"):
         check_memory(CUDA, full_size, free=nbytes(32) + HEADROOM - 1)
     with pytest.raises(UsageError, match=r"no expert count fits$"):
@@ -77,14 +77,14 @@ def test_one_byte_too_little_is_too_little(full_size: Model) -> None:
 def test_wide_experts_are_told_to_become_smaller(dtype: str, times: str, tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "wide", Shape(), "bf16", edit_tensors=in_dtype(dtype))
     with Checkpoint.open(folder) as checkpoint:
-        model = describe(checkpoint)
+        model = identify_model(checkpoint)
     with pytest.raises(
         UsageError, match=f"no expert count fits; converted to MXFP4, experts are {times} times"
     ):
         check_memory(CUDA, model, free=0)
 
 
-def test_the_cpu_needs_no_memory_for_mapped_weights(full_size: Model) -> None:
+def test_the_cpu_needs_no_memory_for_mapped_weights(full_size: ModelSpec) -> None:
     assert free_memory(torch.device("cpu")) is None
     check_memory(torch.device("cpu"), full_size)
 

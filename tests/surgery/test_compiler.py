@@ -15,7 +15,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from safetensors import deserialize
 
-from moe_surgery import Plan, describe
+from moe_surgery import Plan, identify_model
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.engine.spans import Copy, Span
 from moe_surgery.errors import PlanMismatchError, UsageError
@@ -83,7 +83,7 @@ class Job:
         with Checkpoint.open(folder) as checkpoint:
             return compile_program(
                 checkpoint,
-                describe(checkpoint),
+                identify_model(checkpoint),
                 self.plan,
                 store=self.store,
                 max_shard_size=self.max_shard_size,

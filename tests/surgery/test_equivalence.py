@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_surgery import Plan, describe, prune
+from moe_surgery import Plan, identify_model, prune
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from tests.support.checkpoints import (
     Shape,
@@ -65,7 +65,7 @@ def plan_all(count: int) -> Plan:
 @pytest.fixture(scope="session")
 def tiny() -> Path:
     with Checkpoint.open("example:tiny") as checkpoint:
-        assert describe(checkpoint).experts == TINY.experts
+        assert identify_model(checkpoint).experts == TINY.experts
         return checkpoint.path
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from moe_surgery import plan_keeping, plan_random, prune
 from moe_surgery.checkpoint.checkpoint import Checkpoint
-from moe_surgery.families.model import Model
+from moe_surgery.families.model_spec import ModelSpec
 from moe_surgery.selection.plan import Plan
 from tests.support.checkpoints import (
     INDEX,
@@ -35,7 +35,7 @@ UNPACKABLE = Shape(
 MANY = Shape(layers=1, experts=1024, top_k=8, hidden=32, intermediate=32, heads=1, kv_heads=1, head_dim=2)
 
 
-def keep_all(model: Model) -> Plan:
+def keep_all(model: ModelSpec) -> Plan:
     return plan_keeping(None, model)
 
 

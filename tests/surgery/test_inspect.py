@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_surgery import Checkpoint, describe, inspect, plan_random, prune
+from moe_surgery import Checkpoint, identify_model, inspect, plan_random, prune
 from tests.support.checkpoints import (
     LAYOUTS,
     Shape,
@@ -120,7 +120,7 @@ def test_the_json_form_holds_every_number(tmp_path: Path) -> None:
 
 def test_tensors_come_in_the_order_of_the_model(tmp_path: Path) -> None:
     with Checkpoint.open(write_checkpoint(tmp_path / "in", Shape(layers=2), shards=4)) as checkpoint:
-        names = [t.name for t in describe(checkpoint).tensors]
+        names = [t.name for t in identify_model(checkpoint).tensors]
     assert names[0] == "model.embed_tokens.weight"
     assert names[-2:] == ["model.norm.weight", "lm_head.weight"]
     layers = [int(n.split(".")[2]) for n in names if ".layers." in n]

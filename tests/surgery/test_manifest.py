@@ -112,7 +112,7 @@ def test_manifest_cannot_name_a_file_outside_its_folder(out: Path, name: str) ->
 @pytest.mark.parametrize("version", [0, 2, "1", None, [1]])
 def test_unknown_version_is_refused(out: Path, version: object) -> None:
     path = rewrite(out, lambda d: d.update(version=version))
-    with pytest.raises(InvalidInputError, match=r"manifest version .* is not known here"):
+    with pytest.raises(InvalidInputError, match=r"manifest version .* is not supported"):
         load_manifest(path)
 
 

@@ -63,7 +63,7 @@ def prepared(folder: Path, dtype: str, shape: Shape = SHAPE) -> Iterator[Case]:
     layout = "bf16" if dtype == "mxfp4" else "mxfp4"
     source = write_checkpoint(folder / "source", shape, layout, shards=2)
     with Checkpoint.open(source) as checkpoint:
-        model = families.describe(checkpoint)
+        model = families.identify_model(checkpoint)
         (shard,) = compile_program(checkpoint, model, plan_keeping(KEPT, model), store=dtype).shards
         buffer = bytearray(shard.nbytes)
         (chunk,) = chunks_of(shard, shard.nbytes)

@@ -89,7 +89,7 @@ def test_sharing_is_refused_without_harm(disk: Path, source: Path) -> None:
 
 def test_padding_of_the_header_is_what_makes_sharing_possible(disk: Path, source: Path) -> None:
     with Checkpoint.open(source) as opened:
-        model = families.describe(opened)
+        model = families.identify_model(opened)
         padded = compile_program(opened, model, plan_keeping(KEPT, model))
         shards = []
         for shard in padded.shards:

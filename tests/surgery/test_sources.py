@@ -30,13 +30,13 @@ def test_inspect_prune_and_verify_over_bytes_in_memory(tmp_path: Path, dtype: st
     prune(source, tmp_path / "one", lambda m: plan_keeping(KEPT, m), **options)  # type: ignore[arg-type]
     expected = inspect(source).as_dict()
     with Checkpoint.open(source) as opened:
-        known = identity(opened, families.describe(opened))
+        known = identity(opened, families.identify_model(opened))
     for file in source.iterdir():
         file.unlink()
 
     assert inspect(held).as_dict() == expected
     with Checkpoint.open(held) as opened:
-        assert identity(opened, families.describe(opened)) == known
+        assert identity(opened, families.identify_model(opened)) == known
     prune(held, tmp_path / "two", lambda m: plan_keeping(KEPT, m), **options)  # type: ignore[arg-type]
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
     assert sum(name.endswith(".safetensors") for name in contents(tmp_path / "two")) > 1

@@ -27,7 +27,7 @@ from moe_surgery.errors import UsageError
 if TYPE_CHECKING:
     from moe_surgery.bench.speculation import SpeculationFigures, SpeculationRun
     from moe_surgery.bench.speculation_costs import LengthCost
-    from moe_surgery.runtime.model import Model
+    from moe_surgery.runtime.model import CausalLM
     from moe_surgery.runtime.speculation.draft_length import Costs
 
 
@@ -118,7 +118,9 @@ def command(
     interrupted = False
     drafters = _drafts(model, ckpt, draft, draft_plan, draft_top_k)
     check_prompts(
-        domain_prompts, max_new_tokens, [m.config.context for m in (model, *(d for _, d in drafters))]
+        domain_prompts,
+        max_new_tokens,
+        [m.config.max_position_embeddings for m in (model, *(d for _, d in drafters))],
     )
     for name, drafter in drafters:
         result, interrupted = _measure(terminal, setup, name, drafter)
@@ -143,7 +145,7 @@ def command(
 class Setup:
     """What to measure with every draft."""
 
-    target: Model
+    target: CausalLM
     prompts: dict[str, list[list[int]]]
     lengths: list[int]
     max_new_tokens: int
@@ -171,8 +173,8 @@ class Result:
 
 
 def _drafts(
-    model: Model, target: str, checkpoints: tuple[str, ...], plans: tuple[Path, ...], top_k: int | None
-) -> list[tuple[str, Model]]:
+    model: CausalLM, target: str, checkpoints: tuple[str, ...], plans: tuple[Path, ...], top_k: int | None
+) -> list[tuple[str, CausalLM]]:
     chosen: list[tuple[str, str | None, Path | None]]
     chosen = [(name, name, None) for name in checkpoints] + [(str(p), None, p) for p in plans]
     if not chosen and top_k is not None:
@@ -187,7 +189,7 @@ def _drafts(
     return loaded
 
 
-def _measure(terminal: Terminal, setup: Setup, name: str, draft: Model) -> tuple[Result, bool]:
+def _measure(terminal: Terminal, setup: Setup, name: str, draft: CausalLM) -> tuple[Result, bool]:
     """The figures of one draft, and whether Ctrl-C stopped it early."""
     from moe_surgery.bench.speculation import measure_speculation, speculation_figures
     from moe_surgery.bench.speculation_costs import break_even_rows, costs_of, measure_costs

@@ -9,13 +9,12 @@ from math import prod
 
 from moe_surgery.checkpoint.checkpoint import INDEX_NAME, Checkpoint, TensorRef
 from moe_surgery.checkpoint.files import printable_path
-from moe_surgery.checkpoint.text import describe as described
-from moe_surgery.checkpoint.text import printable
+from moe_surgery.checkpoint.text import describe_value, printable
 from moe_surgery.errors import InvalidInputError
 from moe_surgery.families.base import Family, Layout, Role, StoredAs, Tensor
 from moe_surgery.formats.expert_format import FORMATS, MXFP4, ExpertFormat, format_of_dtype
 
-__all__ = ["Model", "ModelTensor", "describe"]
+__all__ = ["ModelSpec", "ModelTensor", "build_model_spec"]
 
 FLOATS = frozenset(f.dtype for f in FORMATS.values() if not f.packed)
 # Stored by old versions of transformers and by TRL, used by no model.
@@ -61,7 +60,7 @@ class ModelTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
+class ModelSpec:
     """A checkpoint understood: family, layout, dimensions and all tensors in output order.
 
     `expert_format` is how all expert weights are stored. `notes` are lines on what of the checkpoint is
@@ -114,7 +113,7 @@ class Model:
         return sum(t.parameters // self.experts for t in self.tensors if t.role.in_expert)
 
 
-def describe(checkpoint: Checkpoint, families: tuple[Family, ...]) -> Model:
+def build_model_spec(checkpoint: Checkpoint, families: tuple[Family, ...]) -> ModelSpec:
     """Recognise `checkpoint` as one of `families` and check it whole.
 
     Raises InvalidInputError for an unknown model type, a missing, surplus or misshapen tensor, and
@@ -161,7 +160,9 @@ def describe(checkpoint: Checkpoint, families: tuple[Family, ...]) -> Model:
             f"{checkpoint.where(second.stored.name)} as {other.label}: expert weights must be all in one format"
         )
     expert_format = next(iter(stored))
-    return Model(family, layout, checkpoint.config, dimensions, tuple(tensors), expert_format, tuple(notes))
+    return ModelSpec(
+        family, layout, checkpoint.config, dimensions, tuple(tensors), expert_format, tuple(notes)
+    )
 
 
 def _recognise(checkpoint: Checkpoint, families: tuple[Family, ...]) -> tuple[Family, Layout]:
@@ -180,7 +181,7 @@ def _recognise(checkpoint: Checkpoint, families: tuple[Family, ...]) -> tuple[Fa
                 f"{family.title} checkpoint; a file is missing, or it was saved without it"
             )
     raise InvalidInputError(
-        f"{checkpoint.config_path}: model_type {described(model_type)} is not supported; known: {known}"
+        f"{checkpoint.config_path}: model_type {describe_value(model_type)} is not supported; known: {known}"
     )
 
 
@@ -205,7 +206,7 @@ def _dimensions(
         assert isinstance(value, int)
         found[dimension] = value
         said |= {k: checkpoint.config[k] for k in key.unread if k in checkpoint.config}
-        others = " and ".join(f"{k} is {described(v)}" for k, v in said.items() if v != value)
+        others = " and ".join(f"{k} is {describe_value(v)}" for k, v in said.items() if v != value)
         if used is None and key.unread:
             others = f"{others}, " if others else ""
             notes.append(
@@ -233,7 +234,7 @@ def _positive(checkpoint: Checkpoint, key: str) -> int:
     value = checkpoint.config[key]
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InvalidInputError(
-            f"{checkpoint.config_path}: {key} is {described(value)}, not a positive integer"
+            f"{checkpoint.config_path}: {key} is {describe_value(value)}, not a positive integer"
         )
     return value
 
