@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from safetensors import safe_open
 
-from moe_surgery import Checkpoint
+from moe_surgery import Checkpoint, plan_keeping, plan_random
 from moe_surgery.families import identify_model
 from moe_surgery.families.identity import identity
+from moe_surgery.families.model_spec import ModelSpec
 from moe_surgery.quality.evaluation import Evaluation, ModelResult, Quality
-from moe_surgery.selection.plan import Plan
+from moe_surgery.selection.plan import Plan, load_plan
+from tests.support.checkpoints import Shape
 
 ModelCard = pytest.importorskip("huggingface_hub").ModelCard
 
@@ -122,3 +125,59 @@ def evaluation_of(source: Path | str, plan: Plan, top_k: int, **changed: Any) ->
         "settings": {"dtype": "f32", "answers_only": False},
     }
     return Evaluation(**{**parts, **changed})
+
+
+SHAPE = Shape(layers=3, experts=8, top_k=2)
+README = b"""\
+---
+license: apache-2.0
+language:
+- en
+- "no"
+tags:
+- vllm
+---
+
+# A model
+
+## How to cite
+
+As here:
+
+```bibtex
+@misc{model, title={A ``model''}}
+```
+
+# More
+"""
+
+
+def cut(model: ModelSpec) -> Plan:
+    return plan_random(3, 5, model)
+
+
+def keep_all(model: ModelSpec) -> Plan:
+    return plan_keeping(None, model)
+
+
+def readme(folder: Path) -> str:
+    return (folder / "README.md").read_text("utf-8")
+
+
+def load_plan_of(out: Path) -> Plan:
+    plan = out.parent / "plan.json"
+    plan.write_text(json.dumps(json.loads((out / "surgery.json").read_text())["plan"]))
+    return load_plan(plan)
+
+
+SECTIONS = [
+    "Numbers",
+    "How the experts were chosen",
+    "Kept experts",
+    "Evaluation",
+    "Limits",
+    "Usage",
+    "Verify and reproduce",
+    "Licence",
+    "Citation",
+]

@@ -8,7 +8,7 @@ from collections import defaultdict
 import click
 import pytest
 
-from tests.cli.test_help import at, command_paths
+from tests.support.command_tree import command_at, command_paths
 
 PATHS = command_paths()
 REPEATED_IN_SOME = {"--plan", "--draft", "--draft-plan", "--evaluation"}
@@ -16,7 +16,7 @@ REPEATED_IN_SOME = {"--plan", "--draft", "--draft-plan", "--evaluation"}
 
 
 def options(path: tuple[str, ...]) -> dict[str, click.Option]:
-    found = [p for p in at(path).params if isinstance(p, click.Option)]
+    found = [p for p in command_at(path).params if isinstance(p, click.Option)]
     return {name: option for option in found for name in option.opts}
 
 
@@ -50,7 +50,7 @@ WITHOUT_A_MODEL = {"stats merge", "stats show", "rank", "plan", "report", "bench
 
 
 def arguments(path: tuple[str, ...]) -> list[click.Argument]:
-    return [p for p in at(path).params if isinstance(p, click.Argument)]
+    return [p for p in command_at(path).params if isinstance(p, click.Argument)]
 
 
 def test_the_model_is_the_first_argument_of_every_command_that_reads_one() -> None:
@@ -110,6 +110,6 @@ PRIVATE_WORDS = (
 
 @pytest.mark.parametrize("path", PATHS, ids=" ".join)
 def test_help_is_plain_english(path: tuple[str, ...]) -> None:
-    command = at(path)
+    command = command_at(path)
     texts = [command.help or "", *(o.help or "" for o in options(path).values())]
     assert [text for text in texts if re.search(PRIVATE_WORDS, text)] == []

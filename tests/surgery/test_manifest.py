@@ -19,8 +19,7 @@ from moe_surgery.surgery.verify import verify_checkpoint
 
 from ..support.checkpoints import INDEX, load_tensors, save_tensors, write_checkpoint
 from ..support.command import call, run
-
-Document = dict[str, Any]
+from ..support.manifests import Document, rewrite
 
 
 @pytest.fixture
@@ -32,17 +31,6 @@ def source(tmp_path: Path) -> Path:
 def out(source: Path, tmp_path: Path) -> Path:
     prune(source, tmp_path / "out", lambda m: plan_keeping([3, 1], m))
     return tmp_path / "out"
-
-
-def rewrite(out: Path, change: Callable[[Document], object]) -> Path:
-    """Change the manifest and give it the digest that fits, as anybody can."""
-    path = out / "surgery.json"
-    document = json.loads(path.read_bytes())
-    change(document)
-    document["digest"] = "0" * 32
-    blank = json.dumps(document).encode()
-    path.write_bytes(blank.replace(b"0" * 32, xxhash.xxh3_128_hexdigest(blank).encode(), 1))
-    return path
 
 
 def test_manifest_says_what_was_done(source: Path, out: Path) -> None:
