@@ -43,11 +43,11 @@ def _step(batch: int, multiprocessors: int, dtype: torch.dtype) -> Iterator[tupl
     q = _empty(batch, HEADS * HEAD_DIM, dtype=dtype)
     rows = (HEADS + 2 * KV_HEADS) * HEAD_DIM
     weight, bias = _empty(rows, HIDDEN), _empty(rows)
-    tables = [_empty(CONTEXT, HEAD_DIM // 2, dtype=torch.float32) for _ in range(2)]
+    cos, sin = (_empty(CONTEXT, HEAD_DIM // 2, dtype=torch.float32) for _ in range(2))
     for slots, window in ((CONTEXT, None), (RING, WINDOW)):
-        kept = [_empty(batch, KV_HEADS, slots, HEAD_DIM, dtype=dtype) for _ in range(2)]
+        keys, values = (_empty(batch, KV_HEADS, slots, HEAD_DIM, dtype=dtype) for _ in range(2))
         positions = _whole(batch, slots)
-        kv_write = KVWrite(*kept, positions, cache_position, pads, *tables)
+        kv_write = KVWrite(keys, values, positions, cache_position, pads, cos, sin)
         kind = "full" if window is None else "ring"
         yield f"qkv {kind} {batch}", qkv(later, weight, bias, q, kv_write, upcast_fp32)
         if batch == 1 and window is None:
@@ -56,7 +56,8 @@ def _step(batch: int, multiprocessors: int, dtype: torch.dtype) -> Iterator[tupl
             f"attention {kind} {batch}",
             attention(
                 q,
-                *kept,
+                keys,
+                values,
                 positions,
                 cache_position,
                 pads,
