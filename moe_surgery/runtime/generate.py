@@ -13,7 +13,7 @@ from moe_surgery.runtime.cache import Cache
 from moe_surgery.runtime.model import CausalLM
 from moe_surgery.runtime.sampling import Sampler, Sampling
 
-__all__ = ["Generated", "Step", "decoder", "generate", "pad_left", "room_for", "stream"]
+__all__ = ["Generated", "Step", "clamp_new_tokens", "decoder", "generate", "pad_left", "stream"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ def stream(
         model.config.eos_token_ids if stop_tokens is None else stop_tokens, dtype=torch.int64
     )
     batch, tokens = input_ids.shape
-    new = room_for(model, tokens, max_new_tokens, context)
+    new = clamp_new_tokens(model, tokens, max_new_tokens, context)
     cache = model.new_cache(batch, tokens + new - 1)  # the last token is not looked at again
     sampler = Sampler(sampling or Sampling())
     ended = torch.zeros(batch, dtype=torch.bool)
@@ -85,7 +85,7 @@ def stream(
         logits = follow(drawn)
 
 
-def room_for(model: CausalLM, tokens: int, max_new_tokens: int, context: int | None) -> int:
+def clamp_new_tokens(model: CausalLM, tokens: int, max_new_tokens: int, context: int | None) -> int:
     """How many new tokens fit behind a prompt of `tokens`, at most `max_new_tokens`.
 
     Raises UsageError where none do, or `context` is more than the model was made for.

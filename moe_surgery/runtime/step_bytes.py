@@ -28,9 +28,9 @@ def model_step_bytes(model: CausalLM, tokens: int = 1) -> float:
     return total
 
 
-def counted_costs(target: CausalLM, draft: CausalLM, batch: int, most: int) -> Costs:
+def counted_costs(target: CausalLM, draft: CausalLM, batch: int, max_length: int) -> Costs:
     """Costs in bytes: what a decode step takes where memory is the limit."""
-    read = [model_step_bytes(target, batch * (n + 1)) for n in range(most + 1)]
+    read = [model_step_bytes(target, batch * (n + 1)) for n in range(max_length + 1)]
     one, two = (model_step_bytes(draft, batch * tokens) for tokens in (1, 2))
     return Costs(one, read, two - one)
 

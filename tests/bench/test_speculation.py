@@ -160,7 +160,7 @@ def test_every_prompt_runs_at_every_length(model: CausalLM, draft: CausalLM) -> 
     ]
     # Acceptance is that of the same prompts speculated on by hand.
     alone = [
-        speculate(model, draft, [p], length=3, max_new_tokens=9, stop_tokens=()).statistics
+        speculate(model, draft, [p], draft_length=3, max_new_tokens=9, stop_tokens=()).statistics
         for p in PROMPTS["two"]
     ]
     accepted, tried = sum(sum(s.accepted) for s in alone), sum(sum(s.tried) for s in alone)

@@ -210,7 +210,7 @@ def test_a_view_that_drafts_step_by_step_leaves_the_output_the_targets(folder: P
     draft = view(target, plan_random(4, 0, inspect(folder)))
     prompt, new = [[3, 1, 4, 1, 5, 9]], 40 if ON_GPU else 6
     expected = generate(plain, prompt, max_new_tokens=new, stop_tokens=()).tokens
-    found = speculate(target, draft, prompt, length=2, max_new_tokens=new, stop_tokens=())
+    found = speculate(target, draft, prompt, draft_length=2, max_new_tokens=new, stop_tokens=())
     assert found.tokens == expected
     for one, other in zip(target.layers, draft.layers, strict=True):
         assert one.q.weight.data_ptr() == other.q.weight.data_ptr()
