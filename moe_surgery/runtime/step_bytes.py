@@ -1,4 +1,4 @@
-"""Bytes that a model's step reads and a model holds: weights counted from its tensors, caches from their shape."""
+"""Bytes that a step reads and that a model occupies: weights from its tensors, caches from their shape."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ __all__ = ["cache_bytes", "counted_costs", "model_step_bytes", "shown_bytes", "w
 def model_step_bytes(model: CausalLM, tokens: int = 1) -> float:
     """Weight bytes read by a step over `tokens` tokens, all sequences together, of a model or a view.
 
-    Of each layer the experts that `tokens` choose if every choice is as likely (real routing repeats
-    itself, so reads less); of the embedding one row a token. Without the KV cache.
+    Per layer the distinct experts of `tokens` under uniform routing (real routing repeats itself and reads
+    less); of the embedding one row per token. Without the KV cache.
     """
     total = float(model.norm.nbytes + model.unembedding.nbytes)
     total += tokens * model.embedding.nbytes / len(model.embedding)
@@ -29,30 +29,30 @@ def model_step_bytes(model: CausalLM, tokens: int = 1) -> float:
 
 
 def counted_costs(target: CausalLM, draft: CausalLM, batch: int, max_length: int) -> Costs:
-    """Costs in bytes: what a decode step takes where memory is the limit."""
+    """Costs in bytes: the time of a decode step where memory bandwidth is the limit."""
     read = [model_step_bytes(target, batch * (n + 1)) for n in range(max_length + 1)]
     one, two = (model_step_bytes(draft, batch * tokens) for tokens in (1, 2))
     return Costs(one, read, two - one)
 
 
 def weight_bytes(model: CausalLM, beside: CausalLM | None = None) -> int:
-    """Bytes of the weights that `model` holds, each storage once, without those `beside` holds too."""
-    known = set() if beside is None else {t.data_ptr() for t in _all(beside)}
-    held = {t.data_ptr(): t.nbytes for t in _all(model)}
-    return sum(nbytes for place, nbytes in held.items() if place not in known)
+    """Bytes of the weights of `model`, each storage once, without those shared with `beside`."""
+    shared = set() if beside is None else {t.data_ptr() for t in _all(beside)}
+    storages = {t.data_ptr(): t.nbytes for t in _all(model)}
+    return sum(nbytes for address, nbytes in storages.items() if address not in shared)
 
 
 def cache_bytes(model: CausalLM, batch: int, context: int, rollback: int) -> int:
-    """Bytes of keys and values of `CausalLM.new_cache(batch, context, rollback=rollback)`, without making it."""
+    """Bytes of keys and values of `CausalLM.new_cache(batch, context, rollback=rollback)`, without allocating it."""
     c = model.config
     slots = sum(context if w is None else min(context, w + rollback) for w in c.sliding_windows)
     return 2 * batch * c.num_key_value_heads * slots * c.head_dim * model.dtype.itemsize
 
 
 def shown_bytes(model: CausalLM) -> int:
-    """Bytes of the weights that `model` can use: those of a checkpoint with the experts a view shows."""
-    held = {t.data_ptr(): t.nbytes for t in (model.embedding, model.unembedding, model.norm)}
-    total = float(sum(held.values()))
+    """Bytes of the weights that `model` can use: those of a checkpoint with only the experts of a view."""
+    dense = {t.data_ptr(): t.nbytes for t in (model.embedding, model.unembedding, model.norm)}
+    total = float(sum(dense.values()))
     for layer in model.layers:
         total += sum(t.nbytes for t in _dense(layer)) + len(layer.router.weight) * _expert_bytes(layer)
     return round(total)

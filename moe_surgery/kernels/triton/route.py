@@ -170,7 +170,7 @@ def route(
         raise UsageError(f"triton backend: {tokens} tokens at once; route at most {COUNTERS * block_t}")
     alone = split_k == 1 and block_e == all_e
     partial, counters = workspace(x.device, 0 if alone else blocks * split_k * block_t * all_e)
-    # Beyond a few choices a sort costs less than looking for the largest that often.
+    # Beyond a few experts per token one sort costs less than repeated maxima.
     sort = top_k > 16
     arguments: dict[str, Any] = {
         "x": x, "weight": weight, "bias": bias, "ids": ids, "weights": weights,
