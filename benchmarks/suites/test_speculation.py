@@ -36,5 +36,5 @@ def test_round(benchmark, target: CausalLM, shown: CausalLM, prompt: list[int], 
     next(rounds)  # reads the prompt
     next(rounds)  # sets up what later ones use
     benchmark.pedantic(next, args=(rounds,), rounds=ROUNDS)
-    added = weight_bytes(shown, beside=target)
+    added = weight_bytes(shown, shared_with=target)
     benchmark.extra_info.update(run.statistics.as_dict(), draft_weight_bytes_added=added)

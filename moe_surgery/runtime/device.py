@@ -8,7 +8,7 @@ from moe_surgery.errors import UsageError
 from moe_surgery.families import Model as ModelSpec
 from moe_surgery.formats.expert_format import F32
 
-__all__ = ["check_memory", "fitting_experts", "free_memory", "open_device", "weight_bytes"]
+__all__ = ["check_memory", "fitting_experts", "free_memory", "open_device", "checkpoint_bytes"]
 
 # For what is in memory besides the weights: KV cache, activations, the driver's context.
 HEADROOM_BYTES = 1 << 30
@@ -46,7 +46,7 @@ def free_memory(device: torch.device) -> int | None:
     return None
 
 
-def weight_bytes(model: ModelSpec, experts: int) -> int:
+def checkpoint_bytes(model: ModelSpec, experts: int) -> int:
     """Bytes of the weights as stored with `experts` kept in every layer."""
     total = 0
     for tensor in model.tensors:
@@ -56,7 +56,7 @@ def weight_bytes(model: ModelSpec, experts: int) -> int:
 
 def fitting_experts(model: ModelSpec, free: int) -> int:
     """The largest number of kept experts whose weights fit `free` bytes with headroom; 0 for none."""
-    fits = (n for n in range(model.experts, 0, -1) if weight_bytes(model, n) + HEADROOM_BYTES <= free)
+    fits = (n for n in range(model.experts, 0, -1) if checkpoint_bytes(model, n) + HEADROOM_BYTES <= free)
     return next(fits, 0)
 
 
@@ -65,7 +65,7 @@ def check_memory(device: torch.device, model: ModelSpec, free: int | None = None
     free = free_memory(device) if free is None else free
     if free is None:
         return
-    needed = weight_bytes(model, model.experts) + HEADROOM_BYTES
+    needed = checkpoint_bytes(model, model.experts) + HEADROOM_BYTES
     if needed <= free:
         return
     max_experts = fitting_experts(model, free)

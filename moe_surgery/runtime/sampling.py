@@ -69,10 +69,10 @@ def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
     probabilities [batch, vocab_size], which need not sum to 1; uniform [batch, 1].
     """
     cumulative = probabilities.cumsum(dim=-1)
-    drawn = torch.searchsorted(cumulative, uniform.to(cumulative.device) * cumulative[:, -1:], right=True)
+    tokens = torch.searchsorted(cumulative, uniform.to(cumulative.device) * cumulative[:, -1:], right=True)
     # Rounding may place the last step past the end, on a token of no probability.
     last = probabilities.shape[-1] - 1 - (probabilities.flip(-1) > 0).int().argmax(dim=-1, keepdim=True)
-    return torch.minimum(drawn, last)[:, 0]
+    return torch.minimum(tokens, last)[:, 0]
 
 
 def _renormalised(probabilities: Tensor, kept: Tensor) -> Tensor:
@@ -100,8 +100,8 @@ class Sampler:
             tokens = logits.argmax(dim=-1)
         else:
             tokens = draw(distribution(logits, self.sampling), self.uniform(len(logits), 1))
-        chosen = torch.log_softmax(logits.float(), dim=-1).gather(-1, tokens[:, None])
-        return tokens, chosen[:, 0]
+        log_probabilities = torch.log_softmax(logits.float(), dim=-1).gather(-1, tokens[:, None])
+        return tokens, log_probabilities[:, 0]
 
     def uniform(self, *shape: int) -> Tensor:
         """The next uniform numbers in [0, 1), float32 of that shape, on the CPU."""

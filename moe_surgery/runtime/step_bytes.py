@@ -11,7 +11,7 @@ from moe_surgery.runtime.decode_cost import distinct_experts
 from moe_surgery.runtime.model import CausalLM
 from moe_surgery.runtime.speculation.draft_length import Costs
 
-__all__ = ["cache_bytes", "counted_costs", "model_step_bytes", "shown_bytes", "weight_bytes"]
+__all__ = ["cache_bytes", "counted_costs", "model_step_bytes", "usable_bytes", "weight_bytes"]
 
 
 def model_step_bytes(model: CausalLM, tokens: int = 1) -> float:
@@ -35,9 +35,9 @@ def counted_costs(target: CausalLM, draft: CausalLM, batch: int, max_length: int
     return Costs(one, read, two - one)
 
 
-def weight_bytes(model: CausalLM, beside: CausalLM | None = None) -> int:
-    """Bytes of the weights of `model`, each storage once, without those shared with `beside`."""
-    shared = set() if beside is None else {t.data_ptr() for t in _all(beside)}
+def weight_bytes(model: CausalLM, shared_with: CausalLM | None = None) -> int:
+    """Bytes of the weights of `model`, each storage once, without those shared with `shared_with`."""
+    shared = set() if shared_with is None else {t.data_ptr() for t in _all(shared_with)}
     storages = {t.data_ptr(): t.nbytes for t in _all(model)}
     return sum(nbytes for address, nbytes in storages.items() if address not in shared)
 
@@ -49,7 +49,7 @@ def cache_bytes(model: CausalLM, batch: int, context: int, rollback: int) -> int
     return 2 * batch * c.num_key_value_heads * slots * c.head_dim * model.dtype.itemsize
 
 
-def shown_bytes(model: CausalLM) -> int:
+def usable_bytes(model: CausalLM) -> int:
     """Bytes of the weights that `model` can use: those of a checkpoint with only the experts of a view."""
     dense = {t.data_ptr(): t.nbytes for t in (model.embedding, model.unembedding, model.norm)}
     total = float(sum(dense.values()))

@@ -108,8 +108,8 @@ class Text:
         where it fails, and for tools, documents, variables, tool calls or reasoning that it does not use.
         """
         template = self._template(with_tools=bool(tools))
-        given = {"tools": tools, "documents": documents, **(variables or {})}
-        for key, value in given.items():
+        arguments = {"tools": tools, "documents": documents, **(variables or {})}
+        for key, value in arguments.items():
             if value and not template.takes(key):
                 raise InvalidInputError(f"the model's chat template does not read {key!r}; leave it out")
         for number, message in enumerate(messages, 1):

@@ -27,7 +27,7 @@ from moe_surgery.runtime.decode_cost import bytes_per_token  # noqa: E402
 from moe_surgery.runtime.model import CausalLM  # noqa: E402
 from moe_surgery.runtime.speculation.draft_length import Costs  # noqa: E402
 from moe_surgery.runtime.speculation.speculate import speculate  # noqa: E402
-from moe_surgery.runtime.step_bytes import model_step_bytes, shown_bytes, weight_bytes  # noqa: E402
+from moe_surgery.runtime.step_bytes import model_step_bytes, usable_bytes, weight_bytes  # noqa: E402
 from moe_surgery.runtime.view import view  # noqa: E402
 from tests.support.checkpoints import Shape, write_checkpoint  # noqa: E402
 
@@ -80,7 +80,7 @@ def test_a_view_shows_the_bytes_that_the_pruned_checkpoint_holds(
     plan = plan_random(count, 0, inspect(folder))
     prune(folder, tmp_path / "out", plan)
     pruned = load_model(tmp_path / "out")
-    assert shown_bytes(view(model, plan)) == weight_bytes(pruned) == shown_bytes(pruned)
+    assert usable_bytes(view(model, plan)) == weight_bytes(pruned) == usable_bytes(pruned)
 
 
 # --- decoding

@@ -70,13 +70,13 @@ class Drafter:
             drafting &= self._confident(logits)
             if not drafting.any():
                 break
-            drawn = self._draw(logits, distributions)
-            tokens.append(drawn)
+            sampled = self._draw(logits, distributions)
+            tokens.append(sampled)
             counts += drafting
-            drafting &= (counts < torch.tensor(limits)) & ~torch.isin(drawn.cpu(), self._stops)
+            drafting &= (counts < torch.tensor(limits)) & ~torch.isin(sampled.cpu(), self._stops)
             if not drafting.any():
                 break
-            logits = self._logits(drawn[:, None])
+            logits = self._logits(sampled[:, None])
         drafted = (
             torch.stack(tokens, dim=1) if tokens else logits.new_zeros(len(logits), 0, dtype=torch.int64)
         )

@@ -146,11 +146,11 @@ class Speculation:
         n = proposal.tokens.shape[1]
         slots = torch.arange(n + 1, device=logits.device)
         padded = torch.cat((proposal.tokens.to(logits.device), next_tokens[:, None]), dim=1)
-        chosen = torch.where(slots == num_accepted[:, None], next_tokens[:, None], padded)
-        values = log_probabilities.gather(-1, chosen[..., None])[..., 0].tolist()
+        tokens = torch.where(slots == num_accepted[:, None], next_tokens[:, None], padded)
+        values = log_probabilities.gather(-1, tokens[..., None])[..., 0].tolist()
         accepted = num_accepted.tolist()
         live = [not ended for ended in self._ended]
-        new = [row[: a + 1] if on else [] for row, a, on in zip(chosen.tolist(), accepted, live, strict=True)]
+        new = [row[: a + 1] if on else [] for row, a, on in zip(tokens.tolist(), accepted, live, strict=True)]
         counts = [n if on else 0 for n, on in zip(proposal.counts, live, strict=True)]
         accepted = [a if on else 0 for a, on in zip(accepted, live, strict=True)]
         appended = self._append(new, [v[: len(t)] for v, t in zip(values, new, strict=True)])
@@ -170,8 +170,8 @@ class Speculation:
         lengths = self._cache.lengths
         free = min(self._context, self._draft_context) - 1 - max(lengths)
         most = min(self._control.next(), free)
-        left = [self._new - len(s) + len(p) for s, p in zip(self._sequences, self._prompts, strict=True)]
-        limits = [0 if ended else min(most, n - 1) for n, ended in zip(left, self._ended, strict=True)]
+        remaining = [self._new - len(s) + len(p) for s, p in zip(self._sequences, self._prompts, strict=True)]
+        limits = [0 if ended else min(most, n - 1) for n, ended in zip(remaining, self._ended, strict=True)]
         if max(limits) == 0:
             empty = torch.zeros(len(limits), 0, dtype=torch.int64, device=self._target.device)
             return Proposal(empty, limits, None)

@@ -356,8 +356,8 @@ def test_a_view_holds_the_models_own_tensors_and_a_router(
     assert storages(draft) == storages(tiny_model)
     rows = tiny_model.config.num_hidden_layers * kept
     router = rows * (tiny_model.config.hidden_size + 1) * 2  # BF16
-    assert weight_bytes(draft, beside=tiny_model) == router + rows * 8  # and an index
-    assert weight_bytes(view(tiny_model, None, 1), beside=tiny_model) == 0
+    assert weight_bytes(draft, shared_with=tiny_model) == router + rows * 8  # and an index
+    assert weight_bytes(view(tiny_model, None, 1), shared_with=tiny_model) == 0
     assert weight_bytes(tiny_model) == sum(
         t.stored.nbytes + (t.scales.nbytes if t.scales else 0) for t in described(tiny)
     )
