@@ -15,7 +15,7 @@ from moe_surgery.bench.rounds import Spread, check_numbers, interleaved, percent
 from moe_surgery.errors import UsageError
 from moe_surgery.runtime.generate import decoder
 from moe_surgery.runtime.model import CausalLM
-from moe_surgery.runtime.step_bytes import model_step_bytes, shown_bytes
+from moe_surgery.runtime.step_bytes import model_step_bytes, usable_bytes
 
 __all__ = ["DecodeFigures", "DecodeRun", "Decoding", "decode_figures", "measure_decoding", "run_decoding"]
 
@@ -192,7 +192,7 @@ def decode_figures(runs: Sequence[DecodeRun], models: Mapping[str, CausalLM]) ->
                     percentile(steps, 0.95),
                     read / batch,
                     statistics.median(shares),
-                    shown_bytes(model),
+                    usable_bytes(model),
                     mine[0].cache_bytes,
                     max(r.memory_bytes for r in mine),
                     spread(ratios) if ratios else None,

@@ -81,7 +81,7 @@ def measure_speculation(
 
     def speculating(prompt: Sequence[int], length: int) -> Speculated:
         return speculate(
-            target, draft, [prompt], length=length, max_new_tokens=max_new_tokens, stop_tokens=()
+            target, draft, [prompt], draft_length=length, max_new_tokens=max_new_tokens, stop_tokens=()
         )
 
     if flat:  # not counted: the first run sets up what later ones use

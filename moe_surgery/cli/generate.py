@@ -74,7 +74,7 @@ class Settings(TypedDict):
 @drafts.draft_options
 @click.option(
     "--draft-length",
-    "length",
+    "draft_length",
     metavar="N|auto",
     help="Tokens drafted for each step of the model.  [default: 4]",
 )
@@ -100,7 +100,7 @@ def command(
     draft: str | None,
     draft_plan: Path | None,
     draft_top_k: int | None,
-    length: str | None,
+    draft_length: str | None,
     device: str,
     dtype: str | None,
     backend: str | None,
@@ -130,7 +130,7 @@ def command(
     if prompt is not None and chat is not None:
         raise UsageError("--prompt and --chat exclude each other")
     sampling = Sampling(temperature, sampling_top_k, top_p, min_p, seed)
-    drafted = drafts.draft_length(length)
+    drafted = drafts.draft_length(draft_length)
     text = Text(ckpt)
     asked = prompt if chat is None else _framed(text, ckpt, chat, reasoning_effort)
     if chat is None and reasoning_effort is not None:
@@ -193,7 +193,7 @@ def _run(
     settings: Settings,
 ) -> None:
     from moe_surgery.runtime.generate import Generated, Step, generate
-    from moe_surgery.runtime.speculation.speculate import DEFAULT_LENGTH, Speculated, speculate
+    from moe_surgery.runtime.speculation.speculate import DEFAULT_DRAFT_LENGTH, Speculated, speculate
     from moe_surgery.runtime.speculation.statistics import Round
     from moe_surgery.runtime.usage import Stopwatch, peak_memory
 
@@ -208,8 +208,8 @@ def _run(
     if draft is None:
         found = generate(model, [tokens], callback=on_step, **settings)
     else:
-        asked = DEFAULT_LENGTH if length is None else length
-        found = speculate(model, draft, [tokens], length=asked, callback=on_step, **settings)
+        asked = DEFAULT_DRAFT_LENGTH if length is None else length
+        found = speculate(model, draft, [tokens], draft_length=asked, callback=on_step, **settings)
     new, peak = found.tokens[0], peak_memory(model.device)
     drafted = found.statistics if isinstance(found, Speculated) else None
     view.show(parser.flush())

@@ -207,7 +207,7 @@ def _measured(terminal: Terminal, job: Job, name: str, draft: CausalLM) -> tuple
         name,
         statistics.mean(len(layer.router.weight) for layer in draft.layers),
         max(layer.top_k for layer in draft.layers),
-        weight_bytes(draft, beside=job.target),
+        weight_bytes(draft, shared_with=job.target),
         *speculation_cache_bytes(job.target, draft, job.batch, job.depth, max(job.lengths)),
         costs,
         rows,
