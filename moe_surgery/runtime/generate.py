@@ -95,7 +95,7 @@ def clamp_new_tokens(model: CausalLM, tokens: int, max_new_tokens: int, context:
     limit = model.config.max_position_embeddings if context is None else context
     if not 1 <= limit <= model.config.max_position_embeddings:
         raise UsageError(
-            f"`context` {limit}: this model takes 1 to {model.config.max_position_embeddings} tokens"
+            f"`context` {limit}: this model supports 1 to {model.config.max_position_embeddings} tokens"
         )
     if tokens >= limit:
         raise UsageError(f"the prompt has {tokens} tokens, but the context is {limit}; shorten it")

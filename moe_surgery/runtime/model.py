@@ -69,7 +69,7 @@ class CausalLM:
         c = self.config
         if not 1 <= context <= c.max_position_embeddings:
             raise UsageError(
-                f"a context of {context} tokens; this model takes 1 to {c.max_position_embeddings}"
+                f"a context of {context} tokens; this model supports 1 to {c.max_position_embeddings}"
             )
         return Cache(
             batch,

@@ -219,7 +219,7 @@ def test_tokens_past_the_context_are_refused_before_anything_is_computed(
 
 @pytest.mark.parametrize("context", [-1, 0, 4097])
 def test_a_context_beyond_the_models_is_refused(small_model: CausalLM, context: int) -> None:
-    with pytest.raises(UsageError, match=f"a context of {context} tokens; this model takes 1 to 4096"):
+    with pytest.raises(UsageError, match=f"a context of {context} tokens; this model supports 1 to 4096"):
         small_model.new_cache(1, context)
 
 

@@ -134,8 +134,8 @@ REFUSED: dict[str, tuple[object, dict[str, Any], str]] = {
     "no prompts": ([], {}, "the prompt is empty"),
     "an empty prompt": ([[1], []], {}, "the prompt is empty"),
     "a prompt as long as the context": ([[1, 2]], {"context": 2}, "2 tokens, but the context is 2; shorten"),
-    "no context": ([[1]], {"context": 0}, "`context` 0: this model takes 1 to 4096 tokens"),
-    "more context than the model has": ([[1]], {"context": 4097}, "`context` 4097: this model takes 1 to"),
+    "no context": ([[1]], {"context": 0}, "`context` 0: this model supports 1 to 4096 tokens"),
+    "more context than the model has": ([[1]], {"context": 4097}, "`context` 4097: this model supports 1 to"),
     "no new tokens": ([[1]], {"max_new_tokens": 0}, "`max_new_tokens` 0: must be at least 1"),
     "a foreign token": ([[1, SMALL.vocabulary]], {}, f"token {SMALL.vocabulary} is not one of the model's"),
 }

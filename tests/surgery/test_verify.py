@@ -265,11 +265,11 @@ def test_an_edited_side_file_is_named_apart_from_weights(
     named, summary = ended.err.splitlines()
     assert named.startswith(f"moe-surgery: {out / name}: ")
     assert summary == (
-        f"moe-surgery: {out}: the weights are sound, only {name} changed; --weights-only accepts that"
+        f"moe-surgery: {out}: the weights are intact, only {name} changed; --weights-only accepts that"
     )
     ended = call(capsys, "verify", out, "--weights-only", *options)
     assert ended.code == 0
-    assert ended.out.startswith(f"{out}: sound (")
+    assert ended.out.startswith(f"{out}: OK (")
     assert ended.err.splitlines() == [named.replace("moe-surgery: ", "note: ", 1)]
     said = call(capsys, "verify", out, "--weights-only", "--json", *options).json()
     assert (said["ok"], said["problems"], said["side_files"], said["weights_ok"]) == (True, [], [name], True)
@@ -356,7 +356,7 @@ def test_command_names_every_problem_and_exits_8(capsys: Capture, out: Path) -> 
 def test_command_says_what_was_checked(capsys: Capture, out: Path, source: Path) -> None:
     ended = call(capsys, "verify", out, "--source", source)
     assert ended.code == 0
-    assert ended.out.startswith(f"{out}: sound (")
+    assert ended.out.startswith(f"{out}: OK (")
     assert ended.err == ""
     found = call(capsys, "verify", out, "--json").json()
     assert found["ok"] is True
