@@ -22,7 +22,7 @@ from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.checkpoint.text import printable
 from moe_surgery.errors import InvalidInputError, OutputError
 
-__all__ = ["CONFIG_NAME", "INDEX_NAME", "Checkpoint", "TensorRef"]
+__all__ = ["CONFIG_NAME", "INDEX_NAME", "Checkpoint", "TensorRef", "open_folder"]
 
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
@@ -93,7 +93,7 @@ class Checkpoint:
         also skips a model.safetensors beside an index, and tensors in its shards that it does not name,
         instead of refusing them. Raises InvalidInputError for malformed files, OutputError for unreadable ones.
         """
-        files, only = (path, None) if isinstance(path, Folder) else _located(path, ops)
+        files, only = (path, None) if isinstance(path, Folder) else _resolve_folder(path, ops)
         folder, listing = files.path, files.listing()
         config = _read_config(files, listing)
         index = _read_index(files, listing) if only is None else None
@@ -136,8 +136,13 @@ class Checkpoint:
         self.close()
 
 
-def _located(name: str | os.PathLike[str], ops: FileOps | None) -> tuple[Folder, str | None]:
-    """The folder, and the one file of it that was named."""
+def open_folder(checkpoint: str | os.PathLike[str] | Folder) -> Folder:
+    """The files of a checkpoint by whatever `Checkpoint.open` takes; raises as `resolve`."""
+    return checkpoint if isinstance(checkpoint, Folder) else _resolve_folder(checkpoint, None)[0]
+
+
+def _resolve_folder(name: str | os.PathLike[str], ops: FileOps | None) -> tuple[Folder, str | None]:
+    """The folder, and the file in it if `name` is that of one file."""
     path = resolve(name)
     return (LocalFolder(path, ops), None) if path.is_dir() else (LocalFolder(path.parent, ops), path.name)
 

@@ -150,6 +150,13 @@ class LocalFolder(Folder):
     def open(self, name: str) -> ByteSource:
         return LocalFile(self.path / name, self._ops)
 
+    def is_file(self, name: str) -> bool:
+        return os.path.isfile(self.path / name)
+
+    def folder(self, name: str) -> Folder | None:
+        path = self.path.resolve().parent if name == os.pardir else self.path / name
+        return LocalFolder(path, self._ops) if path.is_dir() else None
+
 
 def _is_file(entry: os.DirEntry[str]) -> bool:
     try:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from moe_surgery.errors import InvalidInputError
 
-__all__ = ["ByteSource", "Folder", "read_small"]
+__all__ = ["ByteSource", "Folder", "read_optional", "read_small"]
 
 
 class ByteSource(ABC):
@@ -102,6 +102,14 @@ class Folder(ABC):
     def open(self, name: str) -> ByteSource:
         """The file `name`. Raises InvalidInputError where it is none, OutputError where it cannot be opened."""
 
+    def is_file(self, name: str) -> bool:
+        """Whether there is a regular file `name` (or a link to one)."""
+        return self.listing().get(name, False)
+
+    def folder(self, name: str) -> Folder | None:
+        """The folder `name` inside this one, or the one above for ".."; None where there is none."""
+        return None
+
 
 def read_small(source: ByteSource, *, limit: int, what: str) -> bytes:
     """All bytes of a file that may hold at most `limit`; `what` names its role in errors.
@@ -111,3 +119,11 @@ def read_small(source: ByteSource, *, limit: int, what: str) -> bytes:
     if source.size > limit:
         raise InvalidInputError(f"{source.where}: larger than the {limit} bytes allowed for {what}")
     return source.read(0, source.size)
+
+
+def read_optional(folder: Folder, name: str, *, limit: int, what: str) -> bytes | None:
+    """All bytes of the file `name` of `folder`, None where there is none; raises as `read_small`."""
+    if not folder.is_file(name):
+        return None
+    with folder.open(name) as source:
+        return read_small(source, limit=limit, what=what)

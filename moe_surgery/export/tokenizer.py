@@ -6,14 +6,15 @@ of its own pre-tokenizers chosen by name.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Final, NoReturn
 
 from moe_surgery.checkpoint.checkpoint import Checkpoint
-from moe_surgery.checkpoint.files import printable_path, read_small_file
+from moe_surgery.checkpoint.files import printable_path
+from moe_surgery.checkpoint.source import Folder, read_optional
 from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.checkpoint.text import describe_value
 from moe_surgery.errors import InvalidInputError, OutputError
@@ -70,28 +71,28 @@ class Tokenizer:
 
 def find_tokenizer(checkpoint: Checkpoint, model: ModelSpec) -> Tokenizer:
     """The tokenizer beside the shards, or one folder up where the layout keeps it there."""
-    folder = checkpoint.path
-    above = folder.resolve().parent
-    if TOKENIZER_NAME in model.layout.parent_side_files and not (folder / TOKENIZER_NAME).is_file():
-        folder = above if (above / TOKENIZER_NAME).is_file() else folder
-    return read_tokenizer(folder, model.hub_config, model.dimensions["vocabulary"])
+    files = checkpoint.files
+    if TOKENIZER_NAME in model.layout.parent_side_files and not files.is_file(TOKENIZER_NAME):
+        parent = files.folder(os.pardir)
+        files = parent if parent is not None and parent.is_file(TOKENIZER_NAME) else files
+    return read_tokenizer(files, model.hub_config, model.dimensions["vocabulary"])
 
 
-def read_tokenizer(folder: Path, config: Mapping[str, object], vocabulary: int) -> Tokenizer:
+def read_tokenizer(folder: Folder, config: Mapping[str, object], vocabulary: int) -> Tokenizer:
     """The tokenizer in `folder` for a model of `vocabulary` rows; `config` is the model's config.json.
 
     Raises OutputError where tokenizer.json is missing, InvalidInputError where it is malformed, has
     tokens beyond the vocabulary, or is of a kind that llama.cpp has no name for.
     """
-    file = folder / TOKENIZER_NAME
-    if not file.is_file():
+    where = printable_path(folder.path / TOKENIZER_NAME)
+    raw = read_optional(folder, TOKENIZER_NAME, limit=MAX_BYTES, what="a tokenizer")
+    if raw is None:
         raise OutputError(
-            f"{printable_path(file)}: not found; copy the model's {TOKENIZER_NAME} there, "
+            f"{where}: not found; copy the model's {TOKENIZER_NAME} there, "
             "or pass `tokenizer=False` for a file that takes and gives token numbers only"
         )
-    reader = _Reader(read_small_file(file, limit=MAX_BYTES, what="a tokenizer"), printable_path(file))
-    settings = _settings(folder / SETTINGS_NAME)
-    return reader.tokenizer(vocabulary, settings, config, _template(folder, settings))
+    settings = _settings(folder)
+    return _Reader(raw, where).tokenizer(vocabulary, settings, config, _template(folder, settings))
 
 
 def add_tokenizer(metadata: Metadata, tokenizer: Tokenizer) -> None:
@@ -303,27 +304,26 @@ def _special(
     return found
 
 
-def _settings(file: Path) -> Mapping[str, object]:
-    if not file.is_file():
-        return {}
-    raw = read_small_file(file, limit=MAX_BYTES, what="a tokenizer's settings")
-    settings = parse_json(raw, where=printable_path(file), allow_floats=True)
+def _settings(folder: Folder) -> Mapping[str, object]:
+    where = printable_path(folder.path / SETTINGS_NAME)
+    raw = read_optional(folder, SETTINGS_NAME, limit=MAX_BYTES, what="a tokenizer's settings")
+    settings = {} if raw is None else parse_json(raw, where=where, allow_floats=True)
     if not isinstance(settings, dict):
-        raise InvalidInputError(f"{printable_path(file)}: not a JSON object")
+        raise InvalidInputError(f"{where}: not a JSON object")
     return settings
 
 
-def _template(folder: Path, settings: Mapping[str, object]) -> str | None:
-    """The chat template: a file of its own comes first, as in transformers; None where there is none."""
-    file = folder / TEMPLATE_NAME
-    if file.is_file():
-        raw = read_small_file(file, limit=MAX_TEMPLATE_BYTES, what="a chat template")
+def _template(folder: Folder, settings: Mapping[str, object]) -> str | None:
+    """The chat template: a separate file takes precedence, as in transformers; None where there is none."""
+    raw = read_optional(folder, TEMPLATE_NAME, limit=MAX_TEMPLATE_BYTES, what="a chat template")
+    if raw is not None:
         try:
             return raw.decode()
         except UnicodeDecodeError as error:
-            raise InvalidInputError(f"{printable_path(file)}: not UTF-8 at byte {error.start}") from None
-    said = settings.get("chat_template")
-    if isinstance(said, list):
-        named = {e.get("name"): e.get("template") for e in said if isinstance(e, dict)}
-        said = named.get("default")
-    return said if isinstance(said, str) else None
+            where = printable_path(folder.path / TEMPLATE_NAME)
+            raise InvalidInputError(f"{where}: not UTF-8 at byte {error.start}") from None
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        by_name = {e.get("name"): e.get("template") for e in template if isinstance(e, dict)}
+        template = by_name.get("default")
+    return template if isinstance(template, str) else None

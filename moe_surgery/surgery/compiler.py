@@ -229,15 +229,15 @@ def _reflink_residue(tensors: list[OutputTensor]) -> int:
 def _side_files(checkpoint: Checkpoint, model: ModelSpec, written: set[str]) -> dict[str, str]:
     """Output name -> name, from the source's folder, of every file that travels with the weights."""
     own = {MANIFEST_NAME, MAPPING_NAME, SOURCE_README_NAME} | written | model.layout.side_files_dropped
-    found = {n: n for n in checkpoint.side_files if n not in own}
-    parent = checkpoint.path.resolve().parent
-    if model.layout.parent_side_files and (parent / CONFIG_NAME).is_file():
+    copies = {n: n for n in checkpoint.side_files if n not in own}
+    parent = checkpoint.files.folder(os.pardir) if model.layout.parent_side_files else None
+    if parent is not None and parent.is_file(CONFIG_NAME):
         for name in model.layout.parent_side_files:
-            if name not in found and (parent / name).is_file():
-                found[name] = os.path.join(os.pardir, name)
-    if README_NAME in found:
-        found[SOURCE_README_NAME] = found.pop(README_NAME)
-    return dict(sorted(found.items()))
+            if name not in copies and parent.is_file(name):
+                copies[name] = os.path.join(os.pardir, name)
+    if README_NAME in copies:
+        copies[SOURCE_README_NAME] = copies.pop(README_NAME)
+    return dict(sorted(copies.items()))
 
 
 def _json(value: object) -> bytes:

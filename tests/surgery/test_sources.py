@@ -1,13 +1,15 @@
-"""A checkpoint whose shards have no descriptor and no mapping gives the same output byte for byte."""
+"""A checkpoint whose files have no path, descriptor or mapping gives the same output byte for byte."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from moe_surgery import families
 from moe_surgery.checkpoint.checkpoint import Checkpoint
+from moe_surgery.checkpoint.resolve import resolve
 from moe_surgery.families.identity import identity
 from moe_surgery.pipeline import export_gguf, inspect, prune
 from moe_surgery.selection.plan import plan_keeping
@@ -53,3 +55,63 @@ def test_export_over_bytes_in_memory(tmp_path: Path, layout: str, dtype: str) ->
         file.unlink()
     export_gguf(held, tmp_path / "two.gguf", store=dtype, tokenizer=False, name="x")
     assert (tmp_path / "two.gguf").read_bytes() == (tmp_path / "one.gguf").read_bytes()
+
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+@pytest.fixture(params=["beside the shards", "in the folder above"])
+def with_tokenizer(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A copy of the embedded checkpoint, or one in OpenAI's layout whose tokenizer lies one folder up."""
+    tiny = resolve("example:tiny")
+    if request.param == "beside the shards":
+        return shutil.copytree(tiny, tmp_path / "hub" / "tiny")
+    shape = Shape(1, 4, 2, 64, 32, 4, 2, 8, 2048)
+    source = write_checkpoint(tmp_path / "hub" / "original", shape, "original")
+    for file in source.glob("*.jinja"):
+        file.unlink()
+    for name in ("config.json", *TOKENIZER_FILES):
+        shutil.copy(tiny / name, source.parent)
+    return source
+
+
+def in_memory(source: Path) -> MemoryFolder:
+    """What lies in `source`, which is deleted with the folder above."""
+    above = MemoryFolder(source.parent)
+    shutil.rmtree(source.parent)
+    folder = above.folder(source.name)
+    assert folder is not None
+    return folder
+
+
+def test_the_tokenizer_is_exported_from_bytes_in_memory(with_tokenizer: Path, tmp_path: Path) -> None:
+    export_gguf(with_tokenizer, tmp_path / "one.gguf", name="x")
+    export_gguf(in_memory(with_tokenizer), tmp_path / "two.gguf", name="x")
+    assert (tmp_path / "two.gguf").read_bytes() == (tmp_path / "one.gguf").read_bytes()
+
+
+def test_files_beside_the_shards_are_copied_from_bytes_in_memory(
+    with_tokenizer: Path, tmp_path: Path
+) -> None:
+    prune(with_tokenizer, tmp_path / "one", lambda m: plan_keeping([0, 2, 3], m))
+    prune(in_memory(with_tokenizer), tmp_path / "two", lambda m: plan_keeping([0, 2, 3], m))
+    assert set(TOKENIZER_FILES) < set(contents(tmp_path / "one"))
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+def test_text_over_bytes_in_memory(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
+    pytest.importorskip("jinja2")
+    from moe_surgery.runtime.text import Text
+
+    source = shutil.copytree(resolve("example:tiny"), tmp_path / "tiny")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("tools: {{ tools | length }}")
+    folder = MemoryFolder(source)
+    shutil.rmtree(source)
+    text, expected = Text(folder), Text("example:tiny")
+    messages = [{"role": "user", "content": "What is 2 + 2?"}]
+    assert text.chat(messages) == expected.chat(messages)
+    assert text.chat(messages, tools=[{}, {}]) == "tools: 2"
+    assert text.encode("What is 2 + 2?") == expected.encode("What is 2 + 2?")
+    assert text.stop_tokens == expected.stop_tokens
