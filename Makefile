@@ -4,6 +4,7 @@
 # make sanitize  the C++ core and the tests of its kernels under AddressSanitizer and UBSan
 # make arm    the C++ core for aarch64, tested under qemu; skipped where either is missing
 # make aot    compile every GPU kernel for six architectures and compare with the checked-in table
+# make dist   build the source distribution and the wheel into dist/, check them and try them in empty environments
 # make bench  full-size surgery beside cp (needs root, 45 GB and some ten minutes)
 # make gpu    every GPU test and benchmark with the torch and triton that PYTHON has (no set-up, no network)
 
@@ -22,7 +23,7 @@ CORE_FLAGS := -std=c++17 -ffp-contract=off -pthread -Icsrc
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 WORK ?= $(or $(TMPDIR),/var/tmp)/moe-surgery-bench
 
-.PHONY: demo test lint sanitize arm aot bench gpu clean
+.PHONY: demo test lint sanitize arm aot dist bench gpu clean
 
 demo: $(SETUP)
 	$(BIN)/moe-surgery demo
@@ -56,6 +57,14 @@ arm:
 aot: $(SETUP)
 	$(BIN)/python -m benchmarks.kernels.aot --compare
 
+# A list of files left by an earlier build would be packed again: it is removed first.
+dist: $(SETUP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt build twine
+	rm -rf dist *.egg-info
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python -m pytest -m slow tests/packaging
+
 bench: $(SETUP)
 	$(BIN)/python benchmarks/surgery_budgets.py --work $(WORK)
 
@@ -70,4 +79,4 @@ $(SETUP): pyproject.toml setup.py constraints.txt $(NATIVE_SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info moe_surgery/*.so
+	rm -rf $(VENV) build dist *.egg-info moe_surgery/*.so

@@ -183,7 +183,13 @@ def prune(
             )
     notes = [
         *model.notes,
-        *serving_notes(chosen.uniform_experts or 0, program.top_k, model.top_k, chosen.top_k),
+        *serving_notes(
+            chosen.uniform_experts or 0,
+            program.top_k,
+            model.top_k,
+            chosen.top_k,
+            expert_format=program.expert_format,
+        ),
     ]
     return PruneResult(target, program, outcome, tuple(notes), tuple(stale_partials(target)))
 

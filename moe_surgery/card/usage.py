@@ -73,7 +73,7 @@ def _notes(facts: Facts) -> list[str]:
     this, source = facts.this, facts.source
     assert this.top_k is not None
     known = this.top_k if source.top_k is None else source.top_k
-    notes = serving_notes(facts.kept, this.top_k, known, facts.plan.top_k)
+    notes = serving_notes(facts.kept, this.top_k, known, facts.plan.top_k, expert_format=facts.expert_format)
     if not notes:
         return []
     return ["What is known to stand in the way of serving engines:\n\n" + "\n".join(f"- {n}" for n in notes)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from moe_surgery.formats.expert_format import MXFP4, ExpertFormat
+
 __all__ = ["serving_notes"]
 
 # Expert counts for which vLLM and SGLang build their fused routers (vLLM issues 50982 and 51521,
@@ -10,10 +12,18 @@ FUSED_ROUTER_COUNTS = frozenset({1, 2, 4, 8, 16, 32, 64, 128, 256, 384, 512})
 PARALLEL_SIZES = (2, 4, 8)
 
 
-def serving_notes(experts: int, top_k: int, source_top_k: int, plan_top_k: int | None = None) -> list[str]:
+def serving_notes(
+    experts: int,
+    top_k: int,
+    source_top_k: int,
+    plan_top_k: int | None = None,
+    *,
+    expert_format: ExpertFormat = MXFP4,
+) -> list[str]:
     """One line for each thing a user of the checkpoint should know; empty where there is none.
 
-    `plan_top_k` is the top-k that the plan sets, None where it leaves the source's.
+    `plan_top_k` is the top-k that the plan sets, None where it leaves the source's; `expert_format` is
+    what the checkpoint stores its experts in.
     """
     notes = []
     if top_k & (top_k - 1):
@@ -44,5 +54,10 @@ def serving_notes(experts: int, top_k: int, source_top_k: int, plan_top_k: int |
         notes.append(
             f"{experts} experts is no count that fused routers are built for: expect slower routing in vLLM and "
             "SGLang, and llama.cpp leaves its fused top-k without saying so (llama.cpp issue 25267)"
+        )
+    if not expert_format.packed:
+        notes.append(
+            f"mlx-lm does not load gpt-oss experts stored as {expert_format.label} (tried with 0.32.2): "
+            "store them as MXFP4 for it"
         )
     return notes

@@ -166,7 +166,21 @@ def test_the_table_names_every_file_once(made: Path) -> None:
     assert all((made / name).exists() for name in KINDS)
 
 
-WRONG = [(kind, place) for place, (_, _, right, _) in PLACES.items() for kind in KINDS if kind not in right]
+# Every place with every third kind that does not belong there, so that each kind meets each sort of place.
+WRONG = [
+    (kind, place)
+    for i, (place, (_, _, right, _)) in enumerate(PLACES.items())
+    for j, kind in enumerate(KINDS)
+    if kind not in right and (i + j) % 3 == 0
+]
+
+
+def test_every_kind_is_given_where_every_other_belongs() -> None:
+    met = {(kind, PLACES[place][1]) for kind, place in WRONG}
+    wanted = {(kind, sort) for _, sort, right, _ in PLACES.values() for kind in KINDS if kind not in right}
+    assert {pair for pair in wanted if pair[1] in ("a plan", "a checkpoint")} <= met
+    assert {kind for kind, _ in met} == set(KINDS)
+    assert {place for _, place in WRONG} == set(PLACES)
 
 
 @pytest.mark.parametrize(("kind", "place"), WRONG)

@@ -39,7 +39,7 @@ def edits(draw: st.DrawFn) -> tuple[int, list[int], list[tuple[list[int], int]]]
 
 
 @given(seed=st.integers(0, 99), plan=edits())
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_rows_that_take_back_their_own_number_give_what_each_gives_alone(
     steady_model: Model, seed: int, plan: tuple[int, list[int], list[tuple[list[int], int]]]
 ) -> None:

@@ -66,11 +66,10 @@ def expected_of(source: Path) -> Tensors:
     return kept_tensors(tensors, [KEPT] * (1 + max(int(n.split(".")[2]) for n in tensors if ".layers." in n)))
 
 
-@pytest.mark.parametrize("shards", [1, 3])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize(("shape", "shards"), [("small", 1), ("small", 3), ("beyond a chunk", 3)])
 @pytest.mark.parametrize("mix", MIXES)
-def test_kept_weights_are_the_sources_bytes(mix: str, shape: Shape, shards: int, tmp_path: Path) -> None:
-    source = write_checkpoint(tmp_path / "in", shape, "bf16", shards=shards, edit_tensors=MIXES[mix])
+def test_kept_weights_are_the_sources_bytes(mix: str, shape: str, shards: int, tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "in", SHAPES[shape], "bf16", shards=shards, edit_tensors=MIXES[mix])
     prune(source, tmp_path / "out", keep, max_shard_size=4_000_000)
     assert_same_tensors(load_tensors(tmp_path / "out"), expected_of(source))
     assert "quantization_config" not in load_config(tmp_path / "out")

@@ -58,6 +58,18 @@ def test_prune_gives_the_notes_of_its_result(tmp_path: Path) -> None:
     assert list(result.notes) == serving_notes(3, 3, 4)
 
 
+@pytest.mark.parametrize(("store", "label"), [("keep", None), ("bf16", "BF16"), ("f16", "F16")])
+def test_prune_and_card_say_what_mlx_lm_does_not_load(store: str, label: str | None, tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "in", Shape(experts=8, top_k=4))
+    result = prune(source, tmp_path / "out", lambda m: plan_keeping(range(8), m), store=store)
+    notes = [note for note in result.notes if "mlx-lm" in note]
+    assert len(notes) == (label is not None)
+    assert all(f"experts stored as {label}" in note for note in notes)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert all(note in card for note in notes)
+    assert ("mlx-lm" in card) == (label is not None)
+
+
 ASKED = "top-k is {} instead of the source's {}, as the plan sets it: a token passes through {} experts"
 LEFT = "top-k is {} instead of {} {}: only {} left in each layer"
 

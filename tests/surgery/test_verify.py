@@ -155,7 +155,7 @@ def test_flipped_byte_in_any_other_file_is_found(out: Path) -> None:
     }
     for file in small:
         size = file.stat().st_size
-        for number, offset in enumerate({*range(0, size, max(1, size // 25)), size - 1}):
+        for number, offset in enumerate({*range(0, size, max(1, size // 12)), size - 1}):
             mask = FLIPS[number % len(FLIPS)]
             flip(file, offset, mask)
             check_found(out, file.name)
