@@ -1,7 +1,7 @@
 """tokenizer.json, tokenizer_config.json and the chat template as GGUF metadata.
 
-What llama.cpp knows as the "gpt2" tokenizer: byte-level BPE over the strings of the vocabulary, with one
-of its own pre-tokenizers chosen by name.
+llama.cpp's "gpt2" tokenizer: byte-level BPE over the strings of the vocabulary, with one of llama.cpp's
+pre-tokenizers selected by name.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ O200K_PATTERN: Final = "|".join(
         r"\s+",
     ]
 )
-"""How gpt-4o's and gpt-oss' encodings split text (o200k_base of tiktoken)."""
+"""The pre-tokenizer of gpt-4o and gpt-oss (o200k_base of tiktoken)."""
 
 _ENTRY: Final = re.compile(rb"(" + STRING + rb")[ \t\n\r]*:[ \t\n\r]*(0|[1-9][0-9]{0,8})")
 _PAIR: Final = re.compile(
     rb"\[[ \t\n\r]*(" + STRING + rb")[ \t\n\r]*,[ \t\n\r]*(" + STRING + rb")[ \t\n\r]*\]"
 )
-_JOINED: Final = re.compile(STRING)
+_JOINED_PAIR: Final = re.compile(STRING)
 
 
 @dataclass(slots=True)
 class Tokenizer:
-    """A tokenizer as llama.cpp wants it; texts are UTF-8.
+    """A tokenizer in llama.cpp's terms; texts are UTF-8.
 
     `tokens[i]` is token i, `kinds[i]` its type in llama.cpp; `special` maps "bos", "eos" and "padding"
-    to token numbers; `adds` says whether bos and eos are put around a text.
+    to token numbers; `adds` says whether bos and eos are added to a text.
     """
 
     pre_tokenizer: str
@@ -70,7 +70,7 @@ class Tokenizer:
 
 
 def find_tokenizer(checkpoint: Checkpoint, model: ModelSpec) -> Tokenizer:
-    """The tokenizer beside the shards, or one folder up where the layout keeps it there."""
+    """The tokenizer next to the shards, or one folder up if the layout has it there."""
     files = checkpoint.files
     if TOKENIZER_NAME in model.layout.parent_side_files and not files.is_file(TOKENIZER_NAME):
         parent = files.folder(os.pardir)
@@ -82,14 +82,14 @@ def read_tokenizer(folder: Folder, config: Mapping[str, object], vocabulary: int
     """The tokenizer in `folder` for a model of `vocabulary` rows; `config` is the model's config.json.
 
     Raises OutputError where tokenizer.json is missing, InvalidInputError where it is malformed, has
-    tokens beyond the vocabulary, or is of a kind that llama.cpp has no name for.
+    tokens beyond the vocabulary, or is of a kind that llama.cpp does not support.
     """
     where = printable_path(folder.path / TOKENIZER_NAME)
     raw = read_optional(folder, TOKENIZER_NAME, limit=MAX_BYTES, what="a tokenizer")
     if raw is None:
         raise OutputError(
             f"{where}: not found; copy the model's {TOKENIZER_NAME} there, "
-            "or pass `tokenizer=False` for a file that takes and gives token numbers only"
+            "or pass `tokenizer=False` to export without a tokenizer"
         )
     settings = _settings(folder)
     return _Reader(raw, where).tokenizer(vocabulary, settings, config, _template(folder, settings))
@@ -111,7 +111,7 @@ def add_tokenizer(metadata: Metadata, tokenizer: Tokenizer) -> None:
 
 
 class _Reader:
-    """tokenizer.json walked once: the vocabulary and the merges piece by piece, the rest parsed."""
+    """Reads tokenizer.json in one pass: vocabulary and merges item by item, the rest parsed."""
 
     def __init__(self, raw: bytes, where: str) -> None:
         self._walk = JsonWalk(raw, where)
@@ -152,22 +152,22 @@ class _Reader:
 
     def _entries(self, at: int) -> int:
         """The members of "vocab", which are many: key and value are matched together."""
-        walk, raw, held = self._walk, self._walk.raw, self._vocabulary
+        walk, raw, vocabulary = self._walk, self._walk.raw, self._vocabulary
         if raw[at : at + 1] != b"{":
             walk.fail(at, "expected an object")
         at = walk.space(at + 1)
         while match := _ENTRY.match(raw, at):
             number = int(match[2])
-            if number in held:
-                walk.fail(at, f"token {number} is there twice")
-            held[number] = walk.text(match[1])
+            if number in vocabulary:
+                walk.fail(at, f"token {number} is listed twice")
+            vocabulary[number] = walk.text(match[1])
             at = walk.space(match.end())
             if raw[at : at + 1] == b"}":
                 return at + 1
             if raw[at : at + 1] != b",":
                 walk.fail(at, "expected a comma")
             at = walk.space(at + 1)
-        if not held and raw[at : at + 1] == b"}":
+        if not vocabulary and raw[at : at + 1] == b"}":
             return at + 1
         walk.fail(at, "expected a token and its number")
 
@@ -175,7 +175,7 @@ class _Reader:
         walk = self._walk
         if match := _PAIR.match(walk.raw, at):
             left, right = walk.text(match[1]), walk.text(match[2])
-        elif match := _JOINED.match(walk.raw, at):
+        elif match := _JOINED_PAIR.match(walk.raw, at):
             left, _, right = walk.text(match[0]).partition(b" ")
         else:
             walk.fail(at, "a merge is neither a pair of strings nor one string")
@@ -187,25 +187,25 @@ class _Reader:
     def _check_model(self) -> None:
         kind = self._model.get("type", "BPE")
         if kind != "BPE" or self._model.get("byte_fallback"):
-            self._refuse(f"is a {describe_value(kind)} model", "a byte-level BPE one is needed")
+            self._refuse(f"model.type is {describe_value(kind)}, but only byte-level BPE is supported")
         if not self._vocabulary or not self._merges:
-            self._refuse("holds no vocabulary or no merges", "the file is incomplete")
+            self._refuse("vocabulary or merges are missing")
         if self._parts.get("normalizer") is not None:
-            self._refuse("normalizes text", "llama.cpp would not")
+            self._refuse("unsupported normalizer (llama.cpp has none)")
 
     def _added(self) -> dict[int, tuple[bytes, bool]]:
-        """Number -> content and whether it is special, of the tokens matched before splitting."""
-        found: dict[int, tuple[bytes, bool]] = {}
+        """Added tokens: number -> content and whether it is special."""
+        added: dict[int, tuple[bytes, bool]] = {}
         listed = self._parts.get("added_tokens") or []
         for token in listed if isinstance(listed, list) else [None]:
-            said = token if isinstance(token, dict) else {}
-            number, content = said.get("id"), said.get("content")
+            entry = token if isinstance(token, dict) else {}
+            number, content = entry.get("id"), entry.get("content")
             if type(number) is not int or not isinstance(content, str) or not content:
                 raise InvalidInputError(
                     f"{self._where}: added_tokens holds {describe_value(token)}, not a token"
                 )
-            found[number] = content.encode(), bool(said.get("special")) or _looks_special(content)
-        return found
+            added[number] = content.encode(), bool(entry.get("special")) or _looks_special(content)
+        return added
 
     def _tokens(
         self, added: Mapping[int, tuple[bytes, bool]], vocabulary: int
@@ -214,7 +214,7 @@ class _Reader:
         if highest >= vocabulary:
             raise InvalidInputError(
                 f"{self._where}: token {highest} is beyond the {vocabulary} of the model's vocabulary; "
-                "the tokenizer belongs to another model"
+                "the tokenizer belongs to a different model"
             )
         tokens, kinds = [], []
         for number in range(vocabulary):
@@ -232,7 +232,7 @@ class _Reader:
         return tokens, kinds
 
     def _pre_tokenizer(self) -> str:
-        """llama.cpp's name of how text is split into words."""
+        """llama.cpp's name of the pre-tokenizer."""
         spec = self._parts.get("pre_tokenizer")
         steps = spec.get("pretokenizers") if isinstance(spec, dict) and "pretokenizers" in spec else [spec]
         if isinstance(steps, list) and steps and all(isinstance(s, dict) for s in steps):
@@ -243,10 +243,10 @@ class _Reader:
                     return "gpt-2"
                 if not splits and [_pattern(s) for s in before] == [O200K_PATTERN]:
                     return "gpt-4o"
-        self._refuse("splits text in a way", "known are those of gpt-2 and of gpt-4o")
+        self._refuse("unsupported pre-tokenizer (supported: gpt-2, gpt-4o)")
 
     def _adds(self) -> dict[str, bool]:
-        """Whether a beginning and an end token are put around a text."""
+        """Whether a beginning and an end token are added to a text."""
         spec = self._parts.get("post_processor")
         steps = spec.get("processors", [spec]) if isinstance(spec, dict) else []
         templates = [s for s in steps if isinstance(s, dict) and s.get("type") == "TemplateProcessing"]
@@ -256,28 +256,27 @@ class _Reader:
             if not isinstance(s, dict) or s.get("type") not in ("ByteLevel", "TemplateProcessing")
         ]
         if unknown or len(templates) > 1:
-            self._refuse("puts tokens around a text in a way", "known are a first and a last token")
+            self._refuse("unsupported post-processor (supported: one token before and one after a text)")
         single = templates[0].get("single") if templates else []
         items = [next(iter(i), "") for i in single if isinstance(i, dict)] if isinstance(single, list) else []
         first, _, last = "+".join(items).partition("Sequence")
         if {first, last} - {"", "SpecialToken+", "+SpecialToken"}:
-            self._refuse("puts tokens around a text in a way", "known are a first and a last token")
+            self._refuse("unsupported post-processor (supported: one token before and one after a text)")
         return {"bos": bool(first), "eos": bool(last)}
 
-    def _refuse(self, what: str, why: str) -> NoReturn:
+    def _refuse(self, problem: str) -> NoReturn:
         raise InvalidInputError(
-            f"{self._where}: {what} that llama.cpp has no name for: {why}; "
-            "pass `tokenizer=False` for a file that takes and gives token numbers only"
+            f"{self._where}: {problem}; pass `tokenizer=False` to export without a tokenizer"
         )
 
 
 def _looks_special(content: str) -> bool:
-    """Control tokens that some files forget to mark, as llama.cpp's converter sees them."""
+    """Control tokens that some files do not mark as special; the rule of llama.cpp's converter."""
     return content.startswith("<|") and content.endswith("|>")
 
 
 def _pattern(step: Mapping[str, object]) -> object:
-    """The regular expression of a splitting step that keeps what matches as words."""
+    """The regular expression of a Split step whose matches are isolated."""
     pattern = step.get("pattern")
     if step.get("type") != "Split" or step.get("behavior") != "Isolated" or step.get("invert"):
         return None
@@ -290,18 +289,18 @@ def _special(
     config: Mapping[str, object],
     vocabulary: int,
 ) -> dict[str, int]:
-    """Token numbers by role: what tokenizer_config.json names, else what config.json numbers."""
-    found: dict[str, int] = {}
+    """Token ids by role, from tokenizer_config.json, else from config.json."""
+    special: dict[str, int] = {}
     for name, role in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-        said = settings.get(f"{name}_token")
-        content = said.get("content") if isinstance(said, dict) else said
+        token = settings.get(f"{name}_token")
+        content = token.get("content") if isinstance(token, dict) else token
         number = numbers.get(content.encode()) if isinstance(content, str) else None
         if number is None:
             listed = config.get(f"{name}_token_id")
             number = listed[0] if isinstance(listed, list) and listed else listed  # type: ignore[assignment]
         if type(number) is int and 0 <= number < vocabulary:
-            found[role] = number
-    return found
+            special[role] = number
+    return special
 
 
 def _settings(folder: Folder) -> Mapping[str, object]:

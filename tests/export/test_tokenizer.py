@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer as llama.cpp gets it, held against the tokenizers library."""
+"""The exported tokenizer, compared with the tokenizers library."""
 
 from __future__ import annotations
 
@@ -158,19 +158,19 @@ def _set(path: str, value: object) -> Callable[[Json], None]:
 
 
 REFUSED: dict[str, tuple[Callable[[Json], object], str]] = {
-    "unigram": (_set("model.type", "Unigram"), "string 'Unigram' model"),
-    "byte fallback": (_set("model.byte_fallback", True), "byte-level BPE one is needed"),
-    "normalizer": (_set("normalizer", {"type": "NFC"}), "normalizes text"),
+    "unigram": (_set("model.type", "Unigram"), "model.type is the string 'Unigram'"),
+    "byte fallback": (_set("model.byte_fallback", True), "only byte-level BPE is supported"),
+    "normalizer": (_set("normalizer", {"type": "NFC"}), "unsupported normalizer"),
     "other pattern": (
         _set("pre_tokenizer", {"type": "Split", "pattern": {"Regex": "x"}}),
-        "known are those of gpt-2 and of gpt-4o",
+        "unsupported pre-tokenizer (supported: gpt-2, gpt-4o)",
     ),
-    "prefix space": (_set("pre_tokenizer.add_prefix_space", True), "splits text in a way"),
-    "no splitting": (_set("pre_tokenizer.use_regex", False), "splits text in a way"),
-    "no pre-tokenizer": (_set("pre_tokenizer", None), "splits text in a way"),
-    "post-processor": (_set("post_processor", {"type": "BertProcessing"}), "puts tokens around a text"),
-    "vocabulary": (_set("model.vocab", {}), "no vocabulary or no merges"),
-    "merges": (_set("model.merges", []), "no vocabulary or no merges"),
+    "prefix space": (_set("pre_tokenizer.add_prefix_space", True), "unsupported pre-tokenizer"),
+    "no splitting": (_set("pre_tokenizer.use_regex", False), "unsupported pre-tokenizer"),
+    "no pre-tokenizer": (_set("pre_tokenizer", None), "unsupported pre-tokenizer"),
+    "post-processor": (_set("post_processor", {"type": "BertProcessing"}), "unsupported post-processor"),
+    "vocabulary": (_set("model.vocab", {}), "vocabulary or merges are missing"),
+    "merges": (_set("model.merges", []), "vocabulary or merges are missing"),
     "merge of three": (_set("model.merges", [["a", "b", "c"]]), "neither a pair of strings nor one string"),
     "merge of one": (_set("model.merges", ["ab"]), "not of two tokens"),
     "merge with a space": (_set("model.merges", [["a b", "c"]]), "not of two tokens"),
@@ -178,7 +178,7 @@ REFUSED: dict[str, tuple[Callable[[Json], object], str]] = {
     "vocabulary list": (_set("model.vocab", ["a"]), "expected an object"),
     "token number": (_set("model.vocab", {"a": -1}), "expected a token and its number"),
     "fraction": (_set("model.vocab", {"a": 1.5}), "expected a comma"),
-    "same number": (_set("model.vocab", {"a": 9, "b": 9}), "token 9 is there twice"),
+    "same number": (_set("model.vocab", {"a": 9, "b": 9}), "token 9 is listed twice"),
     "same text": (_set("added_tokens", [{"id": 5, "content": "er"}]), "two tokens have the same text"),
     "added token": (_set("added_tokens", [{"id": "5", "content": "x"}]), "not a token"),
     "added tokens": (_set("added_tokens", 5), "not a token"),
@@ -189,9 +189,9 @@ REFUSED: dict[str, tuple[Callable[[Json], object], str]] = {
 
 @pytest.mark.parametrize("how", REFUSED)
 def test_what_llama_cpp_cannot_have_is_refused(folder: Path, how: str) -> None:
-    edit, said = REFUSED[how]
+    edit, expected = REFUSED[how]
     with pytest.raises(InvalidInputError) as caught:
         edited(folder, edit)
-    assert said in str(caught.value)
+    assert expected in str(caught.value)
     assert str(folder / "tokenizer.json") in str(caught.value)
     assert "\n" not in str(caught.value)

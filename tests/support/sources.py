@@ -14,7 +14,7 @@ from moe_surgery.errors import InvalidInputError, OutputError
 
 
 class MemoryFile:
-    """Bytes that sources are opened on, and that may be changed meanwhile."""
+    """The content of sources in memory, which may change while they are open."""
 
     def __init__(self, content: bytes) -> None:
         self.content = content
@@ -37,7 +37,9 @@ class MemorySource(ByteSource):
         content = self._opened().content
         if offset + len(buffer) > len(content):
             end = offset + len(buffer)
-            raise InvalidInputError(f"{self.where}: ends before byte {end}; it was cut while being read")
+            raise InvalidInputError(
+                f"{self.where}: ends before byte {end}; it was truncated while being read"
+            )
         buffer[:] = content[offset : offset + len(buffer)]
 
     def check_unchanged(self) -> None:
