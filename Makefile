@@ -66,7 +66,7 @@ dist: $(SETUP)
 	$(BIN)/python -m pytest -m slow tests/packaging
 
 bench: $(SETUP)
-	$(BIN)/python benchmarks/surgery_budgets.py --work $(WORK)
+	$(BIN)/python -m benchmarks.surgery_budgets --work $(WORK)
 
 gpu:
 	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m benchmarks.gpu

@@ -1,7 +1,7 @@
 """llama.cpp and our runtime on the CPU, alternately in one run, on the same weights with the same threads.
 
-    python benchmarks/beside_llama_cpp.py --work FOLDER [--experts 4 --experts 8 --experts 32] [--rounds 3]
-    python benchmarks/beside_llama_cpp.py --work FOLDER --tiny          # the script itself, in a minute
+    python -m benchmarks.beside_llama_cpp --work FOLDER [--experts 4 --experts 8 --experts 32] [--rounds 3]
+    python -m benchmarks.beside_llama_cpp --work FOLDER --tiny          # the script itself, in a minute
 
 Needs llama-cpp-python, and 30 GB in FOLDER for the full-size model. FOLDER holds, or is given, the
 full-size checkpoint of `surgery_budgets.py`; per expert count it is pruned and exported to GGUF, so both
@@ -23,25 +23,24 @@ import shutil
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
 import click
 import numpy as np
-from decode_sides import BATCHES, CONTEXT, MEMORY, PREFILL, PROMPT, SIDES
-from machine import describe_machine
-from make_checkpoint import Shape, make_checkpoint
 
+from benchmarks.decode_sides import BATCHES, CONTEXT, MEMORY, PREFILL, PROMPT, SIDES
+from benchmarks.layout import gpt_oss_20b
+from benchmarks.make_checkpoint import make_checkpoint
+from benchmarks.publish import RESULTS, begin, heading, publish, span, table
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.checkpoint.resolve import resolve
 from moe_surgery.families import identify_model
 from moe_surgery.families.model_config import ModelConfig
 from moe_surgery.runtime.decode_cost import bytes_per_token
 
-RESULTS = Path(__file__).parent / "results"
-ONE_SIDE = Path(__file__).with_name("decode_sides.py")
+ONE_SIDE = (sys.executable, "-m", "benchmarks.decode_sides")
 WARM_UP = 3
 TURN = 4  # steps between one side's turn and the other's
 REPACKED = 0.8
@@ -53,7 +52,7 @@ MIB = 1 << 20
 
 
 def child(*arguments: object) -> dict:
-    command = [sys.executable, str(ONE_SIDE), *map(str, arguments)]
+    command = [*ONE_SIDE, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise click.ClickException(
@@ -99,7 +98,7 @@ class Side:
         warm(checkpoint if name == "ours" else gguf)
         arguments = (name, checkpoint, gguf, "--threads", threads, "--logits", logits)
         self._process = subprocess.Popen(
-            [sys.executable, str(ONE_SIDE), *map(str, arguments)],
+            [*ONE_SIDE, *map(str, arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -205,12 +204,13 @@ def agreement(one: Path, other: Path) -> float:
 
 
 def summary(rows: list[dict], nbytes: dict[str, float]) -> dict:
-    result: dict = {"rounds": rows, "bytes_per_token": nbytes}
+    result: dict = {"together": rows[0]["together"], "bytes_per_token": nbytes}
     result["agreement"], result["control"] = min(r["agreement"] for r in rows), rows[0]["control"]
     agree = result["agreement"] >= AGREEMENT * result["control"]
     for key in GOALS:
         ratios = [r["ours"][key] / r["llama.cpp"][key] for r in rows]
         result[f"ratio {key}"] = statistics.median(ratios) if agree else None
+        result[f"range of ratio {key}"] = span(ratios) if agree else None
     for side in SIDES:
         result[side] = {
             key: statistics.median(r[side][key] for r in rows) for key in rows[0][side] if key != "name"
@@ -227,28 +227,24 @@ def shown(run: dict) -> str:
     return ", ".join(f"{k} {v:.2f}" for k, v in run.items() if isinstance(v, float))
 
 
-def as_markdown(report: dict) -> str:
-    lines = ["# Our runtime and llama.cpp on the CPU", "", str(report["how"]), ""]
-    lines += [f"- {name}: {value}" for name, value in report["machine"].items()]
-    names = {side: next(iter(report["models"].values()))[side]["name"] for side in SIDES}
+def page(report: dict) -> list[str]:
+    lines, models = heading("Our runtime and llama.cpp on the CPU", report), report["models"]
+    names = {side: next(iter(models.values()))[side]["name"] for side in SIDES}
     lines += [
         f"- ours: {names['ours']}, MXFP4 products with activations of 16 bits; llama.cpp: {names['llama.cpp']}"
     ]
     goals = ", ".join(f"{key} {goal}" for key, goal in GOALS.items())
     lines += ["", f"Ratios are ours to llama.cpp's, medians over rounds; goals: {goals}.", ""]
-    lines += [
-        "| experts | ratio "
-        + " | ratio ".join(GOALS)
-        + " | cosine of logits | ours in BF16 and float32 | reading memory | measured |"
-    ]
-    lines += ["|---" * (len(GOALS) + 5) + "|"]
-    for experts, model in report["models"].items():
+    columns = ["experts", *(f"ratio {key}" for key in GOALS)]
+    columns += ["cosine of logits", "ours in BF16 and float32", "reading memory", "measured"]
+    rows = []
+    for experts, model in models.items():
         ratios = [model[f"ratio {key}"] for key in GOALS]
         cells = ["logits disagree" if r is None else f"{r:.2f}" for r in ratios]
         cells += [f"{model['agreement']:.3f}", f"{model['control']:.3f}", f"{model['read_gb_s']:.1f} GB/s"]
-        cells.append("in turns" if model["rounds"][0]["together"] else "one after the other")
-        lines.append(f"| {experts} | {' | '.join(cells)} |")
-    columns = {
+        rows.append((experts, *cells, "in turns" if model["together"] else "one after the other"))
+    lines += [*table(columns, rows), ""]
+    figures = {
         "batch 1": "tokens/s, batch 1",
         "share of read bandwidth": "share of read bandwidth",
         "batch 8": "tokens/s, batch 8",
@@ -259,16 +255,12 @@ def as_markdown(report: dict) -> str:
         "mapped_mib": "mapped MiB",
         "peak_rss_mib": "peak resident MiB",
     }
-    lines += [
-        "",
-        "| experts | side | " + " | ".join(columns.values()) + " |",
-        "|---" * (len(columns) + 2) + "|",
+    rows = [
+        (experts, side, *(f"{model[side][key]:.{0 if 'mib' in key else 2}f}" for key in figures))
+        for experts, model in models.items()
+        for side in SIDES
     ]
-    for experts, model in report["models"].items():
-        for side in SIDES:
-            cells = [f"{model[side][key]:.{0 if 'mib' in key else 2}f}" for key in columns]
-            lines.append(f"| {experts} | {side} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return [*lines, *table(("experts", "side", *figures.values()), rows)]
 
 
 @click.command(help=__doc__)
@@ -277,7 +269,7 @@ def as_markdown(report: dict) -> str:
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--threads", default=os.cpu_count() or 1, show_default=True)
 @click.option("--steps", default=32, show_default=True, help="Decoded at each batch size and round.")
-@click.option("--tiny", is_flag=True, help="Run on example:tiny, and print instead of writing results.")
+@click.option("--tiny", is_flag=True, help="Run on example:tiny, with results in --work.")
 def main(
     work: Path | None,
     experts: tuple[int, ...],
@@ -293,18 +285,16 @@ def main(
     work.mkdir(parents=True, exist_ok=True)
     source = resolve("example:tiny") if tiny else work / "full"
     if not source.exists():
-        make_checkpoint(source, Shape(), 3)
+        make_checkpoint(source, gpt_oss_20b(), 3)
     report = {
-        "how": f"python benchmarks/beside_llama_cpp.py: processes in turn, {rounds} rounds, {threads} threads each, "
-        f"{steps} steps after a prompt of {PROMPT}, a prompt of {PREFILL}; random weights.",
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": describe_machine(work),
+        **begin(
+            f"python -m benchmarks.beside_llama_cpp: processes in turn, {rounds} rounds, {threads} threads each, "
+            f"{steps} steps after a prompt of {PROMPT}, a prompt of {PREFILL}; random weights.",
+            work,
+        ),
         "models": {str(n): measure(source, n, work, rounds, threads, steps) for n in experts or (4, 8, 32)},
     }
-    if not tiny:
-        (RESULTS / "llama_cpp.json").write_text(json.dumps(report, indent=1) + "\n")
-        (RESULTS / "llama_cpp.md").write_text(as_markdown(report))
-    click.echo(as_markdown(report))
+    publish("llama_cpp", report, page(report), work if tiny else RESULTS)
 
 
 if __name__ == "__main__":

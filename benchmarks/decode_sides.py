@@ -1,6 +1,6 @@
 """One side of `beside_llama_cpp.py`, in a process of its own: our runtime or llama.cpp, told what to do line by line.
 
-    python benchmarks/decode_sides.py ours|llama.cpp|control|bandwidth [CHECKPOINT GGUF] --threads N --logits FILE
+    python -m benchmarks.decode_sides ours|llama.cpp|control|bandwidth [CHECKPOINT GGUF] --threads N --logits FILE
 
 `control` and `bandwidth` answer with one line and end: the logits of ours in BF16, and how fast memory is read.
 """
@@ -46,7 +46,7 @@ class Ours:
 
         torch.set_num_threads(threads)
         self._torch = torch
-        self._model = load_model(checkpoint, dtype=dtype and getattr(torch, dtype))
+        self._model = load_model(checkpoint, dtype=None if dtype is None else getattr(torch, dtype))
         self.name = f"{self._model.backend.name} backend, {self._model.dtype}"
 
     def begin(self, batch: int, context: int) -> None:
@@ -146,7 +146,7 @@ def run_control(checkpoint: str, threads: int, logits: str) -> dict:
 
 def vocabulary_of(checkpoint: str) -> int:
     with Checkpoint.open(checkpoint) as opened:
-        return ModelConfig.of(identify_model(opened)).vocabulary
+        return ModelConfig.of(identify_model(opened)).vocab_size
 
 
 def read_bandwidth(threads: int) -> float:

@@ -1,6 +1,6 @@
 """Greedy speculation beside plain decoding on the native kernels, token for token: the full product.
 
-    python benchmarks/exactness.py [--dtype bf16] [--kind view]
+    python -m benchmarks.exactness [--dtype bf16] [--kind view]
 
 `speculation.py` does this in float32 on the reference backend and measures acceptance by domain; here it is
 exactness alone, BF16 unless told otherwise, where steps of one and of several tokens agree only in kernels made
@@ -13,7 +13,6 @@ benchmarks/results/.
 
 from __future__ import annotations
 
-import json
 import random
 import tempfile
 import time
@@ -21,11 +20,13 @@ from importlib import import_module
 from inspect import getdoc
 from itertools import product
 from pathlib import Path
+from statistics import mean
+from typing import Any
 
 import click
 import torch
-from machine import describe_machine
 
+from benchmarks.publish import begin, heading, publish
 from moe_surgery import inspect, load_model, plan_random, prune
 from moe_surgery.checkpoint.resolve import resolve
 from moe_surgery.runtime.generate import generate
@@ -33,7 +34,6 @@ from moe_surgery.runtime.speculation.speculate import speculate
 from moe_surgery.runtime.text import Text
 from moe_surgery.runtime.view import view
 
-RESULTS = Path(__file__).parent / "results"
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 EXPERTS, TOP_KS, LENGTHS, KINDS = (1, 4, 8, 16, 31), (1, 2, 4), tuple(range(1, 9)), ("checkpoint", "view")
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 100, 32, 20
@@ -58,9 +58,10 @@ def prompts_of(checkpoint: str) -> list[list[int]]:
 def main(dtype: str, kinds: tuple[str, ...]) -> None:
     torch.set_num_threads(1)
     checkpoint = str(resolve("example:tiny"))
-    options = {"dtype": DTYPES[dtype], "backend": "native"}
+    options: dict[str, Any] = {"dtype": DTYPES[dtype], "backend": "native"}
     target, described = load_model(checkpoint, **options), inspect(checkpoint)
-    prompts, rows, began = prompts_of(checkpoint), [], time.perf_counter()
+    prompts, began = prompts_of(checkpoint), time.perf_counter()
+    rows: list[dict[str, Any]] = []
     plain = [generate(target, [p], max_new_tokens=NEW_TOKENS, stop_tokens=()).tokens[0] for p in prompts]
     with tempfile.TemporaryDirectory() as folder:
         for kind, kept in product(kinds, EXPERTS):
@@ -85,27 +86,37 @@ def main(dtype: str, kinds: tuple[str, ...]) -> None:
             wrong = sum(r["differing"] for r in rows)
             click.echo(f"{time.perf_counter() - began:.0f} s: {kind}, {kept} experts, {wrong} differ so far")
     report = {
-        "how": f"python benchmarks/exactness.py --dtype {dtype}: greedy, native backend "
-        "(MXFP4 products with activations of 16 bits), one thread, "
-        f"{PROMPTS} prompts of {PROMPT_TOKENS} tokens, {NEW_TOKENS} new ones, {' and '.join(kinds)} drafts of "
-        "random experts.",
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": describe_machine(RESULTS),
+        **begin(
+            f"python -m benchmarks.exactness --dtype {dtype}: greedy, native backend "
+            "(MXFP4 products with activations of 16 bits), one thread, "
+            f"{PROMPTS} prompts of {PROMPT_TOKENS} tokens, {NEW_TOKENS} new ones, {' and '.join(kinds)} drafts of "
+            "random experts."
+        ),
         "outputs": len(rows) * PROMPTS,
         "differing": sum(r["differing"] for r in rows),
-        "rows": rows,
+        "rows": by_draft(rows),
     }
-    name = RESULTS / "_".join(["exactness", dtype, *(kinds if len(kinds) == 1 else ())])
-    name.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    name.with_suffix(".md").write_text(as_markdown(report))
-    click.echo(as_markdown(report))
+    publish("_".join(["exactness", dtype, *(kinds if len(kinds) == 1 else ())]), report, page(report))
 
 
-def as_markdown(report: dict) -> str:
-    lines = ["# Greedy speculation beside plain decoding", "", report["how"], ""]
-    lines += [f"- {name}: {value}" for name, value in report["machine"].items()]
-    lines += ["", f"{report['differing']} of {report['outputs']} outputs differ from plain decoding."]
-    return "\n".join(lines) + "\n"
+def by_draft(runs: list[dict]) -> list[dict]:
+    """Outputs, those that differ, and the mean acceptance, for each kind and size of draft."""
+    return [
+        {
+            "kind": kind,
+            "experts": kept,
+            "outputs": len(chosen) * PROMPTS,
+            "differing": sum(r["differing"] for r in chosen),
+            "acceptance": mean(r["acceptance"] for r in chosen),
+        }
+        for kind, kept in dict.fromkeys((r["kind"], r["experts"]) for r in runs)
+        if (chosen := [r for r in runs if (r["kind"], r["experts"]) == (kind, kept)])
+    ]
+
+
+def page(report: dict) -> list[str]:
+    lines = heading("Greedy speculation beside plain decoding", report)
+    return [*lines, "", f"{report['differing']} of {report['outputs']} outputs differ from plain decoding."]
 
 
 if __name__ == "__main__":

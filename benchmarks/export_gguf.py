@@ -1,6 +1,6 @@
 """Peak memory and time of exporting a full-size checkpoint to GGUF, beside `cp` of as many bytes.
 
-    python benchmarks/export_gguf.py --work FOLDER [--rounds 3]
+    python -m benchmarks.export_gguf --work FOLDER [--rounds 3]
 
 FOLDER needs some 30 GB. It holds, or is given, the full-size checkpoint of `surgery_budgets.py`
 (13.76 GB) and a synthetic tokenizer of gpt-oss's size. Per job and round, alternating and each from a
@@ -11,18 +11,17 @@ the page cache needs root. Results go to benchmarks/results/.
 
 from __future__ import annotations
 
-import json
 import shutil
 import statistics
-import time
 from pathlib import Path
 
 import click
-from machine import describe_machine
-from make_checkpoint import Shape, make_checkpoint
-from make_tokenizer import make_tokenizer
-from surgery_budgets import MIB, RESULTS, timed
 
+from benchmarks.layout import gpt_oss_20b
+from benchmarks.make_checkpoint import make_checkpoint
+from benchmarks.make_tokenizer import make_tokenizer
+from benchmarks.publish import begin, heading, publish, span, table
+from benchmarks.surgery_budgets import MIB, timed
 from moe_surgery.bench.surgery import command_of, drop_page_cache
 
 RSS_BUDGET_MIB = 192
@@ -57,31 +56,23 @@ def measure(source: Path, work: Path, rounds: int, options: list[object]) -> dic
         )
         click.echo(f"round {number}: " + ", ".join(f"{k} {v:.2f}" for k, v in rows[-1].items()))
     return {
-        "rounds": rows,
+        "bytes": rows[0]["bytes"],
+        "export_s": span([r["export_s"] for r in rows]),
+        "cp_s": span([r["cp_s"] for r in rows]),
         "ratio_to_cp": statistics.median(r["ratio"] for r in rows),
         "peak_rss_mib": max(r["rss_mib"] for r in rows),
     }
 
 
-def as_markdown(report: dict) -> str:
-    lines = ["# Export of a full-size checkpoint to GGUF", "", str(report["how"]), ""]
-    lines += [f"- {name}: {value}" for name, value in report["machine"].items()]
-    lines += [
-        "",
-        f"| experts | bytes | export | cp + sync of 13.76 GB | seconds a byte against cp, median | "
-        f"peak RSS MiB ({RSS_BUDGET_MIB}) |",
-        "|---|---|---|---|---|---|",
-    ]
+def page(report: dict) -> list[str]:
+    columns = ("experts", "bytes", "export", "cp + sync of 13.76 GB", "seconds a byte against cp, median")
+    rows = []
     for name, job in report["jobs"].items():
-        spans = [
-            f"{min(r[key] for r in job['rounds']):.1f}-{max(r[key] for r in job['rounds']):.1f} s"
-            for key in ("export_s", "cp_s")
-        ]
-        lines.append(
-            f"| {name} | {job['rounds'][0]['bytes'] / 1e9:.2f} GB | {spans[0]} | {spans[1]} "
-            f"| {job['ratio_to_cp']:.2f} | {job['peak_rss_mib']:.1f} |"
-        )
-    return "\n".join(lines) + "\n"
+        times = ["{:.1f}-{:.1f} s".format(*job[key]) for key in ("export_s", "cp_s")]
+        figures = (f"{job['ratio_to_cp']:.2f}", f"{job['peak_rss_mib']:.1f}")
+        rows.append((name, f"{job['bytes'] / 1e9:.2f} GB", *times, *figures))
+    lines = heading("Export of a full-size checkpoint to GGUF", report)
+    return [*lines, "", *table((*columns, f"peak RSS MiB ({RSS_BUDGET_MIB})"), rows)]
 
 
 @click.command(help=__doc__)
@@ -94,24 +85,23 @@ def main(work: Path, rounds: int) -> None:
         raise click.ClickException("the page cache cannot be dropped; run as root")
     source = work / "full"
     if not source.exists():
-        make_checkpoint(source, Shape(), 3)
+        make_checkpoint(source, gpt_oss_20b(), 3)
     if not (source / "tokenizer.json").exists():
-        make_tokenizer(source, Shape().vocabulary)
+        make_tokenizer(source, gpt_oss_20b().vocabulary)
     plan = work / "plan.json"
     timed(command_of("plan", "--random", "--experts", PRUNED_TO, "--checkpoint", source, "-o", plan, "-q"))
     report = {
-        "how": "python benchmarks/export_gguf.py: export and `cp --reflink=never` + sync alternate, each from a "
-        "dropped page cache until flushed; whole process.",
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": describe_machine(work),
+        **begin(
+            "python -m benchmarks.export_gguf: export and `cp --reflink=never` + sync alternate, each from a "
+            "dropped page cache until flushed; whole process.",
+            work,
+        ),
         "jobs": {
             "32": measure(source, work, rounds, []),
             str(PRUNED_TO): measure(source, work, rounds, ["--plan", plan]),
         },
     }
-    (RESULTS / "export_gguf.json").write_text(json.dumps(report, indent=1) + "\n")
-    (RESULTS / "export_gguf.md").write_text(as_markdown(report))
-    click.echo(as_markdown(report))
+    publish("export_gguf", report, page(report))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What steps cost on the full-size checkpoint on this CPU: decoding by experts and batch, and speculation.
 
-    python benchmarks/full_size_costs.py --work FOLDER
+    python -m benchmarks.full_size_costs --work FOLDER
 
 Runs `bench decode` and `bench speculate` on random weights of gpt-oss-20b's sizes (13.76 GB in FOLDER,
 made where missing), the drafts views of 4, 8 and 16 random experts with a top-k of 1, 2 and 4, batch 1
@@ -17,10 +17,12 @@ import time
 from pathlib import Path
 
 import click
-from machine import describe_machine
-from make_checkpoint import Shape, make_checkpoint
 
-RESULTS = Path(__file__).parent / "results"
+from benchmarks.layout import gpt_oss_20b
+from benchmarks.make_checkpoint import make_checkpoint
+from benchmarks.publish import begin, heading, publish, table
+
+COSTS = ("plain_seconds", "target_seconds", "break_even", "most_speed_up")
 EXPERTS, TOP_KS, BATCHES, LENGTHS = (4, 8, 16), (1, 2, 4), (1, 8), (1, 2, 4)
 
 
@@ -34,6 +36,15 @@ def ask(*arguments: object) -> dict:
         subprocess.run(tool(*arguments, "--json"), check=True, stdout=subprocess.PIPE).stdout
     )
     return found
+
+
+def decode_row(row: dict) -> dict:
+    """What the page shows of a row of `bench decode`."""
+    return {
+        **{key: row[key] for key in ("experts", "batch", "latency", "latency_p95", "bandwidth_share")},
+        "tokens_per_second": row["decode_rate"]["median"],
+        "bytes_per_step": row["bytes_per_token"] * row["batch"],
+    }
 
 
 def speculation_rows(target: Path, plans: list[Path], depth: int, rounds: int) -> list[dict]:
@@ -55,8 +66,9 @@ def speculation_rows(target: Path, plans: list[Path], depth: int, rounds: int) -
                     "draft_weight_bytes": draft["weight_bytes"],
                     "target_cache_bytes": draft["target_cache_bytes"],
                     "draft_cache_bytes": draft["draft_cache_bytes"],
-                    **cost,
+                    "length": cost["length"],
                     "draft_step_seconds": cost["draft_seconds"] / cost["length"],
+                    **{key: cost[key] for key in COSTS},
                 }
                 for draft in found["drafts"]
                 for cost in draft["lengths"]
@@ -64,25 +76,28 @@ def speculation_rows(target: Path, plans: list[Path], depth: int, rounds: int) -
     return rows
 
 
-def as_markdown(report: dict) -> str:
-    lines = ["# Decoding and speculation on the full-size checkpoint, CPU", "", report["how"], ""]
-    lines += [f"- {name}: {value}" for name, value in report["machine"].items()]
+def page(report: dict) -> list[str]:
+    lines = heading("Decoding and speculation on the full-size checkpoint, CPU", report)
     read = f"{report['read_bandwidth'] / 1e9:.1f} GB/s"
     lines += [
         "",
         f"Plain read loop before every run: {read} (median); shares are of the one just before.",
         "",
     ]
-    lines += [
-        "| experts kept | batch | step, ms (median) | p95 | tokens/s | GB a step | share of the read loop |"
-    ]
-    lines += ["|---" * 7 + "|"]
-    for row in report["decode"]:
-        lines.append(
-            f"| {row['experts']:g} | {row['batch']} | {row['latency'] * 1e3:.0f} | {row['latency_p95'] * 1e3:.0f} "
-            f"| {row['decode_rate']['median']:.2f} | {row['bytes_per_token'] * row['batch'] / 1e9:.2f} "
-            f"| {row['bandwidth_share']:.2f} |"
+    columns = ["experts kept", "batch", "step, ms (median)", "p95", "tokens/s", "GB a step"]
+    rows: list[tuple[object, ...]] = [
+        (
+            f"{row['experts']:g}",
+            row["batch"],
+            f"{row['latency'] * 1e3:.0f}",
+            f"{row['latency_p95'] * 1e3:.0f}",
+            f"{row['tokens_per_second']:.2f}",
+            f"{row['bytes_per_step'] / 1e9:.2f}",
+            f"{row['bandwidth_share']:.2f}",
         )
+        for row in report["decode"]
+    ]
+    lines += table([*columns, "share of the read loop"], rows)
     lines += [
         "",
         "## Speculation, the draft a view",
@@ -90,7 +105,7 @@ def as_markdown(report: dict) -> str:
         "Milliseconds, medians; a draft step over one token. Speed-up if every token were accepted.",
         "",
     ]
-    names = (
+    columns = [
         "batch",
         "draft experts",
         "draft top-k",
@@ -102,18 +117,26 @@ def as_markdown(report: dict) -> str:
         "speed-up at 1",
         "draft adds weights",
         "caches, target + draft",
-    )
-    lines += [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    ]
+    rows = []
     for row in report["speculation"]:
         even = "never" if row["break_even"] is None else f"{row['break_even']:.2f}"
         caches = " + ".join(f"{row[f'{side}_cache_bytes'] / 1e6:.1f}" for side in ("target", "draft"))
-        lines.append(
-            f"| {row['batch']} | {row['draft_experts']:g} | {row['draft_top_k']} | {row['length']} "
-            f"| {row['draft_step_seconds'] * 1e3:.0f} | {row['plain_seconds'] * 1e3:.0f} "
-            f"| {row['target_seconds'] * 1e3:.0f} | {even} | {row['most_speed_up']:.2f} "
-            f"| {row['draft_weight_bytes'] / 1e6:.2f} MB | {caches} MB |"
+        steps = [f"{row[key] * 1e3:.0f}" for key in ("draft_step_seconds", "plain_seconds", "target_seconds")]
+        rows.append(
+            (
+                row["batch"],
+                f"{row['draft_experts']:g}",
+                row["draft_top_k"],
+                row["length"],
+                *steps,
+                even,
+                f"{row['most_speed_up']:.2f}",
+                f"{row['draft_weight_bytes'] / 1e6:.2f} MB",
+                f"{caches} MB",
+            )
         )
-    return "\n".join(lines) + "\n"
+    return [*lines, *table(columns, rows)]
 
 
 @click.command(help=__doc__)
@@ -124,7 +147,7 @@ def as_markdown(report: dict) -> str:
 def main(work: Path, depth: int, steps: int, rounds: int) -> None:
     full, made = work / "full", work / "plans"
     if not full.exists():
-        make_checkpoint(full, Shape(), 3)
+        make_checkpoint(full, gpt_oss_20b(), 3)
     made.mkdir(parents=True, exist_ok=True)
     plans = [made / f"random-{kept}.json" for kept in EXPERTS]
     for kept, plan in zip(EXPERTS, plans, strict=True):
@@ -139,18 +162,17 @@ def main(work: Path, depth: int, steps: int, rounds: int) -> None:
         *("--steps", steps, "--rounds", rounds),
     )
     report = {
-        "how": f"python benchmarks/full_size_costs.py: depth {depth}, {rounds} rounds, random weights (costs, not "
-        "acceptance), views of random experts. Tokens are random and spread over experts more evenly than a text's.",
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": describe_machine(work),
+        **begin(
+            f"python -m benchmarks.full_size_costs: context {depth}, {rounds} rounds, random weights (costs, not "
+            "acceptance), views of random experts. Tokens are random and spread over experts more evenly than a "
+            "text's.",
+            work,
+        ),
         "read_bandwidth": decode["read_bandwidth"],
-        "settings": decode["settings"],
-        "decode": [row | {"model": Path(row["model"]).name} for row in decode["rows"]],
+        "decode": [decode_row(row) for row in decode["rows"]],
         "speculation": speculation_rows(full, plans, depth, rounds),
     }
-    (RESULTS / "full_size_costs.json").write_text(json.dumps(report, indent=1) + "\n")
-    (RESULTS / "full_size_costs.md").write_text(as_markdown(report))
-    click.echo(as_markdown(report))
+    publish("full_size_costs", report, page(report))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ The full-size default has gpt-oss-20b's 459 tensors, shapes, dtypes and shard na
 three shards, layers cut across shard borders. Weights are random but sane (finite, small), so the
 result can be run as well as pruned:
 
-    python benchmarks/make_checkpoint.py OUT                  # gpt-oss-20b's shapes
-    python benchmarks/make_checkpoint.py OUT --layers 4 ...   # anything smaller
+    python -m benchmarks.make_checkpoint OUT                  # gpt-oss-20b's shapes
+    python -m benchmarks.make_checkpoint OUT --layers 4 ...   # anything smaller
 
 Memory stays at a few tens of MB whatever the size; nothing is compressible or deduplicable.
 """
@@ -16,114 +16,33 @@ import json
 import os
 import struct
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
 
+from benchmarks.layout import Shape, gpt_oss_20b, hub_config, is_packed, tensor_shapes
+
 CHUNK_BYTES = 8 << 20
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a gpt-oss configuration says about tensor shapes."""
-
-    layers: int = 24
-    experts: int = 32
-    top_k: int = 4
-    hidden: int = 2880
-    intermediate: int = 2880
-    heads: int = 64
-    kv_heads: int = 8
-    head_dim: int = 64
-    vocabulary: int = 201088
 
 
 Tensor = tuple[str, str, tuple[int, ...]]
 
 
-def tensors_of(shape: Shape) -> Iterator[Tensor]:
-    """Every tensor of the MXFP4 hub layout as (name, dtype, shape), layer by layer."""
-    hidden, inter, experts = shape.hidden, shape.intermediate, shape.experts
-    query, key_value = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    yield "model.embed_tokens.weight", "BF16", (shape.vocabulary, hidden)
-    for layer in range(shape.layers):
-        prefix = f"model.layers.{layer}."
-        attention, mlp = prefix + "self_attn.", prefix + "mlp."
-        yield prefix + "input_layernorm.weight", "BF16", (hidden,)
-        yield mlp + "experts.down_proj_bias", "BF16", (experts, hidden)
-        yield mlp + "experts.down_proj_blocks", "U8", (experts, hidden, inter // 32, 16)
-        yield mlp + "experts.down_proj_scales", "U8", (experts, hidden, inter // 32)
-        yield mlp + "experts.gate_up_proj_bias", "BF16", (experts, 2 * inter)
-        yield mlp + "experts.gate_up_proj_blocks", "U8", (experts, 2 * inter, hidden // 32, 16)
-        yield mlp + "experts.gate_up_proj_scales", "U8", (experts, 2 * inter, hidden // 32)
-        yield mlp + "router.bias", "BF16", (experts,)
-        yield mlp + "router.weight", "BF16", (experts, hidden)
-        yield prefix + "post_attention_layernorm.weight", "BF16", (hidden,)
-        for name, rows in (("k", key_value), ("q", query), ("v", key_value)):
-            yield attention + f"{name}_proj.bias", "BF16", (rows,)
-            yield attention + f"{name}_proj.weight", "BF16", (rows, hidden)
-        yield attention + "o_proj.bias", "BF16", (hidden,)
-        yield attention + "o_proj.weight", "BF16", (hidden, query)
-        yield attention + "sinks", "BF16", (shape.heads,)
-    yield "model.norm.weight", "BF16", (hidden,)
-    yield "lm_head.weight", "BF16", (shape.vocabulary, hidden)
+def tensors_of(shape: Shape) -> list[Tensor]:
+    """Every tensor of the MXFP4 hub layout as (name, dtype, shape), layer by layer, by name in a layer."""
+    shapes = tensor_shapes(shape)
+    order = {name: number for number, name in enumerate(dict.fromkeys(map(block_of, shapes)))}
+    names = sorted(shapes, key=lambda name: (order[block_of(name)], name))
+    return [(name, "U8" if is_packed(name) else "BF16", shapes[name]) for name in names]
 
 
-def config_of(shape: Shape) -> dict[str, object]:
-    """A config.json in the key order and spelling of the hub's gpt-oss-20b."""
-    kinds = ["sliding_attention", "full_attention"]
-    return {
-        "architectures": ["GptOssForCausalLM"],
-        "attention_bias": True,
-        "attention_dropout": 0.0,
-        "eos_token_id": 2,
-        "experts_per_token": shape.top_k,
-        "head_dim": shape.head_dim,
-        "hidden_act": "silu",
-        "hidden_size": shape.hidden,
-        "initial_context_length": 4096,
-        "initializer_range": 0.02,
-        "intermediate_size": shape.intermediate,
-        "layer_types": [kinds[layer % 2] for layer in range(shape.layers)],
-        "max_position_embeddings": 131072,
-        "model_type": "gpt_oss",
-        "num_attention_heads": shape.heads,
-        "num_experts_per_tok": shape.top_k,
-        "num_hidden_layers": shape.layers,
-        "num_key_value_heads": shape.kv_heads,
-        "num_local_experts": shape.experts,
-        "output_router_logits": False,
-        "pad_token_id": 1,
-        "quantization_config": {
-            "modules_to_not_convert": [
-                "model.layers.*.self_attn",
-                "model.layers.*.mlp.router",
-                "model.embed_tokens",
-                "lm_head",
-            ],
-            "quant_method": "mxfp4",
-        },
-        "rms_norm_eps": 1e-05,
-        "rope_scaling": {
-            "beta_fast": 32.0,
-            "beta_slow": 1.0,
-            "factor": 32.0,
-            "original_max_position_embeddings": 4096,
-            "rope_type": "yarn",
-            "truncate": False,
-        },
-        "rope_theta": 150000,
-        "router_aux_loss_coef": 0.9,
-        "sliding_window": 128,
-        "swiglu_limit": 7.0,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "use_cache": True,
-        "vocab_size": shape.vocabulary,
-    }
+def block_of(name: str) -> str:
+    """The layer that a tensor belongs to ("model.layers.3"), or its own name where it is outside them."""
+    return ".".join(name.split(".")[:3]) if name.startswith("model.layers.") else name
 
 
 def nbytes(tensor: Tensor) -> int:
@@ -182,7 +101,7 @@ def make_checkpoint(out: Path, shape: Shape, shards: int, seed: int = 0) -> int:
     """Write the checkpoint into the new folder `out`; returns the bytes of its tensors."""
     out.mkdir(parents=True)
     rng = np.random.Generator(np.random.SFC64(seed))
-    tensors = list(tensors_of(shape))
+    tensors = tensors_of(shape)
     groups = [group for group in into_shards(tensors, shards) if group]
     last = len(groups) - 1
     # gpt-oss-20b's three shards are numbered from 0 and "of 00002"; so are ours.
@@ -193,27 +112,28 @@ def make_checkpoint(out: Path, shape: Shape, shards: int, seed: int = 0) -> int:
     weight_map = {t[0]: name for name, group in zip(names, groups, strict=True) for t in group}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    (out / "config.json").write_text(json.dumps(config_of(shape), indent=2) + "\n")
+    (out / "config.json").write_text(json.dumps(hub_config(shape), indent=2) + "\n")
     (out / "generation_config.json").write_text(json.dumps({"eos_token_id": [2], "pad_token_id": 1}) + "\n")
     return total
 
 
+def shape_options(command: Callable[..., None]) -> Callable[..., None]:
+    """An option for each dimension, gpt-oss-20b's by default."""
+    for field in reversed(fields(Shape)):
+        default = getattr(gpt_oss_20b(), field.name)
+        option = click.option(f"--{field.name.replace('_', '-')}", default=default, show_default=True)
+        command = option(command)
+    return command
+
+
 @click.command(help=__doc__)
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--layers", default=24, show_default=True)
-@click.option("--experts", default=32, show_default=True)
-@click.option("--top-k", default=4, show_default=True)
-@click.option("--hidden", default=2880, show_default=True)
-@click.option("--intermediate", default=2880, show_default=True)
-@click.option("--heads", default=64, show_default=True)
-@click.option("--kv-heads", default=8, show_default=True)
-@click.option("--head-dim", default=64, show_default=True)
-@click.option("--vocabulary", default=201088, show_default=True)
+@shape_options
 @click.option("--shards", default=3, show_default=True)
 @click.option("--seed", default=0, show_default=True)
-def main(out: Path, shards: int, seed: int, **dims: int) -> None:
+def main(out: Path, shards: int, seed: int, **dimensions: Any) -> None:
     start = time.perf_counter()
-    total = make_checkpoint(out, Shape(**dims), shards, seed)
+    total = make_checkpoint(out, Shape(**dimensions), shards, seed)
     seconds = time.perf_counter() - start
     click.echo(f"{out}: {total:,} bytes of tensors in {seconds:.1f} s ({total / seconds / 1e9:.2f} GB/s)")
 

@@ -4,8 +4,8 @@ Byte-level BPE over the o200k splitting pattern: the 256 bytes, tokens that are 
 earlier ones with every way to merge them, gpt-oss's control tokens, and a chat template. It says
 nothing sensible, but is as large to read and convert as the real one (28 MB of JSON):
 
-    python benchmarks/make_tokenizer.py CHECKPOINT              # 201088 tokens
-    python benchmarks/make_tokenizer.py CHECKPOINT --vocabulary 4096
+    python -m benchmarks.make_tokenizer CHECKPOINT              # 201088 tokens
+    python -m benchmarks.make_tokenizer CHECKPOINT --vocabulary 4096
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """BF16 to MXFP4 by the best of three scales, beside the scale of the largest value alone.
 
-    python benchmarks/mxfp4_scales.py [--beside EXTENSION]
+    python -m benchmarks.mxfp4_scales [--beside EXTENSION]
 
 example:tiny's experts as BF16 with normal noise, in proportion to the tensor's standard deviation or to each
 weight (as a fine-tune might have moved it), go to MXFP4 by both rules: relative error of the weights, and KL
@@ -13,13 +13,13 @@ thread's own, so that a busy machine disturbs them less. Results go to benchmark
 from __future__ import annotations
 
 import importlib.util
-import json
 import shutil
 import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 from types import ModuleType
@@ -27,10 +27,10 @@ from types import ModuleType
 import click
 import numpy as np
 import torch
-from exactness import prompts_of
-from machine import describe_machine
 from safetensors.torch import load_file, save_file
 
+from benchmarks.exactness import prompts_of
+from benchmarks.publish import begin, heading, publish, table
 from moe_surgery import inspect, prune
 from moe_surgery.bench.rounds import interleaved
 from moe_surgery.formats import mxfp4, mxfp4_numpy
@@ -40,7 +40,6 @@ from moe_surgery.quality.evaluate import evaluate
 from moe_surgery.runtime.text import Text
 from moe_surgery.selection.plan import plan_keeping
 
-RESULTS = Path(__file__).parent / "results"
 SOURCE = "example:tiny"
 NOISE = (0.001, 0.003, 0.01, 0.03)
 OF = ("the tensor's deviation", "each weight")
@@ -73,7 +72,7 @@ def keep_all(source: str | Path, out: Path, dtype: str) -> float:
     """Convert a checkpoint with all its experts; the relative error of the weights."""
     outcome = prune(source, out, plan_keeping(None, inspect(source)), store=dtype, card=False).outcome
     assert outcome is not None
-    return outcome.conversion["relative_error"] if outcome.conversion else 0.0
+    return float(str(outcome.conversion["relative_error"])) if outcome.conversion else 0.0
 
 
 def is_expert_weight(name: str) -> bool:
@@ -190,21 +189,22 @@ def speed(beside: Path | None) -> list[dict[str, object]]:
     for isa in mxfp4.instruction_sets():
         for name, values in operands().items():
             target = np.empty_like(values)
+            jobs: dict[str, Callable[[], object]]
             if isa == "numpy":
                 jobs = {
-                    "this": lambda v=values: mxfp4_numpy.encode_transposed(v, blocks, scales),
-                    "beside": lambda v=values: encode_by_the_largest(v),
+                    "this": partial(mxfp4_numpy.encode_transposed, values, blocks, scales),
+                    "beside": partial(encode_by_the_largest, values),
                 }
             else:
                 jobs = {
-                    build: lambda m=module, v=values, i=isa: m.encode_transposed(v, blocks, scales, i)
+                    build: partial(module.encode_transposed, values, blocks, scales, isa)
                     for build, module in builds.items()
                     if module is not None
                 }
-            jobs["copy"] = lambda t=target, v=values: np.copyto(t, v)
+            jobs["copy"] = partial(np.copyto, target, values)
             taken: dict[str, list[float]] = {job: [] for job in jobs}
             rounds = ROUNDS if isa not in ("numpy", "scalar") else 5
-            timed = [lambda j=job: seconds_of(j) for job in jobs.values()]
+            timed = [partial(seconds_of, job) for job in jobs.values()]
             for _, number, seconds in interleaved(timed, rounds):
                 taken[list(jobs)[number]].append(seconds)
             row: dict[str, object] = {"instruction_set": isa, "values": name, "bytes": values.nbytes}
@@ -213,38 +213,46 @@ def speed(beside: Path | None) -> list[dict[str, object]]:
     return rows
 
 
-def as_markdown(report: dict) -> str:
-    lines = ["# Scales of BF16 to MXFP4", "", report["how"], ""]
-    lines += [f"- {name}: {value}" for name, value in report["machine"].items()]
+def page(report: dict) -> list[str]:
+    lines = heading("Scales of BF16 to MXFP4", report)
     lines += [
         "",
         f"example:tiny with noise on its experts' weights, {report['quality'][0]['tokens']} tokens predicted;",
         "each figure under the largest value's scale / under the best of three:",
         "",
-        "| noise | relative error of weights | KL, nats a token | agreement of the likeliest token |",
-        "|---|---|---|---|",
     ]
-    for r in report["quality"]:
-        lines.append(
-            f"| {100 * r['noise']:g} % of {r['of']} | {r['error_largest']:.4f} / {r['error_best']:.4f} "
-            f"| {r['kl_largest']:.6f} / {r['kl_best']:.6f} "
-            f"| {r['agreement_largest']:.4f} / {r['agreement_best']:.4f} |"
+    columns = ("noise", "relative error of weights", "KL, nats a token", "agreement of the likeliest token")
+    rows: list[tuple[object, ...]] = [
+        (
+            f"{100 * r['noise']:g} % of {r['of']}",
+            f"{r['error_largest']:.4f} / {r['error_best']:.4f}",
+            f"{r['kl_largest']:.6f} / {r['kl_best']:.6f}",
+            f"{r['agreement_largest']:.4f} / {r['agreement_best']:.4f}",
         )
+        for r in report["quality"]
+    ]
+    lines += table(columns, rows)
     lines += [
         "",
         f"Encoding BF16 [{INPUTS}, {ROWS}] on one thread, medians. The ratio is to the build given by --beside, here",
         "one without the search; in numpy to this script's encoder by the largest value.",
         "",
-        "| instructions | values | ms | GB/s of BF16 | ratio | copy of the BF16, ms |",
-        "|---|---|---|---|---|---|",
     ]
-    for r in report["speed"]:
-        ratio = f"{r['this'] / r['beside']:.2f}" if "beside" in r else ""
-        lines.append(
-            f"| {r['instruction_set']} | {r['values']} | {1e3 * r['this']:.2f} "
-            f"| {r['bytes'] / r['this'] / 1e9:.2f} | {ratio} | {1e3 * r['copy']:.2f} |"
+    rows = [
+        (
+            r["instruction_set"],
+            r["values"],
+            f"{1e3 * r['this']:.2f}",
+            f"{r['bytes'] / r['this'] / 1e9:.2f}",
+            f"{r['this'] / r['beside']:.2f}" if "beside" in r else "",
+            f"{1e3 * r['copy']:.2f}",
         )
-    return "\n".join(lines) + "\n"
+        for r in report["speed"]
+    ]
+    return [
+        *lines,
+        *table(("instructions", "values", "ms", "GB/s of BF16", "ratio", "copy of the BF16, ms"), rows),
+    ]
 
 
 @click.command(help=__doc__)
@@ -253,15 +261,13 @@ def main(beside: Path | None) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         report = {
-            "how": "python benchmarks/mxfp4_scales.py" + (" --beside EXTENSION" if beside else ""),
-            "date": time.strftime("%Y-%m-%d"),
-            "machine": describe_machine(Path(folder)),
+            **begin(
+                "python -m benchmarks.mxfp4_scales" + (" --beside EXTENSION" if beside else ""), Path(folder)
+            ),
             "quality": quality(Path(folder)),
             "speed": speed(beside),
         }
-    (RESULTS / "mxfp4_scales.json").write_text(json.dumps(report, indent=1) + "\n")
-    (RESULTS / "mxfp4_scales.md").write_text(as_markdown(report))
-    click.echo(as_markdown(report))
+    publish("mxfp4_scales", report, page(report))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """profile on a full-size checkpoint inside a memory cgroup, beside what its reads and sums must cost.
 
-    python benchmarks/profile_budget.py --work FOLDER [--tokens 4096] [--limit 2GiB]
+    python -m benchmarks.profile_budget --work FOLDER [--tokens 4096] [--limit 2GiB]
 
 FOLDER/full is made (13.8 GB) where it is not there, and given a tokenizer. The bound is the larger of
 two times: all weights but the unembedding read once at the rate at which the checkpoint's file is read
@@ -10,7 +10,6 @@ measured in this run.
 
 from __future__ import annotations
 
-import json
 import resource
 import subprocess
 import sys
@@ -19,14 +18,13 @@ import time
 from pathlib import Path
 
 import click
-from cgroup import enter_command, memory_cgroup
-from machine import describe_machine
-from make_checkpoint import Shape, make_checkpoint
-from make_tokenizer import make_tokenizer
 
+from benchmarks.cgroup import enter_command, memory_cgroup
+from benchmarks.layout import Shape, gpt_oss_20b
+from benchmarks.make_checkpoint import make_checkpoint
+from benchmarks.make_tokenizer import make_tokenizer
+from benchmarks.publish import begin, heading, publish, table
 from moe_surgery import inspect
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def read_rate(file: Path, nbytes: int = 2 << 30) -> float:
@@ -86,38 +84,35 @@ def run(full: Path, text: Path, tokens: int, out: Path, limit: int) -> dict[str,
 def main(work: Path, tokens: int, limit: int) -> None:
     full, text = work / "full", work / "profile.txt"
     if not full.exists():
-        make_checkpoint(full, Shape(), 3)
+        make_checkpoint(full, gpt_oss_20b(), 3)
     if not (full / "tokenizer.json").exists():
-        make_tokenizer(full, Shape().vocabulary)
+        make_tokenizer(full, gpt_oss_20b().vocabulary)
     library = Path(sysconfig.get_paths()["stdlib"])
     text.write_text("".join(f.read_text() for f in sorted(library.glob("a*.py"))))
     weights = inspect(full)
     read = weights.nbytes - weights.parts["embedding and unembedding"]
     rates = {"read": read_rate(max(full.glob("*.safetensors"))), "products": product_rate()}
     found = run(full, text, tokens, work / "profile.stats", limit)
-    bound = max(read / rates["read"], operations(tokens, Shape()) / rates["products"])
+    bound = max(read / rates["read"], operations(tokens, gpt_oss_20b()) / rates["products"])
     report = {
-        "how": f"python benchmarks/profile_budget.py --tokens {tokens}, in a memory cgroup of "
-        f"{limit / (1 << 30):.2f} GiB, bfloat16, default backend.",
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": describe_machine(work),
+        **begin(
+            f"python -m benchmarks.profile_budget --tokens {tokens}, in a memory cgroup of "
+            f"{limit / (1 << 30):.2f} GiB, bfloat16, default backend.",
+            work,
+        ),
         "figures": {
             **found,
             "bytes_read_gb": read / 1e9,
             "read_gb_per_second": rates["read"] / 1e9,
-            "teraoperations": operations(tokens, Shape()) / 1e12,
+            "teraoperations": operations(tokens, gpt_oss_20b()) / 1e12,
             "gigaoperations_per_second": rates["products"] / 1e9,
             "bound_seconds": bound,
             "times_the_bound": found["seconds"] / bound,
         },
     }
-    (RESULTS / "profile_budget.json").write_text(json.dumps(report, indent=1) + "\n")
-    lines = ["# profile on a full-size checkpoint", "", report["how"], ""]
-    lines += [f"- {name}: {value}" for name, value in report["machine"].items()]
-    lines += ["", "| figure | value |", "|---|---|"]
-    lines += [f"| {name} | {value:.4g} |" for name, value in report["figures"].items()]
-    (RESULTS / "profile_budget.md").write_text("\n".join(lines) + "\n")
-    click.echo("\n".join(lines))
+    rows = [(name, f"{value:.4g}") for name, value in report["figures"].items()]
+    lines = heading("profile on a full-size checkpoint", report)
+    publish("profile_budget", report, [*lines, "", *table(("figure", "value"), rows)])
 
 
 if __name__ == "__main__":

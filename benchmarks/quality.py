@@ -1,26 +1,26 @@
 """Which experts to keep: every metric, ours and random plans on held-out texts of several domains.
 
-    python benchmarks/quality.py --texts FOLDER [--checkpoint example:tiny]
+    python -m benchmarks.quality --texts FOLDER [--checkpoint example:tiny]
 
 FOLDER holds one .jsonl file of {"text": ...} lines a domain. Experts are chosen on the first half of
 each domain's documents and measured on the second half, against the full model: mean KL divergence
-(nats a token), cross-entropy and agreement of the likeliest token. "own" plans are chosen on the
+(nats a token). "own" plans are chosen on the
 domain they are measured on, "general" ones on the first halves of all domains together.
 """
 
 from __future__ import annotations
 
-import json
 import statistics as summary
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
-from machine import describe_machine
 
+from benchmarks.publish import RESULTS, begin, heading, load, publish, table
 from moe_surgery import inspect
 from moe_surgery.quality.corpus import text_files
 from moe_surgery.quality.evaluate import evaluate
@@ -32,11 +32,10 @@ from moe_surgery.selection.plan import Plan, plan_from_ranking, plan_random
 from moe_surgery.selection.rank import rank
 from moe_surgery.selection.ranking import Ranking
 
-RESULTS = Path(__file__).parent / "results"
 KEPT = (4, 8, 16, 24)
 SEEDS = range(5)
 METHODS = (*METRICS, METHOD)
-Row = dict[str, object]
+Row = dict[str, Any]
 
 
 def halves(texts: Path, work: Path) -> dict[str, tuple[Path, Path]]:
@@ -98,127 +97,113 @@ def measure(checkpoint: str, texts: Path, max_tokens: int, work: Path) -> Row:
         start = time.perf_counter()
         done = evaluate(checkpoint, second, max_tokens=max_tokens, plans=plans_for(domain, found, checkpoint))
         seconds[f"evaluate, {domain}"] = time.perf_counter() - start
-        rows.extend(row_of(domain, model) for model in done.models)
+        rows += rows_of(domain, done.models)
         click.echo(f"{domain}: evaluated", err=True)
     return {"domains": list(files), "rows": rows, "seconds": seconds}
 
 
-def row_of(domain: str, model: Evaluated) -> Row:
-    scope, method, kept = model.name.split("/") if "/" in model.name else ("full", "", str(model.experts[0]))
-    quality = model.domains[domain]
-    return {
-        "domain": domain,
-        "scope": scope,
-        "method": method,
-        "kept": int(kept),
-        "tokens": quality.tokens,
-        "cross_entropy": quality.cross_entropy,
-        "kl": quality.kl,
-        "agreement": quality.agreement,
-        "redirected": summary.mean(quality.redirected),
-    }
+def rows_of(domain: str, models: Sequence[Evaluated]) -> list[Row]:
+    """A row per size: the KL divergence by method of own and general plans, and of random ones over the seeds."""
+    kl = {model.name: model.domains[domain].kl for model in models}
+    rows: list[Row] = []
+    for kept in KEPT:
+        drawn = [kl[f"random/{seed}/{kept}"] for seed in SEEDS]
+        row: Row = {"kept": kept, "domain": domain}
+        for scope in ("own", "general"):
+            row[scope] = {method: kl[f"{scope}/{method}/{kept}"] for method in METHODS}
+        row["random"] = {"mean": summary.mean(drawn), "least": min(drawn), "most": max(drawn)}
+        rows.append(row)
+    return rows
 
 
-def mean_of(rows: Sequence[Row], figure: str, **wanted: object) -> float:
-    """Mean of a figure over the rows that have these values."""
-    values = [r[figure] for r in rows if all(r[k] == v for k, v in wanted.items())]
-    return summary.mean(float(str(v)) for v in values)
+class Figures:
+    """KL divergences (nats a token) of a report."""
+
+    def __init__(self, rows: Sequence[Row], domains: Sequence[str]) -> None:
+        self._rows = {(row["domain"], row["kept"]): row for row in rows}
+        self.domains = domains
+
+    def kl(self, domain: str, kept: int, scope: str, method: str) -> float:
+        return float(self._rows[domain, kept][scope][method])
+
+    def over_domains(self, kept: int, scope: str, method: str) -> list[float]:
+        return [self.kl(domain, kept, scope, method) for domain in self.domains]
+
+    def mean(self, kept: int, scope: str, method: str) -> float:
+        return summary.mean(self.over_domains(kept, scope, method))
+
+    def least(self, domain: str, kept: int) -> float:
+        return min(self.kl(domain, kept, "own", method) for method in METHODS)
 
 
-def table(rows: Sequence[Row], domains: Sequence[str], figure: str, kept: int, digits: int = 3) -> list[str]:
-    lines = ["| chosen by | on | " + " | ".join([*domains, "mean"]) + " |", "|---" * (len(domains) + 3) + "|"]
-    best = {
-        d: min(mean_of(rows, "kl", domain=d, scope="own", method=m, kept=kept) for m in METHODS)
-        for d in domains
-    }
-
-    def line(name: str, scope: str, **wanted: object) -> str:
-        values = [mean_of(rows, figure, domain=d, scope=scope, kept=kept, **wanted) for d in domains]
-        cells = [
-            f"**{v:.{digits}f}**" if figure == "kl" and scope == "own" and v <= best[d] else f"{v:.{digits}f}"
-            for d, v in zip(domains, values, strict=True)
-        ]
-        return f"| {name} | {scope} | " + " | ".join([*cells, f"{summary.mean(values):.{digits}f}"]) + " |"
-
+def rows_for(figures: Figures, kept: int) -> list[list[str]]:
+    """The table of one size; the least of each domain among own plans is bold."""
+    rows = []
     for scope in ("own", "general"):
-        lines += [line(method, scope, method=method) for method in METHODS]
-    return [*lines, line(f"mean of {len(SEEDS)} seeds", "random")]
+        for method in METHODS:
+            cells = []
+            for domain in figures.domains:
+                value = figures.kl(domain, kept, scope, method)
+                best = scope == "own" and value <= figures.least(domain, kept)
+                cells.append(f"**{value:.3f}**" if best else f"{value:.3f}")
+            rows.append([method, scope, *cells, f"{figures.mean(kept, scope, method):.3f}"])
+    drawn = [*figures.over_domains(kept, "random", "mean"), figures.mean(kept, "random", "mean")]
+    return [*rows, [f"mean of {len(SEEDS)} seeds", "random", *(f"{value:.3f}" for value in drawn)]]
 
 
-def reading(rows: Sequence[Row], domains: Sequence[str]) -> list[str]:
+def reading(figures: Figures) -> list[str]:
     """What the figures say, counted over domains x sizes."""
-
-    def kl(domain: str, kept: int, scope: str, method: str) -> float:
-        return mean_of(rows, "kl", domain=domain, kept=kept, scope=scope, method=method)
-
-    cells = [(d, k) for d in domains for k in KEPT]
-    wins = {
-        m: sum(kl(d, k, "own", m) == min(kl(d, k, "own", n) for n in METHODS) for d, k in cells)
-        for m in METHODS
-    }
+    cells = [(d, k) for d in figures.domains for k in KEPT]
+    wins = {m: sum(figures.kl(d, k, "own", m) == figures.least(d, k) for d, k in cells) for m in METHODS}
     lines = [f"Of {len(cells)} pairs of domain and size (ties count for each):", ""]
     lines.append(
         "- least KL: " + ", ".join(f"{m} {n}" for m, n in sorted(wins.items(), key=lambda w: -w[1]) if n)
     )
-    for method in (*METRICS, METHOD):
-        own = sum(kl(d, k, "own", method) < kl(d, k, "general", method) for d, k in cells)
-        drawn = [mean_of(rows, "kl", domain=d, kept=k, scope="random") for d, k in cells]
-        chance = sum(kl(d, k, "own", method) < r for (d, k), r in zip(cells, drawn, strict=True))
+    for method in METHODS:
+        own = sum(figures.kl(d, k, "own", method) < figures.kl(d, k, "general", method) for d, k in cells)
+        chance = sum(figures.kl(d, k, "own", method) < figures.kl(d, k, "random", "mean") for d, k in cells)
         lines.append(f"- {method}: the domain's own plan beats the general one in {own}, random in {chance}")
-    published = {
-        k: min(METRICS, key=lambda m: summary.mean(kl(d, k, "own", m) for d in domains)) for k in KEPT
-    }
-    for kept, best in published.items():
-        ours, theirs = (summary.mean(kl(d, kept, "own", m) for d in domains) for m in (METHOD, best))
+    for kept in KEPT:
+        means = {method: figures.mean(kept, "own", method) for method in METHODS}
+        best, ours = min(METRICS, key=lambda metric: means[metric]), means[METHOD]
         lines.append(
-            f"- {kept} kept: {METHOD} {ours:.4f}, best metric {best} {theirs:.4f}, ratio {ours / theirs:.3f}"
+            f"- {kept} kept: {METHOD} {ours:.4f}, best metric {best} {means[best]:.4f}, "
+            f"ratio {ours / means[best]:.3f}"
         )
     return lines
 
 
-def as_markdown(report: Row) -> str:
-    rows, domains = report["rows"], report["domains"]
-    assert isinstance(rows, list)
-    assert isinstance(domains, list)
-    lines = ["# Which experts to keep", "", str(report["how"]), ""]
-    lines += [f"- {name}: {value}" for name, value in report["machine"].items()]  # type: ignore[attr-defined]
-    lines += ["", "![KL divergence against experts kept](quality.png)", ""]
+def page(report: Row) -> list[str]:
+    figures = Figures(report["rows"], report["domains"])
+    lines = [*heading("Which experts to keep", report), ""]
+    lines += ["![KL divergence against experts kept](quality.png)", ""]
     lines += ["## Mean KL divergence over the domains, own plans", ""]
-    lines += ["| chosen by | " + " | ".join(map(str, KEPT)) + " |", "|---" * (len(KEPT) + 1) + "|"]
-    for method in METHODS:
-        values = [mean_of(rows, "kl", scope="own", method=method, kept=kept) for kept in KEPT]
-        lines.append(f"| {method} | " + " | ".join(f"{v:.4f}" for v in values) + " |")
-    values = [mean_of(rows, "kl", scope="random", kept=kept) for kept in KEPT]
-    lines.append("| random | " + " | ".join(f"{v:.4f}" for v in values) + " |")
-    lines += ["", *reading(rows, domains)]
+    chosen = [*((method, "own", method) for method in METHODS), ("random", "random", "mean")]
+    rows = [
+        [name, *(f"{figures.mean(kept, scope, key):.4f}" for kept in KEPT)] for name, scope, key in chosen
+    ]
+    lines += [*table(["chosen by", *KEPT], rows), "", *reading(figures)]
     for kept in KEPT:
         lines += ["", f"## {kept} experts kept: KL divergence, nats a token", ""]
-        lines += table(rows, domains, "kl", kept)
-    lines += ["", "## Seconds", "", "| job | seconds |", "|---|---|"]
-    lines += [f"| {name} | {value:.1f} |" for name, value in report["seconds"].items()]  # type: ignore[attr-defined]
-    return "\n".join(lines) + "\n"
+        lines += table(["chosen by", "on", *figures.domains, "mean"], rows_for(figures, kept))
+    seconds = [(name, f"{value:.1f}") for name, value in report["seconds"].items()]
+    return [*lines, "", "## Seconds", "", *table(("job", "seconds"), seconds)]
 
 
 def draw(report: Row, file: Path) -> None:
     from matplotlib.figure import Figure
 
-    rows, domains = report["rows"], report["domains"]
-    assert isinstance(rows, list)
-    assert isinstance(domains, list)
-    figure = Figure(figsize=(3.2 * len(domains), 3.4), layout="constrained")
+    figures = Figures(report["rows"], report["domains"])
+    figure = Figure(figsize=(3.2 * len(figures.domains), 3.4), layout="constrained")
     styles = dict(zip(METHODS, ("o", "s", "^", "v", "D", "P", "X", "*"), strict=True))
-    axes = figure.subplots(1, len(domains), sharey=True)
-    for axis, domain in zip(axes, domains, strict=True):
+    axes = figure.subplots(1, len(figures.domains), sharey=True, squeeze=False)[0]
+    for axis, domain in zip(axes, figures.domains, strict=True):
         for method in METHODS:
-            values = [mean_of(rows, "kl", domain=domain, scope="own", method=method, kept=k) for k in KEPT]
-            mine = {"color": "black", "linewidth": 2.4} if method == METHOD else {"linewidth": 1.0}
-            axis.plot(KEPT, values, marker=styles[method], label=method, **mine)
-        draws = [
-            [mean_of(rows, "kl", domain=domain, scope="random", method=str(s), kept=k) for k in KEPT]
-            for s in SEEDS
-        ]
-        low, high = ([f(values) for values in zip(*draws, strict=True)] for f in (min, max))
-        axis.fill_between(KEPT, low, high, alpha=0.25, color="grey", label="random, 5 seeds")
+            values = [figures.kl(domain, kept, "own", method) for kept in KEPT]
+            line = {"color": "black", "linewidth": 2.4} if method == METHOD else {"linewidth": 1.0}
+            axis.plot(KEPT, values, marker=styles[method], label=method, **line)
+        low, high = ([figures.kl(domain, kept, "random", key) for kept in KEPT] for key in ("least", "most"))
+        axis.fill_between(KEPT, low, high, alpha=0.25, color="grey", label=f"random, {len(SEEDS)} seeds")
         axis.set(title=domain, xlabel="experts kept", yscale="log", xticks=KEPT)
     axes[0].set_ylabel("KL from the full model, nats a token")
     figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside right center", fontsize=8)
@@ -230,27 +215,29 @@ def draw(report: Row, file: Path) -> None:
 @click.option("--checkpoint", default="example:tiny", show_default=True)
 @click.option("--redraw", is_flag=True, help="Write table and plot again from the results that are there.")
 @click.option("--max-tokens", default=4000, show_default=True, help="Most tokens of a domain to measure on.")
-def main(texts: Path | None, checkpoint: str, max_tokens: int, redraw: bool) -> None:
+@click.option("--out", type=click.Path(path_type=Path), default=RESULTS, show_default=True)
+def main(texts: Path | None, checkpoint: str, max_tokens: int, redraw: bool, out: Path) -> None:
     if redraw:
-        report = json.loads((RESULTS / "quality.json").read_text())
-        (RESULTS / "quality.md").write_text(as_markdown(report))
-        draw(report, RESULTS / "quality.png")
+        report = load("quality", out)
+        if report is None:
+            raise click.ClickException(f"{out}: holds no quality.json")
+        publish("quality", report, page(report), out)
+        draw(report, out / "quality.png")
         return
     if texts is None:
         raise click.UsageError("--texts FOLDER is missing")
     torch.set_num_threads(1)  # so small a model only loses by more
     with tempfile.TemporaryDirectory() as folder:
         report = {
-            "how": f"python benchmarks/quality.py on {checkpoint}: chosen on the first half of the documents, "
-            f"measured on at most {max_tokens} tokens of the second; bold: the least of its column.",
-            "date": time.strftime("%Y-%m-%d"),
-            "machine": describe_machine(Path(folder)),
+            **begin(
+                f"python -m benchmarks.quality on {checkpoint}: chosen on the first half of the documents, "
+                f"measured on at most {max_tokens} tokens of the second; bold: the least of its column.",
+                Path(folder),
+            ),
             **measure(checkpoint, texts, max_tokens, Path(folder)),
         }
-    (RESULTS / "quality.json").write_text(json.dumps(report, indent=1) + "\n")
-    (RESULTS / "quality.md").write_text(as_markdown(report))
-    draw(report, RESULTS / "quality.png")
-    click.echo(as_markdown(report))
+    publish("quality", report, page(report), out)
+    draw(report, out / "quality.png")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The runtime on a full-size checkpoint and on one pruned to 4 experts, on the CPU.
 
-    python benchmarks/runtime_cpu.py --work FOLDER [--context 1024]
+    python -m benchmarks.runtime_cpu --work FOLDER [--context 1024]
 
 FOLDER holds, or is given, the full-size checkpoint of `surgery_budgets.py` (13.76 GB) and its pruned
 copy (4.87 GB). Each model runs in a process of its own: load, prefill to fill the context but for 32
@@ -17,11 +17,12 @@ import time
 from pathlib import Path
 
 import click
-from cgroup import enter_command, memory_cgroup
-from machine import describe_machine
-from make_checkpoint import Shape, make_checkpoint
 
-RESULTS = Path(__file__).parent / "results"
+from benchmarks.cgroup import enter_command, memory_cgroup
+from benchmarks.layout import gpt_oss_20b
+from benchmarks.make_checkpoint import make_checkpoint
+from benchmarks.publish import begin, heading, publish, table
+
 CGROUP_BYTES = 6 << 30
 NEW_TOKENS = 32
 
@@ -42,7 +43,7 @@ def run_model(path: str, context: int) -> dict[str, float]:
     loaded = time.perf_counter()
     cache = model.new_cache(1, context)
     generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(0, model.config.vocabulary, (1, context - NEW_TOKENS), generator=generator)
+    prompt = torch.randint(0, model.config.vocab_size, (1, context - NEW_TOKENS), generator=generator)
     logits = model(prompt, cache, logits_to_keep=1)
     prefilled = time.perf_counter()
     for _ in range(NEW_TOKENS):
@@ -61,7 +62,7 @@ def run_model(path: str, context: int) -> dict[str, float]:
 
 
 def in_process(path: Path, context: int, group: Path | None = None) -> dict[str, float]:
-    command = [sys.executable, __file__, "--one", str(path), "--context", str(context)]
+    command = [sys.executable, "-m", "benchmarks.runtime_cpu", "--one", str(path), "--context", str(context)]
     done = subprocess.run(enter_command(group, command) if group else command, capture_output=True, text=True)
     if done.returncode:
         raise click.ClickException(f"{path}: exit {done.returncode}: {done.stderr.strip()[-500:]}")
@@ -71,7 +72,7 @@ def in_process(path: Path, context: int, group: Path | None = None) -> dict[str,
 def measure(work: Path, context: int) -> dict[str, dict]:
     full, pruned = work / "full", work / "pruned-4"
     if not full.exists():
-        make_checkpoint(full, Shape(), 3)
+        make_checkpoint(full, gpt_oss_20b(), 3)
     if not pruned.exists():
         subprocess.run(
             [sys.executable, "-m", "moe_surgery", "prune", full, pruned, "--keep", "0-3", "-q"], check=True
@@ -84,14 +85,10 @@ def measure(work: Path, context: int) -> dict[str, dict]:
     return runs
 
 
-def as_markdown(report: dict) -> str:
-    lines = ["# The runtime on the CPU, full size", "", str(report["how"]), ""]
-    lines += [f"- {name}: {value}" for name, value in report["machine"].items()]
+def page(report: dict) -> list[str]:
     keys = list(next(iter(report["runs"].values())))
-    lines += ["", "| model | " + " | ".join(keys) + " |", "|---" * (len(keys) + 1) + "|"]
-    for name, run in report["runs"].items():
-        lines.append(f"| {name} | " + " | ".join(f"{run[key]:.2f}" for key in keys) + " |")
-    return "\n".join(lines) + "\n"
+    rows = [(name, *(f"{run[key]:.2f}" for key in keys)) for name, run in report["runs"].items()]
+    return [*heading("The runtime on the CPU, full size", report), "", *table(("model", *keys), rows)]
 
 
 @click.command(help=__doc__)
@@ -105,14 +102,13 @@ def main(work: Path | None, context: int, one: str | None) -> None:
     if work is None:
         raise click.UsageError("--work FOLDER is missing")
     report = {
-        "how": f"python benchmarks/runtime_cpu.py: default backend and dtype, batch 1, context {context} filled.",
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": describe_machine(work),
+        **begin(
+            f"python -m benchmarks.runtime_cpu: default backend and dtype, batch 1, context {context} filled.",
+            work,
+        ),
         "runs": measure(work, context),
     }
-    (RESULTS / "runtime_cpu.json").write_text(json.dumps(report, indent=1) + "\n")
-    (RESULTS / "runtime_cpu.md").write_text(as_markdown(report))
-    click.echo(as_markdown(report))
+    publish("runtime_cpu", report, page(report))
 
 
 if __name__ == "__main__":

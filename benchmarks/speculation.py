@@ -1,6 +1,6 @@
 """Speculative decoding on held-out texts, every way a pruned draft can be had: exactness and acceptance.
 
-    python benchmarks/speculation.py --texts FOLDER [--checkpoint example:tiny] [--work FOLDER] [--only law]
+    python -m benchmarks.speculation --texts FOLDER [--checkpoint example:tiny] [--work FOLDER] [--only law]
 
 FOLDER holds <domain>.jsonl files with a line {"text": ...} each. The last 20 texts of a domain give its
 prompts (the first 32 tokens; nothing of them is kept), the others its ranking (sum of router weights).
@@ -14,22 +14,23 @@ that are there already stay, so that domains can be run one by one.
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import mean
+from typing import Any
 
 import click
 import torch
-from machine import describe_machine
 
+from benchmarks.publish import RESULTS, begin, heading, load, publish, table
 from moe_surgery import Plan, load_model, prune
 from moe_surgery.quality.corpus import Passage, open_corpus, text_files
 from moe_surgery.quality.profile import profile_passages
 from moe_surgery.quality.prompts import prompts_of
 from moe_surgery.runtime.generate import generate
-from moe_surgery.runtime.model import Model
+from moe_surgery.runtime.model import CausalLM
 from moe_surgery.runtime.speculation.speculate import speculate
 from moe_surgery.runtime.speculation.statistics import SpeculationStatistics
 from moe_surgery.runtime.text import Text
@@ -37,7 +38,6 @@ from moe_surgery.runtime.view import view
 from moe_surgery.selection.metrics import order, score
 from moe_surgery.selection.plan import plan_random
 
-RESULTS = Path(__file__).parent / "results"
 EXPERTS = (1, 4, 8, 16, 31)
 TOP_KS = (1, 2, 4)
 LENGTHS = tuple(range(1, 9))
@@ -51,7 +51,7 @@ Prompts = list[list[int]]
 class Domain:
     """One domain's prompts, what the target says to them, and its own order of experts by layer."""
 
-    def __init__(self, name: str, target: Model, prompts: Prompts, ranked: list[tuple[int, ...]]) -> None:
+    def __init__(self, name: str, target: CausalLM, prompts: Prompts, ranked: list[tuple[int, ...]]) -> None:
         self.name, self.prompts, self._ranked = name, prompts, ranked
         self.plain = generate(target, prompts, max_new_tokens=NEW_TOKENS, stop_tokens=()).tokens
 
@@ -59,7 +59,7 @@ class Domain:
         kept = tuple(tuple(sorted(layer[:experts])) for layer in self._ranked)
         return Plan("gpt_oss", len(self._ranked[0]), kept)
 
-    def run(self, target: Model, draft: Model, length: int) -> tuple[SpeculationStatistics, int]:
+    def run(self, target: CausalLM, draft: CausalLM, length: int) -> tuple[SpeculationStatistics, int]:
         """What speculation did, and how many of the prompts went on other than plainly."""
         found = speculate(
             target, draft, self.prompts, length=length, max_new_tokens=NEW_TOKENS, stop_tokens=()
@@ -68,7 +68,7 @@ class Domain:
         return found.statistics, wrong
 
 
-def make_domains(target: Model, checkpoint: str, texts: Path, only: tuple[str, ...]) -> list[Domain]:
+def make_domains(target: CausalLM, checkpoint: str, texts: Path, only: tuple[str, ...]) -> list[Domain]:
     """Domains with prompts from their last texts and rankings from the others."""
     found = []
     for file in text_files(sorted(texts.glob("*.jsonl")), format="jsonl"):
@@ -84,7 +84,9 @@ def make_domains(target: Model, checkpoint: str, texts: Path, only: tuple[str, .
     return found
 
 
-def drafts(target: Model, checkpoint: str, domain: Domain, work: Path) -> Iterator[tuple[str, int, Model]]:
+def drafts(
+    target: CausalLM, checkpoint: str, domain: Domain, work: Path
+) -> Iterator[tuple[str, int, CausalLM]]:
     """(kind, experts, draft) for every draft of the product, with the model's own top-k."""
     for experts in EXPERTS:
         plan = domain.plan(experts)
@@ -94,7 +96,7 @@ def drafts(target: Model, checkpoint: str, domain: Domain, work: Path) -> Iterat
         yield "view", experts, view(target, plan)
 
 
-def product(target: Model, checkpoint: str, domain: Domain, work: Path) -> Iterator[dict[str, object]]:
+def product(target: CausalLM, checkpoint: str, domain: Domain, work: Path) -> Iterator[dict[str, Any]]:
     """A row for every draft, top-k and length."""
     for kind, experts, whole in drafts(target, checkpoint, domain, work):
         for top_k in TOP_KS:
@@ -104,9 +106,9 @@ def product(target: Model, checkpoint: str, domain: Domain, work: Path) -> Itera
                 yield {**row, **measured(target, draft, domain, length)}
 
 
-def beside(target: Model, domain: Domain, seeds: int = 3) -> Iterator[dict[str, object]]:
+def beside(target: CausalLM, domain: Domain, seeds: int = 3) -> Iterator[dict[str, Any]]:
     """Random plans of the same sizes, and the model as its own draft."""
-    layers, experts = target.config.layers, target.config.experts
+    layers, experts = target.config.num_hidden_layers, target.config.num_local_experts
     shape = type("Shape", (), {"model_type": "gpt_oss", "experts": experts, "layers": layers})()
     for count in (*EXPERTS, experts):
         for seed in range(seeds if count < experts else 1):
@@ -116,91 +118,119 @@ def beside(target: Model, domain: Domain, seeds: int = 3) -> Iterator[dict[str, 
             yield {**row, **measured(target, view(target, plan), domain, 4)}
 
 
-def measured(target: Model, draft: Model, domain: Domain, length: int) -> dict[str, object]:
+def measured(target: CausalLM, draft: CausalLM, domain: Domain, length: int) -> dict[str, Any]:
     s, wrong = domain.run(target, draft, length)
     return {
         "domain": domain.name,
         "prompts": len(domain.prompts),
         "differing_prompts": wrong,
-        "acceptance": s.acceptance,
-        "acceptance_by_position": [None if a is None else round(a, 4) for a in s.acceptance_by_position],
         "tried": sum(s.tried),
         "accepted": sum(s.accepted),
         "tokens_per_target_step": s.tokens_per_target_step,
     }
 
 
-def pooled(rows: list[dict], **chosen: object) -> float | None:
-    """Acceptance over all rows with these values, each weighing by its tried tokens."""
-    mine = [r for r in rows if all(r[k] == v for k, v in chosen.items())]
-    tried = sum(r["tried"] for r in mine)
-    return sum(r["accepted"] for r in mine) / tried if tried else None
+def summary(domain: str, runs: list[dict]) -> tuple[dict, list[dict]]:
+    """A domain's runs as outputs that differ from plain decoding, and a row for each number of experts kept.
+
+    A row holds [accepted, tried] tokens of own plans by top-k and of random plans, at length 4, and the tokens
+    a target step by length, at top-k 4; all of views (of checkpoints they are the same).
+    """
+    views = [r for r in runs if r["kind"] == "view"]
+
+    def accepted(**chosen: object) -> list[int]:
+        mine = [r for r in views if all(r[k] == v for k, v in {"length": 4, **chosen}.items())]
+        return [sum(r[key] for r in mine) for key in ("accepted", "tried")]
+
+    rows: list[dict] = []
+    for experts in EXPERTS:
+        by_length = [r for r in views if (r["plan"], r["experts"], r["top_k"]) == ("own", experts, 4)]
+        rows.append(
+            {
+                "domain": domain,
+                "experts": experts,
+                "own": {str(k): accepted(plan="own", experts=experts, top_k=k) for k in TOP_KS},
+                "random": accepted(plan="random", experts=experts),
+                "tokens_per_target_step": [r["tokens_per_target_step"] for r in by_length],
+            }
+        )
+    rows.append({"domain": domain, "experts": "all", "own": {"4": accepted(plan="all")}})
+    exactness = {
+        "domain": domain,
+        "runs": len(runs),
+        "prompts": max(r["prompts"] for r in runs),
+        "outputs": sum(r["prompts"] for r in runs),
+        "differing": sum(r["differing_prompts"] for r in runs),
+    }
+    return exactness, rows
 
 
-def as_markdown(report: dict) -> str:
-    rows = report["rows"]
-    domains = sorted({r["domain"] for r in rows})
-    own = [r for r in rows if r["plan"] == "own"]
-    prompts = sum(max(r["prompts"] for r in own if r["domain"] == d) for d in domains)
-    wrong = sum(r["differing_prompts"] for r in rows)
-    lines = ["# Speculative decoding on held-out texts", "", str(report["how"]), ""]
-    lines += [f"- {name}: {value}" for name, value in report["machine"].items()]
-    lines += [
+def rate(*pairs: list[int]) -> float | None:
+    """Acceptance over several [accepted, tried]; each weighs by its tried tokens."""
+    accepted, tried = (sum(numbers) for numbers in zip(*pairs, strict=True))
+    return accepted / tried if tried else None
+
+
+def cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def page(report: dict) -> list[str]:
+    total = {
+        key: sum(e[key] for e in report["exactness"]) for key in ("runs", "prompts", "outputs", "differing")
+    }
+    domains = sorted(e["domain"] for e in report["exactness"])
+    rows = {(row["domain"], row["experts"]): row for row in report["rows"]}
+    lines = [
+        *heading("Speculative decoding on held-out texts", report),
         "",
-        f"Exactness: {wrong} of {sum(r['prompts'] for r in rows)} outputs differ from plain greedy decoding "
-        f"({len(rows)} runs, {prompts} prompts, {NEW_TOKENS} new tokens each).",
+        f"Exactness: {total['differing']} of {total['outputs']} outputs differ from plain greedy decoding "
+        f"({total['runs']} runs, {total['prompts']} prompts, {NEW_TOKENS} new tokens each).",
         "",
         "## Acceptance by experts kept (top-k 4, length 4): the domain's own ranking / a random plan",
         "",
-        "| experts | " + " | ".join(domains) + " |",
-        "|---" * (len(domains) + 1) + "|",
     ]
-    for experts in (*EXPERTS, 32):
-        cells = []
-        for domain in domains:
-            chosen = {"domain": domain, "experts": experts, "top_k": 4, "length": 4, "kind": "view"}
-            plans = ("own", "random") if experts < 32 else ("all",)
-            values = [pooled(rows, plan=plan, **chosen) for plan in plans]
-            cells.append(" / ".join("" if v is None else f"{v:.2f}" for v in values))
-        lines.append(f"| {experts} | " + " | ".join(cells) + " |")
+    acceptance = [
+        [
+            n,
+            *(
+                f"{cell(rate(r['own']['4']))} / {cell(rate(r['random']))}"
+                for r in (rows[d, n] for d in domains)
+            ),
+        ]
+        for n in EXPERTS
+    ]
+    acceptance.append([32, *(cell(rate(rows[d, "all"]["own"]["4"])) for d in domains)])
+    lines += table(["experts", *domains], acceptance)
     lines += ["", "## Acceptance by the draft's top-k (own ranking, length 4, all domains)", ""]
-    lines += ["| experts | top-k 1 | top-k 2 | top-k 4 |", "|---|---|---|---|"]
-    for experts in EXPERTS:
-        found = [pooled(own, experts=experts, top_k=k, length=4, kind="view") for k in TOP_KS]
-        lines.append(f"| {experts} | " + " | ".join("" if v is None else f"{v:.2f}" for v in found) + " |")
+    by_top_k = [
+        [n, *(cell(rate(*(rows[d, n]["own"][str(k)] for d in domains))) for k in TOP_KS)] for n in EXPERTS
+    ]
+    lines += table(["experts", *(f"top-k {k}" for k in TOP_KS)], by_top_k)
     lines += ["", "## Tokens a target step by draft length (own ranking, top-k 4, mean of domains)", ""]
-    lines += ["| experts | " + " | ".join(map(str, LENGTHS)) + " |", "|---" * (len(LENGTHS) + 1) + "|"]
-    for experts in EXPERTS:
-        cells = []
-        for length in LENGTHS:
-            mine: list[float] = [
-                r["tokens_per_target_step"]
-                for r in own
-                if (r["experts"], r["length"], r["top_k"], r["kind"]) == (experts, length, 4, "view")
-            ]
-            cells.append(f"{sum(mine) / len(mine):.2f}" if mine else "")
-        lines.append(f"| {experts} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    by_length = [
+        [n, *map(cell, map(mean, zip(*(rows[d, n]["tokens_per_target_step"] for d in domains), strict=True)))]
+        for n in EXPERTS
+    ]
+    return [*lines, *table(["experts", *LENGTHS], by_length)]
 
 
-def plot(rows: list[dict], file: Path) -> None:
+def plot(report: dict, file: Path) -> None:
     """Acceptance against experts kept, a panel for each domain, own ranking and random plans."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    domains = sorted({r["domain"] for r in rows})
+    rows = {(row["domain"], row["experts"]): row for row in report["rows"]}
+    domains = sorted(e["domain"] for e in report["exactness"])
     figure, panels = pyplot.subplots(
         1, len(domains), figsize=(3 * len(domains), 3), sharey=True, squeeze=False
     )
     for panel, domain in zip(panels[0], domains, strict=True):
-        for plan, style in (("own", "o-"), ("random", "s--")):
-            points = [
-                (n, pooled(rows, domain=domain, experts=n, plan=plan, top_k=4, length=4, kind="view"))
-                for n in EXPERTS
-            ]
-            panel.plot(*zip(*points, strict=True), style, label=f"{plan} plan")
+        own = [rate(rows[domain, n]["own"]["4"]) for n in EXPERTS]
+        panel.plot(EXPERTS, own, "o-", label="own plan")
+        panel.plot(EXPERTS, [rate(rows[domain, n]["random"]) for n in EXPERTS], "s--", label="random plan")
         panel.set(title=domain, xlabel="experts kept", ylim=(0, 1.02))
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("acceptance")
@@ -219,40 +249,31 @@ def main(texts: Path, checkpoint: str, work: Path | None, only: tuple[str, ...],
     torch.set_num_threads(1)
     start = time.perf_counter()
     target = load_model(checkpoint, dtype=torch.float32)
-    report: dict = {
-        "how": f"python benchmarks/speculation.py: greedy, float32, {target.backend.name} backend, one thread, "
+    out.mkdir(parents=True, exist_ok=True)
+    report = begin(
+        f"python -m benchmarks.speculation: greedy, float32, {target.backend.name} backend, one thread, "
         "domains in runs of their own, "
         f"{PROMPT_TOKENS} prompt tokens, {NEW_TOKENS} new ones. Own plans: experts with the greatest sum of "
         "router weights on the domain's other texts. Acceptance is of tokens whose predecessors in the draft "
         "were accepted; random plans are pooled over three seeds.",
-        "date": time.strftime("%Y-%m-%d"),
-        "checkpoint": checkpoint,
-        "machine": describe_machine(out),
-        "rows": [],
-    }
-    earlier = out / "speculation.json"
-    if only and earlier.exists():
-        rows = json.loads(earlier.read_text())["rows"]
-        report["rows"] = [row for row in rows if row["domain"] not in only]
+        out,
+    )
+    report["checkpoint"] = checkpoint
+    before = (load("speculation", out) if only else None) or {}
+    for part in ("exactness", "rows"):
+        report[part] = [row for row in before.get(part, ()) if row["domain"] not in only]
     with tempfile.TemporaryDirectory() as temporary:
         folder = work or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         for domain in make_domains(target, checkpoint, texts, only):
-            report["rows"] += beside(target, domain)
-            report["rows"] += product(target, checkpoint, domain, folder)
+            runs = [*beside(target, domain), *product(target, checkpoint, domain, folder)]
+            exactness, rows = summary(domain.name, runs)
+            report["exactness"].append(exactness)
+            report["rows"] += rows
             seconds = time.perf_counter() - start
-            click.echo(f"{domain.name}: {len(report['rows'])} runs after {seconds:.0f} s")
-            write(report, out)
-    click.echo(as_markdown(report))
-
-
-def write(report: dict, out: Path) -> None:
-    """What there is so far: JSON, text and plot."""
-    head = json.dumps({k: v for k, v in report.items() if k != "rows"}, indent=1)
-    rows = ",\n".join(f"  {json.dumps(row)}" for row in report["rows"])
-    (out / "speculation.json").write_text(f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n')
-    (out / "speculation.md").write_text(as_markdown(report))
-    plot(report["rows"], out / "speculation.png")
+            click.echo(f"{domain.name}: {len(runs)} runs, {seconds:.0f} s since the start")
+            publish("speculation", report, page(report), out)
+            plot(report, out / "speculation.png")
 
 
 if __name__ == "__main__":

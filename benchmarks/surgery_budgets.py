@@ -1,6 +1,6 @@
 """Peak memory and time of surgery on a full-size checkpoint, beside `cp` of the same bytes.
 
-    python benchmarks/surgery_budgets.py --work FOLDER [--rounds 3] [--only mxfp4-4]
+    python -m benchmarks.surgery_budgets --work FOLDER [--rounds 3] [--only mxfp4-4]
 
 FOLDER needs some 45 GB. The checkpoint (13.76 GB, gpt-oss-20b's shapes, random weights) is made
 there if it is not there yet. Per job and round, alternating: `moe-surgery prune` from a dropped page
@@ -21,13 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import click
-from cgroup import enter_command, memory_cgroup
-from machine import describe_machine
-from make_checkpoint import Shape, make_checkpoint
 
+from benchmarks.cgroup import enter_command, memory_cgroup
+from benchmarks.layout import gpt_oss_20b
+from benchmarks.make_checkpoint import make_checkpoint
+from benchmarks.publish import RESULTS, begin, heading, publish, span, table
+from moe_surgery import inspect
 from moe_surgery.bench import surgery as bench
 
-RESULTS = Path(__file__).parent / "results"
 CGROUP_BYTES = 128 << 20
 MIB = 1 << 20
 
@@ -95,7 +96,8 @@ def measure(job: Job, source: Path, work: Path, rounds: int) -> dict[str, object
     shutil.rmtree(out)
     result: dict[str, object] = {
         "bytes": nbytes,
-        "rounds": rows,
+        "prune_s": span([r["prune_s"] for r in rows]),
+        "cp_s": span([r["cp_s"] for r in rows]),
         "ratio_to_cp": statistics.median(r["ratio"] for r in rows),
         "time_budget": job.time_budget,
         "peak_rss_mib": max(r["rss_mib"] for r in rows),
@@ -114,9 +116,9 @@ def measure(job: Job, source: Path, work: Path, rounds: int) -> dict[str, object
     return result
 
 
-def small_commands(source: Path, work: Path) -> dict[str, object]:
-    ranking = work / "ranking.json"
-    ranking.write_text(json.dumps({f"layer_{i}": list(range(32)) for i in range(24)}))
+def small_commands(source: Path, work: Path) -> dict[str, dict[str, float]]:
+    model, ranking = inspect(source), work / "ranking.json"
+    ranking.write_text(json.dumps({f"layer_{i}": list(range(model.experts)) for i in range(model.layers)}))
     chosen = ["--experts", 8, "--checkpoint", source, "-o", work / "plan.json"]
     jobs = {
         "inspect": bench.command_of("inspect", source, "--json"),
@@ -136,50 +138,40 @@ def small_commands(source: Path, work: Path) -> dict[str, object]:
     return found
 
 
-def as_markdown(report: dict) -> str:
-    lines = ["# Surgery on a full-size checkpoint", "", str(report["how"]), ""]
-    lines += [f"- {name}: {value}" for name, value in report["machine"].items()]
+def page(report: dict) -> list[str]:
+    lines = heading("Surgery on a full-size checkpoint", report)
     if report["generator_seconds"]:
         lines.append(f"- the checkpoint itself: 13.76 GB written in {report['generator_seconds']:.0f} s")
-    lines += [
-        "",
-        "| job | bytes | prune | cp + sync | ratio, median (budget) | peak RSS MiB (budget) | in 128 MiB cgroup |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, job in report["jobs"].items():
-        times = [_span([row[key] for row in job["rounds"]]) for key in ("prune_s", "cp_s")]
+    jobs, commands = report["jobs"].items(), report["commands"].items()
+    columns = ["job", "bytes", "prune", "cp + sync", "ratio, median (budget)", "peak RSS MiB (budget)"]
+    rows: list[tuple[str, ...]] = []
+    for name, job in jobs:
+        times = ["{:.1f}-{:.1f} s".format(*job[key]) for key in ("prune_s", "cp_s")]
         group = job.get("cgroup", {})
         inside = f"{group['seconds']:.1f} s, done" if "seconds" in group else group.get("skipped", "")
-        lines.append(
-            f"| {name} | {job['bytes'] / 1e9:.2f} GB | {times[0]} | {times[1]} | {job['ratio_to_cp']:.2f} "
-            f"({job['time_budget']}) | {job['peak_rss_mib']:.1f} ({job['rss_budget_mib']}) | {inside} |"
-        )
-    lines += [
-        "",
-        "| job | verify | reading once | ratio (1.2) | peak RSS MiB (64) |",
-        "|---|---|---|---|---|",
-    ]
-    for name, job in report["jobs"].items():
+        ratio = f"{job['ratio_to_cp']:.2f} ({job['time_budget']})"
+        peak = f"{job['peak_rss_mib']:.1f} ({job['rss_budget_mib']})"
+        rows.append((name, f"{job['bytes'] / 1e9:.2f} GB", *times, ratio, peak, inside))
+    lines += ["", *table([*columns, "in 128 MiB cgroup"], rows), ""]
+    columns = ["job", "verify", "reading once", "ratio (1.2)", "peak RSS MiB (64)"]
+    rows = []
+    for name, job in jobs:
         v = job["verify"]
-        lines.append(
-            f"| {name} | {v['seconds']:.1f} s | {v['read_once_seconds']:.1f} s | {v['ratio']:.2f} "
-            f"| {v['peak_rss_mib']:.1f} |"
-        )
-    lines += ["", "| command | cold | warm (0.5 s) | peak RSS MiB (48) |", "|---|---|---|---|"]
-    for name, c in report["commands"].items():
-        lines.append(
-            f"| {name} | {c['seconds_cold']:.2f} s | {c['seconds_warm']:.2f} s | {c['peak_rss_mib']:.1f} |"
-        )
-    lines += [
+        times = [f"{v[key]:.1f} s" for key in ("seconds", "read_once_seconds")]
+        rows.append((name, *times, f"{v['ratio']:.2f}", f"{v['peak_rss_mib']:.1f}"))
+    lines += [*table(columns, rows), ""]
+    columns = ["command", "cold", "warm (0.5 s)", "peak RSS MiB (48)"]
+    rows = [
+        (name, f"{c['seconds_cold']:.2f} s", f"{c['seconds_warm']:.2f} s", f"{c['peak_rss_mib']:.1f}")
+        for name, c in commands
+    ]
+    return [
+        *lines,
+        *table(columns, rows),
         "",
         "`cp` and `dd` read through the page cache, which may cost more than the reading once the cache grows; the",
         "engine reads past it where the kernel can (RWF_DONTCACHE, Linux 6.14).",
     ]
-    return "\n".join(lines) + "\n"
-
-
-def _span(seconds: list[float]) -> str:
-    return f"{min(seconds):.1f}-{max(seconds):.1f} s"
 
 
 @click.command(help=__doc__)
@@ -192,26 +184,24 @@ def main(work: Path, rounds: int, only: tuple[str, ...]) -> None:
     work.mkdir(parents=True, exist_ok=True)
     if not bench.drop_page_cache():
         raise click.ClickException("the page cache cannot be dropped; run as root")
-    RESULTS.mkdir(exist_ok=True)
     source = work / "full"
     generated = None
     if not source.exists():
         start = time.perf_counter()
-        make_checkpoint(source, Shape(), 3)
+        make_checkpoint(source, gpt_oss_20b(), 3)
         generated = time.perf_counter() - start
     report = {
-        "how": "python benchmarks/surgery_budgets.py: prune and `cp --reflink=never` + sync alternate, each "
-        "from a dropped page cache until flushed; whole process, /usr/bin/time.",
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": describe_machine(work),
+        **begin(
+            "python -m benchmarks.surgery_budgets: prune and `cp --reflink=never` + sync alternate, each "
+            "from a dropped page cache until flushed; whole process, /usr/bin/time.",
+            work,
+        ),
         "generator_seconds": generated,
         "commands": small_commands(source, work),
         "jobs": {j.name: measure(j, source, work, rounds) for j in JOBS if not only or j.name in only},
     }
     name = "surgery_budgets" if not only else f"surgery_budgets-{'-'.join(only)}"
-    (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
-    (RESULTS / f"{name}.md").write_text(as_markdown(report))
-    click.echo(as_markdown(report))
+    publish(name, report, page(report))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from moe_surgery.kernels.triton.decode.launches import launch_count
 from moe_surgery.kernels.triton.decode.step import DecodeStep
 from moe_surgery.runtime.cache import Cache
 from moe_surgery.runtime.decode_cost import bytes_per_token
-from moe_surgery.runtime.model import Model
+from moe_surgery.runtime.model import CausalLM
 
 __all__ = ["BATCHES", "CONTEXT", "KEPT", "describe_step", "kept", "measure_decode"]
 
@@ -62,13 +62,13 @@ def measure_decode(
     return rows
 
 
-def _row(model: Model, batch: int, context: int, bandwidth: float, errors: Errors) -> dict[str, object]:
+def _row(model: CausalLM, batch: int, context: int, bandwidth: float, errors: Errors) -> dict[str, object]:
     config, device = model.config, model.device
     torch.cuda.reset_peak_memory_stats(device)
     cache = model.new_cache(batch, context + 2 * STEPS + REPLAYS + 8)
     fill_cache(cache, context)
     step = captured_step(model, cache)
-    tokens = torch.randint(0, config.vocabulary, (batch,), device=device)
+    tokens = torch.randint(0, config.vocab_size, (batch,), device=device)
     step(tokens)
 
     def decode() -> None:
@@ -85,10 +85,12 @@ def _row(model: Model, batch: int, context: int, bandwidth: float, errors: Error
     torch.cuda.synchronize()
     seconds = start.elapsed_time(stop) / 1e3 / STEPS
     replay = timed(lambda: step(tokens), repeats=REPLAYS).seconds
-    read = bytes_per_token(config, config.experts, batch, context + STEPS * 3 // 2)
-    launches = launch_count(config.layers, config.experts, config.top_k, batch)
+    read = bytes_per_token(config, config.num_local_experts, batch, context + STEPS * 3 // 2)
+    launches = launch_count(
+        config.num_hidden_layers, config.num_local_experts, config.num_experts_per_tok, batch
+    )
     return {
-        "experts": config.experts,
+        "experts": config.num_local_experts,
         "batch": batch,
         "context": context,
         "tokens/s": batch / seconds,
@@ -108,12 +110,12 @@ def _row(model: Model, batch: int, context: int, bandwidth: float, errors: Error
 
 
 @torch.inference_mode()
-def _errors(model: Model, backend: Backend, batch: int, context: int) -> Errors:
+def _errors(model: CausalLM, backend: Backend, batch: int, context: int) -> Errors:
     """One step three ways from the same cache: captured, plain PyTorch in BF16, and in float32."""
-    tokens = torch.randint(0, model.config.vocabulary, (batch,), device=model.device)
+    tokens = torch.randint(0, model.config.vocab_size, (batch,), device=model.device)
     found: list[Tensor] = []
     for dtype in (torch.bfloat16, torch.float32):
-        plain = Model(
+        plain = CausalLM(
             model.config,
             model.embedding,
             model.layers,
@@ -133,7 +135,7 @@ def _errors(model: Model, backend: Backend, batch: int, context: int) -> Errors:
     return Errors(float((step - exact).norm() / size), float((rounded - exact).norm() / size))
 
 
-def captured_step(model: Model, cache: Cache) -> DecodeStep:
+def captured_step(model: CausalLM, cache: Cache) -> DecodeStep:
     """The Triton backend's step. Raises TypeError where the model has another or none."""
     step = model.decode_step(cache)
     if not isinstance(step, DecodeStep):
@@ -143,12 +145,14 @@ def captured_step(model: Model, cache: Cache) -> DecodeStep:
 
 def describe_step(config: ModelConfig, batch: int, context: int) -> str:
     """Launches and bytes of a step with MXFP4 experts in a few lines of text."""
-    launches = launch_count(config.layers, config.experts, config.top_k, batch)
-    read = bytes_per_token(config, config.experts, batch, context)
+    launches = launch_count(
+        config.num_hidden_layers, config.num_local_experts, config.num_experts_per_tok, batch
+    )
+    read = bytes_per_token(config, config.num_local_experts, batch, context)
     parts = ("experts", "attention", "router_and_norms", "cache", "vocabulary")
     shares = ", ".join(f"{part.replace('_', ' ')} {getattr(read, part) / 1e9:.3f}" for part in parts)
     return (
-        f"{config.experts} experts, batch {batch}, context {context}: {launches.step} launches a step "
+        f"{config.num_local_experts} experts, batch {batch}, context {context}: {launches.step} launches a step "
         f"({launches.layer} a layer, {launches.moe} of them MoE, and {launches.outside}); "
         f"{read.step / 1e9:.3f} GB a step, {read.token / 1e9:.3f} GB a token\n"
         f"  GB: {shares}"
@@ -157,4 +161,6 @@ def describe_step(config: ModelConfig, batch: int, context: int) -> str:
 
 def kept(config: ModelConfig, experts: int) -> ModelConfig:
     """`config` with so many experts."""
-    return replace(config, experts=experts, top_k=min(config.top_k, experts))
+    return replace(
+        config, num_local_experts=experts, num_experts_per_tok=min(config.num_experts_per_tok, experts)
+    )

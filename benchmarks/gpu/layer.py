@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ def measure_layer(
     copies = _copies(experts, top_k, device)
     packed = [random_experts(experts, HIDDEN, device) for _ in range(copies)]
     dense = [as_dense(p) for p in packed]
-    like = {"dtype": torch.bfloat16, "device": device}
+    like: dict[str, Any] = {"dtype": torch.bfloat16, "device": device}
     routers = [
         (torch.randn(experts, HIDDEN, **like) / HIDDEN**0.5, torch.zeros(experts, **like))
         for _ in range(copies)
@@ -138,10 +139,7 @@ def _row(
 
     try:
         verdict = judge(method.calls[0](x), exact)
-        run, how = work, "called"
-        if method.captures:
-            run, how = captured(work), "graph"
-        found = timed(run, how=how)
+        found = timed(captured(work), how="graph") if method.captures else timed(work, how="called")
     except Exception as error:  # a peer that fails must not end the run, and is shown as failed
         if method.name.startswith("moe_surgery"):
             raise

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+import triton  # type: ignore[import-untyped,import-not-found,unused-ignore]
+from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped,import-not-found,unused-ignore]
+from triton.compiler import ASTSource  # type: ignore[import-untyped,import-not-found,unused-ignore]
 
 from benchmarks.kernels.entries import DEVICES, entries
 from moe_surgery.kernels.triton.launch import Launch
@@ -155,7 +155,7 @@ def write_table(found: dict[str, dict[str, Usage]]) -> None:
     TABLE.write_text(text + "\n")
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -164,7 +164,7 @@ def main() -> int:
     mode.add_argument("--write", action="store_true")
     parser.add_argument("--arch", type=int, nargs="*", choices=sorted(DEVICES), default=sorted(DEVICES))
     parser.add_argument("--jobs", type=int, default=2)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     found = compile_all(options.arch, options.jobs)
     known = read_table() if options.compare else {}
     wrong = [

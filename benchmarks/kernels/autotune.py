@@ -18,9 +18,9 @@ from itertools import product
 from pathlib import Path
 
 import torch
-import triton
-from triton.runtime.errors import OutOfResources
-from triton.testing import do_bench
+import triton  # type: ignore[import-untyped,import-not-found,unused-ignore]
+from triton.runtime.errors import OutOfResources  # type: ignore[import-untyped,import-not-found,unused-ignore]
+from triton.testing import do_bench  # type: ignore[import-untyped,import-not-found,unused-ignore]
 
 from moe_surgery.kernels.reference import ReferenceBackend
 from moe_surgery.kernels.triton import (
@@ -46,6 +46,8 @@ Build = Callable[[Blocks], tuple[Launch, torch.Tensor]]
 def candidates(key: tuning.Key) -> list[tuning.Entry]:
     """Block shapes to try for one entry, the present one first."""
     _, kind, block_n = key
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
     if block_n == 0:
         rows, columns = (8, 16, 32, 64), (64, 128, 256, 512, 1024) if kind == "mxfp4" else (32, 64, 128)
     else:

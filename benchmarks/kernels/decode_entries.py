@@ -30,7 +30,7 @@ def decode_entries(multiprocessors: int, batches: tuple[int, ...] = BATCHES) -> 
 def _step(batch: int, multiprocessors: int, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
     upcast_fp32 = dtype != torch.bfloat16
     h, y, total, norm_weight = (_empty(n, HIDDEN, dtype=dtype) for n in (batch, batch, batch, 1))
-    ids, column, pads = _whole(batch), _whole(1), _whole(batch)
+    ids, cache_position, pads = _whole(batch), _whole(1), _whole(batch)
     embedding = _empty(VOCABULARY, HIDDEN)
     if batch == 1:
         first = ProjectionInput(h, embedding, None, ids, norm_weight, total, 1e-5)
@@ -43,22 +43,34 @@ def _step(batch: int, multiprocessors: int, dtype: torch.dtype) -> Iterator[tupl
     q = _empty(batch, HEADS * HEAD_DIM, dtype=dtype)
     rows = (HEADS + 2 * KV_HEADS) * HEAD_DIM
     weight, bias = _empty(rows, HIDDEN), _empty(rows)
-    tables = [_empty(CONTEXT, HEAD_DIM // 2, dtype=torch.float32) for _ in range(2)]
+    cos, sin = (_empty(CONTEXT, HEAD_DIM // 2, dtype=torch.float32) for _ in range(2))
     for slots, window in ((CONTEXT, None), (RING, WINDOW)):
-        kept = [_empty(batch, KV_HEADS, slots, HEAD_DIM, dtype=dtype) for _ in range(2)]
-        held = _whole(batch, slots)
-        kv_write = KVWrite(*kept, held, column, pads, *tables)
+        keys, values = (_empty(batch, KV_HEADS, slots, HEAD_DIM, dtype=dtype) for _ in range(2))
+        positions = _whole(batch, slots)
+        kv_write = KVWrite(keys, values, positions, cache_position, pads, cos, sin)
         kind = "full" if window is None else "ring"
         yield f"qkv {kind} {batch}", qkv(later, weight, bias, q, kv_write, upcast_fp32)
         if batch == 1 and window is None:
             yield f"qkv gathered {batch}", qkv(first, weight, bias, q, kv_write, upcast_fp32)
         yield (
             f"attention {kind} {batch}",
-            attention(q, *kept, held, column, pads, _empty(HEADS), window, q, multiprocessors, upcast_fp32),
+            attention(
+                q,
+                keys,
+                values,
+                positions,
+                cache_position,
+                pads,
+                _empty(HEADS),
+                window,
+                q,
+                multiprocessors,
+                upcast_fp32,
+            ),
         )
     yield f"output {batch}", output(q, total, _empty(HIDDEN, q.shape[1]), _empty(HIDDEN), h, upcast_fp32)
     logits = _empty(batch, VOCABULARY, dtype=torch.float32)
-    yield f"unembed {batch}", unembed(later, embedding, logits, column, upcast_fp32)
+    yield f"unembed {batch}", unembed(later, embedding, logits, cache_position, upcast_fp32)
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:

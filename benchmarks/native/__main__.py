@@ -9,23 +9,16 @@ the clock.
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import click
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from machine import describe_machine
-
 from benchmarks.native.operands import Measured, Operands
+from benchmarks.publish import begin, heading, publish, table
 from moe_surgery.kernels.native import NativeBackend
-
-RESULTS = Path(__file__).parents[1] / "results"
 
 
 def measure(candidates: dict[str, Measured], rounds: int) -> dict[str, dict[str, float]]:
@@ -82,26 +75,19 @@ def main(rounds: int) -> None:
                     | {"ratio": ratio, "CPU ratio": cpu_ratio}
                 )
                 click.echo(rows[-1])
-    report = {
-        "how": f"python -m benchmarks.native --rounds {rounds}: weights of gpt-oss-20b's sizes in anonymous memory, "
-        "medians of alternating rounds; ratios are to the plain read of the same run.",
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": describe_machine(RESULTS) | {"load average at the end": os.getloadavg()[0]},
-        "rows": rows,
-    }
-    (RESULTS / "native_cpu.json").write_text(json.dumps(report, indent=1) + "\n")
-    (RESULTS / "native_cpu.md").write_text(as_markdown(report))
+    report = begin(
+        f"python -m benchmarks.native --rounds {rounds}: weights of gpt-oss-20b's sizes in anonymous memory, "
+        "medians of alternating rounds; ratios are to the plain read of the same run."
+    )
+    report["machine"]["load average at the end"] = round(os.getloadavg()[0], 2)
+    report["rows"] = rows
+    publish("native_cpu", report, page(report))
 
 
-def as_markdown(report: dict) -> str:
-    lines = ["# CPU kernels beside a plain read of memory", "", report["how"], ""]
-    lines += [f"- {name}: {value}" for name, value in report["machine"].items()]
-    keys = list(report["rows"][0])
-    lines += ["", "| " + " | ".join(keys) + " |", "|---" * len(keys) + "|"]
-    for row in report["rows"]:
-        shown = (f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values())
-        lines.append("| " + " | ".join(shown) + " |")
-    return "\n".join(lines) + "\n"
+def page(report: dict) -> list[str]:
+    rows = [[f"{v:.2f}" if isinstance(v, float) else v for v in row.values()] for row in report["rows"]]
+    lines = heading("CPU kernels beside a plain read of memory", report)
+    return [*lines, "", *table(list(report["rows"][0]), rows)]
 
 
 if __name__ == "__main__":

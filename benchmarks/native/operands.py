@@ -56,6 +56,7 @@ class Operands:
 
     def plain_read(self, threads: int) -> Measured:
         native, nbytes = native_module(), self.dense.nbytes
+        assert native is not None
         return Measured(
             "plain read", nbytes, lambda: native.read_bytes(self.dense.data_ptr(), nbytes, threads)
         )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from moe_surgery.runtime.model import Model
+    from moe_surgery.runtime.model import CausalLM
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,7 +25,7 @@ def checkpoint(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def target(checkpoint: str) -> Model:
+def target(checkpoint: str) -> CausalLM:
     """On the CPU, with its default backend and dtype."""
     from moe_surgery.runtime.load import load_model
 
@@ -33,20 +33,21 @@ def target(checkpoint: str) -> Model:
 
 
 @pytest.fixture
-def shown(target: Model, experts: int | None) -> Model:
+def shown(checkpoint: str, target: CausalLM, experts: int | None) -> CausalLM:
     """A view of the target with so many experts, drawn at random; None: the target itself."""
+    from moe_surgery.pipeline import inspect
     from moe_surgery.runtime.view import view
     from moe_surgery.selection.plan import plan_random
 
     if experts is None:
         return target
-    if experts >= target.config.experts:
-        pytest.skip(f"the model has {target.config.experts} experts")
-    return view(target, plan_random(experts, 0, target.config))
+    if experts >= target.config.num_local_experts:
+        pytest.skip(f"the model has {target.config.num_local_experts} experts")
+    return view(target, plan_random(experts, 0, inspect(checkpoint)))
 
 
 @pytest.fixture(scope="session")
-def bandwidth(target: Model) -> float:
+def bandwidth(target: CausalLM) -> float:
     """Bytes a second of a plain read loop."""
     from moe_surgery.bench.memory import read_bandwidth
 

@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from moe_surgery.bench.kernels import KernelCall, kernel_calls, usable_backends  # noqa: E402
-from moe_surgery.runtime.model import Model  # noqa: E402
+from moe_surgery.runtime.model import CausalLM  # noqa: E402
 
 CPU = torch.device("cpu")
 BACKENDS = usable_backends(CPU)
@@ -18,9 +18,9 @@ TOKENS = (1, 8)
 
 
 @pytest.fixture(scope="module", params=[4, 32], ids="{} experts".format)
-def calls(request: pytest.FixtureRequest, target: Model) -> dict[tuple[str, str, int], KernelCall]:
+def calls(request: pytest.FixtureRequest, target: CausalLM) -> dict[tuple[str, str, int], KernelCall]:
     """By backend, operation and tokens, all over the same weights."""
-    found = kernel_calls(BACKENDS, CPU, request.param, tokens=TOKENS, hidden=target.config.hidden)
+    found = kernel_calls(BACKENDS, CPU, request.param, tokens=TOKENS, hidden=target.config.hidden_size)
     return {(call.backend, call.operation, call.tokens): call for several in found for call in several}
 
 

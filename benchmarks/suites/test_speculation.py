@@ -8,7 +8,7 @@ pytest.importorskip("torch")
 pytest.importorskip("tokenizers")
 
 from moe_surgery.errors import MoeSurgeryError
-from moe_surgery.runtime.model import Model
+from moe_surgery.runtime.model import CausalLM
 from moe_surgery.runtime.speculation.speculate import Speculation
 from moe_surgery.runtime.step_bytes import weight_bytes
 from moe_surgery.runtime.text import Text
@@ -27,7 +27,7 @@ def prompt(checkpoint: str) -> list[int]:
 
 @pytest.mark.parametrize("length", [1, 4, 8], ids="{} drafted".format)
 @pytest.mark.parametrize("experts", [4, 16, None], ids=["4 experts", "16 experts", "all experts"])
-def test_round(benchmark, target: Model, shown: Model, prompt: list[int], length: int) -> None:
+def test_round(benchmark, target: CausalLM, shown: CausalLM, prompt: list[int], length: int) -> None:
     """Drafting, checking, and taking back what was refused. All experts: every drafted token is accepted."""
     benchmark.group = f"speculation round, {length} drafted"
     new = (ROUNDS + 2) * (length + 1)  # more than can come of the rounds

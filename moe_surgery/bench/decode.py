@@ -14,7 +14,7 @@ from moe_surgery.bench.memory import memory_in_use, read_bandwidth, synchronize
 from moe_surgery.bench.rounds import Spread, check_numbers, interleaved, percentile, spread
 from moe_surgery.errors import UsageError
 from moe_surgery.runtime.generate import decoder
-from moe_surgery.runtime.model import Model
+from moe_surgery.runtime.model import CausalLM
 from moe_surgery.runtime.step_bytes import model_step_bytes, shown_bytes
 
 __all__ = ["DecodeFigures", "DecodeRun", "Decoding", "decode_figures", "measure_decoding", "run_decoding"]
@@ -75,9 +75,11 @@ class Decoding:
     """`context` random tokens read for each of `batch` sequences; then `step` decodes, up to `steps` times."""
 
     @torch.inference_mode()
-    def __init__(self, model: Model, name: str, batch: int, context: int, steps: int, seed: int = 0) -> None:
+    def __init__(
+        self, model: CausalLM, name: str, batch: int, context: int, steps: int, seed: int = 0
+    ) -> None:
         random = torch.Generator().manual_seed(seed)
-        ids = torch.randint(0, model.config.vocabulary, (batch, context), generator=random)
+        ids = torch.randint(0, model.config.vocab_size, (batch, context), generator=random)
         self._model, self._name, self._batch, self._prompt_tokens = model, name, batch, batch * context
         self._cache = model.new_cache(batch, context + steps + 1)
         synchronize(model.device)
@@ -119,7 +121,9 @@ class Decoding:
         )
 
 
-def run_decoding(model: Model, name: str, batch: int, context: int, steps: int, seed: int = 0) -> DecodeRun:
+def run_decoding(
+    model: CausalLM, name: str, batch: int, context: int, steps: int, seed: int = 0
+) -> DecodeRun:
     """Read memory plainly, then `context` random tokens for each of `batch` sequences, then decode `steps`
     greedily."""
     bandwidth = read_bandwidth(model.device)
@@ -130,7 +134,7 @@ def run_decoding(model: Model, name: str, batch: int, context: int, steps: int, 
 
 
 def measure_decoding(
-    models: Mapping[str, Model],
+    models: Mapping[str, CausalLM],
     *,
     batches: Sequence[int] = (1,),
     depth: int = 128,
@@ -142,7 +146,7 @@ def measure_decoding(
     Raises UsageError for numbers below 1, or a depth and steps that no model takes.
     """
     check_numbers(depth=[depth], steps=[steps], rounds=[rounds], batches=batches)
-    shortest = min(model.config.context for model in models.values())
+    shortest = min(model.config.max_position_embeddings for model in models.values())
     if depth + steps + 1 > shortest:
         raise UsageError(
             f"`depth` {depth} and `steps` {steps} need {depth + steps + 1} tokens; "
@@ -156,7 +160,7 @@ def measure_decoding(
         yield replace(run, number=number)
 
 
-def decode_figures(runs: Sequence[DecodeRun], models: Mapping[str, Model]) -> list[DecodeFigures]:
+def decode_figures(runs: Sequence[DecodeRun], models: Mapping[str, CausalLM]) -> list[DecodeFigures]:
     """Figures of what was run so far. The first model is the full one."""
     full = next(iter(models), None)
     rates = {(r.model, r.batch, r.number): _rate(r) for r in runs}
@@ -198,11 +202,11 @@ def decode_figures(runs: Sequence[DecodeRun], models: Mapping[str, Model]) -> li
     return found
 
 
-def cache_step_bytes(model: Model, batch: int, positions: int) -> int:
+def cache_step_bytes(model: CausalLM, batch: int, positions: int) -> int:
     """Bytes of keys and values that a step reads behind `positions` positions of each sequence."""
     c = model.config
-    seen = sum(positions if w is None else min(positions, w) for w in c.windows)
-    return 2 * batch * seen * c.kv_heads * c.head_dim * model.dtype.itemsize
+    seen = sum(positions if w is None else min(positions, w) for w in c.sliding_windows)
+    return 2 * batch * seen * c.num_key_value_heads * c.head_dim * model.dtype.itemsize
 
 
 def _rate(run: DecodeRun) -> float:

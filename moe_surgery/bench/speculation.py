@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from moe_surgery.bench.memory import synchronize
 from moe_surgery.bench.rounds import Spread, check_numbers, spread
 from moe_surgery.runtime.generate import generate
-from moe_surgery.runtime.model import Model
+from moe_surgery.runtime.model import CausalLM
 from moe_surgery.runtime.speculation.draft_length import check_length
 from moe_surgery.runtime.speculation.speculate import Speculated, speculate
 from moe_surgery.runtime.speculation.statistics import SpeculationStatistics
@@ -60,8 +60,8 @@ class SpeculationFigures:
 
 
 def measure_speculation(
-    target: Model,
-    draft: Model,
+    target: CausalLM,
+    draft: CausalLM,
     prompts: Mapping[str, Sequence[Sequence[int]]],
     *,
     lengths: Sequence[int] = (1, 2, 4, 8),

@@ -14,7 +14,7 @@ from moe_surgery.bench.memory import synchronize
 from moe_surgery.bench.rounds import check_numbers, interleaved
 from moe_surgery.errors import UsageError
 from moe_surgery.runtime.generate import decoder
-from moe_surgery.runtime.model import Model
+from moe_surgery.runtime.model import CausalLM
 from moe_surgery.runtime.sampling import Sampler, Sampling
 from moe_surgery.runtime.speculation.acceptance import accept_greedy
 from moe_surgery.runtime.speculation.draft import BEHIND
@@ -60,13 +60,13 @@ class _Steps:
     """
 
     @torch.inference_mode()
-    def __init__(self, target: Model, draft: Model, batch: int, context: int, most: int) -> None:
+    def __init__(self, target: CausalLM, draft: CausalLM, batch: int, context: int, most: int) -> None:
         random = torch.Generator().manual_seed(0)
-        columns = context + most + BEHIND
-        self._ids = torch.randint(0, target.config.vocabulary, (batch, columns), generator=random)
+        tokens = context + most + BEHIND
+        self._ids = torch.randint(0, target.config.vocab_size, (batch, tokens), generator=random)
         self._target, self._draft, self._context = target, draft, context
-        self._target_cache = target.new_cache(batch, columns, rollback=most + 1)
-        self._draft_cache = draft.new_cache(batch, columns, rollback=most + BEHIND)
+        self._target_cache = target.new_cache(batch, tokens, rollback=most + 1)
+        self._draft_cache = draft.new_cache(batch, tokens, rollback=most + BEHIND)
         for model, cache in ((target, self._target_cache), (draft, self._draft_cache)):
             model(self._ids[:, :context], cache, logits_to_keep=1)
         self._plain = decoder(target, self._target_cache)
@@ -121,8 +121,8 @@ class _Steps:
 
 
 def measure_costs(
-    target: Model,
-    draft: Model,
+    target: CausalLM,
+    draft: CausalLM,
     *,
     lengths: Sequence[int] = (1, 2, 4, 8),
     batch: int = 1,
@@ -138,7 +138,7 @@ def measure_costs(
     for length in lengths:
         check_length(length, "lengths", "")
     needed = depth + max(lengths) + BEHIND
-    if needed > (most := min(target.config.context, draft.config.context)):
+    if needed > (most := min(target.config.max_position_embeddings, draft.config.max_position_embeddings)):
         raise UsageError(f"`depth` {depth} and `lengths` need {needed} tokens; these models take {most}")
     steps = _Steps(target, draft, batch, depth, max(lengths))
     jobs: list[Callable[[], StepTime]] = [steps.plain, partial(steps.draft, 1), partial(steps.draft, 2)]

@@ -19,7 +19,10 @@ _BACKUP = re.compile(
 )
 _WEIGHTS = re.compile(rf"({_SUFFIX}|\.bin\.index\.json)\Z")
 _ADDITIONS = (
-    (re.compile(r"adapter_(model|config)\b"), "a PEFT adapter; merge it into the model if it should count"),
+    (
+        re.compile(r"adapter_(model|config)\b"),
+        "a PEFT adapter, which transformers applies if peft is installed; merge it into the model if it should count",
+    ),
     (re.compile(r"(value_head|v_head)\b"), "a value head of TRL"),
 )
 

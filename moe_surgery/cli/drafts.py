@@ -11,7 +11,7 @@ import click
 from moe_surgery.errors import UsageError
 
 if TYPE_CHECKING:
-    from moe_surgery.runtime.model import Model
+    from moe_surgery.runtime.model import CausalLM
     from moe_surgery.runtime.speculation.draft_length import AdaptiveLength
 
 __all__ = ["draft_length", "draft_options", "load_draft", "several_draft_options"]
@@ -66,8 +66,8 @@ def draft_length(value: str | None) -> int | AdaptiveLength | None:
 
 
 def load_draft(
-    target: Model, ckpt: str, draft: str | None, plan_file: Path | None, top_k: int | None
-) -> Model | None:
+    target: CausalLM, ckpt: str, draft: str | None, plan_file: Path | None, top_k: int | None
+) -> CausalLM | None:
     """The draft for `target`, which was loaded from `ckpt`; None where no option asks for one.
 
     With --draft-top-k alone the target drafts for itself with fewer experts a token. Raises UsageError
@@ -98,5 +98,5 @@ def load_draft(
         raise UsageError(f"--draft {draft}: its tokenizer numbers tokens differently from that of {ckpt}")
     if top_k is None:
         return model
-    check_top_k(top_k, model.config.experts, f"{draft} has", "draft_top_k")
+    check_top_k(top_k, model.config.num_local_experts, f"{draft} has", "draft_top_k")
     return view(model, None, top_k, name=draft)

@@ -17,7 +17,7 @@ from moe_surgery.cli.terminal import Terminal, size
 from moe_surgery.errors import UsageError
 
 if TYPE_CHECKING:
-    from moe_surgery.runtime.model import Model
+    from moe_surgery.runtime.model import CausalLM
     from moe_surgery.runtime.sampling import Sampling
     from moe_surgery.runtime.speculation.draft_length import AdaptiveLength
     from moe_surgery.runtime.text import Text
@@ -143,9 +143,9 @@ def command(
     drafter = drafts.load_draft(model, ckpt, draft, draft_plan, draft_top_k)
     if drafter is None and drafted is not None:
         raise UsageError("--draft-length: nothing drafts; pass --draft, --draft-plan or --draft-top-k")
-    if top_k is not None and top_k != model.config.top_k:
+    if top_k is not None and top_k != model.config.num_experts_per_tok:
         terminal.say(
-            f"note: the router chooses {top_k} experts for each token instead of {model.config.top_k}; "
+            f"note: the router chooses {top_k} experts for each token instead of {model.config.num_experts_per_tok}; "
             "--sampling-top-k limits the tokens to draw from"
         )
     settings: Settings = {
@@ -174,7 +174,7 @@ def _stdin() -> str:
 
 def _loaded(
     ckpt: str, device: str, dtype: str | None, plan_file: Path | None, backend: str | None, top_k: int | None
-) -> Model:
+) -> CausalLM:
     from moe_surgery.runtime.load import load_model
     from moe_surgery.selection.plan import load_plan
 
@@ -185,8 +185,8 @@ def _loaded(
 def _run(
     terminal: Terminal,
     view: ReplyView,
-    model: Model,
-    draft: Model | None,
+    model: CausalLM,
+    draft: CausalLM | None,
     length: int | AdaptiveLength | None,
     text: Text,
     tokens: list[int],

@@ -1,4 +1,4 @@
-"""What running or exporting a model needs of its config.json, whatever its keys are called there."""
+"""The values of config.json that running and exporting a model need, under the same names for every family."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from moe_surgery.families.model_spec import ModelSpec
 
-__all__ = ["ModelConfig", "RopeConfig", "token_ids"]
+__all__ = ["ModelConfig", "RopeParameters", "token_ids"]
 
 MAX_TOKEN_ID = 10**9
 
 
 @dataclass(frozen=True, slots=True)
-class RopeConfig:
-    """Rotary embedding: plain (`factor` 1) or YaRN (arXiv 2309.00071) as gpt-oss uses it."""
+class RopeParameters:
+    """Rotary embedding: plain (`factor` 1) or YaRN (arXiv 2309.00071). Names are those of transformers'
+    `rope_parameters`."""
 
-    theta: float
+    rope_theta: float
     factor: float = 1.0
-    original_length: int = 4096
+    original_max_position_embeddings: int = 4096
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
@@ -28,25 +29,28 @@ class RopeConfig:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """A decoder's dimensions and constants. `intermediate` is an expert's inner size. `windows[i]` is
-    layer i's sliding window, None for full."""
+    """A decoder's dimensions and constants, under the names that transformers' configurations give them.
 
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
+    `intermediate_size` is an expert's. `sliding_windows[i]` is layer i's window in tokens, None for full
+    attention.
+    """
+
+    num_hidden_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
     head_dim: int
-    vocabulary: int
-    experts: int
-    top_k: int
-    context: int
-    windows: tuple[int | None, ...]
-    rope: RopeConfig
-    eps: float
+    vocab_size: int
+    num_local_experts: int
+    num_experts_per_tok: int
+    max_position_embeddings: int
+    sliding_windows: tuple[int | None, ...]
+    rope_parameters: RopeParameters
+    rms_norm_eps: float
     swiglu_limit: float
     swiglu_alpha: float
-    stop_tokens: tuple[int, ...]
+    eos_token_ids: tuple[int, ...]
     model_type: str = "gpt_oss"
 
     @classmethod

@@ -1,4 +1,4 @@
-"""What a backend offers: the operations of a decoder layer that read weights or the cache, and fused forms."""
+"""The interface of a backend: the operations of a decoder layer that read weights or the cache, and fused forms."""
 
 from __future__ import annotations
 
@@ -12,54 +12,55 @@ from torch import Tensor
 from moe_surgery.kernels.weights import ExpertWeights, Layer
 
 __all__ = [
-    "NOWHERE",
+    "EMPTY",
     "Backend",
     "DecodeStep",
     "DecoderModel",
     "DecoderShape",
     "FusedLayers",
     "KVCache",
-    "LayerSlots",
+    "LayerCache",
 ]
 
-NOWHERE = -1  # position of a cache slot that holds nothing, or a padding token
+EMPTY = -1  # the position of an empty cache slot, and of a padding token
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderShape:
-    """What decoder layers have in common; `windows` has an entry a layer, None for full attention."""
+    """What decoder layers have in common. `sliding_windows[i]` is layer i's window, None for full attention."""
 
-    heads: int
-    kv_heads: int
+    num_heads: int
+    num_kv_heads: int
     head_dim: int
-    eps: float
-    windows: Sequence[int | None]
+    rms_norm_eps: float
+    sliding_windows: Sequence[int | None]
 
 
 @dataclass(frozen=True, slots=True)
-class LayerSlots:
+class LayerCache:
     """One layer's cache in a step.
 
-    `keys` and `values` [batch, kv_heads, slots, head_dim] and `positions` int64 [batch, slots] of the
-    slots, the step's included, -1 for none; `places` int64 [columns] or [batch, columns] says in which
-    slots the step's columns are to be stored.
+    `keys` and `values` [batch, num_kv_heads, slots, head_dim]; `positions` int64 [batch, slots], the step's
+    tokens included, EMPTY for none; `slot_ids` int64 [tokens] or [batch, tokens]: the slots in which to store
+    the step's tokens.
     """
 
     keys: Tensor
     values: Tensor
     positions: Tensor
-    places: Tensor
+    slot_ids: Tensor
 
 
 class FusedLayers(Protocol):
     """All decoder layers as one operation."""
 
     def __call__(
-        self, x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, caches: Sequence[LayerSlots]
+        self, x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, caches: Sequence[LayerCache]
     ) -> Tensor:
-        """The hidden states x [batch, columns, hidden] behind the last layer, whose memory may be x's.
+        """The hidden states [batch, tokens, hidden] after the last layer; they may share x's memory.
 
-        `positions` int64 [batch, columns], cos and sin float32 [batch, columns, head_dim / 2].
+        x [batch, tokens, hidden], `positions` int64 [batch, tokens], cos and sin float32
+        [batch, tokens, head_dim / 2].
         """
         ...
 
@@ -68,7 +69,7 @@ class FusedLayers(Protocol):
 class DecoderModel:
     """A whole decoder with its weights, for `Backend.decode_step`.
 
-    embedding and unembedding [vocabulary, hidden], norm [hidden] of the last RMSNorm; `rope` gives cos and
+    embedding and unembedding [vocab_size, hidden], norm [hidden] of the last RMSNorm; `rope` returns cos and
     sin float32 [..., head_dim / 2] for positions int64 [...]; `dtype` is the compute dtype.
     """
 
@@ -84,9 +85,9 @@ class DecoderModel:
 class KVCache(Protocol):
     """The keys and values that a decode step reads and extends; see `moe_surgery.runtime.cache.Cache`.
 
-    keys[i] and values[i] [batch, kv_heads, slots[i], head_dim]; `positions[n]` int64 [batch, n] says
-    which position each slot holds in layers of n slots, NOWHERE for none. Column c of a sequence is kept in
-    slot c % n, at position c - pads.
+    keys[i] and values[i] [batch, num_kv_heads, slots[i], head_dim]; `positions[n]` int64 [batch, n] holds the
+    position of the token in each slot of layers with n slots, EMPTY for none. Token i of a sequence, counted
+    from 0 with padding, lies in slot i % n, at position i - pads.
     """
 
     batch: int
@@ -98,7 +99,7 @@ class KVCache(Protocol):
 
     @property
     def length(self) -> int:
-        """Columns of the longest sequence."""
+        """Tokens of the longest sequence."""
         ...
 
     @property
@@ -108,15 +109,15 @@ class KVCache(Protocol):
 
     @property
     def pads(self) -> Tensor:
-        """Padding columns of each sequence, int64 [batch]; another tensor where they have changed."""
+        """Padding tokens of each sequence, int64 [batch]; a new tensor whenever they change."""
         ...
 
-    def check_room(self, columns: int) -> None:
-        """Raise UsageError where `columns` more do not fit the context."""
+    def check_capacity(self, tokens: int) -> None:
+        """Raise UsageError where `tokens` more do not fit the context."""
         ...
 
-    def advance(self, columns: int) -> None:
-        """Count `columns` more, which the step has stored."""
+    def advance(self, tokens: int) -> None:
+        """Count `tokens` more in each sequence, which the step has stored."""
         ...
 
 
@@ -124,22 +125,22 @@ class DecodeStep(Protocol):
     """One step of decoding, for one model and one cache."""
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Logits float32 [batch, vocabulary] for tokens int64 [batch]; the next call may reuse their memory.
+        """Logits float32 [batch, vocab_size] for tokens int64 [batch]; the next call may reuse their memory.
 
-        The cache grows by one column. Raises UsageError where it is full, or its sequences have different
-        lengths by now.
+        The cache grows by one token per sequence. Raises UsageError where it is full, or where its sequences
+        now have different lengths.
         """
         ...
 
 
 class Backend(Protocol):
-    """One implementation of these operations. The runtime calls nothing else of it.
+    """One implementation of these operations; the runtime calls nothing else.
 
     Weights stay as stored, usually BF16 or packed; results have x's dtype.
     """
 
     name: str
-    dtype: torch.dtype  # what a model computes in unless told otherwise
+    dtype: torch.dtype  # the default compute dtype
 
     def route(self, x: Tensor, weight: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         """Choose experts: ids int64 [tokens, top_k] and weights [tokens, top_k] in x's dtype.
@@ -170,7 +171,7 @@ class Backend(Protocol):
         ...
 
     def apply_rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x [..., head_dim], at most four axes, its halves (a, b) turned: (a cos - b sin, b cos + a sin).
+        """x [..., head_dim] with at most four axes; its halves (a, b) become (a cos - b sin, b cos + a sin).
 
         cos and sin float32, broadcast to [..., head_dim / 2].
         """
@@ -188,28 +189,29 @@ class Backend(Protocol):
     ) -> Tensor:
         """Attention with one extra logit per head, `sinks`, whose probability is dropped.
 
-        q [batch, heads, queries, head_dim]; k, v [batch, kv_heads, keys, head_dim]; sinks [heads];
-        positions `queries` int64 [batch, queries] and `keys` [batch, keys], negative for none: a query
-        sees the keys at its own position and before, at most `window` of them. Returns
-        [batch, queries, heads * head_dim]; a query that sees nothing gives zeros.
+        q [batch, num_heads, queries, head_dim]; k, v [batch, num_kv_heads, keys, head_dim]; sinks [num_heads];
+        positions `queries` int64 [batch, queries] and `keys` [batch, keys], negative for none: a query attends
+        to the keys at its own position and before, at most `window` of them. Returns
+        [batch, queries, num_heads * head_dim], zeros for a query with no visible key.
         """
         ...
 
     def fuse_layers(self, layers: Sequence[Layer], shape: DecoderShape) -> FusedLayers | None:
-        """`layers` as one operation that gives what the others above give one by one, bit for bit.
+        """`layers` as one operation with the same results, bit for bit, as the operations above one by one.
 
-        None where there is no such thing for these weights.
+        None where the backend has no such operation for these weights.
         """
         ...
 
     def prepare_layer(self, layer: Layer) -> Layer:
-        """`layer` laid out in memory as `decode_step` reads it, the values unchanged; called at loading."""
+        """`layer` in the memory layout that `decode_step` reads, values unchanged; called when loading."""
         ...
 
     def decode_step(self, model: DecoderModel, cache: KVCache) -> DecodeStep | None:
-        """A step of one token per sequence as one operation, or None where there is none for these two.
+        """A step of one token per sequence as one operation, or None where the backend has none for this model
+        and cache.
 
-        The cache may be used by others between steps (prefill, truncation). Raises UsageError where it is
-        full: making a step takes a free column.
+        The cache may be used otherwise between steps (prefill, truncation). Raises UsageError where it is
+        full: capturing a step needs a free slot.
         """
         ...

@@ -11,7 +11,7 @@ from moe_surgery.checkpoint.files import printable_path
 from moe_surgery.errors import InvalidInputError, OutputError, UsageError
 from moe_surgery.quality.corpus import Corpus, Passage
 from moe_surgery.runtime.generate import generate
-from moe_surgery.runtime.model import Model
+from moe_surgery.runtime.model import CausalLM
 
 __all__ = ["Answers", "generate_answers"]
 
@@ -40,7 +40,7 @@ class Answers:
 
 
 def generate_answers(
-    model: Model,
+    model: CausalLM,
     corpus: Corpus,
     new_tokens: int,
     file: Path,

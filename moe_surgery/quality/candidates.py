@@ -10,7 +10,7 @@ from moe_surgery.checkpoint.resolve import resolve
 from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.errors import InvalidInputError, PlanMismatchError
 from moe_surgery.kernels.weights import Layer
-from moe_surgery.runtime.model import Model
+from moe_surgery.runtime.model import CausalLM
 from moe_surgery.runtime.view import view_layer
 from moe_surgery.surgery.manifest import is_ours, load_manifest
 from moe_surgery.surgery.names import MANIFEST_NAME, MAPPING_NAME
@@ -31,7 +31,7 @@ class Candidate:
     name: str
     kept: tuple[tuple[int, ...], ...] | None
     top_k: int | None = None
-    model: Model | None = None
+    model: CausalLM | None = None
     provenance: dict[str, object] = field(default_factory=dict)
 
     def layer(self, number: int, full: Layer) -> Layer:
@@ -42,21 +42,25 @@ class Candidate:
         return view_layer(full, self.kept[number], self.top_k)
 
 
-def pruned_candidate(path: str, other: Model, full: Model) -> Candidate:
+def pruned_candidate(path: str, other: CausalLM, full: CausalLM) -> Candidate:
     """The checkpoint `other` at `path`; what its experts were comes from its manifest or expert mapping.
 
     Raises PlanMismatchError where it cannot come from `full`.
     """
     a, b = other.config, full.config
-    if (a.layers, a.vocabulary, a.hidden) != (b.layers, b.vocabulary, b.hidden):
+    if (a.num_hidden_layers, a.vocab_size, a.hidden_size) != (
+        b.num_hidden_layers,
+        b.vocab_size,
+        b.hidden_size,
+    ):
         raise PlanMismatchError(
-            f"{path}: has {a.layers} layers, hidden size {a.hidden}, vocabulary {a.vocabulary}; "
-            f"the full model has {b.layers}, {b.hidden}, {b.vocabulary}"
+            f"{path}: has {a.num_hidden_layers} layers, hidden size {a.hidden_size}, vocabulary {a.vocab_size}; "
+            f"the full model has {b.num_hidden_layers}, {b.hidden_size}, {b.vocab_size}"
         )
-    kept, provenance = _origin(resolve(path), a.layers, b.experts)
-    if kept is not None and any(len(row) != a.experts for row in kept):
+    kept, provenance = _origin(resolve(path), a.num_hidden_layers, b.num_local_experts)
+    if kept is not None and any(len(row) != a.num_local_experts for row in kept):
         raise InvalidInputError(
-            f"{path}: its manifest or {MAPPING_NAME} does not name the {a.experts} experts it has"
+            f"{path}: its manifest or {MAPPING_NAME} does not name the {a.num_local_experts} experts it has"
         )
     return Candidate(path, kept, model=other, provenance=provenance)
 

@@ -24,7 +24,7 @@ from moe_surgery.quality.layerwise import apply_attention, apply_experts, embed,
 from moe_surgery.quality.resume import default_context
 from moe_surgery.quality.text_files import Texts, as_text_files
 from moe_surgery.runtime.load import load_model
-from moe_surgery.runtime.model import Model
+from moe_surgery.runtime.model import CausalLM
 from moe_surgery.runtime.text import Text
 from moe_surgery.selection.arguments import Named, load_pairs
 from moe_surgery.selection.plan import Plan, check_top_k, load_plan, plan_keeping
@@ -127,7 +127,7 @@ def evaluate(
 
 @torch.inference_mode()
 def evaluate_passages(
-    model: Model,
+    model: CausalLM,
     groups: Iterable[Sequence[Passage]],
     candidates: Sequence[Candidate],
     *,
@@ -240,14 +240,14 @@ def _count_routes(sums: dict[str, _Sums], targets: _Targets, number: int, moved:
 
 
 def _compare(
-    model: Model,
+    model: CausalLM,
     everyone: Sequence[Candidate],
     states: Sequence[HiddenStates],
     targets: _Targets,
     sums: Sequence[dict[str, _Sums]],
 ) -> None:
     """Add the predictions of all models for the target rows to `sums`, a bounded piece at a time."""
-    step = max(1, LOGIT_BYTES // (model.config.vocabulary * 4))
+    step = max(1, LOGIT_BYTES // (model.config.vocab_size * 4))
     for start in range(0, len(targets.rows), step):
         piece = slice(start, start + step)
         rows, owner = targets.rows[piece], targets.owner[piece]

@@ -24,7 +24,7 @@ from moe_surgery.kernels.weights import Layer
 from moe_surgery.quality.corpus import Passage
 from moe_surgery.quality.hidden_states import HiddenStates, rows_buffer
 from moe_surgery.quality.layerwise import apply_attention, apply_experts, embed
-from moe_surgery.runtime.model import Model
+from moe_surgery.runtime.model import CausalLM
 
 __all__ = ["LayerOrder", "eliminate", "reconstruct"]
 
@@ -43,7 +43,7 @@ class LayerOrder:
 
 @torch.inference_mode()
 def reconstruct(
-    model: Model,
+    model: CausalLM,
     passages: Sequence[Passage],
     *,
     known: Sequence[LayerOrder] = (),
@@ -122,7 +122,7 @@ def _error(change: Tensor, gram: Tensor, norms: Tensor) -> Tensor:
     return (change * moved).sum(dim=1).clamp(min=0) / norms
 
 
-def _outputs(model: Model, layer: Layer, states: HiddenStates) -> tuple[Tensor, Tensor]:
+def _outputs(model: CausalLM, layer: Layer, states: HiddenStates) -> tuple[Tensor, Tensor]:
     """Router shares [tokens, experts] and Gram matrices [tokens, experts, experts], float32 on the CPU."""
     router = layer.router
     assert router.bias is not None
@@ -131,7 +131,7 @@ def _outputs(model: Model, layer: Layer, states: HiddenStates) -> tuple[Tensor, 
     gram = rows_buffer(states.tokens, experts * experts, torch.float32, torch.device("cpu"))
     for start in range(0, states.tokens, PIECE_TOKENS):
         where = slice(start, min(start + PIECE_TOKENS, states.tokens))
-        x = model.backend.rms_norm(states[where], layer.mlp_norm, model.config.eps)
+        x = model.backend.rms_norm(states[where], layer.mlp_norm, model.config.rms_norm_eps)
         ids, weights = model.backend.route(x.float(), router.weight, router.bias, experts)
         shares[where] = torch.zeros(len(x), experts).scatter_(1, ids.cpu(), weights.float().cpu())
         outputs = torch.empty(len(x), experts, x.shape[1], device=x.device)

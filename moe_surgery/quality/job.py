@@ -134,7 +134,7 @@ def profile(
             described.model_type,
             known,
             described.experts,
-            model.config.hidden,
+            model.config.hidden_size,
             described.top_k,
             {d: int(data[d][0].count.sum()) // described.top_k for d in data},
             {d: [] for d in data},

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 
 from moe_surgery.errors import UsageError
-from moe_surgery.runtime.model import Model
+from moe_surgery.runtime.model import CausalLM
 
 __all__ = ["cross_entropy"]
 
 
-def cross_entropy(model: Model, tokens: Sequence[int]) -> float:
+def cross_entropy(model: CausalLM, tokens: Sequence[int]) -> float:
     """Mean negative log-likelihood in nats of tokens[1:], each given all before it.
 
     Raises UsageError for fewer than two tokens, or more than the model's context.

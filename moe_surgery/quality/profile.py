@@ -12,7 +12,7 @@ from moe_surgery.kernels.weights import Layer
 from moe_surgery.quality.corpus import Passage
 from moe_surgery.quality.hidden_states import TOGETHER, HiddenStates, rows_buffer
 from moe_surgery.quality.layerwise import apply_attention, choose_experts, embed
-from moe_surgery.runtime.model import Model
+from moe_surgery.runtime.model import CausalLM
 from moe_surgery.runtime.view import view_layer
 from moe_surgery.selection.plan import Plan
 from moe_surgery.selection.statistics import ExpertStatistics
@@ -29,7 +29,7 @@ def part_domains(domain: str) -> tuple[str, str]:
 
 @torch.inference_mode()
 def profile_passages(
-    model: Model,
+    model: CausalLM,
     passages: Sequence[Passage],
     *,
     sequential: Plan | None = None,
@@ -73,7 +73,7 @@ def _owners(passages: Sequence[Passage]) -> tuple[list[str], Tensor]:
 
 
 def _measure(
-    model: Model,
+    model: CausalLM,
     layer: Layer,
     states: HiddenStates,
     owner: Tensor,
@@ -85,8 +85,8 @@ def _measure(
     routed = [choose_experts(model, layer, states, where)[1:] for where in states.pieces()]
     ids, weights = (torch.cat(parts) for parts in zip(*routed, strict=True))
     experts = layer.router.weight.shape[0]
-    parts = [ExpertStatistics.zeros(experts, model.config.hidden) for _ in range(domains)]
-    y = rows_buffer(states.tokens, model.config.hidden, torch.float32, model.device)
+    parts = [ExpertStatistics.zeros(experts, model.config.hidden_size) for _ in range(domains)]
+    y = rows_buffer(states.tokens, model.config.hidden_size, torch.float32, model.device)
     for expert in torch.unique(ids).tolist():
         tokens, slots = torch.where(ids == expert)
         for a in range(0, len(tokens), TOGETHER):
@@ -104,9 +104,9 @@ def _measure(
     return parts
 
 
-def _output(model: Model, layer: Layer, states: HiddenStates, token: Tensor, expert: int) -> Tensor:
+def _output(model: CausalLM, layer: Layer, states: HiddenStates, token: Tensor, expert: int) -> Tensor:
     """The output of one expert for some tokens, before its routing weight, [tokens, hidden]."""
-    x = model.backend.rms_norm(states[token], layer.mlp_norm, model.config.eps)
+    x = model.backend.rms_norm(states[token], layer.mlp_norm, model.config.rms_norm_eps)
     ids = torch.full((len(token), 1), expert, dtype=torch.int64, device=x.device)
     return model.backend.experts(x, ids, torch.ones_like(ids, dtype=x.dtype), layer.experts)
 

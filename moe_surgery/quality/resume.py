@@ -23,7 +23,7 @@ CONTEXT = 4096
 def default_context(checkpoint: str | os.PathLike[str], asked: int | None) -> int:
     """Most tokens of a passage: `asked` if the model takes so many, else 4096 or what it takes."""
     with Checkpoint.open(checkpoint) as opened:
-        most = ModelConfig.of(families.identify_model(opened)).context
+        most = ModelConfig.of(families.identify_model(opened)).max_position_embeddings
     if asked is None:
         return min(most, CONTEXT)
     if not 1 <= asked <= most:

@@ -50,17 +50,24 @@ def bytes_per_token(
     `packed`: expert weights in MXFP4, else BF16. Activations are left out: they stay in the chip's caches.
     """
     c = config
-    inner = c.intermediate
-    heads = (c.heads + 2 * c.kv_heads) * c.head_dim
+    inner = c.intermediate_size
+    heads = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
     stored = MXFP4 if packed else BF16
-    expert = stored.nbytes(3 * inner * c.hidden) + (2 * inner + c.hidden) * BF16.block_bytes
-    attention = heads * (c.hidden + 1) + (c.heads * c.head_dim + 1) * c.hidden + c.heads
-    positions = sum(context if w is None else min(context, w) for w in c.windows)
+    expert = stored.nbytes(3 * inner * c.hidden_size) + (2 * inner + c.hidden_size) * BF16.block_bytes
+    attention = (
+        heads * (c.hidden_size + 1)
+        + (c.num_attention_heads * c.head_dim + 1) * c.hidden_size
+        + c.num_attention_heads
+    )
+    positions = sum(context if w is None else min(context, w) for w in c.sliding_windows)
     return StepBytes(
-        experts=c.layers * distinct_experts(experts, c.top_k, batch) * expert,
-        attention=c.layers * attention * BF16.block_bytes,
-        router_and_norms=(c.layers * (experts * (c.hidden + 1) + 2 * c.hidden) + c.hidden) * BF16.block_bytes,
-        cache=batch * positions * 2 * c.kv_heads * c.head_dim * BF16.block_bytes,
-        vocabulary=(c.vocabulary + batch) * c.hidden * BF16.block_bytes,
+        experts=c.num_hidden_layers * distinct_experts(experts, c.num_experts_per_tok, batch) * expert,
+        attention=c.num_hidden_layers * attention * BF16.block_bytes,
+        router_and_norms=(
+            c.num_hidden_layers * (experts * (c.hidden_size + 1) + 2 * c.hidden_size) + c.hidden_size
+        )
+        * BF16.block_bytes,
+        cache=batch * positions * 2 * c.num_key_value_heads * c.head_dim * BF16.block_bytes,
+        vocabulary=(c.vocab_size + batch) * c.hidden_size * BF16.block_bytes,
         batch=batch,
     )

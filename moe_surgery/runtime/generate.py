@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_surgery.errors import UsageError
 from moe_surgery.runtime.cache import Cache
-from moe_surgery.runtime.model import Model
+from moe_surgery.runtime.model import CausalLM
 from moe_surgery.runtime.sampling import Sampler, Sampling
 
 __all__ = ["Generated", "Step", "decoder", "generate", "pad_left", "room_for", "stream"]
@@ -46,7 +46,7 @@ def pad_left(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 @torch.inference_mode()
 def stream(
-    model: Model,
+    model: CausalLM,
     input_ids: Tensor | Sequence[Sequence[int]],
     *,
     attention_mask: Tensor | None = None,
@@ -63,7 +63,9 @@ def stream(
     """
     if not isinstance(input_ids, Tensor):
         input_ids, attention_mask = pad_left(input_ids)
-    stops = torch.tensor(model.config.stop_tokens if stop_tokens is None else stop_tokens, dtype=torch.int64)
+    stops = torch.tensor(
+        model.config.eos_token_ids if stop_tokens is None else stop_tokens, dtype=torch.int64
+    )
     batch, tokens = input_ids.shape
     new = room_for(model, tokens, max_new_tokens, context)
     cache = model.new_cache(batch, tokens + new - 1)  # the last token is not looked at again
@@ -83,22 +85,24 @@ def stream(
         logits = follow(drawn)
 
 
-def room_for(model: Model, tokens: int, max_new_tokens: int, context: int | None) -> int:
+def room_for(model: CausalLM, tokens: int, max_new_tokens: int, context: int | None) -> int:
     """How many new tokens fit behind a prompt of `tokens`, at most `max_new_tokens`.
 
     Raises UsageError where none do, or `context` is more than the model was made for.
     """
     if max_new_tokens < 1:
         raise UsageError(f"`max_new_tokens` {max_new_tokens}: must be at least 1")
-    longest = model.config.context if context is None else context
-    if not 1 <= longest <= model.config.context:
-        raise UsageError(f"`context` {longest}: this model takes 1 to {model.config.context} tokens")
+    longest = model.config.max_position_embeddings if context is None else context
+    if not 1 <= longest <= model.config.max_position_embeddings:
+        raise UsageError(
+            f"`context` {longest}: this model takes 1 to {model.config.max_position_embeddings} tokens"
+        )
     if tokens >= longest:
         raise UsageError(f"the prompt has {tokens} tokens, but the context is {longest}; shorten it")
     return min(max_new_tokens, longest - tokens)
 
 
-def decoder(model: Model, cache: Cache) -> Callable[[Tensor], Tensor]:
+def decoder(model: CausalLM, cache: Cache) -> Callable[[Tensor], Tensor]:
     """What turns the tokens drawn [batch] into the next logits [batch, 1, vocabulary].
 
     The backend's own decode step where it has one, which may reuse its result's memory.
@@ -110,7 +114,7 @@ def decoder(model: Model, cache: Cache) -> Callable[[Tensor], Tensor]:
 
 
 def generate(
-    model: Model,
+    model: CausalLM,
     input_ids: Tensor | Sequence[Sequence[int]],
     *,
     callback: Callable[[Step], None] | None = None,

@@ -1,4 +1,4 @@
-"""From a checkpoint to a `Model`: weights as views of the mapped shards, or moved to a device."""
+"""From a checkpoint to a `CausalLM`: weights as views of the mapped shards, or moved to a device."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moe_surgery.kernels import Backend, select_backend
 from moe_surgery.kernels.weights import DenseWeight, ExpertWeights, Layer, Mxfp4Weight, Projection, Weight
 from moe_surgery.runtime.device import check_memory, open_device
 from moe_surgery.runtime.mapped import MappedShards
-from moe_surgery.runtime.model import Model
+from moe_surgery.runtime.model import CausalLM
 from moe_surgery.runtime.view import view_layer
 from moe_surgery.selection.arguments import PathLike
 from moe_surgery.selection.plan import Plan, as_plan, check_top_k
@@ -70,7 +70,7 @@ def load_model(
     top_k: int | None = None,
     one_layer: bool = False,
     families: tuple[Family, ...] = FAMILIES,
-) -> Model:
+) -> CausalLM:
     """Load a checkpoint (folder, file, example or cached hub id) to run it.
 
     On the CPU weights are views over the mapped files: loading reads headers only. On other devices
@@ -81,7 +81,7 @@ def load_model(
     made, and layers may keep different numbers; logits are those of the checkpoint pruned by that plan,
     bit for bit. `top_k` is how many experts the router chooses for a token, instead of the plan's or the
     model's number; it may be more than that, up to the experts of a layer (a layer with fewer uses all of
-    them). With `one_layer` a layer is mapped, or moved to the device, when `Model.layers` is asked for it,
+    them). With `one_layer` a layer is mapped, or moved to the device, when `CausalLM.layers` is asked for it,
     and let go for the next one: for work that takes all texts through one layer at a time. `families`
     are those that the checkpoint may be of.
 
@@ -116,7 +116,7 @@ def _assembled(
     compute: torch.dtype,
     backend: Backend,
     one_layer: bool,
-) -> Model:
+) -> CausalLM:
     config = ModelConfig.of(described)
     shards = MappedShards(checkpoint)
     tensors = {t.name: t for t in described.tensors}
@@ -147,11 +147,13 @@ def _assembled(
                     shards.release(ref)
 
     layers: Sequence[Layer] = (
-        OneLayer(config.layers, make, release) if one_layer else [make(n) for n in range(config.layers)]
+        OneLayer(config.num_hidden_layers, make, release)
+        if one_layer
+        else [make(n) for n in range(config.num_hidden_layers)]
     )
     unembedding = get(names.unembedding) if names.unembedding in tensors else embedding
     norm = get(names.norm)
-    return Model(config, embedding, layers, norm, unembedding, compute, backend)
+    return CausalLM(config, embedding, layers, norm, unembedding, compute, backend)
 
 
 def _layer(
@@ -199,6 +201,6 @@ def _layer(
         mlp_norm=vector(names.mlp_norm),
         router=router,
         experts=experts,
-        top_k=min(top_k or config.top_k, router.weight.shape[0]),
+        top_k=min(top_k or config.num_experts_per_tok, router.weight.shape[0]),
     )
     return whole if plan is None else view_layer(whole, plan.layers[number], plan.top_k)

@@ -15,9 +15,10 @@ from moe_surgery.kernels import Backend
 from moe_surgery.kernels.interface import DecoderModel, DecoderShape, DecodeStep, FusedLayers
 from moe_surgery.kernels.weights import Layer
 from moe_surgery.runtime.cache import Cache
+from moe_surgery.runtime.decoder_layer import Attend, decoder_layer
 from moe_surgery.runtime.rope import Rope
 
-__all__ = ["SCORE_BYTES", "Model"]
+__all__ = ["SCORE_BYTES", "CausalLM"]
 
 DEFAULT_ROLLBACK = 16
 # Attention scores held at once: queries x keys x heads, four bytes each.
@@ -25,7 +26,7 @@ SCORE_BYTES = 128 << 20
 MOST_PREFILL = 512
 
 
-class Model:
+class CausalLM:
     """A loaded model. Call it for logits; `new_cache` makes what decoding needs.
 
     `config` is that of the checkpoint (its experts and top_k are the stored ones; a layer's own
@@ -50,7 +51,7 @@ class Model:
         self.dtype = dtype
         self.backend = backend
         self.device = norm.device
-        self.rope = Rope(config.rope, config.head_dim, self.device)
+        self.rope = Rope(config.rope_parameters, config.head_dim, self.device)
         self._fused: tuple[Sequence[Layer], FusedLayers | None] | None = None
 
     @property
@@ -63,13 +64,24 @@ class Model:
     def new_cache(self, batch: int, context: int, *, rollback: int = DEFAULT_ROLLBACK) -> Cache:
         """A KV cache for `batch` sequences of up to `context` tokens, padding included.
 
-        `rollback` is how many tokens `Cache.truncate` can take back. Raises UsageError for a context
+        `rollback` is how many tokens `Cache.truncate` can roll back. Raises UsageError for a context
         that the model was not made for.
         """
         c = self.config
-        if not 1 <= context <= c.context:
-            raise UsageError(f"a context of {context} tokens; this model takes 1 to {c.context}")
-        return Cache(batch, context, c.windows, c.kv_heads, c.head_dim, self.dtype, self.device, rollback)
+        if not 1 <= context <= c.max_position_embeddings:
+            raise UsageError(
+                f"a context of {context} tokens; this model takes 1 to {c.max_position_embeddings}"
+            )
+        return Cache(
+            batch,
+            context,
+            c.sliding_windows,
+            c.num_key_value_heads,
+            c.head_dim,
+            self.dtype,
+            self.device,
+            rollback,
+        )
 
     @torch.inference_mode()
     def __call__(
@@ -88,7 +100,7 @@ class Model:
         """
         batch, tokens = input_ids.shape
         cache = cache if cache is not None else self.new_cache(batch, tokens)
-        cache.check_room(tokens)
+        cache.check_capacity(tokens)
         ids = self._admitted(input_ids)
         keep = tokens if logits_to_keep is None else min(logits_to_keep, tokens)
         kept: list[Tensor] = []
@@ -96,7 +108,7 @@ class Model:
             mask = None if attention_mask is None else attention_mask[:, start:stop]
             x = self._hidden(ids[:, start:stop], cache, mask)
             if stop == tokens or stop > tokens - keep:
-                kept.append(self._logits(x[:, max(0, tokens - keep - start) :]))
+                kept.append(self.lm_head(x[:, max(0, tokens - keep - start) :]))
         return kept[0] if len(kept) == 1 else torch.cat(kept, dim=1)
 
     def decode_step(self, cache: Cache) -> DecodeStep | None:
@@ -120,36 +132,40 @@ class Model:
             self.dtype,
         )
 
+    def embed(self, ids: Tensor) -> Tensor:
+        """Hidden states [..., hidden] before the first layer, of ids int64 [...] on the model's device."""
+        return F.embedding(ids, self.embedding).to(self.dtype)
+
     def _admitted(self, ids: Tensor) -> Tensor:
         """`ids` on the model's device; checked only where that waits for no device."""
         if not ids.numel():
             raise UsageError("no tokens; give at least one")
         if ids.device.type == "cpu":
             low, high = map(int, ids.aminmax())
-            if low < 0 or high >= self.config.vocabulary:
+            if low < 0 or high >= self.config.vocab_size:
                 raise UsageError(
-                    f"token {low if low < 0 else high} is not one of the model's {self.config.vocabulary}"
+                    f"token {low if low < 0 else high} is not one of the model's {self.config.vocab_size}"
                 )
         return ids.to(self.device)
 
     def _chunks(self, cache: Cache, batch: int, tokens: int) -> list[tuple[int, int]]:
         keys = min(cache.context, cache.length + tokens)
-        step = SCORE_BYTES // (batch * keys * self.config.heads * 4)
+        step = SCORE_BYTES // (batch * keys * self.config.num_attention_heads * 4)
         step = max(1, min(step, MOST_PREFILL))
         return [(a, min(a + step, tokens)) for a in range(0, tokens, step)]
 
     def _hidden(self, ids: Tensor, cache: Cache, mask: Tensor | None) -> Tensor:
         """One step through all layers: ids [batch, tokens] -> [batch, tokens, hidden]."""
         positions = cache.begin(ids.shape[1], mask)
-        angles = self.rope(positions, self.backend)
-        x = F.embedding(ids, self.embedding).to(self.dtype)
-        fused = self._fused_layers() if cache.stores_before_reading(ids.shape[1]) else None
+        cos, sin = self.rope(positions, self.backend)
+        x = self.embed(ids)
+        fused = self._fused_layers() if cache.can_write_in_place(ids.shape[1]) else None
         if fused is not None:
-            x = fused(x, positions, *angles, cache.layer_slots())
+            x = fused(x, positions, cos, sin, cache.layer_caches())
         else:
             for number, layer in enumerate(self.layers):
-                x = x + self._attention(number, layer, x, cache, positions, angles)
-                x = x + self._experts(layer, x)
+                attend = self._attend(number, layer, cache, positions)
+                x = decoder_layer(self.backend, self.config, layer, x, cos, sin, attend)
         cache.end()
         return x
 
@@ -165,37 +181,22 @@ class Model:
 
     def _shape(self) -> DecoderShape:
         c = self.config
-        return DecoderShape(c.heads, c.kv_heads, c.head_dim, c.eps, c.windows)
-
-    def _attention(
-        self,
-        number: int,
-        layer: Layer,
-        x: Tensor,
-        cache: Cache,
-        positions: Tensor,
-        angles: tuple[Tensor, Tensor],
-    ) -> Tensor:
-        c = self.config
-        batch, tokens, _ = x.shape
-        h = self.backend.rms_norm(x, layer.attention_norm, c.eps)
-        cos, sin = (a[:, None] for a in angles)  # [batch, 1, tokens, head_dim / 2]
-        q, k, v = (
-            y.view(batch, tokens, -1, c.head_dim).transpose(1, 2)
-            for y in self.backend.multi_linear(h, [layer.q.pair, layer.k.pair, layer.v.pair])
+        return DecoderShape(
+            c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.rms_norm_eps, c.sliding_windows
         )
-        keys, values, held = cache.update(number, self.backend.apply_rope(k, cos, sin), v)
-        q = self.backend.apply_rope(q, cos, sin)
-        mixed = self.backend.attention(q, keys, values, layer.sinks, positions, held, c.windows[number])
-        return self.backend.linear(mixed, *layer.o.pair)
 
-    def _experts(self, layer: Layer, x: Tensor) -> Tensor:
-        h = self.backend.rms_norm(x, layer.mlp_norm, self.config.eps).view(-1, self.config.hidden)
-        router = layer.router
-        assert router.bias is not None
-        ids, weights = self.backend.route(h, router.weight, router.bias, layer.top_k)
-        return self.backend.experts(h, ids, weights, layer.experts).view(x.shape)
+    def _attend(self, number: int, layer: Layer, cache: Cache, positions: Tensor) -> Attend:
+        """Attention of layer `number` over `cache`, to which it adds the step's keys and values."""
 
-    def _logits(self, x: Tensor) -> Tensor:
-        x = self.backend.rms_norm(x, self.norm, self.config.eps)
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # [batch, heads, tokens, head_dim]
+            keys, values, key_positions = cache.update(number, k, v)
+            window = self.config.sliding_windows[number]
+            return self.backend.attention(q, keys, values, layer.sinks, positions, key_positions, window)
+
+        return attend
+
+    def lm_head(self, x: Tensor) -> Tensor:
+        """Logits float32 [..., vocabulary] of hidden states x [..., hidden] after the last layer."""
+        x = self.backend.rms_norm(x, self.norm, self.config.rms_norm_eps)
         return self.backend.linear(x, self.unembedding).float()

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from moe_surgery.kernels.weights import DenseWeight, Layer, Weight
 from moe_surgery.runtime.decode_cost import distinct_experts
-from moe_surgery.runtime.model import Model
+from moe_surgery.runtime.model import CausalLM
 from moe_surgery.runtime.speculation.draft_length import Costs
 
 __all__ = ["cache_bytes", "counted_costs", "model_step_bytes", "shown_bytes", "weight_bytes"]
 
 
-def model_step_bytes(model: Model, tokens: int = 1) -> float:
+def model_step_bytes(model: CausalLM, tokens: int = 1) -> float:
     """Weight bytes read by a step over `tokens` tokens, all sequences together, of a model or a view.
 
     Of each layer the experts that `tokens` choose if every choice is as likely (real routing repeats
@@ -28,28 +28,28 @@ def model_step_bytes(model: Model, tokens: int = 1) -> float:
     return total
 
 
-def counted_costs(target: Model, draft: Model, batch: int, most: int) -> Costs:
+def counted_costs(target: CausalLM, draft: CausalLM, batch: int, most: int) -> Costs:
     """Costs in bytes: what a decode step takes where memory is the limit."""
     read = [model_step_bytes(target, batch * (n + 1)) for n in range(most + 1)]
     one, two = (model_step_bytes(draft, batch * tokens) for tokens in (1, 2))
     return Costs(one, read, two - one)
 
 
-def weight_bytes(model: Model, beside: Model | None = None) -> int:
+def weight_bytes(model: CausalLM, beside: CausalLM | None = None) -> int:
     """Bytes of the weights that `model` holds, each storage once, without those `beside` holds too."""
     known = set() if beside is None else {t.data_ptr() for t in _all(beside)}
     held = {t.data_ptr(): t.nbytes for t in _all(model)}
     return sum(nbytes for place, nbytes in held.items() if place not in known)
 
 
-def cache_bytes(model: Model, batch: int, context: int, rollback: int) -> int:
-    """Bytes of keys and values of `Model.new_cache(batch, context, rollback=rollback)`, without making it."""
+def cache_bytes(model: CausalLM, batch: int, context: int, rollback: int) -> int:
+    """Bytes of keys and values of `CausalLM.new_cache(batch, context, rollback=rollback)`, without making it."""
     c = model.config
-    slots = sum(context if w is None else min(context, w + rollback) for w in c.windows)
-    return 2 * batch * c.kv_heads * slots * c.head_dim * model.dtype.itemsize
+    slots = sum(context if w is None else min(context, w + rollback) for w in c.sliding_windows)
+    return 2 * batch * c.num_key_value_heads * slots * c.head_dim * model.dtype.itemsize
 
 
-def shown_bytes(model: Model) -> int:
+def shown_bytes(model: CausalLM) -> int:
     """Bytes of the weights that `model` can use: those of a checkpoint with the experts a view shows."""
     held = {t.data_ptr(): t.nbytes for t in (model.embedding, model.unembedding, model.norm)}
     total = float(sum(held.values()))
@@ -58,7 +58,7 @@ def shown_bytes(model: Model) -> int:
     return round(total)
 
 
-def _all(model: Model) -> Iterator[Tensor]:
+def _all(model: CausalLM) -> Iterator[Tensor]:
     yield from (model.embedding, model.unembedding, model.norm)
     for layer in model.layers:
         yield from _dense(layer)

@@ -9,7 +9,7 @@ import torch
 
 from moe_surgery.errors import PlanMismatchError, UsageError
 from moe_surgery.kernels.weights import Layer, Projection
-from moe_surgery.runtime.model import Model
+from moe_surgery.runtime.model import CausalLM
 from moe_surgery.selection.arguments import PathLike
 from moe_surgery.selection.plan import Plan, as_plan
 
@@ -35,8 +35,8 @@ def view_layer(layer: Layer, kept: tuple[int, ...], top_k: int | None = None) ->
 
 
 def view(
-    model: Model, plan: Plan | PathLike | None = None, top_k: int | None = None, *, name: str = "the model"
-) -> Model:
+    model: CausalLM, plan: Plan | PathLike | None = None, top_k: int | None = None, *, name: str = "the model"
+) -> CausalLM:
     """A model that is `model` as `plan` prunes it, with at most `top_k` experts a token (default: the
     plan's, else the model's).
 
@@ -53,7 +53,7 @@ def view(
     c = model.config
     if plan is not None:
         plan = as_plan(plan)
-        plan.check_fits(c.model_type, c.experts, c.layers, name)
+        plan.check_fits(c.model_type, c.num_local_experts, c.num_hidden_layers, name)
     viewed = copy(model)
     if plan is None:
         viewed.layers = [

@@ -24,7 +24,7 @@ from moe_surgery.bench.speculation_costs import (  # noqa: E402
 )
 from moe_surgery.errors import UsageError  # noqa: E402
 from moe_surgery.runtime.decode_cost import bytes_per_token  # noqa: E402
-from moe_surgery.runtime.model import Model  # noqa: E402
+from moe_surgery.runtime.model import CausalLM  # noqa: E402
 from moe_surgery.runtime.speculation.draft_length import Costs  # noqa: E402
 from moe_surgery.runtime.speculation.speculate import speculate  # noqa: E402
 from moe_surgery.runtime.step_bytes import model_step_bytes, shown_bytes, weight_bytes  # noqa: E402
@@ -41,12 +41,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(folder: Path) -> Model:
+def model(folder: Path) -> CausalLM:
     return load_model(folder, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
-def draft(folder: Path, model: Model) -> Model:
+def draft(folder: Path, model: CausalLM) -> CausalLM:
     return view(model, plan_random(3, 0, inspect(folder)), 1)
 
 
@@ -59,7 +59,7 @@ def test_step_bytes_are_those_counted_from_the_configuration(tokens: int, top_k:
     from dataclasses import replace
 
     tiny = load_model("example:tiny")
-    counted = bytes_per_token(replace(tiny.config, top_k=top_k), 32, tokens, 0)
+    counted = bytes_per_token(replace(tiny.config, num_experts_per_tok=top_k), 32, tokens, 0)
     assert model_step_bytes(view(tiny, None, top_k), tokens) == pytest.approx(counted.step, rel=1e-9)
 
 
@@ -75,7 +75,7 @@ def test_step_bytes_of_narrow_experts_are_those_counted_from_the_configuration(
 
 @pytest.mark.parametrize("count", [1, 3, 6])
 def test_a_view_shows_the_bytes_that_the_pruned_checkpoint_holds(
-    folder: Path, model: Model, tmp_path: Path, count: int
+    folder: Path, model: CausalLM, tmp_path: Path, count: int
 ) -> None:
     plan = plan_random(count, 0, inspect(folder))
     prune(folder, tmp_path / "out", plan)
@@ -86,7 +86,7 @@ def test_a_view_shows_the_bytes_that_the_pruned_checkpoint_holds(
 # --- decoding
 
 
-def test_every_model_and_batch_has_its_turn_in_every_round(model: Model, draft: Model) -> None:
+def test_every_model_and_batch_has_its_turn_in_every_round(model: CausalLM, draft: CausalLM) -> None:
     models = {"full": model, "pruned": draft}
     runs = list(measure_decoding(models, batches=[1, 3], depth=5, steps=4, rounds=3))
     seen = sorted((r.number, r.model, r.batch) for r in runs)
@@ -99,7 +99,7 @@ def test_every_model_and_batch_has_its_turn_in_every_round(model: Model, draft: 
     assert all(f.ratio is not None and f.ratio.low == f.ratio.high == 1 for f in figures if f.model == "full")
 
 
-def test_figures_follow_from_the_runs(model: Model, draft: Model) -> None:
+def test_figures_follow_from_the_runs(model: CausalLM, draft: CausalLM) -> None:
     def run(name: str, number: int, *seconds: float) -> DecodeRun:
         return DecodeRun(name, 2, number, 20, 0.5, 0.6, seconds, 100, 1000 + number, 1e6 * (1 + number))
 
@@ -123,12 +123,12 @@ def test_figures_follow_from_the_runs(model: Model, draft: Model) -> None:
     assert full.bandwidth_share == pytest.approx(read / 2 / 2e6)
 
 
-def test_a_context_that_just_fits_runs(model: Model) -> None:
-    context = model.config.context - 2  # a step, and the token after it
+def test_a_context_that_just_fits_runs(model: CausalLM) -> None:
+    context = model.config.max_position_embeddings - 2  # a step, and the token after it
     assert len(list(measure_decoding({"full": model}, depth=context, steps=1, rounds=1))) == 1
 
 
-def test_what_was_interrupted_before_anything_came_has_no_figures(model: Model) -> None:
+def test_what_was_interrupted_before_anything_came_has_no_figures(model: CausalLM) -> None:
     assert decode_figures([], {"full": model}) == []
 
 
@@ -140,7 +140,7 @@ def test_what_was_interrupted_before_anything_came_has_no_figures(model: Model) 
         ({"depth": 131072, "steps": 9}, "need 131082 tokens; these models take"),
     ],
 )
-def test_numbers_out_of_range_are_refused(model: Model, options: dict[str, object], said: str) -> None:
+def test_numbers_out_of_range_are_refused(model: CausalLM, options: dict[str, object], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         list(measure_decoding({"full": model}, **options))  # type: ignore[arg-type]
 
@@ -148,7 +148,7 @@ def test_numbers_out_of_range_are_refused(model: Model, options: dict[str, objec
 # --- speculation
 
 
-def test_every_prompt_runs_at_every_length(model: Model, draft: Model) -> None:
+def test_every_prompt_runs_at_every_length(model: CausalLM, draft: CausalLM) -> None:
     runs = list(measure_speculation(model, draft, PROMPTS, lengths=[1, 3], max_new_tokens=9))
     assert sorted((r.domain, r.length) for r in runs) == sorted(
         (d, n) for d, some in PROMPTS.items() for _ in some for n in (1, 3)
@@ -168,7 +168,7 @@ def test_every_prompt_runs_at_every_length(model: Model, draft: Model) -> None:
     assert figures[3].differing_prompts == 0
 
 
-def test_costs_cover_all_lengths_and_caches_stay_as_they_were(model: Model, draft: Model) -> None:
+def test_costs_cover_all_lengths_and_caches_stay_as_they_were(model: CausalLM, draft: CausalLM) -> None:
     times = list(measure_costs(model, draft, lengths=[1, 4], batch=2, depth=6, rounds=2))
     kinds = [("plain", 1), ("draft", 1), ("draft", 2), ("check", 2), ("check", 5)]
     assert sorted((t.kind, t.tokens) for t in times) == sorted(2 * kinds)

@@ -114,7 +114,8 @@ def tied_equal(folder: Path) -> None:
 FOLDERS: dict[str, tuple[Callable[[Path], None], str | None, set[str]]] = {
     "PEFT": (
         peft,
-        "2 files are ignored, as in transformers, such as adapter_config.json (a PEFT adapter; merge it",
+        "2 files are ignored, as in transformers, such as adapter_config.json (a PEFT adapter, which transformers "
+        "applies if peft is installed; merge it",
         {"adapter_config.json", "adapter_model.safetensors"},
     ),
     "value head beside": (
@@ -172,6 +173,13 @@ def ours(folder: Path) -> torch.Tensor:
     model = load_model(folder, dtype=torch.float32, backend="reference")
     with torch.no_grad():
         return model(TOKENS[None], model.new_cache(1, len(TOKENS)))[0]
+
+
+@pytest.fixture(autouse=True)
+def without_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers as it is where peft is not installed: with it, an adapter in the folder is applied."""
+    for module in ("models.auto.auto_factory", "integrations.peft"):
+        monkeypatch.setattr(f"transformers.{module}.is_peft_available", lambda: False)
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""PEFT puts LoRA adapters on a pruned model as transformers loads it, trains them and merges them."""
+"""PEFT puts LoRA adapters on a pruned model, trains and merges them; what transformers then saves loads here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-from moe_surgery import plan_random, prune  # noqa: E402
+from moe_surgery import load_model, plan_random, prune  # noqa: E402
 from tests.support import oracle  # noqa: E402
 
 TOKENS = torch.randint(0, 2048, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -44,3 +44,6 @@ def test_an_adapter_on_attention_trains_and_merges(store: str, tmp_path: Path) -
     merged = again.merge_and_unload()
     assert not any("lora" in name for name, _ in merged.named_parameters())
     torch.testing.assert_close(oracle.logits_of(merged, TOKENS), adapted, rtol=0, atol=2e-3)
+    merged.save_pretrained(tmp_path / "merged")
+    ours = load_model(tmp_path / "merged", dtype=torch.float32, backend="reference")
+    torch.testing.assert_close(ours(TOKENS), adapted, rtol=0, atol=2e-3)

@@ -95,7 +95,8 @@ class Installed:
         pip = [sys.executable, "-m", "pip", "--python", str(self.bin / "python"), "install", "--quiet"]
         constraints = str(ROOT / "constraints.txt")
         # Not from a wheel that an earlier build left in pip's cache.
-        command = [*pip, "--no-cache-dir", "--constraint", constraints, str(package)]
+        pinned = ["--constraint", constraints, "--build-constraint", constraints]
+        command = [*pip, "--no-cache-dir", *pinned, str(package)]
         subprocess.run(command, check=True, env={**os.environ, **env}, cwd=folder)
         for job in JOBS:
             ran = self.run("moe-surgery", *job.split())

@@ -14,7 +14,7 @@ from moe_surgery.checkpoint.resolve import resolve
 from moe_surgery.demo import arithmetic
 
 if TYPE_CHECKING:
-    from moe_surgery.runtime.model import Model
+    from moe_surgery.runtime.model import CausalLM
     from moe_surgery.runtime.text import Text
     from tests.support.routed import Routed
 
@@ -66,7 +66,7 @@ def text() -> Text:
 
 
 @pytest.fixture(scope="session")
-def tiny_model() -> Model:
+def tiny_model() -> CausalLM:
     """In float32."""
     import torch
 

@@ -23,7 +23,7 @@ from moe_surgery.quality.candidates import Candidate  # noqa: E402
 from moe_surgery.quality.corpus import Corpus, Passage, open_corpus, text_files  # noqa: E402
 from moe_surgery.quality.evaluate import evaluate, evaluate_passages  # noqa: E402
 from moe_surgery.quality.evaluation import Evaluation, Quality  # noqa: E402
-from moe_surgery.runtime.model import Model  # noqa: E402
+from moe_surgery.runtime.model import CausalLM  # noqa: E402
 from moe_surgery.runtime.text import Text  # noqa: E402
 from moe_surgery.selection.plan import Plan  # noqa: E402
 from tests.runtime.models import write_lively  # noqa: E402
@@ -346,7 +346,7 @@ def test_texts_with_nothing_to_predict_are_refused(tmp_path: Path, text: Text, t
         evaluate(TINY, tmp_path / "x.txt", plans=[("x", PLANS["eight"])], batch_tokens=0)
 
 
-def test_a_domain_with_nothing_to_predict_is_left_out(tiny_model: Model) -> None:
+def test_a_domain_with_nothing_to_predict_is_left_out(tiny_model: CausalLM) -> None:
     passages = [Passage("one", (5,)), Passage("two", (5, 6, 7))]
     models = evaluate_passages(
         tiny_model, [passages[:1], passages[1:]], [Candidate("x", PLANS["all"].layers)]

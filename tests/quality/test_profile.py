@@ -16,7 +16,7 @@ from moe_surgery.quality import hidden_states as states  # noqa: E402
 from moe_surgery.quality import layerwise  # noqa: E402
 from moe_surgery.quality.corpus import Passage  # noqa: E402
 from moe_surgery.quality.profile import part_domains, profile_passages  # noqa: E402
-from moe_surgery.runtime.model import Model  # noqa: E402
+from moe_surgery.runtime.model import CausalLM  # noqa: E402
 from moe_surgery.runtime.text import Text  # noqa: E402
 from moe_surgery.selection.metrics import METRICS, score  # noqa: E402
 from moe_surgery.selection.plan import Plan  # noqa: E402
@@ -30,7 +30,7 @@ def passages(texts: dict[str, list[list[int]]]) -> list[Passage]:
     return [Passage(domain, tuple(s)) for domain, sequences in texts.items() for s in sequences]
 
 
-def test_every_statistic_is_what_hooks_on_transformers_see(tiny_model: Model, routed: Routed) -> None:
+def test_every_statistic_is_what_hooks_on_transformers_see(tiny_model: CausalLM, routed: Routed) -> None:
     text = Text("example:tiny")
     texts: dict[str, list[list[int]]] = defaultdict(list)
     texts["sums"] = [text.encode(arithmetic(random.Random(i), 300))[: 60 + 20 * i] for i in range(2)]
@@ -45,7 +45,7 @@ def test_every_statistic_is_what_hooks_on_transformers_see(tiny_model: Model, ro
                 np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
-def test_sequences_together_are_sequences_apart(tiny_model: Model) -> None:
+def test_sequences_together_are_sequences_apart(tiny_model: CausalLM) -> None:
     sequences = [[5, 80, 900, 33], [700, 8], [9, 10, 11, 12, 13, 14]]
     [whole] = profile_passages(tiny_model, passages({"x": sequences})).values()
     total = [ExpertStatistics.zeros(32, 160) for _ in whole]
@@ -56,7 +56,7 @@ def test_sequences_together_are_sequences_apart(tiny_model: Model) -> None:
     assert_same(whole, total)
 
 
-def test_prompt_and_answer_are_counted_apart(tiny_model: Model, routed: Routed) -> None:
+def test_prompt_and_answer_are_counted_apart(tiny_model: CausalLM, routed: Routed) -> None:
     tokens = Text("example:tiny").encode(arithmetic(random.Random(4), 200))[:50]
     conversation = Passage("law", tuple(tokens), answer=20)
     found = profile_passages(tiny_model, [conversation, Passage("law", tuple(tokens))])
@@ -73,14 +73,14 @@ def test_prompt_and_answer_are_counted_apart(tiny_model: Model, routed: Routed) 
 
 
 @pytest.mark.parametrize("answer", [0, 7, 30])
-def test_an_answer_may_be_all_or_nothing_of_a_piece(tiny_model: Model, answer: int) -> None:
+def test_an_answer_may_be_all_or_nothing_of_a_piece(tiny_model: CausalLM, answer: int) -> None:
     found = profile_passages(tiny_model, [Passage("law", (5, 80, 900, 33, 2, 7, 8), answer)])
     assert list(found) == (["law:answer"] if answer == 0 else ["law:prompt"])
 
 
 @pytest.mark.parametrize("top_k", [None, 2])
 def test_sequential_layers_see_what_the_plan_leaves_of_earlier_ones(
-    tiny_model: Model, routed: Routed, top_k: int | None
+    tiny_model: CausalLM, routed: Routed, top_k: int | None
 ) -> None:
     tokens = Text("example:tiny").encode(PROSE)[:60]
     rng = np.random.default_rng(1)
@@ -94,7 +94,7 @@ def test_sequential_layers_see_what_the_plan_leaves_of_earlier_ones(
 
 
 def test_many_tokens_in_pieces_and_spilled_to_a_file_are_the_same(
-    tiny_model: Model, routed: Routed, monkeypatch: pytest.MonkeyPatch
+    tiny_model: CausalLM, routed: Routed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = Text("example:tiny")
     sequences = [text.encode(arithmetic(random.Random(i), 500))[: 150 + i] for i in range(2)]

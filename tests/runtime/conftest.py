@@ -12,7 +12,7 @@ from tests.runtime.models import write_lively
 from tests.support.checkpoints import Shape
 
 if TYPE_CHECKING:
-    from moe_surgery.runtime.model import Model
+    from moe_surgery.runtime.model import CausalLM
     from moe_surgery.runtime.text import Text
 
 pytest.importorskip("torch")
@@ -49,7 +49,7 @@ def tiny_text(tiny: Path) -> Text:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tiny: Path, backend: str) -> Model:
+def tiny_model(tiny: Path, backend: str) -> CausalLM:
     """In float32."""
     import torch
 
@@ -66,7 +66,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def small_model(small: Path, backend: str) -> Model:
+def small_model(small: Path, backend: str) -> CausalLM:
     """In float32."""
     import torch
 
@@ -76,7 +76,7 @@ def small_model(small: Path, backend: str) -> Model:
 
 
 @pytest.fixture(scope="session")
-def steady_model(small_model: Model) -> Model:
+def steady_model(small_model: CausalLM) -> CausalLM:
     """`small_model` with all experts chosen: no tie in a router goes one way in a batch and another way alone."""
     from moe_surgery.runtime.view import view
 

@@ -1,4 +1,4 @@
-"""However a text reaches the model (whole, in pieces, padded, taken back), its logits are the same."""
+"""However a text reaches the model (whole, in pieces, padded, rolled back), its logits are the same."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moe_surgery.errors import UsageError  # noqa: E402
 from moe_surgery.runtime import model as model_module  # noqa: E402
 from moe_surgery.runtime.cache import Cache  # noqa: E402
 from moe_surgery.runtime.load import load_model  # noqa: E402
-from moe_surgery.runtime.model import Model  # noqa: E402
+from moe_surgery.runtime.model import CausalLM  # noqa: E402
 from moe_surgery.runtime.text import Text  # noqa: E402
 from tests.runtime.conftest import SMALL, WINDOW  # noqa: E402
 
@@ -31,8 +31,8 @@ def close(got: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(got, expected, rtol=0, atol=TOLERANCE)
 
 
-def in_pieces(model: Model, ids: torch.Tensor, cuts: list[int], rollback: int) -> torch.Tensor:
-    """Logits of `ids` fed to one cache, cut before each of the columns `cuts`."""
+def in_pieces(model: CausalLM, ids: torch.Tensor, cuts: list[int], rollback: int) -> torch.Tensor:
+    """Logits of `ids` fed to one cache, cut before each of the tokens `cuts`."""
     cache = model.new_cache(ids.shape[0], ids.shape[1], rollback=rollback)
     edges = sorted({0, ids.shape[1], *cuts})
     return torch.cat([model(ids[:, a:b], cache) for a, b in pairwise(edges)], dim=1)
@@ -46,7 +46,7 @@ def in_pieces(model: Model, ids: torch.Tensor, cuts: list[int], rollback: int) -
 )
 @settings(max_examples=30)
 def test_any_split_gives_the_logits_of_the_whole(
-    steady_model: Model, seed: int, batch: int, cuts: list[int], rollback: int
+    steady_model: CausalLM, seed: int, batch: int, cuts: list[int], rollback: int
 ) -> None:
     ids = text_of(seed, batch, LENGTH)
     close(in_pieces(steady_model, ids, cuts, rollback), steady_model(ids))
@@ -54,7 +54,7 @@ def test_any_split_gives_the_logits_of_the_whole(
 
 @pytest.mark.parametrize("rollback", [0, 1, WINDOW, 3 * WINDOW])
 @pytest.mark.parametrize("step", [1, 2, WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW])
-def test_steps_of_every_size_around_the_window_agree(small_model: Model, step: int, rollback: int) -> None:
+def test_steps_of_every_size_around_the_window_agree(small_model: CausalLM, step: int, rollback: int) -> None:
     ids = text_of(step, 1, LENGTH)
     close(in_pieces(small_model, ids, [*range(0, LENGTH, step)], rollback), small_model(ids))
 
@@ -65,14 +65,14 @@ def test_steps_of_every_size_around_the_window_agree(small_model: Model, step: i
     ids=["token by token", "prefill, then token by token", "few pieces", "pieces of the window"],
 )
 def test_the_embedded_model_goes_around_its_window(
-    tiny_model: Model, tiny_text: Text, cuts: list[int], rollback: int
+    tiny_model: CausalLM, tiny_text: Text, cuts: list[int], rollback: int
 ) -> None:
     ids = torch.tensor([tiny_text.encode(Path(__file__).read_text())[:150]])
     close(in_pieces(tiny_model, ids, cuts, rollback), tiny_model(ids))
 
 
 def test_long_inputs_in_chunks_agree_with_one_step(
-    small_model: Model, monkeypatch: pytest.MonkeyPatch
+    small_model: CausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = text_of(0, 2, LENGTH)
     expected = small_model(ids)
@@ -84,14 +84,14 @@ def test_long_inputs_in_chunks_agree_with_one_step(
 
 @pytest.mark.parametrize("keep", [1, 2, 7, 8, LENGTH, 2 * LENGTH])
 def test_the_last_logits_are_the_last_of_all(
-    small_model: Model, keep: int, monkeypatch: pytest.MonkeyPatch
+    small_model: CausalLM, keep: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = text_of(0, 2, LENGTH)
     monkeypatch.setattr(model_module, "MOST_PREFILL", 7)
     close(small_model(ids, logits_to_keep=keep), small_model(ids)[:, -keep:])
 
 
-def test_a_prefill_may_keep_no_logits(small_model: Model) -> None:
+def test_a_prefill_may_keep_no_logits(small_model: CausalLM) -> None:
     ids, cache = text_of(0, 2, LENGTH), small_model.new_cache(2, LENGTH)
     assert small_model(ids[:, :-1], cache, logits_to_keep=0).shape == (2, 0, SMALL.vocabulary)
     close(small_model(ids[:, -1:], cache), small_model(ids)[:, -1:])
@@ -109,7 +109,7 @@ def test_a_prefill_may_keep_no_logits(small_model: Model) -> None:
 )
 @settings(max_examples=30)
 def test_a_left_padded_batch_gives_what_each_text_gives_alone(
-    steady_model: Model, seed: int, lengths: list[int], cuts: list[int], steps: int, rollback: int
+    steady_model: CausalLM, seed: int, lengths: list[int], cuts: list[int], steps: int, rollback: int
 ) -> None:
     longest = max(lengths)
     ids = text_of(seed, len(lengths), longest + steps)
@@ -123,7 +123,7 @@ def test_a_left_padded_batch_gives_what_each_text_gives_alone(
         close(torch.cat(got, dim=1)[row, longest - length :], alone[0])
 
 
-def test_padding_gives_no_nan(small_model: Model) -> None:
+def test_padding_gives_no_nan(small_model: CausalLM) -> None:
     ids = text_of(0, 2, 9)
     mask = torch.tensor([[0] * 8 + [1], [1] * 9])
     assert small_model(ids, None, mask).isfinite().all()
@@ -134,23 +134,23 @@ def test_padding_gives_no_nan(small_model: Model) -> None:
 
 @st.composite
 def edits(draw: st.DrawFn) -> tuple[int, list[tuple[int, int]]]:
-    """A rollback, and steps (columns to take back, columns to add) that a cache made for it allows."""
-    rollback, length, furthest = draw(st.integers(0, 2 * WINDOW)), 0, 0
+    """A rollback, and steps (tokens to roll back, tokens to add) that a cache made for it allows."""
+    rollback, length, longest = draw(st.integers(0, 2 * WINDOW)), 0, 0
     steps = []
     for _ in range(draw(st.integers(1, 8))):
-        least = max(0, furthest - rollback)
+        least = max(0, longest - rollback)
         back = draw(st.integers(0, length - least)) if length > least else 0
         new = draw(st.integers(1, 12))
         steps.append((back, new))
         length += new - back
-        furthest = max(furthest, length)
+        longest = max(longest, length)
     return rollback, steps
 
 
 @given(seed=st.integers(0, 99), plan=edits(), pads=st.integers(0, 3))
 @settings(max_examples=30)
 def test_other_tokens_after_a_truncation_give_what_a_fresh_run_gives(
-    steady_model: Model, seed: int, plan: tuple[int, list[tuple[int, int]]], pads: int
+    steady_model: CausalLM, seed: int, plan: tuple[int, list[tuple[int, int]]], pads: int
 ) -> None:
     rollback, steps = plan
     cache = steady_model.new_cache(2, 120, rollback=rollback)
@@ -159,7 +159,7 @@ def test_other_tokens_after_a_truncation_give_what_a_fresh_run_gives(
         kept = text.shape[1] - back
         cache.truncate(kept)
         more = text_of(1000 * seed + number, 2, new)
-        # The second text begins with padding, some of which may have been taken back.
+        # The second text begins with padding, some of which may have been rolled back.
         real = torch.ones(2, new, dtype=torch.int64)
         real[1, : max(0, min(pads - kept, new))] = 0
         text, mask = torch.cat((text[:, :kept], more), 1), torch.cat((mask[:, :kept], real), 1)
@@ -168,34 +168,34 @@ def test_other_tokens_after_a_truncation_give_what_a_fresh_run_gives(
         close(got[mask[:, kept:] == 1], whole[mask[:, kept:] == 1])
 
 
-def filled(model: Model, length: int, rollback: int) -> Cache:
+def filled(model: CausalLM, length: int, rollback: int) -> Cache:
     cache = model.new_cache(1, 60, rollback=rollback)
     model(text_of(0, 1, length), cache, logits_to_keep=1)
     return cache
 
 
 @pytest.mark.parametrize("rollback", [0, 1, 5])
-def test_more_than_the_rollback_is_refused(small_model: Model, rollback: int) -> None:
+def test_more_than_the_rollback_is_refused(small_model: CausalLM, rollback: int) -> None:
     cache = filled(small_model, LENGTH, rollback)
     with pytest.raises(UsageError) as caught:
         cache.truncate(LENGTH - rollback - 1)
-    said = f"cannot take back {rollback + 1} columns; this cache was made for {rollback}"
-    assert str(caught.value) == said
+    message = f"cannot roll back {rollback + 1} tokens: this cache was allocated with `rollback` {rollback}"
+    assert str(caught.value) == message
     cache.truncate(LENGTH - rollback)
     assert cache.length == LENGTH - rollback
 
 
-def test_rollbacks_do_not_add_up_past_what_the_rings_hold(small_model: Model) -> None:
+def test_rollbacks_do_not_add_up_past_what_the_rings_hold(small_model: CausalLM) -> None:
     cache = filled(small_model, LENGTH, 5)
     cache.truncate(LENGTH - 5)
     small_model(text_of(1, 1, 1), cache)
-    with pytest.raises(UsageError, match="cannot take back 6 columns"):
+    with pytest.raises(UsageError, match="cannot roll back 6 tokens"):
         cache.truncate(LENGTH - 6)
 
 
 @pytest.mark.parametrize("length", [-1, LENGTH + 1])
-def test_a_length_that_never_was_is_refused(small_model: Model, length: int) -> None:
-    with pytest.raises(UsageError, match=f"cannot truncate a cache of {LENGTH} columns to {length}"):
+def test_a_length_that_never_was_is_refused(small_model: CausalLM, length: int) -> None:
+    with pytest.raises(UsageError, match=f"cannot truncate a cache of {LENGTH} tokens to {length}"):
         filled(small_model, LENGTH, 5).truncate(length)
 
 
@@ -203,7 +203,7 @@ def test_a_length_that_never_was_is_refused(small_model: Model, length: int) -> 
 
 
 def test_tokens_past_the_context_are_refused_before_anything_is_computed(
-    small_model: Model, monkeypatch: pytest.MonkeyPatch
+    small_model: CausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model_module, "MOST_PREFILL", 4)
     ids, cache = text_of(0, 1, 20), small_model.new_cache(1, 19)
@@ -218,18 +218,18 @@ def test_tokens_past_the_context_are_refused_before_anything_is_computed(
 
 
 @pytest.mark.parametrize("context", [-1, 0, 4097])
-def test_a_context_the_model_was_not_made_for_is_refused(small_model: Model, context: int) -> None:
+def test_a_context_the_model_was_not_made_for_is_refused(small_model: CausalLM, context: int) -> None:
     with pytest.raises(UsageError, match=f"a context of {context} tokens; this model takes 1 to 4096"):
         small_model.new_cache(1, context)
 
 
 @pytest.mark.parametrize("token", [-1, SMALL.vocabulary])
-def test_a_token_outside_the_vocabulary_is_refused(small_model: Model, token: int) -> None:
+def test_a_token_outside_the_vocabulary_is_refused(small_model: CausalLM, token: int) -> None:
     with pytest.raises(UsageError, match=f"token {token} is not one of the model's {SMALL.vocabulary}"):
         small_model(torch.tensor([[1, token, 2]]))
 
 
-def test_no_tokens_are_refused(small_model: Model) -> None:
+def test_no_tokens_are_refused(small_model: CausalLM) -> None:
     with pytest.raises(UsageError, match="no tokens"):
         small_model(torch.zeros(1, 0, dtype=torch.int64), small_model.new_cache(1, 5))
 
@@ -242,5 +242,5 @@ def test_a_cache_takes_the_documented_bytes(
 ) -> None:
     cache = load_model(small, dtype=dtype).new_cache(3, context, rollback=rollback)
     ring = min(context, WINDOW + rollback)
-    columns = ring + context + ring  # layers 0 and 2 slide
-    assert cache.nbytes == 2 * 3 * columns * SMALL.kv_heads * SMALL.head_dim * dtype.itemsize
+    tokens = ring + context + ring  # layers 0 and 2 slide
+    assert cache.nbytes == 2 * 3 * tokens * SMALL.kv_heads * SMALL.head_dim * dtype.itemsize

@@ -141,7 +141,7 @@ def test_an_unknown_kind_of_layer_is_named(small: Path) -> None:
 
 def test_without_sliding_layers_no_window_is_needed(small: Path) -> None:
     config = config_of(small, setting(layer_types=["full_attention"] * 3, sliding_window=None))
-    assert config.windows == (None, None, None)
+    assert config.sliding_windows == (None, None, None)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,9 @@ def test_any_config_is_either_refused_or_runs(small: Path, top: Config, rope: Co
         assert error.startswith("config.json: ")
         assert error.isprintable()
         return
-    assert all(w is None or w >= 1 for w in config.windows)
-    cos, sin = Rope(config.rope, config.head_dim, torch.device("cpu"))(torch.arange(3), ReferenceBackend())
+    assert all(w is None or w >= 1 for w in config.sliding_windows)
+    cos, sin = Rope(config.rope_parameters, config.head_dim, torch.device("cpu"))(
+        torch.arange(3), ReferenceBackend()
+    )
     assert cos.isfinite().all()
     assert sin.isfinite().all()

@@ -8,12 +8,12 @@ import pytest
 
 pytest.importorskip("torch")
 
-from moe_surgery.families.model_config import ModelConfig, RopeConfig
+from moe_surgery.families.model_config import ModelConfig, RopeParameters
 from moe_surgery.runtime.decode_cost import bytes_per_token, distinct_experts
 
 WINDOWS = tuple(128 if i % 2 == 0 else None for i in range(24))
 GPT_OSS_20B = ModelConfig(
-    24, 2880, 2880, 64, 8, 64, 201088, 32, 4, 131072, WINDOWS, RopeConfig(150000.0), 1e-5, 7.0, 1.702, ()
+    24, 2880, 2880, 64, 8, 64, 201088, 32, 4, 131072, WINDOWS, RopeParameters(150000.0), 1e-5, 7.0, 1.702, ()
 )  # fmt: skip
 
 
@@ -31,7 +31,7 @@ def test_bytes_of_one_token_are_those_of_its_weights_and_its_cache() -> None:
 
 def test_experts_narrower_than_the_model_are_read_as_they_are() -> None:
     """gpt-oss's inner size is its hidden size; other models' are not."""
-    narrow = replace(GPT_OSS_20B, intermediate=768)
+    narrow = replace(GPT_OSS_20B, intermediate_size=768)
     for packed, width in ((True, 17 / 32), (False, 2)):
         expert = (2 * 768 * 2880 + 768 * 2880) * width + (2 * 768 + 2880) * 2
         read = bytes_per_token(narrow, 8, 1, 1024, packed)

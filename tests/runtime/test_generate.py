@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 
 from moe_surgery.errors import UsageError  # noqa: E402
 from moe_surgery.runtime.generate import Step, generate, pad_left, stream  # noqa: E402
-from moe_surgery.runtime.model import Model  # noqa: E402
+from moe_surgery.runtime.model import CausalLM  # noqa: E402
 from moe_surgery.runtime.sampling import Sampling  # noqa: E402
 from tests.runtime.conftest import SMALL  # noqa: E402
 
@@ -19,7 +19,7 @@ PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [7], [2, 7, 1, 8], list(range(20))]
 DRAWN = Sampling(1.0, top_k=20, seed=7)
 
 
-def by_hand(model: Model, prompt: list[int], steps: int) -> tuple[list[int], list[float]]:
+def by_hand(model: CausalLM, prompt: list[int], steps: int) -> tuple[list[int], list[float]]:
     """Greedy tokens and their log-probabilities, each from a fresh run over everything before it."""
     tokens, log_probabilities = list(prompt), []
     for _ in range(steps):
@@ -30,19 +30,21 @@ def by_hand(model: Model, prompt: list[int], steps: int) -> tuple[list[int], lis
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_greedy_tokens_are_the_likeliest_of_a_fresh_run_each(small_model: Model, prompt: list[int]) -> None:
+def test_greedy_tokens_are_the_likeliest_of_a_fresh_run_each(
+    small_model: CausalLM, prompt: list[int]
+) -> None:
     tokens, log_probabilities = by_hand(small_model, prompt, 25)
     found = generate(small_model, [prompt], max_new_tokens=25, stop_tokens=())
     assert found.tokens == [tokens]
     assert found.log_probabilities[0] == pytest.approx(log_probabilities, abs=1e-4)
 
 
-def test_a_batch_gives_what_each_prompt_gives_alone(small_model: Model) -> None:
+def test_a_batch_gives_what_each_prompt_gives_alone(small_model: CausalLM) -> None:
     together = generate(small_model, PROMPTS, max_new_tokens=25, stop_tokens=())
     assert together.tokens == [by_hand(small_model, prompt, 25)[0] for prompt in PROMPTS]
 
 
-def test_a_padded_tensor_means_the_same_as_a_list_of_prompts(small_model: Model) -> None:
+def test_a_padded_tensor_means_the_same_as_a_list_of_prompts(small_model: CausalLM) -> None:
     ids, mask = pad_left(PROMPTS)
     assert ids.shape == mask.shape == (4, 20)
     assert [row[m == 1].tolist() for row, m in zip(ids, mask, strict=True)] == PROMPTS
@@ -50,7 +52,7 @@ def test_a_padded_tensor_means_the_same_as_a_list_of_prompts(small_model: Model)
     assert as_tensor == generate(small_model, PROMPTS, max_new_tokens=9, stop_tokens=())
 
 
-def test_the_same_seed_gives_the_same_tokens(small_model: Model) -> None:
+def test_the_same_seed_gives_the_same_tokens(small_model: CausalLM) -> None:
     def run(seed: int | None) -> list[list[int]]:
         sampling = Sampling(1.0, seed=seed)
         return generate(small_model, PROMPTS, max_new_tokens=12, sampling=sampling, stop_tokens=()).tokens
@@ -60,7 +62,7 @@ def test_the_same_seed_gives_the_same_tokens(small_model: Model) -> None:
 
 
 @pytest.mark.parametrize("sampling", [None, DRAWN])
-def test_a_stream_gives_the_tokens_of_generate(small_model: Model, sampling: Sampling | None) -> None:
+def test_a_stream_gives_the_tokens_of_generate(small_model: CausalLM, sampling: Sampling | None) -> None:
     told: list[Step] = []
     options: dict[str, Any] = {"max_new_tokens": 15, "sampling": sampling, "stop_tokens": ()}
     found = generate(small_model, PROMPTS, callback=told.append, **options)
@@ -70,7 +72,7 @@ def test_a_stream_gives_the_tokens_of_generate(small_model: Model, sampling: Sam
         assert torch.stack([s.log_probabilities for s in heard], 1).tolist() == found.log_probabilities
 
 
-def test_each_sequence_ends_with_its_own_stop_token(small_model: Model) -> None:
+def test_each_sequence_ends_with_its_own_stop_token(small_model: CausalLM) -> None:
     free = generate(small_model, PROMPTS, max_new_tokens=30, sampling=DRAWN, stop_tokens=()).tokens
     stops = (free[0][2], free[2][7])
     found = generate(small_model, PROMPTS, max_new_tokens=30, sampling=DRAWN, stop_tokens=stops)
@@ -80,7 +82,7 @@ def test_each_sequence_ends_with_its_own_stop_token(small_model: Model) -> None:
         assert len(log_probabilities) == len(tokens)
 
 
-def test_a_stream_ends_when_every_sequence_has(small_model: Model) -> None:
+def test_a_stream_ends_when_every_sequence_has(small_model: CausalLM) -> None:
     first, second = (by_hand(small_model, prompt, 6)[0] for prompt in PROMPTS[:2])
     stops = (first[0], second[3])
     steps = list(stream(small_model, PROMPTS[:2], max_new_tokens=30, stop_tokens=stops))
@@ -90,8 +92,8 @@ def test_a_stream_ends_when_every_sequence_has(small_model: Model) -> None:
     assert rows == [r[:n] + [-1] * (len(steps) - n) for r, n in zip((first, second), lengths, strict=True)]
 
 
-def test_the_checkpoints_stop_tokens_are_taken_unless_others_are_given(small_model: Model) -> None:
-    assert small_model.config.stop_tokens == (2,)
+def test_the_checkpoints_stop_tokens_are_taken_unless_others_are_given(small_model: CausalLM) -> None:
+    assert small_model.config.eos_token_ids == (2,)
     likely = copy(small_model)
     likely.unembedding = small_model.unembedding.clone()
     likely.unembedding[2] = 0
@@ -101,7 +103,7 @@ def test_the_checkpoints_stop_tokens_are_taken_unless_others_are_given(small_mod
     assert len(generate(likely, [PROMPTS[0]], max_new_tokens=5, stop_tokens=()).tokens[0]) == 5
 
 
-class Counting(Model):
+class Counting(CausalLM):
     calls = 0
 
     def __call__(self, *arguments: Any, **options: Any) -> torch.Tensor:
@@ -110,7 +112,7 @@ class Counting(Model):
 
 
 @pytest.mark.parametrize("new", [1, 2, 10])
-def test_the_model_runs_once_for_each_new_token(small_model: Model, new: int) -> None:
+def test_the_model_runs_once_for_each_new_token(small_model: CausalLM, new: int) -> None:
     counting = copy(small_model)
     counting.__class__ = Counting
     found = generate(counting, [[1, 2, 3]], max_new_tokens=new, stop_tokens=())
@@ -118,13 +120,13 @@ def test_the_model_runs_once_for_each_new_token(small_model: Model, new: int) ->
 
 
 @pytest.mark.parametrize(("context", "new"), [(9, 1), (10, 2), (30, 22), (200, 50)])
-def test_prompt_and_answer_together_fit_the_context(small_model: Model, context: int, new: int) -> None:
+def test_prompt_and_answer_together_fit_the_context(small_model: CausalLM, context: int, new: int) -> None:
     found = generate(small_model, [PROMPTS[0]], max_new_tokens=50, stop_tokens=(), context=context)
     assert len(found.tokens[0]) == new
 
 
-def test_the_models_whole_context_can_be_used(small_model: Model) -> None:
-    prompt = torch.ones(1, small_model.config.context - 2, dtype=torch.int64)
+def test_the_models_whole_context_can_be_used(small_model: CausalLM) -> None:
+    prompt = torch.ones(1, small_model.config.max_position_embeddings - 2, dtype=torch.int64)
     assert len(generate(small_model, prompt, max_new_tokens=9, stop_tokens=()).tokens[0]) == 2
 
 
@@ -141,7 +143,7 @@ REFUSED: dict[str, tuple[object, dict[str, Any], str]] = {
 
 @pytest.mark.parametrize(("prompts", "options", "said"), REFUSED.values(), ids=REFUSED)
 def test_what_cannot_be_generated_is_refused(
-    small_model: Model, prompts: Any, options: dict[str, Any], said: str
+    small_model: CausalLM, prompts: Any, options: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(UsageError, match=said):
         generate(small_model, prompts, **options)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 
 from moe_surgery import Plan, load_model  # noqa: E402
-from moe_surgery.runtime.model import Model  # noqa: E402
+from moe_surgery.runtime.model import CausalLM  # noqa: E402
 from tests.kernels.native_cases import native, needs_native  # noqa: E402
 from tests.runtime.conftest import SMALL, WINDOW  # noqa: E402
 from tests.runtime.models import write_lively  # noqa: E402
@@ -22,7 +22,7 @@ pytestmark = needs_native
 
 LENGTH = 33
 PLAN = Plan("gpt_oss", SMALL.experts, ((4, 0, 2), (1,), (3, 2)))
-_loaded: dict[tuple[object, ...], Model] = {}
+_loaded: dict[tuple[object, ...], CausalLM] = {}
 
 
 @pytest.fixture(scope="module", params=["mxfp4", "bf16"])
@@ -33,7 +33,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def model_of(
     folder: Path, dtype: torch.dtype, plan: Plan | None = None, threads: int = 1, backend: str = "native"
-) -> Model:
+) -> CausalLM:
     key = folder, dtype, plan is None, threads, backend
     if key not in _loaded:
         _loaded[key] = load_model(folder, dtype=dtype, plan=plan, backend=backend)
@@ -42,7 +42,7 @@ def model_of(
     return _loaded[key]
 
 
-def in_pieces(model: Model, ids: torch.Tensor, cuts: list[int], rollback: int) -> torch.Tensor:
+def in_pieces(model: CausalLM, ids: torch.Tensor, cuts: list[int], rollback: int) -> torch.Tensor:
     cache = model.new_cache(ids.shape[0], ids.shape[1] + 20, rollback=rollback)
     return torch.cat([model(ids[:, a:b], cache) for a, b in pairwise(cuts)], dim=1)
 

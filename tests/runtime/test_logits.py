@@ -86,7 +86,7 @@ def compare(folder: Path, inputs: dict[str, torch.Tensor], backend: str) -> Comp
         theirs, ours = oracle.load_model(folder, dtype), load_model(folder, dtype=dtype, backend=backend)
         sides.append({name: oracle.logits_of(theirs, ids).float() for name, ids in inputs.items()})
         sides.append({name: ours(ids) for name, ids in inputs.items()})
-    return Compared(ours.config.experts, backend, *sides)
+    return Compared(ours.config.num_local_experts, backend, *sides)
 
 
 def check_that_float32_agrees(compared: Compared) -> None:

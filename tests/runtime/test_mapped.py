@@ -18,7 +18,7 @@ from moe_surgery.checkpoint.checkpoint import Checkpoint  # noqa: E402
 from moe_surgery.kernels.weights import Layer  # noqa: E402
 from moe_surgery.runtime.generate import generate  # noqa: E402
 from moe_surgery.runtime.mapped import MappedShards  # noqa: E402
-from moe_surgery.runtime.model import Model  # noqa: E402
+from moe_surgery.runtime.model import CausalLM  # noqa: E402
 from tests.runtime.conftest import SMALL  # noqa: E402
 from tests.runtime.models import write_lively  # noqa: E402
 from tests.support.checkpoints import load_tensors, write_checkpoint  # noqa: E402
@@ -38,7 +38,7 @@ def tensors_in(value: object, name: str = "") -> Iterator[tuple[str, torch.Tenso
             yield from tensors_in(getattr(value, field.name), f"{name}.{field.name}")
 
 
-def weights_of(model: Model) -> Iterator[tuple[str, torch.Tensor]]:
+def weights_of(model: CausalLM) -> Iterator[tuple[str, torch.Tensor]]:
     yield from (("embedding", model.embedding), ("norm", model.norm), ("unembedding", model.unembedding))
     for number, layer in enumerate(model.layers):
         assert isinstance(layer, Layer)

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 from moe_surgery import inspect, load_model, plan_random  # noqa: E402
 from moe_surgery.kernels.native import NativeBackend  # noqa: E402
 from moe_surgery.kernels.weights import Layer, Projection  # noqa: E402
-from moe_surgery.runtime.model import Model  # noqa: E402
+from moe_surgery.runtime.model import CausalLM  # noqa: E402
 from moe_surgery.runtime.view import view  # noqa: E402
 from tests.kernels.native_cases import every_variant, native, needs_native  # noqa: E402
 
@@ -26,7 +26,7 @@ class OneByOne(NativeBackend):
         return None
 
 
-def model_of(folder: Path, isa: str, threads: int, *, stacked: bool) -> Model:
+def model_of(folder: Path, isa: str, threads: int, *, stacked: bool) -> CausalLM:
     model = load_model(folder, dtype=torch.float32, backend="native")
     model.backend = native(isa, threads) if stacked else OneByOne(isa, 1)
     assert (model._fused_layers() is not None) == stacked
@@ -37,8 +37,8 @@ def draw_ids(batch: int, tokens: int) -> torch.Tensor:
     return torch.randint(0, 500, (batch, tokens), generator=torch.Generator().manual_seed(batch))
 
 
-def outcome(model: Model, batch: int, prompt: int = 140) -> list[torch.Tensor]:
-    """Logits and caches of a prompt with padding, steps of one and several tokens, and one taken back."""
+def outcome(model: CausalLM, batch: int, prompt: int = 140) -> list[torch.Tensor]:
+    """Logits and caches of a prompt with padding, steps of one and several tokens, and a rollback."""
     ids, cache, found = draw_ids(batch, prompt + 50), model.new_cache(batch, 300), []
     mask = torch.ones(batch, prompt, dtype=torch.int64)
     mask[0, :3] = 0
@@ -92,7 +92,7 @@ def wide(layer: Layer, dtype: torch.dtype) -> Layer:
     return replace(layer, experts=experts, **projections, **vectors)
 
 
-def stored_as(model: Model, dtype: torch.dtype) -> Model:
+def stored_as(model: CausalLM, dtype: torch.dtype) -> CausalLM:
     model.layers = [wide(layer, dtype) for layer in model.layers]
     model.embedding, model.norm, model.unembedding = (
         t.to(dtype) for t in (model.embedding, model.norm, model.unembedding)

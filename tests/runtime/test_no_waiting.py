@@ -22,7 +22,7 @@ from moe_surgery import Plan, load_model  # noqa: E402
 from moe_surgery.kernels.reference.attention import attention, visible  # noqa: E402
 from moe_surgery.kernels.reference.experts import experts_gathered, experts_grouped  # noqa: E402
 from moe_surgery.kernels.reference.route import route  # noqa: E402
-from moe_surgery.runtime.model import Model  # noqa: E402
+from moe_surgery.runtime.model import CausalLM  # noqa: E402
 from moe_surgery.runtime.sampling import Sampling, distribution  # noqa: E402
 from tests.runtime.conftest import SMALL, WINDOW  # noqa: E402
 from tests.runtime.models import write_lively  # noqa: E402
@@ -39,8 +39,8 @@ def moved(value: Any, device: str) -> Any:
     return value
 
 
-def on_meta(model: Model) -> Model:
-    return Model(
+def on_meta(model: CausalLM) -> CausalLM:
+    return CausalLM(
         model.config,
         moved(model.embedding, "meta"),
         [moved(layer, "meta") for layer in model.layers],

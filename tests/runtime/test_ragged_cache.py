@@ -1,4 +1,4 @@
-"""Sequences of a batch may take back different numbers of columns; each still gives what it gives alone."""
+"""Sequences of a batch may roll back different numbers of tokens; each still gives what it gives alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 
 from moe_surgery.errors import UsageError  # noqa: E402
 from moe_surgery.runtime.cache import Cache  # noqa: E402
-from moe_surgery.runtime.model import Model  # noqa: E402
+from moe_surgery.runtime.model import CausalLM  # noqa: E402
 from tests.runtime.conftest import SMALL, WINDOW  # noqa: E402
 
 TOLERANCE = 1e-4
@@ -19,29 +19,29 @@ ROWS = 3
 
 @st.composite
 def edits(draw: st.DrawFn) -> tuple[int, list[int], list[tuple[list[int], int]]]:
-    """A rollback, padding of each row, and steps: lengths to keep of each row, and columns to add."""
+    """A rollback, padding of each row, and steps: lengths to keep of each row, and tokens to add."""
     rollback = draw(st.integers(0, 2 * WINDOW))
     prompt = draw(st.integers(1, 2 * WINDOW))
     pads = [draw(st.integers(0, prompt - 1)) for _ in range(ROWS)]
-    lengths, furthest = [prompt] * ROWS, [prompt] * ROWS
+    lengths, longest = [prompt] * ROWS, [prompt] * ROWS
     steps = [([0] * ROWS, prompt)]
     for _ in range(draw(st.integers(1, 8))):
         kept = []
-        for length, most in zip(lengths, furthest, strict=True):
+        for length, most in zip(lengths, longest, strict=True):
             least = max(1, most - rollback)
             # Now and then a row begins anew.
             kept.append(0 if draw(st.integers(0, 9)) == 0 else draw(st.integers(least, length)))
         new = draw(st.integers(1, WINDOW + 4))
         lengths = [n + new for n in kept]
-        furthest = [max(f, n) if k else n for f, n, k in zip(furthest, lengths, kept, strict=True)]
+        longest = [max(f, n) if k else n for f, n, k in zip(longest, lengths, kept, strict=True)]
         steps.append((kept, new))
     return rollback, pads, steps
 
 
 @given(seed=st.integers(0, 99), plan=edits())
 @settings(max_examples=30)
-def test_rows_that_take_back_their_own_number_give_what_each_gives_alone(
-    steady_model: Model, seed: int, plan: tuple[int, list[int], list[tuple[list[int], int]]]
+def test_rows_that_roll_back_different_numbers_give_what_each_gives_alone(
+    steady_model: CausalLM, seed: int, plan: tuple[int, list[int], list[tuple[list[int], int]]]
 ) -> None:
     rollback, pads, steps = plan
     random = torch.Generator().manual_seed(seed)
@@ -69,34 +69,36 @@ def test_rows_that_take_back_their_own_number_give_what_each_gives_alone(
     assert cache.nbytes == nbytes
 
 
-def filled(model: Model, *, rollback: int = 4, columns: int = 30) -> Cache:
+def filled(model: CausalLM, *, rollback: int = 4, tokens: int = 30) -> Cache:
     cache = model.new_cache(2, 40, rollback=rollback)
-    model(torch.zeros(2, columns, dtype=torch.int64), cache, logits_to_keep=0)
+    model(torch.zeros(2, tokens, dtype=torch.int64), cache, logits_to_keep=0)
     return cache
 
 
-def test_each_row_is_held_to_what_its_rings_hold(small_model: Model) -> None:
+def test_each_row_is_held_to_what_its_rings_hold(small_model: CausalLM) -> None:
     cache = filled(small_model)
     cache.truncate([28, 26])
     assert (cache.lengths, cache.length, cache.ragged) == ((28, 26), 28, True)
-    with pytest.raises(UsageError, match="cannot take back 5 columns; this cache was made for 4"):
+    with pytest.raises(
+        UsageError, match="cannot roll back 5 tokens: this cache was allocated with `rollback` 4"
+    ):
         cache.truncate([25, 26])
-    with pytest.raises(UsageError, match="cannot truncate a cache of 26 columns to 27"):
+    with pytest.raises(UsageError, match="cannot truncate a cache of 26 tokens to 27"):
         cache.truncate([28, 27])
     assert cache.lengths == (28, 26)
     cache.truncate(26)
     assert (cache.lengths, cache.ragged) == ((26, 26), False)
 
 
-def test_a_row_may_begin_anew_and_frees_its_columns(small_model: Model) -> None:
-    cache = filled(small_model, columns=40)
+def test_a_row_may_start_over_and_frees_its_tokens(small_model: CausalLM) -> None:
+    cache = filled(small_model, tokens=40)
     with pytest.raises(UsageError, match="41 tokens do not fit the context of 40"):
-        cache.check_room(1)
+        cache.check_capacity(1)
     cache.truncate([36, 0])
-    cache.check_room(4)
-    assert [int((held[1] >= 0).sum()) for held in cache.positions.values()] == [0, 0]
+    cache.check_capacity(4)
+    assert [int((positions[1] >= 0).sum()) for positions in cache.positions.values()] == [0, 0]
 
 
-def test_lengths_for_another_number_of_rows_are_refused(small_model: Model) -> None:
+def test_lengths_for_another_number_of_rows_are_refused(small_model: CausalLM) -> None:
     with pytest.raises(UsageError, match="3 lengths for a cache of 2 sequences"):
         filled(small_model).truncate([1, 2, 3])

@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 from moe_surgery import Plan, load_model, plan_keeping, plan_random, prune, verify  # noqa: E402
 from moe_surgery.errors import UsageError  # noqa: E402
 from moe_surgery.runtime.generate import generate  # noqa: E402
-from moe_surgery.runtime.model import Model  # noqa: E402
+from moe_surgery.runtime.model import CausalLM  # noqa: E402
 from moe_surgery.runtime.view import view  # noqa: E402
 from tests.runtime.conftest import SMALL  # noqa: E402
 from tests.support import oracle  # noqa: E402
@@ -28,7 +28,7 @@ def expected_logits(folder: Path, tokens: torch.Tensor, top_k: int) -> torch.Ten
     return oracle.logits_of(theirs, tokens)
 
 
-def check(model: Model, tokens: torch.Tensor, expected: torch.Tensor) -> None:
+def check(model: CausalLM, tokens: torch.Tensor, expected: torch.Tensor) -> None:
     """Close at every token with the reference; with activations rounded to 16 bits at the median one."""
     backend = model.backend.name
     worst = (model(tokens) - expected).abs().amax(dim=-1).flatten()
@@ -42,7 +42,7 @@ def tokens() -> torch.Tensor:
 
 @pytest.mark.parametrize("top_k", TINY_TOP_KS)
 def test_the_embedded_model_with_another_top_k(
-    top_k: int, tiny: Path, tiny_model: Model, tokens: torch.Tensor
+    top_k: int, tiny: Path, tiny_model: CausalLM, tokens: torch.Tensor
 ) -> None:
     backend, expected = tiny_model.backend.name, expected_logits(tiny, tokens, top_k)
     usual = tiny_model(tokens)

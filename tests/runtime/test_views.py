@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 from moe_surgery import Plan, load_model, prune  # noqa: E402
 from moe_surgery.errors import PlanMismatchError  # noqa: E402
 from moe_surgery.kernels import select_backend  # noqa: E402
-from moe_surgery.runtime.model import Model  # noqa: E402
+from moe_surgery.runtime.model import CausalLM  # noqa: E402
 from tests.runtime.conftest import SMALL  # noqa: E402
 from tests.runtime.models import write_lively  # noqa: E402
 
@@ -30,7 +30,9 @@ def plans(experts: int, layers: int) -> st.SearchStrategy[Kept]:
     )
 
 
-def check_same_bits(one: Model, other: Model, vocabulary: int, length: int = 20, steps: int = 6) -> None:
+def check_same_bits(
+    one: CausalLM, other: CausalLM, vocabulary: int, length: int = 20, steps: int = 6
+) -> None:
     """Equal logits from a prefill and the greedy decode steps after it."""
     ids = torch.randint(0, vocabulary, (2, length), generator=torch.Generator().manual_seed(length))
     caches = [model.new_cache(2, length + steps) for model in (one, other)]
@@ -77,7 +79,7 @@ def test_views_of_other_layouts_have_the_bits_of_the_pruned_checkpoint(
     check_same_bits(load_model(source, dtype=dtype, plan=plan, backend=backend), pruned, SMALL.vocabulary)
 
 
-def test_a_plan_may_set_the_top_k(small: Path, small_model: Model, tmp_path: Path) -> None:
+def test_a_plan_may_set_the_top_k(small: Path, small_model: CausalLM, tmp_path: Path) -> None:
     plan = Plan("gpt_oss", SMALL.experts, ((0, 1, 2),) * SMALL.layers, top_k=1)
     prune(small, tmp_path / "out", plan)
     backend = small_model.backend.name

@@ -9,11 +9,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from safetensors import TensorSpec, deserialize, serialize_file
+
+from benchmarks.layout import Shape as Shape
+from benchmarks.layout import gpt_oss_20b as gpt_oss_20b
+from benchmarks.layout import hub_config, is_packed
+from benchmarks.layout import quantization_config as quantization_config
+from benchmarks.layout import tensor_shapes as tensor_shapes
 
 Tensors = dict[str, np.ndarray]
 
@@ -25,59 +30,6 @@ E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)
 _DTYPES = {"uint16": ("bfloat16", "BF16"), "uint8": ("uint8", "U8")}
 _DTYPES |= {"float16": ("float16", "F16"), "float32": ("float32", "F32")}
 _FROM_FILE = {file: np.dtype(name) for name, (_, file) in _DTYPES.items()}
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The dimensions of a gpt-oss model; the defaults are as small as MXFP4 allows to be interesting."""
-
-    layers: int = 2
-    experts: int = 4
-    top_k: int = 2
-    hidden: int = 64
-    intermediate: int = 32
-    heads: int = 4
-    kv_heads: int = 2
-    head_dim: int = 8
-    vocabulary: int = 24
-
-    @property
-    def packs(self) -> bool:
-        """Whether the expert weights are whole MXFP4 blocks."""
-        return self.hidden % 32 == 0 and self.intermediate % 32 == 0
-
-
-def gpt_oss_20b() -> Shape:
-    return Shape(24, 32, 4, 2880, 2880, 64, 8, 64, 201088)
-
-
-# --- tensors
-
-
-def tensor_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the hub's MXFP4 layout; `_blocks` and `_scales` are U8, all others BF16."""
-    hidden, inter, experts = shape.hidden, shape.intermediate, shape.experts
-    query, key_value = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocabulary, hidden)}
-    for layer in range(shape.layers):
-        prefix = f"model.layers.{layer}."
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            found[f"{prefix}{norm}.weight"] = (hidden,)
-        for part, rows in (("q", query), ("k", key_value), ("v", key_value)):
-            found[f"{prefix}self_attn.{part}_proj.weight"] = (rows, hidden)
-            found[f"{prefix}self_attn.{part}_proj.bias"] = (rows,)
-        found[prefix + "self_attn.o_proj.weight"] = (hidden, query)
-        found[prefix + "self_attn.o_proj.bias"] = (hidden,)
-        found[prefix + "self_attn.sinks"] = (shape.heads,)
-        found[prefix + "mlp.router.weight"] = (experts, hidden)
-        found[prefix + "mlp.router.bias"] = (experts,)
-        for name, rows, columns in (("gate_up_proj", 2 * inter, hidden), ("down_proj", hidden, inter)):
-            found[f"{prefix}mlp.experts.{name}_blocks"] = (experts, rows, columns // 32, 16)
-            found[f"{prefix}mlp.experts.{name}_scales"] = (experts, rows, columns // 32)
-            found[f"{prefix}mlp.experts.{name}_bias"] = (experts, rows)
-    found["model.norm.weight"] = (hidden,)
-    found["lm_head.weight"] = (shape.vocabulary, hidden)
-    return found
 
 
 def make_tensors(
@@ -195,65 +147,22 @@ def make_config(shape: Shape, layout: str = "mxfp4") -> dict[str, object]:
             "head_dim": shape.head_dim,
             "num_attention_heads": shape.heads,
             "num_key_value_heads": shape.kv_heads,
-            "sliding_window": 64,
-            "initial_context_length": 512,
+            "sliding_window": shape.sliding_window,
+            "initial_context_length": shape.initial_context,
             "rope_theta": 150000,
-            "rope_scaling_factor": 8.0,
+            "rope_scaling_factor": shape.rope_factor,
             "rope_ntk_alpha": 1,
             "rope_ntk_beta": 32,
         }
-    rope = {
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-        "factor": 8.0,
-        "original_max_position_embeddings": 512,
-        "rope_type": "yarn",
-        "truncate": False,
-    }
-    config: dict[str, object] = {
-        "architectures": ["GptOssForCausalLM"],
-        "attention_bias": True,
-        "attention_dropout": 0.0,
-        "eos_token_id": 2,
-        "experts_per_token": shape.top_k,
-        "head_dim": shape.head_dim,
-        "hidden_act": "silu",
-        "hidden_size": shape.hidden,
-        "initial_context_length": 512,
-        "initializer_range": 0.02,
-        "intermediate_size": shape.intermediate,
-        "layer_types": [("sliding_attention", "full_attention")[i % 2] for i in range(shape.layers)],
-        "max_position_embeddings": 4096,
-        "model_type": "gpt_oss",
-        "num_attention_heads": shape.heads,
-        "num_experts_per_tok": shape.top_k,
-        "num_hidden_layers": shape.layers,
-        "num_key_value_heads": shape.kv_heads,
-        "num_local_experts": shape.experts,
-        "output_router_logits": False,
-        "pad_token_id": 1,
-        "rms_norm_eps": 1e-05,
-        "rope_scaling": rope,
-        "rope_theta": 150000,
-        "router_aux_loss_coef": 0.9,
-        "sliding_window": 64,
-        "swiglu_limit": 7.0,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "use_cache": True,
-        "vocab_size": shape.vocabulary,
-    }
-    if layout == "mxfp4":
-        config["quantization_config"] = quantization_config()
+    config = hub_config(shape)
+    if layout != "mxfp4":
+        del config["quantization_config"]
     if layout == "resaved":
-        del config["rope_scaling"], config["rope_theta"], config["torch_dtype"], config["experts_per_token"]
+        rope = config.pop("rope_scaling")
+        assert isinstance(rope, dict)
+        del config["rope_theta"], config["torch_dtype"], config["experts_per_token"]
         config |= {"dtype": "bfloat16", "rope_parameters": {**rope, "rope_theta": 150000}}
     return dict(sorted(config.items()))
-
-
-def quantization_config() -> dict[str, object]:
-    unquantised = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
-    return {"modules_to_not_convert": unquantised, "quant_method": "mxfp4"}
 
 
 # --- files
@@ -382,7 +291,7 @@ def write_sparse_checkpoint(folder: Path, shape: Shape, shards: int = 3) -> Path
     files = [f"model-{i:05d}-of-{shards - 1:05d}.safetensors" for i in range(shards)]
     for number, (name, dims) in enumerate(tensor_shapes(shape).items()):
         home = number % shards
-        packed = name.endswith(("_blocks", "_scales"))
+        packed = is_packed(name)
         end = sizes[home] + int(np.prod(dims)) * (1 if packed else 2)
         dtype = "U8" if packed else "BF16"
         groups[home][name] = {"dtype": dtype, "shape": list(dims), "data_offsets": [sizes[home], end]}

@@ -14,7 +14,7 @@ from moe_surgery.cli.terminal import Terminal, size
 
 if TYPE_CHECKING:
     from moe_surgery.bench.decode import DecodeFigures
-    from moe_surgery.runtime.model import Model
+    from moe_surgery.runtime.model import CausalLM
 
 
 @click.command("decode")
@@ -69,7 +69,7 @@ def command(
     check_plot(plot)
     models = {name: load_model(name, device, torch_dtype(dtype), backend=backend) for name in ckpts}
     full = models[ckpts[0]]
-    models |= _views(full, expert_counts or [], ranking)
+    models |= _views(ckpts[0], full, expert_counts or [], ranking)
     runs, interrupted = collect(
         measure_decoding(models, batches=batches, depth=depth, steps=steps, rounds=rounds),
         lambda r: f"round {r.number}: {r.model}, batch {r.batch}: {sum(r.step_seconds):.3f} s",
@@ -90,7 +90,8 @@ def command(
     finish(terminal, interrupted, bool(figures))
 
 
-def _views(full: Model, experts: list[int], ranking: Path | None) -> dict[str, Model]:
+def _views(checkpoint: str, full: CausalLM, experts: list[int], ranking: Path | None) -> dict[str, CausalLM]:
+    from moe_surgery.pipeline import inspect
     from moe_surgery.runtime.view import view
     from moe_surgery.selection.plan import check_count, plan_from_ranking, plan_random
     from moe_surgery.selection.ranking import load_ranking
@@ -98,13 +99,13 @@ def _views(full: Model, experts: list[int], ranking: Path | None) -> dict[str, M
     ranked = None if ranking is None else load_ranking(ranking)
     found = {}
     for count in experts:
-        check_count(count, full.config.experts, "expert_counts")
+        check_count(count, full.config.num_local_experts, "expert_counts")
         plan = (
-            plan_random(count, 0, full.config)
+            plan_random(count, 0, inspect(checkpoint))
             if ranked is None
             else plan_from_ranking(ranked, count, model_type=full.config.model_type)
         )
-        if count < full.config.experts:
+        if count < full.config.num_local_experts:
             found[f"{count} experts"] = view(full, plan)
     return found
 

@@ -19,7 +19,7 @@ from moe_surgery.errors import UsageError
 if TYPE_CHECKING:
     from moe_surgery.bench.speculation import SpeculationFigures, SpeculationRun
     from moe_surgery.bench.speculation_costs import LengthCost
-    from moe_surgery.runtime.model import Model
+    from moe_surgery.runtime.model import CausalLM
     from moe_surgery.runtime.speculation.draft_length import Costs
 
 
@@ -108,7 +108,9 @@ def command(
     found: list[Result] = []
     interrupted = False
     drafters = _drafts(model, ckpt, draft, draft_plan, draft_top_k)
-    check_prompts(asked, max_new_tokens, [m.config.context for m in (model, *(d for _, d in drafters))])
+    check_prompts(
+        asked, max_new_tokens, [m.config.max_position_embeddings for m in (model, *(d for _, d in drafters))]
+    )
     for name, drafter in drafters:
         result, interrupted = _measured(terminal, job, name, drafter)
         found.append(result)
@@ -132,7 +134,7 @@ def command(
 class Job:
     """What is measured of every draft."""
 
-    target: Model
+    target: CausalLM
     prompts: dict[str, list[list[int]]]
     lengths: list[int]
     max_new_tokens: int
@@ -160,8 +162,8 @@ class Result:
 
 
 def _drafts(
-    model: Model, target: str, checkpoints: tuple[str, ...], plans: tuple[Path, ...], top_k: int | None
-) -> list[tuple[str, Model]]:
+    model: CausalLM, target: str, checkpoints: tuple[str, ...], plans: tuple[Path, ...], top_k: int | None
+) -> list[tuple[str, CausalLM]]:
     asked: list[tuple[str, str | None, Path | None]]
     asked = [(name, name, None) for name in checkpoints] + [(str(p), None, p) for p in plans]
     if not asked and top_k is not None:
@@ -176,7 +178,7 @@ def _drafts(
     return found
 
 
-def _measured(terminal: Terminal, job: Job, name: str, draft: Model) -> tuple[Result, bool]:
+def _measured(terminal: Terminal, job: Job, name: str, draft: CausalLM) -> tuple[Result, bool]:
     """What was measured of one draft, and whether Ctrl-C ended it early."""
     from moe_surgery.bench.speculation import measure_speculation, speculation_figures
     from moe_surgery.bench.speculation_costs import break_even_rows, costs_of, measure_costs

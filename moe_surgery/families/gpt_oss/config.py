@@ -11,7 +11,7 @@ from typing import Final
 from moe_surgery.checkpoint.text import describe_value
 from moe_surgery.errors import CheckpointWarning, InvalidInputError
 from moe_surgery.families.base import ConfigKey
-from moe_surgery.families.model_config import ModelConfig, RopeConfig, token_ids
+from moe_surgery.families.model_config import ModelConfig, RopeParameters, token_ids
 from moe_surgery.families.model_spec import ModelSpec
 
 __all__ = ["CONFIG_KEYS", "DIMENSIONS", "QUANTIZATION_CONFIG", "number", "read_config"]
@@ -89,22 +89,22 @@ def read_config(model: ModelSpec) -> ModelConfig:
             f"config.json: head_dim is {dims['head_dim']}; rotary embedding needs an even number"
         )
     return ModelConfig(
-        layers=dims["layers"],
-        hidden=dims["hidden"],
-        intermediate=dims["intermediate"],
-        heads=dims["heads"],
-        kv_heads=dims["kv_heads"],
+        num_hidden_layers=dims["layers"],
+        hidden_size=dims["hidden"],
+        intermediate_size=dims["intermediate"],
+        num_attention_heads=dims["heads"],
+        num_key_value_heads=dims["kv_heads"],
         head_dim=dims["head_dim"],
-        vocabulary=dims["vocabulary"],
-        experts=dims["experts"],
-        top_k=dims["top_k"],
-        context=config.whole("max_position_embeddings"),
-        windows=_windows(config, dims["layers"]),
-        rope=_rope(config, model.family.title),
-        eps=config.number("rms_norm_eps"),
+        vocab_size=dims["vocabulary"],
+        num_local_experts=dims["experts"],
+        num_experts_per_tok=dims["top_k"],
+        max_position_embeddings=config.whole("max_position_embeddings"),
+        sliding_windows=_sliding_windows(config, dims["layers"]),
+        rope_parameters=_rope_parameters(config, model.family.title),
+        rms_norm_eps=config.number("rms_norm_eps"),
         swiglu_limit=config.number("swiglu_limit"),
         swiglu_alpha=config.number("swiglu_alpha"),
-        stop_tokens=token_ids(config.get("eos_token_id")),
+        eos_token_ids=token_ids(config.get("eos_token_id")),
         model_type=model.model_type,
     )
 
@@ -145,7 +145,7 @@ class _Config:
         return _whole(self._values, self.key(name), self._keys[name].default)
 
 
-def _windows(config: _Config, layers: int) -> tuple[int | None, ...]:
+def _sliding_windows(config: _Config, layers: int) -> tuple[int | None, ...]:
     """Sliding layers see `sliding_window` positions; without "layer_types" every second layer slides."""
     kinds = config.get("layer_types") or [LAYER_TYPES[i % 2] for i in range(layers)]
     key = config.key("layer_types")
@@ -159,7 +159,7 @@ def _windows(config: _Config, layers: int) -> tuple[int | None, ...]:
     return tuple(window if kind == LAYER_TYPES[0] else None for kind in kinds)
 
 
-def _rope(config: _Config, title: str) -> RopeConfig:
+def _rope_parameters(config: _Config, title: str) -> RopeParameters:
     """transformers 5 writes `rope_parameters`, older versions `rope_scaling` and `rope_theta`.
 
     Where both exist, transformers (`convert_rope_params_to_dict`) uses `rope_scaling`; a
@@ -185,7 +185,7 @@ def _rope(config: _Config, title: str) -> RopeConfig:
         raise InvalidInputError(f"config.json: rope_theta is {theta}, not above 1")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
-        return RopeConfig(theta)
+        return RopeParameters(theta)
     if kind != "yarn":
         raise InvalidInputError(f"config.json: rope_type is {describe_value(kind)}; known: default, yarn")
     if "factor" not in rope:
@@ -200,7 +200,7 @@ def _rope(config: _Config, title: str) -> RopeConfig:
         if outside
         else _whole(rope, "original_max_position_embeddings", context)
     )
-    return RopeConfig(
+    return RopeParameters(
         theta,
         factor,
         length,

@@ -49,8 +49,8 @@ def names(weights: WeightNames) -> Mapping[str, tuple[str, ...]]:
 
 def unsupported(model: ModelSpec, config: ModelConfig) -> str | None:
     """What llama.cpp would compute differently than the model, or None."""
-    full = [bool(i % 2) for i in range(config.layers)]
-    factor = 0.1 * math.log(config.rope.factor) + 1.0 if config.rope.factor > 1 else 1.0
+    full = [bool(i % 2) for i in range(config.num_hidden_layers)]
+    factor = 0.1 * math.log(config.rope_parameters.factor) + 1.0 if config.rope_parameters.factor > 1 else 1.0
     problems = {
         f"swiglu_limit is {config.swiglu_limit:g}, but llama.cpp hard-codes 7": (
             config.swiglu_limit != SWIGLU_LIMIT
@@ -59,13 +59,13 @@ def unsupported(model: ModelSpec, config: ModelConfig) -> str | None:
             config.swiglu_alpha != SWIGLU_ALPHA
         ),
         "layer_types do not alternate from sliding to full attention, which llama.cpp hard-codes": (
-            [w is None for w in config.windows] != full
+            [w is None for w in config.sliding_windows] != full
         ),
         "attention_bias is false, but llama.cpp needs the biases": (
             model.family.weights.layer.o.bias.format(layer=0) not in {t.name for t in model.tensors}
         ),
         "attention_factor is not YaRN's default, which llama.cpp hard-codes": (
-            not math.isclose(config.rope.attention_factor, factor, rel_tol=1e-6)
+            not math.isclose(config.rope_parameters.attention_factor, factor, rel_tol=1e-6)
         ),
     }
     return next((problem for problem, holds in problems.items() if holds), None)
@@ -74,29 +74,29 @@ def unsupported(model: ModelSpec, config: ModelConfig) -> str | None:
 def metadata(config: ModelConfig, experts: int, top_k: int) -> dict[str, int | float | str]:
     """The keys that llama.cpp's loader reads, for `experts` kept and `top_k` of them active."""
     values: dict[str, int | float | str] = {
-        "block_count": config.layers,
-        "context_length": config.context,
-        "embedding_length": config.hidden,
-        "feed_forward_length": config.intermediate,
-        "expert_feed_forward_length": config.intermediate,
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "expert_feed_forward_length": config.intermediate_size,
         "expert_count": experts,
         "expert_used_count": top_k,
-        "attention.head_count": config.heads,
-        "attention.head_count_kv": config.kv_heads,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
         "attention.key_length": config.head_dim,
         "attention.value_length": config.head_dim,
-        "attention.sliding_window": config.windows[0] or 0,
-        "vocab_size": config.vocabulary,
+        "attention.sliding_window": config.sliding_windows[0] or 0,
+        "vocab_size": config.vocab_size,
     }
-    values["attention.layer_norm_rms_epsilon"] = config.eps
-    values["rope.freq_base"] = config.rope.theta
-    if config.rope.factor != 1:
+    values["attention.layer_norm_rms_epsilon"] = config.rms_norm_eps
+    values["rope.freq_base"] = config.rope_parameters.rope_theta
+    if config.rope_parameters.factor != 1:
         values |= {
             "rope.scaling.type": "yarn",
-            "rope.scaling.factor": config.rope.factor,
-            "rope.scaling.original_context_length": config.rope.original_length,
-            "rope.scaling.yarn_beta_fast": config.rope.beta_fast,
-            "rope.scaling.yarn_beta_slow": config.rope.beta_slow,
+            "rope.scaling.factor": config.rope_parameters.factor,
+            "rope.scaling.original_context_length": config.rope_parameters.original_max_position_embeddings,
+            "rope.scaling.yarn_beta_fast": config.rope_parameters.beta_fast,
+            "rope.scaling.yarn_beta_slow": config.rope_parameters.beta_slow,
         }
     return {f"{ARCHITECTURE}.{key}": value for key, value in values.items()}
 

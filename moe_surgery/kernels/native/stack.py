@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_surgery.kernels.interface import DecoderShape, LayerSlots
+from moe_surgery.kernels.interface import DecoderShape, LayerCache
 from moe_surgery.kernels.native.operands import (
     F32,
     UnsupportedWeight,
@@ -33,8 +33,10 @@ class NativeStack:
         self._engine = engine
         self._held = list(layers)  # what the addresses below belong to
         hidden = layers[0].q.weight.shape[1]
-        self._stack = native.Stack(hidden, shape.heads, shape.kv_heads, shape.head_dim, shape.eps)
-        for layer, window in zip(layers, shape.windows, strict=True):
+        self._stack = native.Stack(
+            hidden, shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.rms_norm_eps
+        )
+        for layer, window in zip(layers, shape.sliding_windows, strict=True):
             _check(layer, hidden, shape)
             e = layer.experts
             projections = (layer.q, layer.k, layer.v, layer.o, layer.router)
@@ -53,15 +55,15 @@ class NativeStack:
             )
 
     def __call__(
-        self, x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, caches: Sequence[LayerSlots]
+        self, x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, caches: Sequence[LayerCache]
     ) -> Tensor:
         x, positions, cos, sin = (a.contiguous() for a in (x, positions, cos, sin))
-        batch, columns, _ = x.shape
+        batch, tokens, _ = x.shape
         self._engine.run(
             self._stack,
             x.data_ptr(),
             batch,
-            columns,
+            tokens,
             positions.data_ptr(),
             cos.data_ptr(),
             sin.data_ptr(),
@@ -72,7 +74,7 @@ class NativeStack:
 
 def _check(layer: Layer, hidden: int, shape: DecoderShape) -> None:
     """Raise UnsupportedWeight unless all that is not an expert can be read and has the shapes that belong together."""
-    wide, narrow = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    wide, narrow = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     wanted = {"q": (wide, hidden), "k": (narrow, hidden), "v": (narrow, hidden), "o": (hidden, wide)}
     experts = len(layer.router.weight)
     for projection, size in (
@@ -87,7 +89,7 @@ def _check(layer: Layer, hidden: int, shape: DecoderShape) -> None:
     for vector, length in (
         (layer.attention_norm, hidden),
         (layer.mlp_norm, hidden),
-        (layer.sinks, shape.heads),
+        (layer.sinks, shape.num_heads),
     ):
         check_readable("a norm's weight or sinks", vector)
         if vector.shape != (length,):
@@ -103,9 +105,9 @@ def _check(layer: Layer, hidden: int, shape: DecoderShape) -> None:
         raise UnsupportedWeight("the experts' shapes or expert map do not fit the layer")
 
 
-def _slots(cache: LayerSlots) -> tuple[object, ...]:
+def _slots(cache: LayerCache) -> tuple[object, ...]:
     """`LayerCacheTuple` of the extension."""
-    keys, values, positions, places = cache.keys, cache.values, cache.positions, cache.places
+    keys, values, positions, slot_ids = cache.keys, cache.values, cache.positions, cache.slot_ids
     assert keys.dtype == values.dtype == F32
     return (
         keys.data_ptr(),
@@ -115,6 +117,6 @@ def _slots(cache: LayerSlots) -> tuple[object, ...]:
         keys.shape[2],
         positions.data_ptr(),
         positions.stride(0),
-        places.data_ptr(),
-        places.stride(0) if places.ndim == 2 else 0,
+        slot_ids.data_ptr(),
+        slot_ids.stride(0) if slot_ids.ndim == 2 else 0,
     )

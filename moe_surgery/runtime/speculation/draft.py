@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_surgery.runtime.generate import decoder
-from moe_surgery.runtime.model import Model
+from moe_surgery.runtime.model import CausalLM
 from moe_surgery.runtime.sampling import Sampler, distribution, draw
 
 __all__ = ["Drafter", "Proposal"]
@@ -31,7 +31,7 @@ class Proposal:
 class Drafter:
     """A draft model that follows a batch of sequences, its cache a prefix of each."""
 
-    def __init__(self, model: Model, sampler: Sampler, stops: Tensor, confidence: float) -> None:
+    def __init__(self, model: CausalLM, sampler: Sampler, stops: Tensor, confidence: float) -> None:
         """`stops` int64 on the CPU: nothing is drafted after one. `confidence`: see `AdaptiveLength`."""
         self._model, self._sampler = model, sampler
         self._stops, self._confidence = stops, confidence

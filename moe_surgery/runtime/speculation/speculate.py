@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moe_surgery.errors import UsageError
 from moe_surgery.runtime.generate import decoder, pad_left, room_for
-from moe_surgery.runtime.model import Model
+from moe_surgery.runtime.model import CausalLM
 from moe_surgery.runtime.sampling import Sampler, Sampling, distribution
 from moe_surgery.runtime.speculation.acceptance import accept_drawn, accept_greedy
 from moe_surgery.runtime.speculation.draft import BEHIND, Drafter, Proposal
@@ -51,8 +51,8 @@ class Speculation:
 
     def __init__(
         self,
-        target: Model,
-        draft: Model,
+        target: CausalLM,
+        draft: CausalLM,
         prompts: Sequence[Sequence[int]],
         *,
         length: int | AdaptiveLength = DEFAULT_LENGTH,
@@ -67,19 +67,18 @@ class Speculation:
         tokens = self._ids.shape[1]
         self._new = room_for(target, tokens, max_new_tokens, context)
         needed = tokens + self._new - 1  # the last token is not looked at again
-        if needed > draft.config.context:
+        if needed > (most := draft.config.max_position_embeddings):
             raise UsageError(
-                f"the draft takes {draft.config.context} tokens, but prompt and answer may reach {needed + 1}; "
-                f"pass `context` {draft.config.context}"
+                f"the draft takes {most} tokens, but prompt and answer may reach {needed + 1}; pass `context` {most}"
             )
         costs = None
         if isinstance(length, AdaptiveLength) and length.costs is None:
             costs = counted_costs(target, draft, len(prompts), length.most)
         self._control = LengthControl(length, costs)
         # Refused tokens lie past the last one that stays until they are taken back.
-        self._columns = min(needed + self._control.most, target.config.context)
-        self._draft_columns = min(needed + self._control.most, draft.config.context)
-        stops = target.config.stop_tokens if stop_tokens is None else stop_tokens
+        self._columns = min(needed + self._control.most, target.config.max_position_embeddings)
+        self._draft_columns = min(needed + self._control.most, draft.config.max_position_embeddings)
+        stops = target.config.eos_token_ids if stop_tokens is None else stop_tokens
         self._stops = torch.tensor(stops, dtype=torch.int64)
         self._sampler = Sampler(sampling or Sampling())
         self._target = target
@@ -219,30 +218,30 @@ class Speculation:
         return new, log_probabilities
 
 
-def check_pair(target: Model, draft: Model) -> None:
+def check_pair(target: CausalLM, draft: CausalLM) -> None:
     """Raise UsageError unless `draft` can draft for `target`."""
-    if draft.config.vocabulary != target.config.vocabulary:
+    if draft.config.vocab_size != target.config.vocab_size:
         raise UsageError(
-            f"the draft has a vocabulary of {draft.config.vocabulary}, the target one of "
-            f"{target.config.vocabulary}; draft with a model of the same tokenizer"
+            f"the draft has a vocabulary of {draft.config.vocab_size}, the target one of "
+            f"{target.config.vocab_size}; draft with a model of the same tokenizer"
         )
 
 
 def speculation_cache_bytes(
-    target: Model, draft: Model, batch: int, tokens: int, length: int
+    target: CausalLM, draft: CausalLM, batch: int, tokens: int, length: int
 ) -> tuple[int, int]:
     """Bytes of the target's and the draft's keys and values for `batch` sequences of `tokens` tokens, prompt
     and answer together: sliding layers hold what may be taken back, drafted tokens lie past the last one."""
     columns = tokens - 1 + length  # the last token is not looked at again
     return (
-        cache_bytes(target, batch, min(columns, target.config.context), length),
-        cache_bytes(draft, batch, min(columns, draft.config.context), length + BEHIND),
+        cache_bytes(target, batch, min(columns, target.config.max_position_embeddings), length),
+        cache_bytes(draft, batch, min(columns, draft.config.max_position_embeddings), length + BEHIND),
     )
 
 
 def speculate(
-    target: Model,
-    draft: Model,
+    target: CausalLM,
+    draft: CausalLM,
     prompts: Sequence[Sequence[int]],
     *,
     length: int | AdaptiveLength = DEFAULT_LENGTH,

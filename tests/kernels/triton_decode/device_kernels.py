@@ -91,7 +91,7 @@ SHAPES = {
 @pytest.mark.parametrize(("tokens", "name", "dtype"), combined(TOKENS, list(SHAPES), FLOATS))
 def test_qkv(tokens: int, name: str, dtype: torch.dtype) -> None:
     heads, kv_heads, head_dim, hidden = SHAPES[name]
-    slots, column = 9, 13  # a ring that has gone round: slot 4
+    slots, cache_position = 9, 13  # a ring that has gone round: slot 4
     rows = (heads + 2 * kv_heads) * head_dim
     h, weight, bias = (draw(n, hidden, dtype=dtype, seed=n) for n in (tokens, rows, 1))
     weight, bias = weight / hidden**0.5, draw(rows, dtype=dtype)
@@ -99,7 +99,7 @@ def test_qkv(tokens: int, name: str, dtype: torch.dtype) -> None:
     angles = draw(40, head_dim // 2)
     kv_write = KVWrite(
         draw(tokens, kv_heads, slots, head_dim, dtype=dtype), draw(tokens, kv_heads, slots, head_dim, dtype=dtype),
-        torch.full((tokens, slots), -7, device=DEVICE), torch.tensor([column], device=DEVICE), pads,
+        torch.full((tokens, slots), -7, device=DEVICE), torch.tensor([cache_position], device=DEVICE), pads,
         angles.cos(), angles.sin(),
     )  # fmt: skip
     keys, values = kv_write.keys.clone(), kv_write.values.clone()
@@ -107,7 +107,7 @@ def test_qkv(tokens: int, name: str, dtype: torch.dtype) -> None:
     qkv(ProjectionInput(h), weight, bias, q, kv_write, needs_fp32(dtype)).run()
 
     wanted = linear(h, weight, bias).view(tokens, heads + 2 * kv_heads, head_dim)
-    cos, sin = (t[column - pads][:, None] for t in (kv_write.cos, kv_write.sin))
+    cos, sin = (t[cache_position - pads][:, None] for t in (kv_write.cos, kv_write.sin))
     rotated = apply_rope(wanted[:, : heads + kv_heads], cos, sin)
     near(q, rotated[:, :heads].flatten(1), dtype)
     near(kv_write.keys[:, :, 4], rotated[:, heads:], dtype)
@@ -115,7 +115,7 @@ def test_qkv(tokens: int, name: str, dtype: torch.dtype) -> None:
     others = [s for s in range(slots) if s != 4]
     assert torch.equal(kv_write.keys[:, :, others], keys[:, :, others])
     assert torch.equal(kv_write.values[:, :, others], values[:, :, others])
-    assert torch.equal(kv_write.positions[:, 4], column - pads)
+    assert torch.equal(kv_write.positions[:, 4], cache_position - pads)
     assert (kv_write.positions[:, others] == -7).all()
 
 
@@ -162,27 +162,27 @@ def test_output(tokens: int, size: tuple[int, int], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("rows", "hidden"), [(24, 64), (101, 96)])
 def test_unembed(rows: int, hidden: int, tokens: int) -> None:
     h, weight, logits = draw(tokens, hidden), draw(rows, hidden), poisoned(tokens, rows)
-    column = torch.tensor([41], device=DEVICE)
-    unembed(ProjectionInput(h), weight, logits, column, needs_fp32(torch.float32)).run()
+    cache_position = torch.tensor([41], device=DEVICE)
+    unembed(ProjectionInput(h), weight, logits, cache_position, needs_fp32(torch.float32)).run()
     near(logits, linear(h, weight), torch.float32)
-    assert column.item() == 42
+    assert cache_position.item() == 42
 
 
 def test_unembed_of_one_token_norms_its_input_itself() -> None:
     x, y, norm_weight, weight = draw(1, 96), draw(1, 96, seed=1), draw(1, 96, seed=2)[0], draw(50, 96)
-    total, logits, column = poisoned(1, 96), poisoned(1, 50), torch.tensor([0], device=DEVICE)
+    total, logits, cache_position = poisoned(1, 96), poisoned(1, 50), torch.tensor([0], device=DEVICE)
     unembed(
         ProjectionInput(total, x, y, None, norm_weight, total, EPS),
         weight,
         logits,
-        column,
+        cache_position,
         needs_fp32(torch.float32),
     ).run()
     near(logits, linear(rms_norm(x + y, norm_weight, EPS), weight), torch.float32)
 
 
 CACHES = {
-    # slots, columns so far (the last is the new one), window
+    # slots, tokens so far (the last is the new one), window
     "one token only": (70, 1, None),
     "partly filled": (200, 100, None),
     "filled to the last": (64, 64, None),
@@ -198,24 +198,24 @@ CACHES = {
     combined(list(CACHES), ((8, 1, 16), (6, 2, 12), (3, 3, 64)), (1, 132)),
 )
 def test_attention(name: str, shape: tuple[int, int, int], multiprocessors: int) -> None:
-    slots, columns, window = CACHES[name]
+    slots, length, window = CACHES[name]
     heads, kv_heads, head_dim = shape
     batch = 3
-    pads = torch.tensor([0, 2, columns - 1], device=DEVICE)
+    pads = torch.tensor([0, 2, length - 1], device=DEVICE)
     positions = torch.full((batch, slots), -1, device=DEVICE)
-    for column in range(max(0, columns - slots), columns):
-        positions[:, column % slots] = torch.where(column < pads, -1, column - pads)
+    for token in range(max(0, length - slots), length):
+        positions[:, token % slots] = torch.where(token < pads, -1, token - pads)
     q = draw(batch, heads * head_dim)
     keys, values = draw(batch, kv_heads, slots, head_dim), draw(batch, kv_heads, slots, head_dim, seed=1)
     sinks = draw(heads, seed=2)
-    column = torch.tensor([columns - 1], device=DEVICE)
+    cache_position = torch.tensor([length - 1], device=DEVICE)
     out = poisoned(batch, heads * head_dim)
     args = (
         q,
         keys,
         values,
         positions,
-        column,
+        cache_position,
         pads,
         sinks,
         window,
@@ -224,7 +224,7 @@ def test_attention(name: str, shape: tuple[int, int, int], multiprocessors: int)
         needs_fp32(torch.float32),
     )
     attention(*args).run()
-    now = (columns - 1 - pads)[:, None]
+    now = (length - 1 - pads)[:, None]
     wanted = reference_attention(
         q.view(batch, heads, 1, head_dim), keys, values, sinks, visible(now, positions, window)
     )
@@ -237,13 +237,13 @@ def test_attention_survives_large_scores_and_lone_sinks() -> None:
     q = torch.full((1, 16), 40.0, device=DEVICE)
     keys, values = draw(1, 1, 8, 16) * 40, draw(1, 1, 8, 16)
     positions = torch.arange(8, device=DEVICE)[None]
-    zero, column = torch.zeros(1, dtype=torch.int64, device=DEVICE), torch.tensor([7], device=DEVICE)
+    zero, cache_position = torch.zeros(1, dtype=torch.int64, device=DEVICE), torch.tensor([7], device=DEVICE)
     for sink in (-1e4, 0.0, 1e4):
         out, sinks = poisoned(1, 16), torch.tensor([sink], device=DEVICE)
         attention(
-            q, keys, values, positions, column, zero, sinks, None, out, 132, needs_fp32(torch.float32)
+            q, keys, values, positions, cache_position, zero, sinks, None, out, 132, needs_fp32(torch.float32)
         ).run()
-        seen = visible(column[None], positions, None)
+        seen = visible(cache_position[None], positions, None)
         wanted = reference_attention(q.view(1, 1, 1, 16), keys, values, sinks, seen)[:, 0]
         assert (out - wanted).abs().max() <= 1e-4
 
@@ -264,12 +264,14 @@ def test_attention_in_narrow_types(dtype: torch.dtype) -> None:
     keys = draw(batch, kv_heads, slots, head_dim, dtype=dtype)
     values = draw(batch, kv_heads, slots, head_dim, dtype=dtype, seed=1)
     positions = torch.arange(slots, device=DEVICE).expand(batch, -1).contiguous()
-    column, pads = (
+    cache_position, pads = (
         torch.tensor([slots - 1], device=DEVICE),
         torch.zeros(batch, dtype=torch.int64, device=DEVICE),
     )
     out = poisoned(batch, heads * head_dim, dtype=dtype)
-    attention(q, keys, values, positions, column, pads, sinks, None, out, 132, needs_fp32(dtype)).run()
-    seen = visible((column - pads)[:, None], positions, None)
+    attention(
+        q, keys, values, positions, cache_position, pads, sinks, None, out, 132, needs_fp32(dtype)
+    ).run()
+    seen = visible((cache_position - pads)[:, None], positions, None)
     wide = (t.float() for t in (q.view(batch, heads, 1, head_dim), keys, values, sinks))
     near(out, reference_attention(*wide, seen)[:, 0], dtype)

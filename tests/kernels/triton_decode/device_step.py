@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_surgery import load_model, plan_random
+from moe_surgery import inspect, load_model, plan_random
 from moe_surgery.errors import UsageError
 from moe_surgery.kernels.interface import DecoderModel
 from moe_surgery.kernels.triton.decode.launches import launch_count
@@ -16,7 +16,7 @@ from moe_surgery.kernels.triton.decode.step import DecodeStep
 from moe_surgery.kernels.triton.tuning import DeviceProps
 from moe_surgery.runtime.cache import Cache
 from moe_surgery.runtime.generate import generate
-from moe_surgery.runtime.model import Model
+from moe_surgery.runtime.model import CausalLM
 from moe_surgery.runtime.speculation.speculate import speculate
 from moe_surgery.runtime.view import view
 from tests.runtime.models import write_lively
@@ -57,7 +57,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return write_lively(place, SHAPE, request.param, edit_config=lambda c: c.update(sliding_window=WINDOW))
 
 
-def models(folder: Path, keep: int | None = None) -> tuple[Model, Model]:
+def models(folder: Path, keep: int | None = None) -> tuple[CausalLM, CausalLM]:
     """The same weights twice, in float32: with triton and with plain PyTorch."""
     found = []
     for backend in ("triton", "reference"):
@@ -72,19 +72,19 @@ def models(folder: Path, keep: int | None = None) -> tuple[Model, Model]:
 
 
 def prefilled(
-    model: Model, batch: int, context: int, mask: torch.Tensor | None, prompt: torch.Tensor
+    model: CausalLM, batch: int, context: int, mask: torch.Tensor | None, prompt: torch.Tensor
 ) -> Cache:
     cache = model.new_cache(batch, context, rollback=ROLLBACK)
     model(prompt, cache, mask)
     return cache
 
 
-def prompts(batch: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+def prompts(batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens and a mask in which later sequences have more padding."""
     random = torch.Generator().manual_seed(batch)
-    tokens = torch.randint(0, VOCABULARY, (batch, columns), generator=random).to(DEVICE)
+    tokens = torch.randint(0, VOCABULARY, (batch, length), generator=random).to(DEVICE)
     pads = torch.arange(batch)[:, None] % 3
-    return tokens, (torch.arange(columns)[None] >= pads).long().to(DEVICE)
+    return tokens, (torch.arange(length)[None] >= pads).long().to(DEVICE)
 
 
 @pytest.mark.parametrize("capture", CAPTURES)
@@ -111,8 +111,8 @@ def test_every_step_gives_the_logits_of_the_plain_forward_pass(
 
 def same_cache(one: Cache, other: Cache) -> None:
     assert one.length == other.length
-    for slots, held in other.positions.items():
-        assert torch.equal(one.positions[slots], held)
+    for slots, positions in other.positions.items():
+        assert torch.equal(one.positions[slots], positions)
     for layer in range(len(other.keys)):
         torch.testing.assert_close(one.keys[layer], other.keys[layer], rtol=0, atol=TOLERANCE)
         torch.testing.assert_close(one.values[layer], other.values[layer], rtol=0, atol=TOLERANCE)
@@ -198,7 +198,7 @@ def test_a_view_changes_nothing_of_its_model(folder: Path) -> None:
     model, plain = models(folder)
     model.layers = plain.layers  # q, k and v apart, as no captured step has seen them
     before = list(model.layers)
-    for drawn in (view(model, plan_random(4, 0, model.config)), view(model, None, 1)):
+    for drawn in (view(model, plan_random(4, 0, inspect(folder))), view(model, None, 1)):
         assert all(one is other for one, other in zip(model.layers, before, strict=True))
         for one, other in zip(model.layers, drawn.layers, strict=True):
             assert one.q.weight.data_ptr() == other.q.weight.data_ptr()
@@ -207,7 +207,7 @@ def test_a_view_changes_nothing_of_its_model(folder: Path) -> None:
 def test_a_view_that_drafts_step_by_step_leaves_the_output_the_targets(folder: Path) -> None:
     """Draft steps are captured ones, taken back where tokens are refused; q, k and v are shared."""
     target, plain = models(folder)
-    draft = view(target, plan_random(4, 0, target.config))
+    draft = view(target, plan_random(4, 0, inspect(folder)))
     prompt, new = [[3, 1, 4, 1, 5, 9]], 40 if ON_GPU else 6
     expected = generate(plain, prompt, max_new_tokens=new, stop_tokens=()).tokens
     found = speculate(target, draft, prompt, length=2, max_new_tokens=new, stop_tokens=())

@@ -10,7 +10,7 @@ import textwrap
 import numpy as np
 import torch
 
-from moe_surgery.runtime.model import Model
+from moe_surgery.runtime.model import CausalLM
 from moe_surgery.runtime.sampling import Sampling, distribution
 
 
@@ -28,9 +28,9 @@ def program(characters: int) -> str:
     return source_of.getsource(textwrap)[:characters]
 
 
-def sequence_probabilities(model: Model, prompt: list[int], length: int, sampling: Sampling) -> np.ndarray:
+def sequence_probabilities(model: CausalLM, prompt: list[int], length: int, sampling: Sampling) -> np.ndarray:
     """The probability of every continuation of `length` tokens, float64 [vocabulary] * length."""
-    size = model.config.vocabulary
+    size = model.config.vocab_size
     found = np.ones(())
     for i in range(length):
         contexts = [prompt + list(c) for c in itertools.product(range(size), repeat=i)]

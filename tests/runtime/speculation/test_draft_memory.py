@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 
 from moe_surgery import Plan, inspect, load_model, plan_random  # noqa: E402
 from moe_surgery.runtime.cache import Cache  # noqa: E402
-from moe_surgery.runtime.model import Model  # noqa: E402
+from moe_surgery.runtime.model import CausalLM  # noqa: E402
 from moe_surgery.runtime.speculation.speculate import Speculation, speculate, speculation_cache_bytes  # noqa: E402
 from moe_surgery.runtime.view import view  # noqa: E402
 from tests.runtime.models import write_lively  # noqa: E402
@@ -41,7 +41,7 @@ def storages(value: object) -> Storages:
     return found
 
 
-def added(draft: Model, target: Model) -> int:
+def added(draft: CausalLM, target: CausalLM) -> int:
     """Bytes of the storages that `draft` holds and `target` does not."""
     known = storages(target)
     return sum(nbytes for place, nbytes in storages(draft).items() if place not in known)
@@ -55,7 +55,7 @@ def weights_of(folder: Path) -> int:
 @pytest.mark.parametrize("kept", [1, 8, 31, None])
 @pytest.mark.parametrize("top_k", [None, 1])
 def test_a_view_adds_router_rows_and_an_index_alone(
-    tiny: Path, tiny_model: Model, kept: int | None, top_k: int | None
+    tiny: Path, tiny_model: CausalLM, kept: int | None, top_k: int | None
 ) -> None:
     assert sum(storages(tiny_model).values()) >= weights_of(tiny)  # so that a copy could not be missed
     draft = view(tiny_model, None if kept is None else plan_random(kept, 0, inspect(tiny)), top_k)
@@ -67,7 +67,7 @@ def test_a_view_adds_router_rows_and_an_index_alone(
     assert added(draft, tiny_model) == expected
 
 
-def test_a_draft_loaded_beside_the_target_is_not_free(tiny: Path, tiny_model: Model) -> None:
+def test_a_draft_loaded_beside_the_target_is_not_free(tiny: Path, tiny_model: CausalLM) -> None:
     """The count can fail: the same checkpoint opened again is other memory."""
     again = load_model(tiny, dtype=torch.float32, backend=tiny_model.backend.name)
     assert added(again, tiny_model) >= weights_of(tiny)
@@ -155,13 +155,13 @@ def test_caches_take_what_is_stated(
     c = json.loads((tiny / "config.json").read_text())
     windows = [c["sliding_window"] if kind == "sliding_attention" else None for kind in c["layer_types"]]
     assert set(windows) == {64, None}
-    columns = 70 + new - 1 + length  # the last token is not looked at again, drafted ones lie beyond
+    tokens = 70 + new - 1 + length  # the last token is not looked at again, drafted ones lie beyond
 
     def expected(rollback: int) -> int:
-        slots = sum(columns if w is None else min(columns, w + rollback) for w in windows)
+        slots = sum(tokens if w is None else min(tokens, w + rollback) for w in windows)
         return 2 * batch * slots * c["num_key_value_heads"] * c["head_dim"] * dtype.itemsize
 
-    stated = [expected(length), expected(length + 2)]  # the draft may be two columns behind
+    stated = [expected(length), expected(length + 2)]  # the draft may be two tokens behind
     assert held == stated
     assert [run.statistics.target_cache_bytes, run.statistics.draft_cache_bytes] == stated
     assert list(speculation_cache_bytes(target, draft, batch, 70 + new, length)) == stated

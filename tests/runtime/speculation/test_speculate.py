@@ -16,7 +16,7 @@ pytest.importorskip("tokenizers")
 from moe_surgery import Plan, inspect, load_model, plan_random, prune  # noqa: E402
 from moe_surgery.errors import PlanMismatchError, UsageError  # noqa: E402
 from moe_surgery.runtime.generate import generate  # noqa: E402
-from moe_surgery.runtime.model import Model  # noqa: E402
+from moe_surgery.runtime.model import CausalLM  # noqa: E402
 from moe_surgery.runtime.sampling import Sampling  # noqa: E402
 from moe_surgery.runtime.speculation.draft_length import AdaptiveLength, Costs  # noqa: E402
 from moe_surgery.runtime.speculation.speculate import Speculation, speculate  # noqa: E402
@@ -44,7 +44,7 @@ def prompts(tiny_text: Text) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def expected(tiny_model: Model, prompts: list[list[int]]) -> list[list[int]]:
+def expected(tiny_model: CausalLM, prompts: list[list[int]]) -> list[list[int]]:
     """What the target generates from each prompt alone."""
     return [
         generate(tiny_model, [prompt], max_new_tokens=NEW, stop_tokens=()).tokens[0] for prompt in prompts
@@ -53,12 +53,12 @@ def expected(tiny_model: Model, prompts: list[list[int]]) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def drafts(
-    tiny: Path, tiny_model: Model, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str, int, int], Model]:
+    tiny: Path, tiny_model: CausalLM, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, int, int], CausalLM]:
     """Drafts by kind, experts and top-k; pruned checkpoints are written once."""
     folder = tmp_path_factory.mktemp("drafts")
 
-    def make(kind: str, experts: int, top_k: int) -> Model:
+    def make(kind: str, experts: int, top_k: int) -> CausalLM:
         plan = plan_random(experts, 0, inspect(tiny))
         if kind == "view":
             return view(tiny_model, plan, top_k)
@@ -83,10 +83,10 @@ def test_the_cases_hold_every_pair() -> None:
 
 @pytest.mark.parametrize(("kind", "experts", "top_k", "length", "batch"), CASES)
 def test_greedy_output_is_the_targets_own(
-    tiny_model: Model,
+    tiny_model: CausalLM,
     prompts: list[list[int]],
     expected: list[list[int]],
-    drafts: Callable[[str, int, int], Model],
+    drafts: Callable[[str, int, int], CausalLM],
     kind: str,
     experts: int,
     top_k: int,
@@ -100,7 +100,9 @@ def test_greedy_output_is_the_targets_own(
     assert found.tokens == expected[rows]
 
 
-def test_a_batch_accepts_different_numbers(tiny_model: Model, prompts: list[list[int]], tiny: Path) -> None:
+def test_a_batch_accepts_different_numbers(
+    tiny_model: CausalLM, prompts: list[list[int]], tiny: Path
+) -> None:
     draft = view(tiny_model, plan_random(16, 0, inspect(tiny)))
     rounds: list[Round] = []
     speculate(tiny_model, draft, prompts, max_new_tokens=NEW, stop_tokens=(), callback=rounds.append)
@@ -109,7 +111,7 @@ def test_a_batch_accepts_different_numbers(tiny_model: Model, prompts: list[list
 
 @pytest.mark.parametrize(("length", "rows"), [(1, slice(1)), (3, slice(None)), (8, slice(2))])
 def test_an_identical_draft_is_accepted_whole(
-    tiny: Path, tiny_model: Model, prompts: list[list[int]], length: int, rows: slice
+    tiny: Path, tiny_model: CausalLM, prompts: list[list[int]], length: int, rows: slice
 ) -> None:
     other = load_model(tiny, dtype=torch.float32, backend=tiny_model.backend.name)
     for draft in (tiny_model, other, view(tiny_model, plan_random(32, 0, inspect(tiny)))):
@@ -120,7 +122,9 @@ def test_an_identical_draft_is_accepted_whole(
         assert found.statistics.drafted == found.statistics.accepted
 
 
-def test_log_probabilities_are_those_of_plain_decoding(tiny_model: Model, prompts: list[list[int]]) -> None:
+def test_log_probabilities_are_those_of_plain_decoding(
+    tiny_model: CausalLM, prompts: list[list[int]]
+) -> None:
     draft = view(tiny_model, None, 1)
     plain = generate(tiny_model, prompts, max_new_tokens=NEW, stop_tokens=())
     found = speculate(tiny_model, draft, prompts, max_new_tokens=NEW, stop_tokens=())
@@ -133,14 +137,14 @@ def test_log_probabilities_are_those_of_plain_decoding(tiny_model: Model, prompt
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [7], [2, 7, 1, 8], list(range(20))]
 
 
-def small_draft(model: Model, kept: int) -> Model:
+def small_draft(model: CausalLM, kept: int) -> CausalLM:
     return view(model, Plan("gpt_oss", SMALL.experts, (tuple(range(kept)),) * SMALL.layers))
 
 
 @pytest.mark.parametrize("length", [1, 2, WINDOW - 1, WINDOW, 3 * WINDOW, AdaptiveLength(most=12)])
 @pytest.mark.parametrize("kept", [1, 4])
 def test_drafts_longer_than_the_window_change_nothing(
-    small_model: Model, kept: int, length: int | AdaptiveLength
+    small_model: CausalLM, kept: int, length: int | AdaptiveLength
 ) -> None:
     plain = generate(small_model, PROMPTS, max_new_tokens=45, stop_tokens=())
     draft = small_draft(small_model, kept)
@@ -151,7 +155,7 @@ def test_drafts_longer_than_the_window_change_nothing(
 @pytest.mark.parametrize("sampling", [None, Sampling(1.0, top_k=20, seed=7)])
 @pytest.mark.parametrize("length", [1, 4, AdaptiveLength()])
 def test_each_sequence_ends_with_its_own_stop_token_and_leaves_the_rest_alone(
-    small_model: Model, sampling: Sampling | None, length: int | AdaptiveLength
+    small_model: CausalLM, sampling: Sampling | None, length: int | AdaptiveLength
 ) -> None:
     free = generate(small_model, PROMPTS, max_new_tokens=30, stop_tokens=()).tokens
     stops = (free[0][2], free[2][7], free[3][0])
@@ -167,7 +171,7 @@ def test_each_sequence_ends_with_its_own_stop_token_and_leaves_the_rest_alone(
 
 @pytest.mark.parametrize("new", [1, 2, 3, 9])
 @pytest.mark.parametrize("length", [1, 4, 8])
-def test_exactly_as_many_tokens_come_as_were_asked_for(small_model: Model, new: int, length: int) -> None:
+def test_exactly_as_many_tokens_come_as_were_asked_for(small_model: CausalLM, new: int, length: int) -> None:
     for draft in (small_model, small_draft(small_model, 1)):
         found = speculate(small_model, draft, PROMPTS, length=length, max_new_tokens=new, stop_tokens=())
         assert found.tokens == generate(small_model, PROMPTS, max_new_tokens=new, stop_tokens=()).tokens
@@ -190,7 +194,7 @@ def test_the_models_whole_context_can_be_used(tmp_path: Path, kept: int, length:
     assert [len(t) for t in found.tokens] == [28] * 4
 
 
-def test_a_run_can_be_followed_round_by_round(small_model: Model) -> None:
+def test_a_run_can_be_followed_round_by_round(small_model: CausalLM) -> None:
     settings: dict[str, Any] = {"length": 3, "max_new_tokens": 25, "stop_tokens": ()}
     draft = small_draft(small_model, 3)
     whole = speculate(small_model, draft, PROMPTS, **settings)
@@ -209,7 +213,7 @@ def test_a_run_can_be_followed_round_by_round(small_model: Model) -> None:
         assert getattr(counted, name) == getattr(run.statistics, name) == getattr(whole.statistics, name)
 
 
-def test_the_same_seed_gives_the_same_tokens(small_model: Model) -> None:
+def test_the_same_seed_gives_the_same_tokens(small_model: CausalLM) -> None:
     def run(seed: int) -> list[list[int]]:
         sampling = Sampling(1.0, seed=seed)
         draft = small_draft(small_model, 3)
@@ -220,7 +224,7 @@ def test_the_same_seed_gives_the_same_tokens(small_model: Model) -> None:
     assert run(5) != run(6)
 
 
-def test_counts_add_up(small_model: Model) -> None:
+def test_counts_add_up(small_model: CausalLM) -> None:
     rounds: list[Round] = []
     draft = small_draft(small_model, 4)
     found = speculate(
@@ -241,7 +245,7 @@ def test_counts_add_up(small_model: Model) -> None:
     assert 0 < (s.acceptance or 0) < 1
 
 
-def test_runs_add_up(small_model: Model) -> None:
+def test_runs_add_up(small_model: CausalLM) -> None:
     draft = small_draft(small_model, 4)
 
     def run(prompts: list[list[int]], length: int) -> SpeculationStatistics:
@@ -258,23 +262,23 @@ def test_runs_add_up(small_model: Model) -> None:
     assert total.target_steps == one.target_steps + other.target_steps
 
 
-def test_caches_take_the_bytes_of_their_columns(small_model: Model) -> None:
+def test_caches_take_the_bytes_of_their_columns(small_model: CausalLM) -> None:
     length, new = 5, 30
     found = speculate(
         small_model, small_draft(small_model, 1), PROMPTS, length=length, max_new_tokens=new, stop_tokens=()
     )
     context = 20 + new - 1 + length
-    column = 2 * len(PROMPTS) * SMALL.kv_heads * SMALL.head_dim * 4
+    token_bytes = 2 * len(PROMPTS) * SMALL.kv_heads * SMALL.head_dim * 4
     s = found.statistics
-    # Rings hold the window and what may be taken back: `length` columns, two more for the draft.
-    assert s.target_cache_bytes == column * (context + 2 * (WINDOW + length))
-    assert s.draft_cache_bytes == column * (context + 2 * (WINDOW + length + 2))
+    # Rings hold the window and what may be rolled back: `length` tokens, two more for the draft.
+    assert s.target_cache_bytes == token_bytes * (context + 2 * (WINDOW + length))
+    assert s.draft_cache_bytes == token_bytes * (context + 2 * (WINDOW + length + 2))
 
 
 # --- drafting rules
 
 
-class Counting(Model):
+class Counting(CausalLM):
     calls = 0
 
     def __call__(self, *arguments: Any, **options: Any) -> torch.Tensor:
@@ -282,14 +286,14 @@ class Counting(Model):
         return super().__call__(*arguments, **options)
 
 
-def counted(model: Model) -> Counting:
+def counted(model: CausalLM) -> Counting:
     counting = copy(model)
     counting.__class__ = Counting
     assert isinstance(counting, Counting)
     return counting
 
 
-def test_the_target_runs_once_a_round_and_the_draft_once_a_token(small_model: Model) -> None:
+def test_the_target_runs_once_a_round_and_the_draft_once_a_token(small_model: CausalLM) -> None:
     target, draft = counted(small_model), counted(small_model)
     found = speculate(target, draft, PROMPTS[:1], length=4, max_new_tokens=21, stop_tokens=())
     assert found.statistics.target_steps == 4
@@ -297,7 +301,7 @@ def test_the_target_runs_once_a_round_and_the_draft_once_a_token(small_model: Mo
     assert draft.calls == 1 + 4 * 4
 
 
-def test_a_draft_that_is_never_sure_drafts_nothing(small_model: Model) -> None:
+def test_a_draft_that_is_never_sure_drafts_nothing(small_model: CausalLM) -> None:
     unsure = AdaptiveLength(confidence=1.0)
     found = speculate(small_model, small_model, PROMPTS, length=unsure, max_new_tokens=9, stop_tokens=())
     assert sum(found.statistics.drafted) == 0
@@ -306,7 +310,7 @@ def test_a_draft_that_is_never_sure_drafts_nothing(small_model: Model) -> None:
     assert found.tokens == generate(small_model, PROMPTS, max_new_tokens=9, stop_tokens=()).tokens
 
 
-def test_costs_decide_how_much_is_drafted(small_model: Model) -> None:
+def test_costs_decide_how_much_is_drafted(small_model: CausalLM) -> None:
     def longest(draft_cost: float) -> int:
         costs = Costs(draft_cost, [1.0] * 9)
         rule = AdaptiveLength(most=8, confidence=0.0, costs=costs, acceptance=1.0)
@@ -320,7 +324,7 @@ def test_costs_decide_how_much_is_drafted(small_model: Model) -> None:
 # --- views
 
 
-def storages(model: Model) -> set[int]:
+def storages(model: CausalLM) -> set[int]:
     experts = [layer.experts for layer in model.layers]
     parts = [p for e in experts for w in (e.gate_up, e.down) for p in (w.blocks, w.scales)]  # type: ignore[union-attr]
     parts += [b for e in experts for b in (e.gate_up_bias, e.down_bias)]
@@ -330,11 +334,13 @@ def storages(model: Model) -> set[int]:
 
 
 @pytest.mark.parametrize("kept", [1, 4, 31])
-def test_a_view_holds_the_models_own_tensors_and_a_router(tiny: Path, tiny_model: Model, kept: int) -> None:
+def test_a_view_holds_the_models_own_tensors_and_a_router(
+    tiny: Path, tiny_model: CausalLM, kept: int
+) -> None:
     draft = view(tiny_model, plan_random(kept, 0, inspect(tiny)))
     assert storages(draft) == storages(tiny_model)
-    rows = tiny_model.config.layers * kept
-    router = rows * (tiny_model.config.hidden + 1) * 2  # BF16
+    rows = tiny_model.config.num_hidden_layers * kept
+    router = rows * (tiny_model.config.hidden_size + 1) * 2  # BF16
     assert weight_bytes(draft, beside=tiny_model) == router + rows * 8  # and an index
     assert weight_bytes(view(tiny_model, None, 1), beside=tiny_model) == 0
     assert weight_bytes(tiny_model) == sum(
@@ -349,7 +355,7 @@ def described(path: Path) -> tuple[Any, ...]:
         return tuple(identify_model(checkpoint).tensors)
 
 
-def test_views_leave_the_model_as_it_was(small: Path, small_model: Model) -> None:
+def test_views_leave_the_model_as_it_was(small: Path, small_model: CausalLM) -> None:
     ids = torch.arange(20)[None]
     before = small_model(ids)
     one = view(small_model, None, 1)
@@ -362,7 +368,7 @@ def test_views_leave_the_model_as_it_was(small: Path, small_model: Model) -> Non
     assert not torch.equal(one(ids), before)
 
 
-def test_a_view_of_a_view_is_one_of_the_model(small_model: Model) -> None:
+def test_a_view_of_a_view_is_one_of_the_model(small_model: CausalLM) -> None:
     def plan(*layers: tuple[int, ...]) -> Plan:
         return Plan("gpt_oss", SMALL.experts, layers)
 
@@ -374,7 +380,7 @@ def test_a_view_of_a_view_is_one_of_the_model(small_model: Model) -> None:
         view(view(small_model, wide), plan((2,), (1,), (1,)))
 
 
-def test_a_plan_of_another_model_or_no_top_k_is_refused(small_model: Model) -> None:
+def test_a_plan_of_another_model_or_no_top_k_is_refused(small_model: CausalLM) -> None:
     with pytest.raises(PlanMismatchError, match="but here is gpt_oss with 3 layers of 5"):
         view(small_model, Plan("gpt_oss", 9, ((0,),) * 3), name="here")
     with pytest.raises(UsageError, match="top-k 0: must be at least 1"):
@@ -384,13 +390,13 @@ def test_a_plan_of_another_model_or_no_top_k_is_refused(small_model: Model) -> N
 # --- what cannot be
 
 
-def test_a_draft_of_another_vocabulary_is_refused(small_model: Model, tmp_path: Path) -> None:
+def test_a_draft_of_another_vocabulary_is_refused(small_model: CausalLM, tmp_path: Path) -> None:
     other = load_model(write_lively(tmp_path / "other", Shape(vocabulary=24)), dtype=torch.float32)
     with pytest.raises(UsageError, match="the draft has a vocabulary of 24, the target one of 40"):
         speculate(small_model, other, PROMPTS)
 
 
-def test_a_draft_with_a_shorter_context_is_refused(small_model: Model, tmp_path: Path) -> None:
+def test_a_draft_with_a_shorter_context_is_refused(small_model: CausalLM, tmp_path: Path) -> None:
     folder = write_lively(
         tmp_path / "short", SMALL, edit_config=lambda c: c.update(max_position_embeddings=30)
     )
@@ -415,7 +421,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
 
 @pytest.mark.parametrize(("prompts", "options", "said"), REFUSED.values(), ids=REFUSED)
 def test_what_cannot_be_generated_is_refused(
-    small_model: Model, prompts: Any, options: dict[str, Any], said: str
+    small_model: CausalLM, prompts: Any, options: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(UsageError, match=said):
         speculate(small_model, small_model, prompts, **options)

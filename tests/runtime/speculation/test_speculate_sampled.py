@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from moe_surgery import Plan, load_model  # noqa: E402
-from moe_surgery.runtime.model import Model  # noqa: E402
+from moe_surgery.runtime.model import CausalLM  # noqa: E402
 from moe_surgery.runtime.sampling import Sampling  # noqa: E402
 from moe_surgery.runtime.speculation.draft_length import AdaptiveLength, Costs  # noqa: E402
 from moe_surgery.runtime.speculation.speculate import speculate  # noqa: E402
@@ -28,13 +28,13 @@ FEWEST = 8.0  # expected in a cell of the test; rarer continuations are counted 
 
 
 @pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Model:
+def target(tmp_path_factory: pytest.TempPathFactory) -> CausalLM:
     folder: Path = tmp_path_factory.mktemp("sampled") / "model"
     return load_model(write_lively(folder, SHAPE), dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
-def draft(target: Model) -> Model:
+def draft(target: CausalLM) -> CausalLM:
     return view(target, Plan("gpt_oss", SHAPE.experts, ((0, 3), (2,))), 1)
 
 
@@ -68,7 +68,7 @@ CASES = {
 
 @pytest.mark.parametrize(("length", "sampling"), CASES.values(), ids=CASES)
 def test_continuations_come_as_often_as_the_target_draws_them(
-    target: Model, draft: Model, length: int | AdaptiveLength, sampling: Sampling
+    target: CausalLM, draft: CausalLM, length: int | AdaptiveLength, sampling: Sampling
 ) -> None:
     counts = np.zeros([SHAPE.vocabulary] * NEW)
     accepted = tried = 0
@@ -105,7 +105,7 @@ def test_continuations_come_as_often_as_the_target_draws_them(
     assert ((seen - wrong)[wrong > 0] ** 2 / wrong[wrong > 0]).sum() > 3 * critical(len(wrong))
 
 
-def test_an_identical_draft_is_accepted_whole(target: Model) -> None:
+def test_an_identical_draft_is_accepted_whole(target: CausalLM) -> None:
     found = speculate(
         target,
         target,

@@ -1,9 +1,9 @@
-"""Fused kernels of one decode step, where every sequence has one new token: everything but the experts.
+"""Fused kernels of one decode step, one new token per sequence: everything but the experts.
 
 A layer is residual_norm (joined with qkv at one token), qkv, attention, output, residual_norm, then route
 and experts of the parent package; after the last one come residual_norm and unembed. Each function returns
-a `Launch` over buffers that the caller keeps, so that a step can be captured once and replayed. Where the
-new token goes is read from the device (`column`), and the last launch moves it on. Not yet measured on a
+a `Launch` over buffers that the caller keeps, so that a step can be captured once and replayed. The number of
+the new token is read from the device (`cache_position`), and the last launch increments it. Not yet measured on a
 GPU; numerics are checked through Triton's interpreter and every kernel is compiled for six architectures.
 """
 

@@ -1,4 +1,4 @@
-"""The three dense projections of a decode step, each with everything that can be done to its rows at once."""
+"""The three dense projections of a decode step, each fused with the operations around it."""
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
 
@@ -19,10 +19,10 @@ __all__ = ["KVWrite", "ProjectionInput", "output", "qkv", "unembed"]
 
 @dataclass(frozen=True, slots=True)
 class ProjectionInput:
-    """What a projection reads: h, or at one token what h is computed from.
+    """The input of a projection: h, or at one token the operands of the norm that produces it.
 
-    h [tokens, columns] is the normed input. Where `norm_weight` [columns] is given, h is not read: the kernel
-    takes rmsnorm(x + y) itself, row row_ids[0] of x if there are `row_ids`, and puts x + y into `total`.
+    h [tokens, columns] is the normed input. With `norm_weight` [columns] the kernel does not read h: it computes
+    rmsnorm(x + y) itself, from row row_ids[0] of x if there are `row_ids`, and stores x + y in `total`.
     """
 
     h: Tensor
@@ -47,17 +47,17 @@ class ProjectionInput:
 
 @dataclass(frozen=True, slots=True)
 class KVWrite:
-    """Where a layer's new keys and values go.
+    """Where to store a layer's new keys and values.
 
-    keys, values [batch, kv_heads, slots, head_dim]; positions int64 [batch, slots], those of all slots;
-    column int64 [1], the new column, which goes to slot column % slots at position column - pads[batch];
-    cos, sin float32 [positions, head_dim / 2].
+    keys, values [batch, kv_heads, slots, head_dim]; positions int64 [batch, slots]; cache_position int64 [1]:
+    the number of the new token, which goes to slot cache_position % slots and has position
+    cache_position - pads[batch]; cos, sin float32 [positions, head_dim / 2].
     """
 
     keys: Tensor
     values: Tensor
     positions: Tensor
-    column: Tensor
+    cache_position: Tensor
     pads: Tensor
     cos: Tensor
     sin: Tensor
@@ -73,13 +73,13 @@ def _row_id(row_ids, GATHER: tl.constexpr):
 
 @triton.jit
 def _qkv_kernel(
-    x, y, row_ids, norm_weight, total, eps, weight, bias, q, keys, values, positions, column, pads, cos, sin,
+    x, y, row_ids, norm_weight, total, eps, weight, bias, q, keys, values, positions, cache_position, pads, cos, sin,
     tokens,
     HIDDEN: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     SLOTS: tl.constexpr, ADD: tl.constexpr, NORM: tl.constexpr, GATHER: tl.constexpr, UPCAST_FP32: tl.constexpr,
     BLOCK_HALF: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A program has BLOCK_HALF rows of a head's first half and those that RoPE pairs them with."""
+    """A program computes BLOCK_HALF rows of a head's first half and the rows that RoPE pairs them with."""
     HALF: tl.constexpr = HEAD_DIM // 2
     NUM_BLOCKS: tl.constexpr = (HALF + BLOCK_HALF - 1) // BLOCK_HALF
     head = tl.program_id(0) // NUM_BLOCKS
@@ -106,9 +106,9 @@ def _qkv_kernel(
 
     dim = begin + tl.arange(0, BLOCK_HALF)
     mask = (dim < HALF)[:, None] & token_ok[None, :]
-    here = tl.load(column)
-    slot = here % SLOTS
-    position = here - tl.load(pads + token, mask=token_ok, other=0)
+    newest = tl.load(cache_position)
+    slot = newest % SLOTS
+    position = newest - tl.load(pads + token, mask=token_ok, other=0)
     if head < HEADS + KV_HEADS:
         angle = position[None, :] * HALF + dim[:, None]
         c = tl.load(cos + angle, mask=mask, other=0.0)
@@ -158,7 +158,7 @@ def _output_kernel(
 
 @triton.jit
 def _unembed_kernel(
-    x, y, row_ids, norm_weight, total, eps, weight, logits, column, tokens,
+    x, y, row_ids, norm_weight, total, eps, weight, logits, cache_position, tokens,
     ROWS: tl.constexpr, HIDDEN: tl.constexpr, ADD: tl.constexpr, NORM: tl.constexpr, GATHER: tl.constexpr,
     UPCAST_FP32: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -176,19 +176,19 @@ def _unembed_kernel(
         result = gemm(
             weight, rows, rows_ok, x, token, token_ok, HIDDEN, BLOCK_M, BLOCK_N, BLOCK_K, UPCAST_FP32
         )
-    # Rounded as the activations are: logits of an unfused model are.
+    # Rounded to the activations' dtype, as an unfused model's logits are.
     result = result.to(x.dtype.element_ty).to(tl.float32)
     at = logits + token[None, :] * ROWS + rows[:, None]
     tl.store(at, result, mask=token_ok[None, :] & rows_ok[:, None])
-    # The step ends here, and nothing in this launch reads the column.
+    # The step ends here, and nothing else in this launch reads cache_position.
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-        tl.store(column, tl.load(column) + 1)
+        tl.store(cache_position, tl.load(cache_position) + 1)
 
 
 def qkv(
     inputs: ProjectionInput, weight: Tensor, bias: Tensor, q: Tensor, kv_write: KVWrite, upcast_fp32: bool
 ) -> Launch:
-    """q [batch, heads * head_dim] and the new column of `kv_write`, rotated, from weight [rows, hidden].
+    """q [batch, heads * head_dim] and the new keys and values at `kv_write`, rotated, from weight [rows, hidden].
 
     Rows of weight and bias [rows]: all of q, then k, then v, by heads.
     """
@@ -196,13 +196,14 @@ def qkv(
     heads, half = q.shape[1] // head_dim, head_dim // 2
     blocks = dense_blocks_for(weight.shape[0], batch, upcast_fp32)
     block_half = min(blocks.block_m // 2, next_power_of_two(half))
-    # The tensor cores take no fewer than 16 rows, whatever the head.
+    # The tensor cores take at least 16 rows, whatever the head.
     block_half = block_half if batch == 1 else max(block_half, 8)
     grid = ((heads + 2 * kv_heads) * -(-half // block_half), -(-batch // blocks.block_n), 1)
     arguments: dict[str, Any] = {
         **inputs.arguments(), "weight": weight, "bias": bias, "q": q,
         "keys": kv_write.keys, "values": kv_write.values, "positions": kv_write.positions,
-        "column": kv_write.column, "pads": kv_write.pads, "cos": kv_write.cos, "sin": kv_write.sin, "tokens": batch,
+        "cache_position": kv_write.cache_position, "pads": kv_write.pads, "cos": kv_write.cos, "sin": kv_write.sin,
+        "tokens": batch,
         "HIDDEN": weight.shape[1], "HEADS": heads, "KV_HEADS": kv_heads, "HEAD_DIM": head_dim, "SLOTS": slots,
         "UPCAST_FP32": upcast_fp32,
         "BLOCK_HALF": block_half, "BLOCK_N": blocks.block_n, "BLOCK_K": blocks.block_k,
@@ -226,13 +227,13 @@ def output(
 
 
 def unembed(
-    inputs: ProjectionInput, weight: Tensor, logits: Tensor, column: Tensor, upcast_fp32: bool
+    inputs: ProjectionInput, weight: Tensor, logits: Tensor, cache_position: Tensor, upcast_fp32: bool
 ) -> Launch:
-    """logits float32 [tokens, vocabulary] from weight [vocabulary, hidden]; column int64 [1] goes up by one."""
+    """logits float32 [tokens, vocab_size] from weight [vocab_size, hidden]; increments cache_position int64 [1]."""
     tokens, rows = logits.shape
     blocks = dense_blocks_for(rows, tokens, upcast_fp32)
     arguments: dict[str, Any] = {
-        **inputs.arguments(), "weight": weight, "logits": logits, "column": column, "tokens": tokens,
+        **inputs.arguments(), "weight": weight, "logits": logits, "cache_position": cache_position, "tokens": tokens,
         "ROWS": rows, "HIDDEN": weight.shape[1], "UPCAST_FP32": upcast_fp32,
         "BLOCK_M": blocks.block_m, "BLOCK_N": blocks.block_n, "BLOCK_K": blocks.block_k,
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Residual and RMSNorm in one launch; for the first layer the embedding's rows are the residual."""
+"""Residual and RMSNorm in one launch; in the first layer the residual is a row of the embedding."""
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
 
@@ -20,7 +20,7 @@ def _residual_norm_kernel(
     x, y, row_ids, weight, total, h, eps,
     HIDDEN: tl.constexpr, ADD: tl.constexpr, GATHER: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """total = x + y in x's dtype, h = rmsnorm(total); a program a token."""
+    """total = x + y in x's dtype, h = rmsnorm(total); one program per token."""
     token = tl.program_id(0).to(tl.int64)
     row = token
     if GATHER:
@@ -30,7 +30,7 @@ def _residual_norm_kernel(
     value = tl.load(x + row * HIDDEN + column, mask=mask, other=0.0).to(tl.float32)
     if ADD:
         value += tl.load(y + token * HIDDEN + column, mask=mask, other=0.0).to(tl.float32)
-        # The residual stream has x's dtype: what is normed is what is kept.
+        # The residual stream has x's dtype: the norm's input is the stored value.
         value = value.to(x.dtype.element_ty).to(tl.float32)
     if KEEP:
         tl.store(total + token * HIDDEN + column, value.to(total.dtype.element_ty), mask=mask)
@@ -43,9 +43,9 @@ def residual_norm(
     x: Tensor, y: Tensor | None, weight: Tensor, h: Tensor, eps: float,
     total: Tensor | None = None, row_ids: Tensor | None = None,
 ) -> Launch:  # fmt: skip
-    """h [tokens, hidden] = rmsnorm(x + y) * weight in float32, in h's dtype; `total` is given x + y.
+    """h [tokens, hidden] = rmsnorm(x + y) * weight in float32, in h's dtype; stores x + y in `total`.
 
-    x [tokens, hidden], or [any, hidden] whose row row_ids[token] (int64 [tokens]) is meant; y [tokens, hidden]
+    x [tokens, hidden], or [any, hidden] with row row_ids[token] (int64 [tokens]) for each token; y [tokens, hidden]
     or None; weight [hidden]. `total` may be x itself unless there are `row_ids`.
     """
     tokens, hidden = h.shape

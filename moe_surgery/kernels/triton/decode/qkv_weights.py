@@ -1,4 +1,4 @@
-"""A layer's q, k and v as one tensor, which the decode step reads in one launch."""
+"""A layer's q, k and v joined into one tensor, which the decode step reads in one launch."""
 
 from __future__ import annotations
 
