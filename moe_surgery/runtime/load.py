@@ -20,7 +20,7 @@ from moe_surgery.runtime.device import check_memory, open_device
 from moe_surgery.runtime.mapped import MappedShards
 from moe_surgery.runtime.model import CausalLM
 from moe_surgery.runtime.view import view_layer
-from moe_surgery.selection.given import PathLike
+from moe_surgery.selection.arguments import PathLike
 from moe_surgery.selection.plan import Plan, as_plan, check_top_k
 
 __all__ = ["load_model"]

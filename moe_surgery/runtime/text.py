@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_surgery.checkpoint.files import printable_path, read_small_file
-from moe_surgery.checkpoint.resolve import resolve
+from moe_surgery.checkpoint.checkpoint import open_folder
+from moe_surgery.checkpoint.files import printable_path
+from moe_surgery.checkpoint.source import Folder, read_optional, read_small
 from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.errors import InvalidInputError, OutputError, UsageError
 from moe_surgery.families.model_config import token_ids
@@ -32,21 +32,21 @@ class Text:
     `stop_tokens` are those of generation_config.json, empty where it names none.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str] | Folder) -> None:
         """Raises OutputError where the tokenizer is missing, InvalidInputError where it is broken,
         UsageError where the tokenizers package is not installed."""
         try:
             from tokenizers import Tokenizer
         except ImportError:
             raise UsageError("text needs the tokenizers package: pip install 'moe-surgery[torch]'") from None
-        resolved = resolve(path)
-        self._folder = resolved if resolved.is_dir() else resolved.parent
+        self._files = open_folder(path)
+        self._folder = self._files.path
         file = self._folder / "tokenizer.json"
-        if not file.is_file():
+        raw = read_optional(self._files, file.name, limit=MAX_BYTES, what="a tokenizer")
+        if raw is None:
             raise OutputError(
                 f"{printable_path(file)}: not found; copy the model's tokenizer.json there to use text"
             )
-        raw = read_small_file(file, limit=MAX_BYTES, what="a tokenizer")
         try:
             self._tokenizer = Tokenizer.from_str(raw.decode())
         except Exception as error:  # the package raises bare Exceptions
@@ -151,11 +151,12 @@ class Text:
         return InvalidInputError(f"{printable_path(self._folder)}: chat template: {message}")
 
     def _sources(self) -> dict[str, str]:
-        """The templates by name. A file takes precedence over the tokenizer's settings, as in transformers."""
-        file = self._folder / TEMPLATE_NAME
-        more = sorted((self._folder / TEMPLATE_FOLDER).glob("*.jinja"))
-        templates = {"default": _source(file)} if file.is_file() else {}
-        templates |= {extra.stem: _source(extra) for extra in more}
+        """The templates by name. A file goes before the tokenizer's settings, as in transformers."""
+        file, extra = self._folder / TEMPLATE_NAME, self._files.folder(TEMPLATE_FOLDER)
+        templates = {"default": _source(self._files, file.name)} if self._files.is_file(file.name) else {}
+        if extra is not None:
+            names = sorted(n for n in extra.listing() if n.endswith(".jinja"))
+            templates |= {n.removesuffix(".jinja"): _source(extra, n) for n in names}
         if templates:
             return templates
         setting = self._settings.get("chat_template")
@@ -186,17 +187,17 @@ class Text:
         return tokens
 
     def _json(self, name: str) -> dict[str, object]:
-        file: Path = self._folder / name
-        if not file.is_file():
+        raw = read_optional(self._files, name, limit=MAX_BYTES, what="a config")
+        if raw is None:
             return {}
-        raw = read_small_file(file, limit=MAX_BYTES, what="a config")
-        value = parse_json(raw, where=printable_path(file), allow_floats=True)
+        value = parse_json(raw, where=printable_path(self._folder / name), allow_floats=True)
         return value if isinstance(value, dict) else {}
 
 
-def _source(file: Path) -> str:
-    raw = read_small_file(file, limit=MAX_BYTES, what="a chat template")
+def _source(folder: Folder, name: str) -> str:
+    with folder.open(name) as source:
+        raw = read_small(source, limit=MAX_BYTES, what="a chat template")
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
-        raise InvalidInputError(f"{printable_path(file)}: not UTF-8 at byte {error.start}") from None
+        raise InvalidInputError(f"{source.where}: not UTF-8 at byte {error.start}") from None

@@ -10,7 +10,7 @@ import torch
 from moe_surgery.errors import PlanMismatchError, UsageError
 from moe_surgery.kernels.weights import Layer, Projection
 from moe_surgery.runtime.model import CausalLM
-from moe_surgery.selection.given import PathLike
+from moe_surgery.selection.arguments import PathLike
 from moe_surgery.selection.plan import Plan, as_plan
 
 __all__ = ["view", "view_layer"]

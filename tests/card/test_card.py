@@ -270,7 +270,7 @@ def test_card_of_a_card_carries_licence_and_citation_on(out: Path, tmp_path: Pat
 
 
 def test_manifest_of_a_version_that_recorded_less_still_gives_a_card(out: Path) -> None:
-    from tests.surgery.test_manifest import rewrite
+    from tests.support.manifests import rewrite
 
     def forget(document: dict[str, dict[str, object]]) -> None:
         document["source"] = {key: document["source"][key] for key in ("layout", "files")}
@@ -284,7 +284,7 @@ def test_manifest_of_a_version_that_recorded_less_still_gives_a_card(out: Path) 
 
 
 def test_manifest_with_fields_of_other_types_gives_a_card_all_the_same(out: Path) -> None:
-    from tests.surgery.test_manifest import rewrite
+    from tests.support.manifests import rewrite
 
     junk = {
         "name": 5,
@@ -299,7 +299,7 @@ def test_manifest_with_fields_of_other_types_gives_a_card_all_the_same(out: Path
 
 
 def test_manifest_and_weights_of_two_models_are_refused(out: Path) -> None:
-    from tests.surgery.test_manifest import rewrite
+    from tests.support.manifests import rewrite
 
     rewrite(out, lambda d: d["plan"].update(layers=[[0, 1]] * 3))
     with pytest.raises(VerificationError, match=r"surgery.json: its plan does not match"):

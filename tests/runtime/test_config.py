@@ -147,8 +147,8 @@ def test_without_sliding_layers_no_window_is_needed(small: Path) -> None:
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        (Shape(heads=5, kv_heads=2), "5 attention heads do not share 2 key-value heads"),
-        (Shape(head_dim=7), "head_dim is 7; rotation needs pairs"),
+        (Shape(heads=5, kv_heads=2), "5 attention heads are not a multiple of 2 key-value heads"),
+        (Shape(head_dim=7), "head_dim is 7; rotary embedding needs an even number"),
     ],
 )
 def test_heads_that_cannot_be_are_named(shape: Shape, message: str, tmp_path: Path) -> None:
