@@ -112,7 +112,7 @@ PLACES: dict[str, tuple[str, str, set[str], int]] = {
     ),
     "profile": ("profile {file} --texts {in}/texts.txt -o {new}/s", "a checkpoint", CHECKPOINTS, 2),
     "bench surgery": ("bench surgery {file}", "a checkpoint", CHECKPOINTS, 2),
-    "plan --checkpoint": ("plan --keep 0 {file}", "a checkpoint", CHECKPOINTS, 2),
+    "plan CKPT": ("plan --keep 0 {file}", "a checkpoint", CHECKPOINTS, 2),
     "verify": ("verify {file}", "a checkpoint", CHECKPOINTS, 2),
     "verify --source": ("verify {in}/pruned --source {file}", "a checkpoint", CHECKPOINTS, 2),
     "card": ("card {file}", "a checkpoint", CHECKPOINTS, 2),
