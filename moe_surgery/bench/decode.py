@@ -150,7 +150,7 @@ def measure_decoding(
     if depth + steps + 1 > shortest:
         raise UsageError(
             f"`depth` {depth} and `steps` {steps} need {depth + steps + 1} tokens; "
-            f"these models take {shortest}"
+            f"these models support {shortest}"
         )
     setups = [(name, model, batch) for batch in batches for name, model in models.items()]
     for name, model, batch in setups:

@@ -137,7 +137,7 @@ def test_what_was_interrupted_before_anything_came_has_no_figures(model: CausalL
     [
         ({"batches": [0]}, "`batches` 0: must be at least 1"),
         ({"rounds": 0}, "`rounds` 0: must be at least 1"),
-        ({"depth": 131072, "steps": 9}, "need 131082 tokens; these models take"),
+        ({"depth": 131072, "steps": 9}, "need 131082 tokens; these models support"),
     ],
 )
 def test_numbers_out_of_range_are_refused(model: CausalLM, options: dict[str, object], said: str) -> None:
