@@ -2,7 +2,7 @@
 
 Every message is one line that says what is wrong, where (file, tensor, layer or parameter) and what
 to do about it. Parameters are named in backticks as Python calls them (`max_tokens`, `overwrite=True`); the
-command line shows its option instead. Each class carries the exit code with which the command line ends.
+command line shows the option. Each class has the exit code of the command line.
 """
 
 from __future__ import annotations
@@ -41,43 +41,43 @@ class MoeSurgeryError(Exception):
 
 
 class CheckpointWarning(UserWarning):
-    """Something worth knowing about a checkpoint that is read all the same; one line.
+    """A one-line note about a checkpoint that can be read anyway.
 
     The command line prints it as a note, once for each text.
     """
 
 
 class UsageError(MoeSurgeryError):
-    """An argument or option that cannot be meant: unknown value, missing choice, bad combination."""
+    """An invalid argument or option: unknown value, missing choice, bad combination."""
 
     exit_code = 2
 
 
 class InvalidInputError(MoeSurgeryError):
-    """A file that breaks its format, or a checkpoint whose parts contradict each other."""
+    """A malformed file, or a checkpoint whose parts contradict each other."""
 
     exit_code = 3
 
 
 class PlanMismatchError(MoeSurgeryError):
-    """A plan or ranking that does not fit the checkpoint it is meant for."""
+    """A plan or ranking that does not fit the checkpoint."""
 
     exit_code = 4
 
 
 class OutputError(MoeSurgeryError):
-    """A path that cannot be read or written as asked: missing, exists, no permission, device error."""
+    """A path that cannot be read or written: missing, exists, no permission, device error."""
 
     exit_code = 5
 
 
 class DiskFullError(OutputError):
-    """The output does not fit the space left on its file system (or within a quota or size limit)."""
+    """The output does not fit the free space of its file system, a quota or a size limit."""
 
     exit_code = 6
 
 
 class VerificationError(MoeSurgeryError):
-    """A checkpoint whose bytes are not what its manifest, or its source, says."""
+    """A checkpoint whose bytes do not match its manifest or its source."""
 
     exit_code = 8

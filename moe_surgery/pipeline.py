@@ -1,4 +1,4 @@
-"""Whole jobs over the packages below: each is one documented call, and one command line on top of it."""
+"""Whole jobs, one function each: inspect, plan, prune, export."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moe_surgery.families import FAMILIES, Family, identify_model
 from moe_surgery.families.identity import identity
 from moe_surgery.families.model_spec import ModelSpec
 from moe_surgery.progress import Counter, OnProgress
-from moe_surgery.selection.given import PathLike
+from moe_surgery.selection.arguments import PathLike
 from moe_surgery.selection.plan import Plan, as_plan, check_top_k, plan_keeping
 from moe_surgery.surgery.compiler import DEFAULT_SHARD_SIZE, compile_program
 from moe_surgery.surgery.inspect import Inspection, inspect_checkpoint
@@ -49,8 +49,8 @@ PlanMaker = Callable[[ModelSpec], Plan]
 
 @dataclass(frozen=True, slots=True)
 class PruneResult:
-    """What `prune` did. `outcome` is None for a dry run; `notes` say what of the source was ignored and
-    what serving engines make of the result; `stale` are partial folders of other jobs, left where they are."""
+    """The result of `prune`. `outcome` is None for a dry run; `notes` say what was ignored in the source and
+    which limits of serving engines apply; `stale` are partial folders of other jobs, left untouched."""
 
     out: Path
     program: Program
@@ -61,8 +61,8 @@ class PruneResult:
 
 @dataclass(frozen=True, slots=True)
 class ExportResult:
-    """What `export_gguf` did. `conversion` says what conversion to MXFP4 lost; None for a dry run. `notes`
-    say what of the source was ignored."""
+    """The result of `export_gguf`. `conversion` is the loss of conversion to MXFP4; None for a dry run. `notes`
+    say what was ignored in the source."""
 
     out: Path
     program: GgufProgram
@@ -76,7 +76,7 @@ def inspect(
     ignore_unlisted: bool = False,
     families: tuple[Family, ...] = FAMILIES,
 ) -> Inspection:
-    """Family, sizes and bytes of `checkpoint`, and of what n = 1..E kept experts would make of it.
+    """Family, sizes and bytes of `checkpoint`, and its sizes with n = 1..E experts kept.
 
     Reads headers only. `families` are the model families to recognise.
     Raises InvalidInputError or OutputError.
@@ -86,9 +86,9 @@ def inspect(
 
 
 def make_plan(checkpoint: PathLike, choose: PlanMaker, *, families: tuple[Family, ...] = FAMILIES) -> Plan:
-    """The plan that `choose` makes of the model in `checkpoint`, checked to fit it.
+    """The plan that `choose` makes for the model in `checkpoint`, checked against it.
 
-    Raises PlanMismatchError where it does not, and any error of opening the checkpoint.
+    Raises PlanMismatchError where it does not fit, and any error of opening the checkpoint.
     """
     with Checkpoint.open(checkpoint) as opened:
         model = identify_model(opened, families)
@@ -108,11 +108,11 @@ def check_statistics(
 
     statistics = as_statistics(statistics)
     with Checkpoint.open(checkpoint) as opened:
-        known = identity(opened, identify_model(opened, families))
-    if statistics.identity != known:
+        actual = identity(opened, identify_model(opened, families))
+    if statistics.identity != actual:
         raise PlanMismatchError(
-            f"the statistics are of another checkpoint ({statistics.identity}) than {checkpoint} ({known}); "
-            "profile this one"
+            f"the statistics are of another checkpoint ({statistics.identity}) than {checkpoint} ({actual}); "
+            "run profile on this one"
         )
 
 
@@ -137,22 +137,22 @@ def prune(
     """Write the experts of `checkpoint` that `plan` keeps as the new checkpoint folder `out`.
 
     `checkpoint` is a path, or a `Folder` of another source of bytes. `plan` is a `Plan`, the path of a
-    plan file, or makes a plan of the described model; `top_k` replaces its number of experts a token, and
-    may be more than the source's, up to the experts kept. `store`: "keep" moves expert weights as they are
-    stored; "bf16", "mxfp4", "f16" and "f32" convert them, each value
+    plan file, or a function that makes a plan for the model; `top_k` replaces its number of experts a token,
+    and may be more than the source's, up to the experts kept. `store`: "keep" copies expert weights
+    unchanged; "bf16", "mxfp4", "f16" and "f32" convert them, each value
     rounded once to the nearest (see `moe_surgery.formats.convert`), and one too large for the format is
     refused. Other tensors keep their dtype. `max_shard_size` in bytes of tensors.
-    `card` writes a model card as README.md (a README.md of the source becomes README.source.md in
-    any case); `base_model` is the source's id on the hub, where its path and files do not say it.
+    `card` writes a model card as README.md (a README.md of the source always becomes
+    README.source.md); `base_model` is the source's id on the hub, where its path and files do not name it.
     `dry_run` stops before anything is written. `progress` is called with each `Progress`, in bytes of
     shards (written, or checked again after an interrupted run). `families` are the model families to
     recognise. `ops` is the table of system calls.
 
     `out` appears whole or not at all, and the source is only ever read. Raises UsageError,
     InvalidInputError, PlanMismatchError, OutputError or DiskFullError, each with one line that says
-    what to do; interrupted (KeyboardInterrupt or a kill), the same call resumes where it stopped.
+    what to do. After an interruption (KeyboardInterrupt or a kill) the same call resumes.
     """
-    # Nothing but prune needs these.
+    # Only prune needs these.
     from moe_surgery.card.card import with_card
     from moe_surgery.card.front_matter import read_readme
 
@@ -215,7 +215,7 @@ def export_gguf(
 
     `plan` is a `Plan` or the path of a plan file. `top_k` replaces the plan's or the model's number of
     experts a token, up to the experts that are kept. Weights keep their format and bits, norms and biases
-    become F32; `store` "mxfp4" converts experts. `name` is shown by programs (default: from the path).
+    become F32; `store` "mxfp4" converts experts. `name` is the model's name in the file (default: from the path).
     `tokenizer` False leaves tokenizer and chat template out. `families` are the model families to
     recognise. `progress` is called with each `Progress`, in bytes of the file.
 

@@ -1,4 +1,4 @@
-"""How long jobs report where they are: one call with a `Progress`, whatever the job."""
+"""Progress of long jobs: a callback with a `Progress`, the same for every job."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ __all__ = ["Counter", "OnProgress", "Progress"]
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """`done` of `total` units of a stage of a job.
+    """`done` of `total` units of one stage of a job.
 
     Stages and their units: "prune", "export" and "verify" in bytes, "answer" in prompts, "profile" in
-    "tokens x layers", "search" in layers, "evaluate" in tokens. What an
-    interrupted run had done counts as done. `done` never falls within a stage.
+    "tokens x layers", "search" in layers, "evaluate" in tokens. Work of an interrupted run that is
+    resumed counts as done. `done` never decreases within a stage.
     """
 
     stage: str
@@ -24,11 +24,11 @@ class Progress:
 
 
 OnProgress = Callable[[Progress], None]
-"""Called in the thread that runs the job; what it raises ends the job as Ctrl-C would."""
+"""Called in the thread that runs the job; an exception stops the job as Ctrl-C would."""
 
 
 class Counter:
-    """Adds up what a stage has done and reports it to `progress`, first at once."""
+    """Counts the units of a stage and reports them to `progress`, once at the start and after each step."""
 
     def __init__(self, progress: OnProgress | None, stage: str, total: int, unit: str, done: int = 0) -> None:
         self._progress, self._stage, self._total, self._unit = progress, stage, total, unit

@@ -15,7 +15,7 @@ from moe_surgery.bench.rounds import MedianRange, check_numbers, interleaved, me
 from moe_surgery.errors import UsageError
 from moe_surgery.runtime.generate import decoder
 from moe_surgery.runtime.model import CausalLM
-from moe_surgery.runtime.step_bytes import model_step_bytes, shown_bytes
+from moe_surgery.runtime.step_bytes import model_step_bytes, usable_bytes
 
 __all__ = ["DecodeFigures", "DecodeRun", "Decoding", "decode_figures", "measure_decoding", "run_decoding"]
 
@@ -150,7 +150,7 @@ def measure_decoding(
     if depth + steps + 1 > shortest:
         raise UsageError(
             f"`depth` {depth} and `steps` {steps} need {depth + steps + 1} tokens; "
-            f"these models take {shortest}"
+            f"these models support {shortest}"
         )
     setups = [(name, model, batch) for batch in batches for name, model in models.items()]
     for name, model, batch in setups:
@@ -192,7 +192,7 @@ def decode_figures(runs: Sequence[DecodeRun], models: Mapping[str, CausalLM]) ->
                     percentile(steps, 0.95),
                     read / batch,
                     statistics.median(shares),
-                    shown_bytes(model),
+                    usable_bytes(model),
                     group[0].cache_bytes,
                     max(r.memory_bytes for r in group),
                     median_range(ratios) if ratios else None,

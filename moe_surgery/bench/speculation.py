@@ -81,7 +81,7 @@ def measure_speculation(
 
     def draft_and_verify(prompt: Sequence[int], length: int) -> Speculated:
         return speculate(
-            target, draft, [prompt], length=length, max_new_tokens=max_new_tokens, stop_tokens=()
+            target, draft, [prompt], draft_length=length, max_new_tokens=max_new_tokens, stop_tokens=()
         )
 
     if flat:  # warm-up

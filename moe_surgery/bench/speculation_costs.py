@@ -17,7 +17,7 @@ from moe_surgery.runtime.generate import decoder
 from moe_surgery.runtime.model import CausalLM
 from moe_surgery.runtime.sampling import Sampler, Sampling
 from moe_surgery.runtime.speculation.acceptance import accept_greedy
-from moe_surgery.runtime.speculation.draft import BEHIND
+from moe_surgery.runtime.speculation.draft import DRAFT_LAG
 from moe_surgery.runtime.speculation.draft_length import Costs, break_even, check_length, speed_up
 
 __all__ = ["LengthCost", "StepTime", "break_even_rows", "costs_of", "measure_costs"]
@@ -62,11 +62,11 @@ class _Steps:
     @torch.inference_mode()
     def __init__(self, target: CausalLM, draft: CausalLM, batch: int, context: int, most: int) -> None:
         random = torch.Generator().manual_seed(0)
-        tokens = context + most + BEHIND
+        tokens = context + most + DRAFT_LAG
         self._ids = torch.randint(0, target.config.vocab_size, (batch, tokens), generator=random)
         self._target, self._draft, self._context = target, draft, context
         self._target_cache = target.new_cache(batch, tokens, rollback=most + 1)
-        self._draft_cache = draft.new_cache(batch, tokens, rollback=most + BEHIND)
+        self._draft_cache = draft.new_cache(batch, tokens, rollback=most + DRAFT_LAG)
         for model, cache in ((target, self._target_cache), (draft, self._draft_cache)):
             model(self._ids[:, :context], cache, logits_to_keep=1)
         self._decode = decoder(target, self._target_cache)
@@ -138,9 +138,9 @@ def measure_costs(
     check_numbers(batch=[batch], depth=[depth], rounds=[rounds])
     for length in lengths:
         check_length(length, "lengths", "")
-    needed = depth + max(lengths) + BEHIND
+    needed = depth + max(lengths) + DRAFT_LAG
     if needed > (most := min(target.config.max_position_embeddings, draft.config.max_position_embeddings)):
-        raise UsageError(f"`depth` {depth} and `lengths` need {needed} tokens; these models take {most}")
+        raise UsageError(f"`depth` {depth} and `lengths` need {needed} tokens; these models support {most}")
     steps = _Steps(target, draft, batch, depth, max(lengths))
     calls: list[Callable[[], StepTime]] = [steps.plain, partial(steps.draft, 1), partial(steps.draft, 2)]
     calls += [partial(steps.check, n + 1) for n in sorted(set(lengths))]

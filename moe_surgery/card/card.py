@@ -31,7 +31,7 @@ from moe_surgery.surgery.provenance import checked_base_model
 
 if TYPE_CHECKING:
     from moe_surgery.quality.evaluation import Evaluation
-    from moe_surgery.selection.given import PathLike
+    from moe_surgery.selection.arguments import PathLike
 
 __all__ = ["make_card", "with_card"]
 
@@ -143,7 +143,7 @@ def _summary(facts: Facts) -> str:
             f"{counted(facts.source.experts, 'expert')}; the others are removed from the weights and from the router."
         )
     here, source = facts.expert_format, facts.source.expert_format
-    if source is not None and here.holds(source) and facts.converted:
+    if source is not None and here.can_represent(source) and facts.converted:
         way = f"from {source.label} to {here.label}"
         second = f"Expert weights were converted {way}, which is lossless; nothing was trained."
     elif source is not None and facts.converted and here.packed:

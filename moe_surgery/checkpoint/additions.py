@@ -1,4 +1,4 @@
-"""Files beside a model that are not part of it: adapters, value heads, backups. transformers ignores them too."""
+"""Files next to a model that are not part of it: adapters, value heads, backups. transformers ignores them too."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ def is_weights(name: str) -> bool:
 
 
 def note_of(names: Iterable[str], unlisted: str) -> str | None:
-    """How many of `names` are ignored, with an example and why; None where none is worth a note.
+    """How many of `names` are ignored, with an example and why; None where there is nothing to report.
 
-    `unlisted` is the reason to give for any other shard that is not read.
+    `unlisted` is the reason for any other shard that is not read.
     """
-    found = [(rank, name, why) for name in names for rank, why in _reasons(name, unlisted)]
-    if not found:
+    ignored = [(rank, name, why) for name in names for rank, why in _reasons(name, unlisted)]
+    if not ignored:
         return None
-    _, example, why = min(found)
-    count = "1 file is" if len(found) == 1 else f"{len(found)} files are"
-    such = ":" if len(found) == 1 else ", such as"
-    return f"{count} ignored, as in transformers{such} {printable(example)} ({why})"
+    _, example, why = min(ignored)
+    count = "1 file is" if len(ignored) == 1 else f"{len(ignored)} files are"
+    separator = ":" if len(ignored) == 1 else ", such as"
+    return f"{count} ignored, as in transformers{separator} {printable(example)} ({why})"
 
 
 def _reasons(name: str, unlisted: str) -> Iterator[tuple[int, str]]:
-    """At most one reason, with its place among reasons."""
+    """At most one reason, with its priority."""
     for rank, (pattern, reason) in enumerate(_ADDITIONS):
         if pattern.match(name):
             yield rank, reason

@@ -1,4 +1,4 @@
-"""A checkpoint as bytes: config, index, shards, and where each tensor lies. Knows nothing of models."""
+"""A checkpoint as bytes: config, index, shards, and the location of each tensor. Knows nothing about models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.checkpoint.files import printable_path
 from moe_surgery.checkpoint.index import MAX_INDEX_BYTES, Index, parse_index
 from moe_surgery.checkpoint.local_file import LocalFolder
-from moe_surgery.checkpoint.other_formats import instead
+from moe_surgery.checkpoint.other_formats import other_format_hint
 from moe_surgery.checkpoint.resolve import resolve
 from moe_surgery.checkpoint.shard import Shard
 from moe_surgery.checkpoint.source import Folder, read_small
@@ -22,7 +22,7 @@ from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.checkpoint.text import printable
 from moe_surgery.errors import InvalidInputError, OutputError
 
-__all__ = ["CONFIG_NAME", "INDEX_NAME", "Checkpoint", "TensorRef"]
+__all__ = ["CONFIG_NAME", "INDEX_NAME", "Checkpoint", "TensorRef", "open_folder"]
 
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
@@ -32,7 +32,7 @@ SINGLE_NAME = "model.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class TensorRef:
-    """Where a tensor's bytes lie: `nbytes` bytes at `offset` of the shard file `shard`."""
+    """Location of a tensor: `nbytes` bytes at `offset` of the shard file `shard`."""
 
     name: str
     shard: str
@@ -53,7 +53,7 @@ class Checkpoint:
     """An open checkpoint: headers are read and validated, weights are not.
 
     `config` is the parsed config.json, `tensors` maps names to `TensorRef`s, `shards` maps file
-    names to open `Shard`s, `files` opens any file of the folder. `notes` says what of the folder is
+    names to open `Shard`s, `files` opens any file of the folder. `notes` says which files are
     ignored. Close it, or use it as a context manager.
     """
 
@@ -86,14 +86,14 @@ class Checkpoint:
     ) -> Checkpoint:
         """Open a folder, one .safetensors file, `example:tiny`, or a hub id in the local hub cache.
 
-        A `Folder` is opened wherever it lies; config.json, the index and shards are read through it.
+        With a `Folder`, config.json, the index and shards are read through it.
 
-        Files that transformers ignores are ignored: shards that the index does not name, whatever lies
-        beside a model.safetensors without an index, adapters, value heads, backups. `ignore_unlisted`
+        Files that transformers ignores are ignored: shards missing from the index, other files next to
+        a model.safetensors without an index, adapters, value heads, backups. `ignore_unlisted`
         also skips a model.safetensors beside an index, and tensors in its shards that it does not name,
         instead of refusing them. Raises InvalidInputError for malformed files, OutputError for unreadable ones.
         """
-        files, only = (path, None) if isinstance(path, Folder) else _located(path, ops)
+        files, only = (path, None) if isinstance(path, Folder) else _resolve_folder(path, ops)
         folder, listing = files.path, files.listing()
         config = _read_config(files, listing)
         index = _read_index(files, listing) if only is None else None
@@ -136,8 +136,13 @@ class Checkpoint:
         self.close()
 
 
-def _located(name: str | os.PathLike[str], ops: FileOps | None) -> tuple[Folder, str | None]:
-    """The folder, and the one file of it that was named."""
+def open_folder(checkpoint: str | os.PathLike[str] | Folder) -> Folder:
+    """The files of a checkpoint by whatever `Checkpoint.open` takes; raises as `resolve`."""
+    return checkpoint if isinstance(checkpoint, Folder) else _resolve_folder(checkpoint, None)[0]
+
+
+def _resolve_folder(name: str | os.PathLike[str], ops: FileOps | None) -> tuple[Folder, str | None]:
+    """The folder, and the file in it if `name` is that of one file."""
     path = resolve(name)
     return (LocalFolder(path, ops), None) if path.is_dir() else (LocalFolder(path.parent, ops), path.name)
 
@@ -146,8 +151,8 @@ def _read_config(files: Folder, listing: Mapping[str, bool]) -> dict[str, object
     path = files.path / CONFIG_NAME
     if CONFIG_NAME not in listing:
         raise OutputError(
-            f"{printable_path(path)}: not found; a checkpoint needs its config.json beside the shards"
-            + instead(path.parent)
+            f"{printable_path(path)}: not found; a checkpoint needs its config.json next to the shards"
+            + other_format_hint(path.parent)
         )
     with files.open(CONFIG_NAME) as source:
         raw = read_small(source, limit=MAX_CONFIG_BYTES, what="a model config")
@@ -172,7 +177,9 @@ def _shard_names(
     if index is None:
         own = {name for name in present if not name.startswith(".") and not is_addition(name)}
         if not own:
-            raise OutputError(f"{printable_path(folder)}: holds no .safetensors file{instead(folder)}")
+            raise OutputError(
+                f"{printable_path(folder)}: holds no .safetensors file{other_format_hint(folder)}"
+            )
         return [SINGLE_NAME] if SINGLE_NAME in own else sorted(own)
     listed = set(index.weight_map.values())
     if missing := sorted(listed - present):
@@ -200,15 +207,15 @@ def _notes(
 def _collect(
     folder: Path, shards: Mapping[str, Shard], index: Index | None, ignore_unlisted: bool
 ) -> dict[str, TensorRef]:
-    """All tensors by name, each in exactly one shard and where the index says it is."""
+    """All tensors by name; each must be in exactly one shard, the one that the index names."""
     tensors: dict[str, TensorRef] = {}
     for ref in _refs(shards):
         file = printable_path(folder / ref.shard)
         if index is not None and (listed := index.weight_map.get(ref.name)) != ref.shard:
             if listed is None and ignore_unlisted:
                 continue
-            told = f"says it is in {printable(listed)}" if listed else "does not list it"
-            raise InvalidInputError(f"{file}: tensor '{printable(ref.name)}': {INDEX_NAME} {told}")
+            problem = f"says it is in {printable(listed)}" if listed else "does not list it"
+            raise InvalidInputError(f"{file}: tensor '{printable(ref.name)}': {INDEX_NAME} {problem}")
         if ref.name in tensors:
             raise InvalidInputError(
                 f"{file}: tensor '{printable(ref.name)}' is also in {printable(tensors[ref.name].shard)}"
@@ -216,8 +223,8 @@ def _collect(
         tensors[ref.name] = ref
     if index is not None and (lost := sorted(set(index.weight_map) - set(tensors))):
         raise InvalidInputError(
-            f"{printable_path(folder / index.weight_map[lost[0]])}: lacks tensor '{printable(lost[0])}' "
-            f"that {INDEX_NAME} says is there"
+            f"{printable_path(folder / index.weight_map[lost[0]])}: tensor '{printable(lost[0])}' is missing, "
+            f"although {INDEX_NAME} lists it"
         )
     return tensors
 
@@ -232,8 +239,8 @@ def _refs(shards: Mapping[str, Shard]) -> Iterator[TensorRef]:
 def _side_files(listing: Mapping[str, bool]) -> tuple[str, ...]:
     """Regular files that travel with a checkpoint: not weights, config or index, not hidden.
 
-    Weights in other formats and backups hold all experts; with the configuration of an adapter, PEFT
-    would load another model in place of this one.
+    Weights in other formats and backups still hold all experts; with an adapter's configuration, PEFT
+    would load a different model.
     """
     skipped = (CONFIG_NAME, INDEX_NAME, ADAPTER_CONFIG)
     return tuple(

@@ -45,19 +45,19 @@ _MAX_BITS = 2**64 - 1
 
 
 def tensor_nbytes(dtype: str, shape: Iterable[int]) -> int:
-    """Bytes that a dense tensor of `shape` takes; a shape of no dimensions is one element.
+    """Bytes of a dense tensor of `shape`; an empty shape is one element.
 
     The size in bits has to fit 64 unsigned bits, as it does for readers that count in machine
     words. Zero dimensions are left out of that product: [0, 2**62, 8] is refused as
-    [2**62, 8] is, so that the verdict does not hang on the order of the dimensions.
+    [2**62, 8] is, so that the result does not depend on the order of the dimensions.
 
-    Raises InvalidInputError (without a file name, which the caller knows) for an unknown dtype, a
+    Raises InvalidInputError (without a file name, which the caller adds) for an unknown dtype, a
     dimension outside 0 .. MAX_DIMENSION, a size past 64 bits, or sub-byte elements that do not
     fill whole bytes.
     """
     bits_per_element = DTYPE_BITS.get(dtype)
     if bits_per_element is None:
-        raise InvalidInputError(f"unknown dtype '{printable(dtype)}', known are {', '.join(DTYPE_BITS)}")
+        raise InvalidInputError(f"unknown dtype '{printable(dtype)}', known: {', '.join(DTYPE_BITS)}")
     bits = bits_per_element
     empty = False
     for dimension in shape:

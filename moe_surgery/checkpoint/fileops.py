@@ -1,8 +1,8 @@
-"""The one table of system calls through which the engine reads sources and writes output.
+"""The system calls through which the engine reads sources and writes output.
 
-Everything that moves bytes or changes a directory goes through a `FileOps`, so that there is one
-place to look for what the engine asks of an operating system, and one seam at which a test can
-make any of it fail. Nothing here interprets an error: `OSError` passes through.
+Everything that moves bytes or changes a directory goes through a `FileOps`: one place that lists
+what the engine needs from an operating system, and where tests inject faults. Nothing here
+interprets an error: `OSError` passes through.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ class FileOps:
     def pread_into(self, fd: int, buffer: memoryview, offset: int, cache: bool = False) -> int:
         """Read at `offset` into `buffer`; returns the bytes read, which may be fewer (0 at the end).
 
-        Pages that the read brings into the page cache leave it again (pages that were there stay):
-        they are used once, should not push out what the user works with, and on virtual machines
-        growing the cache costs more than the reading (measured: 2.5 times the time). With `cache` they
-        stay, to be read again soon and then given up with `drop_cache`.
+        Pages that the read brings into the page cache are dropped again (pages that were there stay):
+        they are used once, should not evict the user's working set, and on virtual machines growing
+        the cache costs more than the read itself (measured: 2.5 times the time). With `cache` they
+        stay, to be read again soon and then dropped with `drop_cache`.
         """
         if self._uncached and not cache:
             try:
@@ -58,7 +58,7 @@ class FileOps:
         return os.preadv(fd, [buffer], offset)
 
     def drop_cache(self, fd: int, offset: int, nbytes: int) -> None:
-        """Let go of the page cache's copy of a range that was read with `cache`."""
+        """Drop the page cache's copy of a range that was read with `cache`."""
         if sys.platform == "linux":
             os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
@@ -67,26 +67,26 @@ class FileOps:
         return os.pwrite(fd, data, offset)
 
     def clone_range(self, source: int, source_offset: int, nbytes: int, target: int, offset: int) -> None:
-        """Share the extents of `source` with `target` (reflink); all three numbers block-aligned.
+        """Share the extents of `source` with `target` (reflink); offsets and size must be block-aligned.
 
         Raises OSError with an errno in `UNSUPPORTED` where the file system, or the pair of files,
-        cannot.
+        does not support it.
         """
         if sys.platform != "linux":
             raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
         fcntl.ioctl(target, FICLONERANGE, struct.pack("=qQQQ", source, source_offset, nbytes, offset))
 
     def set_direct(self, fd: int, direct: bool) -> bool:
-        """Make writes to `fd` bypass the page cache (O_DIRECT), or not; False where that cannot be.
+        """Make writes to `fd` bypass the page cache (O_DIRECT), or not; False where that is not supported.
 
         Direct writes need buffer, offset and length to be multiples of the device's block size.
         """
         if not hasattr(os, "O_DIRECT"):
             return False
         flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-        wanted = flags | os.O_DIRECT if direct else flags & ~os.O_DIRECT
+        new_flags = flags | os.O_DIRECT if direct else flags & ~os.O_DIRECT
         try:
-            fcntl.fcntl(fd, fcntl.F_SETFL, wanted)
+            fcntl.fcntl(fd, fcntl.F_SETFL, new_flags)
         except OSError as error:
             if error.errno in UNSUPPORTED:
                 return False
@@ -94,7 +94,7 @@ class FileOps:
         return True
 
     def start_writeback(self, fd: int, offset: int, nbytes: int) -> None:
-        """Ask the kernel to begin writing a range out, so that the flush at the end finds little left."""
+        """Ask the kernel to start writing a range out, so that the final flush is short."""
         if sys.platform == "linux":
             os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
@@ -118,18 +118,18 @@ class FileOps:
         os.unlink(path)
 
     def rename(self, old: str | os.PathLike[str], new: str | os.PathLike[str]) -> None:
-        """Rename, replacing `new` if it is there (a file over a file)."""
+        """Rename, replacing `new` if it exists (a file over a file)."""
         os.rename(old, new)
 
     def rename_new(self, old: str | os.PathLike[str], new: str | os.PathLike[str]) -> None:
-        """Rename; FileExistsError if `new` is there, decided by the kernel where it can."""
+        """Rename; FileExistsError if `new` exists, checked atomically where the kernel supports it."""
         if not _rename_flags(old, new, RENAME_NOREPLACE if sys.platform == "linux" else RENAME_EXCL):
             if os.path.lexists(new):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(new))
             os.rename(old, new)
 
     def exchange(self, one: str | os.PathLike[str], other: str | os.PathLike[str]) -> None:
-        """Swap two names in one step. OSError(ENOTSUP) where the file system cannot."""
+        """Swap two names atomically. OSError(ENOTSUP) where the file system cannot."""
         if not _rename_flags(one, other, RENAME_EXCHANGE if sys.platform == "linux" else RENAME_SWAP):
             raise OSError(errno.ENOTSUP, "this file system cannot exchange two names", os.fspath(other))
 

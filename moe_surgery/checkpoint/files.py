@@ -1,4 +1,4 @@
-"""Opening and reading input files by position, without ever waiting on what is no file.
+"""Opening and reading input files by position, without ever blocking on a FIFO or device.
 
 Interrupted system calls (EINTR) are retried by Python itself; short reads are continued here.
 """
@@ -31,20 +31,19 @@ def printable_path(path: str | os.PathLike[str]) -> str:
     return printable(os.fspath(path), limit=_PATH_LIMIT)
 
 
-def open_regular(path: str | os.PathLike[str], *, dir_fd: int | None = None) -> int:
-    """A read-only descriptor of a regular file, or of the one a symbolic link leads to.
+def open_regular(path: str | os.PathLike[str]) -> int:
+    """A read-only descriptor of a regular file, or of the target of a symbolic link.
 
-    A relative `path` is taken from the directory `dir_fd` when that is given. Never blocks: a FIFO
-    without a writer is refused like any other thing that is not a regular file. The caller closes
-    the descriptor.
+    Never blocks: a FIFO without a writer is refused like anything else that is not a regular file. The
+    caller closes the descriptor.
 
     Raises InvalidInputError for a directory, FIFO, socket or device, OutputError for a missing
-    file, a dangling symbolic link, missing permission or any other refusal of the system.
+    file, a dangling symbolic link, missing permission or any other system error.
     """
     try:
-        fd = os.open(path, _OPEN_FLAGS, dir_fd=dir_fd)
+        fd = os.open(path, _OPEN_FLAGS)
     except OSError as error:
-        raise _open_failure(path, dir_fd, error) from None
+        raise _open_failure(path, error) from None
     except ValueError as error:
         raise OutputError(f"{printable_path(path)}: not a usable path: {error}") from None
     try:
@@ -61,7 +60,7 @@ def open_regular(path: str | os.PathLike[str], *, dir_fd: int | None = None) -> 
 def is_safetensors(path: str | os.PathLike[str]) -> bool:
     """Whether `path` is a safetensors file, as statistics are, rather than JSON, as rankings are, or a folder.
 
-    Raises OutputError where there is nothing.
+    Raises OutputError where `path` does not exist.
     """
     if not os.path.exists(path):
         raise OutputError(f"{printable_path(path)}: cannot open: no such file or folder")
@@ -69,14 +68,14 @@ def is_safetensors(path: str | os.PathLike[str]) -> bool:
         return False
     with open(path, "rb") as file:
         start = file.read(9)
-    return start[7:] == b"\0{"  # the end of a length, which no text has
+    return start[7:] == b"\0{"  # the high byte of the header length: never text
 
 
 def read_small_file(path: str | os.PathLike[str], *, limit: int, what: str) -> bytes:
     """All bytes of a regular file that may hold at most `limit`; `what` names its role in errors.
 
     Raises as `open_regular`, InvalidInputError for more than `limit` bytes (before reading them,
-    and also if the file grows meanwhile), OutputError for a read that fails.
+    and also if the file grows while it is read), OutputError for a read that fails.
     """
     fd = open_regular(path)
     try:
@@ -104,21 +103,19 @@ def _too_large(path: str | os.PathLike[str], limit: int, what: str) -> InvalidIn
     return InvalidInputError(f"{printable_path(path)}: larger than the {limit} bytes allowed for {what}")
 
 
-def _open_failure(
-    path: str | os.PathLike[str], dir_fd: int | None, error: OSError
-) -> InvalidInputError | OutputError:
+def _open_failure(path: str | os.PathLike[str], error: OSError) -> InvalidInputError | OutputError:
     name = printable_path(path)
-    if error.errno == errno.ENOENT and _is_link(path, dir_fd):
+    if error.errno == errno.ENOENT and _is_link(path):
         return OutputError(f"{name}: is a symbolic link to a file that does not exist")
     if error.errno in (errno.ENXIO, errno.ENODEV, errno.EOPNOTSUPP):
-        # What a socket, or a device without a driver, answers to open.
+        # open() of a socket, or of a device without a driver.
         return InvalidInputError(f"{name}: is a socket or device, not a regular file")
     return OutputError(f"{name}: cannot open: {error.strerror}")
 
 
-def _is_link(path: str | os.PathLike[str], dir_fd: int | None) -> bool:
+def _is_link(path: str | os.PathLike[str]) -> bool:
     try:
-        return stat.S_ISLNK(os.stat(path, dir_fd=dir_fd, follow_symlinks=False).st_mode)
+        return stat.S_ISLNK(os.stat(path, follow_symlinks=False).st_mode)
     except OSError:
         return False
 

@@ -1,9 +1,9 @@
 """The safetensors header: read once, checked in full, trusted afterwards.
 
 A file is eight bytes of little-endian header length, the header as a JSON object, and the data
-section. `frame_header` decides where the data section begins, `_validate` establishes everything
-else; whoever holds a `Header` need not check again that names are unique, that dtype, shape and
-offsets agree, and that the tensors cover the data section without hole or overlap.
+section. `frame_header` determines where the data section begins, `_validate` checks everything
+else; the users of a `Header` need not check again that names are unique, that dtype, shape and
+offsets agree, and that the tensors cover the data section without gap or overlap.
 
 Refused although the safetensors library reads it: equal keys (the library keeps the last), entries
 written as arrays, unknown fields in an entry, `__metadata__: null`, dimensions past 2**63 - 1, shapes
@@ -127,19 +127,19 @@ def parse_header(raw: bytes, file_size: int, *, file: str) -> Header:
 def frame_header(prefix: bytes, file_size: int, *, file: str) -> int:
     """Where the data section of a file begins, in bytes, from the file's first bytes and its size.
 
-    Eight bytes suffice; with up to 64 the error can also say what the file is instead. The result
+    Eight bytes suffice; with up to 64 the error can also say what the file looks like. The result
     is at most `file_size` and 8 + MAX_HEADER_BYTES, so it is safe to read that much.
     Raises InvalidInputError for a file too short for its header, or a header over the limit.
     """
     problem = None
     if file_size < _LENGTH_BYTES or len(prefix) < _LENGTH_BYTES:
-        problem = f"{file_size} bytes are too few for a safetensors file, which begins with 8 of length"
+        problem = f"{file_size} bytes are too few for a safetensors file, which begins with an 8-byte length"
     else:
         length = int.from_bytes(prefix[:_LENGTH_BYTES], "little")
         if length > MAX_HEADER_BYTES:
             problem = f"header length {length} is over the limit of {MAX_HEADER_BYTES}"
         elif length > file_size - _LENGTH_BYTES:
-            problem = f"header length {length} does not fit a file of {file_size} bytes: cut short?"
+            problem = f"header length {length} does not fit a file of {file_size} bytes: truncated?"
         elif length == 0:
             problem = "header length is 0, expected at least the 2 bytes of an empty JSON object"
     if problem is None:
@@ -156,7 +156,7 @@ def build_header(
 ) -> bytes:
     """The bytes before the data section for `tensors` (name, dtype, shape), laid out in that order.
 
-    Data offsets run on without gaps from 0. Spaces pad the JSON so that the length of the result,
+    Data is laid out without gaps from offset 0. Spaces pad the JSON so that the length of the result,
     in bytes, is `residue` modulo `pad_to`. The same arguments give the same bytes; metadata come
     first, sorted by key. The result has passed `parse_header`.
 
@@ -188,7 +188,7 @@ def check_name(name: str) -> None:
 
 
 def _lookalike(prefix: bytes) -> str:
-    """What a file is instead, said only if its first bytes cannot be a length cut short or misread."""
+    """What the file looks like; "" if its first bytes may be a header length."""
     if not any(prefix[4:_LENGTH_BYTES]):
         return ""
     start = prefix[:_HINT_BYTES].lstrip().lower()
@@ -210,7 +210,7 @@ def _encoded(text: str) -> bytes:
 
 
 def _validate(root: object, data_size: int, where: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """Every rule of the header beyond its frame and its JSON, in one place."""
+    """Every rule of the header beyond its length and its JSON, in one place."""
     if not isinstance(root, dict):
         raise InvalidInputError(f"{where}: header must be a JSON object, got {describe_value(root)}")
     metadata = _metadata(root.pop(_METADATA_KEY, {}), where)
@@ -272,7 +272,7 @@ def _integers(values: object, field: str) -> tuple[int, ...]:
     if not isinstance(values, list):
         raise InvalidInputError(f"{field} must be an array, got {describe_value(values)}")
     for value in values:
-        # bool is an int to Python, and true is no number in JSON
+        # bool is an int in Python, but true is not a number in JSON
         if type(value) is not int or value < 0:
             raise InvalidInputError(f"{field} must hold non-negative integers, got {describe_value(value)}")
     return tuple(values)
@@ -283,7 +283,7 @@ def _check_coverage(infos: list[TensorInfo], data_size: int, where: str) -> None
     previous = ""
     for info in infos:
         if info.begin != position:
-            kind = "leaves a hole after" if info.begin > position else "overlaps"
+            kind = "leaves a gap after" if info.begin > position else "overlaps"
             neighbour = f"tensor '{printable(previous)}'" if position or previous else "the header"
             raise InvalidInputError(
                 f"{where}: tensor '{printable(info.name)}': data begin at {info.begin}, "
@@ -293,11 +293,11 @@ def _check_coverage(infos: list[TensorInfo], data_size: int, where: str) -> None
         previous = info.name
     if position > data_size:
         raise InvalidInputError(
-            f"{where}: cut short: tensor '{printable(previous)}' ends at byte {position} of the data, "
-            f"the file holds {data_size}"
+            f"{where}: truncated: tensor '{printable(previous)}' ends at byte {position} of the data, "
+            f"but the file has {data_size}"
         )
     if position < data_size:
         raise InvalidInputError(
-            f"{where}: {data_size - position} bytes after the last tensor belong to none: "
+            f"{where}: {data_size - position} bytes after the last tensor belong to no tensor: "
             f"expected {position} bytes of data, got {data_size}"
         )

@@ -1,7 +1,7 @@
 """The shard index of a checkpoint (`model.safetensors.index.json`): which file holds which tensor.
 
-File names in it come from strangers and will be opened: they must be plain names of files beside
-the index, nothing that any system could take for a path.
+File names in it are untrusted and will be opened: they must be plain names of files next to
+the index, nothing that any system could interpret as a path.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _FORBIDDEN = "/\\:"
 class Index:
     """A checked index: tensor name to shard file name, in the order of the file.
 
-    `total_size` is what the file claims as bytes of all tensors, None if it claims nothing;
+    `total_size` is the claimed number of bytes of all tensors, None if absent;
     `metadata` is the whole metadata object. Claims are checked against the shards by their reader.
     """
 
@@ -44,8 +44,8 @@ def parse_index(raw: bytes, *, file: str) -> Index:
     """The index in `raw`; `file` names it in errors.
 
     Raises InvalidInputError for more than MAX_INDEX_BYTES or MAX_TENSORS, for what `parse_json`
-    refuses (repeated keys among it), a missing or malformed weight_map, a shard name that is no plain file
-    name, two shard names that one file system may take for the same file, a total_size that is not
+    refuses (repeated keys among it), a missing or malformed weight_map, a shard name that is not a plain file
+    name, two shard names that a file system may treat as the same file, a total_size that is not
     a whole number of bytes.
     """
     where = printable_path(file)
@@ -76,7 +76,7 @@ def safe_shard_name(name: object, *, file: str) -> str:
     elif len(name) > _MAX_FILE_NAME_BYTES or len(name.encode("utf-8", "replace")) > _MAX_FILE_NAME_BYTES:
         problem = f"is longer than {_MAX_FILE_NAME_BYTES} bytes"
     elif any(character in _FORBIDDEN for character in name):
-        problem = "must be a plain file name beside the index, not a path"
+        problem = "must be a plain file name, not a path"
     elif not name.isprintable():
         problem = "holds unprintable characters"
     elif name.startswith("."):
@@ -85,20 +85,17 @@ def safe_shard_name(name: object, *, file: str) -> str:
         problem = f"does not end in {_SUFFIX}"
     else:
         return name
-    shown = f"'{printable(name)}'" if isinstance(name, str) else describe_value(name)
-    raise InvalidInputError(f"{printable_path(file)}: shard name {shown} {problem}")
+    quoted = f"'{printable(name)}'" if isinstance(name, str) else describe_value(name)
+    raise InvalidInputError(f"{printable_path(file)}: shard name {quoted} {problem}")
 
 
-def build_index(weight_map: Mapping[str, str], total_size: int, total_parameters: int | None = None) -> bytes:
+def build_index(weight_map: Mapping[str, str], total_size: int) -> bytes:
     """An index file as the hub's tools write it: keys sorted, indented by 2, ending in a newline.
 
-    `total_size` counts bytes of tensor data over all shards, `total_parameters` elements.
+    `total_size` counts bytes of tensor data over all shards.
     Raises InvalidInputError for what `parse_index` refuses.
     """
-    metadata = {"total_size": total_size}
-    if total_parameters is not None:
-        metadata["total_parameters"] = total_parameters
-    index = {"metadata": metadata, "weight_map": dict(weight_map)}
+    index = {"metadata": {"total_size": total_size}, "weight_map": dict(weight_map)}
     raw = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
     parse_index(raw, file="index to be written")
     return raw
@@ -129,7 +126,7 @@ def _check_distinct_files(shards: Iterable[str], where: str) -> None:
         if key in seen:
             raise InvalidInputError(
                 f"{where}: shard names '{printable(seen[key])}' and '{printable(shard)}' "
-                "are one file where case does not count"
+                "are the same file on case-insensitive file systems"
             )
         seen[key] = shard
 

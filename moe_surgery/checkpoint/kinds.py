@@ -1,7 +1,4 @@
-"""What a file is, by its content: the files this package writes, and those it is given in their place.
-
-A reader that cannot make sense of its input asks here what the input is, so that the error can say it.
-"""
+"""Recognises a file by its content, so that an error can say what was passed by mistake."""
 
 from __future__ import annotations
 
@@ -30,9 +27,9 @@ __all__ = [
     "WEIGHTS",
     "Kind",
     "check_kind",
+    "expecting",
+    "expects",
     "kind_of",
-    "reading",
-    "reads",
     "wrong_kind",
 ]
 
@@ -76,7 +73,7 @@ NOT_TEXTS: Final = frozenset(
     {PLAN, RANKING, STATISTICS, PUBLISHED_STATISTICS, EVALUATION, MANIFEST, MAPPING, BENCH, INSPECTION}
     | {REMARK, PARTIAL, INDEX, CHECKPOINT, WEIGHTS, GGUF, PICKLE}
 )
-"""What nobody means as texts to run a model on."""
+"""Kinds that are never texts to run a model on."""
 
 _FORMATS: Final = {
     "plan": PLAN,
@@ -85,7 +82,7 @@ _FORMATS: Final = {
     "evaluation": EVALUATION,
     "manifest": MANIFEST,
 }
-# A JSON object with all of these keys is of that kind; the first that fits.
+# A JSON object with all of these keys is of that kind; the first match wins.
 _KEYS: Final = (
     (("sample_count", "think_expert_analytics"), PUBLISHED_STATISTICS),
     (("sample_count", "answer_expert_analytics"), PUBLISHED_STATISTICS),
@@ -103,15 +100,15 @@ _LAYER_KEY = re.compile(r"(layer_)?[0-9]{1,5}", re.ASCII)
 
 
 def kind_of(path: PathLike) -> Kind | None:
-    """What the file or folder `path` is, or None: nothing known, not there, or not readable. Never raises.
+    """What the file or folder `path` is; None where it is unknown, missing or unreadable. Never raises.
 
     Reads the start of a file, a safetensors header, or a JSON text of at most 100 MB.
     """
     try:
-        place = Path(path)
-        if place.is_dir():
-            return CHECKPOINT if _is_checkpoint(place) else None
-        fd = open_regular(place)
+        target = Path(path)
+        if target.is_dir():
+            return CHECKPOINT if _is_checkpoint(target) else None
+        fd = open_regular(target)
         try:
             return _of_file(fd, os.fstat(fd).st_size)
         finally:
@@ -121,22 +118,22 @@ def kind_of(path: PathLike) -> Kind | None:
 
 
 def wrong_kind(path: PathLike, wanted: str, kind: Kind) -> str:
-    """The message for a `kind` of file given where `wanted` belongs."""
+    """The message for a file of `kind` passed where `wanted` is expected."""
     return f"{printable_path(path)}: is {kind.title}, not {wanted}; {kind.use}"
 
 
 def check_kind(path: PathLike, wanted: str, *kinds: Kind) -> None:
-    """Raise InvalidInputError where `path` is of a kind that is known, and not one of `kinds`."""
+    """Raise InvalidInputError where `path` is recognised as a kind other than `kinds`."""
     kind = kind_of(path)
     if kind is not None and kind not in kinds:
         raise InvalidInputError(wrong_kind(path, wanted, kind))
 
 
 @contextmanager
-def reading(path: PathLike, wanted: str, *kinds: Kind) -> Iterator[None]:
-    """While the block reads `path` as `wanted` (one of `kinds`), an InvalidInputError says what it is instead.
+def expecting(path: PathLike, wanted: str, *kinds: Kind) -> Iterator[None]:
+    """Within the block, which reads `path` as `wanted` (one of `kinds`), an InvalidInputError says what the file is.
 
-    An error of a file of the right kind, or of none that is known, stays as it was.
+    Errors for a file of the right kind, or of an unknown one, pass through unchanged.
     """
     try:
         yield
@@ -147,13 +144,13 @@ def reading(path: PathLike, wanted: str, *kinds: Kind) -> Iterator[None]:
         raise InvalidInputError(wrong_kind(path, wanted, kind)) from error
 
 
-def reads(wanted: str, *kinds: Kind) -> Callable[[Read], Read]:
-    """`reading` around a function whose first parameter is `path`."""
+def expects(wanted: str, *kinds: Kind) -> Callable[[Read], Read]:
+    """`expecting` around a function whose first parameter is `path`."""
 
     def decorate(function: Read) -> Read:
         @wraps(function)
         def read(path: PathLike, *args: Any, **kwargs: Any) -> Any:
-            with reading(path, wanted, *kinds):
+            with expecting(path, wanted, *kinds):
                 return function(path, *args, **kwargs)
 
         return cast(Read, read)
@@ -181,8 +178,8 @@ def _of_file(fd: int, size: int) -> Kind | None:
         return _of_safetensors(fd, size, int.from_bytes(head[:8], "little"))
     if not start.startswith(b"{"):
         return None
-    if found := _FORMAT.search(head[:4096]):  # where our own writers have it
-        return _FORMATS.get(found[1].decode())
+    if match := _FORMAT.search(head[:4096]):  # where our own writers have it
+        return _FORMATS.get(match[1].decode())
     return _of_json(fd, size, head)
 
 
@@ -191,12 +188,12 @@ def _of_safetensors(fd: int, size: int, length: int) -> Kind | None:
         return None
     root = json.loads(os.pread(fd, length, 8))
     metadata = root.get("__metadata__") if isinstance(root, dict) else None
-    said = metadata.get("moe_surgery", "") if isinstance(metadata, dict) else ""
-    return STATISTICS if '"moe-surgery.statistics"' in str(said) else WEIGHTS
+    content = metadata.get("moe_surgery", "") if isinstance(metadata, dict) else ""
+    return STATISTICS if '"moe-surgery.statistics"' in str(content) else WEIGHTS
 
 
 def _of_json(fd: int, size: int, head: bytes) -> Kind | None:
-    """A JSON object, or lines of them; what the first line says decides for lines."""
+    """A JSON object, or JSON lines, of which the first is looked at."""
     line, newline, rest = head.partition(b"\n")
     if newline and rest.lstrip()[:1] == b"{":
         root = _object(line)

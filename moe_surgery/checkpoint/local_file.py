@@ -22,7 +22,7 @@ MADV_POPULATE_READ = 22  # Linux 5.14; Python's mmap has no name for it
 
 @dataclass(frozen=True, slots=True)
 class FileStamp:
-    """What tells that a file is still the one that was opened."""
+    """Identifies the file and version that was opened."""
 
     device: int
     inode: int
@@ -38,7 +38,7 @@ class LocalFile(ByteSource):
     """A regular file, opened read-only."""
 
     def __init__(self, path: Path, ops: FileOps | None = None) -> None:
-        """Raises InvalidInputError for what is not a regular file, OutputError where it cannot be opened."""
+        """Raises InvalidInputError for anything but a regular file, OutputError where it cannot be opened."""
         self.where = printable_path(path)
         self._path = path
         self._ops = ops or FileOps()
@@ -61,7 +61,7 @@ class LocalFile(ByteSource):
 
     def close(self) -> None:
         if self._map is not None:
-            with suppress(BufferError):  # a view is still alive; the map goes with the last one
+            with suppress(BufferError):  # a view is still alive; the last one frees the mapping
                 self._map.close()
             self._map = None
         if self._fd >= 0:
@@ -83,7 +83,7 @@ class LocalFile(ByteSource):
         self._ops.drop_cache(self._fd, offset, nbytes)
 
     def region(self, offset: int, nbytes: int) -> memoryview:
-        """As `ByteSource.region`: a file cut since it was opened is an error here, not a SIGBUS at the first touch."""
+        """As `ByteSource.region`; a file truncated since it was opened is an error here, not a SIGBUS later."""
         try:
             if self._map is None:
                 self._map = mmap.mmap(self._fd, 0, prot=mmap.PROT_READ)
@@ -97,7 +97,7 @@ class LocalFile(ByteSource):
         return memoryview(self._map)[offset : offset + nbytes]
 
     def release(self, offset: int, nbytes: int) -> None:
-        """Let go of the resident pages of a region (they stay in the page cache)."""
+        """Free the resident pages of a region (they stay in the page cache)."""
         if self._map is not None and nbytes and sys.platform == "linux":
             self._advise(mmap.MADV_DONTNEED, offset, nbytes)
 
@@ -130,7 +130,7 @@ class LocalFile(ByteSource):
         return OutputError(f"{self.where}: cannot read {nbytes} bytes at {offset}: {error.strerror}")
 
     def _cut_short(self, end: int) -> InvalidInputError:
-        return InvalidInputError(f"{self.where}: ends before byte {end}; it was cut while being read")
+        return InvalidInputError(f"{self.where}: ends before byte {end}; it was truncated while being read")
 
 
 class LocalFolder(Folder):
@@ -150,9 +150,16 @@ class LocalFolder(Folder):
     def open(self, name: str) -> ByteSource:
         return LocalFile(self.path / name, self._ops)
 
+    def is_file(self, name: str) -> bool:
+        return os.path.isfile(self.path / name)
+
+    def folder(self, name: str) -> Folder | None:
+        path = self.path.resolve().parent if name == os.pardir else self.path / name
+        return LocalFolder(path, self._ops) if path.is_dir() else None
+
 
 def _is_file(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_file()
-    except OSError:  # links in a circle, no permission: `open` says what is wrong
+    except OSError:  # link cycle, no permission: `open` reports it
         return False

@@ -1,4 +1,4 @@
-"""What a folder holds in place of a safetensors checkpoint."""
+"""What a folder contains if not a safetensors checkpoint."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Final
 
 from moe_surgery.checkpoint.text import printable
 
-__all__ = ["instead"]
+__all__ = ["other_format_hint"]
 
 _SUFFIXES: Final = (
     ((".gguf",), "a GGUF file; name the checkpoint it was made from"),
@@ -22,8 +22,8 @@ _SUFFIXES: Final = (
 _ADAPTER: Final = "adapter_config.json"
 
 
-def instead(folder: Path) -> str:
-    """`; it holds ...` for an error message, or nothing where nothing is recognised. Never raises."""
+def other_format_hint(folder: Path) -> str:
+    """`; it holds ...` for an error message, or "" where nothing is recognised. Never raises."""
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError:
@@ -34,8 +34,8 @@ def instead(folder: Path) -> str:
             "; it holds a PEFT adapter, not a whole model: merge it into its model first (merge_and_unload)"
         )
     for suffixes, meaning in _SUFFIXES:
-        if found := next((n for n in names if n.endswith(suffixes) and n != "training_args.bin"), None):
-            return f"; it holds {printable(found)}: {meaning}"
+        if name := next((n for n in names if n.endswith(suffixes) and n != "training_args.bin"), None):
+            return f"; it holds {printable(name)}: {meaning}"
     folders = [entry.name for entry in entries if entry.is_dir()]
     if "snapshots" in folders and "refs" in folders:
         return "; it is a folder of the hub cache: name the model as owner/name, or a folder under snapshots/"

@@ -1,4 +1,4 @@
-"""From what a user calls a checkpoint to the folder or file that holds it."""
+"""Resolves the name of a checkpoint to its folder or file."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def resolve(name: str | os.PathLike[str]) -> Path:
         if path.suffix != ".safetensors":
             raise UsageError(
                 f"{printable_path(path)}: is neither a folder nor a .safetensors file; "
-                "name the checkpoint's folder"
+                "pass the checkpoint's folder"
             )
         return path
     if _HUB_ID.fullmatch(text) and not text.startswith("."):
@@ -52,19 +52,19 @@ def resolve(name: str | os.PathLike[str]) -> Path:
 
 
 def check_is_path(out: str | os.PathLike[str]) -> None:
-    """Raise UsageError where the string `out`, which is to be written, reads as a source.
+    """Raise UsageError where the output `out` looks like a source.
 
-    That is `example:...`, `published:...`, `scheme://...`, and `owner/model@revision` unless there is a
-    folder `owner`. A `Path`, and a string that begins with "./" or "/", is a path whatever it holds.
+    Sources are `example:...`, `published:...`, `scheme://...`, and `owner/model@revision` unless there is a
+    folder `owner`. A `Path`, and a string that begins with "./" or "/", is always a path.
     """
     if not isinstance(out, str):
         return
     hub = _HUB_ID.fullmatch(out)
     revision = hub is not None and hub[1] and not out.startswith(".") and not Path(out).parent.is_dir()
     if _SOURCE.match(out) or revision:
-        shown = printable_path(out)
+        path_text = printable_path(out)
         raise UsageError(
-            f"{shown}: names something to read, not to write; if a path is meant, write ./{shown}"
+            f"{path_text}: names something to read, not to write; if a path is meant, write ./{path_text}"
         )
 
 

@@ -25,7 +25,7 @@ class Shard:
 
     @property
     def where(self) -> str:
-        """What messages call it."""
+        """Its name in messages."""
         return self.source.where
 
     @property
@@ -51,13 +51,13 @@ class Shard:
         self.source.read_into(offset, buffer, cache=cache)
 
     def drop_cache(self, offset: int, nbytes: int) -> None:
-        """Let go of what was read with `cache`."""
+        """Drop what was cached by reads with `cache`."""
         self.source.drop_cache(offset, nbytes)
 
-    def window(self, offset: int, nbytes: int) -> memoryview:
-        """The bytes [offset, offset + nbytes): mapped where the source can, else read into new memory.
+    def region(self, offset: int, nbytes: int) -> memoryview:
+        """The bytes [offset, offset + nbytes): mapped where the source supports it, else read into new memory.
 
-        Raises as `read_into`. Give mapped pages back with `release`.
+        Raises as `read_into`. Free mapped pages with `release`.
         """
         mapped = self.source.region(offset, nbytes)
         if mapped is not None:
@@ -67,7 +67,7 @@ class Shard:
         return buffer
 
     def release(self, offset: int, nbytes: int) -> None:
-        """Let go of the resident pages of a mapped window."""
+        """Free the resident pages of a mapped region."""
         self.source.release(offset, nbytes)
 
     def check_unchanged(self) -> None:

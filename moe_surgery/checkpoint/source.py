@@ -1,8 +1,8 @@
-"""Where the bytes of a file come from: read by position, whatever holds them.
+"""Sources of bytes, read by position.
 
-Everything above a checkpoint's folder reads its files through these two interfaces, so that a file on
-disk, a range request to a server or a buffer in memory can stand behind them. What only some sources can
-do (map, reflink) they offer; the others say None and are read instead.
+The files of a checkpoint are read through these two interfaces, so that a file on disk, an HTTP range
+request or a buffer in memory can implement them. Optional operations (map, reflink) return None where a
+source does not support them; it is then read.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from pathlib import Path
 
 from moe_surgery.errors import InvalidInputError
 
-__all__ = ["ByteSource", "Folder", "read_small"]
+__all__ = ["ByteSource", "Folder", "read_optional", "read_small"]
 
 
 class ByteSource(ABC):
     """One file, open for reading by any number of threads. Close it, or use it as a context manager."""
 
     where: str
-    """What messages call it: its path or address, safe to print."""
+    """Its path or address in messages, safe to print."""
 
     size: int
     """Bytes, when it was opened."""
@@ -29,13 +29,13 @@ class ByteSource(ABC):
     @property
     @abstractmethod
     def stamp(self) -> Hashable:
-        """Equal for two openings only if the bytes are the same as far as the source can tell; its `repr` too."""
+        """Differs between two openings if the content changed, as far as the source can tell; so does its `repr`."""
 
     @abstractmethod
     def read_into(self, offset: int, buffer: memoryview, *, cache: bool = False) -> None:
         """Fill `buffer` with the bytes from `offset`; `cache` if they are soon read again (then `drop_cache`).
 
-        Raises InvalidInputError if the file ends before, OutputError if it cannot be read.
+        Raises InvalidInputError if the file is too short, OutputError if it cannot be read.
         """
 
     @abstractmethod
@@ -44,7 +44,7 @@ class ByteSource(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of it; reads raise OutputError from now on. Closing again does nothing."""
+        """Release the file; later reads raise OutputError. Closing twice is allowed."""
 
     def read(self, offset: int, nbytes: int) -> bytes:
         """The `nbytes` bytes at `offset`; raises as `read_into`."""
@@ -53,29 +53,29 @@ class ByteSource(ABC):
         return bytes(buffer)
 
     def drop_cache(self, offset: int, nbytes: int) -> None:  # noqa: B027
-        """Let go of what was read with `cache`."""
+        """Drop what was cached by reads with `cache`."""
 
     def region(self, offset: int, nbytes: int) -> memoryview | None:
         """The mapped bytes [offset, offset + nbytes), already read in; None where the source has no mapping.
 
-        Raises as `read_into`. Give the pages back with `release`.
+        Raises as `read_into`. Free the pages with `release`.
         """
         return None
 
     def release(self, offset: int, nbytes: int) -> None:  # noqa: B027
-        """Let go of the resident pages of a region."""
+        """Free the resident pages of a region."""
 
     def map(self) -> mmap.mmap | None:
         """A read-only mapping of the whole file, which outlives the source; None where there is none."""
         return None
 
     def fileno(self) -> int | None:
-        """A descriptor whose extents a file on the same file system may share; None where there is none."""
+        """A descriptor for reflinks on the same file system; None where there is none."""
         return None
 
     @property
     def path(self) -> Path | None:
-        """Where it lies on this machine, None where it does not."""
+        """The local path, None where there is none."""
         return None
 
     def __enter__(self) -> ByteSource:
@@ -86,10 +86,10 @@ class ByteSource(ABC):
 
 
 class Folder(ABC):
-    """The files of a checkpoint, side by side."""
+    """The files of a checkpoint."""
 
     path: Path
-    """The folder, in messages and for the files beside the weights."""
+    """The folder, as shown in messages; it need not exist on this machine."""
 
     def __str__(self) -> str:
         return str(self.path)
@@ -100,7 +100,18 @@ class Folder(ABC):
 
     @abstractmethod
     def open(self, name: str) -> ByteSource:
-        """The file `name`. Raises InvalidInputError where it is none, OutputError where it cannot be opened."""
+        """Open the file `name`.
+
+        Raises InvalidInputError for anything but a file, OutputError where it cannot be opened.
+        """
+
+    def is_file(self, name: str) -> bool:
+        """Whether there is a regular file `name` (or a link to one)."""
+        return self.listing().get(name, False)
+
+    def folder(self, name: str) -> Folder | None:
+        """The folder `name` inside this one, or the one above for ".."; None where there is none."""
+        return None
 
 
 def read_small(source: ByteSource, *, limit: int, what: str) -> bytes:
@@ -111,3 +122,11 @@ def read_small(source: ByteSource, *, limit: int, what: str) -> bytes:
     if source.size > limit:
         raise InvalidInputError(f"{source.where}: larger than the {limit} bytes allowed for {what}")
     return source.read(0, source.size)
+
+
+def read_optional(folder: Folder, name: str, *, limit: int, what: str) -> bytes | None:
+    """All bytes of the file `name` of `folder`, None where there is none; raises as `read_small`."""
+    if not folder.is_file(name):
+        return None
+    with folder.open(name) as source:
+        return read_small(source, limit=limit, what=what)

@@ -1,8 +1,8 @@
-"""An output folder that appears whole or not at all, and a partial one that can be taken up again.
+"""An output folder that appears whole or not at all, and a partial one that can be resumed.
 
-Everything is written under the sibling `.OUT.partial-DIGEST` and renamed to OUT as the last act.
-DIGEST is that of the job, so the same command finds its own partial folder; which of its files are
-finished is what its journal says and their bytes confirm, never what merely exists.
+Everything is written to the sibling `.OUT.partial-DIGEST`, which is renamed to OUT as the last step.
+DIGEST is that of the job, so the same command finds its own partial folder. A file counts as finished
+only if the journal lists it and its bytes have the recorded digest.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ class Staging:
     """The folder in which the output `out` is built, locked against a second run.
 
     Use as a context manager: leaving it releases the lock; the folder stays unless it was published
-    or discarded, and the next run with the same digest goes on from it. `finished` holds what earlier
-    runs recorded, oldest first.
+    or discarded, and the next run with the same digest resumes from it. `finished` holds the journal
+    entries of earlier runs, oldest first.
     """
 
     def __init__(self, out: Path, digest: str, ops: FileOps) -> None:
-        """Lock `out` and create or take up its partial folder.
+        """Lock `out` and create or resume its partial folder.
 
-        Raises OutputError where another run holds the lock or the folder cannot be made.
+        Raises OutputError where another run holds the lock or the folder cannot be created.
         """
         self.out = out
         self._ops = ops
         self.folder = out.with_name(f".{out.name}.partial-{digest}")
         self._lock_path = out.with_name(f".{out.name}.lock")
-        self._lock = _locked(self._lock_path, out)
+        self._lock = _acquire_lock(self._lock_path, out)
         try:
-            self._replaces = _identity(out)
+            self._replaces = _file_id(out)
             self._prepare()
         except OSError as error:
             self._release()
@@ -61,21 +61,23 @@ class Staging:
             self._ops.mkdir(self.folder)
         except FileExistsError:
             if self.folder.is_symlink() or not self.folder.is_dir():
-                raise OutputError(f"{printable_path(self.folder)}: in the way; remove it") from None
+                raise OutputError(
+                    f"{printable_path(self.folder)}: is not a folder of an earlier run; remove it"
+                ) from None
         self.finished = self._read_journal()
-        self._sweep({_JOURNAL, *(str(e.get("name")) for e in self.finished)})
+        self._remove_unlisted({_JOURNAL, *(str(e.get("name")) for e in self.finished)})
 
-    def _sweep(self, known: set[str]) -> None:
-        """Remove what the journal does not vouch for: of a run that was killed, or the output that a
-        run killed after its last act had replaced."""
+    def _remove_unlisted(self, listed: set[str]) -> None:
+        """Remove what the journal does not list: leftovers of a killed run, or the replaced output of a
+        run that was killed right after publishing."""
         for entry in list(os.scandir(self.folder)):
             if entry.is_dir(follow_symlinks=False):
                 shutil.rmtree(entry.path)
-            elif entry.name not in known or entry.is_symlink():
+            elif entry.name not in listed or entry.is_symlink():
                 self._ops.unlink(entry.path)
 
     def _read_journal(self) -> list[dict[str, object]]:
-        """The journal's entries; a torn line at its end is cut off."""
+        """The journal's entries; an incomplete last line is cut off."""
         path = self.folder / _JOURNAL
         entries: list[dict[str, object]] = []
         self._journal_end = 0
@@ -90,7 +92,7 @@ class Staging:
         return entries
 
     def record(self, entry: dict[str, object]) -> None:
-        """Append `entry` to the journal and flush it: the file it tells of is finished."""
+        """Append `entry`, which marks a file as finished, to the journal and flush it."""
         path = self.folder / _JOURNAL
         body = json.dumps(entry).encode()
         line = body + b" " + xxhash.xxh3_64_hexdigest(body).encode() + b"\n"
@@ -108,10 +110,10 @@ class Staging:
         self._journal_end += len(line)
 
     def publish(self, *, overwrite: bool) -> None:
-        """Give the folder its name. With `overwrite` the folder that was there when this began is
+        """Rename the folder to `out`. With `overwrite` the folder that was there at the start is
         exchanged with it and removed.
 
-        Raises OutputError where something of that name appeared meanwhile.
+        Raises OutputError where something else was created under that name since.
         """
         replaced: Path | None = None
         try:
@@ -125,7 +127,7 @@ class Staging:
             self._ops.fsync_dir(self.out.parent)
         except FileExistsError:
             raise OutputError(
-                f"{printable_path(self.out)}: appeared while this run was writing; nothing of it was touched"
+                f"{printable_path(self.out)}: was created by another program during this run; it was not touched"
             ) from None
         except OSError as error:
             raise output_failure(error, self.out, "rename into place") from error
@@ -134,8 +136,8 @@ class Staging:
                 shutil.rmtree(replaced, ignore_errors=True)
 
     def _exchange(self) -> Path:
-        """Swap the folder and the output, and back again if that was not the one to replace; returns
-        where the replaced one is now."""
+        """Swap the folder and the output, and back if that was not the one to replace; returns the
+        replaced folder's path."""
         self._expect_replaced(self.out)
         try:
             self._ops.exchange(self.folder, self.out)
@@ -152,7 +154,7 @@ class Staging:
 
     def _exchange_by_renames(self) -> Path:
         old = self.out.with_name(f"{self.folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)  # of a run that was killed right here
+        shutil.rmtree(old, ignore_errors=True)  # left by a run that was killed at this point
         self._ops.rename_new(self.out, old)
         try:
             self._expect_replaced(old)
@@ -163,7 +165,7 @@ class Staging:
         return old
 
     def _expect_replaced(self, path: Path) -> None:
-        if _identity(path) != self._replaces:
+        if _file_id(path) != self._replaces:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(path))
 
     def discard(self) -> None:
@@ -179,26 +181,26 @@ class Staging:
     def _release(self) -> None:
         if self._lock >= 0:
             with suppress(OSError):
-                os.unlink(self._lock_path)  # while still held: see `_locked`
+                os.unlink(self._lock_path)  # before releasing the lock: see `_acquire_lock`
             os.close(self._lock)
             self._lock = -1
 
 
 @contextmanager
 def output_lock(out: Path) -> Iterator[None]:
-    """Hold the lock on the output `out`, a file, while the block runs; OutputError where another run does."""
+    """Hold the lock on the output file `out` within the block; OutputError where another run holds it."""
     path = out.with_name(f".{out.name}.lock")
-    lock = _locked(path, out)
+    lock = _acquire_lock(path, out)
     try:
         yield
     finally:
         with suppress(OSError):
-            os.unlink(path)  # while still held: see `_locked`
+            os.unlink(path)  # before releasing the lock: see `_acquire_lock`
         os.close(lock)
 
 
 def stale_partials(out: Path) -> list[Path]:
-    """Partial folders that other jobs left beside `out`."""
+    """Partial folders that other jobs left next to `out`."""
     prefix = f".{out.name}.partial-"
     try:
         return sorted(Path(e.path) for e in os.scandir(out.parent) if e.name.startswith(prefix))
@@ -206,8 +208,8 @@ def stale_partials(out: Path) -> list[Path]:
         return []
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
-    """What tells the folder or file of that name from another; None where there is none."""
+def _file_id(path: Path) -> tuple[int, int] | None:
+    """Device and inode of `path`, None where it does not exist."""
     try:
         stat = os.lstat(path)
     except FileNotFoundError:
@@ -215,12 +217,12 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return stat.st_dev, stat.st_ino
 
 
-def _locked(path: Path, out: Path) -> int:
+def _acquire_lock(path: Path, out: Path) -> int:
     """A descriptor that holds the advisory lock on `path`, which is created.
 
-    The holder removes the file before it lets go, so a lock that was got on a file no longer there
-    protects nothing, and another is tried for. Where the file system has no locks, the exclusive
-    creation of every file and the final rename still decide between two runs.
+    The holder removes the file before it releases the lock, so a lock on a removed file protects
+    nothing and is tried again. Where the file system has no locks, the exclusive creation of every
+    file and the final rename still keep two runs apart.
     """
     while True:
         try:
@@ -232,7 +234,7 @@ def _locked(path: Path, out: Path) -> int:
         except BlockingIOError:
             os.close(fd)
             raise OutputError(
-                f"{printable_path(out)}: another run is writing it; wait until it ends"
+                f"{printable_path(out)}: another run is writing it; wait for it to finish"
             ) from None
         except OSError:
             return fd

@@ -1,8 +1,8 @@
-"""JSON from strangers: the standard parser, with what it lets pass refused.
+"""Untrusted JSON: the standard parser, made strict.
 
 Python's json module accepts NaN, keeps the last of two equal keys, recurses as deep as the text
 says, turns "\\ud800" into a string that cannot be encoded, and reads integers of any length. A
-file that uses any of these means something else to the next reader, or is an attack.
+file that uses any of these means something else to another reader, or is an attack.
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ def _decode(raw: bytes, where: str) -> str:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         problem = f"not UTF-8 at byte {error.start} ({error.reason})"
-    # Raised out here: inside, the exception would keep the whole text alive as its context.
+    # Raised outside the handler: inside, the exception would keep the whole text alive as its context.
     raise InvalidInputError(f"{where}: {problem}")
 
 
 def _check_nesting(raw: bytes, max_depth: int, where: str) -> None:
-    """Count brackets outside strings, a window at a time, before the parser recurses into them.
+    """Count brackets outside strings, block by block, before the parser recurses into them.
 
     Backslashes are legal in strings only, where a run of them pairs up from its left: with the
     pairs and then the escaped quotes taken out, every quote left opens or closes a string. In text
@@ -101,7 +101,7 @@ def _decoded_value(text: str, where: str, decoder: json.JSONDecoder) -> object:
         problem = f"not valid JSON at character {error.pos}: {error.msg}"
     except RecursionError:
         # Reachable only when the caller itself stands close to the interpreter's limit.
-        problem = "nested too deeply for the stack that is left"
+        problem = "nested too deeply for the remaining stack"
     raise InvalidInputError(f"{where}: {problem}")
 
 

@@ -1,6 +1,6 @@
-"""Text from strangers made fit for one line of an error message.
+"""Untrusted text made safe for one line of an error message.
 
-Tensor names, keys and file names come out of downloaded files: they may hold terminal escape
+Tensor names, keys and file names come from downloaded files: they may contain terminal escape
 sequences, line breaks, direction marks, or ten million characters.
 """
 
@@ -14,9 +14,9 @@ NAME_LIMIT = 96
 def printable(name: str, *, limit: int = NAME_LIMIT) -> str:
     """`name` as one line of printable characters, at most about `limit` of the original ones.
 
-    Whatever Unicode calls unprintable (controls, direction marks, unassigned, lone surrogates) and
-    the backslash itself come out as Python escapes, so different names stay different; a longer
-    name keeps its two ends around "...". Costs O(limit) whatever the length of `name`.
+    Characters that Unicode calls unprintable (controls, direction marks, unassigned, lone surrogates)
+    and the backslash itself become Python escapes, so different names stay different; a longer
+    name keeps its two ends around "...". Costs O(limit).
     """
     if len(name) <= limit:
         return _escaped(name)
@@ -25,7 +25,7 @@ def printable(name: str, *, limit: int = NAME_LIMIT) -> str:
 
 
 def describe_value(value: object) -> str:
-    """What a parsed JSON `value` is, for "expected ..., got ...": short whatever its size."""
+    """What a parsed JSON `value` is, for "expected ..., got ...": always short."""
     if value is None:
         return "null"
     if isinstance(value, bool):

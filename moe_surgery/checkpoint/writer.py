@@ -47,14 +47,14 @@ class OutputFile:
     """A file that appears under its name only when whole and flushed.
 
     Until `publish` it is called `.NAME.tmp` in the same folder. Writes bypass the page cache where
-    the file system can (measured a quarter faster than through it on ext4, and no dirty pages count
+    the file system supports it (measured a quarter faster than through it on ext4, and no dirty pages count
     against a memory limit); elsewhere write-back is started early, so that the flush is short.
     """
 
     def __init__(self, path: Path, ops: FileOps, *, direct: bool = True) -> None:
-        """Create the temporary file; OutputError where one is already there or it cannot be.
+        """Create the temporary file; OutputError where it exists or cannot be created.
 
-        `direct` False keeps writes in the page cache, which small files want.
+        `direct` False keeps writes in the page cache, which suits small files.
         """
         self.path = path
         self._temporary = self.temporary(path)
@@ -70,7 +70,7 @@ class OutputFile:
             raise output_failure(error, named, "create") from error
 
     def clone(self, source: ByteSource, source_offset: int, nbytes: int, offset: int) -> bool:
-        """Share extents of the file `source` instead of writing; False where that cannot be."""
+        """Share extents of the file `source` instead of writing; False where that is not supported."""
         fd = source.fileno()
         if fd is None:
             return False
@@ -106,17 +106,17 @@ class OutputFile:
             except OSError as error:
                 if not self._direct or error.errno != errno.EINVAL:
                     raise
-                self._leave_direct()  # a file system may take the flag and refuse the write
+                self._leave_direct()  # some file systems accept the flag and fail the write
         if not self._direct:
             self._start_writeback(offset + total)
 
     @staticmethod
     def temporary(path: Path) -> Path:
-        """What the file is called until it is published."""
+        """The file's path until it is published."""
         return path.with_name(f".{path.name}.tmp")
 
     def publish(self, *, replace: bool = True) -> None:
-        """Flush, close, and give the file its name, which `replace` False refuses where it is taken."""
+        """Flush, close and rename to `path`; without `replace` an existing file is an error."""
         fd, self._fd = self._fd, -1
         try:
             try:
@@ -129,14 +129,14 @@ class OutputFile:
                 self._ops.rename_new(self._temporary, self.path)
         except FileExistsError:
             raise OutputError(
-                f"{printable_path(self.path)}: appeared while this run was writing; nothing of it was touched"
+                f"{printable_path(self.path)}: was created by another program during this run; it was not touched"
             ) from None
         except OSError as error:
-            # A failed flush says that data is lost, and says it only once: never try again.
+            # A failed flush means lost data and is reported only once: never retry.
             self._fail(error, "flush")
 
     def discard(self) -> None:
-        """Close and remove whatever was written. Never raises."""
+        """Close and remove the temporary file. Never raises."""
         fd, self._fd = self._fd, -1
         with suppress(OSError):
             if fd >= 0:
@@ -169,7 +169,7 @@ def write_file(path: Path, content: bytes, ops: FileOps) -> None:
 
 
 def copy_file(source: ByteSource, path: Path, ops: FileOps) -> tuple[int, str]:
-    """Copy a file under the rules of `OutputFile`; its size and xxh3_128 digest."""
+    """Copy a file through an `OutputFile`; returns its size and xxh3_128 digest."""
     digest, size = xxhash.xxh3_128(), source.size
     buffer = memoryview(bytearray(min(COPY_BYTES, size)))
     file = OutputFile(path, ops, direct=False)

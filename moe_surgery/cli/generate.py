@@ -84,7 +84,7 @@ class Settings(TypedDict):
 @drafts.draft_options
 @click.option(
     "--draft-length",
-    "length",
+    "draft_length",
     metavar="N|auto",
     help="Tokens to draft per step of the model; default: 4.",
 )
@@ -110,7 +110,7 @@ def command(
     draft: str | None,
     draft_plan: Path | None,
     draft_top_k: int | None,
-    length: str | None,
+    draft_length: str | None,
     device: str,
     dtype: str | None,
     backend: str | None,
@@ -140,7 +140,7 @@ def command(
     if prompt is not None and chat is not None:
         raise UsageError("choose one of --prompt and --chat")
     sampling = Sampling(temperature, sampling_top_k, top_p, min_p, seed)
-    num_draft_tokens = drafts.draft_length(length)
+    num_draft_tokens = drafts.draft_length(draft_length)
     text = Text(ckpt)
     rendered = prompt if chat is None else _chat_prompt(text, ckpt, chat, reasoning_effort)
     if chat is None and reasoning_effort is not None:
@@ -203,7 +203,7 @@ def _run(
     settings: Settings,
 ) -> None:
     from moe_surgery.runtime.generate import Generated, Step, generate
-    from moe_surgery.runtime.speculation.speculate import DEFAULT_LENGTH, Speculated, speculate
+    from moe_surgery.runtime.speculation.speculate import DEFAULT_DRAFT_LENGTH, Speculated, speculate
     from moe_surgery.runtime.speculation.statistics import Round
     from moe_surgery.runtime.usage import Stopwatch, peak_memory
 
@@ -222,7 +222,7 @@ def _run(
             model,
             draft,
             [tokens],
-            length=DEFAULT_LENGTH if length is None else length,
+            draft_length=DEFAULT_DRAFT_LENGTH if length is None else length,
             callback=on_step,
             **settings,
         )

@@ -20,7 +20,7 @@ from moe_surgery.cli.options import (
     terminal_of,
 )
 from moe_surgery.errors import UsageError
-from moe_surgery.formats.expert_format import EXPERT_DTYPES, format_named
+from moe_surgery.formats.expert_format import EXPERT_DTYPES, format_by_name
 
 if TYPE_CHECKING:
     from moe_surgery.selection.plan import Plan
@@ -258,7 +258,7 @@ def _count(
     from moe_surgery.pipeline import inspect
 
     inspected = inspect(_needed(ckpt, given[0]))
-    stored = inspected.expert_format if amount.store == "keep" else format_named(amount.store)
+    stored = inspected.expert_format if amount.store == "keep" else format_by_name(amount.store)
     best = inspected.largest(amount.target_size, amount.target_params, stored)
     if amount.target_size is not None:
         return best, {"target_size": amount.target_size, "expert_storage": stored.name}

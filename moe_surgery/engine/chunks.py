@@ -1,4 +1,4 @@
-"""An output file as fixed chunks, and what each chunk is made of."""
+"""An output file as fixed-size chunks, each a list of slices of parts."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ __all__ = [
     "plain_chunks",
 ]
 
-# Large enough that a request costs little beside its bytes, small enough that a handful in flight
-# fits a 64 MiB process; a multiple of any block size, as direct writes require.
+# Large enough that the cost of a request is small, small enough that several in flight fit a 64 MiB
+# process; a multiple of any block size, as direct writes require.
 CHUNK_BYTES: Final = 2 << 20
 
 
 class HasSize(Protocol):
-    """A part of an output file; what makes its bytes knows more of it."""
+    """A part of an output file."""
 
     @property
     def nbytes(self) -> int: ...
 
 
 class TensorLayout(Protocol):
-    """One tensor of an output file; its parts follow one another without gap."""
+    """One tensor of an output file; its parts are contiguous."""
 
     @property
     def parts(self) -> Sequence[HasSize]: ...
@@ -54,7 +54,7 @@ class FileLayout(Protocol):
 class PartSlice:
     """Bytes [start, start + nbytes) of `part`, placed at `position` in the chunk.
 
-    `part` None stands for the file's header. `tensor` is the index of the tensor in the file, -1
+    `part` is None for the file's header. `tensor` is the index of the tensor in the file, -1
     for the header.
     """
 
@@ -105,6 +105,6 @@ def chunks_of(layout: FileLayout, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Ch
 
 
 def plain_chunks(nbytes: int) -> Iterator[Chunk]:
-    """Chunks over a file of `nbytes` bytes of which nothing else is known."""
+    """Chunks of a file of `nbytes` bytes without known parts."""
     for offset in range(0, nbytes, CHUNK_BYTES):
         yield Chunk(offset, min(CHUNK_BYTES, nbytes - offset), ())

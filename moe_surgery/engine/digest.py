@@ -1,4 +1,4 @@
-"""Digests of a file, whole and per tensor, taken as its chunks pass."""
+"""Digests of a file and of its tensors, computed chunk by chunk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["FileDigest", "digest_chunks", "digest_file"]
 
 
 class FileDigest:
-    """xxh3_128 of a file and of each of its `tensors`; feed it the chunks in order."""
+    """xxh3_128 of a file and of each of its `tensors`, updated with the chunks in order."""
 
     def __init__(self, tensors: int = 0) -> None:
         self._whole = xxhash.xxh3_128()
@@ -38,7 +38,7 @@ class FileDigest:
 
 
 def digest_file(source: ByteSource, layout: FileLayout, progress: Callable[[int], None]) -> FileDigest | None:
-    """The digests of a finished file that should be `layout`; None where its size is another.
+    """The digests of a finished file that should be `layout`; None if its size differs.
 
     Raises OutputError or InvalidInputError where it cannot be read.
     """

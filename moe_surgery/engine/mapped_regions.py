@@ -1,4 +1,4 @@
-"""Mapped regions of source shards, shared by threads and given back by the last one."""
+"""Mapped regions of source shards, shared by threads and freed by the last one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["MappedRegions"]
 
 
 class MappedRegions:
-    """Regions of `shards`, which may be opened in several threads at once."""
+    """Regions of `shards`; thread-safe."""
 
     def __init__(self, shards: Mapping[str, Shard]) -> None:
         self._shards = shards
@@ -26,12 +26,12 @@ class MappedRegions:
 
     @contextmanager
     def open(self, span: Span) -> Iterator[npt.NDArray[np.uint8]]:
-        """The mapped bytes of `span`; its pages are given back when no thread uses it any more."""
+        """The mapped bytes of `span`; its pages are freed when no thread uses it any more."""
         shard = self._shards[span.shard]
         with self._lock:
             self._users[span] += 1
         try:
-            yield np.frombuffer(shard.window(span.offset, span.nbytes), np.uint8)
+            yield np.frombuffer(shard.region(span.offset, span.nbytes), np.uint8)
         finally:
             with self._lock:
                 self._users[span] -= 1

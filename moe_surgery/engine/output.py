@@ -1,4 +1,4 @@
-"""What every run does that writes an output file: check the space, stream the bytes, publish."""
+"""Writing an output file: check the space, stream the bytes, publish."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moe_surgery.errors import DiskFullError, OutputError
 __all__ = ["Progress", "check_space", "publish", "write_layout"]
 
 Progress = Callable[[int], None]
-"""Called with a number of bytes each time some have passed."""
+"""Called with the number of bytes processed since the last call."""
 
 
 def check_space(needed: int, out: Path, folder: Path, ops: FileOps) -> None:
@@ -41,9 +41,9 @@ def write_layout(
     *,
     shared: Sequence[Range] = (),
 ) -> None:
-    """Stream `layout`, whose bytes `fill` makes, through `consume` to `file`.
+    """Stream the bytes of `layout`, made by `fill`, through `consume` to `file`.
 
-    `shared` ranges, sorted and disjoint, are not written: the file has them. On any error the file stays
+    `shared` ranges, sorted and disjoint, are already in the file and not written. On any error the file stays
     unpublished; the caller discards it.
     """
 
@@ -55,7 +55,7 @@ def write_layout(
 
 
 def publish(file: OutputFile, ops: FileOps, *, replace: bool = True) -> None:
-    """Flush `file`, give it its name and flush its folder; discard it where that fails."""
+    """Flush and rename `file`, then flush its folder; discard the file if that fails."""
     try:
         file.publish(replace=replace)
     except BaseException:

@@ -1,4 +1,4 @@
-"""Makes the bytes of chunks: positional reads for copies; anything else a converter makes."""
+"""Fills chunks: copies by positional reads, everything else by a converter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Converter", "Producer"]
 
 
 class Converter(Protocol):
-    """Makes the parts of a file that are converted rather than copied.
+    """Fills the parts of a file that are converted rather than copied.
 
     `fill` may run in several threads, in any order.
     """

@@ -1,4 +1,4 @@
-"""Copied bytes whose disk blocks an output file shares with its source (reflink)."""
+"""Copies that share disk blocks with the source instead of being written (reflink)."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ CLONE_BLOCK: Final = 4096
 """Bytes. Source and target offsets must be equal modulo the block size of the file system, nearly always this."""
 
 Range = tuple[int, int]
-"""First byte, and the one after the last, of an output file."""
+"""[begin, end) of an output file, in bytes."""
 
 
 def share_extents(
     layout: FileLayout, file: OutputFile, sources: Mapping[str, Shard]
 ) -> tuple[list[Range], bool]:
-    """Reflink the block-aligned inside of copies whose place in a block is the same.
+    """Reflink the block-aligned ranges of copies whose offsets in source and output are equal modulo the block size.
 
-    Returns the ranges of `file` that need not be written, sorted, and whether the file system can share.
+    Returns the ranges of `file` that need not be written, sorted, and whether the file system supports it.
     """
     shared: list[Range] = []
-    for span, offset in _placed_copies(layout):
+    for span, offset in _merged_copies(layout):
         if (span.offset - offset) % CLONE_BLOCK:
             continue
         begin = offset + -offset % CLONE_BLOCK
@@ -56,7 +56,7 @@ def unshared(chunk: Chunk, shared: Sequence[Range]) -> Iterator[Range]:
         yield position, stop
 
 
-def _placed_copies(layout: FileLayout) -> Iterator[tuple[Span, int]]:
+def _merged_copies(layout: FileLayout) -> Iterator[tuple[Span, int]]:
     """Every copy of the file with its file offset, those adjacent in both files merged."""
     offset = start = 0
     run: Span | None = None

@@ -1,4 +1,4 @@
-"""Writes the files of an output folder, journalled as they finish, so that a killed run can resume."""
+"""Writes the files of an output folder and journals each when finished, so that a killed run can resume."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class WrittenFile:
 
 
 class FolderRun:
-    """Writes files to a `Staging` folder. `bytes_shared` counts those that were reflinked, not written."""
+    """Writes files to a `Staging` folder. `bytes_shared` counts reflinked bytes."""
 
     def __init__(
         self, staging: Staging, sources: Mapping[str, Shard], ops: FileOps, progress: Progress
@@ -55,9 +55,9 @@ class FolderRun:
         self._reflink = True
 
     def resume(self, layouts: Iterable[NamedLayout]) -> dict[str, WrittenFile]:
-        """The files that an earlier run finished and whose bytes still have the recorded digest.
+        """The files that an earlier run finished and whose digest still matches.
 
-        Whatever else lies under the name of a layout is removed.
+        Other files with the name of a layout are removed.
         """
         recorded = {str(e["name"]): e for e in self._staging.finished}
         finished: dict[str, WrittenFile] = {}
@@ -77,7 +77,7 @@ class FolderRun:
     def write(
         self, layouts: Iterable[Layout], producer_of: Callable[[Layout, Mapping[str, Shard]], Producer]
     ) -> dict[str, WrittenFile]:
-        """Write the files in order. Each is flushed and journalled while the next is written."""
+        """Write the files in order; each is flushed and journalled while the next is written."""
         written: dict[str, WrittenFile] = {}
         with ThreadPoolExecutor(1, "flush") as flusher:
             flushing: Future[None] | None = None

@@ -1,4 +1,4 @@
-"""Runs of source bytes, and the part of an output file that copies one."""
+"""Ranges of source bytes, and the part of an output file that copies one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A bounded pipeline: chunks filled by several threads, consumed in order, written by one more thread."""
+"""A bounded pipeline: several threads fill chunks, the caller consumes them in order, one thread writes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moe_surgery.engine.chunks import CHUNK_BYTES, Chunk
 
 __all__ = ["Stage", "stream"]
 
-# More reads in flight than there are cores, since they mostly wait; few enough for their buffers.
+# More reads in flight than cores, since they mostly wait; few enough to bound their buffers.
 FEWEST_WORKERS: Final = 4
 MOST_WORKERS: Final = 8
 WAITING_TO_WRITE: Final = 2
@@ -35,8 +35,8 @@ def stream(
 
     `fill(chunk, buffer)` runs in `workers` threads (default: one a core, 4 to 8), several chunks
     at a time; `consume` in the caller's thread, in the order of `chunks`; `write` in one separate
-    thread, in order. A chunk's buffer is page-aligned and is used again after `write`. Memory is a
-    fixed number of buffers of `CHUNK_BYTES`. The first error ends everything and is raised.
+    thread, in order. A chunk's buffer is page-aligned and is reused after `write`. Memory is a
+    fixed number of buffers of `CHUNK_BYTES`. The first error stops all stages and is raised.
     """
     count = workers or max(FEWEST_WORKERS, min(MOST_WORKERS, os.cpu_count() or 1))
     free: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()
@@ -98,7 +98,7 @@ class _Writer:
             raise self._error
 
     def abandon(self) -> None:
-        """Stop without writing what waits."""
+        """Stop without writing what is queued."""
         self._error = self._error or RuntimeError("abandoned")
         self._queue.put(None)
         self._thread.join()

@@ -1,4 +1,4 @@
-"""Checkpoint (x plan) -> `GgufProgram`: which source bytes make up each tensor of the file, and how."""
+"""Checkpoint (x plan) -> `GgufProgram`: the source bytes of each tensor and their conversion."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ __all__ = ["STORES", "compile_gguf", "default_name"]
 
 STORES = ("keep", "mxfp4")
 FILE_TYPES: Final = MappingProxyType({F32: 0, F16: 1, BF16: 32, MXFP4: 38})
-"""llama.cpp's numbers for what most weights are stored as."""
+"""llama.cpp's numbers for the type of most tensors."""
 QUANTIZATION_VERSION: Final = 2
-# Roles whose tensors llama.cpp wants in float32 whatever their shape; so are all of one axis.
+# Roles that llama.cpp needs in float32, like all tensors with one axis.
 _FLOAT32 = (Role.ROUTER, Role.EXPERT_BIAS)
 
 
@@ -51,16 +51,16 @@ def compile_gguf(
 ) -> GgufProgram:
     """The program that writes `checkpoint`, with `plan` applied to it if given, as one GGUF file.
 
-    `store`: "keep" leaves expert weights as they are stored, "mxfp4" converts dense ones.
+    `store`: "keep" leaves expert weights in their format, "mxfp4" converts dense ones.
 
-    Raises UsageError for an unknown format or a family that llama.cpp does not know, PlanMismatchError for a plan
-    that does not fit, InvalidInputError for a model that llama.cpp would compute otherwise.
+    Raises UsageError for an unknown format or a family that llama.cpp does not support, PlanMismatchError for
+    a plan that does not fit, InvalidInputError for a model that llama.cpp would compute differently.
     """
     if store not in STORES:
         raise UsageError(f"`store` {store}: choose one of {', '.join(STORES)}")
     gguf = model.family.gguf
     if gguf is None:
-        raise UsageError(f"{checkpoint.path}: a {model.model_type} model, which export cannot write as GGUF")
+        raise UsageError(f"{checkpoint.path}: {model.model_type} models cannot be exported as GGUF")
     config = ModelConfig.of(model)
     if (problem := gguf.unsupported(model, config)) is not None:
         raise InvalidInputError(f"config.json: {problem}; this model cannot be exported to GGUF")
@@ -87,7 +87,7 @@ def compile_gguf(
 
 
 def default_name(path: Path) -> str:
-    """What to call the model in `path`: the folder's name, for a snapshot in the hub cache the model's."""
+    """The default model name for `path`: the folder's name, or the model's for a snapshot in the hub cache."""
     hub_id, _ = snapshot_of(path)
     if hub_id:
         return hub_id.rpartition("/")[2]
@@ -107,7 +107,7 @@ def _kept(
         counts = sorted({len(row) for row in plan.layers})
         raise PlanMismatchError(
             f"the plan keeps between {counts[0]} and {counts[-1]} experts per layer, but a GGUF file of the "
-            f"architecture {gguf.architecture} gives one number for all layers; keep the same number in every layer"
+            f"architecture {gguf.architecture} has one number for all layers; keep the same number in every layer"
         )
     return plan.layers, kept, min(plan.top_k or model.top_k, kept)
 
@@ -115,7 +115,7 @@ def _kept(
 def _metadata(
     gguf: GgufArchitecture, config: ModelConfig, name: str, experts: int, top_k: int, target: ExpertFormat
 ) -> Metadata:
-    """What llama.cpp has to know of the model, without its tokenizer."""
+    """The metadata of the model, without its tokenizer."""
     metadata = Metadata()
     metadata.text("general.architecture", gguf.architecture)
     metadata.text("general.type", "model")
@@ -138,16 +138,16 @@ def _tensors(
     weights = model.family.weights
     patterns = gguf.names(weights)
     names = {
-        pattern.format(layer=layer): [n.format(layer=layer) for n in found]
+        pattern.format(layer=layer): [n.format(layer=layer) for n in targets]
         for layer in range(model.layers)
-        for pattern, found in patterns.items()
+        for pattern, targets in patterns.items()
     }
     for tensor in model.tensors:
         kept = layers[tensor.layer] if tensor.has_experts and tensor.layer is not None else None
         targets = names[tensor.name]
         for first, name in enumerate(targets):
             yield _tensor(tensor, name, kept, target, first, len(targets))
-    if not any(t.role is Role.UNEMBEDDING for t in model.tensors):  # tied: llama.cpp wants the matrix twice
+    if not any(t.role is Role.UNEMBEDDING for t in model.tensors):  # tied: llama.cpp needs the matrix twice
         embedding = next(t for t in model.tensors if t.role is Role.EMBEDDING)
         yield _tensor(embedding, names[weights.unembedding][0], None, target, 0, 1)
 
@@ -160,7 +160,7 @@ def _tensor(
     first: int,
     step: int,
 ) -> GgufTensor:
-    """`tensor`, or of one whose rows alternate between `step` tensors the one that begins at `first`."""
+    """The GGUF tensor of `tensor`, or of its rows first, first + step, ..."""
     slowest, *dims = tensor.shape if kept is None else (len(kept), *tensor.shape[1:])
     if tensor.role is Role.EXPERT_WEIGHT:
         assert kept is not None
@@ -197,7 +197,7 @@ def _expert_weight(
         return TensorType[target.dtype], tuple(
             Transpose(v, rows, columns, first, step, source) for v in values
         )
-    if not target.takes(columns):
+    if not target.fits_columns(columns):
         raise UsageError(
             f"`store` mxfp4: tensor {tensor.name!r} has {columns} columns, not whole blocks of {BLOCK_VALUES}"
         )

@@ -57,7 +57,7 @@ class GgufConversions:
             self._rows(part, piece.start, out, self._quantise)
 
     def _widen(self, part: Widen, start: int, out: Bytes) -> None:
-        """Whole floats: alignment of tensors and chunks leaves none cut."""
+        """Chunks hold whole floats, because tensors and chunks are aligned."""
         width = 4 if part.dtype == "F32" else 2
         first, count = start // FLOAT_BYTES, len(out) // FLOAT_BYTES
         begin = (part.first + first * part.step) * width
@@ -81,10 +81,10 @@ class GgufConversions:
             out[:] = rows[skip : skip + len(out)]
 
     def _pack(self, part: Pack, first: int, last: int, out: Bytes, skip: int) -> None:
-        """Output rows [first, last): source rows lie in one run, those of the other tensor between.
+        """Output rows [first, last): their source rows alternate with those of another output tensor.
 
-        That one comes next in the file, so the first reading leaves them in the page cache and the last
-        takes them from there: the disk is read once.
+        That tensor comes next in the file, so the first read keeps the range in the page cache and the
+        second finds it there: the disk is read once.
         """
         groups, count = part.columns // ggml.BLOCK_VALUES, last - first
         row = groups * mxfp4.BLOCK_BYTES
@@ -93,7 +93,7 @@ class GgufConversions:
         blocks = self._read(part.blocks, begin * row, number * row, "blocks", cache=again)
         scales = self._read(part.scales, begin * groups, number * groups, "scales", cache=again)
         if part.step > 1 and not again and last * part.step == part.rows:
-            for span in (part.blocks, part.scales):  # as a whole: of a cut large page nothing would go
+            for span in (part.blocks, part.scales):  # as a whole: parts of a large page would not be dropped
                 self._shards[span.shard].drop_cache(span.offset, span.nbytes)
         ggml.pack(
             blocks.reshape(count, part.step, groups, mxfp4.BLOCK_BYTES)[:, part.first],
@@ -107,7 +107,7 @@ class GgufConversions:
             rows[:] = _chosen(part, raw, first, last).T
 
     def _quantise(self, part: Quantise, first: int, last: int, out: Bytes, skip: int) -> None:
-        """A row cut by the border of two chunks is converted in both, and counted where it begins."""
+        """A row that two chunks share is converted in both and counted in the first."""
         with self._regions.open(part.values) as raw:
             values = np.ascontiguousarray(_chosen(part, raw, first, last))
         cut, groups = 1 if skip else 0, part.columns // ggml.BLOCK_VALUES
@@ -130,18 +130,18 @@ class GgufConversions:
                     self._reports.append(report)
 
     def _read(self, span: Span, start: int, nbytes: int, role: str, *, cache: bool = False) -> Bytes:
-        """Bytes [start, start + nbytes) of `span`, until this thread next reads something of that role."""
+        """Bytes [start, start + nbytes) of `span`, valid until this thread's next read with that role."""
         buffer = self._buffer(role, nbytes)
         self._shards[span.shard].read_into(span.offset + start, buffer.data, cache=cache)
         return buffer
 
     def _buffer(self, role: str, nbytes: int) -> Bytes:
-        """`nbytes` bytes of this thread's own: fresh memory for every chunk would cost its page faults."""
-        held: Bytes | None = getattr(self._scratch, role, None)
-        if held is None or len(held) < nbytes:
-            held = np.empty(nbytes, np.uint8)
-            setattr(self._scratch, role, held)
-        return held[:nbytes]
+        """A per-thread buffer of `nbytes` bytes: new memory for every chunk would cost page faults."""
+        buffer: Bytes | None = getattr(self._scratch, role, None)
+        if buffer is None or len(buffer) < nbytes:
+            buffer = np.empty(nbytes, np.uint8)
+            setattr(self._scratch, role, buffer)
+        return buffer[:nbytes]
 
 
 def _chosen(part: Transpose | Quantise, raw: Bytes, first: int, last: int) -> convert.Words:

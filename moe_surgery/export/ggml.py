@@ -1,8 +1,8 @@
-"""MXFP4 blocks as ggml stores them: the same bits in another order.
+"""MXFP4 blocks in ggml's order of bits.
 
 A ggml block (`block_mxfp4` of ggml-common.h) is the scale byte and then 16 bytes of codes, where byte j
 holds value j in the low nibble and value j + 16 in the high one. The checkpoint holds values 2j and
-2j + 1 in byte j, and the scales in a tensor of their own.
+2j + 1 in byte j, and the scales in a separate tensor.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _HIGH: Final = np.uint64(0xF0F0F0F0F0F0F0F0)
 _NIBBLE: Final = np.uint64(4)
 _BYTE: Final = np.uint16(8)
 _STRIP_BLOCKS: Final = 16384
-"""Blocks at a time: with what is made of them they stay in the cache."""
+"""Blocks at a time, so that temporaries stay in the CPU cache."""
 
 
 def pack(blocks: NDArray[np.uint8], scales: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:

@@ -1,4 +1,4 @@
-"""The GGUF container, version 3, little endian: metadata and tensor table in front of aligned data.
+"""The GGUF container, version 3, little endian: metadata, tensor table, aligned data.
 
 Source: docs/gguf.md of ggml-org/ggml. Strings and arrays carry their length as 64 bits; a tensor's
 dimensions are listed fastest first; offsets count from the end of the header, which is padded.
@@ -21,7 +21,7 @@ _U32, _I32, _F32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
 
 
 class TensorType(IntEnum):
-    """ggml's numbers of the types written here."""
+    """ggml's type numbers."""
 
     F32 = 0
     F16 = 1
@@ -67,11 +67,6 @@ class Metadata:
     def i32s(self, key: str, values: Sequence[int]) -> None:
         self._add(key, _ARRAY, struct.pack(f"<IQ{len(values)}i", _I32, len(values), *values))
 
-    def extend(self, other: Metadata) -> None:
-        """Append the pairs of `other`."""
-        self.packed += other.packed
-        self.keys += other.keys
-
     def _add(self, key: str, kind: int, value: bytes) -> None:
         self.keys.append(key)
         self.packed += _string(key.encode()) + struct.pack("<I", kind) + value
@@ -83,7 +78,7 @@ def padding(nbytes: int) -> int:
 
 
 def header(metadata: Metadata, tensors: Iterable[TensorEntry]) -> bytes:
-    """Everything in front of the tensors' data, padding included."""
+    """Everything before the tensor data, padding included."""
     table = bytearray()
     offset = count = 0
     for tensor in tensors:

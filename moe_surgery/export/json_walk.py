@@ -1,7 +1,7 @@
-"""A large JSON text walked member by member, so that only what is asked for becomes Python objects.
+"""Walks a large JSON text member by member, so that only selected values become Python objects.
 
 A tokenizer of 200 000 tokens is 28 MB of JSON and five times that as dicts and lists. Small values
-go to the strict parser; the walker itself accepts the JSON grammar around them and nothing else.
+go to the strict parser; the walker accepts only valid JSON around them.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _CHECK_BYTES: Final = 1 << 20
 class JsonWalk:
     """The JSON text `raw`, named `where` in errors. Positions are byte offsets of values.
 
-    A callback gets the position of a value and returns the position behind it, as `value`, `members`
-    and `elements` do. Everything raises InvalidInputError for what is not JSON.
+    A callback gets the position of a value and returns the position after it, as do `value`, `members`
+    and `elements`. All methods raise InvalidInputError for what is not JSON.
     """
 
     def __init__(self, raw: bytes, where: str) -> None:
@@ -37,10 +37,10 @@ class JsonWalk:
         _check_utf8(raw, where)
 
     def document(self, take: Callable[[int], int]) -> None:
-        """`take` the text's one value and check that nothing follows it."""
+        """Call `take` with the position of the text's value and check that nothing follows it."""
         end = self.space(take(self.space(0)))
         if end != len(self.raw):
-            self.fail(end, "text behind the end of the document")
+            self.fail(end, "text after the end of the document")
 
     def members(self, at: int, take: Callable[[str, int], int]) -> int:
         """Call `take(key, position)` for every member of the object at `at`."""
@@ -63,7 +63,7 @@ class JsonWalk:
         return at + 1
 
     def value(self, at: int, take: Callable[[object], object] | None = None) -> int:
-        """Parse the value at `at` strictly and hand it to `take`."""
+        """Parse the value at `at` strictly and pass it to `take`."""
         end = self._end(at)
         value = parse_json(self.raw[at:end], where=f"{self.where}, from byte {at}", allow_floats=True)
         if take is not None:
@@ -71,7 +71,7 @@ class JsonWalk:
         return end
 
     def text(self, quoted: bytes) -> bytes:
-        """The UTF-8 bytes that a quoted string stands for."""
+        """The unescaped UTF-8 bytes of a quoted string."""
         if b"\\" not in quoted:
             return quoted[1:-1]
         value = parse_json(quoted, where=self.where)
@@ -79,7 +79,7 @@ class JsonWalk:
         return value.encode()
 
     def space(self, at: int) -> int:
-        """The first position from `at` that is no white space."""
+        """The first position from `at` that is not white space."""
         match = _SPACE.match(self.raw, at)
         assert match is not None
         return match.end()
@@ -104,11 +104,11 @@ class JsonWalk:
             self.fail(at, "expected a comma")
         at = self.space(at + 1)
         if self._closes(at, bracket):
-            self.fail(at, "a comma before the end")
+            self.fail(at, "a trailing comma")
         return at
 
     def _end(self, at: int) -> int:
-        """Behind the value at `at`; what lies between is left to the parser."""
+        """The position after the value at `at`, which is not validated."""
         first = self.raw[at : at + 1]
         if first not in (b"[", b"{"):
             match = (_STRING if first == b'"' else _SCALAR).match(self.raw, at)

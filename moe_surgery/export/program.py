@@ -1,4 +1,4 @@
-"""A `GgufProgram`: the whole output file as pure data, each tensor a run of parts."""
+"""A `GgufProgram`: the whole output file as pure data, each tensor a list of parts."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ GgufPart = Copy | Pad | Widen | Pack | Transpose | Quantise
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """A tensor of the file: its entry in the table, and parts that follow one another without gap."""
+    """A tensor of the file: its entry in the table, and its contiguous parts."""
 
     entry: TensorEntry
     parts: tuple[GgufPart, ...]
@@ -130,7 +130,7 @@ class GgufTensor:
 @dataclass(frozen=True, slots=True)
 class GgufProgram:
     """The file: `header`, then `tensors` in order. `expert_format` is that of the file, `tokens` the size of
-    the tokenizer (0 where there is none), `chat_template` whether there is one."""
+    the tokenizer (0 without one), `chat_template` whether it has one."""
 
     header: bytes
     tensors: tuple[GgufTensor, ...]
@@ -149,16 +149,16 @@ class GgufProgram:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes read from the source shards; those of weights that are split in two count twice."""
+        """Bytes read from the source shards; weights that are split in two count twice."""
         return sum(p.bytes_read for t in self.tensors for p in t.parts)
 
     def bytes_by_type(self) -> dict[str, int]:
         """Bytes of tensors by their type in the file, without padding."""
-        found: dict[str, int] = {}
+        totals: dict[str, int] = {}
         for tensor in self.tensors:
             kind = tensor.entry.type.name
-            found[kind] = found.get(kind, 0) + tensor.entry.nbytes
-        return found
+            totals[kind] = totals.get(kind, 0) + tensor.entry.nbytes
+        return totals
 
     def as_dict(self) -> dict[str, object]:
         """Summary for scripts."""

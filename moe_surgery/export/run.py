@@ -1,4 +1,4 @@
-"""Executes a `GgufProgram`: one file streamed out, which appears under its name as the last act."""
+"""Executes a `GgufProgram`: writes one file, renamed as the last step."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def write_gguf(
 ) -> EncodeReport:
     """Write `program` to the file `out`; returns what conversion to MXFP4 lost.
 
-    `out` must have been cleared (`check_file_output`). `progress` is told bytes as they pass. Whatever
-    happens, nothing half-written stands under the name; on any error nothing of the run is left.
+    `out` must have passed `check_output_file`. `progress` is called with bytes processed. The file appears
+    whole or not at all; on any error nothing is left behind.
 
-    Raises DiskFullError before the first byte if the output cannot fit, and when space runs out
-    meanwhile; OutputError, InvalidInputError for files that cannot be written or read.
+    Raises DiskFullError before the first byte if the output does not fit, and when space runs out
+    during the run; OutputError, InvalidInputError for files that cannot be written or read.
     """
     ops = ops or FileOps()
     with output_lock(out):

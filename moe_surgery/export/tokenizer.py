@@ -1,19 +1,20 @@
 """tokenizer.json, tokenizer_config.json and the chat template as GGUF metadata.
 
-What llama.cpp knows as the "gpt2" tokenizer: byte-level BPE over the strings of the vocabulary, with one
-of its own pre-tokenizers chosen by name.
+llama.cpp's "gpt2" tokenizer: byte-level BPE over the strings of the vocabulary, with one of llama.cpp's
+pre-tokenizers selected by name.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Final, NoReturn
 
 from moe_surgery.checkpoint.checkpoint import Checkpoint
-from moe_surgery.checkpoint.files import printable_path, read_small_file
+from moe_surgery.checkpoint.files import printable_path
+from moe_surgery.checkpoint.source import Folder, read_optional
 from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.checkpoint.text import describe_value
 from moe_surgery.errors import InvalidInputError, OutputError
@@ -42,21 +43,21 @@ O200K_PATTERN: Final = "|".join(
         r"\s+",
     ]
 )
-"""How gpt-4o's and gpt-oss' encodings split text (o200k_base of tiktoken)."""
+"""The pre-tokenizer of gpt-4o and gpt-oss (o200k_base of tiktoken)."""
 
 _ENTRY: Final = re.compile(rb"(" + STRING + rb")[ \t\n\r]*:[ \t\n\r]*(0|[1-9][0-9]{0,8})")
 _PAIR: Final = re.compile(
     rb"\[[ \t\n\r]*(" + STRING + rb")[ \t\n\r]*,[ \t\n\r]*(" + STRING + rb")[ \t\n\r]*\]"
 )
-_JOINED: Final = re.compile(STRING)
+_JOINED_PAIR: Final = re.compile(STRING)
 
 
 @dataclass(slots=True)
 class Tokenizer:
-    """A tokenizer as llama.cpp wants it; texts are UTF-8.
+    """A tokenizer in llama.cpp's terms; texts are UTF-8.
 
     `tokens[i]` is token i, `kinds[i]` its type in llama.cpp; `special` maps "bos", "eos" and "padding"
-    to token numbers; `adds` says whether bos and eos are put around a text.
+    to token numbers; `adds` says whether bos and eos are added to a text.
     """
 
     pre_tokenizer: str
@@ -69,29 +70,29 @@ class Tokenizer:
 
 
 def find_tokenizer(checkpoint: Checkpoint, model: ModelSpec) -> Tokenizer:
-    """The tokenizer beside the shards, or one folder up where the layout keeps it there."""
-    folder = checkpoint.path
-    above = folder.resolve().parent
-    if TOKENIZER_NAME in model.layout.parent_side_files and not (folder / TOKENIZER_NAME).is_file():
-        folder = above if (above / TOKENIZER_NAME).is_file() else folder
-    return read_tokenizer(folder, model.hub_config, model.dimensions["vocabulary"])
+    """The tokenizer next to the shards, or one folder up if the layout has it there."""
+    files = checkpoint.files
+    if TOKENIZER_NAME in model.layout.parent_side_files and not files.is_file(TOKENIZER_NAME):
+        parent = files.folder(os.pardir)
+        files = parent if parent is not None and parent.is_file(TOKENIZER_NAME) else files
+    return read_tokenizer(files, model.hub_config, model.dimensions["vocabulary"])
 
 
-def read_tokenizer(folder: Path, config: Mapping[str, object], vocabulary: int) -> Tokenizer:
+def read_tokenizer(folder: Folder, config: Mapping[str, object], vocabulary: int) -> Tokenizer:
     """The tokenizer in `folder` for a model of `vocabulary` rows; `config` is the model's config.json.
 
     Raises OutputError where tokenizer.json is missing, InvalidInputError where it is malformed, has
-    tokens beyond the vocabulary, or is of a kind that llama.cpp has no name for.
+    tokens beyond the vocabulary, or is of a kind that llama.cpp does not support.
     """
-    file = folder / TOKENIZER_NAME
-    if not file.is_file():
+    where = printable_path(folder.path / TOKENIZER_NAME)
+    raw = read_optional(folder, TOKENIZER_NAME, limit=MAX_BYTES, what="a tokenizer")
+    if raw is None:
         raise OutputError(
-            f"{printable_path(file)}: not found; copy the model's {TOKENIZER_NAME} there, "
-            "or pass `tokenizer=False` for a file that takes and gives token numbers only"
+            f"{where}: not found; copy the model's {TOKENIZER_NAME} there, "
+            "or pass `tokenizer=False` to export without a tokenizer"
         )
-    reader = _Reader(read_small_file(file, limit=MAX_BYTES, what="a tokenizer"), printable_path(file))
-    settings = _settings(folder / SETTINGS_NAME)
-    return reader.tokenizer(vocabulary, settings, config, _template(folder, settings))
+    settings = _settings(folder)
+    return _Reader(raw, where).tokenizer(vocabulary, settings, config, _template(folder, settings))
 
 
 def add_tokenizer(metadata: Metadata, tokenizer: Tokenizer) -> None:
@@ -110,7 +111,7 @@ def add_tokenizer(metadata: Metadata, tokenizer: Tokenizer) -> None:
 
 
 class _Reader:
-    """tokenizer.json walked once: the vocabulary and the merges piece by piece, the rest parsed."""
+    """Reads tokenizer.json in one pass: vocabulary and merges item by item, the rest parsed."""
 
     def __init__(self, raw: bytes, where: str) -> None:
         self._walk = JsonWalk(raw, where)
@@ -151,22 +152,22 @@ class _Reader:
 
     def _entries(self, at: int) -> int:
         """The members of "vocab", which are many: key and value are matched together."""
-        walk, raw, held = self._walk, self._walk.raw, self._vocabulary
+        walk, raw, vocabulary = self._walk, self._walk.raw, self._vocabulary
         if raw[at : at + 1] != b"{":
             walk.fail(at, "expected an object")
         at = walk.space(at + 1)
         while match := _ENTRY.match(raw, at):
             number = int(match[2])
-            if number in held:
-                walk.fail(at, f"token {number} is there twice")
-            held[number] = walk.text(match[1])
+            if number in vocabulary:
+                walk.fail(at, f"token {number} is listed twice")
+            vocabulary[number] = walk.text(match[1])
             at = walk.space(match.end())
             if raw[at : at + 1] == b"}":
                 return at + 1
             if raw[at : at + 1] != b",":
                 walk.fail(at, "expected a comma")
             at = walk.space(at + 1)
-        if not held and raw[at : at + 1] == b"}":
+        if not vocabulary and raw[at : at + 1] == b"}":
             return at + 1
         walk.fail(at, "expected a token and its number")
 
@@ -174,7 +175,7 @@ class _Reader:
         walk = self._walk
         if match := _PAIR.match(walk.raw, at):
             left, right = walk.text(match[1]), walk.text(match[2])
-        elif match := _JOINED.match(walk.raw, at):
+        elif match := _JOINED_PAIR.match(walk.raw, at):
             left, _, right = walk.text(match[0]).partition(b" ")
         else:
             walk.fail(at, "a merge is neither a pair of strings nor one string")
@@ -186,25 +187,25 @@ class _Reader:
     def _check_model(self) -> None:
         kind = self._model.get("type", "BPE")
         if kind != "BPE" or self._model.get("byte_fallback"):
-            self._refuse(f"is a {describe_value(kind)} model", "a byte-level BPE one is needed")
+            self._refuse(f"model.type is {describe_value(kind)}, but only byte-level BPE is supported")
         if not self._vocabulary or not self._merges:
-            self._refuse("holds no vocabulary or no merges", "the file is incomplete")
+            self._refuse("vocabulary or merges are missing")
         if self._parts.get("normalizer") is not None:
-            self._refuse("normalizes text", "llama.cpp would not")
+            self._refuse("unsupported normalizer (llama.cpp has none)")
 
     def _added(self) -> dict[int, tuple[bytes, bool]]:
-        """Number -> content and whether it is special, of the tokens matched before splitting."""
-        found: dict[int, tuple[bytes, bool]] = {}
+        """Added tokens: number -> content and whether it is special."""
+        added: dict[int, tuple[bytes, bool]] = {}
         listed = self._parts.get("added_tokens") or []
         for token in listed if isinstance(listed, list) else [None]:
-            said = token if isinstance(token, dict) else {}
-            number, content = said.get("id"), said.get("content")
+            entry = token if isinstance(token, dict) else {}
+            number, content = entry.get("id"), entry.get("content")
             if type(number) is not int or not isinstance(content, str) or not content:
                 raise InvalidInputError(
                     f"{self._where}: added_tokens holds {describe_value(token)}, not a token"
                 )
-            found[number] = content.encode(), bool(said.get("special")) or _looks_special(content)
-        return found
+            added[number] = content.encode(), bool(entry.get("special")) or _looks_special(content)
+        return added
 
     def _tokens(
         self, added: Mapping[int, tuple[bytes, bool]], vocabulary: int
@@ -213,7 +214,7 @@ class _Reader:
         if highest >= vocabulary:
             raise InvalidInputError(
                 f"{self._where}: token {highest} is beyond the {vocabulary} of the model's vocabulary; "
-                "the tokenizer belongs to another model"
+                "the tokenizer belongs to a different model"
             )
         tokens, kinds = [], []
         for number in range(vocabulary):
@@ -231,7 +232,7 @@ class _Reader:
         return tokens, kinds
 
     def _pre_tokenizer(self) -> str:
-        """llama.cpp's name of how text is split into words."""
+        """llama.cpp's name of the pre-tokenizer."""
         spec = self._parts.get("pre_tokenizer")
         steps = spec.get("pretokenizers") if isinstance(spec, dict) and "pretokenizers" in spec else [spec]
         if isinstance(steps, list) and steps and all(isinstance(s, dict) for s in steps):
@@ -242,10 +243,10 @@ class _Reader:
                     return "gpt-2"
                 if not splits and [_pattern(s) for s in before] == [O200K_PATTERN]:
                     return "gpt-4o"
-        self._refuse("splits text in a way", "known are those of gpt-2 and of gpt-4o")
+        self._refuse("unsupported pre-tokenizer (supported: gpt-2, gpt-4o)")
 
     def _adds(self) -> dict[str, bool]:
-        """Whether a beginning and an end token are put around a text."""
+        """Whether a beginning and an end token are added to a text."""
         spec = self._parts.get("post_processor")
         steps = spec.get("processors", [spec]) if isinstance(spec, dict) else []
         templates = [s for s in steps if isinstance(s, dict) and s.get("type") == "TemplateProcessing"]
@@ -255,28 +256,27 @@ class _Reader:
             if not isinstance(s, dict) or s.get("type") not in ("ByteLevel", "TemplateProcessing")
         ]
         if unknown or len(templates) > 1:
-            self._refuse("puts tokens around a text in a way", "known are a first and a last token")
+            self._refuse("unsupported post-processor (supported: one token before and one after a text)")
         single = templates[0].get("single") if templates else []
         items = [next(iter(i), "") for i in single if isinstance(i, dict)] if isinstance(single, list) else []
         first, _, last = "+".join(items).partition("Sequence")
         if {first, last} - {"", "SpecialToken+", "+SpecialToken"}:
-            self._refuse("puts tokens around a text in a way", "known are a first and a last token")
+            self._refuse("unsupported post-processor (supported: one token before and one after a text)")
         return {"bos": bool(first), "eos": bool(last)}
 
-    def _refuse(self, what: str, why: str) -> NoReturn:
+    def _refuse(self, problem: str) -> NoReturn:
         raise InvalidInputError(
-            f"{self._where}: {what} that llama.cpp has no name for: {why}; "
-            "pass `tokenizer=False` for a file that takes and gives token numbers only"
+            f"{self._where}: {problem}; pass `tokenizer=False` to export without a tokenizer"
         )
 
 
 def _looks_special(content: str) -> bool:
-    """Control tokens that some files forget to mark, as llama.cpp's converter sees them."""
+    """Control tokens that some files do not mark as special; the rule of llama.cpp's converter."""
     return content.startswith("<|") and content.endswith("|>")
 
 
 def _pattern(step: Mapping[str, object]) -> object:
-    """The regular expression of a splitting step that keeps what matches as words."""
+    """The regular expression of a Split step whose matches are isolated."""
     pattern = step.get("pattern")
     if step.get("type") != "Split" or step.get("behavior") != "Isolated" or step.get("invert"):
         return None
@@ -289,41 +289,40 @@ def _special(
     config: Mapping[str, object],
     vocabulary: int,
 ) -> dict[str, int]:
-    """Token numbers by role: what tokenizer_config.json names, else what config.json numbers."""
-    found: dict[str, int] = {}
+    """Token ids by role, from tokenizer_config.json, else from config.json."""
+    special: dict[str, int] = {}
     for name, role in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-        said = settings.get(f"{name}_token")
-        content = said.get("content") if isinstance(said, dict) else said
+        token = settings.get(f"{name}_token")
+        content = token.get("content") if isinstance(token, dict) else token
         number = numbers.get(content.encode()) if isinstance(content, str) else None
         if number is None:
             listed = config.get(f"{name}_token_id")
             number = listed[0] if isinstance(listed, list) and listed else listed  # type: ignore[assignment]
         if type(number) is int and 0 <= number < vocabulary:
-            found[role] = number
-    return found
+            special[role] = number
+    return special
 
 
-def _settings(file: Path) -> Mapping[str, object]:
-    if not file.is_file():
-        return {}
-    raw = read_small_file(file, limit=MAX_BYTES, what="a tokenizer's settings")
-    settings = parse_json(raw, where=printable_path(file), allow_floats=True)
+def _settings(folder: Folder) -> Mapping[str, object]:
+    where = printable_path(folder.path / SETTINGS_NAME)
+    raw = read_optional(folder, SETTINGS_NAME, limit=MAX_BYTES, what="a tokenizer's settings")
+    settings = {} if raw is None else parse_json(raw, where=where, allow_floats=True)
     if not isinstance(settings, dict):
-        raise InvalidInputError(f"{printable_path(file)}: not a JSON object")
+        raise InvalidInputError(f"{where}: not a JSON object")
     return settings
 
 
-def _template(folder: Path, settings: Mapping[str, object]) -> str | None:
-    """The chat template: a file of its own comes first, as in transformers; None where there is none."""
-    file = folder / TEMPLATE_NAME
-    if file.is_file():
-        raw = read_small_file(file, limit=MAX_TEMPLATE_BYTES, what="a chat template")
+def _template(folder: Folder, settings: Mapping[str, object]) -> str | None:
+    """The chat template: a separate file takes precedence, as in transformers; None where there is none."""
+    raw = read_optional(folder, TEMPLATE_NAME, limit=MAX_TEMPLATE_BYTES, what="a chat template")
+    if raw is not None:
         try:
             return raw.decode()
         except UnicodeDecodeError as error:
-            raise InvalidInputError(f"{printable_path(file)}: not UTF-8 at byte {error.start}") from None
-    said = settings.get("chat_template")
-    if isinstance(said, list):
-        named = {e.get("name"): e.get("template") for e in said if isinstance(e, dict)}
-        said = named.get("default")
-    return said if isinstance(said, str) else None
+            where = printable_path(folder.path / TEMPLATE_NAME)
+            raise InvalidInputError(f"{where}: not UTF-8 at byte {error.start}") from None
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        by_name = {e.get("name"): e.get("template") for e in template if isinstance(e, dict)}
+        template = by_name.get("default")
+    return template if isinstance(template, str) else None

@@ -1,4 +1,4 @@
-"""What a model family is to the engine: a table of tensors, their axes and config keys.
+"""A model family as data: a table of tensors, their axes and config keys.
 
 A family says nothing about a particular checkpoint; `families.identify_model` checks a checkpoint against it
 and returns a `ModelSpec`.
@@ -30,7 +30,7 @@ __all__ = [
 
 
 class Role(Enum):
-    """What a tensor is in the model; the value is how people read it."""
+    """What a tensor is in the model; the value is its name in messages."""
 
     EMBEDDING = "embedding"
     NORM = "norm"
@@ -42,12 +42,12 @@ class Role(Enum):
 
     @property
     def has_experts(self) -> bool:
-        """Whether axis 0 counts experts, so that surgery gathers slices instead of copying it whole."""
+        """Whether axis 0 counts experts, so that surgery copies slices of it instead of the whole tensor."""
         return self is Role.ROUTER or self.in_expert
 
     @property
     def in_expert(self) -> bool:
-        """Whether it is part of the experts themselves, which the router's rows are not."""
+        """Whether it is part of an expert itself, unlike the router's rows."""
         return self in (Role.EXPERT_WEIGHT, Role.EXPERT_BIAS)
 
 
@@ -59,7 +59,7 @@ class Tensor:
     "heads*head_dim"; the first is "experts" where `role` has experts. An expert weight is written
     ("experts", rows, columns) and stored in any `ExpertFormat`: as MXFP4 under two names (`name` +
     "_blocks" and "_scales"), or in BF16, F16 or F32, transposed.
-    `present_if` is a config key (with its default) that says whether the tensor exists.
+    `present_if` is a config key and its default that decide whether the tensor exists; "!" negates the key.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class StoredAs:
-    """Where a layout keeps a tensor: under `name`, whole, or rows [start, start + own rows) of it.
+    """Where a layout stores a tensor: under `name`, as a whole or as rows [start, start + its rows) of a fused one.
 
     `start` and `rows` are dimension expressions; `rows` is the row count of the fused tensor.
     """
@@ -86,7 +86,7 @@ class StoredAs:
 
 @dataclass(frozen=True, slots=True)
 class ConfigKey:
-    """A value in config.json: that of the first of `keys` that is there, else `default`.
+    """A value in config.json: that of the first of `keys` present, else `default`.
 
     `unread` are spellings that `Layout.reader` does not read; they are written along with `keys`.
     """
@@ -102,9 +102,9 @@ class Layout:
 
     `names` maps an output name to its `StoredAs`; names not in it are the same. `blocks` and `scales`
     are the two suffixes of an MXFP4 tensor. `side_files_dropped` are files that only make sense in
-    this layout; `parent_side_files` are taken from the folder above when that holds the tokenizer.
-    `hub_config` makes a config.json of the hub's layout from this layout's. `reader` is the program
-    whose reading of config.json is followed, and `dimensions` replaces the family's where it reads
+    this layout; `parent_side_files` are taken from the parent folder where it has a config.json.
+    `hub_config` converts this layout's config.json to the hub's. `reader` is the program whose
+    interpretation of config.json is followed; `dimensions` overrides the family's where it reads
     other keys.
     """
 
@@ -132,7 +132,7 @@ class ProjectionNames:
 
 @dataclass(frozen=True, slots=True)
 class LayerNames:
-    """Which tensor makes which part of a decoder layer; each name holds `{layer}`.
+    """The tensor names of a decoder layer; each contains `{layer}`.
 
     `gate_up` and `down` are expert weights, gate rows at even and up rows at odd positions of `gate_up`.
     """
@@ -153,7 +153,7 @@ class LayerNames:
 
 @dataclass(frozen=True, slots=True)
 class WeightNames:
-    """Which tensor makes which part of a model that the runtime runs, by its names in the hub's layout."""
+    """The tensor names of a model that the runtime runs, in the hub's layout."""
 
     embedding: str
     norm: str
@@ -163,12 +163,12 @@ class WeightNames:
 
 @dataclass(frozen=True, slots=True)
 class GgufArchitecture:
-    """How llama.cpp knows a family.
+    """A family in llama.cpp.
 
-    `names` gives for each tensor its name in GGUF, or two for one whose rows alternate between two of
-    GGUF. `metadata` gives the architecture's keys for a model with a number of experts kept and of
-    experts active: an int is written as u32, a float as f32. `unsupported` says what llama.cpp would
-    compute differently, None where it computes what the model does.
+    `names` maps each tensor to its name in GGUF, or to two for one whose rows alternate between two GGUF
+    tensors. `metadata` returns the architecture's keys for the number of experts kept and of active
+    experts: an int is written as u32, a float as f32. `unsupported` says what llama.cpp would compute
+    differently, or returns None.
     """
 
     architecture: str
@@ -181,8 +181,8 @@ class GgufArchitecture:
 class Family:
     """A model family: its dimensions, tensors, and the config keys that surgery changes.
 
-    `read_config` reads the constants that `config_keys` names; `weights` says which tensors make which
-    part of a layer. `gguf` is None where llama.cpp does not know the family.
+    `read_config` reads the constants that `config_keys` names; `weights` holds the tensor names by their
+    part of the model. `gguf` is None where llama.cpp does not support the family.
     """
 
     model_type: str
@@ -198,6 +198,6 @@ class Family:
 
     @property
     def tied_key(self) -> str | None:
-        """The config key that says that the embedding is the unembedding too; None where none says it."""
+        """The config key that ties the unembedding to the embedding; None if there is none."""
         tensor = next(t for t in self.tensors if t.role is Role.UNEMBEDDING)
         return tensor.present_if[0].removeprefix("!") if tensor.present_if else None

@@ -1,4 +1,4 @@
-"""Which model a checkpoint holds, whatever the files it is spread over."""
+"""Identifies the model in a checkpoint, independently of its sharding."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["identity"]
 def identity(checkpoint: Checkpoint, model: ModelSpec) -> str:
     """A digest (xxh3_128) over the names, dtypes and shapes of all tensors and the bytes of the routers.
 
-    Routers are small and what statistics and plans depend on: checkpoints that were trained apart
+    Routers are small and are what statistics and plans depend on: differently trained checkpoints
     differ there, while the same weights in other shards are the same model.
     """
     digest = xxhash.xxh3_128()

@@ -1,4 +1,4 @@
-"""A family held against a checkpoint: every tensor found, its shape and dtype checked once."""
+"""Checks a checkpoint against a family: every tensor present, with its shape and dtype."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from moe_surgery.formats.expert_format import FORMATS, MXFP4, ExpertFormat, form
 __all__ = ["ModelSpec", "ModelTensor", "build_model_spec"]
 
 FLOATS = frozenset(f.dtype for f in FORMATS.values() if not f.packed)
-# Stored by old versions of transformers and by TRL, used by no model.
+# Saved by old versions of transformers and by TRL, not used by any model.
 IGNORED_TENSORS = (
-    (re.compile(r"(^|\.)rotary_emb\.inv_freq$"), "a buffer that follows from config.json"),
+    (re.compile(r"(^|\.)rotary_emb\.inv_freq$"), "a buffer computed from config.json"),
     (re.compile(r"^v_head\."), "a value head of TRL"),
 )
 MAX_EXPERTS = 1024
 MAX_LAYERS = 10_000
 PER_LAYER = ("per_layer_config", "block_configs")
-"""Where transformers, and NVIDIA's Puzzle models, keep what differs by layer."""
+"""Config keys of transformers, and of NVIDIA's Puzzle models, for settings that differ by layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +61,10 @@ class ModelTensor:
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """A checkpoint understood: family, layout, dimensions and all tensors in output order.
+    """An identified checkpoint: family, layout, dimensions and all tensors in output order.
 
-    `expert_format` is how all expert weights are stored. `notes` are lines on what of the checkpoint is
-    ignored, and on what is read in another way than someone might expect.
+    `expert_format` is that of all expert weights. `notes` say what is ignored in the checkpoint, and what is
+    read differently than one might expect.
     """
 
     family: Family
@@ -81,7 +81,7 @@ class ModelSpec:
 
     @property
     def hub_config(self) -> Mapping[str, object]:
-        """config.json as the hub's layout has it."""
+        """config.json in the hub's layout."""
         return self.layout.hub_config(self.config) if self.layout.hub_config else self.config
 
     @property
@@ -114,7 +114,7 @@ class ModelSpec:
 
 
 def build_model_spec(checkpoint: Checkpoint, families: tuple[Family, ...]) -> ModelSpec:
-    """Recognise `checkpoint` as one of `families` and check it whole.
+    """Recognise `checkpoint` as one of `families` and check all of it.
 
     Raises InvalidInputError for an unknown model type, a missing, surplus or misshapen tensor, and
     configuration that contradicts the tensors; one line, naming file and tensor.
@@ -125,7 +125,7 @@ def build_model_spec(checkpoint: Checkpoint, families: tuple[Family, ...]) -> Mo
     used: set[str] = set()
     notes = [*config_notes, *checkpoint.notes]
     for layer, tensor in _expand(family, dimensions["layers"]):
-        present = _present(tensor, checkpoint.config)
+        present = _is_present(tensor, checkpoint.config)
         if (
             not present
             and tensor.role is Role.UNEMBEDDING
@@ -133,11 +133,11 @@ def build_model_spec(checkpoint: Checkpoint, families: tuple[Family, ...]) -> Mo
         ):
             present = True
             notes.append(
-                f"{checkpoint.config_path}: ties the embeddings, but {tensor.name} is stored; it is used as "
-                "stored, as in transformers"
+                f"{checkpoint.config_path}: ties the embeddings, but {tensor.name} is stored; the stored "
+                "tensor is used, as in transformers"
             )
         if present:
-            tensors.append(_locate(checkpoint, layout, tensor, layer, dimensions, used))
+            tensors.append(_resolve_tensor(checkpoint, layout, tensor, layer, dimensions, used))
     surplus = sorted(set(checkpoint.tensors) - used)
     ignored = {n: why for n in surplus for pattern, why in IGNORED_TENSORS if pattern.search(n)}
     if ignored:
@@ -149,15 +149,15 @@ def build_model_spec(checkpoint: Checkpoint, families: tuple[Family, ...]) -> Mo
         )
     if surplus := [name for name in surplus if name not in ignored]:
         raise InvalidInputError(
-            f"{checkpoint.where(surplus[0])}: a {family.model_type} model of {dimensions['layers']} layers has no "
-            f"such tensor ({len(surplus)} surplus in all); {checkpoint.config_path} and the shards disagree"
+            f"{checkpoint.where(surplus[0])}: is not part of a {family.model_type} model of {dimensions['layers']} "
+            f"layers (unexpected tensors: {len(surplus)}); {checkpoint.config_path} and the shards disagree"
         )
     stored = {t.format: t for t in tensors if t.format is not None}
     if len(stored) > 1:
         (one, first), (other, second) = list(stored.items())[:2]
         raise InvalidInputError(
             f"{checkpoint.where(first.stored.name)} is stored as {one.label}, "
-            f"{checkpoint.where(second.stored.name)} as {other.label}: expert weights must be all in one format"
+            f"{checkpoint.where(second.stored.name)} as {other.label}: all expert weights must have the same format"
         )
     expert_format = next(iter(stored))
     return ModelSpec(
@@ -166,7 +166,7 @@ def build_model_spec(checkpoint: Checkpoint, families: tuple[Family, ...]) -> Mo
 
 
 def _recognise(checkpoint: Checkpoint, families: tuple[Family, ...]) -> tuple[Family, Layout]:
-    known = ", ".join(f.model_type for f in families)
+    supported = ", ".join(f.model_type for f in families)
     model_type = checkpoint.config.get("model_type")
     for family in families:
         if model_type is not None and model_type != family.model_type:
@@ -177,36 +177,36 @@ def _recognise(checkpoint: Checkpoint, families: tuple[Family, ...]) -> tuple[Fa
                 return family, layout
         if model_type == family.model_type:
             raise InvalidInputError(
-                f"{checkpoint.path}: tensor {family.tensors[0].name!r} is in no shard of this "
-                f"{family.title} checkpoint; a file is missing, or it was saved without it"
+                f"{checkpoint.path}: tensor {family.tensors[0].name!r} is missing from this "
+                f"{family.title} checkpoint; a file is missing, or it was saved without the tensor"
             )
     raise InvalidInputError(
-        f"{checkpoint.config_path}: model_type {describe_value(model_type)} is not supported; known: {known}"
+        f"{checkpoint.config_path}: unsupported model_type {describe_value(model_type)} (supported: {supported})"
     )
 
 
 def _dimensions(
     checkpoint: Checkpoint, family: Family, layout: Layout
 ) -> tuple[dict[str, int], tuple[str, ...]]:
-    """The dimensions that config.json gives, and a note for each that it gives in two ways."""
-    found: dict[str, int] = {}
+    """The dimensions in config.json, and a note for each that it gives twice with different values."""
+    dimensions: dict[str, int] = {}
     notes: list[str] = []
     for name in PER_LAYER:
         if checkpoint.config.get(name):
             raise InvalidInputError(
-                f"{checkpoint.config_path}: {name} gives some layers their own configuration, which is not supported"
+                f"{checkpoint.config_path}: {name} configures layers individually, which is not supported"
             )
     for dimension, key in {**family.dimensions, **layout.dimensions}.items():
-        said: dict[str, object] = {k: _positive(checkpoint, k) for k in key.keys if k in checkpoint.config}
-        used = next(iter(said), None)
+        values: dict[str, object] = {k: _positive(checkpoint, k) for k in key.keys if k in checkpoint.config}
+        used = next(iter(values), None)
         if used is None and key.default is None:
             names = " or ".join(map(repr, key.keys))
             raise InvalidInputError(f"{checkpoint.config_path}: key {names} is missing")
-        value = key.default if used is None else said[used]
+        value = key.default if used is None else values[used]
         assert isinstance(value, int)
-        found[dimension] = value
-        said |= {k: checkpoint.config[k] for k in key.unread if k in checkpoint.config}
-        others = " and ".join(f"{k} is {describe_value(v)}" for k, v in said.items() if v != value)
+        dimensions[dimension] = value
+        values |= {k: checkpoint.config[k] for k in key.unread if k in checkpoint.config}
+        others = " and ".join(f"{k} is {describe_value(v)}" for k, v in values.items() if v != value)
         if used is None and key.unread:
             others = f"{others}, " if others else ""
             notes.append(
@@ -219,15 +219,15 @@ def _dimensions(
                 f"{used}"
             )
     for dimension, most in (("experts", MAX_EXPERTS), ("layers", MAX_LAYERS)):
-        if found[dimension] > most:
+        if dimensions[dimension] > most:
             raise InvalidInputError(
-                f"{checkpoint.config_path}: {found[dimension]} {dimension}; at most {most} are supported"
+                f"{checkpoint.config_path}: {dimensions[dimension]} {dimension}; at most {most} are supported"
             )
-    if found["top_k"] > found["experts"]:
+    if dimensions["top_k"] > dimensions["experts"]:
         raise InvalidInputError(
-            f"{checkpoint.config_path}: top-k {found['top_k']} is more than the {found['experts']} experts"
+            f"{checkpoint.config_path}: top-k {dimensions['top_k']} is more than the {dimensions['experts']} experts"
         )
-    return found, tuple(notes)
+    return dimensions, tuple(notes)
 
 
 def _positive(checkpoint: Checkpoint, key: str) -> int:
@@ -249,7 +249,7 @@ def _expand(family: Family, layers: int) -> Iterator[tuple[int | None, Tensor]]:
     yield from ((None, t) for t in family.tensors[first:] if not t.per_layer)
 
 
-def _present(tensor: Tensor, config: Mapping[str, object]) -> bool:
+def _is_present(tensor: Tensor, config: Mapping[str, object]) -> bool:
     if tensor.present_if is None:
         return True
     key, default = tensor.present_if
@@ -266,7 +266,7 @@ def _evaluate(expression: str, dimensions: Mapping[str, int]) -> int:
     )
 
 
-def _locate(
+def _resolve_tensor(
     checkpoint: Checkpoint,
     layout: Layout,
     tensor: Tensor,
@@ -284,12 +284,12 @@ def _locate(
     if tensor.role is Role.EXPERT_WEIGHT:
         expert_format, stored, scales = _find_expert_weight(checkpoint, layout, where.name, shape)
     else:
-        stored = _find_plain(checkpoint, where, shape, dimensions)
+        stored = _find_dense_tensor(checkpoint, where, shape, dimensions)
     used.update(ref.name for ref in (stored, scales) if ref)
     return ModelTensor(name, tensor.role, layer, shape, stored, scales, expert_format)
 
 
-def _find_plain(
+def _find_dense_tensor(
     checkpoint: Checkpoint, where: StoredAs, shape: tuple[int, ...], dimensions: Mapping[str, int]
 ) -> TensorRef:
     ref = _get(checkpoint, where.name)
@@ -301,16 +301,16 @@ def _find_plain(
 def _find_expert_weight(
     checkpoint: Checkpoint, layout: Layout, name: str, shape: tuple[int, ...]
 ) -> tuple[ExpertFormat, TensorRef, TensorRef | None]:
-    """MXFP4 blocks with their scales, or a dense tensor: told apart by dtype and by the scales.
+    """MXFP4 blocks with their scales, or a dense tensor: distinguished by dtype and by the scales.
 
     (transformers saves a dequantised model's dense weights under the name of the blocks.)
     """
     experts, rows, columns = shape
     blocks = checkpoint.tensors.get(name + layout.blocks)
     if blocks is not None and (blocks.dtype == "U8" or name + layout.scales in checkpoint.tensors):
-        if not MXFP4.takes(columns):
+        if not MXFP4.fits_columns(columns):
             raise InvalidInputError(
-                f"{checkpoint.where(blocks.name)}: {columns} columns are not whole MXFP4 blocks of 32"
+                f"{checkpoint.where(blocks.name)}: {columns} columns are not a multiple of the MXFP4 block size 32"
             )
         scales = _get(checkpoint, name + layout.scales)
         for part, tensor in zip((blocks, scales), MXFP4.tensors(rows, columns), strict=True):
@@ -329,11 +329,11 @@ def _get(checkpoint: Checkpoint, name: str) -> TensorRef:
     ref = checkpoint.tensors.get(name)
     if ref is None:
         reason = (
-            f"{INDEX_NAME} does not list it either: it was saved without it"
+            f"{INDEX_NAME} does not list it either: the checkpoint was saved without it"
             if checkpoint.index is not None
-            else "a file is missing, or it was saved without it"
+            else "a file is missing, or the checkpoint was saved without it"
         )
-        raise InvalidInputError(f"{checkpoint.path}: tensor {name!r} is in no shard; {reason}")
+        raise InvalidInputError(f"{checkpoint.path}: tensor {name!r} is missing; {reason}")
     return ref
 
 

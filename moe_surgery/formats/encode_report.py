@@ -11,7 +11,7 @@ __all__ = ["EncodeReport"]
 
 @dataclass(frozen=True)
 class EncodeReport:
-    """What encoding to MXFP4 lost; those of parts give a `total`.
+    """What encoding to MXFP4 lost; reports of parts add up with `total`.
 
     blocks: blocks encoded. inexact_blocks: those that do not decode to the same bits. error_sq and
     norm_sq: sums, in float64, of (value - decoded value)^2 and value^2 over the blocks of finite values.
@@ -24,12 +24,12 @@ class EncodeReport:
 
     @property
     def relative_error(self) -> float:
-        """The root of error_sq / norm_sq; 0 when there is no error."""
+        """sqrt(error_sq / norm_sq); 0 if there is no error."""
         return math.sqrt(self.error_sq / self.norm_sq) if self.error_sq else 0.0
 
     @classmethod
     def total(cls, parts: Iterable[EncodeReport]) -> EncodeReport:
-        """All parts together, summed so that their order does not show."""
+        """The sum of all parts, independent of their order."""
         reports = list(parts)
         return cls(
             sum(r.blocks for r in reports),

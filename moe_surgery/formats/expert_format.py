@@ -1,4 +1,4 @@
-"""How expert weights are stored: the formats, and what a weight takes in each.
+"""The formats of expert weights: tensors and bytes of a weight in each.
 
 Data only, without numpy: `moe_surgery.formats.convert` turns one into another.
 """
@@ -21,7 +21,7 @@ __all__ = [
     "MXFP4",
     "ExpertFormat",
     "StoredTensor",
-    "format_named",
+    "format_by_name",
     "format_of_dtype",
 ]
 
@@ -39,7 +39,7 @@ class StoredTensor:
 class ExpertFormat:
     """A format of expert weights.
 
-    `name` is how options and JSON spell it, `label` how people read it, `dtype` the safetensors dtype of
+    `name` is its spelling in options and JSON, `label` its name in messages, `dtype` the safetensors dtype of
     its values (of the blocks where `packed`). `block_bytes` bytes, scale included, hold `block_values`
     values along a row. Dense formats are stored transposed, [experts, columns, rows]; MXFP4 as blocks
     [experts, rows, columns/32, 16] and scales [experts, rows, columns/32]. `significand` and `exponents`
@@ -69,7 +69,7 @@ class ExpertFormat:
             StoredTensor("_scales", "U8", (rows, groups)),
         )
 
-    def takes(self, columns: int) -> bool:
+    def fits_columns(self, columns: int) -> bool:
         """Whether rows of `columns` values are whole blocks."""
         return columns % self.block_values == 0
 
@@ -77,8 +77,8 @@ class ExpertFormat:
         """Bytes of `values` weights."""
         return values * self.block_bytes // self.block_values
 
-    def holds(self, other: ExpertFormat) -> bool:
-        """Whether every finite value of `other` is a value of this format."""
+    def can_represent(self, other: ExpertFormat) -> bool:
+        """Whether this format can represent every finite value of `other`."""
         return (
             not self.packed
             and self.significand >= other.significand
@@ -87,7 +87,7 @@ class ExpertFormat:
         ) or self == other
 
 
-# MXFP4's exponents are those of its values in BF16: what is larger is an infinity there.
+# MXFP4's exponents are those of its values in BF16; larger values become infinities there.
 MXFP4: Final = ExpertFormat("mxfp4", "MXFP4", "U8", 32, 17, 2, (-126, 127))
 BF16: Final = ExpertFormat("bf16", "BF16", "BF16", 1, 2, 8, (-126, 127))
 F16: Final = ExpertFormat("f16", "F16", "F16", 1, 2, 11, (-14, 15))
@@ -100,7 +100,7 @@ EXPERT_DTYPES: Final = ("keep", *FORMATS)
 """What `store` may be: a format, or "keep" for the source's."""
 
 
-def format_named(name: str) -> ExpertFormat:
+def format_by_name(name: str) -> ExpertFormat:
     """The format called `name`. Raises InvalidInputError for an unknown one."""
     if name not in FORMATS:
         raise InvalidInputError(

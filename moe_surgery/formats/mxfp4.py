@@ -2,7 +2,7 @@
 
 Both give the same bits; `moe_surgery.formats.mxfp4_numpy` is the specification. BF16 arrays are uint16
 arrays of their bits. "Transposed" is the layout of BF16 checkpoints, [inputs, rows], against MXFP4's
-[rows, inputs]. The first axis of every array may have any stride (a window such as `blocks[:, a:b]`,
+[rows, inputs]. The first axis of every array may have any stride (a slice such as `blocks[:, a:b]`,
 a range of columns of the output), the other axes must be contiguous; pointers may be unaligned.
 
 Calls release the GIL and run on one thread: to use more, call them for disjoint parts from several.
@@ -39,7 +39,7 @@ _NATIVE_NAMES: Final = ("avx512", "avx2", "neon", "scalar")
 
 
 def instruction_sets() -> tuple[str, ...]:
-    """Return the names `isa` may have on this machine, best first; "numpy" is always among them."""
+    """Return the values of `isa` available on this machine, best first; "numpy" is always among them."""
     module = native_module()
     return (*(module.instruction_sets() if module else ()), "numpy")
 
@@ -95,13 +95,13 @@ def encode_transposed(
     `decode_transposed` wrote comes back without loss, infinities included (codes and scale may differ
     from the original ones, the decoded bits do not).
 
-    Raises InvalidInputError, naming the position, for a NaN or an infinity that no MXFP4 block gives,
+    Raises InvalidInputError, naming the position, for a NaN, or an infinity that no MXFP4 block decodes to,
     and UsageError for a shape, dtype, layout or `isa` that does not fit.
     """
     _check_array("values", values, np.uint16, 2)
     inputs, rows = values.shape
     if inputs % BLOCK_VALUES:
-        raise UsageError(f"values has {inputs} rows, which is no multiple of {BLOCK_VALUES}")
+        raise UsageError(f"values has {inputs} rows, which is not a multiple of {BLOCK_VALUES}")
     groups = inputs // BLOCK_VALUES
     blocks = _check_or_make("blocks", blocks, np.uint8, (rows, groups, BLOCK_BYTES))
     scales = _check_or_make("scales", scales, np.uint8, (rows, groups))
@@ -173,7 +173,7 @@ def _check_array(name: str, array: NDArray[Any], dtype: type, dimensions: int) -
         raise UsageError(
             f"{name} is {array.dtype} with {array.ndim} axes, expected {dtype.__name__} with {dimensions}"
         )
-    # The strides of an axis of one element, and of an empty array, say nothing.
+    # The strides of an axis of one element, and of an empty array, do not matter.
     contiguous = array.size == 0 or array.shape[0] == 0 or array[0].flags.c_contiguous
     whole = array.shape[0] <= 1 or array.strides[0] % array.itemsize == 0
     if not (contiguous and whole):
@@ -183,5 +183,5 @@ def _check_array(name: str, array: NDArray[Any], dtype: type, dimensions: int) -
 def _describe_bad_block(values: NDArray[np.uint16], row: int, block: int) -> str:
     magnitudes = values[BLOCK_VALUES * block : BLOCK_VALUES * (block + 1), row] & mxfp4_numpy.MAGNITUDE
     has_nan = bool((magnitudes > mxfp4_numpy.INFINITY).any())
-    reason = "a NaN" if has_nan else "an infinity beside values that no MXFP4 block has with it"
+    reason = "a NaN" if has_nan else "an infinity that no MXFP4 block decodes to"
     return f"row {row}, block {block} of {BLOCK_VALUES} values holds {reason}: MXFP4 cannot represent it"

@@ -6,7 +6,7 @@ value is that times 2^(s-127). It is exact in BF16, subnormals included; what is
 (possible for s >= 253) becomes an infinity. The sign survives in every case, also that of zero.
 BF16 values are handled as uint16 arrays that hold their bits.
 
-Functions here trust their arguments; `moe_surgery.formats.mxfp4` checks them.
+Functions here do not check their arguments; `moe_surgery.formats.mxfp4` does.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Encoded(NamedTuple):
 def bf16_bits(value: float) -> int:
     """Return the BF16 bits of a value >= 0 that BF16 holds exactly, or infinity if it is too large.
 
-    Computed on integers, so that a thread that flushes subnormal floats to zero gets them too.
+    Computed on integers, so that subnormals are right even in a thread that flushes them to zero.
     """
     fraction, exponent = math.frexp(value)  # value = fraction * 2^exponent, 0.5 <= fraction < 1
     biased = exponent + 126
@@ -57,7 +57,7 @@ def bf16_bits(value: float) -> int:
 
 @cache
 def float64_table() -> NDArray[np.float64]:
-    """The value of every BF16 bit pattern: float64 [65536]; also without subnormal floats."""
+    """The value of every BF16 bit pattern: float64 [65536]; also in a thread that flushes subnormals to zero."""
     bits = np.arange(1 << 16)
     exponent, fraction = (bits >> 7) & 255, bits & 127
     significand = np.where(exponent > 0, fraction + 128, fraction).astype(np.float64)
@@ -171,7 +171,7 @@ def first_scales(values: NDArray[np.uint16]) -> NDArray[np.uint8]:
 
     The largest magnitude gets the binade of the largest code (6 = 1.5 * 2^2): its exponent field less
     2, and not below 0. A block of zeros therefore gets 0. A block with an infinity gets
-    `OVERFLOW_SCALE`: if any scale gives such a block, that one does.
+    `OVERFLOW_SCALE`: if any scale can represent the block, that one can.
     """
     largest = (values & MAGNITUDE).max(axis=0)
     exponent = (largest >> 7).astype(np.int64)

@@ -1,4 +1,4 @@
-"""The one place that finds the compiled extension, or knows why it is not there.
+"""Loads the compiled extension, or says why it is not available.
 
 The environment variable `MOE_SURGERY_NATIVE=0` disables the extension, so that everything runs on
 numpy. It is read at every call; the extension itself is imported once.
@@ -22,7 +22,7 @@ def native_module() -> ModuleType | None:
 
 
 def native_reason() -> str | None:
-    """Return why there is no extension to use, or None."""
+    """Return why the extension is not available, or None."""
     if native_disabled():
         return f"disabled by {NATIVE_VARIABLE}={os.environ[NATIVE_VARIABLE]}"
     module, reason = _load()
@@ -30,7 +30,7 @@ def native_reason() -> str | None:
 
 
 def native_status() -> str:
-    """Return one line that says which instruction sets are in use, or why there is no extension."""
+    """Return one line that says which instruction sets are in use, or why the extension is not available."""
     if (reason := native_reason()) is not None:
         return f"{reason}; numpy is used"
     module, _ = _load()
@@ -46,7 +46,7 @@ def native_disabled() -> bool:
 
 @cache
 def _load() -> tuple[ModuleType | None, str]:
-    # Only ImportError means "not there"; a broken extension that fails otherwise should be seen.
+    # Only ImportError means "not available"; a broken extension should fail visibly.
     try:
         return importlib.import_module("moe_surgery._native"), ""
     except ImportError as error:

@@ -26,7 +26,7 @@ from moe_surgery.quality.text_files import Texts, as_text_files
 from moe_surgery.runtime.load import load_model
 from moe_surgery.runtime.model import CausalLM
 from moe_surgery.runtime.text import Text
-from moe_surgery.selection.given import Named, loaded_pairs
+from moe_surgery.selection.arguments import Named, load_pairs
 from moe_surgery.selection.plan import Plan, check_top_k, load_plan, plan_keeping
 
 __all__ = ["evaluate", "evaluate_passages"]
@@ -86,7 +86,7 @@ def evaluate(
     """
     if batch_tokens < 1:
         raise UsageError(f"`batch_tokens` {batch_tokens}: must be at least 1")
-    named_plans = loaded_pairs(plans, Plan, load_plan)
+    named_plans = load_pairs(plans, Plan, load_plan)
     with Checkpoint.open(checkpoint) as opened:
         described = families.identify_model(opened)
         source_identity = identity(opened, described)

@@ -9,12 +9,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 
 from moe_surgery.checkpoint.files import printable_path, read_small_file
-from moe_surgery.checkpoint.kinds import EVALUATION, reads
+from moe_surgery.checkpoint.kinds import EVALUATION, expects
 from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.checkpoint.text import describe_value
 from moe_surgery.errors import InvalidInputError
+from moe_surgery.selection.arguments import PathLike, load_if_path
 from moe_surgery.selection.fields import is_integer
-from moe_surgery.selection.given import PathLike, loaded
 
 __all__ = ["EVALUATION_FORMAT", "Evaluation", "ModelResult", "Quality", "as_evaluation", "load_evaluation"]
 
@@ -122,10 +122,10 @@ class Evaluation:
 
 def as_evaluation(evaluation: Evaluation | PathLike) -> Evaluation:
     """`evaluation`, or the one in the file of that path."""
-    return loaded(evaluation, Evaluation, load_evaluation)
+    return load_if_path(evaluation, Evaluation, load_evaluation)
 
 
-@reads("an evaluation", EVALUATION)
+@expects("an evaluation", EVALUATION)
 def load_evaluation(path: str | os.PathLike[str]) -> Evaluation:
     """Read an evaluation file.
 

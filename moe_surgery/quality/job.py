@@ -24,7 +24,7 @@ from moe_surgery.quality.resume import check_writable, default_context, job_dige
 from moe_surgery.quality.text_files import Texts, as_text_files
 from moe_surgery.runtime.load import load_model
 from moe_surgery.runtime.text import Text
-from moe_surgery.selection.given import PathLike
+from moe_surgery.selection.arguments import PathLike
 from moe_surgery.selection.plan import Plan, as_plan
 from moe_surgery.selection.statistics import (
     ExpertStatistics,

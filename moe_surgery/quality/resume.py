@@ -27,7 +27,7 @@ def default_context(checkpoint: str | os.PathLike[str], context: int | None) -> 
     if context is None:
         return min(most, CONTEXT)
     if not 1 <= context <= most:
-        raise UsageError(f"`context` {context}: this model takes 1 to {most} tokens")
+        raise UsageError(f"`context` {context}: this model supports 1 to {most} tokens")
     return context
 
 

@@ -19,7 +19,7 @@ from moe_surgery.checkpoint.files import open_regular, printable_path
 from moe_surgery.checkpoint.kinds import NOT_TEXTS, kind_of, wrong_kind
 from moe_surgery.errors import InvalidInputError, OutputError, UsageError
 from moe_surgery.quality.json_list import JsonList
-from moe_surgery.selection.given import PathLike
+from moe_surgery.selection.arguments import PathLike
 
 __all__ = ["FORMATS", "TextFile", "Texts", "as_text_files", "blocks", "rows", "text_files"]
 

@@ -30,7 +30,7 @@ from moe_surgery.report.sections import (
     map_section,
     overlap_section,
 )
-from moe_surgery.selection.given import Named, PathLike, loaded_pairs
+from moe_surgery.selection.arguments import Named, PathLike, load_pairs
 from moe_surgery.selection.plan import Plan, load_plan
 from moe_surgery.selection.statistics import Statistics, as_statistics
 
@@ -95,8 +95,8 @@ def read_inputs(
 ) -> tuple[Statistics, list[tuple[str, Plan]], list[tuple[str, Evaluation]]]:
     """The inputs, loaded and checked; raises as `build_report`."""
     statistics = as_statistics(statistics)
-    named_plans = loaded_pairs(plans, Plan, load_plan)
-    named_evaluations = loaded_pairs(evaluations, Evaluation, load_evaluation)
+    named_plans = load_pairs(plans, Plan, load_plan)
+    named_evaluations = load_pairs(evaluations, Evaluation, load_evaluation)
     for name, plan in named_plans:
         check_plan(plan, statistics, name)
     for name, evaluation in named_evaluations:

@@ -29,7 +29,7 @@ from moe_surgery.report.page import read_inputs
 from moe_surgery.report.palette import SERIES_LIGHT, sequential
 from moe_surgery.report.sections import first_overlap
 from moe_surgery.report.svg import Chart, Series, ticks, whole_ticks
-from moe_surgery.selection.given import Named, PathLike
+from moe_surgery.selection.arguments import Named, PathLike
 from moe_surgery.selection.metrics import METRICS
 from moe_surgery.selection.plan import Plan
 from moe_surgery.selection.statistics import Statistics

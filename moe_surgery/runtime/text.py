@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_surgery.checkpoint.files import printable_path, read_small_file
-from moe_surgery.checkpoint.resolve import resolve
+from moe_surgery.checkpoint.checkpoint import open_folder
+from moe_surgery.checkpoint.files import printable_path
+from moe_surgery.checkpoint.source import Folder, read_optional, read_small
 from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.errors import InvalidInputError, OutputError, UsageError
 from moe_surgery.families.model_config import token_ids
@@ -32,21 +32,21 @@ class Text:
     `stop_tokens` are those of generation_config.json, empty where it names none.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str] | Folder) -> None:
         """Raises OutputError where the tokenizer is missing, InvalidInputError where it is broken,
         UsageError where the tokenizers package is not installed."""
         try:
             from tokenizers import Tokenizer
         except ImportError:
             raise UsageError("text needs the tokenizers package: pip install 'moe-surgery[torch]'") from None
-        place = resolve(path)
-        self._folder = place if place.is_dir() else place.parent
+        self._files = open_folder(path)
+        self._folder = self._files.path
         file = self._folder / "tokenizer.json"
-        if not file.is_file():
+        raw = read_optional(self._files, file.name, limit=MAX_BYTES, what="a tokenizer")
+        if raw is None:
             raise OutputError(
                 f"{printable_path(file)}: not found; copy the model's tokenizer.json there to use text"
             )
-        raw = read_small_file(file, limit=MAX_BYTES, what="a tokenizer")
         try:
             self._tokenizer = Tokenizer.from_str(raw.decode())
         except Exception as error:  # the package raises bare Exceptions
@@ -56,9 +56,9 @@ class Text:
         self.stop_tokens = token_ids(self._json("generation_config.json").get("eos_token_id"))
 
     def encode(self, text: str) -> list[int]:
-        """Token numbers; special tokens written out in `text` become those tokens.
+        """Token ids; special tokens written out in `text` become those tokens.
 
-        Raises UsageError for a text with lone surrogates, which bytes that are no UTF-8 become.
+        Raises UsageError for lone surrogates, which stand for bytes that are not UTF-8.
         """
         try:
             text.encode()
@@ -71,11 +71,11 @@ class Text:
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
 
     def parser(self, prompt: Sequence[int]) -> Harmony:
-        """What splits the tokens generated after `prompt` into reasoning, answer and tool calls."""
+        """A parser of the tokens generated after `prompt` into reasoning, answer and tool calls."""
         return Harmony(self, self._markers(), prompt)
 
     def split(self, prompt: Sequence[int], tokens: Sequence[int]) -> Reply:
-        """All `tokens` generated after `prompt`, split."""
+        """All `tokens` generated after `prompt`, parsed."""
         parser = self.parser(prompt)
         return Reply.of([*(p for token in tokens for p in parser.push(token)), *parser.flush()])
 
@@ -87,9 +87,9 @@ class Text:
         return Markers(start, message, end, *others)
 
     def same_tokens(self, other: Text) -> bool:
-        """Whether both tokenizers give every token the same number."""
-        mine, theirs = (t._tokenizer.get_vocab(with_added_tokens=True) for t in (self, other))
-        return bool(mine == theirs)
+        """Whether both tokenizers have the same vocabulary."""
+        ours, others = (t._tokenizer.get_vocab(with_added_tokens=True) for t in (self, other))
+        return bool(ours == others)
 
     def chat(
         self,
@@ -100,17 +100,16 @@ class Text:
         documents: Sequence[object] | None = None,
         variables: Mapping[str, object] | None = None,
     ) -> str:
-        """`messages` as the checkpoint's chat template writes them: what transformers'
-        `apply_chat_template` gives for the same arguments, `variables` being its keyword arguments.
+        """`messages` rendered by the checkpoint's chat template, as transformers' `apply_chat_template` does for
+        the same arguments; `variables` are its keyword arguments.
 
-        With `prompt` an answer is left open for the model to give. The template runs in a sandbox: it
-        comes with the checkpoint, from a stranger. Raises OutputError where there is no template,
-        InvalidInputError where it fails, and for tools, documents, variables, tool calls or reasoning
-        that it does not read.
+        With `prompt` the text ends where the model's answer begins. The template runs in a sandbox, because it
+        comes from an untrusted checkpoint. Raises OutputError where there is no template, InvalidInputError
+        where it fails, and for tools, documents, variables, tool calls or reasoning that it does not use.
         """
         template = self._template(with_tools=bool(tools))
-        given = {"tools": tools, "documents": documents, **(variables or {})}
-        for key, value in given.items():
+        arguments = {"tools": tools, "documents": documents, **(variables or {})}
+        for key, value in arguments.items():
             if value and not template.takes(key):
                 raise InvalidInputError(f"the model's chat template does not read {key!r}; leave it out")
         for number, message in enumerate(messages, 1):
@@ -126,7 +125,7 @@ class Text:
             raise self._failed(error) from None
 
     def reads(self, name: str) -> bool:
-        """Whether the chat template reads a variable `name`. Raises as `chat`."""
+        """Whether the chat template reads a variable `name`. Raises like `chat`."""
         return self._template(with_tools=False).takes(name)
 
     def _template(self, *, with_tools: bool) -> ChatTemplate:
@@ -148,54 +147,57 @@ class Text:
         return self._templates[name]
 
     def _failed(self, error: Exception) -> InvalidInputError:
-        said = str(error)[:200] or type(error).__name__
-        return InvalidInputError(f"{printable_path(self._folder)}: chat template: {said}")
+        message = str(error)[:200] or type(error).__name__
+        return InvalidInputError(f"{printable_path(self._folder)}: chat template: {message}")
 
     def _sources(self) -> dict[str, str]:
         """The templates by name. A file goes before the tokenizer's settings, as in transformers."""
-        file = self._folder / TEMPLATE_NAME
-        more = sorted((self._folder / TEMPLATE_FOLDER).glob("*.jinja"))
-        found = {"default": _source(file)} if file.is_file() else {}
-        found |= {extra.stem: _source(extra) for extra in more}
-        if found:
-            return found
-        said = self._settings.get("chat_template")
-        if isinstance(said, str):
-            return {"default": said}
-        if isinstance(said, list):
-            named = [t for t in said if isinstance(t, dict)]
-            found = {str(t.get("name")): t["template"] for t in named if isinstance(t.get("template"), str)}
-        if not found:
+        file, extra = self._folder / TEMPLATE_NAME, self._files.folder(TEMPLATE_FOLDER)
+        templates = {"default": _source(self._files, file.name)} if self._files.is_file(file.name) else {}
+        if extra is not None:
+            names = sorted(n for n in extra.listing() if n.endswith(".jinja"))
+            templates |= {n.removesuffix(".jinja"): _source(extra, n) for n in names}
+        if templates:
+            return templates
+        setting = self._settings.get("chat_template")
+        if isinstance(setting, str):
+            return {"default": setting}
+        if isinstance(setting, list):
+            named = [t for t in setting if isinstance(t, dict)]
+            templates = {
+                str(t.get("name")): t["template"] for t in named if isinstance(t.get("template"), str)
+            }
+        if not templates:
             raise OutputError(
                 f"{printable_path(file)}: not found; this model has no chat template; give it a plain prompt"
             )
-        return found
+        return templates
 
     def _special_tokens(self) -> dict[str, str]:
         """The special tokens by name, which templates read as variables."""
-        said = dict(self._settings)
-        if "added_tokens_decoder" not in said:  # as older tokenizers were saved
-            said |= self._json("special_tokens_map.json")
-        found = {}
+        settings = dict(self._settings)
+        if "added_tokens_decoder" not in settings:  # as older versions saved tokenizers
+            settings |= self._json("special_tokens_map.json")
+        tokens = {}
         for name in SPECIAL_TOKENS:
-            value = said.get(name)
+            value = settings.get(name)
             value = value.get("content") if isinstance(value, dict) else value
             if isinstance(value, str):
-                found[name] = value
-        return found
+                tokens[name] = value
+        return tokens
 
     def _json(self, name: str) -> dict[str, object]:
-        file: Path = self._folder / name
-        if not file.is_file():
+        raw = read_optional(self._files, name, limit=MAX_BYTES, what="a config")
+        if raw is None:
             return {}
-        raw = read_small_file(file, limit=MAX_BYTES, what="a config")
-        value = parse_json(raw, where=printable_path(file), allow_floats=True)
+        value = parse_json(raw, where=printable_path(self._folder / name), allow_floats=True)
         return value if isinstance(value, dict) else {}
 
 
-def _source(file: Path) -> str:
-    raw = read_small_file(file, limit=MAX_BYTES, what="a chat template")
+def _source(folder: Folder, name: str) -> str:
+    with folder.open(name) as source:
+        raw = read_small(source, limit=MAX_BYTES, what="a chat template")
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
-        raise InvalidInputError(f"{printable_path(file)}: not UTF-8 at byte {error.start}") from None
+        raise InvalidInputError(f"{source.where}: not UTF-8 at byte {error.start}") from None

@@ -1,4 +1,4 @@
-"""How much of the routing the kept experts carry."""
+"""The share of the routing weight that the kept experts receive."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ COVERAGE_OVER = ("worst", "mean")
 def coverage(
     layers: Sequence[ExpertStatistics], orders: Sequence[Sequence[int]] | None = None
 ) -> npt.NDArray[np.float64]:
-    """Share of routing weight (sum of g) that the first n experts carry: [layers, experts], n = column + 1.
+    """Share of the routing weight (sum of g) of the first n experts: [layers, experts], n = column + 1.
 
-    `orders` ranks each layer's experts; without it they are taken by that weight. Raises
-    InvalidInputError where a layer routed nothing.
+    `orders` ranks each layer's experts; by default they are ordered by that weight. Raises
+    InvalidInputError where a layer has no routed tokens.
     """
     shares = []
     for number, layer in enumerate(layers):
         ranked = order(layer.gate) if orders is None else orders[number]
         carried = np.cumsum(layer.gate[list(ranked)])
         if not carried[-1] > 0:
-            raise InvalidInputError(f"the statistics hold no routes in layer {number}")
-        shares.append(carried / carried[-1])  # exactly 1 from the last expert on that carries anything
+            raise InvalidInputError(f"the statistics have no routed tokens in layer {number}")
+        shares.append(carried / carried[-1])  # exactly 1 from the last expert with any weight on
     return np.stack(shares)
 
 
 def smallest_count(shares: npt.NDArray[np.float64], coverage: float, coverage_over: str = "worst") -> int:
-    """The fewest experts that carry the share `coverage` (0 to 1) in every layer, or on the mean of layers.
+    """The fewest experts that receive the share `coverage` (0 to 1) in every layer, or in the mean over layers.
 
     Raises UsageError for a share out of range.
     """
     if not 0 < coverage <= 1:
-        raise UsageError(f"`coverage` {coverage:g}: a share is above 0 and at most 1, such as 0.95")
+        raise UsageError(f"`coverage` {coverage:g}: must be above 0 and at most 1, such as 0.95")
     if coverage_over not in COVERAGE_OVER:
         raise UsageError(f"`coverage_over` {coverage_over}: choose one of {', '.join(COVERAGE_OVER)}")
     carried = shares.min(axis=0) if coverage_over == "worst" else shares.mean(axis=0)

@@ -13,9 +13,9 @@ MAX_ROWS = 10_000
 MAX_COLUMNS = 65_536
 
 
-def is_integer(value: object, wanted: int) -> bool:
-    """Whether `value` is the integer `wanted` (true and 1.0 equal 1 in Python, but are no 1 in a file)."""
-    return type(value) is int and value == wanted
+def is_integer(value: object, expected: int) -> bool:
+    """Whether `value` is the integer `expected` (true and 1.0 equal 1 in Python, but not in a file)."""
+    return type(value) is int and value == expected
 
 
 def positive(value: object, where: str) -> int:

@@ -1,4 +1,4 @@
-"""Saliency metrics: one score per expert from its statistics. Higher means: keep it longer."""
+"""Saliency metrics: one score per expert from its statistics. The highest scores are kept."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Floats = npt.NDArray[np.float64]
 
 
 def _mean(total: Floats, count: npt.NDArray[np.int64]) -> Floats:
-    """total / count, 0 where nobody chose the expert."""
+    """total / count, 0 where no token chose the expert."""
     return np.divide(total, count, out=np.zeros_like(total), where=count > 0)
 
 
@@ -40,14 +40,14 @@ METRICS: Mapping[str, Callable[[ExpertStatistics], Floats]] = MappingProxyType(
 
 
 def score(metric: str, layers: Sequence[ExpertStatistics]) -> list[Floats]:
-    """Scores float64 [experts] per layer. An expert nobody chose scores 0. Raises UsageError."""
+    """Scores float64 [experts] per layer. An expert that no token chose scores 0. Raises UsageError."""
     if metric not in METRICS:
         raise UsageError(f"`metric` {metric}: unknown; known: {', '.join(METRICS)}")
     return [METRICS[metric](layer) for layer in layers]
 
 
 def order(scores: Floats) -> tuple[int, ...]:
-    """Experts from the highest score to the lowest, equal scores by number."""
+    """Experts by descending score, ties by number."""
     return tuple(int(e) for e in np.argsort(-scores, kind="stable"))
 
 
@@ -55,7 +55,7 @@ def super_experts(layers: Sequence[ExpertStatistics]) -> list[set[int]]:
     """Experts per layer whose peak activation is an outlier, by REAP's rule (arXiv 2510.13999).
 
     With A the peaks of all layers and experts: those above max(quantile 0.995 of A, max(A) / 10), in
-    the first three quarters of the layers. They must not be dropped whatever their score.
+    the first three quarters of the layers. They must not be dropped, regardless of their score.
     """
     peaks = np.stack([layer.peak for layer in layers])
     threshold = max(float(np.quantile(peaks, 0.995)), float(peaks.max()) / 10)

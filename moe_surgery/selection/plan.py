@@ -1,4 +1,4 @@
-"""A plan: which experts of which layer are kept, and in which order they come out."""
+"""A plan: the experts kept in each layer, and their order in the output."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from moe_surgery.checkpoint.files import printable_path, read_small_file
-from moe_surgery.checkpoint.kinds import PLAN, reads
+from moe_surgery.checkpoint.kinds import PLAN, expects
 from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.checkpoint.text import describe_value
 from moe_surgery.errors import InvalidInputError, PlanMismatchError, UsageError
+from moe_surgery.selection.arguments import PathLike, load_if_path
 from moe_surgery.selection.fields import integer_rows, is_integer, optional_text, positive
-from moe_surgery.selection.given import PathLike, loaded
 from moe_surgery.selection.ranking import Ranking, as_ranking
 
 __all__ = [
@@ -38,7 +38,7 @@ _KEYS = frozenset(
 
 
 class HasExperts(Protocol):
-    """What a plan must know of a model: a described `Model`, or the result of `inspect`."""
+    """What a plan needs to know about a model: a `ModelSpec`, or the result of `inspect`."""
 
     @property
     def model_type(self) -> str: ...
@@ -52,8 +52,8 @@ class HasExperts(Protocol):
 class Plan:
     """`layers[i]` lists the kept source experts of layer i in output order, at least one.
 
-    `top_k` None means the model's; it is min(top_k, kept) in any case. `extra` holds keys of the
-    file that this version does not know; they are written back.
+    `top_k` None means the model's; it is min(top_k, kept) in any case. `extra` holds
+    unknown keys of the file; they are written back.
     """
 
     model_type: str
@@ -106,21 +106,21 @@ class Plan:
         return "{\n" + ",\n".join([*lines, f'  "layers": [\n{rows}\n  ]']) + "\n}\n"
 
     def check_fits(self, model_type: str, experts: int, layers: int, checkpoint: str) -> None:
-        """Raise PlanMismatchError unless the plan is for such a model; `checkpoint` names it."""
-        mine = (self.model_type, self.num_source_experts, self.num_layers)
-        if mine != (model_type, experts, layers):
+        """Raise PlanMismatchError unless the plan is for a model of this type and size; `checkpoint` names it."""
+        planned = (self.model_type, self.num_source_experts, self.num_layers)
+        if planned != (model_type, experts, layers):
             raise PlanMismatchError(
-                f"the plan is for {mine[0]} with {mine[2]} layers of {mine[1]} experts, but {checkpoint} is "
+                f"the plan is for {planned[0]} with {planned[2]} layers of {planned[1]} experts, but {checkpoint} is "
                 f"{model_type} with {layers} layers of {experts}; make a plan for this checkpoint"
             )
 
 
-@reads("a plan", PLAN)
+@expects("a plan", PLAN)
 def load_plan(path: str | os.PathLike[str]) -> Plan:
     """Read a plan file.
 
-    Raises InvalidInputError for another format, an unknown version, or experts out of range, twice
-    or none in a layer; OutputError where the file cannot be read.
+    Raises InvalidInputError for another format, an unknown version, or a layer without
+    experts, or with one out of range or listed twice; OutputError where the file cannot be read.
     """
     where = printable_path(path)
     raw = read_small_file(path, limit=MAX_BYTES, what="a plan")
@@ -130,9 +130,9 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
     return plan_from_dict(root, where)
 
 
-def as_plan(given: Plan | PathLike) -> Plan:
-    """`given`, read by `load_plan` where it is a path."""
-    return loaded(given, Plan, load_plan)
+def as_plan(plan: Plan | PathLike) -> Plan:
+    """`plan`, read by `load_plan` where it is a path."""
+    return load_if_path(plan, Plan, load_plan)
 
 
 def plan_from_dict(root: Mapping[str, object], where: str) -> Plan:
@@ -198,8 +198,8 @@ def plan_from_ranking(
 ) -> Plan:
     """Keep the first `experts` of every layer of `ranking`, a `Ranking` or what `load_ranking` takes.
 
-    `model_type` is needed where the ranking does not say, and must agree where it does. `order`:
-    "ascending" (by source number) or "ranking" (best first, as the published models have them).
+    `model_type` is required if the ranking has none, and must agree if it has one. `order`:
+    "ascending" (by source number) or "ranking" (best first, as in the published models).
     """
     ranking = as_ranking(ranking)
     check_count(experts, ranking.num_experts)
@@ -207,14 +207,14 @@ def plan_from_ranking(
         raise UsageError(f"`order` {order}: choose one of {', '.join(ORDERS)}")
     if ranking.model_type and model_type and ranking.model_type != model_type:
         raise PlanMismatchError(f"the ranking is for {ranking.model_type}, not for {model_type}")
-    known = ranking.model_type or model_type
-    if known is None:
+    source_type = ranking.model_type or model_type
+    if source_type is None:
         raise UsageError("the ranking does not say which model it is for; pass `model_type`")
     layers = tuple(
         tuple(sorted(r[:experts]) if order == "ascending" else r[:experts]) for r in ranking.layers
     )
     return Plan(
-        known,
+        source_type,
         ranking.num_experts,
         layers,
         provenance={"method": "ranking", **ranking.provenance, "experts": experts, "order": order},
@@ -235,7 +235,7 @@ def plan_keeping(kept: Sequence[int] | None, model: HasExperts) -> Plan:
 def plan_random(count: int, seed: int, model: HasExperts) -> Plan:
     """Keep `count` experts in each layer of `model`, drawn without replacement, ascending.
 
-    Layer i draws from numpy's PCG64 seeded with [seed, i], so a layer's draw depends on nothing else.
+    Layer i draws from numpy's PCG64 seeded with [seed, i], so each layer's draw is independent of the others.
     Raises UsageError for a count or seed out of range.
     """
     import numpy as np

@@ -1,4 +1,4 @@
-"""The published statistics tree: `<dataset>/<category>/<outcome>.json`, and the ranking made of it.
+"""The published statistics tree, `<dataset>/<category>/<outcome>.json`, and the rankings made from it.
 
 Each file holds, for the phases think and answer, how often each expert was chosen in each layer
 (`count_frequency`), as a mean over `sample_count` samples. Per layer, experts are ranked by the sum
@@ -18,10 +18,10 @@ from itertools import chain
 from pathlib import Path
 
 from moe_surgery.checkpoint.files import printable_path, read_small_file
-from moe_surgery.checkpoint.kinds import PUBLISHED_STATISTICS, reads
+from moe_surgery.checkpoint.kinds import PUBLISHED_STATISTICS, expects
 from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.errors import InvalidInputError, OutputError, PlanMismatchError, UsageError
-from moe_surgery.selection.given import PathLike
+from moe_surgery.selection.arguments import PathLike
 from moe_surgery.selection.ranking import Ranking, as_ranking
 from moe_surgery.selection.shipped import RANKINGS, topic_folders
 
@@ -30,7 +30,7 @@ __all__ = ["TREE_FILES", "interleave", "rank_published", "rank_topic", "statisti
 PHASES = ("think_expert_analytics", "answer_expert_analytics")
 OUTCOMES = ("False_False", "True_False", "False_True", "True_True")
 TREE_FILES = 703
-"""How many files the whole published tree has."""
+"""Number of files in the whole published tree."""
 
 MAX_BYTES = 100_000_000
 MAX_EXPERTS = 1024
@@ -40,15 +40,15 @@ _LAYER = re.compile(r"layer_(0|[1-9][0-9]{0,4})", re.ASCII)
 def statistics_files(folder: str | os.PathLike[str]) -> list[Path]:
     """All .json files below `folder` (or that one file), in path order.
 
-    Raises OutputError where there is none.
+    Raises OutputError if there are none.
     """
     root = Path(folder)
     if root.is_file():
         return [root]
-    found = sorted(p for p in root.rglob("*.json") if p.is_file())
-    if not found:
-        raise OutputError(f"{printable_path(root)}: holds no statistics (.json files below it)")
-    return found
+    files = sorted(p for p in root.rglob("*.json") if p.is_file())
+    if not files:
+        raise OutputError(f"{printable_path(root)}: contains no statistics (.json files)")
+    return files
 
 
 def rank_published(files: Iterable[Path], num_experts: int | None = None) -> Ranking:
@@ -88,7 +88,7 @@ def rank_topic(tree: str | os.PathLike[str], topic: str, num_experts: int | None
 
     "all" ranks over every file; "unsafety" reverses "safety"; the others interleave the order over the
     topic's folders with that of "all". `num_experts` as in `rank_published`. Raises UsageError for an unknown
-    topic, OutputError where the tree lacks one of its folders, and as `rank_published`.
+    topic, OutputError where one of its folders is missing, and as `rank_published`.
     """
     if topic not in RANKINGS:
         raise UsageError(f"unknown topic {topic!r}; known: {', '.join(RANKINGS)}")
@@ -113,11 +113,9 @@ def rank_topic(tree: str | os.PathLike[str], topic: str, num_experts: int | None
 
 
 def interleave(own: Ranking | PathLike, other: Ranking | PathLike) -> Ranking:
-    """Position by position, what `own` has there and then what `other` has, unless already taken.
+    """Interleave two rankings: position by position, first the expert of `own`, then that of `other`, each once.
 
-    Either may be what `load_ranking` takes.
-
-    Raises PlanMismatchError where the two are not of one shape.
+    Either may be a path that `load_ranking` takes. Raises PlanMismatchError where their shapes differ.
     """
     own, other = as_ranking(own), as_ranking(other)
     if (own.num_experts, len(own.layers)) != (other.num_experts, len(other.layers)):
@@ -136,18 +134,18 @@ def interleave(own: Ranking | PathLike, other: Ranking | PathLike) -> Ranking:
 def _topic_files(tree: Path, topic: str) -> list[Path]:
     """The topic's files: its folders in order, each one's files by outcome."""
     files: list[Path] = []
-    lacking = []
+    missing = []
     folders = topic_folders(topic)
     for folder in folders:
-        found = [f for name in OUTCOMES if (f := tree / folder / f"{name}.json").is_file()]
-        files += found
-        if not found:
-            lacking.append(folder)
-    if lacking:
-        more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
+        outcomes = [f for name in OUTCOMES if (f := tree / folder / f"{name}.json").is_file()]
+        files += outcomes
+        if not outcomes:
+            missing.append(folder)
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise OutputError(
-            f"{printable_path(tree)}: lacks {len(lacking)} of the {len(folders)} folders of topic {topic}: "
-            f"{', '.join(lacking[:3])}{more}; name the root of the whole published tree"
+            f"{printable_path(tree)}: {len(missing)} of the {len(folders)} folders of topic {topic} are missing: "
+            f"{', '.join(missing[:3])}{more}; name the root of the whole published tree"
         )
     return files
 
@@ -167,21 +165,21 @@ def _amounts(file: Path) -> Iterable[tuple[int, int, float]]:
         for key, experts in _object(root.get(phase) or {}, f"{where}: {phase}").items():
             match = _LAYER.fullmatch(key)
             if not match:
-                raise InvalidInputError(f"{where}: {phase}: key {key[:40]!r} is no layer_N")
+                raise InvalidInputError(f"{where}: {phase}: key {key[:40]!r} is not layer_N")
             for expert, entry in _object(experts, f"{where}: {phase}: {key}").items():
                 inside = f"{where}: {phase}: {key}: expert {expert[:20]!r}"
                 if not expert.isascii() or not expert.isdigit() or len(expert) > 5:
-                    raise InvalidInputError(f"{inside} is no expert number")
+                    raise InvalidInputError(f"{inside} is not an expert number")
                 frequency = _object(entry, inside).get("count_frequency", 0.0)
                 amount = samples * _number(frequency, inside)
                 if not math.isfinite(amount):
                     raise InvalidInputError(
-                        f"{inside}: sample_count times count_frequency is no finite number"
+                        f"{inside}: sample_count times count_frequency is not a finite number"
                     )
                 yield int(match[1]), int(expert), amount
 
 
-@reads("statistics", PUBLISHED_STATISTICS)
+@expects("statistics", PUBLISHED_STATISTICS)
 def _root(path: Path) -> dict[str, object]:
     where = printable_path(path)
     raw = read_small_file(path, limit=MAX_BYTES, what="statistics")
@@ -190,7 +188,7 @@ def _root(path: Path) -> dict[str, object]:
         raise InvalidInputError(f"{where}: not expert statistics: expected a JSON object")
     _number(root.get("sample_count"), f"{where}: sample_count")
     if not any(phase in root for phase in PHASES):
-        raise InvalidInputError(f"{where}: not expert statistics: has neither of {', '.join(PHASES)}")
+        raise InvalidInputError(f"{where}: not expert statistics: has none of {', '.join(PHASES)}")
     return root
 
 

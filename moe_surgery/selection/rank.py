@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moe_surgery.selection.given import PathLike
+from moe_surgery.selection.arguments import PathLike
 from moe_surgery.selection.metrics import order, score, super_experts
 from moe_surgery.selection.ranking import Ranking
 from moe_surgery.selection.statistics import Statistics, as_statistics
@@ -22,8 +22,7 @@ def rank(
     """Order each layer's experts by `metric` over `domains` (default: all), best first.
 
     `statistics` may be the path of a statistics file.
-
-    `protect_super_experts` puts the outliers of REAP's rule first whatever their score. Raises
+    `protect_super_experts` puts the outliers by REAP's rule first, regardless of their score. Raises
     UsageError for an unknown metric, InvalidInputError for an unknown domain.
     """
     statistics = as_statistics(statistics)

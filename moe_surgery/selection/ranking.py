@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from moe_surgery.checkpoint.files import printable_path, read_small_file
-from moe_surgery.checkpoint.kinds import RANKING, reads
+from moe_surgery.checkpoint.kinds import RANKING, expects
 from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.checkpoint.text import describe_value
 from moe_surgery.errors import InvalidInputError
+from moe_surgery.selection.arguments import PathLike, load_if_path
 from moe_surgery.selection.fields import (
     MAX_ROWS,
     integer_rows,
@@ -21,7 +22,6 @@ from moe_surgery.selection.fields import (
     optional_text,
     positive,
 )
-from moe_surgery.selection.given import PathLike, loaded
 from moe_surgery.selection.shipped import is_shipped, shipped_ranking
 
 __all__ = ["RANKING_FORMAT", "Ranking", "as_ranking", "load_ranking"]
@@ -36,8 +36,8 @@ _LAYER_KEY = re.compile(r"(?:layer_)?(0|[1-9][0-9]{0,4})", re.ASCII)
 class Ranking:
     """`layers[i]` orders all experts of layer i, best first.
 
-    `model_type` is None where the file did not say. `scores`, if present, are the values ranked by,
-    in expert order. `provenance` says how it was made.
+    `model_type` is None where the file has none. `scores`, if present, are the values ranked by,
+    in expert order. `provenance` says how the ranking was made.
     """
 
     num_experts: int
@@ -47,7 +47,7 @@ class Ranking:
     provenance: Mapping[str, object] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """The ranking's own file form (version 1)."""
+        """The ranking as moe-surgery's file format (version 1)."""
         return json.dumps(
             {
                 "format": RANKING_FORMAT,
@@ -62,12 +62,12 @@ class Ranking:
         )
 
 
-@reads("a ranking", RANKING)
+@expects("a ranking", RANKING)
 def load_ranking(path: str | os.PathLike[str]) -> Ranking:
     """Read a ranking file: ours, or layers by name, `{"layer_0": [31, 9, ...], ...}` or `{"0": [...], ...}`.
 
     Layers by name come in one JSON object or as JSONL, an object a line, in any order. `published:NAME` is one
-    of the eight rankings published for gpt-oss-20b, which the package holds.
+    of the eight rankings published for gpt-oss-20b, which ship with the package.
 
     Raises InvalidInputError for an unknown version, or a layer that is not a full order of experts;
     OutputError where the file cannot be read; UsageError for an unknown published name.
@@ -78,25 +78,25 @@ def load_ranking(path: str | os.PathLike[str]) -> Ranking:
     where = printable_path(path)
     objects = _objects(read_small_file(path, limit=MAX_BYTES, what="a ranking"), where)
     if len(objects) == 1 and "format" in objects[0][1]:
-        return _own(objects[0][1], where)
+        return _parse_native(objects[0][1], where)
     return _by_layer(objects, where, os.path.basename(os.fspath(path)))
 
 
-def as_ranking(given: Ranking | PathLike) -> Ranking:
-    """`given`, read by `load_ranking` where it is a path."""
-    return loaded(given, Ranking, load_ranking)
+def as_ranking(ranking: Ranking | PathLike) -> Ranking:
+    """`ranking`, read by `load_ranking` where it is a path."""
+    return load_if_path(ranking, Ranking, load_ranking)
 
 
 def _objects(raw: bytes, where: str) -> list[tuple[str, dict[str, object]]]:
-    """The file's JSON objects with what errors call them: one, or one a line (JSONL)."""
+    """The file's JSON objects, each with its name in errors: one, or one a line (JSONL)."""
     lines = [(n, line) for n, line in enumerate(raw.splitlines(), 1) if line.strip()]
-    found = [(where, raw)]
+    texts = [(where, raw)]
     if len(lines) > 1 and _is_object(lines[0][1].strip()):
         if len(lines) > MAX_ROWS:
             raise InvalidInputError(f"{where}: not a ranking: has {len(lines)} lines, expected one a layer")
-        found = [(f"{where}: line {n}", line) for n, line in lines]
+        texts = [(f"{where}: line {n}", line) for n, line in lines]
     objects = []
-    for name, text in found:
+    for name, text in texts:
         root = parse_json(text, where=name, allow_floats=True)
         if not isinstance(root, dict) or not root:
             raise InvalidInputError(f"{name}: not a ranking: expected a JSON object with layers")
@@ -104,7 +104,7 @@ def _objects(raw: bytes, where: str) -> list[tuple[str, dict[str, object]]]:
     return objects
 
 
-def _own(root: Mapping[str, object], where: str) -> Ranking:
+def _parse_native(root: Mapping[str, object], where: str) -> Ranking:
     if root["format"] != RANKING_FORMAT:
         raise InvalidInputError(
             f"{where}: format is {describe_value(root['format'])}, expected {RANKING_FORMAT!r}"
@@ -131,7 +131,7 @@ def _own(root: Mapping[str, object], where: str) -> Ranking:
 
 
 def _is_object(line: bytes) -> bool:
-    """Whether a line holds a JSON object to its end, as the first of JSONL does."""
+    """Whether a line is a whole JSON object, as the first of JSONL is."""
     return line[:1] == b"{" and line[-1:] == b"}" and line.count(b"{") == line.count(b"}")
 
 
@@ -139,15 +139,15 @@ def _by_layer(objects: Sequence[tuple[str, Mapping[str, object]]], where: str, n
     numbers: dict[int, object] = {}
     for inside, root in objects:
         if "format" in root:
-            raise InvalidInputError(f"{inside}: a moe-surgery ranking is one JSON object, alone in its file")
+            raise InvalidInputError(
+                f"{inside}: a moe-surgery ranking must be the only JSON object in its file"
+            )
         for key, value in root.items():
             match = _LAYER_KEY.fullmatch(key)
             if not match:
-                raise InvalidInputError(
-                    f"{inside}: key {key[:60]!r} is neither of a moe-surgery ranking nor a layer (layer_0, or 0)"
-                )
+                raise InvalidInputError(f"{inside}: key {key[:60]!r} is not a layer (layer_0, or 0)")
             if int(match[1]) in numbers:
-                raise InvalidInputError(f"{inside}: layer {match[1]} is there twice")
+                raise InvalidInputError(f"{inside}: layer {match[1]} is listed twice")
             numbers[int(match[1])] = value
     if sorted(numbers) != list(range(len(numbers))):
         missing = next(i for i in range(len(numbers)) if i not in numbers)
@@ -165,6 +165,6 @@ def _checked(layers: Sequence[tuple[int, ...]], experts: int, where: str) -> tup
         if sorted(order) != list(range(experts)):
             raise InvalidInputError(
                 f"{where}: layer {number} is not an order of experts 0..{experts - 1}: "
-                f"one is there twice or out of range"
+                f"one is listed twice or out of range"
             )
     return tuple(layers)

@@ -34,7 +34,7 @@ def is_shipped(path: str | os.PathLike[str]) -> bool:
 def shipped_ranking(path: str | os.PathLike[str]) -> tuple[tuple[int, ...], ...]:
     """The 24 layers of `published:NAME`, each an order of experts 0..31, best first.
 
-    Raises UsageError, listing the eight names, for another one.
+    Raises UsageError, listing the eight names, for an unknown one.
     """
     name = os.fspath(path).removeprefix(PREFIX)
     if name not in RANKINGS:
@@ -51,5 +51,5 @@ def topic_folders(topic: str) -> list[str]:
 
 @cache
 def _read(name: str) -> dict[str, list]:  # type: ignore[type-arg]
-    found: dict[str, list] = json.loads((_FOLDER / name).read_text(encoding="utf-8"))  # type: ignore[type-arg]
-    return found
+    content: dict[str, list] = json.loads((_FOLDER / name).read_text(encoding="utf-8"))  # type: ignore[type-arg]
+    return content

@@ -1,4 +1,4 @@
-"""Router statistics: what texts made each expert do, kept so that any metric follows without a new pass."""
+"""Router statistics: per-expert sums over texts, from which every metric can be computed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import numpy.typing as npt
 from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.checkpoint.files import printable_path, read_small_file
 from moe_surgery.checkpoint.header import parse_header
-from moe_surgery.checkpoint.kinds import STATISTICS, reads
+from moe_surgery.checkpoint.kinds import STATISTICS, expects
 from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.checkpoint.text import printable
 from moe_surgery.checkpoint.writer import write_file
 from moe_surgery.errors import InvalidInputError, PlanMismatchError
-from moe_surgery.selection.given import PathLike, loaded
+from moe_surgery.selection.arguments import PathLike, load_if_path
 
 __all__ = [
     "COMPUTATION",
@@ -34,8 +34,8 @@ __all__ = [
 STATISTICS_FORMAT = "moe-surgery.statistics"
 VERSION = 1
 MAX_BYTES = 4 << 30
-# The settings that say how the sums were computed, named as the options of `profile`. Files of earlier
-# versions lack the first two: unknown, which fits any value.
+# Settings that affect the sums, named as the options of `profile`. Files of earlier versions lack the
+# first two; unknown matches any value.
 COMPUTATION = ("backend", "device", "dtype")
 
 Floats = npt.NDArray[np.float64]
@@ -49,7 +49,7 @@ class ExpertStatistics:
 
     count int64 [E]: |T_j|. gate: sum of g. norm: sum of |f|. weighted_norm: sum of g |f|.
     output [E, hidden]: sum of f. peak_abs, peak: the largest |f_i| and f_i seen in any component
-    (0 where nobody chose j, and at least 0). All but counts are float64.
+    (0 where no token chose j, and at least 0). All but counts are float64.
     """
 
     count: Counts
@@ -69,7 +69,7 @@ class ExpertStatistics:
         return cls(count, row(), row(), row(), np.zeros((experts, hidden)), row(), row())
 
     def add(self, other: ExpertStatistics) -> None:
-        """Add what other tokens did: sums add, peaks take the larger."""
+        """Add the statistics of other tokens: sums are added, of peaks the larger is kept."""
         for name in ("count", "gate", "norm", "weighted_norm", "output"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name in ("peak_abs", "peak"):
@@ -81,8 +81,8 @@ class Statistics:
     """Statistics of a checkpoint over the texts of one or more domains.
 
     `identity` is the checkpoint's (a digest over its headers), `tokens` counts tokens by domain,
-    `texts` lists what was read for each: {"name", "xxh3_128", "tokens"}. `data[domain][layer]`.
-    `settings` says how: backend, device and compute dtype (`COMPUTATION`), context and the like.
+    `texts` lists the texts of each: {"name", "xxh3_128", "tokens"}. `data[domain][layer]`.
+    `settings`: backend, device and compute dtype (`COMPUTATION`), context and so on.
     """
 
     model_type: str
@@ -104,8 +104,8 @@ class Statistics:
         return sorted(self.data)
 
     def named(self, domains: Iterable[str] | None = None) -> list[str]:
-        """The domains meant by `domains` (default all): themselves, or their parts ("law" is
-        "law:prompt" and "law:answer" where conversations were counted apart).
+        """Expand `domains` (default all): each is itself, or its parts ("law" is "law:prompt" and
+        "law:answer" where prompts and answers were counted separately).
 
         Raises InvalidInputError for an unknown one.
         """
@@ -130,13 +130,13 @@ class Statistics:
 
 
 def merge(parts: Iterable[Statistics | PathLike], names: Sequence[str] | None = None) -> Statistics:
-    """The statistics of all parts' texts together; settings are those that all parts have in common.
+    """The statistics over the texts of all parts; settings are those that all parts have in common.
 
-    A part may be the path of a statistics file.
+    A part may be the path of a statistics file. `names` are the parts' names in errors. A part whose
+    backend, device or dtype is unknown matches any; it is then unknown in the result.
 
-    `names` is what errors call the parts. A part whose backend, device or dtype is unknown fits any;
-    the result then leaves it unknown. Raises PlanMismatchError unless all are of one checkpoint, computed
-    by one backend on one kind of device in one dtype, and no text is in two of them.
+    Raises PlanMismatchError unless all are of one checkpoint, computed by one backend on one kind of device
+    in one dtype, and no text is in two of them.
     """
     first, *others = (as_statistics(part) for part in parts)
     _check_computation([p.settings for p in (first, *others)], names)
@@ -152,41 +152,41 @@ def merge(parts: Iterable[Statistics | PathLike], names: Sequence[str] | None = 
             for key, value in total.settings.items()
             if key in part.settings and part.settings[key] == value
         }
-        _check_apart(total, part)
+        _check_no_text_twice(total, part)
         for domain in part.domains:
             total.tokens[domain] = total.tokens.get(domain, 0) + part.tokens[domain]
             total.texts.setdefault(domain, []).extend(part.texts[domain])
-            held = total.data.setdefault(
+            layers = total.data.setdefault(
                 domain, [ExpertStatistics.zeros(part.experts, part.hidden) for _ in part.data[domain]]
             )
-            for mine, theirs in zip(held, part.data[domain], strict=True):
-                mine.add(theirs)
+            for layer, added in zip(layers, part.data[domain], strict=True):
+                layer.add(added)
     return total
 
 
 def _check_computation(settings: Sequence[Mapping[str, object]], names: Sequence[str] | None) -> None:
     for key in COMPUTATION:
         first: tuple[str, object] | None = None
-        for number, said in enumerate(settings):
-            if said.get(key) is None:
+        for number, part in enumerate(settings):
+            if part.get(key) is None:
                 continue
             name = names[number] if names else f"part {number + 1}"
             if first is None:
-                first = name, said[key]
-            elif said[key] != first[1]:
+                first = name, part[key]
+            elif part[key] != first[1]:
                 raise PlanMismatchError(
                     f"statistics computed differently cannot be merged: {key} is {printable(str(first[1]))} in "
-                    f"{first[0]} and {printable(str(said[key]))} in {name}; profile both with the same --{key}"
+                    f"{first[0]} and {printable(str(part[key]))} in {name}; profile both with the same --{key}"
                 )
 
 
-def _check_apart(total: Statistics, part: Statistics) -> None:
+def _check_no_text_twice(total: Statistics, part: Statistics) -> None:
     for domain in sorted(set(total.texts) & set(part.texts)):
-        held = {text.get("xxh3_128"): text for text in total.texts[domain]}
+        digests = {text.get("xxh3_128") for text in total.texts[domain]}
         for text in part.texts[domain]:
-            if text.get("xxh3_128") in held and text.get("xxh3_128") is not None:
+            if text.get("xxh3_128") in digests and text.get("xxh3_128") is not None:
                 raise PlanMismatchError(
-                    f"domain {domain!r}: the text {text.get('name')} is in two of the files; it would count twice"
+                    f"domain {domain!r}: the text {text.get('name')} is in two of the files and would count twice"
                 )
 
 
@@ -202,7 +202,7 @@ def save_statistics(statistics: Statistics, path: str | os.PathLike[str]) -> Non
         for number, layer in enumerate(layers):
             for f in fields(layer):
                 tensors[f"layer.{number}.{domain}.{f.name}"] = np.ascontiguousarray(getattr(layer, f.name))
-    described = {
+    metadata = {
         "format": STATISTICS_FORMAT,
         "version": VERSION,
         "model_type": statistics.model_type,
@@ -215,10 +215,10 @@ def save_statistics(statistics: Statistics, path: str | os.PathLike[str]) -> Non
         "texts": statistics.texts,
         "settings": statistics.settings,
     }
-    write_file(Path(path), save(tensors, {"moe_surgery": json.dumps(described)}), FileOps())
+    write_file(Path(path), save(tensors, {"moe_surgery": json.dumps(metadata)}), FileOps())
 
 
-@reads("a statistics file", STATISTICS)
+@expects("a statistics file", STATISTICS)
 def load_statistics(path: str | os.PathLike[str]) -> Statistics:
     """Read a statistics file.
 
@@ -229,12 +229,12 @@ def load_statistics(path: str | os.PathLike[str]) -> Statistics:
     length = int.from_bytes(raw[:8], "little")
     header = parse_header(raw[: 8 + min(length, len(raw))], len(raw), file=where)
     if "moe_surgery" not in header.metadata:
-        raise InvalidInputError(f"{where}: is a safetensors file, but holds no statistics of moe-surgery")
-    said = parse_json(header.metadata["moe_surgery"].encode(), where=where, allow_floats=True)
-    if not isinstance(said, dict) or said.get("format") != STATISTICS_FORMAT:
-        raise InvalidInputError(f"{where}: holds no statistics of moe-surgery")
-    if said.get("version") != VERSION:
-        raise InvalidInputError(f"{where}: statistics version {said.get('version')!r} is not supported")
+        raise InvalidInputError(f"{where}: is a safetensors file, but not moe-surgery statistics")
+    metadata = parse_json(header.metadata["moe_surgery"].encode(), where=where, allow_floats=True)
+    if not isinstance(metadata, dict) or metadata.get("format") != STATISTICS_FORMAT:
+        raise InvalidInputError(f"{where}: is not moe-surgery statistics")
+    if metadata.get("version") != VERSION:
+        raise InvalidInputError(f"{where}: statistics version {metadata.get('version')!r} is not supported")
     arrays = {
         name: np.frombuffer(
             raw, _DTYPES[info.dtype], count=info.nbytes // 8, offset=header.data_start + info.begin
@@ -243,31 +243,31 @@ def load_statistics(path: str | os.PathLike[str]) -> Statistics:
         if info.dtype in _DTYPES
     }
     try:
-        return _assembled(said, arrays)
+        return _assembled(metadata, arrays)
     except (KeyError, TypeError, ValueError) as error:
         raise InvalidInputError(f"{where}: incomplete statistics: {error}") from None
 
 
-def as_statistics(given: Statistics | PathLike) -> Statistics:
-    """`given`, read by `load_statistics` where it is a path."""
-    return loaded(given, Statistics, load_statistics)
+def as_statistics(statistics: Statistics | PathLike) -> Statistics:
+    """`statistics`, read by `load_statistics` where it is a path."""
+    return load_if_path(statistics, Statistics, load_statistics)
 
 
 _DTYPES = {"F64": np.float64, "I64": np.int64}
 
 
-def _assembled(said: Mapping[str, object], arrays: Mapping[str, npt.NDArray[np.generic]]) -> Statistics:
+def _assembled(metadata: Mapping[str, object], arrays: Mapping[str, npt.NDArray[np.generic]]) -> Statistics:
     def integer(key: str) -> int:
-        value = said[key]
+        value = metadata[key]
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{key} is {value!r}")
         return value
 
-    tokens, texts, settings = said["tokens"], said["texts"], said.get("settings", {})
+    tokens, texts, settings = metadata["tokens"], metadata["texts"], metadata.get("settings", {})
     if not isinstance(tokens, dict) or not isinstance(texts, dict) or tokens.keys() != texts.keys():
         raise ValueError("tokens and texts do not name the same domains")
     if not isinstance(settings, dict):
-        raise ValueError("settings is no object")
+        raise ValueError("settings is not an object")
     if not tokens or not all(type(n) is int and n > 0 for n in tokens.values()):
         raise ValueError("tokens are not counted for each domain")
     if not all(isinstance(t, list) and all(isinstance(x, dict) for x in t) for t in texts.values()):
@@ -280,15 +280,15 @@ def _assembled(said: Mapping[str, object], arrays: Mapping[str, npt.NDArray[np.g
     for domain in tokens:
         data[domain] = []
         for layer in range(integer("layers")):
-            found = {name: arrays[f"layer.{layer}.{domain}.{name}"] for name in shapes}
-            if wrong := [n for n in shapes if found[n].shape != shapes[n]]:
-                raise ValueError(f"layer.{layer}.{domain}.{wrong[0]} has shape {found[wrong[0]].shape}")
-            if found["count"].dtype != np.int64 or not all(np.isfinite(a).all() for a in found.values()):
-                raise ValueError(f"layer.{layer}.{domain} holds what are no counts or finite sums")
-            data[domain].append(ExpertStatistics(**found))  # type: ignore[arg-type]
+            values = {name: arrays[f"layer.{layer}.{domain}.{name}"] for name in shapes}
+            if wrong := [n for n in shapes if values[n].shape != shapes[n]]:
+                raise ValueError(f"layer.{layer}.{domain}.{wrong[0]} has shape {values[wrong[0]].shape}")
+            if values["count"].dtype != np.int64 or not all(np.isfinite(a).all() for a in values.values()):
+                raise ValueError(f"layer.{layer}.{domain} holds values that are not counts or finite sums")
+            data[domain].append(ExpertStatistics(**values))  # type: ignore[arg-type]
     return Statistics(
-        str(said["model_type"]),
-        str(said["identity"]),
+        str(metadata["model_type"]),
+        str(metadata["identity"]),
         experts,
         hidden,
         integer("top_k"),

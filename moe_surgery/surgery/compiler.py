@@ -1,4 +1,4 @@
-"""Plan x checkpoint -> `Program`: which source bytes make up each output tensor, in which shard."""
+"""Plan x checkpoint -> `Program`: the shard and the source bytes of each output tensor."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moe_surgery.engine.spans import Copy, Span, coalesce
 from moe_surgery.errors import PlanMismatchError, UsageError
 from moe_surgery.families.base import Role
 from moe_surgery.families.model_spec import ModelSpec, ModelTensor
-from moe_surgery.formats.expert_format import EXPERT_DTYPES, ExpertFormat, format_named
+from moe_surgery.formats.expert_format import EXPERT_DTYPES, ExpertFormat, format_by_name
 from moe_surgery.selection.plan import Plan
 from moe_surgery.surgery.config import output_config
 from moe_surgery.surgery.names import MANIFEST_NAME, MAPPING_NAME, README_NAME, SOURCE_README_NAME
@@ -49,9 +49,9 @@ def compile_program(
 ) -> Program:
     """The program that writes `plan` applied to `checkpoint`.
 
-    `store`: "keep" copies expert weights as they are stored, "bf16", "mxfp4", "f16" and "f32" convert
-    them where they are stored in another format. `max_shard_size` bounds the tensor bytes of a shard; a tensor larger
-    than that has a shard of its own.
+    `store`: "keep" copies expert weights unchanged; "bf16", "mxfp4", "f16" and "f32" convert
+    them from other formats. `max_shard_size` bounds the tensor bytes of a shard; a larger tensor gets a
+    separate shard.
 
     Raises UsageError for an unknown format or size, PlanMismatchError for a plan of another model or
     one whose layers keep different numbers of experts.
@@ -64,13 +64,13 @@ def compile_program(
     kept = plan.uniform_experts
     if kept is None:
         counts = sorted({len(row) for row in plan.layers})
-        # nvidia/gpt-oss-puzzle-88B has a count for each layer, as another model type with its own code.
+        # nvidia/gpt-oss-puzzle-88B has a count per layer, but is a different model type with custom code.
         raise PlanMismatchError(
             f"the plan keeps between {counts[0]} and {counts[-1]} experts per layer, but config.json of a "
-            f"{model.model_type} model gives one number for all layers; keep the same number in every layer, or use "
+            f"{model.model_type} model has one number for all layers; keep the same number in every layer, or use "
             "the plan with generate or evaluate, which write no checkpoint"
         )
-    target = model.expert_format if store == "keep" else format_named(store)
+    target = model.expert_format if store == "keep" else format_by_name(store)
     top_k = min(plan.top_k or model.top_k, kept)
     dense: list[Group] = [(t,) for t in _outputs(model, plan, target, dense=True)]
     experts = list(_paired(_outputs(model, plan, target, dense=False)))
@@ -97,7 +97,7 @@ def compile_program(
 
 
 def expert_mapping(plan: Plan) -> dict[str, dict[str, int]]:
-    """Source expert -> output expert per layer, in the form the published pruned models carry."""
+    """Source expert -> output expert per layer, in the format of the published pruned models."""
     return {
         str(layer): {str(old): new for new, old in enumerate(kept)} for layer, kept in enumerate(plan.layers)
     }
@@ -117,7 +117,7 @@ def _outputs(model: ModelSpec, plan: Plan, target: ExpertFormat, *, dense: bool)
 
 def _expert_weight(tensor: ModelTensor, kept: Sequence[int], target: ExpertFormat) -> Iterator[OutputTensor]:
     _, rows, columns = tensor.shape
-    if not target.takes(columns):
+    if not target.fits_columns(columns):
         raise UsageError(
             f"`store` {target.name}: tensor {tensor.name!r} has {columns} columns, "
             f"not whole blocks of {target.block_values}"
@@ -125,11 +125,13 @@ def _expert_weight(tensor: ModelTensor, kept: Sequence[int], target: ExpertForma
     stored = target.tensors(rows, columns)
     if tensor.format == target:
         refs = filter(None, (tensor.stored, tensor.scales))
-        for ref, made in zip(refs, stored, strict=True):
-            yield _gathered(tensor.name + made.suffix, ref, kept)
+        for ref, target_tensor in zip(refs, stored, strict=True):
+            yield _gathered(tensor.name + target_tensor.suffix, ref, kept)
         return
-    for made, parts in zip(stored, _converted(tensor, kept, target), strict=True):
-        yield OutputTensor(tensor.name + made.suffix, made.dtype, (len(kept), *made.shape), parts)
+    for target_tensor, parts in zip(stored, _converted(tensor, kept, target), strict=True):
+        yield OutputTensor(
+            tensor.name + target_tensor.suffix, target_tensor.dtype, (len(kept), *target_tensor.shape), parts
+        )
 
 
 def _converted(
@@ -164,7 +166,7 @@ def _slice(ref: TensorRef, expert: int) -> Span:
 
 
 def _paired(tensors: Iterator[OutputTensor]) -> Iterator[Group]:
-    """Tensors that must share a shard together: converted blocks with the scales found on the way."""
+    """Groups of tensors that must be in the same shard: encoded blocks and their scales."""
     blocks: OutputTensor | None = None
     for tensor in tensors:
         first = tensor.parts[0]
@@ -177,7 +179,7 @@ def _paired(tensors: Iterator[OutputTensor]) -> Iterator[Group]:
 
 
 def _shards(dense: list[Group], experts: list[Group], limit: int) -> tuple[OutputShard, ...]:
-    """One shard if everything fits, else dense tensors first in shards of their own."""
+    """One shard if everything fits, else separate shards for dense and for expert tensors, dense ones first."""
     everything = [*dense, *experts]
     whole = _packed(everything, limit)
     packed = whole if len(whole) == 1 else [*_packed(dense, limit), *_packed(experts, limit)]
@@ -190,7 +192,7 @@ def _shards(dense: list[Group], experts: list[Group], limit: int) -> tuple[Outpu
 
 
 def _packed(groups: list[Group], limit: int) -> list[list[OutputTensor]]:
-    """Groups in order into as few runs of at most `limit` bytes as that order allows."""
+    """Groups in order, packed greedily into runs of at most `limit` bytes."""
     runs: list[list[OutputTensor]] = []
     filled = limit + 1
     for group in groups:
@@ -204,17 +206,15 @@ def _packed(groups: list[Group], limit: int) -> list[list[OutputTensor]]:
 
 
 def _shard(name: str, tensors: list[OutputTensor]) -> OutputShard:
-    # Widest dtype first, as safetensors' own writer has it, so that every tensor is aligned.
+    # Widest dtype first, as in safetensors' own writer, so that every tensor is aligned.
     ordered = sorted(tensors, key=lambda t: -DTYPE_BITS[t.dtype])
-    described = [(t.name, t.dtype, t.shape) for t in ordered]
-    header = build_header(
-        described, metadata={"format": "pt"}, pad_to=BLOCK, residue=_reflink_residue(ordered)
-    )
+    entries = [(t.name, t.dtype, t.shape) for t in ordered]
+    header = build_header(entries, metadata={"format": "pt"}, pad_to=BLOCK, residue=_reflink_residue(ordered))
     return OutputShard(name, header, tuple(ordered))
 
 
 def _reflink_residue(tensors: list[OutputTensor]) -> int:
-    """The header length modulo `BLOCK` with which most copied bytes keep their place in a block."""
+    """The header length modulo `BLOCK` with which the most copied bytes can be reflinked."""
     gains: Counter[int] = Counter()
     position = 0
     for part in (p for t in tensors for p in t.parts):
@@ -227,17 +227,17 @@ def _reflink_residue(tensors: list[OutputTensor]) -> int:
 
 
 def _side_files(checkpoint: Checkpoint, model: ModelSpec, written: set[str]) -> dict[str, str]:
-    """Output name -> name, from the source's folder, of every file that travels with the weights."""
+    """Output name -> name in the source's folder of every file copied along with the weights."""
     own = {MANIFEST_NAME, MAPPING_NAME, SOURCE_README_NAME} | written | model.layout.side_files_dropped
-    found = {n: n for n in checkpoint.side_files if n not in own}
-    parent = checkpoint.path.resolve().parent
-    if model.layout.parent_side_files and (parent / CONFIG_NAME).is_file():
+    copies = {n: n for n in checkpoint.side_files if n not in own}
+    parent = checkpoint.files.folder(os.pardir) if model.layout.parent_side_files else None
+    if parent is not None and parent.is_file(CONFIG_NAME):
         for name in model.layout.parent_side_files:
-            if name not in found and (parent / name).is_file():
-                found[name] = os.path.join(os.pardir, name)
-    if README_NAME in found:
-        found[SOURCE_README_NAME] = found.pop(README_NAME)
-    return dict(sorted(found.items()))
+            if name not in copies and parent.is_file(name):
+                copies[name] = os.path.join(os.pardir, name)
+    if README_NAME in copies:
+        copies[SOURCE_README_NAME] = copies.pop(README_NAME)
+    return dict(sorted(copies.items()))
 
 
 def _json(value: object) -> bytes:

@@ -1,4 +1,4 @@
-"""config.json of the output: the source's, in its key order, with what surgery changes changed."""
+"""config.json of the output: the source's, in its key order, with updated values."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def output_config(
 ) -> dict[str, object]:
     """The configuration of `model` with `experts` experts, `top_k` of them active, stored as `expert_format`.
 
-    Keys keep their order. Every spelling of the two counts that the source uses is changed, and one
-    that transformers reads is added where there is none; "quantization_config" leaves with a dense format
-    and enters with MXFP4; the key that ties the embeddings is false where the unembedding is stored.
+    Keys keep their order. Every spelling of the two counts that the source uses is updated, and one
+    that transformers reads is added if there is none; "quantization_config" is removed for a dense format
+    and added for MXFP4; the key that ties the embeddings is false if the unembedding is stored.
     """
     source = dict(model.config)
     config = model.layout.hub_config(source) if model.layout.hub_config else source
@@ -32,7 +32,7 @@ def output_config(
             config = _inserted(config, key.keys[0], value)
     tied = model.family.tied_key
     if tied and config.get(tied) and any(t.role is Role.UNEMBEDDING for t in model.tensors):
-        config[tied] = False  # transformers uses a stored unembedding in any case, others do not
+        config[tied] = False  # transformers uses a stored unembedding anyway, other programs do not
     if not expert_format.packed:
         config.pop(QUANTIZATION, None)
     elif QUANTIZATION not in config:
@@ -41,9 +41,9 @@ def output_config(
 
 
 def _inserted(config: dict[str, object], key: str, value: object) -> dict[str, object]:
-    """`config` with `key` in its alphabetical place, where the hub's writers put it."""
+    """`config` with `key` inserted in alphabetical order, as transformers writes it."""
     before = {k: v for k, v in config.items() if k < key}
     after = {k: v for k, v in config.items() if k > key}
-    if [*before, *after] != list(config):  # not sorted: leave the order alone
+    if [*before, *after] != list(config):  # not sorted: keep the order
         return {**config, key: value}
     return {**before, key: value, **after}

@@ -1,4 +1,4 @@
-"""Expert weights from one format to another: packed ones through mapped regions of the source."""
+"""Converts expert weights between formats; packed formats through mapped regions of the source."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Conversions:
             self._cast(piece.part, piece.start, out)
         elif isinstance(piece.part, Encode) and piece.part.scales:
             part = piece.part
-            self._scales.take(part, piece.start, out, partial(self._encode_scales, part))
+            self._scales.consume(part, piece.start, out, partial(self._encode_scales, part))
         elif isinstance(piece.part, Encode):
             self._encode(piece.part, piece.start, out)
 
@@ -69,7 +69,7 @@ class Conversions:
                 target[:] = values.reshape(-1).view(np.uint8)[begin : begin + len(target)]
 
     def _cast(self, part: Cast, start: int, out: npt.NDArray[np.uint8]) -> None:
-        """Bytes [start, start + len(out)), read into memory that is given back with the chunk."""
+        """Bytes [start, start + len(out)), read into temporary memory."""
         width = part.source.block_bytes
         shard = self._shards[part.values.shard]
         for first, last, skip, target in _strips(start, out, part.target.block_bytes):
@@ -89,9 +89,9 @@ class Conversions:
             ) from None
 
     def _encode(self, part: Encode, start: int, out: npt.NDArray[np.uint8]) -> None:
-        """Bytes [start, start + len(out)) of the blocks, row by row; the rows' scales are kept.
+        """Bytes [start, start + len(out)) of the blocks, row by row; the rows' scales are kept for later.
 
-        A row cut by the border of two chunks is converted in both, and counted where it begins.
+        A row that two chunks share is converted in both and counted in the first.
         """
         groups = part.columns // GROUP
         row = groups * mxfp4.BLOCK_BYTES
@@ -111,7 +111,7 @@ class Conversions:
                         self._reports.append(report)
 
     def _encode_scales(self, part: Encode, first: int, last: int) -> None:
-        """Find the scales of rows [first, last). The loss is counted where the blocks are made."""
+        """Compute the scales of rows [first, last). The loss is counted with the blocks."""
         groups = part.columns // GROUP
         with self._scales.claim(part, first, last), self._regions.open(part.values) as raw:
             values = convert.words_of(raw, part.source).reshape(part.columns, part.rows)
@@ -142,7 +142,7 @@ def _strips(
 ) -> Iterator[tuple[int, int, int | None, npt.NDArray[np.uint8]]]:
     """Cover bytes [start, start + len(out)) by whole units: (first, last, skip, target).
 
-    `skip` None: `target` holds units [first, last) exactly. Otherwise `target` is a part of the one
+    `skip` None: `target` holds units [first, last) exactly. Otherwise `target` is a part of
     unit `first`, beginning `skip` bytes into it.
     """
     position, end = start, start + len(out)

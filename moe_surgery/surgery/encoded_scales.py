@@ -1,4 +1,4 @@
-"""MXFP4 scales between the encoding that finds them, with the blocks, and their place in the file."""
+"""Holds MXFP4 scales, computed along with the blocks, until they are written."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ __all__ = ["EncodedScales"]
 
 _MISSING: Final = 0
 _CLAIMED: Final = 1
-_FOUND: Final = 2
+_READY: Final = 2
 _MOST_ROW_BYTES: Final = 1 << 21
-"""Bytes of blocks that `take` has encoded at a time."""
+"""Bytes of blocks that `consume` encodes at a time."""
 
 
 @dataclass(slots=True)
 class _Weight:
-    """Scales u8 [rows, groups], the state of each row, and how many bytes have not been taken."""
+    """Scales u8 [rows, groups], the state of each row, and the number of bytes not yet consumed."""
 
     scales: NDArray[np.uint8]
     state: NDArray[np.uint8]
-    untaken: int
+    unconsumed: int
 
 
 class EncodedScales:
     """Scales of the weights of one shard, for several threads.
 
-    Rows are encoded once where chunks begin in file order (blocks come before scales), and give the same
-    scales in any order: `take` encodes rows that nobody has claimed. Whoever holds a claim waits for
-    nothing, so waiting for a claimed row always ends.
+    Rows are encoded once if chunks start in file order (blocks come before scales); any other order gives
+    the same scales: `consume` encodes rows that no thread has claimed. A thread that holds a claim never
+    waits, so waiting for a claimed row always ends.
     """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._weights: dict[Span, _Weight] = {}
-        self._taken: set[Span] = set()
+        self._consumed: set[Span] = set()
 
     @contextmanager
     def claim(self, part: Encode, first: int, last: int) -> Iterator[None]:
-        """While the caller encodes rows [first, last) and `put`s them; those that it does not are freed."""
+        """Claim rows [first, last) while the caller encodes and `put`s them; the others are released at the end."""
         with self._changed:
             weight = self._weight(part)
             ours = np.zeros(0, np.bool_)
@@ -65,15 +65,15 @@ class EncodedScales:
                     self._changed.notify_all()
 
     def put(self, part: Encode, first: int, scales: NDArray[np.uint8]) -> None:
-        """Keep scales u8 [n, groups] of rows [first, first + n) until they are taken."""
+        """Keep scales u8 [n, groups] of rows [first, first + n) until they are consumed."""
         with self._changed:
             weight = self._weight(part)
             if weight is not None:
                 weight.scales[first : first + len(scales)] = scales
-                weight.state[first : first + len(scales)] = _FOUND
+                weight.state[first : first + len(scales)] = _READY
                 self._changed.notify_all()
 
-    def take(
+    def consume(
         self,
         part: Encode,
         start: int,
@@ -82,21 +82,21 @@ class EncodedScales:
     ) -> None:
         """Write scale bytes [start, start + len(out)) of the weight to `out`.
 
-        `encode(first, last)` must claim, encode and put these rows. When all bytes of the weight have
-        been taken, they are let go of.
+        `encode(first, last)` must claim, encode and put these rows. They are freed when all bytes
+        of the weight have been consumed.
         """
         groups = part.columns // mxfp4.BLOCK_VALUES
         first, last = start // groups, -(-(start + len(out)) // groups)
         most = max(1, _MOST_ROW_BYTES // (groups * mxfp4.BLOCK_BYTES))
         while True:
             with self._changed:
-                self._taken.discard(part.values)
+                self._consumed.discard(part.values)
                 weight = self._weight(part)
                 assert weight is not None
                 state = weight.state[first:last]
                 missing = np.flatnonzero(state == _MISSING)
                 if not missing.size:
-                    if (state == _FOUND).all():
+                    if (state == _READY).all():
                         out[:] = weight.scales.reshape(-1)[start : start + len(out)]
                         self._count(part, weight, len(out))
                         return
@@ -107,15 +107,15 @@ class EncodedScales:
             run = int(breaks[0]) + 1 if breaks.size else missing.size
             encode(begin, begin + min(run, most))
 
-    def _count(self, part: Encode, weight: _Weight, taken: int) -> None:
-        weight.untaken -= taken
-        if not weight.untaken:
+    def _count(self, part: Encode, weight: _Weight, nbytes: int) -> None:
+        weight.unconsumed -= nbytes
+        if not weight.unconsumed:
             del self._weights[part.values]
-            self._taken.add(part.values)
+            self._consumed.add(part.values)
 
     def _weight(self, part: Encode) -> _Weight | None:
-        """The weight's entry, made where there is none; None where all of its scales have been taken."""
-        if part.values in self._taken:
+        """The weight's entry, created if missing; None if all of its scales have been consumed."""
+        if part.values in self._consumed:
             return None
         if part.values not in self._weights:
             scales = np.empty((part.rows, part.columns // mxfp4.BLOCK_VALUES), np.uint8)

@@ -1,4 +1,4 @@
-"""What a checkpoint is, and what it would become with fewer experts. Headers only."""
+"""A checkpoint in numbers, and its sizes with fewer experts. Reads headers only."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _PARTS = {
 class Size:
     """The model with `experts` kept in every layer: its weights, and the bytes of its tensors.
 
-    `expert_weights` of the parameters are in expert weights, whose bytes depend on their format;
-    `other_bytes` are those of everything else.
+    `expert_weights` counts the parameters in expert weights, whose bytes depend on their format;
+    `other_bytes` are the bytes of everything else.
     """
 
     experts: int
@@ -56,7 +56,7 @@ class Size:
 @dataclass(frozen=True, slots=True)
 class Inspection:
     """A checkpoint in numbers. `dtypes` and `parts` are bytes by dtype and by part of the model; `notes`
-    say what of the checkpoint is ignored, and what of its config.json to know."""
+    say what is ignored in the checkpoint, and how its config.json is read."""
 
     path: str
     family: str
@@ -79,7 +79,7 @@ class Inspection:
 
     @property
     def fits(self) -> dict[int, dict[str, int | None]]:
-        """Memory size in GB (10^9 bytes) -> format -> the most experts whose weights take less, None for none."""
+        """Memory size in GB (10^9 bytes) -> format -> the most experts that fit, None if not even one does."""
         return {
             gb: {
                 f.name: max((s.experts for s in self.sizes if s.nbytes(f) <= gb * 10**9), default=None)
@@ -90,13 +90,13 @@ class Inspection:
 
     @property
     def formats(self) -> tuple[ExpertFormat, ...]:
-        """Those that sizes are shown in: the two that are common, and the checkpoint's."""
+        """The formats in which sizes are given: MXFP4, BF16, and the checkpoint's."""
         return tuple(dict.fromkeys((MXFP4, BF16, self.expert_format)))
 
     def largest(self, nbytes: int | None, parameters: int | None, expert_format: ExpertFormat) -> int:
-        """The most experts with at most so many tensor bytes (in `expert_format`) and weights.
+        """The most experts with at most `nbytes` of tensors (in `expert_format`) and `parameters` weights.
 
-        Raises UsageError where not even one expert is that small.
+        Raises UsageError if even one expert is too large.
         """
 
         def fits(size: Size) -> bool:
@@ -108,8 +108,8 @@ class Inspection:
         if not best:
             least = self.sizes[0]
             raise UsageError(
-                f"{self.path}: with one expert a layer it still has {least.parameters:,} weights, "
-                f"{least.nbytes(expert_format):,} bytes; ask for more"
+                f"{self.path}: even with one expert a layer it has {least.parameters:,} weights, "
+                f"{least.nbytes(expert_format):,} bytes; raise the limit"
             )
         return best
 
@@ -124,13 +124,13 @@ class Inspection:
             }
             for s in self.sizes
         ]
-        found: dict[str, object] = {f.name: getattr(self, f.name) for f in fields(self)}
-        found |= {"expert_format": self.expert_format.name, "sizes": sizes, "fits": self.fits}
-        return {"expert_storage" if key == "expert_format" else key: value for key, value in found.items()}
+        values: dict[str, object] = {f.name: getattr(self, f.name) for f in fields(self)}
+        values |= {"expert_format": self.expert_format.name, "sizes": sizes, "fits": self.fits}
+        return {"expert_storage" if key == "expert_format" else key: value for key, value in values.items()}
 
 
 def inspect_checkpoint(checkpoint: Checkpoint, model: ModelSpec) -> Inspection:
-    """Everything `moe-surgery inspect` says of an open checkpoint."""
+    """The numbers that `moe-surgery inspect` shows for an open checkpoint."""
     sizes = tuple(_size(model, n) for n in range(1, model.experts + 1))
     dtypes: Counter[str] = Counter()
     for ref in checkpoint.tensors.values():

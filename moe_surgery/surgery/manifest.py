@@ -1,4 +1,4 @@
-"""`surgery.json`: where an output came from and the digest of every byte it consists of."""
+"""`surgery.json`: the provenance of an output, and the digests of its files and tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.checkpoint.text import describe_value, printable
 from moe_surgery.engine.run import WrittenFile
 from moe_surgery.errors import InvalidInputError, OutputError, VerificationError
-from moe_surgery.formats.expert_format import ExpertFormat, format_named
+from moe_surgery.formats.expert_format import ExpertFormat, format_by_name
 from moe_surgery.selection.plan import Plan, plan_from_dict
 from moe_surgery.surgery.names import MANIFEST_NAME
 from moe_surgery.surgery.program import OutputShard, Program
@@ -63,7 +63,7 @@ class FileRecord:
 class Manifest:
     """The parsed manifest. `expert_format` is that of the output.
 
-    `origin` holds what is said of the source beside its files, unchecked.
+    `origin` holds the unchecked entries on the source, apart from its files.
     """
 
     plan: Plan
@@ -75,7 +75,7 @@ class Manifest:
 
 
 def shard_record(shard: OutputShard, written: WrittenFile) -> FileRecord:
-    """What the manifest says of a finished shard."""
+    """The manifest's record of a finished shard."""
     tensors = {
         t.name: TensorRecord(t.dtype, t.shape, digest)
         for t, digest in zip(shard.tensors, written.tensors, strict=True)
@@ -88,7 +88,7 @@ def manifest_bytes(
 ) -> bytes:
     """The manifest of a finished output; the same program and bytes give the same manifest.
 
-    Its own digest covers every byte of it, with the digest's 32 digits read as zeros.
+    The manifest's own digest covers all of its bytes, with the 32 digits of the digest read as zeros.
     """
     document = {
         "format": MANIFEST_FORMAT,
@@ -108,7 +108,7 @@ def manifest_bytes(
 
 
 def with_file(raw: bytes, name: str, content: bytes) -> bytes:
-    """The manifest `raw`, which must have been loaded, with `content` as the file `name`."""
+    """The valid manifest `raw` with `content` as the file `name`."""
     document = parse_json(raw, where=MANIFEST_NAME, allow_floats=True)
     assert isinstance(document, dict)
     del document["digest"]
@@ -124,9 +124,9 @@ def _sealed(document: Mapping[str, object]) -> bytes:
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether `folder` holds a manifest of this tool (its digest need not hold).
+    """Whether `folder` has a manifest of this package; its digest is not checked.
 
-    Raises OutputError where there is one that cannot be read: no permission, a device error.
+    Raises OutputError where the manifest exists but cannot be read: no permission, a device error.
     """
     path = folder / MANIFEST_NAME
     try:
@@ -143,8 +143,8 @@ def is_ours(folder: Path) -> bool:
 def load_manifest(path: Path) -> Manifest:
     """Read and check a manifest.
 
-    Raises VerificationError if its bytes do not have its digest, InvalidInputError if it is no
-    manifest or of an unknown version, OutputError if it cannot be read.
+    Raises VerificationError if its digest does not match, InvalidInputError if it is not
+    a manifest or of an unknown version, OutputError if it cannot be read.
     """
     where = printable_path(path)
     raw = read_small_file(path, limit=MAX_BYTES, what="a manifest")
@@ -156,7 +156,7 @@ def load_manifest(path: Path) -> Manifest:
     digest = str(root.get("digest"))
     blank = raw.replace(digest.encode(), _BLANK.encode(), 1)
     if xxhash.xxh3_128_hexdigest(blank) != digest:
-        raise VerificationError(f"{where}: the manifest was altered: its bytes do not have its own digest")
+        raise VerificationError(f"{where}: the manifest was modified: its digest does not match")
     try:
         return _parsed(root, where)
     except (ValueError, InvalidInputError) as error:
@@ -164,11 +164,11 @@ def load_manifest(path: Path) -> Manifest:
 
 
 def _parsed(root: Mapping[str, object], where: str) -> Manifest:
-    """Every field of the right type, and no file name that leads out of the folder."""
+    """Checks the type of every field, and that file names stay inside the folder."""
     files = {}
     for name, record in _get(root, "files", dict).items():
         if name != os.path.basename(name) or name in ("", ".", ".."):
-            raise ValueError(f"{printable(name)} is no plain file name")
+            raise ValueError(f"{printable(name)} is not a plain file name")
         tensors = {
             tensor: TensorRecord(
                 _get(t, "dtype", str), tuple(_get(t, "shape", list)), _get(t, "xxh3_128", str)
@@ -184,7 +184,7 @@ def _parsed(root: Mapping[str, object], where: str) -> Manifest:
     tool = _get(root, "tool", dict)
     return Manifest(
         plan_from_dict(_get(root, "plan", dict), where),
-        format_named(_get(root, "expert_storage", str)),
+        format_by_name(_get(root, "expert_storage", str)),
         tuple(sources),
         files,
         f"{_get(tool, 'name', str)} {_get(tool, 'version', str)}",

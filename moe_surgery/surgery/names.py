@@ -1,4 +1,4 @@
-"""Names of the files that surgery itself adds to an output folder."""
+"""Names of the files that surgery adds to an output folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What must hold before the first byte is written."""
+"""Checks before the first byte is written."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["check_output", "check_output_file"]
 
 
 def check_output(checkpoint: Checkpoint, out: str | os.PathLike[str], *, overwrite: bool) -> Path:
-    """The absolute output path, if writing there can harm nothing.
+    """The absolute output path, if it is safe to write there.
 
-    Raises UsageError where `out` is, holds or lies in the source, or reads as one (`example:tiny`);
-    OutputError where it exists (or, with `overwrite`, is no folder with a manifest of ours), or its
-    parent cannot be written.
+    Raises UsageError where `out` is, contains or is inside the source, or looks like a source
+    (`example:tiny`); OutputError where it exists (or, with `overwrite`, is not a folder with a manifest of
+    this package), or its parent is not writable.
     """
-    target = _apart(checkpoint, out, "folder")
+    target = _separate_path(checkpoint, out, "folder")
     if os.path.lexists(target):
         _check_replaceable(target, overwrite)
     _check_writable(target.parent)
@@ -32,11 +32,11 @@ def check_output(checkpoint: Checkpoint, out: str | os.PathLike[str], *, overwri
 def check_output_file(checkpoint: Checkpoint, out: str | os.PathLike[str], *, overwrite: bool) -> Path:
     """The same for an output that is one file; with `overwrite` it may be any regular file.
 
-    Raises UsageError where `out` is a folder or lies in the source; OutputError as `check_output`.
+    Raises UsageError where `out` is a folder or inside the source; OutputError as `check_output`.
     """
-    target = _apart(checkpoint, out, "file")
+    target = _separate_path(checkpoint, out, "file")
     if target.is_dir():
-        raise UsageError(f"{printable_path(target)}: is a folder; name the file to write")
+        raise UsageError(f"{printable_path(target)}: is a folder; pass the name of a file")
     if os.path.lexists(target):
         if not overwrite:
             raise OutputError(
@@ -44,24 +44,24 @@ def check_output_file(checkpoint: Checkpoint, out: str | os.PathLike[str], *, ov
             )
         if target.is_symlink() or not target.is_file():
             raise OutputError(
-                f"{printable_path(target)}: is not a regular file, so `overwrite=True` will not replace it"
+                f"{printable_path(target)}: is not a regular file; `overwrite=True` will not replace it"
             )
     _check_writable(target.parent)
     return target
 
 
-def _apart(checkpoint: Checkpoint, out: str | os.PathLike[str], what: str) -> Path:
-    """The absolute output path, which is not, holds not and lies not in the source."""
+def _separate_path(checkpoint: Checkpoint, out: str | os.PathLike[str], what: str) -> Path:
+    """The absolute output path, which must not be, contain or be inside the source."""
     check_is_path(out)
-    given = Path(out)
-    if not given.name or given.name == "..":
-        raise UsageError(f"{printable_path(out)}: name the new {what} to write")
-    parent = given.parent
+    path = Path(out)
+    if not path.name or path.name == "..":
+        raise UsageError(f"{printable_path(out)}: pass the name of the new {what}")
+    parent = path.parent
     if not parent.is_dir():
         raise OutputError(f"{printable_path(parent)}: no such folder; create it first")
-    target = parent.resolve() / given.name
+    target = parent.resolve() / path.name
     for source in _source_folders(checkpoint):
-        _check_apart(target, source)
+        _check_separate(target, source)
     return target
 
 
@@ -71,19 +71,19 @@ def _check_writable(folder: Path) -> None:
 
 
 def _source_folders(checkpoint: Checkpoint) -> set[Path]:
-    """The source's folder and, where its files are links (the hub cache), the folders they lead to."""
+    """The source's folder and, where its files are links (the hub cache), the folders of their targets."""
     shards = (s.source.path for s in checkpoint.shards.values())
     files = [checkpoint.config_path, *(path for path in shards if path is not None)]
     return {checkpoint.path.resolve()} | {f.resolve().parent for f in files}
 
 
-def _check_apart(target: Path, source: Path) -> None:
+def _check_separate(target: Path, source: Path) -> None:
     real = target.resolve()
     if real == source or (real.exists() and os.path.samefile(real, source)):
         raise UsageError(f"{printable_path(target)}: is the source checkpoint; choose another output folder")
     if source in real.parents:
         raise UsageError(
-            f"{printable_path(target)}: lies inside the source checkpoint; choose a folder outside it"
+            f"{printable_path(target)}: is inside the source checkpoint; choose a folder outside it"
         )
     if real in source.parents:
         raise UsageError(
@@ -99,6 +99,6 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
         )
     if target.is_symlink() or not target.is_dir() or not is_ours(target):
         raise OutputError(
-            f"{printable_path(target)}: holds no {MANIFEST_NAME} of moe-surgery, so `overwrite=True` will not "
-            "replace it; delete it yourself"
+            f"{printable_path(target)}: was not written by moe-surgery (no {MANIFEST_NAME}); `overwrite=True` will not "
+            "replace it. Delete it yourself."
         )

@@ -1,4 +1,4 @@
-"""What fills the chunks of an output shard."""
+"""The producer of an output shard."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["producer_of"]
 
 
 def producer_of(shard: OutputShard, sources: Mapping[str, Shard]) -> Producer:
-    """The producer of `shard`; one that only copies needs no numpy: a third of the memory of such a job."""
+    """The producer of `shard`. Copies do not need numpy, which is a third of the memory of such a job."""
     if all(isinstance(part, Copy) for tensor in shard.tensors for part in tensor.parts):
         return Producer(shard, sources)
     from moe_surgery.surgery.conversions import Conversions

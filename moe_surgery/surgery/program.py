@@ -1,8 +1,8 @@
-"""A `Program`: everything surgery will write, as pure data.
+"""A `Program`: everything that surgery writes, as pure data.
 
-Each output shard is a header and a run of tensors; each tensor a run of parts, and each part says
-where its bytes come from: a copy of source bytes, or one expert's weights converted. A program can
-be printed, compared, resumed by its digest, executed (`run`) or held against its result (`verify`).
+An output shard is a header and a list of tensors, a tensor a list of parts, and a part either copies
+source bytes or converts one expert's weights. A program can be printed, compared, resumed by its
+digest, executed (`run`) and compared with its result (`verify`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, field
 
 import xxhash
 
-from moe_surgery.checkpoint.header import TensorInfo
 from moe_surgery.engine.spans import Copy, Span
 from moe_surgery.formats.expert_format import ExpertFormat
 from moe_surgery.selection.plan import Plan
@@ -72,7 +71,7 @@ class Cast:
 class Encode:
     """One expert's dense weight [columns, rows] as MXFP4 of [rows, columns]: its blocks or its scales.
 
-    The scales are found while the blocks are made: that is once where both lie in one shard.
+    The scales are computed along with the blocks: once if both are in the same shard.
     """
 
     values: Span
@@ -96,7 +95,7 @@ Part = Copy | Decode | Cast | Encode
 
 @dataclass(frozen=True, slots=True)
 class OutputTensor:
-    """One tensor of the output; its parts follow one another without gap."""
+    """One tensor of the output; its parts are contiguous."""
 
     name: str
     dtype: str
@@ -124,18 +123,10 @@ class OutputShard:
     def bytes_read(self) -> int:
         return sum(p.bytes_read for t in self.tensors for p in t.parts)
 
-    def infos(self) -> dict[str, TensorInfo]:
-        """What a reader of the finished file finds in its header."""
-        found, begin = {}, 0
-        for t in self.tensors:
-            found[t.name] = TensorInfo(t.name, t.dtype, t.shape, begin, begin + t.nbytes)
-            begin += t.nbytes
-        return found
-
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """A source shard as it was when the program was made."""
+    """A source shard when the program was compiled."""
 
     name: str
     size: int
@@ -147,8 +138,8 @@ class Program:
     """The whole output.
 
     `texts` are small files with their content, `copies` maps output names of side files to names in the
-    source's folder (`Folder.open`). `expert_format` is that of the output, `origin` what the manifest
-    shall say of the source beside its files.
+    source's folder (`Folder.open`). `expert_format` is that of the output, `origin` the manifest's
+    entries on the source, apart from its files.
     """
 
     plan: Plan

@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: its name, and the published model that it is or descends from."""
+"""Provenance of a checkpoint: its name, and the published model that it is or derives from."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def origin_of(
     base_model: str | None = None,
     card_base_model: str | None = None,
 ) -> dict[str, object]:
-    """What the manifest records of the source beside its files; no path of this machine in it.
+    """The manifest's entry on the source, apart from its files; without local paths.
 
     `name` and `identity` of the checkpoint, its `expert_storage` and `top_k`; where known
     `base_model`, an id on the hub, `base_model_from` ("option", "cache", "config" or "card") and, for
-    a snapshot in the hub's cache, `revision`. `base_model` is what the user says, `card_base_model` what
-    the source's model card does. Raises UsageError for a `base_model` that is not an id.
+    a snapshot in the hub's cache, `revision`. `base_model` is the user's choice, `card_base_model` that of
+    the source's model card. Raises UsageError for a `base_model` that is not an id.
     """
     origin: dict[str, object] = {
         "name": _name(checkpoint, model),
@@ -52,7 +52,7 @@ def origin_of(
 def checked_base_model(text: str) -> str:
     """`text` if it has the form of an id on the hub; raises UsageError."""
     if not is_hub_id(text):
-        raise UsageError(f"`base_model` {text}: is not a model id of the hub; write OWNER/NAME")
+        raise UsageError(f"`base_model` {text}: is not a model id of the hub; expected OWNER/NAME")
     return text
 
 
@@ -61,5 +61,5 @@ def _name(checkpoint: Checkpoint, model: ModelSpec) -> str:
     folder = Path(os.path.abspath(checkpoint.path))
     if model.layout.hub_config is not None and folder.name == "original" and folder.parent.name:
         folder = folder.parent
-    # A name of this system may be no Unicode, which JSON has to be.
+    # File names need not be valid Unicode, but JSON must be.
     return os.fsencode(folder.name).decode("utf-8", "replace") or "source"

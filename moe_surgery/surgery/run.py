@@ -1,4 +1,4 @@
-"""Executes a `Program`: shards streamed out, journalled as they finish, published as one folder."""
+"""Executes a `Program`: writes the shards, journals each when finished, publishes the folder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["Outcome", "run_program"]
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a run did: bytes of shards written now and kept from an earlier run, and shards kept.
+    """The result of a run: bytes of shards written now and resumed from an earlier run, and shards resumed.
 
     `conversion` reports conversion to MXFP4: blocks, inexact blocks and relative error; else None.
     """
@@ -47,13 +47,13 @@ def run_program(
     progress: Progress | None = None,
     ops: FileOps | None = None,
 ) -> Outcome:
-    """Write `program` to the new folder `out`. `progress` is told the bytes of shards as they pass.
+    """Write `program` to the new folder `out`. `progress` is called with bytes of shards processed.
 
-    `out` must have been cleared (`check_output`). Interrupted, the run leaves its partial folder
-    and running it again goes on from the finished shards; on any other error nothing is left.
+    `out` must have passed `check_output`. An interrupted run leaves its partial folder,
+    and the next one resumes after the finished shards; on any other error nothing is left.
 
-    Raises DiskFullError before the first byte if the output cannot fit, and when space runs out
-    meanwhile; OutputError, InvalidInputError for files that cannot be written or read.
+    Raises DiskFullError before the first byte if the output does not fit, and when space runs out
+    during the run; OutputError, InvalidInputError for files that cannot be written or read.
     """
     ops = ops or FileOps()
     salt = repr([s.stamp for _, s in sorted(checkpoint.shards.items())])
@@ -118,7 +118,7 @@ class _Run:
         write_file(self._fresh(MANIFEST_NAME), manifest, self._ops)
 
     def _fresh(self, name: str) -> Path:
-        """Where a small file goes, after removing what a run that was killed late left there."""
+        """The path of a small file, after removing what a killed run left there."""
         path = self._staging.folder / name
         remove_leftover(path, self._ops)
         return path
@@ -127,7 +127,7 @@ class _Run:
 def _conversion(reports: Iterable[EncodeReport]) -> dict[str, object] | None:
     """The summary of conversion to MXFP4 over all shards, None where nothing was converted.
 
-    The error has six digits: more would differ with the instruction set that summed it.
+    The error has six digits: more would depend on the instruction set.
     """
     total = EncodeReport.total(reports)
     if not total.blocks:

@@ -1,4 +1,4 @@
-"""What serving engines will make of a pruned checkpoint, as far as is known."""
+"""Known limits of serving engines for a pruned checkpoint."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ def serving_notes(
     *,
     expert_format: ExpertFormat = MXFP4,
 ) -> list[str]:
-    """One line for each thing a user of the checkpoint should know; empty where there is none.
+    """One line for each limit that applies to the checkpoint.
 
-    `plan_top_k` is the top-k that the plan sets, None where it leaves the source's; `expert_format` is
-    what the checkpoint stores its experts in.
+    `plan_top_k` is the top-k that the plan sets, None for the source's; `expert_format` is that of the
+    checkpoint.
     """
     notes = []
     if top_k & (top_k - 1):
         notes.append(
             f"top-k {top_k} is not a power of two: vLLM's gpt-oss kernels do not compile for it "
-            "(vLLM issue 46406); transformers and llama.cpp take it"
+            "(vLLM issue 46406); transformers and llama.cpp support it"
         )
-    wanted = plan_top_k or source_top_k
-    if top_k < wanted:
+    requested = plan_top_k or source_top_k
+    if top_k < requested:
         whose = "the plan's" if plan_top_k else "the source's"
         left = "1 expert is" if experts == 1 else f"{experts} experts are"
-        notes.append(f"top-k is {top_k} instead of {whose} {wanted}: only {left} left in each layer")
+        notes.append(f"top-k is {top_k} instead of {whose} {requested}: only {left} left in each layer")
     elif top_k != source_top_k:
         than = "fewer" if top_k < source_top_k else "more"
         notes.append(
@@ -52,8 +52,8 @@ def serving_notes(
         )
     if experts not in FUSED_ROUTER_COUNTS:
         notes.append(
-            f"{experts} experts is no count that fused routers are built for: expect slower routing in vLLM and "
-            "SGLang, and llama.cpp leaves its fused top-k without saying so (llama.cpp issue 25267)"
+            f"no fused router supports {experts} experts: vLLM and SGLang route slower, and llama.cpp falls back "
+            "silently to its unfused top-k (llama.cpp issue 25267)"
         )
     if not expert_format.packed:
         notes.append(

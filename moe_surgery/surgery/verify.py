@@ -1,4 +1,4 @@
-"""Holds a checkpoint against its manifest, its own config, and, if wanted, its source."""
+"""Checks a checkpoint against its manifest, its config and, optionally, its source."""
 
 from __future__ import annotations
 
@@ -36,11 +36,10 @@ SHARD_SUFFIX = ".safetensors"
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What `verify_checkpoint` found. `problems` holds one line each, naming file and tensor.
+    """The result of `verify_checkpoint`. `problems` holds one line each, naming file and tensor.
 
-    `notes` are things worth knowing that are no fault, such as files the manifest does not list.
-    `side_files` are the files beside the shards that are not as they were written; `weights_ok` says
-    that nothing else is wrong.
+    `notes` are not problems, such as files that the manifest does not list. `side_files` are the files
+    next to the shards that were edited, damaged or removed; `weights_ok` is True if nothing else is wrong.
     """
 
     problems: tuple[str, ...]
@@ -65,22 +64,21 @@ def verify_checkpoint(
     families: tuple[Family, ...] = FAMILIES,
     progress: OnProgress | None = None,
 ) -> Verification:
-    """Check the checkpoint folder `out`; every problem found is reported, not only the first.
+    """Check the checkpoint folder `out`; reports every problem, not only the first.
 
     Always: headers, index, and config against tensor shapes. Unless `structure_only`: the digest of
-    every file and tensor against the manifest. With `source`: every output byte against what the
-    manifest's plan makes of the source. With `weights_only` a file beside the shards (README.md,
-    config.json, tokenizer) that was edited or is missing is a note, not a problem; config and index must
-    still agree with the shards. Without upstream digests, damage that was in the source
-    before the surgery cannot be seen. `families` are the model
+    every file and tensor against the manifest. With `source`: every output byte against the manifest's plan
+    applied to the source. With `weights_only` an edited or missing file next to
+    the shards (README.md, config.json, tokenizer) is a note, not a problem; config and index must still
+    agree with the shards. Damage that the source had before the surgery cannot be detected. `families` are the model
     families to recognise; `progress` is called with each `Progress`, in bytes.
 
-    Raises OutputError where `out` is no folder, or holds no manifest and `structure_only` is off,
+    Raises OutputError where `out` is not a folder, or has no manifest and `structure_only` is off,
     and any error of opening `source`.
     """
     folder = resolve(out)
     if not folder.is_dir():
-        raise OutputError(f"{printable_path(folder)}: is a file; name the folder of the checkpoint")
+        raise OutputError(f"{printable_path(folder)}: is a file; pass the folder of the checkpoint")
     reads = 0 if structure_only else 2 if source is not None else 1
     total = reads * sum(entry.stat().st_size for entry in os.scandir(folder) if entry.is_file())
     counter = Counter(progress, "verify", total, "bytes")
@@ -94,7 +92,7 @@ class _Verifier:
         self._progress = progress
         self._problems: list[str] = []
         self._notes: list[str] = []
-        self._sides: dict[str, str] = {}  # file beside the shards -> what is wrong with it
+        self._side_file_problems: dict[str, str] = {}  # file next to the shards -> problem
         self._bytes = 0
         self._ops = FileOps()
         self._tensors = 0
@@ -114,10 +112,10 @@ class _Verifier:
                     self._side_file(name, record, structure_only)
             self._unlisted(manifest)
         if source is not None and manifest is not None and not self._problems:
-            self._against(source, manifest)
+            self._compare_with_source(source, manifest)
         sound = not self._problems
         (self._notes if weights_only else self._problems).extend(
-            line for line in self._sides.values() if line not in self._problems
+            line for line in self._side_file_problems.values() if line not in self._problems
         )
         return Verification(
             tuple(self._problems),
@@ -125,7 +123,7 @@ class _Verifier:
             files,
             self._tensors,
             self._bytes,
-            tuple(self._sides),
+            tuple(self._side_file_problems),
             sound,
         )
 
@@ -141,7 +139,7 @@ class _Verifier:
         if not os.path.lexists(path):
             if needed:
                 raise OutputError(
-                    f"{printable_path(path)}: not found, so there are no digests to compare; "
+                    f"{printable_path(path)}: not found, so there are no digests to compare with; "
                     "`structure_only=True` checks a checkpoint without one"
                 )
             return None
@@ -177,17 +175,17 @@ class _Verifier:
         try:
             with LocalFile(path, self._ops) as file:
                 if file.size != record.size:
-                    self._sides[name] = f"{edited}: {file.size} bytes, expected {record.size}"
-                elif not structure_only and self._whole(file) != record.xxh3_128:
-                    self._sides[name] = f"{edited}: its bytes do not have the manifest's digest"
+                    self._side_file_problems[name] = f"{edited}: {file.size} bytes, expected {record.size}"
+                elif not structure_only and self._file_digest(file) != record.xxh3_128:
+                    self._side_file_problems[name] = f"{edited}: its digest does not match the manifest"
         except MoeSurgeryError as error:
-            self._sides[name] = str(error)
+            self._side_file_problems[name] = str(error)
 
-    def _whole(self, file: ByteSource) -> str:
+    def _file_digest(self, file: ByteSource) -> str:
         """The digest of a file."""
-        return digest_chunks(file, plain_chunks(file.size), FileDigest(), self._passed).whole
+        return digest_chunks(file, plain_chunks(file.size), FileDigest(), self._advance).whole
 
-    def _passed(self, nbytes: int) -> None:
+    def _advance(self, nbytes: int) -> None:
         self._bytes += nbytes
         self._progress(nbytes)
 
@@ -201,50 +199,50 @@ class _Verifier:
             return None
 
     def _compare_header(self, path: Path, header: Header, record: FileRecord) -> None:
-        found = {n: (i.dtype, i.shape) for n, i in header.tensors.items()}
+        actual = {n: (i.dtype, i.shape) for n, i in header.tensors.items()}
         listed = {n: (t.dtype, t.shape) for n, t in record.tensors.items()}
-        for name in sorted(found.keys() | listed.keys()):
-            if found.get(name) != listed.get(name):
+        for name in sorted(actual.keys() | listed.keys()):
+            if actual.get(name) != listed.get(name):
                 self._problems.append(
-                    f"{printable_path(path)}: tensor '{printable(name)}' is {_shown(found.get(name))} in the header, "
-                    f"{_shown(listed.get(name))} in {MANIFEST_NAME}"
+                    f"{printable_path(path)}: tensor '{printable(name)}' is {_type_of(actual.get(name))} in the "
+                    f"header, {_type_of(listed.get(name))} in {MANIFEST_NAME}"
                 )
 
     def _digests(self, file: ByteSource, name: str, record: FileRecord, header: Header | None) -> None:
-        """One pass over the file: its own digest and, where the header can be read, its tensors'."""
+        """One pass over the file: its digest and, if the header can be read, those of its tensors."""
         if header is None:
-            digest = digest_chunks(file, plain_chunks(file.size), FileDigest(), self._passed)
+            digest = digest_chunks(file, plain_chunks(file.size), FileDigest(), self._advance)
         else:
             shard = as_shard(name, header)
-            digest = digest_chunks(file, chunks_of(shard), FileDigest(len(shard.tensors)), self._passed)
-        found = dict(zip(header.tensors if header else (), digest.tensors, strict=True))
-        damaged = [n for n, t in record.tensors.items() if n in found and found[n] != t.xxh3_128]
+            digest = digest_chunks(file, chunks_of(shard), FileDigest(len(shard.tensors)), self._advance)
+        digests = dict(zip(header.tensors if header else (), digest.tensors, strict=True))
+        damaged = [n for n, t in record.tensors.items() if n in digests and digests[n] != t.xxh3_128]
         for name in damaged:
             self._problems.append(
-                f"{file.where}: tensor '{printable(name)}': its bytes do not have the manifest's digest"
+                f"{file.where}: tensor '{printable(name)}': its digest does not match the manifest"
             )
         if digest.whole != record.xxh3_128 and not damaged:
-            self._problems.append(f"{file.where}: its header was altered")
+            self._problems.append(f"{file.where}: its header was modified")
 
     def _unlisted(self, manifest: Manifest) -> None:
-        known = {*manifest.files, MANIFEST_NAME}
+        listed = {*manifest.files, MANIFEST_NAME}
         hidden = []
         for name in sorted(LocalFolder(self._folder).listing()):
-            if name in known:
+            if name in listed:
                 continue
             if name.startswith("."):
                 hidden.append(printable(name))
                 continue
             line = f"{printable_path(self._folder / name)}: not listed in {MANIFEST_NAME}"
             shard = name.endswith(SHARD_SUFFIX) and not is_addition(name)
-            fault = shard or name in (CONFIG_NAME, INDEX_NAME)
-            (self._problems if fault else self._notes).append(line)
-        if hidden:  # .gitattributes, .git, .cache: of git, the hub or the desktop
+            is_problem = shard or name in (CONFIG_NAME, INDEX_NAME)
+            (self._problems if is_problem else self._notes).append(line)
+        if hidden:  # .gitattributes, .git, .cache and the like
             self._notes.append(
-                f"{printable_path(self._folder)}: {', '.join(hidden)}: hidden, not part of the checkpoint"
+                f"{printable_path(self._folder)}: {', '.join(hidden)}: hidden files, not part of the checkpoint"
             )
 
-    def _against(self, source: str | os.PathLike[str] | Folder, manifest: Manifest) -> None:
+    def _compare_with_source(self, source: str | os.PathLike[str] | Folder, manifest: Manifest) -> None:
         with Checkpoint.open(source) as checkpoint:
             model = identify_model(checkpoint, self._families)
             self._same_source(checkpoint, manifest)
@@ -259,23 +257,23 @@ class _Verifier:
 
     def _same_source(self, checkpoint: Checkpoint, manifest: Manifest) -> None:
         recorded = {str(s["name"]): s["header_digest"] for s in manifest.sources}
-        found = {n: s.header.digest for n, s in checkpoint.shards.items()}
-        if recorded != found:
+        actual = {n: s.header.digest for n, s in checkpoint.shards.items()}
+        if recorded != actual:
             self._notes.append(
-                f"{printable_path(checkpoint.path)}: shards are not laid out as in the source that "
+                f"{printable_path(checkpoint.path)}: shards are laid out differently than in the source that "
                 f"{MANIFEST_NAME} names; compared tensor by tensor"
             )
 
     def _compare(
         self, name: str, header: Header, tensors: Mapping[str, OutputTensor], source: Checkpoint
     ) -> None:
-        """Make the shard again from the source and compare with the bytes on disk."""
+        """Produce the shard again from the source and compare it with the bytes on disk."""
         path = self._folder / name
         for info in header.tensors.values():
-            made = tensors.get(info.name)
-            if made is None or (made.dtype, made.shape) != (info.dtype, info.shape):
+            planned = tensors.get(info.name)
+            if planned is None or (planned.dtype, planned.shape) != (info.dtype, info.shape):
                 raise VerificationError(
-                    f"{printable_path(path)}: tensor '{printable(info.name)}' is not what the plan makes of "
+                    f"{printable_path(path)}: tensor '{printable(info.name)}' does not match the plan applied to "
                     f"{printable_path(source.path)}"
                 )
         expected = OutputShard(name, bytes(header.data_start), tuple(tensors[n] for n in header.tensors))
@@ -283,13 +281,13 @@ class _Verifier:
         different: dict[str, None] = {}
 
         def consume(chunk: Chunk, buffer: memoryview) -> None:
-            found = bytearray(len(buffer))
-            file.read_into(chunk.offset, memoryview(found))
-            if found != buffer:
+            actual = bytearray(len(buffer))
+            file.read_into(chunk.offset, memoryview(actual))
+            if actual != buffer:
                 for piece in chunk.slices:
-                    if piece.tensor >= 0 and piece.of(memoryview(found)) != piece.of(buffer):
+                    if piece.tensor >= 0 and piece.of(memoryview(actual)) != piece.of(buffer):
                         different[expected.tensors[piece.tensor].name] = None
-            self._passed(len(buffer))
+            self._advance(len(buffer))
 
         with LocalFile(path, self._ops) as file:
             stream(chunks_of(expected), producer.fill, consume)
@@ -301,7 +299,7 @@ class _Verifier:
 
 
 def as_shard(name: str, header: Header) -> OutputShard:
-    """A file that is already there, as a shard that copies itself."""
+    """An existing file as a shard that copies itself."""
     start = header.data_start
     tensors = tuple(
         OutputTensor(i.name, i.dtype, i.shape, (Copy(Span(name, start + i.begin, i.nbytes)),))
@@ -310,5 +308,5 @@ def as_shard(name: str, header: Header) -> OutputShard:
     return OutputShard(name, bytes(start), tensors)
 
 
-def _shown(described: tuple[str, tuple[int, ...]] | None) -> str:
-    return "absent" if described is None else f"{described[0]} {list(described[1])}"
+def _type_of(info: tuple[str, tuple[int, ...]] | None) -> str:
+    return "absent" if info is None else f"{info[0]} {list(info[1])}"

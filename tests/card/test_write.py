@@ -40,7 +40,7 @@ def test_new_card_is_part_of_the_checkpoint(source: Path, out: Path) -> None:
     assert changed == {"README.md", "surgery.json"}
     (out / "README.md").write_text(NEW.replace("A", "B"))
     assert verify_checkpoint(out).problems == (
-        f"{out}/README.md: edited or damaged since it was written: its bytes do not have the manifest's digest",
+        f"{out}/README.md: edited or damaged since it was written: its digest does not match the manifest",
     )
 
 
@@ -75,7 +75,7 @@ def test_altered_manifest_is_not_made_whole_by_a_card(out: Path) -> None:
     manifest = out / "surgery.json"
     manifest.write_bytes(manifest.read_bytes().replace(b"mxfp4", b"mxFp4", 1))
     before = contents(out)
-    with pytest.raises(VerificationError, match="the manifest was altered"):
+    with pytest.raises(VerificationError, match="the manifest was modified"):
         write_card(out, NEW)
     assert contents(out) == before
 

@@ -1,4 +1,4 @@
-"""Safetensors files as byte literals, and the safetensors library as the judge beside our parser."""
+"""Safetensors files as byte literals, and the safetensors library as the reference for our parser."""
 
 from __future__ import annotations
 

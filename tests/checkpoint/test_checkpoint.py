@@ -37,7 +37,7 @@ def test_every_tensor_is_where_the_reference_reader_finds_it(folder: Path) -> No
             opened.shards[ref.shard].read_into(ref.offset, memoryview(buffer))
             assert bytes(buffer) == expected[name].tobytes()
             assert ref.shape == expected[name].shape
-            assert bytes(opened.shards[ref.shard].window(ref.offset, ref.nbytes)) == bytes(buffer)
+            assert bytes(opened.shards[ref.shard].region(ref.offset, ref.nbytes)) == bytes(buffer)
         assert opened.nbytes == sum(t.nbytes for t in expected.values())
 
 
@@ -46,7 +46,7 @@ def test_rows_of_a_tensor_are_its_slices(folder: Path) -> None:
     with Checkpoint.open(folder) as opened:
         ref = opened.tensors[ROUTER].rows(1, 2)
         assert ref.shape == (2, *expected.shape[1:])
-        got = bytes(opened.shards[ref.shard].window(ref.offset, ref.nbytes))
+        got = bytes(opened.shards[ref.shard].region(ref.offset, ref.nbytes))
         assert got == expected[1:3].tobytes()
 
 
@@ -54,7 +54,7 @@ def test_nothing_stays_open_or_mapped(folder: Path) -> None:
     before = open_files(folder)
     with Checkpoint.open(folder) as opened:
         ref = opened.tensors[ROUTER]
-        view = opened.shards[ref.shard].window(ref.offset, ref.nbytes)
+        view = opened.shards[ref.shard].region(ref.offset, ref.nbytes)
         assert len(open_files(folder)) > len(before)
     assert len(view) == ref.nbytes  # a view outlives the checkpoint
     view.release()
@@ -146,7 +146,7 @@ def test_read_past_the_end_is_an_error(shard: Path) -> None:
     with Shard("x", LocalFile(shard)) as opened:
         for read in (
             lambda: opened.read_into(size - 9, memoryview(bytearray(10))),
-            lambda: opened.window(size - 9, 10),
+            lambda: opened.region(size - 9, 10),
         ):
             with pytest.raises(InvalidInputError, match=f"ends before byte {size + 1}"):
                 read()
@@ -155,27 +155,27 @@ def test_read_past_the_end_is_an_error(shard: Path) -> None:
 def test_shard_cut_after_it_was_opened_is_an_error_and_no_crash(shard: Path) -> None:
     size = shard.stat().st_size
     with Shard("x", LocalFile(shard)) as opened:
-        opened.window(0, 100)
+        opened.region(0, 100)
         os.truncate(shard, 1000)
         for read in (
             lambda: opened.read_into(0, memoryview(bytearray(size))),
-            lambda: opened.window(0, size),
+            lambda: opened.region(0, size),
             opened.check_unchanged,
         ):
-            with pytest.raises(InvalidInputError, match=r"cut while being read|changed while"):
+            with pytest.raises(InvalidInputError, match=r"truncated while being read|changed while"):
                 read()
-        assert bytes(opened.window(0, 8))
+        assert bytes(opened.region(0, 8))
 
 
 def test_released_window_can_be_had_again(shard: Path) -> None:
     raw = shard.read_bytes()
     with Shard("x", LocalFile(shard)) as opened:
         for offset in (0, 1, mmap.PAGESIZE - 1, len(raw) - 1):
-            window = opened.window(offset, len(raw) - offset)
+            window = opened.region(offset, len(raw) - offset)
             opened.release(offset, len(raw) - offset)
             assert bytes(window) == raw[offset:]
-            assert bytes(opened.window(offset, len(raw) - offset)) == raw[offset:]
-        assert bytes(opened.window(len(raw), 0)) == b""
+            assert bytes(opened.region(offset, len(raw) - offset)) == raw[offset:]
+        assert bytes(opened.region(len(raw), 0)) == b""
 
 
 def test_check_sees_a_file_put_in_its_place(shard: Path) -> None:

@@ -1,4 +1,4 @@
-"""The table of system calls: what the kernel promises and what stands in where it does not."""
+"""The system calls: kernel features and their fallbacks."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_rename_new_of_nothing_names_both(tmp_path: Path) -> None:
     assert caught.value.filename2 == str(tmp_path / "new")
 
 
-def test_names_that_are_no_text_are_renamed(tmp_path: Path) -> None:
+def test_names_that_are_not_valid_text_are_renamed(tmp_path: Path) -> None:
     old = os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xfe old")
     Path(old).write_text("")
     OPS.rename_new(old, tmp_path / "new")

@@ -107,19 +107,6 @@ def test_regular_file_and_symlink_to_one_are_opened(file: Path, tmp_path: Path) 
             os.close(fd)
 
 
-def test_relative_path_is_taken_from_the_folder_descriptor(file: Path, tmp_path: Path) -> None:
-    (tmp_path / "dangling").symlink_to("nowhere")
-    folder = os.open(tmp_path, os.O_RDONLY)
-    try:
-        os.close(open_regular(file.name, dir_fd=folder))
-        with pytest.raises(OutputError, match="symbolic link to a file that does not exist"):
-            open_regular("dangling", dir_fd=folder)
-        with pytest.raises(OutputError, match="No such file"):
-            open_regular("absent", dir_fd=folder)
-    finally:
-        os.close(folder)
-
-
 def test_read_small_file_up_to_its_limit(file: Path) -> None:
     assert read_small_file(file, limit=10, what="config") == b"0123456789"
     with pytest.raises(InvalidInputError, match="larger than the 9 bytes allowed for config"):

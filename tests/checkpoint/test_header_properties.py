@@ -57,7 +57,7 @@ def data_for(tensors: Specs) -> bytes:
 
 
 @given(st.dictionaries(NAMES, ARRAYS, max_size=6), METADATA)
-def test_what_the_library_writes_we_read_alike(
+def test_files_of_the_library_are_read_identically(
     arrays: dict[str, np.ndarray[Any, Any]], metadata: dict[str, str] | None
 ) -> None:
     assume(arrays or metadata != {})  # see the test below
@@ -82,17 +82,17 @@ def test_what_the_library_writes_for_no_tensors_and_empty_metadata_neither_reads
 
 
 @given(whole_byte_tensors(), METADATA, st.sampled_from([1, 8, 64, 4096]), st.integers(0, 4095))
-def test_what_we_write_the_library_reads_alike(
+def test_our_files_are_read_identically_by_the_library(
     tensors: Specs, metadata: dict[str, str] | None, pad_to: int, residue: int
 ) -> None:
     raw = build_header(tensors, metadata=metadata, pad_to=pad_to, residue=residue % pad_to)
     assert len(raw) % pad_to == residue % pad_to
     blob = raw + data_for(tensors)
-    theirs = reference_tensors(blob)
-    assert {name: (view[0], tuple(view[1])) for name, view in theirs.items()} == {
+    reference = reference_tensors(blob)
+    assert {name: (view[0], tuple(view[1])) for name, view in reference.items()} == {
         name: (dtype, shape) for name, dtype, shape in tensors
     }
-    assert ours_tensors(blob) == theirs
+    assert ours_tensors(blob) == reference
     assert ours(blob).metadata == (metadata or {})
     assert set(ours(blob).tensors) == {name for name, _, _ in tensors}
 

@@ -83,7 +83,7 @@ def test_stricter_than_the_library_exactly_where_listed() -> None:
 
 
 @pytest.mark.parametrize("length", range(len(THREE)))
-def test_F19_every_prefix_of_a_valid_file_is_refused(length: int) -> None:
+def test_every_prefix_of_a_valid_file_is_refused(length: int) -> None:
     assert reference_verdict(THREE[:length]) != ACCEPT
     with pytest.raises(InvalidInputError):
         ours(THREE[:length])
@@ -122,7 +122,7 @@ def test_dtypes_are_those_of_the_library() -> None:
         (b'{\n  "metadata": {"total_size": 1}}', "plain JSON"),
     ],
 )
-def test_F14_error_names_the_format_the_file_really_has(start: bytes, hint: str) -> None:
+def test_error_names_the_format_the_file_really_has(start: bytes, hint: str) -> None:
     with pytest.raises(InvalidInputError, match=hint):
         ours(start)
 

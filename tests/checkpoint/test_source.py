@@ -1,4 +1,4 @@
-"""What every source of bytes must do, whatever holds them; and what a local file does beside."""
+"""Requirements on every source of bytes, and the optional operations of local files."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def local(folder: Path) -> Case:
 
     def change(content: bytes) -> None:
         path.write_bytes(content)
-        os.utime(path, ns=(7, 7))  # whatever the clock's resolution
+        os.utime(path, ns=(7, 7))  # independent of the clock's resolution
 
     return Case(lambda: LocalFile(path), change)
 
@@ -59,8 +59,8 @@ def memory(_: Path) -> Case:
 
 @pytest.fixture(params=[local, short_reads, memory], ids=lambda make: make.__name__)
 def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
-    made: Case = request.param(tmp_path)
-    return made
+    case: Case = request.param(tmp_path)
+    return case
 
 
 @pytest.mark.parametrize(

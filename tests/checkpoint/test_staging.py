@@ -117,16 +117,16 @@ def test_link_to_a_folder_inside_is_removed_not_followed(out: Path, partial: Pat
 def test_something_else_under_the_name_of_the_folder_is_in_the_way(
     out: Path, tmp_path: Path, kind: str
 ) -> None:
-    place = out.parent / f".out.partial-{'d' * 32}"
+    partial = out.parent / f".out.partial-{'d' * 32}"
     (tmp_path / "elsewhere").mkdir()
     if kind == "file":
-        place.write_text("")
+        partial.write_text("")
     else:
-        place.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(OutputError, match="in the way; remove it"):
+        partial.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OutputError, match="is not a folder of an earlier run; remove it"):
         staging(out)
-    assert os.path.lexists(place)
-    assert siblings(out) == [place.name]
+    assert os.path.lexists(partial)
+    assert siblings(out) == [partial.name]
 
 
 # --- the lock
@@ -213,10 +213,10 @@ def test_publishing_flushes_the_folder_before_and_its_parent_after_the_rename(ou
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_name_taken_meanwhile_is_not_touched(out: Path, overwrite: bool) -> None:
+def test_output_created_during_the_run_is_not_touched(out: Path, overwrite: bool) -> None:
     with staging(out) as stage:
         out.mkdir()
-        with pytest.raises(OutputError, match="appeared while this run was writing"):
+        with pytest.raises(OutputError, match="was created by another program during this run"):
             stage.publish(overwrite=overwrite)
         assert stage.folder.exists()
         stage.discard()
@@ -224,7 +224,7 @@ def test_name_taken_meanwhile_is_not_touched(out: Path, overwrite: bool) -> None
     assert siblings(out) == []
 
 
-def test_output_removed_meanwhile_is_simply_made(out: Path) -> None:
+def test_output_removed_during_the_run_is_created(out: Path) -> None:
     out.mkdir()
     with staging(out) as stage:
         (stage.folder / "a").write_text("new")

@@ -30,7 +30,7 @@ def parse(text: str | bytes, *, allow_floats: bool = False, max_depth: int = 64)
 
 
 @given(VALUES, st.booleans())
-def test_whatever_python_writes_is_read_back(value: object, ascii_only: bool) -> None:
+def test_output_of_pythons_json_is_read_back(value: object, ascii_only: bool) -> None:
     raw = json.dumps(value, ensure_ascii=ascii_only).encode()
     assert parse_json(raw, where="here", allow_floats=True) == value
 

@@ -55,7 +55,7 @@ def test_pieces_written_in_order_make_the_file(path: Path, cuts: list[int], dire
     assert os.listdir(path.parent) == [path.name]
 
 
-def test_buffer_that_is_not_aligned_is_written_all_the_same(path: Path) -> None:
+def test_unaligned_buffer_is_written(path: Path) -> None:
     content = random.Random(1).randbytes(40_000)
     file = OutputFile(path, FileOps())
     file.write(memoryview(b"x" + content)[1:], 0)
@@ -155,15 +155,15 @@ def test_failed_flush_is_not_tried_again(path: Path) -> None:
 
 
 def test_temporary_name_that_is_taken_is_not_written_to(path: Path, tmp_path: Path) -> None:
-    taken = tmp_path / ".model.safetensors.tmp"
-    for make in (lambda: taken.write_text("precious"), lambda: taken.symlink_to(tmp_path / "victim")):
+    temporary = tmp_path / ".model.safetensors.tmp"
+    for make in (lambda: temporary.write_text("precious"), lambda: temporary.symlink_to(tmp_path / "victim")):
         make()
         with pytest.raises(OutputError, match="cannot create: File exists"):
             OutputFile(path, FileOps())
         assert not (tmp_path / "victim").exists()
-        if not taken.is_symlink():
-            assert taken.read_text() == "precious"
-        taken.unlink()
+        if not temporary.is_symlink():
+            assert temporary.read_text() == "precious"
+        temporary.unlink()
 
 
 def test_discarded_file_is_gone_and_may_be_discarded_twice(path: Path) -> None:

@@ -195,7 +195,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     ),
     "too long a context": (
         ["speculate", TINY, "--draft-top-k", "1", "--depth", "5000"],
-        "--depth 5000 and --draft-lengths need 5010 tokens; these models take 4096",
+        "--depth 5000 and --draft-lengths need 5010 tokens; these models support 4096",
     ),
     "no new tokens": (
         ["speculate", TINY, "--draft-top-k", "1", "--max-new-tokens", "0"],

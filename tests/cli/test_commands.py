@@ -81,7 +81,7 @@ def test_one_file_is_a_checkpoint_if_it_holds_the_whole_model(tmp_path: Path, ca
     parts = write_checkpoint(tmp_path / "parts", shards=2)
     ended = call(capsys, "inspect", parts / "model-00001-of-00002.safetensors")
     assert ended.code == 3
-    assert "is in no shard" in ended.error
+    assert "is missing" in ended.error
 
 
 # --- plan

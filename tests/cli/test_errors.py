@@ -41,7 +41,7 @@ CASES: dict[str, tuple[str, int, str]] = {
     "another kind of file": ("inspect {tmp}/notes.txt", 2, "{tmp}/notes.txt: is neither a folder nor a"),
     "no config": ("inspect {tmp}/bare", 5, "{tmp}/bare/config.json: not found"),
     "no shards": ("inspect {tmp}/configured", 5, "{tmp}/configured: holds no .safetensors file"),
-    "cut shard": ("inspect {tmp}/cut", 3, "{tmp}/cut/model.safetensors: cut short"),
+    "cut shard": ("inspect {tmp}/cut", 3, "{tmp}/cut/model.safetensors: truncated"),
     "nothing chosen to plan": ("plan", 2, "exactly one of RANKING or STATS, --keep and --random"),
     "two choices to plan": (
         "plan {tmp}/r.json example:tiny --random -n 2",
@@ -169,7 +169,7 @@ def test_control_characters_of_a_tensor_name_reach_the_terminal_as_escapes(
         tmp_path / "in", edit_tensors=lambda tensors: tensors.update({EVIL: np.zeros(1, np.uint16)})
     )
     line = refused(call(capsys, "inspect", source), 3)
-    assert "has no such tensor" in line
+    assert "is not part of a gpt_oss model" in line
     assert r"\x1b[2J" in line.replace("\\\\", "\\")
 
 

@@ -82,7 +82,7 @@ def test_a_missing_tokenizer_is_one_line(tmp_path: Path, capsys: Capture) -> Non
     assert done.code == 5
     assert done.error == (
         f"moe-surgery: {source / 'tokenizer.json'}: not found; copy the model's tokenizer.json there, "
-        "or pass --no-tokenizer for a file that takes and gives token numbers only"
+        "or pass --no-tokenizer to export without a tokenizer"
     )
     assert not (tmp_path / "out.gguf").exists()
 
@@ -100,7 +100,7 @@ def test_another_family_is_one_line(tmp_path: Path, capsys: Capture) -> None:
     source = write_checkpoint(tmp_path / "in", edit_config=lambda c: c.update(model_type="mixtral"))
     done = call(capsys, "export", source, tmp_path / "out.gguf")
     assert done.code == 3
-    assert "is a mixtral checkpoint (GptOssForCausalLM); supported is model_type gpt_oss" in done.error
+    assert "is a mixtral checkpoint (GptOssForCausalLM); supported model_type: gpt_oss" in done.error
 
 
 def test_an_existing_file_is_one_line(tmp_path: Path, capsys: Capture) -> None:

@@ -138,12 +138,12 @@ CASES: dict[str, tuple[str, int, str]] = {
     "plan: a target too small": (
         "plan {in}/both.stats --metric reap --target-size 1kB example:tiny",
         2,
-        "with one expert a layer it still has",
+        "even with one expert a layer it has",
     ),
     "plan: too few weights": (
         "plan {in}/both.stats --metric reap --target-params 1k example:tiny",
         2,
-        "with one expert a layer it still has",
+        "even with one expert a layer it has",
     ),
     "plan: a target for no model": (
         "plan {in}/both.stats --metric reap --target-size 2MB",

@@ -1,4 +1,4 @@
-"""The pipeline keeps order, bounds memory, and ends with the first error, whatever the threads do."""
+"""The pipeline keeps order, bounds memory and stops at the first error, with any thread schedule."""
 
 from __future__ import annotations
 

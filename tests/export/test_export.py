@@ -48,7 +48,7 @@ def expected(tensors: Tensors) -> dict[str, tuple[str, np.ndarray]]:
     }
     layers = {int(name.split(".")[2]) for name in tensors if name.startswith("model.layers.")}
     for layer in layers:
-        own, theirs = f"model.layers.{layer}.", f"blk.{layer}."
+        source_prefix, target = f"model.layers.{layer}.", f"blk.{layer}."
         for name, renamed in (
             ("input_layernorm.weight", "attn_norm.weight"),
             ("post_attention_layernorm.weight", "post_attention_norm.weight"),
@@ -57,18 +57,21 @@ def expected(tensors: Tensors) -> dict[str, tuple[str, np.ndarray]]:
             ("mlp.router.bias", "ffn_gate_inp.bias"),
             ("mlp.experts.down_proj_bias", "ffn_down_exps.bias"),
         ):
-            found[theirs + renamed] = "F32", floats(tensors[own + name])
+            found[target + renamed] = "F32", floats(tensors[source_prefix + name])
         for part in "qkvo":
-            renamed = theirs + "attn_" + {"o": "output"}.get(part, part)
-            found[renamed + ".weight"] = "BF16", floats(tensors[f"{own}self_attn.{part}_proj.weight"])
-            found[renamed + ".bias"] = "F32", floats(tensors[f"{own}self_attn.{part}_proj.bias"])
-        bias = floats(tensors[own + "mlp.experts.gate_up_proj_bias"])
-        found[theirs + "ffn_gate_exps.bias"] = "F32", bias[:, 0::2]
-        found[theirs + "ffn_up_exps.bias"] = "F32", bias[:, 1::2]
-        kind, gate_up = weight(tensors, own + "mlp.experts.gate_up_proj")
-        found[theirs + "ffn_gate_exps.weight"] = kind, gate_up[:, 0::2]
-        found[theirs + "ffn_up_exps.weight"] = kind, gate_up[:, 1::2]
-        found[theirs + "ffn_down_exps.weight"] = weight(tensors, own + "mlp.experts.down_proj")
+            renamed = target + "attn_" + {"o": "output"}.get(part, part)
+            found[renamed + ".weight"] = (
+                "BF16",
+                floats(tensors[f"{source_prefix}self_attn.{part}_proj.weight"]),
+            )
+            found[renamed + ".bias"] = "F32", floats(tensors[f"{source_prefix}self_attn.{part}_proj.bias"])
+        bias = floats(tensors[source_prefix + "mlp.experts.gate_up_proj_bias"])
+        found[target + "ffn_gate_exps.bias"] = "F32", bias[:, 0::2]
+        found[target + "ffn_up_exps.bias"] = "F32", bias[:, 1::2]
+        kind, gate_up = weight(tensors, source_prefix + "mlp.experts.gate_up_proj")
+        found[target + "ffn_gate_exps.weight"] = kind, gate_up[:, 0::2]
+        found[target + "ffn_up_exps.weight"] = kind, gate_up[:, 1::2]
+        found[target + "ffn_down_exps.weight"] = weight(tensors, source_prefix + "mlp.experts.down_proj")
     return found
 
 
@@ -133,8 +136,8 @@ def test_the_embedded_model_and_what_is_left_of_it(count: int, tmp_path: Path) -
     got = read(tmp_path / "out.gguf")
     assert_holds(got, load_tensors(source))
     assert_every_byte_accounted_for(got)
-    said = {k: got.metadata[f"gpt-oss.{k}"] for k in ("expert_count", "expert_used_count")}
-    assert said == {"expert_count": count, "expert_used_count": min(4, count)}
+    expected_text = {k: got.metadata[f"gpt-oss.{k}"] for k in ("expert_count", "expert_used_count")}
+    assert expected_text == {"expert_count": count, "expert_used_count": min(4, count)}
 
 
 @pytest.mark.parametrize("count", COUNTS)
@@ -273,10 +276,10 @@ def test_dense_weights_of_other_types_keep_their_precision(dtype: type, tmp_path
     source = write_checkpoint(tmp_path / "in", edit_tensors=edit)
     export_gguf(source, tmp_path / "out.gguf", tokenizer=False)
     got = read(tmp_path / "out.gguf")
-    for name, theirs in zip(
+    for name, target in zip(
         names, ("token_embd.weight", "output_norm.weight", "blk.1.attn_q.bias"), strict=True
     ):
-        assert got.values(theirs).tobytes() == values[name].astype(np.float32).tobytes()
+        assert got.values(target).tobytes() == values[name].astype(np.float32).tobytes()
     assert got.tensors["token_embd.weight"][0] == {2: "F16", 4: "F32"}[np.dtype(dtype).itemsize]
 
 
@@ -288,24 +291,24 @@ def test_a_file_without_tokenizer_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("edit", "said"),
+    ("edit", "expected_text"),
     [
-        ({"swiglu_limit": 5.0}, "swiglu_limit is 5, and llama.cpp has 7 built in"),
+        ({"swiglu_limit": 5.0}, "swiglu_limit is 5, but llama.cpp hard-codes 7"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types do not alternate"),
         ({"layer_types": ["sliding_attention"] * 2}, "layer_types do not alternate"),
         (
             {"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "attention_factor": 1.0}},
-            "attention_factor is not the usual one",
+            "attention_factor is not YaRN's default",
         ),
     ],
 )
-def test_what_llama_cpp_would_compute_otherwise_is_refused(
-    edit: dict[str, object], said: str, tmp_path: Path
+def test_a_model_that_llama_cpp_would_compute_differently_is_refused(
+    edit: dict[str, object], expected_text: str, tmp_path: Path
 ) -> None:
     source = write_checkpoint(tmp_path / "in", edit_config=lambda c: c.update(edit))
     with pytest.raises(InvalidInputError) as caught:
         export_gguf(source, tmp_path / "out.gguf", tokenizer=False)
-    assert said in str(caught.value)
+    assert expected_text in str(caught.value)
     assert not (tmp_path / "out.gguf").exists()
 
 
@@ -321,8 +324,8 @@ def test_attention_without_biases_is_refused(tmp_path: Path) -> None:
         export_gguf(source, tmp_path / "out.gguf", tokenizer=False)
 
 
-def refuse(error: type[MoeSurgeryError], said: str, source: Path, **options: object) -> None:
-    with pytest.raises(error, match=said):
+def refuse(error: type[MoeSurgeryError], expected_text: str, source: Path, **options: object) -> None:
+    with pytest.raises(error, match=expected_text):
         export_gguf(source, source.with_name("out.gguf"), tokenizer=False, **options)  # type: ignore[arg-type]
 
 
@@ -332,8 +335,10 @@ def test_plans_and_types_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     def plan(layers: Sequence[Sequence[int]], experts: int = 4) -> Plan:
         return Plan("gpt_oss", experts, tuple(map(tuple, layers)))
 
-    said = "keeps between 1 and 2 experts per layer, but a GGUF file of the architecture gpt-oss gives one number"
-    refuse(PlanMismatchError, said, source, plan=plan([[0], [0, 1]]))
+    expected_text = (
+        "keeps between 1 and 2 experts per layer, but a GGUF file of the architecture gpt-oss has one number"
+    )
+    refuse(PlanMismatchError, expected_text, source, plan=plan([[0], [0, 1]]))
     refuse(PlanMismatchError, "5 experts", source, plan=plan([[0], [0]], experts=5))
     refuse(PlanMismatchError, "layers", source, plan=plan([[0]]))
     refuse(UsageError, "`store` bf16: choose one of keep, mxfp4", source, store="bf16")

@@ -37,8 +37,8 @@ def test_every_nibble_goes_where_ggml_has_it(arrays: Blocks) -> None:
     out = np.full(scales.size * 17 + 2, 0xAA, np.uint8)
     ggml.pack(blocks, scales, out[1:-1])  # unaligned
     got = out[1:-1].reshape(*scales.shape, 17)
-    for place in np.ndindex(scales.shape):
-        assert got[place].tolist() == [scales[place], *reordered(blocks[place])]
+    for index in np.ndindex(scales.shape):
+        assert got[index].tolist() == [scales[index], *reordered(blocks[index])]
     assert out[0] == out[-1] == 0xAA
 
 

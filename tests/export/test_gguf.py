@@ -59,8 +59,8 @@ def test_metadata_and_table_come_back(
     body = b"".join(d.tobytes() + bytes(padding(d.nbytes)) for d in data)
     file.write_bytes(raw + (body or bytes(ALIGNMENT)))
     got = read(file)
-    said = {k: v for k, v in got.metadata.items() if not k.startswith("GGUF.")}
-    assert said == {
+    metadata = {k: v for k, v in got.metadata.items() if not k.startswith("GGUF.")}
+    assert metadata == {
         "general.architecture": "gpt-oss",
         "a.texts": texts,
         "a.numbers": numbers,

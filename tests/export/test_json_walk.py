@@ -43,8 +43,8 @@ def walked(raw: bytes) -> Any:
                 return end
 
             return walk.elements(at, item), items
-        held: list[Any] = []
-        return walk.value(at, held.append), held[0] if held else None
+        values: list[Any] = []
+        return walk.value(at, values.append), values[0] if values else None
 
     def document(at: int) -> int:
         end, value = take(at)

@@ -72,12 +72,12 @@ def test_logits_of_the_embedded_model_and_what_is_left_of_it(
         prune("example:tiny", source, lambda model: plan_random(count, count, model))
     export_gguf(source, tmp_path / "model.gguf")
     llama = load(tmp_path / "model.gguf", logits_all=True)
-    theirs, ours = oracle.load_model(source), load_model(source, dtype=torch.float32)
+    reference, ours = oracle.load_model(source), load_model(source, dtype=torch.float32)
     for tokens in texts.values():
         llama.reset()
         llama.eval(tokens)
         ids = torch.tensor([tokens])
-        expected = oracle.logits_of(theirs, ids)[0]
+        expected = oracle.logits_of(reference, ids)[0]
         assert expected.std() > 0.5
         error, median = relative(torch.from_numpy(np.array(llama.scores[: len(tokens)])), expected)
         assert median <= MEDIAN_BOUND
@@ -89,8 +89,8 @@ def test_logits_of_the_embedded_model_and_what_is_left_of_it(
 def test_the_same_text_is_the_same_tokens(tmp_path: Path) -> None:
     export_gguf("example:tiny", tmp_path / "model.gguf")
     llama, text = load(tmp_path / "model.gguf"), Text("example:tiny")
-    for said in (*TEXTS, "<|start|>user<|message|>Hello<|end|>", inspect.getsource(textwrap)):
-        assert llama.tokenize(said.encode(), add_bos=False, special=True) == text.encode(said)
+    for sample in (*TEXTS, "<|start|>user<|message|>Hello<|end|>", inspect.getsource(textwrap)):
+        assert llama.tokenize(sample.encode(), add_bos=False, special=True) == text.encode(sample)
 
 
 def test_a_tokenizer_of_gpt_oss_kind_splits_the_same(tmp_path: Path) -> None:
@@ -98,22 +98,22 @@ def test_a_tokenizer_of_gpt_oss_kind_splits_the_same(tmp_path: Path) -> None:
     make_tokenizer(source, 4096)
     export_gguf(source, tmp_path / "model.gguf")
     llama, text = load(tmp_path / "model.gguf"), Text(source)
-    for said in TEXTS:
-        tokens = llama.tokenize(said.encode(), add_bos=False, special=True)
-        assert tokens == text.encode(said)
-        assert llama.detokenize(tokens).decode() == said
-    said = "<|start|>user<|message|>Hello<|end|>"
-    assert llama.tokenize(said.encode(), add_bos=False, special=True) == text.encode(said)
+    for sample in TEXTS:
+        tokens = llama.tokenize(sample.encode(), add_bos=False, special=True)
+        assert tokens == text.encode(sample)
+        assert llama.detokenize(tokens).decode() == sample
+    sample = "<|start|>user<|message|>Hello<|end|>"
+    assert llama.tokenize(sample.encode(), add_bos=False, special=True) == text.encode(sample)
 
 
 def test_bf16_experts_give_what_mxfp4_ones_give(texts: dict[str, list[int]], tmp_path: Path) -> None:
     prune("example:tiny", tmp_path / "bf16", lambda m: plan_random(8, 8, m), store="bf16")
-    theirs = oracle.load_model(tmp_path / "bf16")
+    reference = oracle.load_model(tmp_path / "bf16")
     for dtype in ("keep", "mxfp4"):
         export_gguf(tmp_path / "bf16", tmp_path / f"{dtype}.gguf", store=dtype)
         llama = load(tmp_path / f"{dtype}.gguf", logits_all=True)
         llama.eval(texts["code"])
-        expected = oracle.logits_of(theirs, torch.tensor([texts["code"]]))[0]
+        expected = oracle.logits_of(reference, torch.tensor([texts["code"]]))[0]
         _, median = relative(torch.from_numpy(np.array(llama.scores[:TOKENS])), expected)
         assert median <= MEDIAN_BOUND
 

@@ -1,4 +1,4 @@
-"""The file appears whole or not at all, whatever fails, and nothing else stays behind."""
+"""The file appears whole or not at all, and nothing else is left behind."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class Meddling(FileOps):
 
 
 @pytest.mark.parametrize("how", ["cut", "written to", "replaced"])
-def test_a_source_that_changes_meanwhile_is_refused(dtype: str, tmp_path: Path, how: str) -> None:
+def test_a_source_that_changes_during_the_run_is_refused(dtype: str, tmp_path: Path, how: str) -> None:
     layout = "mxfp4" if dtype == "mxfp4" else "bf16"
     source = write_checkpoint(tmp_path / "source", layout=layout, shards=2)
     shard = source / "model-00002-of-00002.safetensors"
@@ -185,11 +185,11 @@ def test_a_place_in_the_source_is_refused(small: Path, tmp_path: Path) -> None:
         exported(small, tmp_path / "nowhere" / "out.gguf", "mxfp4")
 
 
-def test_what_appears_meanwhile_is_not_touched(small: Path, tmp_path: Path) -> None:
+def test_output_created_during_the_run_is_not_touched(small: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
     error = attempt(small, out, "mxfp4", Meddling(lambda: out.write_text("keep me")))
     assert type(error) is OutputError
-    assert "appeared while this run was writing" in str(error)
+    assert "was created by another program during this run" in str(error)
     assert out.read_text() == "keep me"
 
 
@@ -263,7 +263,7 @@ def test_a_second_run_to_the_same_file_fails_at_once(large: Path, tmp_path: Path
     process = start_stopped(r"\.gguf\.tmp$", 1, *arguments)
     second = run(*arguments, "--overwrite")
     assert second.code == 5
-    assert second.error == f"moe-surgery: {out}: another run is writing it; wait until it ends"
+    assert second.error == f"moe-surgery: {out}: another run is writing it; wait for it to finish"
     process.send_signal(signal.SIGCONT)
     assert ended(process).code == 0
     assert out.exists()

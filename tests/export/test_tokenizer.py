@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer as llama.cpp gets it, held against the tokenizers library."""
+"""The exported tokenizer, compared with the tokenizers library."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks.make_tokenizer import CONTROL_LISTED, make_tokenizer
+from moe_surgery.checkpoint.local_file import LocalFolder
 from moe_surgery.checkpoint.resolve import resolve
 from moe_surgery.errors import InvalidInputError, OutputError
 from moe_surgery.export.tokenizer import CONTROL, NORMAL, UNUSED, USER_DEFINED, Tokenizer, read_tokenizer
@@ -31,12 +32,12 @@ def edited(folder: Path, edit: Callable[[Json], object], name: str = "tokenizer.
     content = json.loads((folder / name).read_text())
     edit(content)
     (folder / name).write_text(json.dumps(content))
-    return read_tokenizer(folder, CONFIG, 2048)
+    return read_tokenizer(LocalFolder(folder), CONFIG, 2048)
 
 
 def test_the_embedded_models_tokenizer() -> None:
     library = pytest.importorskip("tokenizers").Tokenizer.from_file(str(TINY / "tokenizer.json"))
-    got = read_tokenizer(TINY, CONFIG, 2048)
+    got = read_tokenizer(LocalFolder(TINY), CONFIG, 2048)
     assert [t.decode() for t in got.tokens] == [library.id_to_token(i) for i in range(2048)]
     added = library.get_added_tokens_decoder()
     assert got.kinds == [CONTROL if i in added else NORMAL for i in range(2048)]
@@ -51,7 +52,7 @@ def test_the_embedded_models_tokenizer() -> None:
 def test_a_tokenizer_of_gpt_oss_kind(tmp_path: Path) -> None:
     make_tokenizer(tmp_path, 4096)
     library = pytest.importorskip("tokenizers").Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    got = read_tokenizer(tmp_path, {}, 4096)
+    got = read_tokenizer(LocalFolder(tmp_path), {}, 4096)
     assert got.pre_tokenizer == "gpt-4o"
     first = 4096 - 1090
     for number, (token, kind) in enumerate(zip(got.tokens, got.kinds, strict=True)):
@@ -66,7 +67,7 @@ def test_a_tokenizer_of_gpt_oss_kind(tmp_path: Path) -> None:
 
 
 def test_merges_as_pairs_and_as_joined_strings_are_the_same(folder: Path) -> None:
-    expected = read_tokenizer(folder, CONFIG, 2048).merges
+    expected = read_tokenizer(LocalFolder(folder), CONFIG, 2048).merges
 
     def join(content: Json) -> None:
         content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
@@ -75,13 +76,13 @@ def test_merges_as_pairs_and_as_joined_strings_are_the_same(folder: Path) -> Non
 
 
 def test_escapes_in_tokens_are_undone(folder: Path) -> None:
-    expected = read_tokenizer(folder, CONFIG, 2048)
+    expected = read_tokenizer(LocalFolder(folder), CONFIG, 2048)
     content = json.loads((folder / "tokenizer.json").read_text())
     (folder / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=True))
     assert b"\\u0120" in (folder / "tokenizer.json").read_bytes()
-    assert read_tokenizer(folder, CONFIG, 2048) == expected
+    assert read_tokenizer(LocalFolder(folder), CONFIG, 2048) == expected
     (folder / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False, indent=3))
-    assert read_tokenizer(folder, CONFIG, 2048) == expected
+    assert read_tokenizer(LocalFolder(folder), CONFIG, 2048) == expected
 
 
 def test_an_added_token_that_is_no_control_token(folder: Path) -> None:
@@ -93,7 +94,7 @@ def test_an_added_token_that_is_no_control_token(folder: Path) -> None:
 
 
 def test_a_vocabulary_smaller_than_the_models_is_filled_up(folder: Path) -> None:
-    got = read_tokenizer(folder, CONFIG, 2050)
+    got = read_tokenizer(LocalFolder(folder), CONFIG, 2050)
     assert got.tokens[2048:] == [b"[PAD2048]", b"[PAD2049]"]
     assert got.kinds[2048:] == [UNUSED, UNUSED]
 
@@ -101,7 +102,7 @@ def test_a_vocabulary_smaller_than_the_models_is_filled_up(folder: Path) -> None
 def test_roles_fall_back_on_the_models_config(folder: Path) -> None:
     (folder / "tokenizer_config.json").unlink()
     config = {"bos_token_id": 7, "eos_token_id": [5, 1], "pad_token_id": None}
-    assert read_tokenizer(folder, config, 2048).special == {"bos": 7, "eos": 5}
+    assert read_tokenizer(LocalFolder(folder), config, 2048).special == {"bos": 7, "eos": 5}
 
 
 @pytest.mark.parametrize(
@@ -130,19 +131,19 @@ def test_the_template_file_comes_before_the_settings(folder: Path) -> None:
     got = edited(folder, edit, "tokenizer_config.json")
     assert got.chat_template == (TINY / "chat_template.jinja").read_text()
     (folder / "chat_template.jinja").unlink()
-    assert read_tokenizer(folder, CONFIG, 2048).chat_template == "from the settings"
+    assert read_tokenizer(LocalFolder(folder), CONFIG, 2048).chat_template == "from the settings"
 
     def several(content: Json) -> None:
         content["chat_template"] = [{"name": n, "template": n + "!"} for n in ("tools", "default")]
 
     assert edited(folder, several, "tokenizer_config.json").chat_template == "default!"
     (folder / "tokenizer_config.json").unlink()
-    assert read_tokenizer(folder, CONFIG, 2048).chat_template is None
+    assert read_tokenizer(LocalFolder(folder), CONFIG, 2048).chat_template is None
 
 
 def test_a_missing_tokenizer_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"tokenizer\.json: not found; copy .* `tokenizer=False`"):
-        read_tokenizer(tmp_path, CONFIG, 2048)
+        read_tokenizer(LocalFolder(tmp_path), CONFIG, 2048)
 
 
 def _set(path: str, value: object) -> Callable[[Json], None]:
@@ -157,19 +158,19 @@ def _set(path: str, value: object) -> Callable[[Json], None]:
 
 
 REFUSED: dict[str, tuple[Callable[[Json], object], str]] = {
-    "unigram": (_set("model.type", "Unigram"), "string 'Unigram' model"),
-    "byte fallback": (_set("model.byte_fallback", True), "byte-level BPE one is needed"),
-    "normalizer": (_set("normalizer", {"type": "NFC"}), "normalizes text"),
+    "unigram": (_set("model.type", "Unigram"), "model.type is the string 'Unigram'"),
+    "byte fallback": (_set("model.byte_fallback", True), "only byte-level BPE is supported"),
+    "normalizer": (_set("normalizer", {"type": "NFC"}), "unsupported normalizer"),
     "other pattern": (
         _set("pre_tokenizer", {"type": "Split", "pattern": {"Regex": "x"}}),
-        "known are those of gpt-2 and of gpt-4o",
+        "unsupported pre-tokenizer (supported: gpt-2, gpt-4o)",
     ),
-    "prefix space": (_set("pre_tokenizer.add_prefix_space", True), "splits text in a way"),
-    "no splitting": (_set("pre_tokenizer.use_regex", False), "splits text in a way"),
-    "no pre-tokenizer": (_set("pre_tokenizer", None), "splits text in a way"),
-    "post-processor": (_set("post_processor", {"type": "BertProcessing"}), "puts tokens around a text"),
-    "vocabulary": (_set("model.vocab", {}), "no vocabulary or no merges"),
-    "merges": (_set("model.merges", []), "no vocabulary or no merges"),
+    "prefix space": (_set("pre_tokenizer.add_prefix_space", True), "unsupported pre-tokenizer"),
+    "no splitting": (_set("pre_tokenizer.use_regex", False), "unsupported pre-tokenizer"),
+    "no pre-tokenizer": (_set("pre_tokenizer", None), "unsupported pre-tokenizer"),
+    "post-processor": (_set("post_processor", {"type": "BertProcessing"}), "unsupported post-processor"),
+    "vocabulary": (_set("model.vocab", {}), "vocabulary or merges are missing"),
+    "merges": (_set("model.merges", []), "vocabulary or merges are missing"),
     "merge of three": (_set("model.merges", [["a", "b", "c"]]), "neither a pair of strings nor one string"),
     "merge of one": (_set("model.merges", ["ab"]), "not of two tokens"),
     "merge with a space": (_set("model.merges", [["a b", "c"]]), "not of two tokens"),
@@ -177,7 +178,7 @@ REFUSED: dict[str, tuple[Callable[[Json], object], str]] = {
     "vocabulary list": (_set("model.vocab", ["a"]), "expected an object"),
     "token number": (_set("model.vocab", {"a": -1}), "expected a token and its number"),
     "fraction": (_set("model.vocab", {"a": 1.5}), "expected a comma"),
-    "same number": (_set("model.vocab", {"a": 9, "b": 9}), "token 9 is there twice"),
+    "same number": (_set("model.vocab", {"a": 9, "b": 9}), "token 9 is listed twice"),
     "same text": (_set("added_tokens", [{"id": 5, "content": "er"}]), "two tokens have the same text"),
     "added token": (_set("added_tokens", [{"id": "5", "content": "x"}]), "not a token"),
     "added tokens": (_set("added_tokens", 5), "not a token"),
@@ -188,9 +189,9 @@ REFUSED: dict[str, tuple[Callable[[Json], object], str]] = {
 
 @pytest.mark.parametrize("how", REFUSED)
 def test_what_llama_cpp_cannot_have_is_refused(folder: Path, how: str) -> None:
-    edit, said = REFUSED[how]
+    edit, expected = REFUSED[how]
     with pytest.raises(InvalidInputError) as caught:
         edited(folder, edit)
-    assert said in str(caught.value)
+    assert expected in str(caught.value)
     assert str(folder / "tokenizer.json") in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Which model a checkpoint holds, whatever its files are."""
+"""The identity of a model does not depend on its sharding."""
 
 from __future__ import annotations
 

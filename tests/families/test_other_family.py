@@ -1,7 +1,7 @@
-"""A family built like gpt-oss under other names is one file of data (`pretend.py`).
+"""A family with gpt-oss's structure and other names is one file of data (`pretend.py`).
 
-The same weights under both families' names go through the whole pipeline, gpt-oss unknown to the second;
-the results must be equal but for the names.
+The same weights under both families' names go through the whole pipeline, the second time with only the
+pretend family known; the results must be equal except for the names.
 """
 
 from __future__ import annotations

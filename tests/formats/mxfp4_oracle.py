@@ -15,9 +15,9 @@ def to_float(bits: np.ndarray) -> np.ndarray:
 def to_bits(values: np.ndarray) -> np.ndarray:
     """Float64 values that BF16 holds exactly (or that overflow) to BF16 bits."""
     with np.errstate(over="ignore"):
-        wide = values.astype(np.float32).view(np.uint32)
-    assert not (wide & 0xFFFF).any()
-    return (wide >> 16).astype(np.uint16)
+        f32 = values.astype(np.float32).view(np.uint32)
+    assert not (f32 & 0xFFFF).any()
+    return (f32 >> 16).astype(np.uint16)
 
 
 def codes_of(blocks: np.ndarray) -> np.ndarray:

@@ -34,8 +34,10 @@ def every_pattern(expert_format: ExpertFormat) -> np.ndarray:
 def by_torch(values: np.ndarray, source: ExpertFormat, target: ExpertFormat) -> np.ndarray:
     dtype, integer = TORCH[source]
     cast_to, out = TORCH[target]
-    made = torch.from_numpy(values.view(integer).copy()).view(dtype).to(cast_to)
-    return made.view({np.int16: torch.int16, np.int32: torch.int32}[out]).numpy().view(f"u{out().itemsize}")
+    converted = torch.from_numpy(values.view(integer).copy()).view(dtype).to(cast_to)
+    return (
+        converted.view({np.int16: torch.int16, np.int32: torch.int32}[out]).numpy().view(f"u{out().itemsize}")
+    )
 
 
 def floats(bits: np.ndarray, expert_format: ExpertFormat) -> np.ndarray:
@@ -56,7 +58,7 @@ def test_values_are_rounded_as_torch_rounds_them(source: ExpertFormat, target: E
     nan = np.isnan(before[~too_large])
     assert np.isnan(floats(got, target)[nan]).all()
     np.testing.assert_array_equal(got[~nan], expected[~too_large][~nan])
-    if target.holds(source):
+    if target.can_represent(source):
         np.testing.assert_array_equal(after, before)
 
 
@@ -70,8 +72,8 @@ def test_a_value_too_large_for_the_target_is_refused(
     source: ExpertFormat, target: ExpertFormat, value: float, largest: float, sign: int
 ) -> None:
     def bits(number: float) -> np.ndarray:
-        wide = np.array([1.0, sign * number], np.float32).view(np.uint32)
-        return wide if source == F32 else (wide >> 16).astype(np.uint16)
+        f32 = np.array([1.0, sign * number], np.float32).view(np.uint32)
+        return f32 if source == F32 else (f32 >> 16).astype(np.uint16)
 
     with pytest.raises(InvalidInputError, match=f"1 values, up to .*, are too large for {target.label}"):
         cast(bits(value), source, target)
@@ -225,6 +227,8 @@ def test_formats_say_what_a_weight_takes_and_what_they_hold() -> None:
         "f16": 768,
         "f32": 1536,
     }
-    holds = {(a.name, b.name) for a in FORMATS.values() for b in FORMATS.values() if a != b and a.holds(b)}
+    holds = {
+        (a.name, b.name) for a in FORMATS.values() for b in FORMATS.values() if a != b and a.can_represent(b)
+    }
     assert holds == {("bf16", "mxfp4"), ("f32", "mxfp4"), ("f32", "bf16"), ("f32", "f16")}
-    assert [f.takes(48) for f in (MXFP4, F16)] == [False, True]
+    assert [f.fits_columns(48) for f in (MXFP4, F16)] == [False, True]

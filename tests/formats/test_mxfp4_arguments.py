@@ -40,7 +40,7 @@ def test_decode_refuses(isa: str, arguments: tuple, message: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((VALUES[:63],), "values has 63 rows, which is no multiple of 32"),
+        ((VALUES[:63],), "values has 63 rows, which is not a multiple of 32"),
         ((VALUES.astype(np.float32),), "values is float32"),
         ((VALUES, BLOCKS), r"blocks has shape \[6, 4, 16\], expected \[6, 2, 16\]"),
         ((VALUES, BLOCKS[:, :2], SCALES), r"scales has shape \[6, 4\], expected \[6, 2\]"),

@@ -35,10 +35,10 @@ def test_every_scale_and_code_decodes_like_transformers(isa: str) -> None:
     torch = pytest.importorskip("torch")
     transformers_mxfp4 = pytest.importorskip("transformers.integrations.mxfp4")
     blocks, scales = every_scale_and_code()
-    theirs = transformers_mxfp4.convert_moe_packed_tensors(
+    reference = transformers_mxfp4.convert_moe_packed_tensors(
         torch.from_numpy(blocks)[None], torch.from_numpy(scales)[None]
     )
-    bits = theirs[0].view(torch.int16).numpy().view(np.uint16)
+    bits = reference[0].view(torch.int16).numpy().view(np.uint16)
     np.testing.assert_array_equal(mxfp4.decode_transposed(blocks, scales, isa=isa), bits)
     np.testing.assert_array_equal(mxfp4.decode(blocks, scales, isa=isa), bits.T)
 

@@ -53,11 +53,11 @@ def test_every_rounding_decision_under_every_scale(isa: str) -> None:
 def test_blocks_without_normal_values_round_under_scale_zero(isa: str) -> None:
     magnitudes = np.arange(128, dtype=np.uint16)
     values = np.concatenate([magnitudes, magnitudes | SIGN]).reshape(-1, 32).T
-    wide = np.ascontiguousarray(np.tile(values, 16))
-    blocks, scales, _ = mxfp4.encode_transposed(wide, isa=isa)
+    tiled = np.ascontiguousarray(np.tile(values, 16))
+    blocks, scales, _ = mxfp4.encode_transposed(tiled, isa=isa)
     assert not scales.any()
     np.testing.assert_array_equal(
-        oracle.codes_of(blocks[:, 0]), oracle.nearest(wide.T, np.zeros(wide.T.shape, np.uint8))
+        oracle.codes_of(blocks[:, 0]), oracle.nearest(tiled.T, np.zeros(tiled.T.shape, np.uint8))
     )
 
 
@@ -176,7 +176,7 @@ def test_recovered_infinities_count_as_exact_and_add_nothing(isa: str) -> None:
 
 
 @pytest.mark.parametrize("beside", [ONE, 0x7E40, 0x7F60, 0x7F7F, 1])
-def test_an_infinity_beside_a_value_no_block_has_with_it(isa: str, beside: int) -> None:
+def test_an_infinity_with_a_value_that_no_block_combines_with_it(isa: str, beside: int) -> None:
     values = np.zeros((64, 70), np.uint16)
     values[33, 65], values[40, 65] = INFINITY, beside
     with pytest.raises(InvalidInputError, match=r"^row 65, block 1 of 32 values holds an infinity"):

@@ -122,7 +122,7 @@ def test_the_largest_finite_values_do_not_become_infinities(isa: str) -> None:
 
 
 def test_what_came_from_mxfp4_gets_the_scale_of_its_largest_value(isa: str) -> None:
-    """Beside blocks of a tile that are searched, and in tiles where none is."""
+    """In tiles with blocks that are searched, and in tiles without."""
     rng = np.random.default_rng(0)
     values = contested(rng, 120, 256)
     lossless = np.r_[0:64, 65:250:2]

@@ -156,10 +156,10 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str | None, set[str]]] = {
     ),
     "tied, another lm_head": (
         tied,
-        "lm_head.weight is stored; it is used as stored, as in transformers",
+        "lm_head.weight is stored; the stored tensor is used, as in transformers",
         set(),
     ),
-    "tied, the same lm_head": (tied_equal, "lm_head.weight is stored; it is used as stored", set()),
+    "tied, the same lm_head": (tied_equal, "lm_head.weight is stored; the stored tensor is used", set()),
 }
 
 

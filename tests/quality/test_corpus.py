@@ -254,7 +254,7 @@ BAD: dict[str, tuple[str, bytes, str | None, str]] = {
     "a text that is no UTF-8": ("x.txt", b"fine\n" * 9 + b"\xff\n", None, "not UTF-8"),
     "a line that is no UTF-8": ("x.jsonl", b'"fine"\n"fine"\n"\xff"\n', None, "line 3: not UTF-8"),
     "a first line that is no UTF-8": ("x.jsonl", b'"\xe9t\xe9"\n', None, "line 1: not UTF-8"),
-    "a line that is no JSON": ("x.jsonl", b'"fine"\n\n{"text": \n', None, "line 3: not JSON"),
+    "a line that is not JSON": ("x.jsonl", b'"fine"\n\n{"text": \n', None, "line 3: not JSON"),
     "deep nesting": ("x.jsonl", b'"fine"\n' + b"[" * 200_000 + b"\n", None, "line 2: not JSON"),
     "a number": ("x.jsonl", b'"fine"\n17\n', None, 'line 2: expected {"text": "..."}, got 17'),
     "another key": ("x.jsonl", b'{"body": "x"}\n', None, "line 1: expected"),

@@ -229,7 +229,7 @@ def test_what_cannot_be_meant_is_refused_before_any_work(texts: Path, tmp_path: 
     for options, complaint in (
         ({"batch_tokens": 0}, "`batch_tokens` 0: must be at least 1"),
         ({"max_tokens": 0}, "`max_tokens` 0"),
-        ({"context": 4097}, "`context` 4097: this model takes 1 to 4096 tokens"),
+        ({"context": 4097}, "`context` 4097: this model supports 1 to 4096 tokens"),
         ({"context": 0}, "`context` 0"),
     ):
         with pytest.raises(UsageError, match=complaint):

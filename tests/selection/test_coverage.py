@@ -13,7 +13,7 @@ from moe_surgery.errors import InvalidInputError, UsageError
 from moe_surgery.selection.coverage import coverage, smallest_count
 from moe_surgery.selection.statistics import ExpertStatistics
 
-# Weights in 1024ths, so that sums are exact in whatever order they are made.
+# Weights in 1024ths, so that sums are exact in any order.
 WEIGHTS = st.integers(0, 4096)
 
 
@@ -74,7 +74,7 @@ def test_the_mean_asks_for_no_more_than_the_worst_layer(weights: list[list[int]]
 
 @given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=200), st.integers(0, 50))
 def test_everything_is_carried_by_the_experts_that_were_chosen(gates: list[float], unused: int) -> None:
-    """Whatever rounding makes of the sums: an expert that was never chosen is not needed for all of it."""
+    """With any rounding of the sums, an expert that was never chosen is not needed for full coverage."""
     found = ExpertStatistics.zeros(len(gates) + unused, 1)
     found.gate[: len(gates)] = gates
     assert smallest_count(coverage([found]), 1.0) <= len(gates)
@@ -88,13 +88,13 @@ def test_a_ranking_by_something_else_needs_more_experts() -> None:
 
 
 def test_a_layer_without_routes_is_named() -> None:
-    with pytest.raises(InvalidInputError, match="no routes in layer 1"):
+    with pytest.raises(InvalidInputError, match="no routed tokens in layer 1"):
         coverage([layer([1, 2]), ExpertStatistics.zeros(2, 1)])
 
 
 @pytest.mark.parametrize("wanted", [0.0, -0.5, 1.0001, 95.0, float("nan"), float("inf")])
 def test_a_share_out_of_range_is_refused(wanted: float) -> None:
-    with pytest.raises(UsageError, match="a share is above 0 and at most 1"):
+    with pytest.raises(UsageError, match="must be above 0 and at most 1"):
         smallest_count(coverage([layer([1, 2])]), wanted)
 
 

@@ -130,9 +130,9 @@ MALFORMED = {
     "experts that are true": (FILE | {"num_source_experts": True}, "num_source_experts is true"),
     "no layers": (FILE | {"layers": [], "num_layers": 0}, "layers: expected a list"),
     "layers by name": (FILE | {"layers": {"0": [0]}}, "layers: expected a list"),
-    "a layer that is no list": (FILE | {"layers": [[0], "1"]}, "layer 1 is not a list"),
+    "a layer that is not a list": (FILE | {"layers": [[0], "1"]}, "layer 1 is not a list"),
     "a layer that keeps none": (FILE | {"layers": [[0], []]}, "layer 1 is not a list of 1 to"),
-    "more layers than told": (FILE | {"layers": [[0]] * 3}, "num_layers is 2, but layers has 3"),
+    "more layers than num_layers": (FILE | {"layers": [[0]] * 3}, "num_layers is 2, but layers has 3"),
     "a layer count that is true": (
         FILE | {"layers": [[0]], "num_layers": True},
         "num_layers is true, but layers has 1",
@@ -153,19 +153,19 @@ MALFORMED = {
     "top-k true": (FILE | {"top_k": True}, "top_k is true, not a positive integer"),
     "top-k in quotes": (FILE | {"top_k": "4"}, "top_k is the string '4', not a positive integer"),
     "no model type": ({k: v for k, v in FILE.items() if k != "model_type"}, "model_type is missing"),
-    "a model type that is no text": (FILE | {"model_type": 4}, "model_type is 4, not a string"),
+    "a model type that is not text": (FILE | {"model_type": 4}, "model_type is 4, not a string"),
 }
 
 
 @pytest.mark.parametrize("case", MALFORMED)
 def test_a_malformed_plan_is_refused_in_one_line_that_names_it(case: str, tmp_path: Path) -> None:
-    content, told = MALFORMED[case]
+    content, expected = MALFORMED[case]
     path = write(tmp_path, content)
     with pytest.raises(InvalidInputError) as caught:
         load_plan(path)
     message = str(caught.value)
     assert message.startswith(str(path))
-    assert told in message
+    assert expected in message
     assert message.isprintable()
     assert caught.value.exit_code == 3
 
@@ -179,7 +179,7 @@ def test_a_missing_plan_is_an_input_output_error(tmp_path: Path) -> None:
 # --- plans and models
 
 
-def test_layers_that_keep_different_numbers_load_but_are_no_surgery(tmp_path: Path) -> None:
+def test_plan_with_different_counts_loads_but_cannot_be_pruned_with(tmp_path: Path) -> None:
     plan = load_plan(write(tmp_path, FILE | {"layers": [[0, 3], [1]]}))
     assert plan.uniform_experts is None
     with pytest.raises(PlanMismatchError, match="between 1 and 2 experts per layer") as caught:
@@ -202,11 +202,11 @@ def test_a_plan_for_another_model_is_refused(change: dict[str, object], tmp_path
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("asked", "got"), [(None, 2), (1, 1), (2, 2), (3, 3), (9, 3)])
+@pytest.mark.parametrize(("top_k", "got"), [(None, 2), (1, 1), (2, 2), (3, 3), (9, 3)])
 def test_top_k_is_the_plans_or_the_models_and_never_more_than_is_kept(
-    asked: int | None, got: int, tmp_path: Path
+    top_k: int | None, got: int, tmp_path: Path
 ) -> None:
-    plan = Plan("gpt_oss", 4, ((0, 3, 1), (2, 1, 0)), asked)
+    plan = Plan("gpt_oss", 4, ((0, 3, 1), (2, 1, 0)), top_k)
     source = write_checkpoint(tmp_path / "in", Shape(top_k=2))
     prune(source, tmp_path / "out", plan)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -227,15 +227,15 @@ def test_keeping_none_in_particular_keeps_all() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kept", "told"),
+    ("kept", "expected"),
     [
         ([], "`kept` keeps no expert"),
         ([0, 6], "`kept` keeps expert 6, but experts are 0 to 5"),
         ([1, 2, 1], "`kept` keeps expert 1 twice"),
     ],
 )
-def test_a_list_that_cannot_be_kept_is_refused(kept: list[int], told: str) -> None:
-    with pytest.raises(UsageError, match=told):
+def test_a_list_that_cannot_be_kept_is_refused(kept: list[int], expected: str) -> None:
+    with pytest.raises(UsageError, match=expected):
         plan_keeping(kept, Counts(experts=6, layers=2))
 
 

@@ -57,15 +57,15 @@ def test_the_command_ranks_a_folder(tmp_path: Path, capsys: pytest.CaptureFixtur
     ("content", "complaint"),
     [
         ("[]", "expected a JSON object"),
-        ('{"sample_count": 1}', "has neither"),
+        ('{"sample_count": 1}', "has none"),
         ('{"sample_count": 1, "think_expert_analytics": {"layer_0": {}}}', "name no expert"),
         (
             '{"sample_count": 1e308, "think_expert_analytics": {"layer_0": {"1": {"count_frequency": 1e308}}}}',
-            "no finite number",
+            "not a finite number",
         ),
         ('{"sample_count": -1, "think_expert_analytics": {}}', "at least 0"),
-        ('{"sample_count": 1, "think_expert_analytics": {"layer": {}}}', "no layer_N"),
-        ('{"sample_count": 1, "think_expert_analytics": {"layer_0": {"x": {}}}}', "no expert number"),
+        ('{"sample_count": 1, "think_expert_analytics": {"layer": {}}}', "not layer_N"),
+        ('{"sample_count": 1, "think_expert_analytics": {"layer_0": {"x": {}}}}', "not an expert number"),
         ('{"sample_count": 1, "think_expert_analytics": {"layer_0": {"1": 3}}}', "expected a JSON object"),
     ],
 )

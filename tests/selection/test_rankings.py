@@ -116,17 +116,17 @@ MALFORMED = {
     "not JSON": ("{layer_0: [0]}", "ranking.json"),
     "a list": ("[[0, 1]]", "not a ranking"),
     "no layers": ("{}", "not a ranking"),
-    "another key": (PUBLISHED | {"note": "x"}, "key 'note' is neither"),
-    "a number that is not plain": ({"layer_0": [0], "layer_01": [0]}, "key 'layer_01' is neither"),
-    "digits of another script": ({"layer_\u0660": [0]}, "is neither"),
-    "a negative layer": ({"layer_-1": [0]}, "key 'layer_-1' is neither"),
+    "another key": (PUBLISHED | {"note": "x"}, "key 'note' is not a layer"),
+    "a number that is not plain": ({"layer_0": [0], "layer_01": [0]}, "key 'layer_01' is not a layer"),
+    "digits of another script": ({"layer_\u0660": [0]}, "is not a layer"),
+    "a negative layer": ({"layer_-1": [0]}, "key 'layer_-1' is not a layer"),
     "no layer 0": ({"layer_1": [0, 1]}, "layer 0 is missing among 1 layers"),
     "a layer missing": ({"layer_0": [0], "layer_2": [0]}, "layer 1 is missing among 2 layers"),
     "a layer twice": ('{"layer_0": [0, 1], "layer_0": [1, 0]}', "ranking.json"),
-    "a layer twice, by name and number": ({"layer_0": [0, 1], "0": [1, 0]}, "layer 0 is there twice"),
-    "a layer twice in lines": (lines({"0": [0]}, {"1": [0]}, {"0": [0]}), "line 3: layer 0 is there twice"),
+    "a layer twice, by name and number": ({"layer_0": [0, 1], "0": [1, 0]}, "layer 0 is listed twice"),
+    "a layer twice in lines": (lines({"0": [0]}, {"1": [0]}, {"0": [0]}), "line 3: layer 0 is listed twice"),
     "a layer missing in lines": (lines({"0": [0]}, {"2": [0]}), "layer 1 is missing among 2 layers"),
-    "a line that is no order": (
+    "a line that is not an order": (
         lines({"0": [0, 1]}, {"1": [0, 0]}),
         "layer 1 is not an order of experts 0..1",
     ),
@@ -134,16 +134,16 @@ MALFORMED = {
         lines({"0": [0, 1]}, {"1": [1]}),
         "layer 1 ranks 1 experts, expected all 2",
     ),
-    "a line that is no JSON": ('{"0": [0]}\n{"1": [0}\n', "line 2: not valid JSON"),
+    "a line that is not JSON": ('{"0": [0]}\n{"1": [0}\n', "line 2: not valid JSON"),
     "a line that is a list": ('{"0": [0]}\n[0]\n', "line 2: not a ranking: expected a JSON object"),
     "an empty object in a line": ('{"0": [0]}\n{}\n', "line 2: not a ranking"),
-    "a line with another key": (lines({"0": [0]}, {"reap": [0]}), "line 2: key 'reap' is neither"),
+    "a line with another key": (lines({"0": [0]}, {"reap": [0]}), "line 2: key 'reap' is not a layer"),
     "our ranking and a line more": (
         lines(OURS, {"0": [0]}),
-        "line 1: a moe-surgery ranking is one JSON object",
+        "line 1: a moe-surgery ranking must be the only JSON object",
     ),
     "far too many lines": ('{"0": [0]}\n' * 10_001, "has 10001 lines, expected one a layer"),
-    "a layer that is no list": ({"layer_0": {"0": 1}}, "layer 0 is not a list"),
+    "a layer that is not a list": ({"layer_0": {"0": 1}}, "layer 0 is not a list"),
     "an empty layer": ({"layer_0": []}, "layer 0 is not a list of 1 to"),
     "an expert twice": ({"layer_0": [0, 1, 1]}, "layer 0 is not an order of experts 0..2"),
     "an expert out of range": ({"layer_0": [0, 1], "layer_1": [2, 0]}, "layer 1 is not an order"),
@@ -163,23 +163,23 @@ MALFORMED = {
     "no expert count": (OURS | {"num_experts": None}, "num_experts is null, not a positive integer"),
     "another expert count": (OURS | {"num_experts": 4}, "layer 0 ranks 3 experts, expected all 4"),
     "layers by name": (OURS | {"layers": {"0": [0]}}, "layers: expected a list"),
-    "a score that is no number": (OURS | {"scores": [[1, 2, "3"], [1, 2, 3]]}, "scores: layer 0 holds"),
+    "a score that is not a number": (OURS | {"scores": [[1, 2, "3"], [1, 2, 3]]}, "scores: layer 0 holds"),
     "a score that is not finite": (json.dumps(OURS).replace("7.5", "1e999"), "ranking.json"),
     "scores of too few layers": (OURS | {"scores": [[1, 2, 3]]}, "scores: expected 2 layers of 3"),
     "scores of too few experts": (OURS | {"scores": [[1, 2], [1, 2, 3]]}, "scores: expected 2 layers of 3"),
-    "a model type that is no text": (OURS | {"model_type": 3}, "model_type is 3, not a string"),
+    "a model type that is not text": (OURS | {"model_type": 3}, "model_type is 3, not a string"),
 }
 
 
 @pytest.mark.parametrize("case", MALFORMED)
 def test_a_malformed_ranking_is_refused_in_one_line_that_names_it(case: str, tmp_path: Path) -> None:
-    content, told = MALFORMED[case]
+    content, expected = MALFORMED[case]
     path = write(tmp_path, content)
     with pytest.raises(InvalidInputError) as caught:
         load_ranking(path)
     message = str(caught.value)
     assert message.startswith(str(path))
-    assert told in message
+    assert expected in message
     assert message.isprintable()
     assert caught.value.exit_code == 3
 

@@ -57,18 +57,18 @@ def statistics(seed: int, domains: tuple[str, ...] = ("law",), identity: str = "
 
 
 def by_hand(metric: str, chosen: list[tuple[int, float, np.ndarray]], expert: int) -> float:
-    mine = [(g, f) for e, g, f in chosen if e == expert]
-    norms = [float(np.sqrt((f * f).sum())) for _, f in mine]
-    if not mine:
+    routed = [(g, f) for e, g, f in chosen if e == expert]
+    norms = [float(np.sqrt((f * f).sum())) for _, f in routed]
+    if not routed:
         return 0.0
     return {
-        "frequency": float(len(mine)),
-        "gate": sum(g for g, _ in mine),
+        "frequency": float(len(routed)),
+        "gate": sum(g for g, _ in routed),
         "ean_sum": sum(norms),
-        "ean_mean": sum(norms) / len(mine),
-        "weighted_ean": sum(g * n for (g, _), n in zip(mine, norms, strict=True)),
-        "reap": sum(g * n for (g, _), n in zip(mine, norms, strict=True)) / len(mine),
-        "ean_ca": float(np.linalg.norm(sum(f for _, f in mine) / len(mine))),
+        "ean_mean": sum(norms) / len(routed),
+        "weighted_ean": sum(g * n for (g, _), n in zip(routed, norms, strict=True)),
+        "reap": sum(g * n for (g, _), n in zip(routed, norms, strict=True)) / len(routed),
+        "ean_ca": float(np.linalg.norm(sum(f for _, f in routed) / len(routed))),
     }[metric]
 
 
@@ -98,9 +98,9 @@ def test_a_file_comes_back_as_it_was(tmp_path: Path) -> None:
         LAYERS,
     )
     for domain in before.domains:
-        for mine, theirs in zip(before.data[domain], after.data[domain], strict=True):
-            np.testing.assert_array_equal(mine.output, theirs.output)
-            np.testing.assert_array_equal(mine.count, theirs.count)
+        for routed, loaded in zip(before.data[domain], after.data[domain], strict=True):
+            np.testing.assert_array_equal(routed.output, loaded.output)
+            np.testing.assert_array_equal(routed.count, loaded.count)
     assert load_file(tmp_path / "s")["layer.2.maths.norm"].dtype == np.float64
 
 
@@ -184,9 +184,9 @@ def test_a_file_without_its_backend_merges_with_any_one(
     for name, part in {"old": old, "a": computed(1), "b": computed(2, backend="reference")}.items():
         save_statistics(part, tmp_path / name)
     before, a, b = (tmp_path / name for name in ("old", "a", "b"))
-    told = call(capsys, "stats", "merge", before, a, "-o", tmp_path / "both")
-    assert told.code == 0
-    assert f"note: {before} does not name its backend and device" in told.err
+    result = call(capsys, "stats", "merge", before, a, "-o", tmp_path / "both")
+    assert result.code == 0
+    assert f"note: {before} does not name its backend and device" in result.err
     assert load_statistics(tmp_path / "both").settings == {"dtype": "float32"}
     assert load_statistics(tmp_path / "both").tokens == {"law": 80}
     refused = call(capsys, "stats", "merge", before, a, b, "-o", tmp_path / "all")
@@ -220,12 +220,12 @@ def test_metadata_that_would_fail_later_is_refused(tmp_path: Path) -> None:
     found = statistics(1, ("law", "maths"))
     save_statistics(found, tmp_path / "s")
     with safe_open(tmp_path / "s", "np") as opened:
-        said = json.loads(opened.metadata()["moe_surgery"])
+        document = json.loads(opened.metadata()["moe_surgery"])
     arrays = load_file(tmp_path / "s")
     refused = 0
-    for key in said:
+    for key in document:
         for odd in ("left out", None, [], {}, -1, "x", {"law": "x", "maths": 3}, {"law": [1], "maths": []}):
-            changed = {k: v for k, v in said.items() if k != key}
+            changed = {k: v for k, v in document.items() if k != key}
             if odd != "left out":
                 changed[key] = odd
             save_file(arrays, tmp_path / "odd", {"moe_surgery": json.dumps(changed)})
@@ -261,7 +261,7 @@ def test_sums_that_make_no_sense_are_refused(case: str, tmp_path: Path) -> None:
         load_statistics(tmp_path / "s")
 
 
-def test_statistics_are_told_from_rankings_and_published_files(tmp_path: Path) -> None:
+def test_statistics_are_distinguished_from_rankings_and_published_files(tmp_path: Path) -> None:
     save_statistics(statistics(1), tmp_path / "s")
     assert is_safetensors(tmp_path / "s")
     for content in (b"", b"{}", b'{"layer_0": [0, 1]}', b'{"abcd":{"x": 1}}', b"[       {"):

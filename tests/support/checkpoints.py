@@ -116,17 +116,17 @@ def to_original(tensors: Mapping[str, np.ndarray], shape: Shape) -> Tensors:
         "mlp.router.weight": "mlp.gate.weight",
         "mlp.router.bias": "mlp.gate.bias",
     }
-    for ours, theirs in (("gate_up_proj", "mlp1"), ("down_proj", "mlp2")):
-        renamed[f"mlp.experts.{ours}_blocks"] = f"mlp.{theirs}_weight.blocks"
-        renamed[f"mlp.experts.{ours}_scales"] = f"mlp.{theirs}_weight.scales"
-        renamed[f"mlp.experts.{ours}_bias"] = f"mlp.{theirs}_bias"
+    for ours, original in (("gate_up_proj", "mlp1"), ("down_proj", "mlp2")):
+        renamed[f"mlp.experts.{ours}_blocks"] = f"mlp.{original}_weight.blocks"
+        renamed[f"mlp.experts.{ours}_scales"] = f"mlp.{original}_weight.scales"
+        renamed[f"mlp.experts.{ours}_bias"] = f"mlp.{original}_bias"
     for layer in range(shape.layers):
-        hub, own = f"model.layers.{layer}.", f"block.{layer}."
-        for ours, theirs in renamed.items():
-            found[own + theirs] = tensors[hub + ours]
+        hub, original_prefix = f"model.layers.{layer}.", f"block.{layer}."
+        for ours, original in renamed.items():
+            found[original_prefix + original] = tensors[hub + ours]
         for leaf in ("weight", "bias"):
             parts = [tensors[f"{hub}self_attn.{part}_proj.{leaf}"] for part in "qkv"]
-            found[f"{own}attn.qkv.{leaf}"] = np.concatenate(parts)
+            found[f"{original_prefix}attn.qkv.{leaf}"] = np.concatenate(parts)
     return found
 
 
@@ -204,7 +204,7 @@ def write_folder(
     """Write tensors and config.json, and some side files, into the new folder `folder`.
 
     With several shards the tensors are scattered over them at random, blocks without their scales. By
-    default there is an index where there are several; `index` says otherwise.
+    default there is an index if there are several; `index` overrides that.
     """
     folder.mkdir(parents=True)
     names = list(tensors)
@@ -217,8 +217,8 @@ def write_folder(
     if count == 1:
         files = ["model.safetensors"]
     for number, file in enumerate(files):
-        mine = {n: tensors[n] for n, home in zip(names, homes, strict=True) if home == number}
-        save_tensors(folder / file, mine)
+        members = {n: tensors[n] for n, home in zip(names, homes, strict=True) if home == number}
+        save_tensors(folder / file, members)
     if index if index is not None else count > 1:
         weight_map = {n: files[home] for n, home in zip(names, homes, strict=True)}
         total = sum(t.nbytes for t in tensors.values())
@@ -233,7 +233,7 @@ def write_folder(
 
 def save_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """One safetensors file, written by the safetensors library (in its own order)."""
-    held = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    arrays = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     specs = {
         name: TensorSpec(
             dtype=_DTYPES[value.dtype.name][0],
@@ -241,7 +241,7 @@ def save_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
             data_ptr=value.ctypes.data,
             data_len=value.nbytes,
         )
-        for name, value in held.items()
+        for name, value in arrays.items()
     }
     serialize_file(specs, path, metadata={"format": "pt"})
 

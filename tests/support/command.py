@@ -79,10 +79,10 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> Ended:
     capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
         main([str(a) for a in arguments])
-    printed = capsys.readouterr()
+    captured = capsys.readouterr()
     code = caught.value.code
     assert isinstance(code, int)
-    return Ended(code, printed.out, printed.err)
+    return Ended(code, captured.out, captured.err)
 
 
 def start(
@@ -165,7 +165,7 @@ def wait_for(what: Callable[[], bool], process: subprocess.Popen[str]) -> bool:
 
 
 def siblings(out: Path) -> list[str]:
-    """What a run left beside `out` under a name made from it."""
+    """What a run left next to `out` under a derived name."""
     return sorted(e.name for e in os.scandir(out.parent) if e.name.startswith(f".{out.name}."))
 
 

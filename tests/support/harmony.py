@@ -37,18 +37,18 @@ def write_harmony(folder: Path, template: str = TEMPLATE, names: Sequence[str] =
     return folder
 
 
-def write_scripted(folder: Path, template: str, said: str) -> Path:
-    """A model that says `said` after a prompt, whatever the prompt is, as long as its last token stays the
-    same: a token's successor depends on that token alone, so each token of `said` may stand there once.
+def write_scripted(folder: Path, template: str, reply: str) -> Path:
+    """A model that answers `reply` to any prompt, as long as its last token stays the
+    same: a token's successor depends on that token alone, so each token of `reply` may occur once.
 
     Role and channel names are single tokens. `template` ends with the prompt's last token.
     """
     names = ("assistant", "final", "analysis", "commentary")
     tokens = write_harmony(folder.with_name(f"{folder.name}-tokens"), names=names) / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(tokens))
-    chain = tokenizer.encode(template + said, add_special_tokens=False).ids
-    chain = chain[-1 - len(tokenizer.encode(said, add_special_tokens=False).ids) :]
-    assert len(set(chain)) == len(chain) <= SCRIPTED.hidden, tokenizer.encode(said).tokens
+    chain = tokenizer.encode(template + reply, add_special_tokens=False).ids
+    chain = chain[-1 - len(tokenizer.encode(reply, add_special_tokens=False).ids) :]
+    assert len(set(chain)) == len(chain) <= SCRIPTED.hidden, tokenizer.encode(reply).tokens
     one = 0x3F80  # 1.0 in BF16
 
     def script(tensors: Tensors) -> None:
@@ -57,8 +57,8 @@ def write_scripted(folder: Path, template: str, said: str) -> Path:
                 value[:] = 0  # layers add nothing
         embedding, head = tensors["model.embed_tokens.weight"], tensors["lm_head.weight"]
         embedding[:], head[:], tensors["model.norm.weight"][:] = 0, 0, one
-        for place, (token, following) in enumerate(pairwise(chain)):
-            embedding[token, place] = head[following, place] = one
+        for position, (token, following) in enumerate(pairwise(chain)):
+            embedding[token, position] = head[following, position] = one
 
     shape = replace(SCRIPTED, vocabulary=tokenizer.get_vocab_size())
     write_lively(folder, shape, edit_tensors=script)

@@ -24,7 +24,7 @@ needs_interpreter = [
 
 
 def run_interpreted(file: Path, selection: str = "not slow") -> None:
-    """Run `file` in a process of its own, without the outer run's options; its output is shown if it fails."""
+    """Run `file` in a separate process, without the outer run's options; its output is shown if it fails."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore::DeprecationWarning"]

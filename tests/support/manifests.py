@@ -1,4 +1,4 @@
-"""Changing a manifest so that its digest still fits."""
+"""Edited manifests with a valid digest."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Document = dict[str, Any]
 
 
 def rewrite(out: Path, change: Callable[[Document], object]) -> Path:
-    """Change the manifest and give it the digest that fits, as anybody can."""
+    """Change the manifest in place and update its digest."""
     path = out / "surgery.json"
     document = json.loads(path.read_bytes())
     change(document)

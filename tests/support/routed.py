@@ -122,13 +122,13 @@ def add(found: ExpertStatistics, expert: int, gate: float, output: np.ndarray) -
 
 
 def assert_same(
-    mine: Sequence[ExpertStatistics], theirs: Sequence[ExpertStatistics], rtol: float = 1e-5
+    actual: Sequence[ExpertStatistics], expected: Sequence[ExpertStatistics], rtol: float = 1e-5
 ) -> None:
     """Equal counts, and sums that differ by at most `rtol`."""
-    for a, b in zip(mine, theirs, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         np.testing.assert_array_equal(a.count, b.count)
         for name in ("gate", "norm", "weighted_norm", "peak_abs", "peak"):
             np.testing.assert_allclose(getattr(a, name), getattr(b, name), rtol=rtol)
-        # Components of a sum may cancel: the error is held against the length of the whole.
+        # Components of a sum may cancel: the error is relative to the norm of the whole.
         size = np.linalg.norm(b.output, axis=1)
         assert np.all(np.linalg.norm(a.output - b.output, axis=1) <= rtol * size)

@@ -14,7 +14,7 @@ from moe_surgery.errors import InvalidInputError, OutputError
 
 
 class MemoryFile:
-    """Bytes that sources are opened on, and that may be changed meanwhile."""
+    """The content of sources in memory, which may change while they are open."""
 
     def __init__(self, content: bytes) -> None:
         self.content = content
@@ -37,7 +37,9 @@ class MemorySource(ByteSource):
         content = self._opened().content
         if offset + len(buffer) > len(content):
             end = offset + len(buffer)
-            raise InvalidInputError(f"{self.where}: ends before byte {end}; it was cut while being read")
+            raise InvalidInputError(
+                f"{self.where}: ends before byte {end}; it was truncated while being read"
+            )
         buffer[:] = content[offset : offset + len(buffer)]
 
     def check_unchanged(self) -> None:
@@ -59,12 +61,21 @@ class MemoryFolder(Folder):
     def __init__(self, folder: Path) -> None:
         self.path = folder
         self.opened: Counter[str] = Counter()
+        self._folders = {f.name: MemoryFolder(f) for f in folder.iterdir() if f.is_dir()}
         self._listing = dict(LocalFolder(folder).listing())
+        self._above: MemoryFolder | None = None
+        for inside in self._folders.values():
+            inside._above = self
         self._files = {f.name: MemoryFile(f.read_bytes()) for f in folder.iterdir() if f.is_file()}
 
     def listing(self) -> Mapping[str, bool]:
         return self._listing
 
+    def folder(self, name: str) -> MemoryFolder | None:
+        return self._above if name == ".." else self._folders.get(name)
+
     def open(self, name: str) -> ByteSource:
+        if name.startswith("../") and self._above is not None:
+            return self._above.open(name.removeprefix("../"))
         self.opened[name] += 1
         return MemorySource(f"memory:{name}", self._files[name])

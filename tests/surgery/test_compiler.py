@@ -17,6 +17,7 @@ from safetensors import deserialize
 
 from moe_surgery import Plan, identify_model
 from moe_surgery.checkpoint.checkpoint import Checkpoint
+from moe_surgery.checkpoint.header import parse_header
 from moe_surgery.engine.spans import Copy, Span
 from moe_surgery.errors import PlanMismatchError, UsageError
 from moe_surgery.surgery.compiler import compile_program
@@ -46,7 +47,7 @@ class Job:
     layout: str
     shards: int
     seed: int
-    wide: str | None
+    widened: str | None
     plan: Plan
     store: str
     max_shard_size: int
@@ -60,8 +61,8 @@ class Job:
     def source(self) -> Tensors:
         """The source's tensors by their names in its layout."""
         tensors = make_tensors(self.shape, self.layout, self.seed)
-        if self.wide is not None:
-            name = self.wide
+        if self.widened is not None:
+            name = self.widened
             if self.layout == "original":
                 name = {"model.norm.weight": "norm.scale", "lm_head.weight": "unembedding.weight"}[name]
             tensors[name] = tensors[name].astype(np.float32)
@@ -75,8 +76,8 @@ class Job:
         """Output tensors by numpy slicing; for an encoded weight, the BF16 values under its base name."""
         unchanged = self.storage == "mxfp4" and self.layout in ("mxfp4", "original")
         tensors = make_tensors(self.shape, "mxfp4" if unchanged else "bf16", self.seed)
-        if self.wide is not None:
-            tensors[self.wide] = tensors[self.wide].astype(np.float32)
+        if self.widened is not None:
+            tensors[self.widened] = tensors[self.widened].astype(np.float32)
         return kept_tensors(tensors, self.plan.layers)
 
     def compile(self, folder: Path) -> Program:
@@ -170,8 +171,8 @@ def tensor_bytes(shard: OutputShard) -> int:
 @given(jobs())
 @examples(max_examples=150)
 def test_every_output_byte_is_the_one_that_slicing_gives(job: Job) -> None:
-    with tempfile.TemporaryDirectory() as place:
-        folder = job.write(Path(place) / "in")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = job.write(Path(temporary) / "in")
         program = job.compile(folder)
         expected = job.expected()
         encodes = job.storage == "mxfp4" and job.layout in ("bf16", "resaved")
@@ -216,8 +217,8 @@ def check_encoded(folder: Path, parts: tuple[Part, ...], values: np.ndarray, sca
 @given(jobs())
 @examples(max_examples=150)
 def test_shards_follow_their_rules(job: Job) -> None:
-    with tempfile.TemporaryDirectory() as place:
-        program = job.compile(job.write(Path(place) / "in"))
+    with tempfile.TemporaryDirectory() as temporary:
+        program = job.compile(job.write(Path(temporary) / "in"))
     limit, shards = job.max_shard_size, program.shards
 
     for shard in shards:
@@ -251,8 +252,8 @@ def test_shards_follow_their_rules(job: Job) -> None:
 @given(jobs())
 @examples(max_examples=100)
 def test_every_tensor_is_aligned_to_its_dtype(job: Job) -> None:
-    with tempfile.TemporaryDirectory() as place:
-        program = job.compile(job.write(Path(place) / "in"))
+    with tempfile.TemporaryDirectory() as temporary:
+        program = job.compile(job.write(Path(temporary) / "in"))
     for shard in program.shards:
         length = int.from_bytes(shard.header[:8], "little")
         assert len(shard.header) == 8 + length
@@ -269,8 +270,8 @@ def test_the_digest_is_the_same_for_the_same_job_and_another_for_another_plan(
     job: Job, data: st.DataObject
 ) -> None:
     other = data.draw(plans(job.shape).filter(lambda plan: plan != job.plan))
-    with tempfile.TemporaryDirectory() as place:
-        folder = job.write(Path(place) / "in")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = job.write(Path(temporary) / "in")
         digest = job.compile(folder).digest()
         assert job.compile(folder).digest() == digest
         assert replace(job, plan=other).compile(folder).digest() != digest
@@ -316,11 +317,11 @@ def test_the_largest_copy_keeps_its_place_in_a_block_of_the_file_system(tmp_path
     plan = Plan("gpt_oss", 4, ((0, 1, 2, 3),))
     job = Job(shape, "mxfp4", 2, 0, None, plan, "keep", 10**9)
     (shard,) = job.compile(job.write(tmp_path / "in")).shards
-    infos = shard.infos()
+    header = parse_header(shard.header, shard.nbytes, file="the shard")
     largest = max(shard.tensors, key=lambda t: t.nbytes)
     (part,) = largest.parts
     assert isinstance(part, Copy)
-    assert (len(shard.header) + infos[largest.name].begin - part.span.offset) % 4096 == 0
+    assert (header.data_start + header.tensors[largest.name].begin - part.span.offset) % 4096 == 0
 
 
 def test_an_expert_mapping_tells_old_numbers_from_new(tmp_path: Path) -> None:
@@ -334,7 +335,7 @@ def test_an_expert_mapping_tells_old_numbers_from_new(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("plan", "told"),
+    ("plan", "expected"),
     [
         (Plan("gpt_oss", 4, ((0, 1), (2,))), "between 1 and 2 experts per layer"),
         (Plan("gpt_oss", 5, ((0,), (2,))), "the plan is for gpt_oss with 2 layers of 5 experts"),
@@ -343,14 +344,14 @@ def test_an_expert_mapping_tells_old_numbers_from_new(tmp_path: Path) -> None:
     ],
     ids=["uneven", "experts", "layers", "model type"],
 )
-def test_a_plan_that_does_not_fit_is_refused(plan: Plan, told: str, tmp_path: Path) -> None:
+def test_a_plan_that_does_not_fit_is_refused(plan: Plan, expected: str, tmp_path: Path) -> None:
     job = Job(Shape(), "mxfp4", 1, 0, None, plan, "keep", 10**9)
-    with pytest.raises(PlanMismatchError, match=told):
+    with pytest.raises(PlanMismatchError, match=expected):
         job.compile(job.write(tmp_path / "in"))
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "expected"),
     [
         ({"store": "fp8"}, "`store` fp8: choose one of keep, bf16, mxfp4"),
         ({"max_shard_size": 0}, "`max_shard_size` 0: must be at least one byte"),
@@ -358,11 +359,11 @@ def test_a_plan_that_does_not_fit_is_refused(plan: Plan, told: str, tmp_path: Pa
     ],
     ids=str,
 )
-def test_options_that_cannot_be_meant_are_refused(
-    change: dict[str, object], told: str, tmp_path: Path
+def test_invalid_options_are_refused_meant_are_refused(
+    change: dict[str, object], expected: str, tmp_path: Path
 ) -> None:
     job = Job(Shape(), "mxfp4", 1, 0, None, Plan("gpt_oss", 4, ((0,), (2,))), "keep", 10**9)
-    with pytest.raises(UsageError, match=told):
+    with pytest.raises(UsageError, match=expected):
         replace(job, **change).compile(job.write(tmp_path / "in"))  # type: ignore[arg-type]
 
 

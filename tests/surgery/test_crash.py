@@ -1,4 +1,4 @@
-"""A run that ends at any moment leaves nothing or a whole checkpoint, and the next one goes on from there."""
+"""A run killed at any moment leaves nothing or a whole checkpoint, and the next run resumes."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def test_terminated_run_is_taken_up_by_the_next(small_job: Job, tmp_path: Path) 
 
 
 @pytest.fixture
-def held(small_job: Job, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+def paused(small_job: Job, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """A live run towards `tmp_path / "out"`, stopped in the middle of its work."""
     process = held_run(small_job, tmp_path / "out")
     yield process
@@ -206,16 +206,16 @@ def held(small_job: Job, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_second_live_run_on_one_output_fails_at_once(
-    small_job: Job, tmp_path: Path, held: subprocess.Popen[str]
+    small_job: Job, tmp_path: Path, paused: subprocess.Popen[str]
 ) -> None:
     out = tmp_path / "out"
     for options in (small_job.options, ("--keep", "0-3"), (*small_job.options, "--overwrite")):
         second = run("prune", small_job.source, out, *options)
         assert second.code == 5
-        assert second.error == f"moe-surgery: {out}: another run is writing it; wait until it ends"
+        assert second.error == f"moe-surgery: {out}: another run is writing it; wait for it to finish"
     assert not out.exists()
-    held.send_signal(signal.SIGCONT)
-    assert ended(held).code == 0
+    paused.send_signal(signal.SIGCONT)
+    assert ended(paused).code == 0
     assert contents(out) == small_job.expected
     assert siblings(out) == []
 
@@ -224,7 +224,7 @@ def test_second_live_run_on_one_output_fails_at_once(
     ("kind", "overwrite"),
     [("folder", False), ("folder", True), ("empty folder", True), ("file", False), ("symlink", True)],
 )
-def test_what_appears_at_the_output_meanwhile_is_not_touched(
+def test_output_created_during_the_run_is_not_touched(
     small_job: Job, tmp_path: Path, kind: str, overwrite: bool
 ) -> None:
     out = tmp_path / "out"
@@ -239,9 +239,9 @@ def test_what_appears_at_the_output_meanwhile_is_not_touched(
         out.symlink_to("nowhere")
     before = (out.lstat().st_ino, contents(out) if out.is_dir() else b"")
     process.send_signal(signal.SIGCONT)
-    lost = ended(process)
-    assert lost.code == 5
-    assert "appeared while this run was writing; nothing of it was touched" in lost.error
+    refused = ended(process)
+    assert refused.code == 5
+    assert "was created by another program during this run; it was not touched" in refused.error
     assert (out.lstat().st_ino, contents(out) if out.is_dir() else b"") == before
     assert siblings(out) == []
 
@@ -287,7 +287,7 @@ def expected(source: Path, tmp_path: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("where", ["first byte", "middle", "last byte", "cut", "longer", "gone", "a folder"])
-def test_damaged_finished_shard_is_made_again(
+def test_damaged_finished_shard_is_written_again(
     source: Path, left: Path, expected: dict[str, bytes], tmp_path: Path, where: str
 ) -> None:
     out = tmp_path / "out"
@@ -330,7 +330,7 @@ def test_torn_journal_line_costs_one_shard(
     assert siblings(out) == []
 
 
-def test_shard_without_journal_entry_is_made_again_and_stray_files_go(
+def test_shard_without_journal_entry_is_written_again_and_stray_files_are_removed(
     source: Path, left: Path, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -368,7 +368,7 @@ def test_partial_folder_that_is_a_link_is_refused(source: Path, left: Path, tmp_
     left.rename(elsewhere)
     left.symlink_to(elsewhere)
     before = contents(elsewhere)
-    with pytest.raises(OutputError, match="in the way; remove it"):
+    with pytest.raises(OutputError, match="is not a folder of an earlier run; remove it"):
         pruned(source, tmp_path / "out")
     assert contents(elsewhere) == before
     assert not (tmp_path / "out").exists()

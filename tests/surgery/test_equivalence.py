@@ -99,7 +99,7 @@ def check_logits(folder: Path, plan: Plan, full: FullModel, tokens: torch.Tensor
 
 
 # The ways from example:tiny to a pruned checkpoint: (source, dtype, storage of the result).
-WAYS = {
+ROUTES = {
     "keep": ("tiny", "keep", "mxfp4"),
     "bf16": ("tiny", "bf16", "bf16"),
     "mxfp4": ("tiny", "mxfp4", "mxfp4"),
@@ -109,16 +109,16 @@ WAYS = {
 
 
 @pytest.mark.parametrize("count", COUNTS)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("route", ROUTES)
 def test_logits_are_those_of_the_full_model_routing_to_the_kept_experts(
-    way: str,
+    route: str,
     count: int,
     full: FullModel,
     tokens: torch.Tensor,
     tmp_path: Path,
     request: pytest.FixtureRequest,
 ) -> None:
-    source, dtype, storage = WAYS[way]
+    source, dtype, storage = ROUTES[route]
     plan, out = plan_of(count), tmp_path / "out"
     prune(request.getfixturevalue(source), out, plan, store=dtype)
 
@@ -154,7 +154,7 @@ def test_the_original_layout_gives_the_tensors_of_the_hub_layout(
     assert_same_tensors(got, load_tensors(tmp_path / "hub"))
     expected = kept_tensors(load_tensors(tiny), plan.layers)
     assert_same_tensors(got, to_bf16(expected) if dtype == "bf16" else expected)
-    # Its config.json is written anew, so the whole model has to come out right as well.
+    # Its config.json is rewritten, so the whole model is compared too.
     check_logits(tmp_path / "original", plan, full, tokens)
 
 

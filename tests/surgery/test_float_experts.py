@@ -209,7 +209,7 @@ def test_experts_in_two_dense_formats_are_refused_naming_one_of_each(tmp_path: P
     done = call(capsys, "inspect", source)
     assert done.code == 3
     assert "gate_up_proj' is stored as BF16" in done.err
-    assert "down_proj' as F32: expert weights must be all in one format" in done.err
+    assert "down_proj' as F32: all expert weights must have the same format" in done.err
 
 
 @pytest.mark.parametrize("stored", ["f16", "f32"])

@@ -24,7 +24,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Disk]:
-    """Mounts a small file system of its own; `options` are those of tmpfs."""
+    """Mounts a separate small file system; `options` are those of tmpfs."""
     mounted: list[Path] = []
 
     def mount(options: str) -> Path:

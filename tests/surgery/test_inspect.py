@@ -56,12 +56,12 @@ def test_the_most_experts_that_fit_a_memory_size_are_found(full_size: Path) -> N
     for gigabytes, fits in found.fits.items():
         for storage, most in fits.items():
             assert most is not None
-            taken = [s.mxfp4_bytes if storage == "mxfp4" else s.bf16_bytes for s in found.sizes]
-            assert taken[most - 1] <= gigabytes * 10**9
-            assert most == 32 or taken[most] > gigabytes * 10**9
+            nbytes = [s.mxfp4_bytes if storage == "mxfp4" else s.bf16_bytes for s in found.sizes]
+            assert nbytes[most - 1] <= gigabytes * 10**9
+            assert most == 32 or nbytes[most] > gigabytes * 10**9
 
 
-def test_memory_too_small_for_one_expert_is_said_to_fit_none(tmp_path: Path) -> None:
+def test_memory_too_small_for_one_expert_fits_none(tmp_path: Path) -> None:
     huge = Shape(layers=20, experts=2, top_k=1, hidden=20480, intermediate=20480, vocabulary=100_000)
     found = inspect(write_sparse_checkpoint(tmp_path / "huge", huge, shards=2))
     assert found.fits[8] == {"mxfp4": None, "bf16": None}
@@ -113,9 +113,9 @@ def test_parameters_of_a_pruned_model_are_those_foretold(layout: str, tmp_path: 
 
 def test_the_json_form_holds_every_number(tmp_path: Path) -> None:
     found = inspect(write_checkpoint(tmp_path / "in"))
-    told = json.loads(json.dumps(found.as_dict()))
-    assert told["parameters"] == found.parameters
-    assert [s["parameters"] for s in told["sizes"]] == [s.parameters for s in found.sizes]
+    document = json.loads(json.dumps(found.as_dict()))
+    assert document["parameters"] == found.parameters
+    assert [s["parameters"] for s in document["sizes"]] == [s.parameters for s in found.sizes]
 
 
 def test_tensors_come_in_the_order_of_the_model(tmp_path: Path) -> None:

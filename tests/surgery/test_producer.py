@@ -49,7 +49,7 @@ class Case:
     shard: OutputShard
     whole: bytes
 
-    def made(self, chunks: list[Chunk]) -> bytes:
+    def produce(self, chunks: list[Chunk]) -> bytes:
         """The shard's bytes when its chunks are filled one after another."""
         producer = producer_of(self.shard, self.checkpoint.shards)
         found = bytearray(self.shard.nbytes)
@@ -98,7 +98,7 @@ def test_whole_shard_is_what_numpy_makes_of_the_source(case: Case, tmp_path: Pat
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.one_of(st.integers(1, 64).map(lambda n: n * 61), st.integers(200, 30_000)))
 def test_any_chunk_size_gives_the_same_bytes(case: Case, chunk_bytes: int) -> None:
-    assert case.made(list(chunks_of(case.shard, chunk_bytes))) == case.whole
+    assert case.produce(list(chunks_of(case.shard, chunk_bytes))) == case.whole
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 2, 3, 7, 16, 31])
@@ -117,7 +117,7 @@ def test_chunks_of_a_few_bytes_give_the_same_bytes(tmp_path: Path, chunk_bytes: 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_threads_that_fill_out_of_step_give_the_same_bytes(case: Case, seed: int) -> None:
-    """Chunks start in order, as the pipeline has it, and go on at any pace."""
+    """Chunks start in order, as in the pipeline, and finish at any pace."""
     rng = random.Random(seed)
     producer = producer_of(case.shard, case.checkpoint.shards)
     found = bytearray(case.shard.nbytes)
@@ -148,7 +148,7 @@ def test_chunks_in_any_order_give_the_same_bytes(case: Case, order: str, chunk_b
     if order == "shuffled":
         random.Random(7).shuffle(work)
     with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(case.made, work).result(60) == case.whole
+        assert pool.submit(case.produce, work).result(60) == case.whole
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -193,7 +193,7 @@ def test_numpy_makes_the_same_bytes(
 ) -> None:
     monkeypatch.setenv("MOE_SURGERY_NATIVE", "0")
     assert native_module() is None
-    assert case.made(list(chunks_of(case.shard, chunk_bytes or case.shard.nbytes))) == case.whole
+    assert case.produce(list(chunks_of(case.shard, chunk_bytes or case.shard.nbytes))) == case.whole
 
 
 def test_conversion_gives_back_what_it_mapped_in(tmp_path: Path) -> None:

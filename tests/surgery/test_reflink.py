@@ -42,18 +42,18 @@ def disk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """A small file system that shares extents."""
     size, maker = MAKERS[request.param]
     folder = tmp_path_factory.mktemp(request.param)
-    image, place = folder / "image", folder / "disk"
-    place.mkdir()
+    image, mount_point = folder / "image", folder / "disk"
+    mount_point.mkdir()
     with image.open("wb") as file:
         file.truncate(int(size[:-1]) << 20)
     if shutil.which(maker[0]) is None:
         pytest.skip(f"{maker[0]} is not installed")
-    for command in ([*maker, str(image)], ["mount", "-o", "loop", str(image), str(place)]):
+    for command in ([*maker, str(image)], ["mount", "-o", "loop", str(image), str(mount_point)]):
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             pytest.skip(f"{command[0]}: {done.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+    yield mount_point
+    subprocess.run(["umount", str(mount_point)], check=True)
     image.unlink()
 
 

@@ -12,7 +12,7 @@ from tests.support.checkpoints import Shape, write_checkpoint
 
 
 @pytest.mark.parametrize(
-    ("experts", "top_k", "source_top_k", "told"),
+    ("experts", "top_k", "source_top_k", "expected"),
     [
         (32, 4, 4, []),
         (16, 4, 4, []),
@@ -36,18 +36,23 @@ from tests.support.checkpoints import Shape, write_checkpoint
                 "does not divide by 2, 4, 8",
             ],
         ),
-        (3, 3, 4, ["top-k 3 is not a power of two", "top-k is 3", "divide by 2, 4, 8", "no count"]),
-        (31, 4, 4, ["do not divide by 2, 4, 8", "31 experts is no count that fused routers are built for"]),
-        (24, 4, 4, ["24 experts is no count that fused routers are built for"]),
-        (12, 4, 4, ["do not divide by 8", "no count"]),
+        (
+            3,
+            3,
+            4,
+            ["top-k 3 is not a power of two", "top-k is 3", "divide by 2, 4, 8", "no fused router supports"],
+        ),
+        (31, 4, 4, ["do not divide by 2, 4, 8", "no fused router supports 31 experts"]),
+        (24, 4, 4, ["no fused router supports 24 experts"]),
+        (12, 4, 4, ["do not divide by 8", "no fused router supports"]),
     ],
 )
-def test_notes_tell_what_is_known_of_a_count(
-    experts: int, top_k: int, source_top_k: int, told: list[str]
+def test_notes_name_the_limits_for_a_count(
+    experts: int, top_k: int, source_top_k: int, expected: list[str]
 ) -> None:
     notes = serving_notes(experts, top_k, source_top_k)
-    assert len(notes) == len(told)
-    for note, part in zip(notes, told, strict=True):
+    assert len(notes) == len(expected)
+    for note, part in zip(notes, expected, strict=True):
         assert part in note
         assert "\n" not in note
 
@@ -75,7 +80,7 @@ LEFT = "top-k is {} instead of {} {}: only {} left in each layer"
 
 
 @pytest.mark.parametrize(
-    ("kept", "plan_top_k", "top_k", "told"),
+    ("kept", "plan_top_k", "top_k", "expected"),
     [
         (8, None, 4, None),
         (8, 4, 4, None),
@@ -91,16 +96,16 @@ LEFT = "top-k is {} instead of {} {}: only {} left in each layer"
         (4, 8, 4, LEFT.format(4, "the plan's", 8, "4 experts are")),
     ],
 )
-def test_a_top_k_that_differs_is_explained_by_what_made_it(
-    kept: int, plan_top_k: int | None, top_k: int, told: str | None, tmp_path: Path
+def test_the_note_on_top_k_names_its_cause(
+    kept: int, plan_top_k: int | None, top_k: int, expected: str | None, tmp_path: Path
 ) -> None:
     source = write_checkpoint(tmp_path / "in", Shape(experts=16, top_k=4, layers=1))
     plan = Plan("gpt_oss", 16, (tuple(range(kept)),), plan_top_k)
     result = prune(source, tmp_path / "out", plan)
     assert result.program.top_k == top_k
     notes = [note for note in result.notes if "top-k is" in note]
-    assert len(notes) == (told is not None)
-    assert all(note.startswith(str(told)) for note in notes)
+    assert len(notes) == (expected is not None)
+    assert all(note.startswith(str(expected)) for note in notes)
     card = (tmp_path / "out" / "README.md").read_text()
     assert all(note in card for note in result.notes)
     assert card.count("top-k is") == len(notes)

@@ -223,7 +223,7 @@ def _measure(terminal: Terminal, setup: Setup, name: str, draft: CausalLM) -> tu
         name,
         statistics.mean(len(layer.router.weight) for layer in draft.layers),
         max(layer.top_k for layer in draft.layers),
-        weight_bytes(draft, beside=setup.target),
+        weight_bytes(draft, shared_with=setup.target),
         *speculation_cache_bytes(setup.target, draft, setup.batch, setup.depth, max(setup.lengths)),
         costs,
         rows,

@@ -1,4 +1,4 @@
-"""config.json of gpt-oss in the hub's layout: its keys, what stands for a missing one, and how they are read."""
+"""config.json of gpt-oss in the hub's layout: its keys, their defaults, and how they are read."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ DIMENSIONS: Final = MappingProxyType(
     }
 )
 
-# What transformers' GptOssConfig takes where config.json has no such key.
+# Defaults are those of transformers' GptOssConfig.
 CONFIG_KEYS: Final = MappingProxyType(
     {
         "max_position_embeddings": ConfigKey(("max_position_embeddings",), default=131072),
@@ -62,7 +62,7 @@ CONFIG_KEYS: Final = MappingProxyType(
 )
 
 MAX_NUMBER: Final = 10**9
-# What transformers takes where config.json says nothing.
+# transformers' default.
 DEFAULT_ROPE: Final = MappingProxyType(
     {
         "rope_type": "yarn",
@@ -82,10 +82,12 @@ def read_config(model: ModelSpec) -> ModelConfig:
     config, dims = _Config(model.hub_config, model.family.config_keys), model.dimensions
     if dims["heads"] % dims["kv_heads"]:
         raise InvalidInputError(
-            f"config.json: {dims['heads']} attention heads do not share {dims['kv_heads']} key-value heads"
+            f"config.json: {dims['heads']} attention heads are not a multiple of {dims['kv_heads']} key-value heads"
         )
     if dims["head_dim"] % 2:
-        raise InvalidInputError(f"config.json: head_dim is {dims['head_dim']}; rotation needs pairs")
+        raise InvalidInputError(
+            f"config.json: head_dim is {dims['head_dim']}; rotary embedding needs an even number"
+        )
     return ModelConfig(
         num_hidden_layers=dims["layers"],
         hidden_size=dims["hidden"],
@@ -160,8 +162,8 @@ def _sliding_windows(config: _Config, layers: int) -> tuple[int | None, ...]:
 def _rope_parameters(config: _Config, title: str) -> RopeParameters:
     """transformers 5 writes `rope_parameters`, older versions `rope_scaling` and `rope_theta`.
 
-    Where both are there, transformers (`convert_rope_params_to_dict`) takes `rope_scaling`; a
-    `rope_theta` inside goes before one outside.
+    Where both exist, transformers (`convert_rope_params_to_dict`) uses `rope_scaling`; a
+    `rope_theta` inside takes precedence over one outside.
     """
     name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     key, parameters = config.key(name), config.key("rope_parameters")
@@ -189,8 +191,8 @@ def _rope_parameters(config: _Config, title: str) -> RopeParameters:
     if "factor" not in rope:
         raise InvalidInputError(f"config.json: {key} has no factor, which yarn needs")
     factor = float(number(rope, "factor", 1.0))
-    given = rope.get("attention_factor")
-    # Outside the object it goes first; the model's context is the last resort, as in transformers.
+    attention_factor = rope.get("attention_factor")
+    # Outside the object it takes precedence; the model's context is the fallback, as in transformers.
     context = config.whole("max_position_embeddings")
     outside = config.get("original_length") is not None
     length = (
@@ -205,12 +207,12 @@ def _rope_parameters(config: _Config, title: str) -> RopeParameters:
         float(number(rope, "beta_fast", 32.0)),
         float(number(rope, "beta_slow", 1.0)),
         bool(rope.get("truncate", True)),
-        _mscale(rope, factor) if given is None else float(number(rope, "attention_factor", 1.0)),
+        _mscale(rope, factor) if attention_factor is None else float(number(rope, "attention_factor", 1.0)),
     )
 
 
 def _mscale(rope: Mapping[str, object], factor: float) -> float:
-    """What YaRN multiplies cos and sin with where `attention_factor` does not say it."""
+    """YaRN's factor on cos and sin where `attention_factor` is not given."""
 
     def scale(by: float) -> float:
         return 0.1 * by * math.log(factor) + 1.0 if factor > 1 else 1.0

@@ -1,4 +1,4 @@
-"""gpt-oss in llama.cpp: names of tensors, metadata keys, and what that runtime takes for granted.
+"""gpt-oss in llama.cpp: tensor names, metadata keys, and constants that llama.cpp hard-codes.
 
 Source: the gpt-oss part of llama.cpp's converter, and its loader (src/models/openai-moe.cpp).
 """
@@ -22,7 +22,7 @@ _BLOCK: Final = "blk.{layer}."
 
 
 def names(weights: WeightNames) -> Mapping[str, tuple[str, ...]]:
-    """Tensor -> its name in GGUF, or two names for tensors whose rows alternate between two of GGUF."""
+    """Tensor -> its name in GGUF, or two names where its rows alternate between two GGUF tensors."""
     layer = weights.layer
     projections = (
         (layer.q, "attn_q"),
@@ -48,23 +48,23 @@ def names(weights: WeightNames) -> Mapping[str, tuple[str, ...]]:
 
 
 def unsupported(model: ModelSpec, config: ModelConfig) -> str | None:
-    """What llama.cpp would compute differently; None where it computes what the model does."""
+    """What llama.cpp would compute differently than the model, or None."""
     full = [bool(i % 2) for i in range(config.num_hidden_layers)]
     factor = 0.1 * math.log(config.rope_parameters.factor) + 1.0 if config.rope_parameters.factor > 1 else 1.0
     problems = {
-        f"swiglu_limit is {config.swiglu_limit:g}, and llama.cpp has 7 built in": (
+        f"swiglu_limit is {config.swiglu_limit:g}, but llama.cpp hard-codes 7": (
             config.swiglu_limit != SWIGLU_LIMIT
         ),
-        f"swiglu_alpha is {config.swiglu_alpha:g}, and llama.cpp has 1.702 built in": (
+        f"swiglu_alpha is {config.swiglu_alpha:g}, but llama.cpp hard-codes 1.702": (
             config.swiglu_alpha != SWIGLU_ALPHA
         ),
-        "layer_types do not alternate from sliding to full attention, as llama.cpp has it": (
+        "layer_types do not alternate from sliding to full attention, which llama.cpp hard-codes": (
             [w is None for w in config.sliding_windows] != full
         ),
-        "attention_bias is false, and llama.cpp needs the biases": (
+        "attention_bias is false, but llama.cpp needs the biases": (
             model.family.weights.layer.o.bias.format(layer=0) not in {t.name for t in model.tensors}
         ),
-        "attention_factor is not the usual one of YaRN, which llama.cpp has built in": (
+        "attention_factor is not YaRN's default, which llama.cpp hard-codes": (
             not math.isclose(config.rope_parameters.attention_factor, factor, rel_tol=1e-6)
         ),
     }

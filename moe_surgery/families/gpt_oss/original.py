@@ -1,4 +1,4 @@
-"""config.json of OpenAI's own layout, and the hub's made from it."""
+"""config.json of OpenAI's own layout, and its conversion to the hub's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moe_surgery.families.gpt_oss.config import DIMENSIONS, QUANTIZATION_CONFIG,
 
 __all__ = ["ORIGINAL_DIMENSIONS", "hub_config"]
 
-# openai/gpt-oss's own ModelConfig knows the first spelling only.
+# openai/gpt-oss's ModelConfig reads only the first spelling.
 ORIGINAL_DIMENSIONS: Final = MappingProxyType(
     {
         "experts": ConfigKey(("num_experts", "num_local_experts")),
@@ -29,7 +29,7 @@ _END_TOKEN: Final = 200002
 def hub_config(original: Mapping[str, object]) -> dict[str, object]:
     """config.json of the hub layout for a config.json of OpenAI's own layout.
 
-    Raises InvalidInputError for a value that should be a number and is missing or none.
+    Raises InvalidInputError for a value that should be a number and is not, or is missing.
     """
     keys = {**DIMENSIONS, **ORIGINAL_DIMENSIONS}
     dimensions = {name: _dimension(original, key) for name, key in keys.items()}

@@ -37,46 +37,46 @@ def saved(folder: Path, name: str, **settings: object) -> Path:
 SAVED: dict[str, tuple[dict[str, object], str]] = {
     "GptOssForSequenceClassification": (
         {"num_local_experts": 4, "num_experts_per_tok": 2, "num_labels": 3},
-        r"is GptOssForSequenceClassification: score\.weight of 3 labels in place of lm_head\.weight; "
+        r"is GptOssForSequenceClassification: it has score\.weight with 3 labels instead of lm_head\.weight; "
         r"only gpt-oss language models \(CausalLM\)",
     ),
     "GptOssForTokenClassification": (
         {"num_local_experts": 4, "num_experts_per_tok": 2},
-        r"is GptOssForTokenClassification: score\.weight of 2 labels",
+        r"is GptOssForTokenClassification: it has score\.weight with 2 labels",
     ),
-    "GptOssModel": ({"num_local_experts": 4, "num_experts_per_tok": 2}, r"is the bare gpt-oss model without"),
+    "GptOssModel": ({"num_local_experts": 4, "num_experts_per_tok": 2}, r"is a bare gpt-oss model without"),
     "MixtralForCausalLM": (
         {"num_local_experts": 4},
-        r"is a mixtral checkpoint \(MixtralForCausalLM\); supported is model_type gpt_oss",
+        r"is a mixtral checkpoint \(MixtralForCausalLM\); supported model_type: gpt_oss",
     ),
     "Qwen3MoeForCausalLM": (
         {"num_experts": 4, "moe_intermediate_size": 16},
-        r"is a qwen3_moe checkpoint \(Qwen3MoeForCausalLM\); supported is model_type gpt_oss",
+        r"is a qwen3_moe checkpoint \(Qwen3MoeForCausalLM\); supported model_type: gpt_oss",
     ),
-    "LlamaForCausalLM": ({}, r"is a llama checkpoint \(LlamaForCausalLM\); supported is model_type gpt_oss"),
+    "LlamaForCausalLM": ({}, r"is a llama checkpoint \(LlamaForCausalLM\); supported model_type: gpt_oss"),
 }
 
 
 @pytest.mark.parametrize("name", SAVED)
 def test_what_transformers_saves_of_another_class_is_named(name: str, tmp_path: Path) -> None:
-    settings, told = SAVED[name]
+    settings, expected = SAVED[name]
     folder = saved(tmp_path / "model", name, **settings)
-    said = refusal(folder)
-    assert re.search(told, said), said
+    message = refusal(folder)
+    assert re.search(expected, message), message
     config = load_config(folder)
     if config.get("model_type") == "gpt_oss":  # by its tensors alone
         del config["architectures"]
         (folder / "config.json").write_text(json.dumps(config))
-        assert "is in no shard" not in refusal(folder)
+        assert "is missing" not in refusal(folder)
 
 
 def test_a_family_without_model_type_is_recognised_by_its_tensors(tmp_path: Path) -> None:
-    for name, told in (("MixtralForCausalLM", "Mixtral"), ("Qwen3MoeForCausalLM", "Qwen-MoE")):
+    for name, expected in (("MixtralForCausalLM", "Mixtral"), ("Qwen3MoeForCausalLM", "Qwen-MoE")):
         folder = saved(tmp_path / name, name, **SAVED[name][0])
         config = load_config(folder)
         del config["architectures"], config["model_type"]
         (folder / "config.json").write_text(json.dumps(config))
-        assert f"a {told}-like" in refusal(folder)
+        assert f"a {expected}-like" in refusal(folder)
 
 
 # --- other layouts of gpt-oss, and quantised ones
@@ -93,7 +93,7 @@ def replace_experts(names: dict[str, tuple[int, ...]]) -> Callable[[Tensors], No
     return edit
 
 
-APART, TOGETHER = "stores gate and up projections apart", "stores every expert in separate tensors"
+APART, TOGETHER = "stores gate and up projections separately", "stores every expert in separate tensors"
 LAYOUTS: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
     "split": ({"gate_proj": (4, 64, 32), "up_proj": (4, 64, 32), "down_proj": (4, 32, 64)}, APART),
     "split weights": ({"gate_proj.weight": (4, 32, 64), "up_proj.weight": (4, 32, 64)}, APART),
@@ -109,12 +109,12 @@ LAYOUTS: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
 
 @pytest.mark.parametrize("case", LAYOUTS)
 def test_another_layout_of_experts_is_named_and_no_shard_called_missing(case: str, tmp_path: Path) -> None:
-    names, told = LAYOUTS[case]
-    said = refusal(write_checkpoint(tmp_path / "in", SHAPE, shards=2, edit_tensors=replace_experts(names)))
-    assert told in said
-    assert "mlp.experts.gate_up_proj" in said
-    assert "missing" not in said
-    assert "cut" not in said
+    names, expected = LAYOUTS[case]
+    message = refusal(write_checkpoint(tmp_path / "in", SHAPE, shards=2, edit_tensors=replace_experts(names)))
+    assert expected in message
+    assert "mlp.experts.gate_up_proj" in message
+    assert "missing" not in message
+    assert "cut" not in message
 
 
 QUANTISED: dict[str, tuple[str | None, dict[str, tuple[int, ...]], str]] = {
@@ -131,8 +131,8 @@ QUANTISED: dict[str, tuple[str | None, dict[str, tuple[int, ...]], str]] = {
 
 @pytest.mark.parametrize("case", QUANTISED)
 def test_other_quantisations_are_named(case: str, tmp_path: Path) -> None:
-    method, names, told = QUANTISED[case]
-    said = refusal(
+    method, names, expected = QUANTISED[case]
+    message = refusal(
         write_checkpoint(
             tmp_path / "in",
             SHAPE,
@@ -143,9 +143,10 @@ def test_other_quantisations_are_named(case: str, tmp_path: Path) -> None:
             ),
         )
     )
-    assert told in said
+    assert expected in message
     assert (
-        "is not supported (experts may be MXFP4 or unquantised); take the checkpoint it was made from" in said
+        "is not supported (experts may be MXFP4 or unquantised); use the checkpoint it was made from"
+        in message
     )
 
 
@@ -155,22 +156,22 @@ def test_a_saved_training_wrapper_is_named(prefix: str, tmp_path: Path) -> None:
         for name in list(tensors):
             tensors[prefix + name] = tensors.pop(name)
 
-    said = refusal(write_checkpoint(tmp_path / "in", SHAPE, edit_tensors=rename))
-    assert f"tensor names begin with {prefix!r}" in said
+    message = refusal(write_checkpoint(tmp_path / "in", SHAPE, edit_tensors=rename))
+    assert f"tensor names begin with {prefix!r}" in message
 
 
-def test_a_tensor_that_is_missing_is_still_said_to_be(tmp_path: Path) -> None:
+def test_a_missing_tensor_is_reported_as_missing(tmp_path: Path) -> None:
     name = EXPERTS + "down_proj_bias"
-    for shards, told in (
-        (1, "a file is missing, or it was saved without it"),
+    for shards, expected in (
+        (1, "a file is missing, or the checkpoint was saved without it"),
         (2, "does not list it either"),
     ):
         source = write_checkpoint(
             tmp_path / str(shards), SHAPE, shards=shards, edit_tensors=lambda t: t.pop(name)
         )
-        said = refusal(source)
-        assert f"tensor '{name}' is in no shard; " in said
-        assert told in said
+        message = refusal(source)
+        assert f"tensor '{name}' is missing; " in message
+        assert expected in message
 
 
 # --- folders without safetensors
@@ -194,13 +195,13 @@ FOLDERS: dict[str, tuple[list[str], str]] = {
         "checkpoint-20/ inside it is a checkpoint: name that",
     ),
     "hub cache": (["snapshots/abc/config.json", "refs/main", "blobs/x"], "it is a folder of the hub cache"),
-    "empty": ([], "config.json: not found; a checkpoint needs its config.json beside the shards"),
+    "empty": ([], "config.json: not found; a checkpoint needs its config.json next to the shards"),
 }
 
 
 @pytest.mark.parametrize("case", FOLDERS)
 def test_a_folder_of_another_format_is_named(case: str, tmp_path: Path, capsys: Capture) -> None:
-    files, told = FOLDERS[case]
+    files, expected = FOLDERS[case]
     folder = tmp_path / "model"
     folder.mkdir()
     for name in files:
@@ -209,4 +210,4 @@ def test_a_folder_of_another_format_is_named(case: str, tmp_path: Path, capsys: 
     with untouched(folder):
         ended = call(capsys, "inspect", folder)
     assert (ended.code, ended.out) == (5, "")
-    assert told in ended.error
+    assert expected in ended.error

@@ -37,13 +37,13 @@ TENSORS = [(layout, name) for layout in LAYOUTS for name in make_tensors(SHAPE, 
 
 @pytest.mark.parametrize(("layout", "name"), TENSORS)
 def test_a_missing_tensor_is_named(layout: str, name: str, tmp_path: Path) -> None:
-    told = broken(tmp_path, layout, lambda tensors: tensors.pop(name))
+    error = broken(tmp_path, layout, lambda tensors: tensors.pop(name))
     # Hub weights may be stored in two ways; where neither is there, the first is named.
     wanted = f"{name}_blocks" if name.endswith(("gate_up_proj", "down_proj")) else name
     if name == "embedding.weight":  # by this one the original layout is recognised
-        assert "config.json: model_type null is not supported; known: gpt_oss" in told
+        assert "config.json: unsupported model_type null (supported: gpt_oss)" in error
     else:
-        assert f"tensor '{wanted}' is in no shard" in told
+        assert f"tensor '{wanted}' is missing" in error
 
 
 def other_shapes(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -56,12 +56,12 @@ def other_shapes(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
 def test_a_tensor_of_another_shape_is_named_with_both_shapes(layout: str, name: str, tmp_path: Path) -> None:
     value = make_tensors(SHAPE, layout)[name]
     for number, shape in enumerate(other_shapes(value.shape)):
-        told = broken(
+        error = broken(
             tmp_path / str(number),
             layout,
             lambda tensors, s=shape: tensors.update({name: np.zeros(s, value.dtype)}),  # type: ignore[misc]
         )
-        assert f"tensor '{name}': shape {list(shape)}, expected {list(value.shape)} from config.json" in told
+        assert f"tensor '{name}': shape {list(shape)}, expected {list(value.shape)} from config.json" in error
 
 
 @pytest.mark.parametrize(("layout", "name"), TENSORS)
@@ -69,14 +69,14 @@ def test_a_tensor_of_another_dtype_is_named(layout: str, name: str, tmp_path: Pa
     value = make_tensors(SHAPE, layout)[name]
     weight = name.endswith(("gate_up_proj", "down_proj")) or (layout == "resaved" and "_blocks" in name)
     if name.endswith(("blocks", "scales")) and not weight:
-        wrong, told = np.float32, "dtype F32, expected U8"
+        wrong, error = np.float32, "dtype F32, expected U8"
     else:
-        wrong, told = np.uint8, "dtype U8, expected BF16 or F16 or F32"
+        wrong, error = np.uint8, "dtype U8, expected BF16 or F16 or F32"
     message = broken(tmp_path, layout, lambda t: t.update({name: np.zeros(value.shape, wrong)}))
     if weight and layout == "resaved":  # bytes under the name of the blocks are MXFP4, which needs scales
-        assert f"tensor '{name.replace('_blocks', '_scales')}' is in no shard" in message
+        assert f"tensor '{name.replace('_blocks', '_scales')}' is missing" in message
     else:
-        assert f"tensor '{name}': {told}" in message
+        assert f"tensor '{name}': {error}" in message
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -101,14 +101,14 @@ def test_tensors_outside_the_expert_weights_may_be_of_any_float(
     ["lm_head.bias", "model.layers.1.mlp.router.weight", "model.layers.0.mlp.experts.up_proj", ""],
 )
 def test_a_surplus_tensor_is_named(layout: str, name: str, tmp_path: Path) -> None:
-    told = broken(tmp_path, layout, lambda tensors: tensors.update({name: np.zeros(3, np.uint16)}))
-    assert f"tensor '{name}': a gpt_oss model of 1 layers has no such tensor (1 surplus in all)" in told
+    error = broken(tmp_path, layout, lambda tensors: tensors.update({name: np.zeros(3, np.uint16)}))
+    assert f"tensor '{name}': is not part of a gpt_oss model of 1 layers (unexpected tensors: 1)" in error
 
 
 def test_control_characters_of_a_surplus_name_are_escaped(tmp_path: Path) -> None:
     name = "a\x1b[2J\nb\u202e"
-    told = broken(tmp_path, "mxfp4", lambda tensors: tensors.update({name: np.zeros(3, np.uint16)}))
-    assert r"a\x1b[2J\nb\u202e" in told.replace("\\\\", "\\")
+    error = broken(tmp_path, "mxfp4", lambda tensors: tensors.update({name: np.zeros(3, np.uint16)}))
+    assert r"a\x1b[2J\nb\u202e" in error.replace("\\\\", "\\")
 
 
 # --- blocks and scales
@@ -124,8 +124,8 @@ def reshape(name: str, *shape: int) -> Callable[[Tensors], object]:
 
 # gate_up_proj_blocks is [4, 64, 2, 16], down_proj_blocks [4, 64, 1, 16].
 DISAGREEING: Mapping[str, tuple[Callable[[Tensors], object], str]] = {
-    "no scales": (drop(EXPERTS + "gate_up_proj_scales"), f"'{EXPERTS}gate_up_proj_scales' is in no shard"),
-    "scales without blocks": (drop(EXPERTS + "down_proj_blocks"), f"'{EXPERTS}down_proj_blocks' is in no"),
+    "no scales": (drop(EXPERTS + "gate_up_proj_scales"), f"'{EXPERTS}gate_up_proj_scales' is missing"),
+    "scales without blocks": (drop(EXPERTS + "down_proj_blocks"), f"'{EXPERTS}down_proj_blocks' is missing"),
     "a scale for two blocks": (
         reshape(EXPERTS + "gate_up_proj_scales", 4, 64, 1),
         "gate_up_proj_scales': shape [4, 64, 1], expected [4, 64, 2]",
@@ -164,15 +164,15 @@ DISAGREEING: Mapping[str, tuple[Callable[[Tensors], object], str]] = {
     ),
     "weights stored twice": (
         lambda tensors: tensors.update({EXPERTS + "down_proj": np.zeros((4, 32, 64), np.uint16)}),
-        f"'{EXPERTS}down_proj': a gpt_oss model of 1 layers has no such tensor",
+        f"'{EXPERTS}down_proj': is not part of a gpt_oss model of 1 layers",
     ),
 }
 
 
 @pytest.mark.parametrize("case", DISAGREEING)
 def test_blocks_scales_and_counts_that_disagree_are_named(case: str, tmp_path: Path) -> None:
-    edit, told = DISAGREEING[case]
-    assert told in broken(tmp_path, "mxfp4", edit)
+    edit, error = DISAGREEING[case]
+    assert error in broken(tmp_path, "mxfp4", edit)
 
 
 def test_a_layer_with_other_experts_than_the_rest_is_named(tmp_path: Path) -> None:
@@ -181,8 +181,8 @@ def test_a_layer_with_other_experts_than_the_rest_is_named(tmp_path: Path) -> No
     def edit(tensors: Tensors) -> None:
         tensors.update({k: v for k, v in few.items() if k.startswith("model.layers.1.mlp.")})
 
-    told = broken(tmp_path, "mxfp4", edit, Shape(layers=2))
-    assert "tensor 'model.layers.1.mlp.router.weight': shape [3, 64], expected [4, 64]" in told
+    error = broken(tmp_path, "mxfp4", edit, Shape(layers=2))
+    assert "tensor 'model.layers.1.mlp.router.weight': shape [3, 64], expected [4, 64]" in error
 
 
 def test_expert_weights_stored_in_two_ways_are_refused_naming_one_of_each(tmp_path: Path) -> None:
@@ -191,14 +191,17 @@ def test_expert_weights_stored_in_two_ways_are_refused_naming_one_of_each(tmp_pa
             del tensors[EXPERTS + "down_proj" + suffix]
         tensors[EXPERTS + "down_proj"] = np.zeros((4, 32, 64), np.uint16)
 
-    told = broken(tmp_path, "mxfp4", edit)
-    assert f"'{EXPERTS}gate_up_proj_blocks' is stored as MXFP4" in told
-    assert f"tensor '{EXPERTS}down_proj' as BF16: expert weights must be all in one format" in told
+    error = broken(tmp_path, "mxfp4", edit)
+    assert f"'{EXPERTS}gate_up_proj_blocks' is stored as MXFP4" in error
+    assert f"tensor '{EXPERTS}down_proj' as BF16: all expert weights must have the same format" in error
 
 
 def test_blocks_that_no_dimension_fills_are_refused(tmp_path: Path) -> None:
-    told = broken(tmp_path, "mxfp4", lambda tensors: None, replace(SHAPE, hidden=48))
-    assert f"tensor '{EXPERTS}gate_up_proj_blocks': 48 columns are not whole MXFP4 blocks of 32" in told
+    error = broken(tmp_path, "mxfp4", lambda tensors: None, replace(SHAPE, hidden=48))
+    assert (
+        f"tensor '{EXPERTS}gate_up_proj_blocks': 48 columns are not a multiple of the MXFP4 block size 32"
+        in error
+    )
 
 
 def test_scales_may_lie_in_another_shard_than_their_blocks(tmp_path: Path) -> None:

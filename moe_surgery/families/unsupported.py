@@ -1,4 +1,4 @@
-"""What a checkpoint is that no family fits: asked only when describing it has failed."""
+"""Recognises checkpoints that no family matches, for the error message."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from moe_surgery.checkpoint.files import printable_path
 from moe_surgery.checkpoint.text import describe_value, printable
 from moe_surgery.families.base import Family
 
-__all__ = ["foreign"]
+__all__ = ["unsupported_reason"]
 
-UNQUANTISED: Final = "take the checkpoint it was made from, or save it dequantised"
+UNQUANTISED: Final = "use the checkpoint it was made from, or save it dequantised"
 
 # Names of tensors that only a quantised checkpoint has.
 _QUANTISED: Final = (
@@ -27,7 +27,7 @@ _QUANTISED: Final = (
 _LAYOUTS: Final = (
     (re.compile(r"\.experts\.[0-9]+\."), "stores every expert in separate tensors"),
     (re.compile(r"\.experts\.[a-z_]+s\.[0-9]+\."), "stores every expert in separate tensors"),
-    (re.compile(r"\.experts\.(gate|up)_proj(_|\.|$)"), "stores gate and up projections apart"),
+    (re.compile(r"\.experts\.(gate|up)_proj(_|\.|$)"), "stores gate and up projections separately"),
 )
 _STACKED: Final = re.compile(r"\.experts\.gate_up_proj(_blocks)?$")
 _WRAPPERS: Final = (
@@ -37,7 +37,7 @@ _WRAPPERS: Final = (
     "pretrained_model.",
     "_fsdp_wrapped_module.",
 )
-# Names of experts that tell another family where config.json does not.
+# Tensor names that identify another family where config.json does not.
 _FAMILIES: Final = (
     (re.compile(r"\.block_sparse_moe\.experts\.[0-9]+\.w[123]\."), "a Mixtral-like"),
     (re.compile(r"\.mlp\.experts\.[0-9]+\.(gate|up|down)_proj\."), "a Qwen-MoE-like or DeepSeek-like"),
@@ -47,8 +47,8 @@ _FAMILIES: Final = (
 )
 
 
-def foreign(checkpoint: Checkpoint, families: tuple[Family, ...]) -> str | None:
-    """One line that says what `checkpoint` is instead, and what to do; None where nothing is known."""
+def unsupported_reason(checkpoint: Checkpoint, families: tuple[Family, ...]) -> str | None:
+    """One line that says what `checkpoint` is and what to do; None where it is not recognised."""
     config, names = checkpoint.config, checkpoint.tensors
     model_type = config.get("model_type")
     family = next((f for f in families if f.model_type == model_type), None)
@@ -56,10 +56,10 @@ def foreign(checkpoint: Checkpoint, families: tuple[Family, ...]) -> str | None:
     if family is None and (model_type is not None or classes):
         return _another_family(checkpoint, model_type, classes, families)
     if family is None:
-        found = _first(names, _FAMILIES)
-        return found and (
-            f"{checkpoint.where(found[0])}: is in {found[1]} checkpoint; "
-            f"supported is model_type {', '.join(f.model_type for f in families)}"
+        match = _first(names, _FAMILIES)
+        return match and (
+            f"{checkpoint.where(match[0])}: belongs to {match[1]} checkpoint; "
+            f"supported model_type: {', '.join(f.model_type for f in families)}"
         )
     return (
         _quantised(checkpoint)
@@ -72,7 +72,7 @@ def foreign(checkpoint: Checkpoint, families: tuple[Family, ...]) -> str | None:
 def _another_family(
     checkpoint: Checkpoint, model_type: object, classes: list[str], families: tuple[Family, ...]
 ) -> str:
-    where, known = printable_path(checkpoint.config_path), ", ".join(f.model_type for f in families)
+    where, supported = printable_path(checkpoint.config_path), ", ".join(f.model_type for f in families)
     class_name = printable(classes[0]) if classes else ""
     if isinstance(model_type, str) and model_type:
         named = f"is a {printable(model_type)} checkpoint" + (f" ({class_name})" if class_name else "")
@@ -80,21 +80,21 @@ def _another_family(
         named = f"is a {class_name} checkpoint"
     else:
         named = f"model_type is {describe_value(model_type)}"
-    return f"{where}: {named}; supported is model_type {known}"
+    return f"{where}: {named}; supported model_type: {supported}"
 
 
 def _architectures(config: Mapping[str, object]) -> list[str]:
-    said = config.get("architectures")
-    return [name for name in said if isinstance(name, str)] if isinstance(said, list) else []
+    names = config.get("architectures")
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
 def _quantised(checkpoint: Checkpoint) -> str | None:
-    said = checkpoint.config.get("quantization_config")
-    method = said.get("quant_method") if isinstance(said, Mapping) else None
+    quantization = checkpoint.config.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
     if isinstance(method, str) and method != "mxfp4":
         where = f"{printable_path(checkpoint.config_path)}: quantization_config: quant_method '{printable(method)}'"
-    elif found := _first(checkpoint.tensors, _QUANTISED):
-        where = f"{checkpoint.where(found[0])}: quantised as {found[1]}"
+    elif match := _first(checkpoint.tensors, _QUANTISED):
+        where = f"{checkpoint.where(match[0])}: quantised as {match[1]}"
     else:
         return None
     return f"{where} is not supported (experts may be MXFP4 or unquantised); {UNQUANTISED}"
@@ -104,32 +104,32 @@ def _wrapped(checkpoint: Checkpoint) -> str | None:
     for prefix in _WRAPPERS:
         if any(name.startswith(prefix) for name in checkpoint.tensors):
             return (
-                f"{printable_path(checkpoint.path)}: tensor names begin with {prefix!r}: a training wrapper was "
-                "saved; save the model inside it"
+                f"{printable_path(checkpoint.path)}: tensor names begin with {prefix!r}: it was saved inside "
+                "a training wrapper; save the wrapped model"
             )
     return None
 
 
 def _other_class(checkpoint: Checkpoint, family: Family, classes: list[str]) -> str | None:
-    """A model with another head, or none."""
+    """A model with another head, or without one."""
     names = checkpoint.tensors
     head = next((n for n in ("score.weight", "classifier.weight", "qa_outputs.weight") if n in names), None)
     if head is not None:
         named = printable(classes[0]) if classes and "CausalLM" not in classes[0] else "a classifier"
         labels = names[head].shape[0] if names[head].shape else 0
         return (
-            f"{printable_path(checkpoint.path)}: is {named}: {head} of {labels} labels in place of "
+            f"{printable_path(checkpoint.path)}: is {named}: it has {head} with {labels} labels instead of "
             f"lm_head.weight; only {family.title} language models (CausalLM) are supported: prune the one it was "
             "trained from"
         )
     if "embed_tokens.weight" in names:
         return (
-            f"{printable_path(checkpoint.path)}: is the bare {family.title} model without its language model head; "
+            f"{printable_path(checkpoint.path)}: is a bare {family.title} model without a language model head; "
             "save it as AutoModelForCausalLM"
         )
     if classes and not any(name.endswith("ForCausalLM") for name in classes):
         return (
-            f"{printable_path(checkpoint.config_path)}: architectures says {printable(classes[0])}; only "
+            f"{printable_path(checkpoint.config_path)}: architectures is {printable(classes[0])}; only "
             f"{family.title} language models (CausalLM) are supported"
         )
     return None
@@ -138,16 +138,16 @@ def _other_class(checkpoint: Checkpoint, family: Family, classes: list[str]) -> 
 def _other_layout(checkpoint: Checkpoint, family: Family) -> str | None:
     if any(_STACKED.search(name) for name in checkpoint.tensors):
         return None
-    found = _first(checkpoint.tensors, _LAYOUTS)
-    return found and (
-        f"{checkpoint.where(found[0])}: {found[1]}; {family.title} checkpoints hold experts stacked, gate and up "
-        "together (mlp.experts.gate_up_proj): convert it to that first, with the program that wrote it"
+    match = _first(checkpoint.tensors, _LAYOUTS)
+    return match and (
+        f"{checkpoint.where(match[0])}: {match[1]}; {family.title} checkpoints store experts stacked and gate and up "
+        "fused (mlp.experts.gate_up_proj): convert it first, with the program that wrote it"
     )
 
 
 def _first(names: Iterable[str], patterns: tuple[tuple[re.Pattern[str], str], ...]) -> tuple[str, str] | None:
-    """The first name in order that a pattern finds, with what the pattern means."""
+    """The first name in order that a pattern matches, with the pattern's meaning."""
     for pattern, meaning in patterns:
-        if found := min((n for n in names if pattern.search(n)), default=None):
-            return found, meaning
+        if name := min((n for n in names if pattern.search(n)), default=None):
+            return name, meaning
     return None
