@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from moe_surgery.errors import InvalidInputError, PlanMismatchError
-from moe_surgery.report.markup import embedded_json, number, shown, tag, text
+from moe_surgery.report.markup import display_name, embedded_json, number, tag, text
 from moe_surgery.report.page import build_report
 from moe_surgery.selection.statistics import Statistics
 from tests.report.inputs import evaluation_of, made_up, plan_of
@@ -123,9 +123,9 @@ def test_names_from_files_stay_names(name: str) -> None:
     assert {t for t, _ in parsed.elements} == {t for t, _ in honest.elements}
     assert [t for t, _ in parsed.elements].count("script") == 2
     assert {k for _, a in parsed.elements for k in a} == {k for _, a in honest.elements for k in a}
-    assert {view["name"] for view in parsed.data["views"][1:]} == {shown(name), "b"}
-    assert parsed.data["plans"][0]["name"] == shown(name)
-    assert shown(name) in parsed.words
+    assert {view["name"] for view in parsed.data["views"][1:]} == {display_name(name), "b"}
+    assert parsed.data["plans"][0]["name"] == display_name(name)
+    assert display_name(name) in parsed.words
     assert not [c for c in page if not c.isprintable() and c != "\n"]
 
 
@@ -146,7 +146,7 @@ def test_markup_escapes_all_but_markup() -> None:
     )
     assert tag("p", tag("b", "&")) == "<p><b>&amp;</b></p>"
     assert text("a\u202eb") == "a\\u202eb"
-    assert len(shown("x" * 10**6)) < 100
+    assert len(display_name("x" * 10**6)) < 100
     assert (number(123456.789), number(0.000123456), number(3.0), number(float("inf"))) == (
         123460,
         0.00012346,
