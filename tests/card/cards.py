@@ -34,15 +34,15 @@ def metadata(card: str) -> dict[str, Any]:
 
 def tokens(card: str) -> list[Token]:
     """Markdown tokens of the body, inline ones in their place."""
-    found: list[Token] = []
+    result: list[Token] = []
     for token in MarkdownIt("commonmark").enable("table").parse(ModelCard(card).text):
-        found += [token, *(token.children or [])]
-    return found
+        result += [token, *(token.children or [])]
+    return result
 
 
 def headings(card: str) -> list[str]:
-    found = tokens(card)
-    return [after.content for token, after in pairwise(found) if token.type == "heading_open"]
+    result = tokens(card)
+    return [after.content for token, after in pairwise(result) if token.type == "heading_open"]
 
 
 def cells(card: str) -> dict[str, list[str]]:
@@ -113,14 +113,14 @@ def evaluation_of(source: Path | str, plan: Plan, top_k: int, **changed: Any) ->
     )
     experts = tuple(len(row) for row in plan.layers)
     domains = {"law": quality(1, model.layers, 300), "code": quality(2, model.layers)}
-    mine = ModelResult("mine", "plan", experts, top_k, domains, plan.provenance)
+    actual = ModelResult("mine", "plan", experts, top_k, domains, plan.provenance)
     texts = {"law": [{"name": "law.txt", "xxh3_128": xxhash.xxh3_128_hexdigest(b""), "tokens": 300}]}
     parts: dict[str, Any] = {
         "model_type": model.model_type,
         "checkpoint": str(source),
         "identity": known,
         "num_experts": model.experts,
-        "models": (full, mine),
+        "models": (full, actual),
         "texts": texts,
         "settings": {"dtype": "f32", "answers_only": False},
     }

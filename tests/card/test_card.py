@@ -181,18 +181,18 @@ def test_evaluation_is_shown_with_its_figures(source: Path, out: Path) -> None:
 def test_evaluation_of_something_else_is_refused(source: Path, out: Path) -> None:
     plan = load_plan_of(out)
     good = evaluation_of(source, plan, 2)
-    full, mine = good.models
+    full, actual = good.models
     wrong = [
         replace(good, identity="0" * 32),
         replace(good, num_experts=16),
         replace(good, models=(full,)),
-        replace(good, models=(full, replace(mine, experts=(3, 3, 4)))),
-        replace(good, models=(full, replace(mine, top_k=1))),
-        replace(good, models=(full, replace(mine, provenance={**plan.provenance, "seed": 6}))),
-        replace(good, models=(full, mine, replace(mine, name="b", domains={"law": quality(3, 3)}))),
+        replace(good, models=(full, replace(actual, experts=(3, 3, 4)))),
+        replace(good, models=(full, replace(actual, top_k=1))),
+        replace(good, models=(full, replace(actual, provenance={**plan.provenance, "seed": 6}))),
+        replace(good, models=(full, actual, replace(actual, name="b", domains={"law": quality(3, 3)}))),
     ]
     for evaluation in wrong:
         with pytest.raises(PlanMismatchError, match="evaluat"):
             make_card(out, evaluation=evaluation)
-    twice = replace(good, models=(full, mine, replace(mine, name="b", kind="checkpoint")))
+    twice = replace(good, models=(full, actual, replace(actual, name="b", kind="checkpoint")))
     assert make_card(out, evaluation=twice) == make_card(out, evaluation=good)

@@ -48,17 +48,17 @@ def test_hostile_names_are_only_ever_code(tmp_path: Path, name: str) -> None:
     out = tmp_path / "out"
     prune(source, out, plan)
     good = evaluation_of(source, plan, 2)
-    full, mine = good.models
-    named = [replace(m, name=name, domains={name: next(iter(m.domains.values()))}) for m in (full, mine)]
+    full, actual = good.models
+    named = [replace(m, name=name, domains={name: next(iter(m.domains.values()))}) for m in (full, actual)]
     texts: dict[str, list[dict[str, object]]] = {name: [{"name": name}]}
     evaluation = replace(good, models=tuple(named), texts=texts, settings={name: name})
     for card in (readme(out), make_card(out, evaluation=evaluation)):
-        said = metadata(card)
-        assert set(said) <= {
+        result = metadata(card)
+        assert set(result) <= {
             "library_name", "pipeline_tag", "license", "license_name", "license_link", "tags", "language",
         }  # fmt: skip
-        found = tokens(card)
-        kinds = {token.type for token in found}
+        results = tokens(card)
+        kinds = {token.type for token in results}
         assert not kinds & {
             "html_inline",
             "link_open",
@@ -69,12 +69,12 @@ def test_hostile_names_are_only_ever_code(tmp_path: Path, name: str) -> None:
             "blockquote_open",
         }
         assert not {"em_open"} & kinds
-        html = {token.content.strip() for token in found if token.type == "html_block"}
+        html = {token.content.strip() for token in results if token.type == "html_block"}
         assert html <= {"<details>\n<summary>Kept experts of each layer</summary>", "</details>"}
         assert headings(card)[1:] == SECTIONS
         (citation,) = [block for block in blocks(card, "") if "# H" in block]
         assert citation.endswith("\n```\n`````\n</pre>\n")
-        bare = "".join(t.content for t in found if t.type == "text")
+        bare = "".join(t.content for t in results if t.type == "text")
         assert "script" not in bare
         assert all(c.isprintable() or c == "\n" for c in card)
         widths = {len(row) for row in cells(section(card, "How the experts were chosen")).values()}

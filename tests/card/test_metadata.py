@@ -42,8 +42,8 @@ def test_base_model_is_asked_of_option_cache_config_and_card_in_this_order(tmp_p
         (folder / "README.md").write_bytes(card)
         out = tmp_path / f"out-{number}"
         prune(folder, out, cut, **options)  # type: ignore[arg-type]
-        said = metadata(readme(out))
-        return said.get("base_model"), said.get("base_model_relation")
+        result = metadata(readme(out))
+        return result.get("base_model"), result.get("base_model_relation")
 
     assert base(0, source, base_model="owner/given") == ("owner/given", "finetune")
     assert base(1, source) == ("owner/cached", "finetune")
@@ -89,8 +89,8 @@ def test_license_that_is_no_identifier_is_refused(out: Path, name: str) -> None:
 
 
 def test_license_and_base_model_given_replace_what_the_source_said(out: Path) -> None:
-    said = metadata(make_card(out, license="other", base_model="a/b"))
-    assert (said["license"], said["base_model"]) == ("other", "a/b")
+    result = metadata(make_card(out, license="other", base_model="a/b"))
+    assert (result["license"], result["base_model"]) == ("other", "a/b")
     assert "as given when this card was made" in make_card(out, license="other")
 
 
@@ -100,8 +100,8 @@ def test_relation_is_quantized_where_weights_became_mxfp4(tmp_path: Path) -> Non
     assert metadata(readme(tmp_path / "a"))["base_model_relation"] == "quantized"
     assert "converted from BF16 to MXFP4" in readme(tmp_path / "a")
     prune(tmp_path / "a", tmp_path / "b", keep_all, store="bf16", base_model="a/b")
-    said = metadata(readme(tmp_path / "b"))
-    assert said["base_model_relation"] == "finetune"
-    assert "pruned" not in said["tags"]
+    result = metadata(readme(tmp_path / "b"))
+    assert result["base_model_relation"] == "finetune"
+    assert "pruned" not in result["tags"]
     assert headings(readme(tmp_path / "b"))[0] == "a, all 3 experts, BF16"
     assert "All experts of the source are kept" in readme(tmp_path / "b")

@@ -36,10 +36,10 @@ def test_sections_are_there_in_order(out: Path) -> None:
 def test_kept_experts_are_listed_by_layer(out: Path) -> None:
     plan = load_plan_of(out)
     rows = cells(section(readme(out), "Kept experts"))
-    told = {layer: experts[0] for layer, experts in rows.items() if layer.isdigit()}
+    output = {layer: experts[0] for layer, experts in rows.items() if layer.isdigit()}
     for layer, kept in enumerate(plan.layers):
         numbers: list[int] = []
-        for part in told[str(layer)].split(", "):
+        for part in output[str(layer)].split(", "):
             first, _, last = part.partition("-")
             numbers += range(int(first), int(last or first) + 1)
         assert tuple(numbers) == kept
@@ -87,9 +87,9 @@ def test_choice_is_told_in_words(provenance: dict[str, object], words: list[str]
         tmp_path / "out",
         lambda m: plan_from_ranking(ranking, 3, model_type="gpt_oss", order="ranking"),
     )
-    told = section(readme(tmp_path / "out"), "How the experts were chosen")
-    assert [word for word in words if word not in told] == []
-    assert "best first" in told
+    output = section(readme(tmp_path / "out"), "How the experts were chosen")
+    assert [word for word in words if word not in output] == []
+    assert "best first" in output
 
 
 @pytest.mark.parametrize("top_k", [None, 1, 3])
@@ -128,7 +128,7 @@ def test_python_of_the_card_runs_as_it_stands(tmp_path: Path) -> None:
     prune("example:tiny", out, lambda m: plan_keeping(list(range(8)), m), store="bf16")
     (program,) = blocks(readme(out), "python")
     assert "path/to/this/folder" in program
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
+    result = io.StringIO()
+    with contextlib.redirect_stdout(result):
         exec(program.replace("path/to/this/folder", str(out)), {})
-    assert said.getvalue().strip()
+    assert result.getvalue().strip()

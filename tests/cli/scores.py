@@ -18,7 +18,7 @@ def score(metric: str, file: Path, domains: list[str], layer: int) -> list[float
 
     count = total("count")
     chosen = np.maximum(count, 1)
-    found: np.ndarray = {
+    result: np.ndarray = {
         "frequency": lambda: count,
         "gate": lambda: total("gate"),
         "ean_sum": lambda: total("norm"),
@@ -27,4 +27,4 @@ def score(metric: str, file: Path, domains: list[str], layer: int) -> list[float
         "reap": lambda: total("weighted_norm") / chosen,
         "ean_ca": lambda: np.sqrt(((total("output") / chosen[:, None]) ** 2).sum(axis=1)),
     }[metric]()
-    return [float(x) for x in found]
+    return [float(x) for x in result]

@@ -16,8 +16,8 @@ REPEATED_IN_SOME = {"--plan", "--draft", "--draft-plan", "--evaluation"}
 
 
 def options(path: tuple[str, ...]) -> dict[str, click.Option]:
-    found = [p for p in command_at(path).params if isinstance(p, click.Option)]
-    return {name: option for option in found for name in option.opts}
+    result = [p for p in command_at(path).params if isinstance(p, click.Option)]
+    return {name: option for option in result for name in option.opts}
 
 
 def test_an_option_takes_the_same_kind_of_value_everywhere() -> None:
@@ -80,7 +80,7 @@ def test_an_option_means_the_same_in_every_command() -> None:
             meanings[name].add(meaning(option.help or ""))
     outputs = meanings.pop("--output") | meanings.pop("-o")
     assert all(text.startswith("Write ") for text in outputs)
-    assert {name: found for name, found in meanings.items() if len(found) > 1} == {}
+    assert {name: result for name, result in meanings.items() if len(result) > 1} == {}
 
 
 def test_defaults_are_written_in_one_form() -> None:

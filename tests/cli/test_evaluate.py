@@ -30,24 +30,24 @@ def test_evaluate_shows_and_writes_what_plans_and_checkpoints_cost(
     done(call(capsys, "prune", TINY, pruned, "--plan", plans[0]))
     arguments = ["evaluate", TINY, pruned, "--plan", plans[0], "--plan", plans[1], *F32]
     arguments += ["--texts", inputs / "sums.txt", "--texts", inputs / "talk.jsonl", "-o", out]
-    shown = done(call(capsys, *arguments))
-    found = load_evaluation(out)
-    assert [m.name for m in found.models] == ["full", *map(str, plans), str(pruned)]
-    assert [m.kind for m in found.models] == ["full", "plan", "plan", "checkpoint"]
-    _, four, sixteen, same = found.models
+    printed = done(call(capsys, *arguments))
+    result = load_evaluation(out)
+    assert [m.name for m in result.models] == ["full", *map(str, plans), str(pruned)]
+    assert [m.kind for m in result.models] == ["full", "plan", "plan", "checkpoint"]
+    _, four, sixteen, same = result.models
     assert (same.domains, same.provenance) == (four.domains, four.provenance)
     assert four.overall.kl > sixteen.overall.kl > 0
     assert four.provenance["method"] == "reap"
     for title in ("sums", "talk", "all domains"):
-        assert title in shown.out.splitlines()
-    cells = [line.split() for line in shown.out.splitlines() if line.split()[:1] == [str(plans[0])]]
+        assert title in printed.out.splitlines()
+    cells = [line.split() for line in printed.out.splitlines() if line.split()[:1] == [str(plans[0])]]
     assert [row[1] for row in cells] == ["4"] * 3
     assert [row[5] for row in cells] == [
         f"{q.kl:.4f}" for q in (four.domains["sums"], four.domains["talk"], four.overall)
     ]
-    told = done(call(capsys, *arguments, "--json", "-q"))
-    assert told.err == ""
-    assert told.json() == json.loads(out.read_text()) == json.loads(found.to_json())
+    output = done(call(capsys, *arguments, "--json", "-q"))
+    assert output.err == ""
+    assert output.json() == json.loads(out.read_text()) == json.loads(result.to_json())
 
 
 def test_evaluate_on_answers_only(inputs: Path, tmp_path: Path, capsys: Capture) -> None:

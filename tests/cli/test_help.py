@@ -35,19 +35,19 @@ def help_of(capsys: Capture, *command: str) -> str:
 def test_a_command_has_help_with_an_example_and_a_word_on_every_option(
     path: tuple[str, ...], capsys: Capture
 ) -> None:
-    told = help_of(capsys, *path)
-    assert any(line.startswith(f"moe-surgery {' '.join(path)}") for line in examples(told))
-    found = command_at(path)
-    silent = [o.opts[0] for o in found.params if isinstance(o, click.Option) and not o.help]
+    output = help_of(capsys, *path)
+    assert any(line.startswith(f"moe-surgery {' '.join(path)}") for line in examples(output))
+    result = command_at(path)
+    silent = [o.opts[0] for o in result.params if isinstance(o, click.Option) and not o.help]
     assert silent == []
-    assert all(f"--{name}" in told for name in ("json", "debug", "quiet", "verbose", "help"))
+    assert all(f"--{name}" in output for name in ("json", "debug", "quiet", "verbose", "help"))
     short = call(capsys, *path, "-h")
-    assert (short.code, short.err, short.out) == (0, "", told)
+    assert (short.code, short.err, short.out) == (0, "", output)
 
 
 def test_the_main_help_lists_every_command_with_what_it_does(capsys: Capture) -> None:
-    told = help_of(capsys)
-    listed = told[told.index("Commands:") :].splitlines()[1:]
+    output = help_of(capsys)
+    listed = output[output.index("Commands:") :].splitlines()[1:]
     assert [line.split()[0] for line in listed] == list(COMMANDS)
     assert all(len(line.split()) > 3 for line in listed)
     for code in (
@@ -59,7 +59,7 @@ def test_the_main_help_lists_every_command_with_what_it_does(capsys: Capture) ->
         "6 no space",
         "8 verification",
     ):
-        assert code in " ".join(told.split())
+        assert code in " ".join(output.split())
 
 
 def test_no_command_prints_help_and_is_a_usage_error(capsys: Capture) -> None:

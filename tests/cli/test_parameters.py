@@ -39,13 +39,13 @@ def strings(module: Path) -> list[str]:
 
 
 def test_no_string_of_the_library_names_an_option_of_the_command_line() -> None:
-    found = {
+    result = {
         path.relative_to(PACKAGE).as_posix()
         for path in PACKAGE.rglob("*.py")
         if path.relative_to(PACKAGE).parts[0] != "cli"
         and any(re.search(r"(?<![\w-])--[a-z]", text) for text in strings(path))
     }
-    assert found == set(COMMANDS_ARE_MEANT)
+    assert result == set(COMMANDS_ARE_MEANT)
 
 
 @pytest.mark.parametrize(

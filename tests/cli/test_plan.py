@@ -29,11 +29,11 @@ def test_a_plan_straight_from_statistics_is_that_of_their_ranking(
     by_ranking = done(call(capsys, "plan", tmp_path / "r.json", "-n", 6)).json()
     straight = done(call(capsys, "plan", inputs / "both.stats", *options, "-n", 6, TINY)).json()
     assert straight == by_ranking
-    told = straight["provenance"]
-    assert (told["method"], told["domains"]) == ("reap", ["talk:answer", "talk:prompt"])
-    assert told["checkpoint"] == load_statistics(inputs / "both.stats").identity
-    assert told["protect_super_experts"] is True
-    assert told["texts"]["talk:answer"][0]["xxh3_128"]
+    output = straight["provenance"]
+    assert (output["method"], output["domains"]) == ("reap", ["talk:answer", "talk:prompt"])
+    assert output["checkpoint"] == load_statistics(inputs / "both.stats").identity
+    assert output["protect_super_experts"] is True
+    assert output["texts"]["talk:answer"][0]["xxh3_128"]
 
 
 @pytest.mark.parametrize("over", ["worst", "mean"])

@@ -40,8 +40,8 @@ def test_rank_orders_by_any_metric_over_the_domains_named(
         for layer, row in enumerate(ranking.layers):
             scores = score(metric, file, domains, layer)
             assert ranking.scores[layer] == pytest.approx(scores, rel=1e-12)
-            held = ranking.scores[layer]
-            assert list(row) == sorted(range(32), key=lambda e: (-held[e], e))
+            stored = ranking.scores[layer]
+            assert list(row) == sorted(range(32), key=lambda e: (-stored[e], e))
         assert ranking.provenance["method"] == metric
         assert ranking.provenance["domains"] == sorted(domains)
 
@@ -76,12 +76,12 @@ def interleaved(first: list[int], second: list[int]) -> list[int]:
 def test_super_experts_come_first_when_they_are_protected(
     outlier: int, inputs: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    file, found = tmp_path / "s", load_statistics(inputs / "both.stats")
-    least = int(found.over()[outlier].weighted_norm.argmin())
-    peak = found.data["sums"][outlier].peak.copy()
+    file, results = tmp_path / "s", load_statistics(inputs / "both.stats")
+    least = int(results.over()[outlier].weighted_norm.argmin())
+    peak = results.data["sums"][outlier].peak.copy()
     peak[least] = 1e4
-    found.data["sums"][outlier].peak = peak
-    save_statistics(found, file)
+    results.data["sums"][outlier].peak = peak
+    save_statistics(results, file)
     plain = done(call(capsys, "rank", file, "--metric", "reap")).json()
     kept = done(call(capsys, "rank", file, "--metric", "reap", "--protect-super-experts")).json()
     both = load_statistics(file).over()
@@ -102,7 +102,7 @@ def made_up_tree(folder: Path) -> Path:
             for outcome in ("True_True", "False_False"):
                 file = folder / dataset / category / f"{outcome}.json"
                 file.parent.mkdir(parents=True, exist_ok=True)
-                said: dict[str, object] = {"sample_count": rng.randint(1, 9)}
+                result: dict[str, object] = {"sample_count": rng.randint(1, 9)}
                 for phase in rng.choice((["think"], ["answer"], ["think", "answer"])):
                     rows = {}
                     for layer in range(3):
@@ -110,8 +110,8 @@ def made_up_tree(folder: Path) -> Path:
                         rows[f"layer_{layer}"] = {
                             str(e): {"count_frequency": rng.choice((0.125, 0.25, 0.5))} for e in experts
                         }
-                    said[f"{phase}_expert_analytics"] = rows
-                file.write_text(json.dumps(said))
+                    result[f"{phase}_expert_analytics"] = rows
+                file.write_text(json.dumps(result))
     return folder
 
 
@@ -119,13 +119,13 @@ def by_hand(files: list[Path], experts: int) -> list[list[int]]:
     """The published formula: summed in order, ranked by repeatedly taking the first of the largest."""
     totals: dict[int, dict[int, float]] = defaultdict(dict)
     for file in files:
-        said = json.loads(file.read_text())
+        result = json.loads(file.read_text())
         for phase in ("think_expert_analytics", "answer_expert_analytics"):
-            for layer, row in (said.get(phase) or {}).items():
-                held = totals[int(layer[6:])]
+            for layer, row in (result.get(phase) or {}).items():
+                stored = totals[int(layer[6:])]
                 for expert, entry in row.items():
-                    more = said["sample_count"] * entry.get("count_frequency", 0)
-                    held[int(expert)] = held.get(int(expert), 0) + more
+                    more = result["sample_count"] * entry.get("count_frequency", 0)
+                    stored[int(expert)] = stored.get(int(expert), 0) + more
     ranked = []
     for layer in sorted(totals):
         left, row = dict(totals[layer]), []
@@ -143,8 +143,8 @@ def test_rank_of_a_published_tree_is_the_formula_whole_by_dataset_and_interleave
     options = ["--num-experts", experts, "--model-type", "gpt_oss"]
 
     def files(folder: Path) -> list[Path]:
-        found = [Path(at) / name for at, _, names in os.walk(folder) for name in names]
-        return sorted((f for f in found if f.suffix == ".json"), key=lambda f: f.parts)
+        results = [Path(at) / name for at, _, names in os.walk(folder) for name in names]
+        return sorted((f for f in results if f.suffix == ".json"), key=lambda f: f.parts)
 
     done(call(capsys, "rank", tree, "-o", tmp_path / "all.json", *options))
     everything = json.loads((tmp_path / "all.json").read_text())["layers"]

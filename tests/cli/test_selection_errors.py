@@ -246,8 +246,8 @@ def test_an_error_is_one_line_with_its_exit_code_and_nothing_is_written(
     (tmp_path / "p.json").write_text(json.dumps(plan))
     plan |= {"num_source_experts": 4, "num_layers": 2, "layers": [[0, 1]] * 2}
     (tmp_path / "foreign.json").write_text(json.dumps(plan))
-    arguments, code, told = CASES[case]
+    arguments, code, output = CASES[case]
     paths = {"in": inputs, "new": tmp_path}
     with untouched(inputs, tmp_path):
         line = refused(call(capsys, *(a.format(**paths) for a in arguments.split())), code)
-    assert told.format(**paths) in line
+    assert output.format(**paths) in line

@@ -26,17 +26,21 @@ def run(out: Path, *paths: Path, dtype: torch.dtype = F32, **options: object) ->
 
 
 def sequences(text: Text, *paths: Path, context: int = 4096) -> dict[str, list[tuple[int, ...]]]:
-    found: dict[str, list[tuple[int, ...]]] = {}
+    result: dict[str, list[tuple[int, ...]]] = {}
     for passage in open_corpus(text_files(paths), text, context=context):
-        found.setdefault(passage.domain, []).append(passage.tokens)
-    return found
+        result.setdefault(passage.domain, []).append(passage.tokens)
+    return result
 
 
-def check(mine: Statistics, theirs: Statistics, rtol: float = 1e-5) -> None:
-    assert (mine.tokens, mine.texts, mine.identity) == (theirs.tokens, theirs.texts, theirs.identity)
-    assert mine.domains == theirs.domains
-    for domain in mine.domains:
-        assert_same(mine.data[domain], theirs.data[domain], rtol)
+def check(actual: Statistics, expected: Statistics, rtol: float = 1e-5) -> None:
+    assert (actual.tokens, actual.texts, actual.identity) == (
+        expected.tokens,
+        expected.texts,
+        expected.identity,
+    )
+    assert actual.domains == expected.domains
+    for domain in actual.domains:
+        assert_same(actual.data[domain], expected.data[domain], rtol)
 
 
 class Recorder:

@@ -34,18 +34,18 @@ from tests.support.routed import Routed, assert_same  # noqa: E402
 def test_texts_become_what_hooks_on_transformers_see(
     whole: ProfileResult, texts: Path, text: Text, routed: Routed
 ) -> None:
-    found = load_statistics(whole.output)
-    assert (found.experts, found.hidden, found.layers, found.top_k) == (32, 160, 4, 4)
+    results = load_statistics(whole.output)
+    assert (results.experts, results.hidden, results.layers, results.top_k) == (32, 160, 4, 4)
     expected = sequences(text, texts / "sums.txt", texts / "words.jsonl", texts / "talk.jsonl")
-    assert found.named(["talk"]) == ["talk:answer", "talk:prompt"]
+    assert results.named(["talk"]) == ["talk:answer", "talk:prompt"]
     for domain, passages in expected.items():
-        assert_same(found.over([domain]), routed.statistics(passages))
-        assert sum(found.tokens[d] for d in found.named([domain])) == sum(map(len, passages))
+        assert_same(results.over([domain]), routed.statistics(passages))
+        assert sum(results.tokens[d] for d in results.named([domain])) == sum(map(len, passages))
 
 
 def test_the_answers_tokens_are_those_of_the_answers(whole: ProfileResult, texts: Path, text: Text) -> None:
-    said = [json.loads(line)["messages"] for line in (texts / "talk.jsonl").read_text().splitlines()]
-    answered = sum(len(text.encode(m[-1]["content"] + "<|end|>")) for m in said)
+    result = [json.loads(line)["messages"] for line in (texts / "talk.jsonl").read_text().splitlines()]
+    answered = sum(len(text.encode(m[-1]["content"] + "<|end|>")) for m in result)
     assert whole.statistics.tokens["talk:answer"] == answered
 
 
@@ -54,9 +54,9 @@ def test_batches_of_any_size_give_the_same_statistics(
     batch_tokens: int, whole: ProfileResult, texts: Path, tmp_path: Path
 ) -> None:
     paths = (texts / "sums.txt", texts / "words.jsonl", texts / "talk.jsonl")
-    found = run(tmp_path / "s", *paths, batch_tokens=batch_tokens)
-    check(found.statistics, whole.statistics)
-    assert found.statistics.settings == whole.statistics.settings
+    results = run(tmp_path / "s", *paths, batch_tokens=batch_tokens)
+    check(results.statistics, whole.statistics)
+    assert results.statistics.settings == whole.statistics.settings
 
 
 def test_halves_merged_are_the_whole(whole: ProfileResult, texts: Path, tmp_path: Path) -> None:
@@ -81,38 +81,40 @@ def test_halves_of_one_domain_merged_are_the_whole(texts: Path, tmp_path: Path) 
 def test_long_texts_are_split_and_it_is_said(
     texts: Path, text: Text, routed: Routed, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    found = run(tmp_path / "s", texts / "sums.txt", context=50).statistics
+    results = run(tmp_path / "s", texts / "sums.txt", context=50).statistics
     assert caplog.messages == ["1 texts are longer than 50 tokens and were split"]
     pieces = sequences(text, texts / "sums.txt", context=50)["sums"]
     assert len(pieces) > 2
-    assert_same(found.data["sums"], routed.statistics(pieces))
-    assert found.settings["context"] == 50
+    assert_same(results.data["sums"], routed.statistics(pieces))
+    assert results.settings["context"] == 50
 
 
 def test_bounded_texts_are_their_first_tokens(
     texts: Path, text: Text, routed: Routed, tmp_path: Path
 ) -> None:
-    found = run(tmp_path / "s", texts / "sums.txt", max_tokens=33).statistics
-    assert found.tokens == {"sums": 33}
-    assert_same(found.data["sums"], routed.statistics([sequences(text, texts / "sums.txt")["sums"][0][:33]]))
+    results = run(tmp_path / "s", texts / "sums.txt", max_tokens=33).statistics
+    assert results.tokens == {"sums": 33}
+    assert_same(
+        results.data["sums"], routed.statistics([sequences(text, texts / "sums.txt")["sums"][0][:33]])
+    )
 
 
 def test_a_text_that_the_bound_left_unread_is_not_listed_and_may_be_added(
     texts: Path, tmp_path: Path
 ) -> None:
     files = text_files([texts / "sums.txt", texts / "words.jsonl"], ["x"])
-    found = profile(TINY, files, tmp_path / "s", max_tokens=20, dtype=F32).statistics
-    assert [t["name"] for t in found.texts["x"]] == ["sums.txt"]
+    results = profile(TINY, files, tmp_path / "s", max_tokens=20, dtype=F32).statistics
+    assert [t["name"] for t in results.texts["x"]] == ["sums.txt"]
     rest = profile(TINY, files[1:], tmp_path / "t", dtype=F32).statistics
-    assert merge([found, rest]).tokens["x"] == 20 + rest.tokens["x"]
+    assert merge([results, rest]).tokens["x"] == 20 + rest.tokens["x"]
 
 
 def test_one_token_leaves_most_experts_unchosen(text: Text, routed: Routed, tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("One")
-    found = run(tmp_path / "s", tmp_path / "x.txt", max_tokens=1).statistics
-    assert [int((layer.count > 0).sum()) for layer in found.data["x"]] == [4] * 4
-    assert_same(found.data["x"], routed.statistics([text.encode("One")[:1]]))
-    assert (load_statistics(tmp_path / "s").data["x"][0].norm[found.data["x"][0].count == 0] == 0).all()
+    results = run(tmp_path / "s", tmp_path / "x.txt", max_tokens=1).statistics
+    assert [int((layer.count > 0).sum()) for layer in results.data["x"]] == [4] * 4
+    assert_same(results.data["x"], routed.statistics([text.encode("One")[:1]]))
+    assert (load_statistics(tmp_path / "s").data["x"][0].norm[results.data["x"][0].count == 0] == 0).all()
 
 
 @pytest.mark.parametrize("top_k", [None, 1])
@@ -121,10 +123,10 @@ def test_a_sequential_profile_masks_earlier_routers(
 ) -> None:
     rng = np.random.default_rng(2)
     plan = Plan("gpt_oss", 32, tuple(tuple(int(e) for e in rng.permutation(32)[:7]) for _ in range(4)), top_k)
-    found = run(tmp_path / "s", texts / "words.jsonl", sequential=plan, batch_tokens=20).statistics
+    results = run(tmp_path / "s", texts / "words.jsonl", sequential=plan, batch_tokens=20).statistics
     expected = routed.sequential(sequences(text, texts / "words.jsonl")["words"], plan.layers, top_k)
-    assert_same(found.data["words"], expected, rtol=2e-5)
-    assert found.settings["sequential"] == json.loads(json.dumps(plan.as_dict()))
+    assert_same(results.data["words"], expected, rtol=2e-5)
+    assert results.settings["sequential"] == json.loads(json.dumps(plan.as_dict()))
 
 
 def test_hidden_states_in_a_file_give_the_same(
@@ -132,8 +134,8 @@ def test_hidden_states_in_a_file_give_the_same(
 ) -> None:
     monkeypatch.setattr(states, "IN_MEMORY_BYTES", 0)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    found = run(tmp_path / "s", texts / "sums.txt", texts / "words.jsonl", texts / "talk.jsonl")
-    check(found.statistics, whole.statistics, rtol=0)
+    results = run(tmp_path / "s", texts / "sums.txt", texts / "words.jsonl", texts / "talk.jsonl")
+    check(results.statistics, whole.statistics, rtol=0)
     assert [p.name for p in tmp_path.iterdir()] == ["s"]
 
 
@@ -144,7 +146,7 @@ def test_every_command_takes_the_default_backend_and_says_which(
     monkeypatch.delenv("MOE_SURGERY_NATIVE")
     words = texts / "words.jsonl"
     whole = load_model(TINY, dtype=dtype)
-    said = {
+    result = {
         "backend": whole.backend.name,
         "device": "cpu",
         "dtype": str(whole.dtype).removeprefix("torch."),
@@ -153,10 +155,10 @@ def test_every_command_takes_the_default_backend_and_says_which(
     ranking = search(TINY, text_files([words]), tmp_path / "r.json", max_tokens=8, dtype=dtype)
     plan = Plan("gpt_oss", 32, ((0, 1),) * 4)
     evaluation = evaluate(TINY, [words], context=64, max_tokens=8, plans=[("two", plan)], dtype=dtype)
-    found = [profiled.statistics.settings, ranking.provenance["settings"], evaluation.settings]
-    for settings in found:
+    results = [profiled.statistics.settings, ranking.provenance["settings"], evaluation.settings]
+    for settings in results:
         assert isinstance(settings, dict)
-        assert {key: settings[key] for key in said} == said
+        assert {key: settings[key] for key in result} == result
 
 
 def test_the_commands_print_the_backend(
@@ -170,20 +172,20 @@ def test_the_commands_print_the_backend(
         ("search", TINY, *given, "-o", tmp_path / "r.json"),
         ("evaluate", TINY, *given, "--plan", tmp_path / "p.json"),
     ):
-        told = call(capsys, *command)
-        assert told.code == 0, told.err
-        assert line in told.err.splitlines()
+        printed = call(capsys, *command)
+        assert printed.code == 0, printed.err
+        assert line in printed.err.splitlines()
     assert line in call(capsys, "stats", "show", tmp_path / "s").out.splitlines()
 
 
 def test_of_a_layered_model_one_layer_is_held() -> None:
     model = load_model(TINY, dtype=F32, one_layer=True)
-    held = weakref.ref(model.layers[0].experts.gate_up.blocks)
-    assert held() is not None
-    assert model.layers[0].experts.gate_up.blocks is held()
+    stored = weakref.ref(model.layers[0].experts.gate_up.blocks)
+    assert stored() is not None
+    assert model.layers[0].experts.gate_up.blocks is stored()
     assert model.layers[1].top_k == 4
     gc.collect()
-    assert held() is None
+    assert stored() is None
     with pytest.raises(IndexError):
         model.layers[4]
     with pytest.raises(IndexError):
@@ -193,14 +195,14 @@ def test_of_a_layered_model_one_layer_is_held() -> None:
 
 def resident(folder: Path) -> int:
     """Bytes of the files below `folder` that are mapped into this process and present."""
-    found, inside = 0, False
+    results, inside = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if line.split()[0].endswith(":"):
             if inside and line.startswith("Rss:"):
-                found += int(line.split()[1]) * 1024
+                results += int(line.split()[1]) * 1024
         else:
             inside = str(folder) in line
-    return found
+    return results
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="tells of mapped pages on Linux")

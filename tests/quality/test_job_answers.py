@@ -44,27 +44,27 @@ def greedy(routed: Routed, prompt: list[int], most: int) -> list[int]:
 def test_answers_are_the_models_own_greedy_ones(
     answered: ProfileResult, texts: Path, text: Text, routed: Routed
 ) -> None:
-    told = lines_of(answered.output)[1:]
-    assert len(told) == len(QUESTIONS)
-    for question, said in zip(QUESTIONS, told, strict=True):
+    printed = lines_of(answered.output)[1:]
+    assert len(printed) == len(QUESTIONS)
+    for question, result in zip(QUESTIONS, printed, strict=True):
         prompt = text.encode(text.chat([{"role": "user", "content": question}]))
-        assert said == {"domain": "asked", "tokens": greedy(routed, prompt, 6), "answer": len(prompt)}
+        assert result == {"domain": "asked", "tokens": greedy(routed, prompt, 6), "answer": len(prompt)}
 
 
 def test_prompts_and_their_answers_are_counted_apart_and_add_up(
     answered: ProfileResult, routed: Routed
 ) -> None:
-    found, told = answered.statistics, lines_of(answered.output)[1:]
-    tokens = [list(said["tokens"]) for said in told]  # type: ignore[call-overload]
-    starts = [int(str(said["answer"])) for said in told]
-    assert found.tokens == {
+    results, printed = answered.statistics, lines_of(answered.output)[1:]
+    tokens = [list(result["tokens"]) for result in printed]  # type: ignore[call-overload]
+    starts = [int(str(result["answer"])) for result in printed]
+    assert results.tokens == {
         "asked:prompt": sum(starts),
         "asked:answer": sum(map(len, tokens)) - sum(starts),
     }
-    assert_same(found.over(["asked"]), routed.statistics(tokens))
-    assert_same(found.over(["asked:prompt"]), routed.statistics([t[:n] for t, n in zip(tokens, starts)]))  # noqa: B905
-    assert [t["name"] for t in found.texts["asked:answer"]] == ["asked.jsonl"]
-    assert found.settings["generate"] == 6
+    assert_same(results.over(["asked"]), routed.statistics(tokens))
+    assert_same(results.over(["asked:prompt"]), routed.statistics([t[:n] for t, n in zip(tokens, starts)]))  # noqa: B905
+    assert [t["name"] for t in results.texts["asked:answer"]] == ["asked.jsonl"]
+    assert results.settings["generate"] == 6
 
 
 def test_an_answer_ends_at_any_stop_token_of_generation_config(tmp_path: Path, texts: Path) -> None:
@@ -100,18 +100,18 @@ def test_interrupted_answers_are_taken_up_by_groups(
         left
     ]
     file.write_text("".join(lines) + extra)
-    told = Recorder()
-    run(out, texts / "asked.jsonl", generate=6, progress=told)
-    assert told.stages[0] == ("answer", 6, [0, 4, 2])
+    printed = Recorder()
+    run(out, texts / "asked.jsonl", generate=6, progress=printed)
+    assert printed.stages[0] == ("answer", 6, [0, 4, 2])
     assert file.read_text().splitlines(keepends=True) == [*lines, *whole[5:]]  # what was changed is kept
 
 
 def test_answers_of_another_job_are_made_anew(answered: ProfileResult, texts: Path, tmp_path: Path) -> None:
     file = tmp_path / "own.stats.answers.jsonl"
     file.write_text(answered.output.with_name("own.stats.answers.jsonl").read_text())
-    told = Recorder()
-    run(tmp_path / "own.stats", texts / "asked.jsonl", generate=5, progress=told)
-    assert told.stages[0] == ("answer", 6, [0, 0, 4, 2])
+    printed = Recorder()
+    run(tmp_path / "own.stats", texts / "asked.jsonl", generate=5, progress=printed)
+    assert printed.stages[0] == ("answer", 6, [0, 0, 4, 2])
     assert all(len(s["tokens"]) - s["answer"] <= 5 for s in lines_of(tmp_path / "own.stats")[1:])  # type: ignore
 
 
@@ -121,10 +121,10 @@ def test_an_answers_file_of_the_same_job_is_used_again(
     (tmp_path / "own.stats.answers.jsonl").write_text(
         answered.output.with_name("own.stats.answers.jsonl").read_text()
     )
-    told = Recorder()
-    found = run(tmp_path / "own.stats", texts / "asked.jsonl", generate=6, progress=told)
-    assert told.stages[0] == ("answer", 6, [0, 6])
-    assert found.output.read_bytes() == answered.output.read_bytes()
+    printed = Recorder()
+    results = run(tmp_path / "own.stats", texts / "asked.jsonl", generate=6, progress=printed)
+    assert printed.stages[0] == ("answer", 6, [0, 6])
+    assert results.output.read_bytes() == answered.output.read_bytes()
 
 
 def test_a_damaged_answer_is_named(answered: ProfileResult, texts: Path, tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_prompts_without_room_are_skipped_and_it_is_said(
 
 
 def test_max_tokens_bounds_answers_too(texts: Path, tmp_path: Path) -> None:
-    found = run(tmp_path / "s", texts / "asked.jsonl", generate=4, max_tokens=60).statistics
-    assert 30 < sum(found.tokens.values()) <= 60
+    results = run(tmp_path / "s", texts / "asked.jsonl", generate=4, max_tokens=60).statistics
+    assert 30 < sum(results.tokens.values()) <= 60
     with pytest.raises(UsageError, match="and `max_tokens` 5"):
         run(tmp_path / "t", texts / "asked.jsonl", generate=4, max_tokens=5)

@@ -23,13 +23,13 @@ def test_an_interrupted_run_goes_on_after_its_last_batch(texts: Path, tmp_path: 
     out = tmp_path / "s"
     # The first call tells what was kept; then a call for each of 4 layers of a batch.
     interrupted(out, paths, 1 + 4 * 2 + 1, batch_tokens=40)
-    told = Recorder()
-    found = run(out, *paths, batch_tokens=40, progress=told)
+    printed = Recorder()
+    result = run(out, *paths, batch_tokens=40, progress=printed)
     assert out.read_bytes() == undisturbed.output.read_bytes()
-    [(_, total, done)] = told.stages
-    assert 0 < found.resumed_tokens < sum(found.statistics.tokens.values())
-    assert done[0] == 4 * found.resumed_tokens
-    assert sum(done) == total == 4 * sum(found.statistics.tokens.values())
+    [(_, total, done)] = printed.stages
+    assert 0 < result.resumed_tokens < sum(result.statistics.tokens.values())
+    assert done[0] == 4 * result.resumed_tokens
+    assert sum(done) == total == 4 * sum(result.statistics.tokens.values())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["s", "whole"]
 
 
@@ -46,9 +46,9 @@ def test_what_a_run_left_is_really_taken_up(texts: Path, tmp_path: Path) -> None
     arrays = load_file(partial)
     arrays["layer.1.words.gate"] = arrays["layer.1.words.gate"] + 1000
     save_file(arrays, partial, metadata)
-    found = run(out, *paths, batch_tokens=20)
+    result = run(out, *paths, batch_tokens=20)
     plain = run(tmp_path / "plain", *paths, batch_tokens=20)
-    gained = found.statistics.data["words"][1].gate - plain.statistics.data["words"][1].gate
+    gained = result.statistics.data["words"][1].gate - plain.statistics.data["words"][1].gate
     np.testing.assert_allclose(gained, 1000)
 
 
@@ -71,8 +71,8 @@ def test_what_another_job_left_is_not_taken_up(case: str, texts: Path, tmp_path:
     out, paths = tmp_path / "s", [texts / "words.jsonl"]
     interrupted(out, paths, 1 + 4 + 1, **options)
     options |= OTHERS[case]
-    found = run(out, *paths, **options)  # type: ignore[arg-type]
-    assert found.resumed_tokens == 0
+    result = run(out, *paths, **options)  # type: ignore[arg-type]
+    assert result.resumed_tokens == 0
     assert out.read_bytes() == run(tmp_path / "fresh", *paths, **options).output.read_bytes()  # type: ignore[arg-type]
 
 
@@ -89,8 +89,8 @@ def test_a_damaged_partial_file_is_not_taken_up(left: bytes, texts: Path, tmp_pa
     (tmp_path / ".s.partial").write_bytes(left)
     (tmp_path / "..s.partial.tmp").write_bytes(left)  # a run was killed while it saved
     (tmp_path / ".s.tmp").write_bytes(left)
-    found = run(tmp_path / "s", texts / "words.jsonl")
-    assert found.resumed_tokens == 0
+    result = run(tmp_path / "s", texts / "words.jsonl")
+    assert result.resumed_tokens == 0
     assert [p.name for p in tmp_path.iterdir()] == ["s"]
 
 
@@ -116,6 +116,6 @@ def test_a_stopped_process_leaves_what_the_next_run_finishes(
     if sent == signal.SIGINT:
         assert "interrupted; the same command resumes after the last finished batch" in stopped.error
     assert not out.exists()
-    found = run(out, source, batch_tokens=20)
-    assert found.resumed_tokens > 0
+    result = run(out, source, batch_tokens=20)
+    assert result.resumed_tokens > 0
     assert out.read_bytes() == many.output.read_bytes()

@@ -66,8 +66,8 @@ class Page(HTMLParser):
 
     @property
     def data(self) -> dict:  # type: ignore[type-arg]
-        [found] = [body for name, attributes, body in self.raw if attributes.get("id") == "data"]
-        return json.loads(found)
+        [results] = [body for name, attributes, body in self.raw if attributes.get("id") == "data"]
+        return json.loads(results)
 
 
 def full_page(statistics: Statistics, title: str | None = None) -> str:
@@ -131,10 +131,10 @@ def test_names_from_files_stay_names(name: str) -> None:
 
 def test_embedded_json_holds_no_markup_and_comes_back_whole() -> None:
     value = {"a": [*HOSTILE, "]]>", "é"], "b": [1, 2.5, None]}
-    said = embedded_json(value)
-    assert said.isascii()
-    assert not set("<>&") & set(said)
-    assert json.loads(said) == value
+    result = embedded_json(value)
+    assert result.isascii()
+    assert not set("<>&") & set(result)
+    assert json.loads(result) == value
     with pytest.raises(ValueError, match="JSON compliant"):
         embedded_json(float("nan"))
 
