@@ -55,7 +55,7 @@ def test_numbers_are_those_of_the_files(layout: str, dtype: str, tmp_path: Path)
         assert f"which takes {2 * total / 1000:.2f} kB" in readme(out)
 
 
-def test_top_k_that_changed_is_told(tmp_path: Path) -> None:
+def test_top_k_that_changed_is_reported(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "in", Shape(experts=8, top_k=4))
     prune(source, tmp_path / "out", lambda m: plan_keeping([0, 1, 2], m))
     card = readme(tmp_path / "out")
@@ -88,7 +88,7 @@ def test_same_inputs_give_the_same_card_wherever_and_whenever(
     assert make_card(tmp_path / "moved" / "again") == readme(tmp_path / "moved" / "again")
 
 
-def test_no_path_of_this_machine_is_told(out: Path, tmp_path: Path) -> None:
+def test_no_path_of_this_machine_is_reported(out: Path, tmp_path: Path) -> None:
     for name in ("README.md", "surgery.json"):
         assert str(tmp_path) not in (out / name).read_text()
         assert tmp_path.parent.name not in (out / name).read_text()

@@ -82,7 +82,7 @@ def test_hostile_names_are_only_ever_code(tmp_path: Path, name: str) -> None:
     assert make_card(out) == readme(out)
 
 
-def test_name_that_is_no_unicode_is_replaced(tmp_path: Path) -> None:
+def test_name_that_is_not_a_unicode_is_replaced(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "plain", SHAPE)
     folder = os.fsencode(tmp_path) + b"/m\xff"
     try:

@@ -59,7 +59,7 @@ def test_base_model_is_asked_of_option_cache_config_and_card_in_this_order(tmp_p
 
 
 @pytest.mark.parametrize("named", ["./models/x", "/data/x/y", "model", 7, "a--b/c", "a/b/c", "owner/x.git"])
-def test_name_in_the_config_that_is_no_hub_id_is_no_base_model(tmp_path: Path, named: object) -> None:
+def test_name_in_the_config_that_is_not_a_hub_id_is_no_base_model(tmp_path: Path, named: object) -> None:
     source = write_checkpoint(tmp_path / "m", edit_config=lambda c: c.update({"_name_or_path": named}))
     prune(source, tmp_path / "out", keep_all)
     assert "base_model" not in metadata(readme(tmp_path / "out"))
@@ -68,7 +68,7 @@ def test_name_in_the_config_that_is_no_hub_id_is_no_base_model(tmp_path: Path, n
 @pytest.mark.parametrize(
     "name", ["", "a b", "../x", "a/b/c", "a--b", "-a", "a/b\n", "é/b", "x" * 97, "a/b: [c"]
 )
-def test_base_model_that_is_no_id_is_refused_before_anything_is_written(
+def test_base_model_that_is_not_a_id_is_refused_before_anything_is_written(
     source: Path, out: Path, tmp_path: Path, name: str
 ) -> None:
     validate = pytest.importorskip("huggingface_hub.utils").validate_repo_id
@@ -83,7 +83,7 @@ def test_base_model_that_is_no_id_is_refused_before_anything_is_written(
 
 
 @pytest.mark.parametrize("name", ["", "apache 2.0", "a\nb: c", '"', "é", "x" * 65])
-def test_license_that_is_no_identifier_is_refused(out: Path, name: str) -> None:
+def test_license_that_is_not_a_identifier_is_refused(out: Path, name: str) -> None:
     with pytest.raises(UsageError, match="`license`"):
         make_card(out, license=name)
 

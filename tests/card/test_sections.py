@@ -79,7 +79,7 @@ TEXTS = {"law": [{"name": "l.txt", "xxh3_128": "1" * 32, "tokens": 4096}]}
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_choice_is_told_in_words(provenance: dict[str, object], words: list[str], tmp_path: Path) -> None:
+def test_choice_is_reported_in_words(provenance: dict[str, object], words: list[str], tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "in", SHAPE)
     ranking = Ranking(8, (tuple(range(8)),) * 3, provenance=provenance)
     prune(
@@ -93,7 +93,7 @@ def test_choice_is_told_in_words(provenance: dict[str, object], words: list[str]
 
 
 @pytest.mark.parametrize("top_k", [None, 1, 3])
-def test_random_choice_is_told_and_remade_by_the_commands(
+def test_random_choice_is_reported_and_remade_by_the_commands(
     top_k: int | None, source: Path, tmp_path: Path
 ) -> None:
     from moe_surgery.cli import main

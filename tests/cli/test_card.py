@@ -87,7 +87,7 @@ def test_card_with_an_evaluation_is_written_into_the_checkpoint(
         (["-o", "out"], 2, "is a folder"),
     ],
 )
-def test_misuse_is_told_in_one_line(
+def test_misuse_is_reported_in_one_line(
     out: Path, options: list[str], code: int, word: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(out.parent)
@@ -115,7 +115,7 @@ def test_evaluation_of_another_model_is_refused(out: Path, tmp_path: Path, capsy
     assert "evaluate against that one" in ended.error
 
 
-def test_prune_writes_a_card_unless_told_not_to(source: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_prune_writes_a_card_unless_overwritten_not_to(source: Path, tmp_path: Path, capsys: Capture) -> None:
     arguments = ["--keep", "0", "--base-model", "a/b"]
     assert call(capsys, "prune", source, tmp_path / "a", *arguments).code == 0
     assert metadata((tmp_path / "a" / "README.md").read_text())["base_model"] == "a/b"

@@ -209,7 +209,7 @@ def test_an_empty_prompt_is_one_line(capsys: Capture, monkeypatch: pytest.Monkey
     assert refused(call(capsys, "generate", TINY), 2) == line
 
 
-def test_input_that_is_no_text_is_one_line(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_input_that_is_not_a_text_is_one_line(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     type_in(monkeypatch, b"caf\xe9 ")
     assert refused(call(capsys, "generate", TINY), 2) == "stdin: not UTF-8 at byte 3"
     ended = call(capsys, "generate", TINY, "--prompt", os.fsdecode(b"caf\xe9"))

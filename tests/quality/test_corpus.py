@@ -299,7 +299,7 @@ def test_a_bad_text_is_named_with_its_line(case: str, text: Text, tmp_path: Path
     assert "\n" not in result
 
 
-def test_a_late_line_that_is_no_utf8_has_its_own_number(text: Text, tmp_path: Path) -> None:
+def test_a_late_line_that_is_not_a_utf8_has_its_own_number(text: Text, tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_bytes(b'"some words of a line"\n' * 1000 + b'"\xff"\n')
     with pytest.raises(InvalidInputError, match="line 1001: not UTF-8"):
         list(opened(text, tmp_path / "x.jsonl"))
@@ -307,7 +307,7 @@ def test_a_late_line_that_is_no_utf8_has_its_own_number(text: Text, tmp_path: Pa
 
 @pytest.mark.parametrize("name", ["x.txt", "x.jsonl"])
 @pytest.mark.parametrize("kind", ["nothing", "folder", "pipe", "dangling link"])
-def test_what_is_no_file_is_refused_at_once(kind: str, name: str, text: Text, tmp_path: Path) -> None:
+def test_what_is_not_a_file_is_refused_at_once(kind: str, name: str, text: Text, tmp_path: Path) -> None:
     path = tmp_path / name
     expected: type[MoeSurgeryError] = OutputError
     if kind == "folder":

@@ -355,7 +355,7 @@ def test_a_domain_with_nothing_to_predict_is_left_out(tiny_model: CausalLM) -> N
     assert models[1].domains["two"].tokens == 2
 
 
-def test_predictions_that_are_no_numbers_are_refused(tmp_path: Path, texts: Path) -> None:
+def test_predictions_that_are_not_numbers_are_refused(tmp_path: Path, texts: Path) -> None:
     def overflowing(tensors: Tensors) -> None:
         tensors["model.layers.1.mlp.experts.down_proj_bias"][0] = 0x7F00  # BF16 1.7e38: infinite in F16
 

@@ -128,7 +128,7 @@ class Stop(Exception):
     pass
 
 
-def test_an_interrupted_search_goes_on_and_gives_the_same_file(tmp_path: Path) -> None:
+def test_an_interrupted_search_resumes_and_gives_the_same_file(tmp_path: Path) -> None:
     text = tmp_path / "sums.txt"
     text.write_text(arithmetic(random.Random(3), 400))
     files = text_files([text])
@@ -148,7 +148,7 @@ def test_an_interrupted_search_goes_on_and_gives_the_same_file(tmp_path: Path) -
     assert sorted(p.name for p in tmp_path.iterdir()) == ["r.json", "sums.txt", "whole.json"]
 
 
-def test_what_another_backend_left_is_not_taken_up(tmp_path: Path) -> None:
+def test_what_another_backend_left_is_not_used(tmp_path: Path) -> None:
     text = tmp_path / "sums.txt"
     text.write_text(arithmetic(random.Random(3), 200))
     files = text_files([text])

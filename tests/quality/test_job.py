@@ -78,7 +78,7 @@ def test_halves_of_one_domain_merged_are_the_whole(texts: Path, tmp_path: Path) 
     assert_same(merged.data["words"], all_.data["words"])
 
 
-def test_long_texts_are_split_and_it_is_said(
+def test_long_texts_are_split_and_reported(
     texts: Path, text: Text, routed: Routed, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     results = run(tmp_path / "s", texts / "sums.txt", context=50).statistics
@@ -206,7 +206,7 @@ def resident(folder: Path) -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="tells of mapped pages on Linux")
-def test_pages_of_a_layer_are_let_go_for_the_next(tmp_path: Path) -> None:
+def test_pages_of_a_layer_are_released_for_the_next(tmp_path: Path) -> None:
     shape = Shape(4, 32, 4, 256, 512, 4, 2, 16, 64)
     folder = write_checkpoint(tmp_path / "model", shape)
     layer = 32 * (2 * 512 * 256 + 256 * 512) * 17 // 32
@@ -249,7 +249,7 @@ def test_what_cannot_be_meant_is_refused_before_any_work(texts: Path, tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_outputs_that_are_no_numbers_are_refused(tmp_path: Path, texts: Path) -> None:
+def test_outputs_that_are_not_numbers_are_refused(tmp_path: Path, texts: Path) -> None:
     def overflowing(tensors: Tensors) -> None:
         tensors["model.layers.1.mlp.experts.down_proj_bias"][:] = 0x7F00  # BF16 1.7e38: infinite in F16
 

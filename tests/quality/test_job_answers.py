@@ -83,7 +83,7 @@ def test_an_answer_ends_at_any_stop_token_of_generation_config(tmp_path: Path, t
 
 
 @pytest.mark.parametrize("left", ["a group", "a group and half a line", "a group and two answers"])
-def test_interrupted_answers_are_taken_up_by_groups(
+def test_interrupted_answers_are_resumed_by_groups(
     left: str, answered: ProfileResult, texts: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "own.stats"
@@ -106,7 +106,9 @@ def test_interrupted_answers_are_taken_up_by_groups(
     assert file.read_text().splitlines(keepends=True) == [*lines, *whole[5:]]  # what was changed is kept
 
 
-def test_answers_of_another_job_are_made_anew(answered: ProfileResult, texts: Path, tmp_path: Path) -> None:
+def test_answers_of_another_job_are_generated_again(
+    answered: ProfileResult, texts: Path, tmp_path: Path
+) -> None:
     file = tmp_path / "own.stats.answers.jsonl"
     file.write_text(answered.output.with_name("own.stats.answers.jsonl").read_text())
     printed = Recorder()
@@ -135,7 +137,7 @@ def test_a_damaged_answer_is_named(answered: ProfileResult, texts: Path, tmp_pat
         run(tmp_path / "own.stats", texts / "asked.jsonl", generate=6)
 
 
-def test_prompts_without_room_are_skipped_and_it_is_said(
+def test_prompts_without_space_are_skipped_and_reported(
     texts: Path, text: Text, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     lengths = sorted(len(text.encode(text.chat([{"role": "user", "content": q}]))) for q in QUESTIONS)

@@ -17,7 +17,7 @@ from tests.quality.jobs import TINY, Recorder, interrupted, run  # noqa: E402
 from tests.support.command import start_stopped, stop_with  # noqa: E402
 
 
-def test_an_interrupted_run_goes_on_after_its_last_batch(texts: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_resumes_after_its_last_batch(texts: Path, tmp_path: Path) -> None:
     paths = [texts / "words.jsonl", texts / "talk.jsonl"]
     undisturbed = run(tmp_path / "whole", *paths, batch_tokens=40)
     out = tmp_path / "s"
@@ -33,7 +33,7 @@ def test_an_interrupted_run_goes_on_after_its_last_batch(texts: Path, tmp_path: 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["s", "whole"]
 
 
-def test_what_a_run_left_is_really_taken_up(texts: Path, tmp_path: Path) -> None:
+def test_what_a_run_left_is_really_used(texts: Path, tmp_path: Path) -> None:
     """A sum that was changed in the partial file shows in the result."""
     from safetensors import safe_open
     from safetensors.numpy import load_file, save_file
@@ -64,7 +64,7 @@ OTHERS: dict[str, dict[str, object]] = {
 
 
 @pytest.mark.parametrize("case", OTHERS)
-def test_what_another_job_left_is_not_taken_up(case: str, texts: Path, tmp_path: Path) -> None:
+def test_what_another_job_left_is_not_used(case: str, texts: Path, tmp_path: Path) -> None:
     options: dict[str, object] = {"batch_tokens": 20}
     if "top-k" in case or "plan" in case:
         options["sequential"] = Plan("gpt_oss", 32, ((0, 1),) * 4)
@@ -76,7 +76,7 @@ def test_what_another_job_left_is_not_taken_up(case: str, texts: Path, tmp_path:
     assert out.read_bytes() == run(tmp_path / "fresh", *paths, **options).output.read_bytes()  # type: ignore[arg-type]
 
 
-def test_what_a_run_left_of_other_texts_is_not_taken_up(texts: Path, tmp_path: Path) -> None:
+def test_what_a_run_left_of_other_texts_is_not_used(texts: Path, tmp_path: Path) -> None:
     out, changed = tmp_path / "s", tmp_path / "words.jsonl"
     changed.write_bytes((texts / "words.jsonl").read_bytes())
     interrupted(out, [changed], 1 + 4 + 1, batch_tokens=20)
@@ -85,7 +85,7 @@ def test_what_a_run_left_of_other_texts_is_not_taken_up(texts: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("left", [b"", b"nothing of ours", b"\x10" + b"\0" * 7 + b'{"a":1}         '])
-def test_a_damaged_partial_file_is_not_taken_up(left: bytes, texts: Path, tmp_path: Path) -> None:
+def test_a_damaged_partial_file_is_not_used(left: bytes, texts: Path, tmp_path: Path) -> None:
     (tmp_path / ".s.partial").write_bytes(left)
     (tmp_path / "..s.partial.tmp").write_bytes(left)  # a run was killed while it saved
     (tmp_path / ".s.tmp").write_bytes(left)
