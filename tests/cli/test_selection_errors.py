@@ -18,6 +18,11 @@ F32 = ("--dtype", "f32")
 
 
 CASES: dict[str, tuple[str, int, str]] = {
+    "bench: a format of no texts": (
+        "bench speculate example:tiny --draft-top-k 1 --format text",
+        2,
+        "--domain and --format need --texts",
+    ),
     "profile: an empty text": (
         "profile example:tiny --texts {new}/empty.txt -o {new}/s",
         3,
@@ -134,7 +139,11 @@ CASES: dict[str, tuple[str, int, str]] = {
         2,
         "--coverage 95: must be above 0 and at most 1",
     ),
-    "plan: no share": ("plan {in}/both.stats --metric reap --coverage 0", 2, "--coverage 0: must be above 0 and at most 1"),
+    "plan: no share": (
+        "plan {in}/both.stats --metric reap --coverage 0",
+        2,
+        "--coverage 0: must be above 0 and at most 1",
+    ),
     "plan: a target too small": (
         "plan {in}/both.stats --metric reap --target-size 1kB example:tiny",
         2,
