@@ -86,7 +86,7 @@ CASES: dict[str, tuple[str, int, str]] = {
     "a ranking as a plan": (
         "prune {tmp}/in {tmp}/out --plan {tmp}/r.json",
         3,
-        "{tmp}/r.json: is a ranking, not a plan; moe-surgery plan RANKING --experts N makes",
+        "{tmp}/r.json: is a ranking, not a plan; make a plan of it",
     ),
     "a plan for another model": (
         "prune example:tiny {tmp}/out --plan {tmp}/plan.json",
@@ -96,7 +96,7 @@ CASES: dict[str, tuple[str, int, str]] = {
     "an uneven plan": (
         "prune {tmp}/in {tmp}/out --plan {tmp}/uneven.json",
         4,
-        "config.json of a gpt_oss model gives one number for all layers",
+        "config.json of a gpt_oss model has one number for all layers",
     ),
     "an output that is there": ("prune {tmp}/in {tmp}/bare --keep 0", 5, "{tmp}/bare: exists"),
     "an output that is the source": ("prune {tmp}/in {tmp}/in --keep 0", 2, "{tmp}/in: is the source"),

@@ -96,20 +96,20 @@ def test_the_made_up_tree_has_ties_that_tell_the_order_of_files(tree: Path) -> N
     assert any(ranked(found) != ranked(sorted(found)) for found in there.values())
 
 
-def test_a_tree_that_lacks_folders_of_the_topic_is_refused(tree: Path, capsys: Capture) -> None:
+def test_a_tree_without_folders_of_the_topic_is_refused(tree: Path, capsys: Capture) -> None:
     ended = call(capsys, "rank", tree / "mmlu_test", "--topic", "law")
     assert ended.code == 5
-    assert "lacks 11 of the 11 folders of topic law: mmlu_dev/international_law, " in ended.error
+    assert "11 of the 11 folders of topic law are missing: mmlu_dev/international_law, " in ended.error
     assert "and 8 more; name the root of the whole published tree" in ended.error
     assert ended.out == ""
 
 
-def test_a_folder_without_a_statistics_file_is_lacking(tmp_path: Path, capsys: Capture) -> None:
+def test_a_folder_without_a_statistics_file_is_missing(tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "tulu3_persona_if" / "instruction-following").mkdir(parents=True)
     (tmp_path / "other.json").write_text('{"sample_count": 1, "think_expert_analytics": {"layer_0": {}}}')
     ended = call(capsys, "rank", tmp_path, "--topic", "instruction_following")
     assert (ended.code, ended.out) == (5, "")
-    assert "lacks 1 of the 1 folders of topic instruction_following: tulu3_persona_if/" in ended.error
+    assert "1 of the 1 folders of topic instruction_following are missing: tulu3_persona_if/" in ended.error
 
 
 def test_what_does_not_go_with_a_topic_is_refused(tree: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -554,9 +554,9 @@ CASES: dict[str, tuple[str, int, str]] = {
     "plan: a share of percent": (
         "plan {in}/both.stats --metric reap --coverage 95",
         2,
-        "--coverage 95: a share",
+        "--coverage 95: must be",
     ),
-    "plan: no share": ("plan {in}/both.stats --metric reap --coverage 0", 2, "--coverage 0: a share"),
+    "plan: no share": ("plan {in}/both.stats --metric reap --coverage 0", 2, "--coverage 0: must be"),
     "plan: a target too small": (
         "plan {in}/both.stats --metric reap --target-size 1kB --checkpoint example:tiny",
         2,
