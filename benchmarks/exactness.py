@@ -76,7 +76,7 @@ def main(dtype: str, kinds: tuple[str, ...]) -> None:
                     target,
                     view(draft, None, top_k),
                     prompts,
-                    length=length,
+                    draft_length=length,
                     max_new_tokens=NEW_TOKENS,
                     stop_tokens=(),
                 )

@@ -89,7 +89,7 @@ def main(work: Path, rounds: int) -> None:
     if not (source / "tokenizer.json").exists():
         make_tokenizer(source, gpt_oss_20b().vocabulary)
     plan = work / "plan.json"
-    timed(command_of("plan", "--random", "--experts", PRUNED_TO, "--checkpoint", source, "-o", plan, "-q"))
+    timed(command_of("plan", "--random", "--experts", PRUNED_TO, source, "-o", plan, "-q"))
     report = {
         **begin(
             "python -m benchmarks.export_gguf: export and `cp --reflink=never` + sync alternate, each from a "

@@ -152,9 +152,7 @@ def main(work: Path, depth: int, steps: int, rounds: int) -> None:
     plans = [made / f"random-{kept}.json" for kept in EXPERTS]
     for kept, plan in zip(EXPERTS, plans, strict=True):
         plan.unlink(missing_ok=True)
-        subprocess.run(
-            tool("plan", "--random", "--experts", kept, "--checkpoint", full, "-o", plan, "-q"), check=True
-        )
+        subprocess.run(tool("plan", "--random", "--experts", kept, full, "-o", plan, "-q"), check=True)
     kept_list = ",".join(map(str, EXPERTS))
     batches = ",".join(map(str, BATCHES))
     decode = ask(

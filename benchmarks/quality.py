@@ -24,7 +24,7 @@ from benchmarks.publish import RESULTS, begin, heading, load, publish, table
 from moe_surgery import inspect
 from moe_surgery.quality.corpus import text_files
 from moe_surgery.quality.evaluate import evaluate
-from moe_surgery.quality.evaluation import Evaluated
+from moe_surgery.quality.evaluation import ModelResult
 from moe_surgery.quality.job import profile
 from moe_surgery.quality.search import METHOD, search
 from moe_surgery.selection.metrics import METRICS
@@ -102,7 +102,7 @@ def measure(checkpoint: str, texts: Path, max_tokens: int, work: Path) -> Row:
     return {"domains": list(files), "rows": rows, "seconds": seconds}
 
 
-def rows_of(domain: str, models: Sequence[Evaluated]) -> list[Row]:
+def rows_of(domain: str, models: Sequence[ModelResult]) -> list[Row]:
     """A row per size: the KL divergence by method of own and general plans, and of random ones over the seeds."""
     kl = {model.name: model.domains[domain].kl for model in models}
     rows: list[Row] = []

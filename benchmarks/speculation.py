@@ -62,7 +62,7 @@ class Domain:
     def run(self, target: CausalLM, draft: CausalLM, length: int) -> tuple[SpeculationStatistics, int]:
         """What speculation did, and how many of the prompts went on other than plainly."""
         found = speculate(
-            target, draft, self.prompts, length=length, max_new_tokens=NEW_TOKENS, stop_tokens=()
+            target, draft, self.prompts, draft_length=length, max_new_tokens=NEW_TOKENS, stop_tokens=()
         )
         wrong = sum(a != b for a, b in zip(found.tokens, self.plain, strict=True))
         return found.statistics, wrong

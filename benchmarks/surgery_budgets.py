@@ -77,11 +77,7 @@ def in_cgroup(source: Path, out: Path, job: Job, plan: Path) -> dict[str, object
 
 def measure(job: Job, source: Path, work: Path, rounds: int) -> dict[str, object]:
     out, target, plan = work / "out", work / "copy", work / "plan.json"
-    timed(
-        bench.command_of(
-            "plan", "--random", "--experts", job.experts, "--checkpoint", source, "-o", plan, "-q"
-        )
-    )
+    timed(bench.command_of("plan", "--random", "--experts", job.experts, source, "-o", plan, "-q"))
     rows = []
     for number in range(rounds):
         shutil.rmtree(out, ignore_errors=True)
@@ -119,7 +115,7 @@ def measure(job: Job, source: Path, work: Path, rounds: int) -> dict[str, object
 def small_commands(source: Path, work: Path) -> dict[str, dict[str, float]]:
     model, ranking = inspect(source), work / "ranking.json"
     ranking.write_text(json.dumps({f"layer_{i}": list(range(model.experts)) for i in range(model.layers)}))
-    chosen = ["--experts", 8, "--checkpoint", source, "-o", work / "plan.json"]
+    chosen = ["--experts", 8, source, "-o", work / "plan.json"]
     jobs = {
         "inspect": bench.command_of("inspect", source, "--json"),
         "plan": bench.command_of("plan", ranking, *chosen),

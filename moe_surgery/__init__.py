@@ -6,7 +6,7 @@
     prune("openai/gpt-oss-20b", "gpt-oss-20b-law-8", plan)
     verify("gpt-oss-20b-law-8")
 
-Names are imported when they are first used, so that importing the package costs nothing.
+Names are imported on first use, so that importing the package is instant.
 """
 
 from __future__ import annotations

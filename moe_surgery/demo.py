@@ -1,4 +1,4 @@
-"""The main job on the embedded checkpoint, as a newcomer's first look and a smoke test."""
+"""The main job on the embedded checkpoint, as a first look and a smoke test."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from moe_surgery.surgery.verify import verify_checkpoint
 __all__ = ["DemoRow", "run_demo"]
 
 SOURCE = "example:tiny"
-# Experts kept, how they are stored, and how they are chosen.
+# Experts kept, their format, and how they are chosen.
 JOBS = (
     (16, "mxfp4", "chosen"),
     (8, "mxfp4", "chosen"),
@@ -41,7 +41,7 @@ PROSE = (
 
 @dataclass(frozen=True, slots=True)
 class DemoRow:
-    """One model of the demo's table. Rates and losses (nats a token, by text) need torch."""
+    """One model of the demo's table. Rates and losses (nats per token, by text) need torch."""
 
     name: str
     experts: int
@@ -57,9 +57,9 @@ class DemoRow:
 def run_demo(output: Path | None, say: Callable[[str], None]) -> list[DemoRow]:
     """Profile the embedded checkpoint, prune it to several sizes, verify each against its source, run it.
 
-    Models go to the new folder `output`, or to a temporary one that is removed. `say` is told each
-    step. The first row is the full model. Without torch nothing is profiled or generated, and all
-    experts are drawn at random. Raises OutputError where `output` exists.
+    Models go to the new folder `output`, or to a temporary one. `say` is called with each step. The first
+    row is the full model. Without torch nothing is profiled or generated, and all experts are chosen at
+    random. Raises OutputError if `output` exists.
     """
     full = inspect(SOURCE)
     runs = find_spec("torch") is not None and find_spec("tokenizers") is not None
@@ -78,23 +78,23 @@ def run_demo(output: Path | None, say: Callable[[str], None]) -> list[DemoRow]:
         for experts, dtype, choice in JOBS:
             chosen = ranking is not None and choice == "chosen"
             name = f"tiny-{experts}-{dtype if choice == 'chosen' else choice}"
-            told = f"best by {METRIC}" if chosen else "drawn at random"
-            say(f"prune {SOURCE} {name}: {experts} of {full.experts} experts, {told}, {dtype}")
+            method = f"best by {METRIC}" if chosen else "random"
+            say(f"prune {SOURCE} {name}: {experts} of {full.experts} experts, {method}, {dtype}")
             plan = plan_random(experts, 0, full)
             if chosen:
                 assert ranking is not None
                 plan = plan_from_ranking(ranking, experts)
             program = prune(SOURCE, folder / name, plan, store=dtype).program
             say(f"verify {name} --source {SOURCE}")
-            found = verify_checkpoint(folder / name, source=SOURCE)
+            verification = verify_checkpoint(folder / name, source=SOURCE)
             nbytes = sum(t.nbytes for s in program.shards for t in s.tensors)
-            row = DemoRow(name, experts, program.top_k, program.parameters, nbytes, found.ok)
+            row = DemoRow(name, experts, program.top_k, program.parameters, nbytes, verification.ok)
             rows.append(_run(row, folder / name, say) if runs else row)
     return rows
 
 
 def demo_texts() -> dict[str, str]:
-    """Arithmetic made up here, code of the running Python's library, and a few sentences of ours."""
+    """Generated arithmetic, code of Python's standard library, and a few sentences."""
     import textwrap
 
     return {
@@ -105,7 +105,7 @@ def demo_texts() -> dict[str, str]:
 
 
 def profile_texts() -> dict[str, str]:
-    """Texts of the first two kinds to choose experts by; none that losses are measured on."""
+    """Texts of the first two kinds to choose experts by, other than those of `demo_texts`."""
     import shlex
 
     return {
@@ -115,7 +115,7 @@ def profile_texts() -> dict[str, str]:
 
 
 def arithmetic(rng: random.Random, characters: int) -> str:
-    """Small sums with their answers, at least `characters` of them."""
+    """Small sums with their answers, at least `characters` long."""
     lines = ""
     while len(lines) < characters:
         a, b = rng.randint(2, 99), rng.randint(2, 99)
@@ -125,7 +125,7 @@ def arithmetic(rng: random.Random, characters: int) -> str:
 
 
 def _ranking(folder: Path, say: Callable[[str], None]) -> Ranking:
-    """Experts of the embedded model in the order in which `profile_texts` need them."""
+    """Experts of the embedded model ranked on `profile_texts`."""
     from moe_surgery.quality.corpus import text_files
     from moe_surgery.quality.job import profile
     from moe_surgery.selection.rank import rank
@@ -135,9 +135,9 @@ def _ranking(folder: Path, say: Callable[[str], None]) -> Ranking:
         paths.append(folder / f"{name}.txt")
         paths[-1].write_text(text)
     say(f"profile {SOURCE} --texts arithmetic.txt --texts code.txt -o tiny.stats")
-    found = profile(SOURCE, text_files(paths), folder / "tiny.stats")
+    profiled = profile(SOURCE, text_files(paths), folder / "tiny.stats")
     say(f"rank tiny.stats --metric {METRIC}")
-    return rank(found.statistics, METRIC)
+    return rank(profiled.statistics, METRIC)
 
 
 def _run(row: DemoRow, path: str | Path, say: Callable[[str], None]) -> DemoRow:
@@ -152,10 +152,10 @@ def _run(row: DemoRow, path: str | Path, say: Callable[[str], None]) -> DemoRow:
     from moe_surgery.runtime.text import Text
     from moe_surgery.runtime.usage import Stopwatch
 
-    torch.set_num_threads(1)  # so small a model only loses by more
+    torch.set_num_threads(1)  # more only slow down so small a model
     say(f"generate {row.name} --prompt {PROMPT!r}")
     model, text, watch = load_model(path), Text(path), Stopwatch()
-    found = generate(
+    generated = generate(
         model,
         [text.encode(PROMPT)],
         max_new_tokens=NEW_TOKENS,
@@ -163,5 +163,5 @@ def _run(row: DemoRow, path: str | Path, say: Callable[[str], None]) -> DemoRow:
         callback=lambda _: watch.step(),
     )
     losses = {name: cross_entropy(model, text.encode(t)) for name, t in demo_texts().items()}
-    sample = text.decode(found.tokens[0]).split("\n")[0].strip()
+    sample = text.decode(generated.tokens[0]).split("\n")[0].strip()
     return replace(row, tokens_per_second=watch.decode_rate(), losses=losses, sample=sample)

@@ -28,7 +28,7 @@ LIBRARIES = (
 
 
 def examine() -> dict[str, dict[str, str]]:
-    """Sections of name -> finding: versions, machine, conversion kernels, devices."""
+    """Sections of name -> state: versions, machine, conversion kernels, devices."""
     return {
         "versions": {
             "moe-surgery": __version__,
@@ -90,7 +90,9 @@ def _backends() -> dict[str, str]:
     return backend_states()
 
 
-def _why_no_cuda(built_for: str | None) -> str:
+def _why_no_cuda(cuda_version: str | None) -> str:
     return (
-        "this torch is a build without CUDA" if built_for is None else "torch finds no CUDA device or driver"
+        "this torch is a build without CUDA"
+        if cuda_version is None
+        else "torch does not find a CUDA device or driver"
     )

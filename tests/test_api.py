@@ -225,7 +225,7 @@ def test_format_and_bounds_mean_the_same_to_all_three(sentences: Path, tmp_path:
     ]
     for run in calls:
         for options, named in (
-            ({"context": 0}, "`context` 0: this model takes 1 to 4096 tokens"),
+            ({"context": 0}, "`context` 0: this model supports 1 to 4096 tokens"),
             ({"max_tokens": 0}, "`max_tokens` 0: must be at least 1"),
             ({"format": "jsonl"}, "not a row of JSON|law.txt: line 1"),
         ):

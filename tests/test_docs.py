@@ -15,6 +15,7 @@ from pathlib import Path
 import click
 import pytest
 
+import moe_surgery
 from moe_surgery.cli import cli
 from tests.support.command import call
 
@@ -110,6 +111,11 @@ def test_commands_that_need_more_than_a_test_has_take_their_options(page: str) -
 )
 def test_python_blocks_run(page: str, code: str) -> None:
     exec(compile(code, page, "exec"), {"__name__": "__main__"})
+
+
+def test_the_page_on_python_names_every_public_name() -> None:
+    page = (ROOT / "docs" / "python-api.md").read_text()
+    assert [name for name in moe_surgery.__all__ if not re.search(rf"`{name}\b", page)] == []
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -31,10 +31,10 @@ def test_round(benchmark, target: CausalLM, shown: CausalLM, prompt: list[int], 
     """Drafting, checking, and taking back what was refused. All experts: every drafted token is accepted."""
     benchmark.group = f"speculation round, {length} drafted"
     new = (ROUNDS + 2) * (length + 1)  # more than can come of the rounds
-    run = Speculation(target, shown, [prompt], length=length, max_new_tokens=new, stop_tokens=())
+    run = Speculation(target, shown, [prompt], draft_length=length, max_new_tokens=new, stop_tokens=())
     rounds = iter(run)
     next(rounds)  # reads the prompt
     next(rounds)  # sets up what later ones use
     benchmark.pedantic(next, args=(rounds,), rounds=ROUNDS)
-    added = weight_bytes(shown, beside=target)
+    added = weight_bytes(shown, shared_with=target)
     benchmark.extra_info.update(run.statistics.as_dict(), draft_weight_bytes_added=added)

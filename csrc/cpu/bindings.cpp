@@ -1,5 +1,5 @@
-// Python binding of the CPU kernels. Tensors come as addresses: a model makes some hundred calls a token,
-// and moe_surgery.kernels.native, their only caller, has checked shapes, dtypes and strides.
+// Python binding of the CPU kernels. Tensors come as addresses, because a model makes hundreds of calls per token;
+// moe_surgery.kernels.native, the only caller, has checked shapes, dtypes and strides.
 #include "bindings.hpp"
 
 #include <nanobind/stl/string.h>
@@ -27,31 +27,31 @@ T* at(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
-// address or 0, dtype: its number in Dtype
+// address or 0, number of the Dtype
 using ValuesTuple = std::tuple<Address, int>;
 
-Values values_of(const ValuesTuple& said) {
-    return {at<const std::uint8_t>(std::get<0>(said)), static_cast<Dtype>(std::get<1>(said))};
+Values values_of(const ValuesTuple& values) {
+    return {at<const std::uint8_t>(std::get<0>(values)), static_cast<Dtype>(std::get<1>(values))};
 }
 
 // weight, row stride in bytes, rows, columns, bias, y
 using ProductTuple = std::tuple<ValuesTuple, Length, Length, Length, ValuesTuple, Address>;
 
-DenseRows rows_of(const ValuesTuple& said, Length stride, Length columns) {
-    const Values values = values_of(said);
+DenseRows rows_of(const ValuesTuple& weight, Length stride, Length columns) {
+    const Values values = values_of(weight);
     return {values.data, stride, columns, values.dtype};
 }
 
-void products(const Engine& engine, Address x, Length tokens, const std::vector<ProductTuple>& said) {
+void products(const Engine& engine, Address x, Length tokens, const std::vector<ProductTuple>& tuples) {
     std::vector<Product> products;
-    for (const auto& [weight, stride, rows, columns, bias, y] : said) {
+    for (const auto& [weight, stride, rows, columns, bias, y] : tuples) {
         products.push_back({rows_of(weight, stride, columns), rows, values_of(bias), at<float>(y)});
     }
     nb::gil_scoped_release released;
     engine.products(at<const float>(x), tokens, products);
 }
 
-// The experts of a layer, described once: see ExpertMatrix. Strides are bytes.
+// The experts of a layer: see ExpertMatrix. Strides are bytes.
 ExpertMatrix packed_matrix(Address blocks, Length expert_block_stride, Length block_stride, Address scales,
                            Length expert_scale_stride, Length scale_stride, Length experts, Length rows,
                            Length columns, const ValuesTuple& bias) {
@@ -79,9 +79,9 @@ ExpertMatrix dense_matrix(const ValuesTuple& values, Length expert_stride, Lengt
 
 void experts(const Engine& engine, Address x, Address ids, Address weights, Length tokens, Length top_k,
              const ExpertMatrix& gate_up, const ExpertMatrix& down, float limit, float alpha, Address y) {
-    const Routing choice = {at<const std::int64_t>(ids), at<const float>(weights), tokens, top_k};
+    const Routing routing = {at<const std::int64_t>(ids), at<const float>(weights), tokens, top_k};
     nb::gil_scoped_release released;
-    engine.experts(at<const float>(x), choice, {gate_up, down, limit, alpha}, at<float>(y));
+    engine.experts(at<const float>(x), routing, {gate_up, down, limit, alpha}, at<float>(y));
 }
 
 void route(const Engine& engine, Address x, Length tokens, const ProductTuple& router, Length top_k, Address ids,
@@ -103,7 +103,7 @@ using Strides = std::tuple<Length, Length, Length>;
 using Sizes = std::tuple<Length, Length, Length, Length, Length, Length, Length>;
 
 void attention(const Engine& engine, Address q, Address keys, const Strides& key_strides, Address values,
-            const Strides& value_strides, bool wide, Address sinks, Address query_positions, Address key_positions,
+            const Strides& value_strides, bool is_f32, Address sinks, Address query_positions, Address key_positions,
             const Sizes& sizes, Address out) {
     Attention a = {};
     a.q = at<const float>(q);
@@ -111,7 +111,7 @@ void attention(const Engine& engine, Address q, Address keys, const Strides& key
     a.values = at<const std::uint8_t>(values);
     std::tie(a.key_strides[0], a.key_strides[1], a.key_strides[2]) = key_strides;
     std::tie(a.value_strides[0], a.value_strides[1], a.value_strides[2]) = value_strides;
-    a.wide = wide;
+    a.is_f32 = is_f32;
     a.sinks = at<const float>(sinks);
     a.query_positions = at<const std::int64_t>(query_positions);
     a.key_positions = at<const std::int64_t>(key_positions);
@@ -125,8 +125,8 @@ void attention(const Engine& engine, Address q, Address keys, const Strides& key
 // weight, row stride in bytes, rows, columns, bias
 using ProjectionTuple = std::tuple<ValuesTuple, Length, Length, Length, ValuesTuple>;
 
-Projection projection_of(const ProjectionTuple& said) {
-    const auto& [weight, stride, rows, columns, bias] = said;
+Projection projection_of(const ProjectionTuple& projection) {
+    const auto& [weight, stride, rows, columns, bias] = projection;
     return {rows_of(weight, stride, columns), rows, values_of(bias)};
 }
 
@@ -134,30 +134,30 @@ Projection projection_of(const ProjectionTuple& said) {
 using ProjectionTuples = std::tuple<ProjectionTuple, ProjectionTuple, ProjectionTuple, ProjectionTuple, ProjectionTuple>;
 
 void add_layer(Stack& stack, const ValuesTuple& attention_norm, const ValuesTuple& mlp_norm,
-               const ValuesTuple& sinks, const ProjectionTuples& said,
-               const ExpertMatrix& gate_up, const ExpertMatrix& down, float limit, float alpha, Address index,
+               const ValuesTuple& sinks, const ProjectionTuples& projections,
+               const ExpertMatrix& gate_up, const ExpertMatrix& down, float limit, float alpha, Address expert_map,
                Length top_k, Length window) {
-    const auto& [q, k, v, o, router] = said;
+    const auto& [q, k, v, o, router] = projections;
     stack.layers.push_back({values_of(attention_norm), projection_of(q), projection_of(k), projection_of(v),
                             projection_of(o), values_of(sinks), values_of(mlp_norm),
-                            projection_of(router), {gate_up, down, limit, alpha}, at<const std::int64_t>(index), top_k,
+                            projection_of(router), {gate_up, down, limit, alpha}, at<const std::int64_t>(expert_map), top_k,
                             window});
 }
 
-// keys, their strides, values, theirs, slots, positions, their stride, places, theirs
+// keys, strides, values, strides, slots, positions, stride, slot ids, stride
 using LayerCacheTuple = std::tuple<Address, Strides, Address, Strides, Length, Address, Length, Address, Length>;
 
-void run_stack(const Engine& engine, const Stack& stack, Address x, Length batch, Length columns, Address positions,
-               Address cos, Address sin, const std::vector<LayerCacheTuple>& said) {
-    Step step = {at<float>(x), batch, columns, at<const std::int64_t>(positions), at<const float>(cos), at<const float>(sin), {}};
-    for (const auto& [keys, key_strides, values, value_strides, slots, held, held_stride, places, place_stride] : said) {
-        LayerCache cache = {at<float>(keys), at<float>(values), {}, {}, slots, at<const std::int64_t>(held), held_stride,
-                            at<const std::int64_t>(places), place_stride};
+void run_stack(const Engine& engine, const Stack& stack, Address x, Length batch, Length seq_len, Address positions,
+               Address cos, Address sin, const std::vector<LayerCacheTuple>& caches) {
+    Step step = {at<float>(x), batch, seq_len, at<const std::int64_t>(positions), at<const float>(cos), at<const float>(sin), {}};
+    for (const auto& [keys, key_strides, values, value_strides, slots, key_positions, key_position_stride, slot_ids, slot_id_stride] : caches) {
+        LayerCache cache = {at<float>(keys), at<float>(values), {}, {}, slots, at<const std::int64_t>(key_positions), key_position_stride,
+                            at<const std::int64_t>(slot_ids), slot_id_stride};
         std::tie(cache.key_strides[0], cache.key_strides[1], cache.key_strides[2]) = key_strides;
         std::tie(cache.value_strides[0], cache.value_strides[1], cache.value_strides[2]) = value_strides;
         step.caches.push_back(cache);
     }
-    if (step.caches.size() != stack.layers.size()) throw std::invalid_argument("a cache for each layer is needed");
+    if (step.caches.size() != stack.layers.size()) throw std::invalid_argument("each layer needs a cache");
     nb::gil_scoped_release released;
     run(engine, stack, step);
 }
@@ -191,15 +191,15 @@ std::uint64_t read(Address from, Length bytes, int threads) {
 }
 
 std::vector<std::string> names() {
-    std::vector<std::string> found;
-    for (const Kernels* kernels : available_kernels()) found.emplace_back(kernels->name);
-    return found;
+    std::vector<std::string> result;
+    for (const Kernels* kernels : available_kernels()) result.emplace_back(kernels->name);
+    return result;
 }
 
 }  // namespace
 
 void bind(nb::module_& module) {
-    module.def("cpu_instruction_sets", &names, "Names that `Engine` takes on this machine, best first.");
+    module.def("cpu_instruction_sets", &names, "Instruction sets that `Engine` supports on this machine, best first.");
     module.def("read_bytes", &read, "address"_a, "bytes"_a, "threads"_a);
     module.def("rope_cos_sin", &rope_cos_sin_at);
     module.def("apply_rope", nb::overload_cast<Address, const std::vector<Length>&, Address, const std::vector<Length>&, Address, const std::vector<Length>&, const std::vector<Length>&, Address>(&apply_rope));

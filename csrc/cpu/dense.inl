@@ -28,19 +28,19 @@ struct Dense {
             });
         }
         if (full * kGroup < columns) {
-            std::uint8_t held[R][W::kBytes * kGroup] = {};
+            std::uint8_t padded[R][W::kBytes * kGroup] = {};
             const std::ptrdiff_t start = W::kBytes * kGroup * full;
             for (int r = 0; r < R; ++r) {
-                __builtin_memcpy(held[r], w + r * stride + start, static_cast<std::size_t>(W::kBytes * columns - start));
+                __builtin_memcpy(padded[r], w + r * stride + start, static_cast<std::size_t>(W::kBytes * columns - start));
             }
-            multiply<W, R, T>(x, full, sums, [&](int r) { return held[r]; });
+            multiply<W, R, T>(x, full, sums, [&](int r) { return padded[r]; });
         }
         for (int r = 0; r < R; ++r) {
             for (int t = 0; t < T; ++t) y[t * y_stride + r] = V::sum(sums[r][t]);
         }
     }
 
-    // `at(r)` is where the group g of row r lies.
+    // `at(r)` is the address of group g of row r.
     template <class W, int R, int T, class At>
     static inline void multiply(const Deinterleaved* x, std::ptrdiff_t g, F (&sums)[R][T], At at) {
         F x_even[T], x_odd[T];

@@ -28,7 +28,7 @@ struct DenseTransposed {
         constexpr std::ptrdiff_t kDepth = 64;  // columns between a load and a store of the sums
         constexpr std::ptrdiff_t kTile = V::kColumnRows * kLanes;
         for (std::ptrdiff_t c = 0; c < weight.columns; c += kDepth) {
-            const Columns columns = {weight, c, smaller(kDepth, weight.columns - c), kDepth * weight.stride};
+            const Columns columns = {weight, c, min_of(kDepth, weight.columns - c), kDepth * weight.stride};
             std::ptrdiff_t r = first;
             for (; last - r >= kTile; r += kTile) {
                 columns_some_rows<W, V::kColumnRows, true>(columns, r, kLanes, x, tokens, y + r - first, y_stride);
@@ -40,13 +40,13 @@ struct DenseTransposed {
         }
     }
 
-    // Columns start .. start + count of a transposed weight; what lies `ahead` bytes further on is prefetched.
+    // Columns start .. start + count of a transposed weight; prefetches `ahead` bytes further.
     struct Columns {
         const DenseRows& weight;
         std::ptrdiff_t start, count, ahead;
     };
 
-    // Sixteen rows R times from row r on; only `rows` of them where they are not `Whole`.
+    // R times sixteen rows from row r on; only `rows` of them unless `Whole`.
     template <class W, int R, bool Whole>
     static void columns_some_rows(const Columns& columns, std::ptrdiff_t r, std::ptrdiff_t rows,
                                   const float* const* x, std::ptrdiff_t tokens, float* y,

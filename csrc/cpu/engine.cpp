@@ -10,23 +10,23 @@
 namespace moe_surgery::cpu {
 namespace {
 
-// A piece of work is about so many bytes of weights.
+// Bytes of weights in a piece of work, roughly.
 constexpr std::ptrdiff_t kPieceBytes = 96 << 10;
-// Tokens whose activations a thread goes through with one piece of weights, so that both stay in its cache.
+// Tokens that a thread multiplies with one piece of weights at a time, so that both stay in its cache.
 constexpr std::ptrdiff_t kTokensAtOnce = 32;
 
 std::vector<const Kernels*> find_kernels() {
     using isa::Isa;
-    std::vector<const Kernels*> found;
+    std::vector<const Kernels*> kernels;
 #if defined(__x86_64__)
-    if (isa::supported(Isa::avx512vnni)) found.push_back(&kAvx512VnniKernels);
-    if (isa::supported(Isa::avx512)) found.push_back(&kAvx512Kernels);
-    if (isa::supported(Isa::avx2)) found.push_back(&kAvx2Kernels);
+    if (isa::supported(Isa::avx512vnni)) kernels.push_back(&kAvx512VnniKernels);
+    if (isa::supported(Isa::avx512)) kernels.push_back(&kAvx512Kernels);
+    if (isa::supported(Isa::avx2)) kernels.push_back(&kAvx2Kernels);
 #elif defined(__aarch64__)
-    if (isa::supported(Isa::neon)) found.push_back(&kNeonKernels);
+    if (isa::supported(Isa::neon)) kernels.push_back(&kNeonKernels);
 #endif
-    found.push_back(&kScalarKernels);
-    return found;
+    kernels.push_back(&kScalarKernels);
+    return kernels;
 }
 
 std::ptrdiff_t pieces_of(std::ptrdiff_t rows, std::ptrdiff_t step) { return (rows + step - 1) / step; }
@@ -43,7 +43,7 @@ const Kernels& select_kernels(const std::string& name) { return isa::select(avai
 void Engine::products(const float* x, std::ptrdiff_t tokens, const std::vector<Product>& products) const {
     if (products.empty() || tokens == 0) return;
     const std::ptrdiff_t columns = products.front().weight.columns, width = groups_of(columns) * kGroup;
-    // Rows of a piece: a multiple of what a kernel takes at once.
+    // Rows of a piece: a multiple of a kernel's tile.
     std::ptrdiff_t bytes = 1;
     for (const Product& product : products) bytes = std::max(bytes, bytes_of(product.weight.dtype) * columns);
     const std::ptrdiff_t step = std::max<std::ptrdiff_t>(1, kPieceBytes / (10 * bytes)) * 10;
@@ -79,7 +79,7 @@ void Engine::rms_norm(const float* x, std::ptrdiff_t tokens, std::ptrdiff_t colu
     const auto one = [&](std::ptrdiff_t t, int) {
         kernels_.rms_norm(x + t * columns, weight, columns, eps, y + t * columns);
     };
-    const int threads = tokens * columns < 1 << 16 ? 1 : threads_;  // else waking others takes longer
+    const int threads = tokens * columns < 1 << 16 ? 1 : threads_;  // else waking threads takes longer
     Pool::shared().run(threads, {{tokens, one}});
 }
 
@@ -89,7 +89,7 @@ void topk_softmax(const float* logits, std::ptrdiff_t tokens, std::ptrdiff_t exp
     for (std::ptrdiff_t t = 0; t < tokens; ++t, logits += experts, ids += top_k, weights += top_k) {
         for (std::ptrdiff_t e = 0; e < experts; ++e) order[static_cast<std::size_t>(e)] = e;
         std::partial_sort(order.begin(), order.begin() + top_k, order.end(), [&](std::int64_t a, std::int64_t b) {
-            // NaN comes first, as in a descending sort of torch's.
+            // NaN comes first, as in torch's descending sort.
             const bool a_none = logits[a] != logits[a], b_none = logits[b] != logits[b];
             if (a_none != b_none) return a_none;
             return logits[a] > logits[b] || (!(logits[a] < logits[b]) && a < b);

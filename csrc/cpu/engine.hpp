@@ -1,8 +1,7 @@
 // The operations of a model, over one instruction set and a number of threads.
 //
 // Tokens' activations are float32, contiguous rows; products with MXFP4 weights round them to 16-bit integers.
-// Results do not depend on the number of threads, nor on
-// which tokens are computed together.
+// Results do not depend on the number of threads or on which tokens are computed together.
 #pragma once
 
 #include <cstddef>
@@ -17,7 +16,7 @@ namespace moe_surgery::cpu {
 // The instruction sets that this processor can run, best first.
 const std::vector<const Kernels*>& available_kernels();
 
-// The one called `name`, or the best for an empty name. Throws std::invalid_argument listing them.
+// The set called `name`, or the best for an empty name. Throws std::invalid_argument listing the names.
 const Kernels& select_kernels(const std::string& name);
 
 // y [tokens, rows] = x [tokens, columns] times a weight [rows, columns], plus bias [rows] if any.
@@ -48,7 +47,7 @@ struct ExpertLayer {
     float alpha;
 };
 
-// The chosen experts: ids [tokens, top_k] are places in the stored tensors.
+// The chosen experts: ids [tokens, top_k] are indices in the stored tensors.
 struct Routing {
     const std::int64_t* ids;
     const float* weights;
@@ -63,17 +62,17 @@ struct Attention {
     const std::uint8_t* values;
     std::ptrdiff_t key_strides[3];
     std::ptrdiff_t value_strides[3];
-    bool wide;
+    bool is_f32;
     const float* sinks;  // [heads]
     const std::int64_t* query_positions;  // [batch, queries]
-    const std::int64_t* key_positions;    // [batch, slots of key_position_stride], -1 where there is none
+    const std::int64_t* key_positions;    // [batch, slots of key_position_stride], -1 for none
     std::ptrdiff_t key_position_stride;
     std::ptrdiff_t batch, heads, kv_heads, queries, slots, head_dim;
     std::ptrdiff_t window;  // 0 for none
     float* out;             // [batch, queries, heads * head_dim]
 };
 
-// The slots that a query sees, in order of position: those of query i of all [batch, queries] end at ends[i].
+// The slots that each query attends to, in order of position: those of query i of [batch, queries] end at ends[i].
 struct VisibleKeys {
     std::vector<std::int32_t> slots;
     std::vector<std::ptrdiff_t> ends;
@@ -84,14 +83,14 @@ class Engine {
   public:
     Engine(const Kernels& kernels, int threads) : kernels_(kernels), threads_(threads) {}
 
-    // Several products of the same activations, as one.
+    // Several products with the same activations, as one.
     void products(const float* x, std::ptrdiff_t tokens, const std::vector<Product>& products) const;
-    // y [tokens, hidden]: the sum over each token's chosen experts, in the order chosen. Throws
-    // std::invalid_argument for an id that is no stored expert's.
-    void experts(const float* x, const Routing& choice, const ExpertLayer& layer, float* y) const;
+    // y [tokens, hidden]: the sum over each token's chosen experts, in order of choice. Throws
+    // std::invalid_argument for an id out of range.
+    void experts(const float* x, const Routing& routing, const ExpertLayer& layer, float* y) const;
     void rms_norm(const float* x, std::ptrdiff_t tokens, std::ptrdiff_t columns, const Values& weight,
                   float eps, float* y) const;
-    void attention(const Attention& attention, const VisibleKeys& seen) const;
+    void attention(const Attention& attention, const VisibleKeys& visible) const;
 
     const Kernels& kernels() const { return kernels_; }
     int threads() const { return threads_; }
@@ -110,8 +109,8 @@ void topk_softmax(const float* logits, std::ptrdiff_t tokens, std::ptrdiff_t exp
 void rope_cos_sin(const std::int64_t* positions, std::ptrdiff_t count, const float* frequencies, std::ptrdiff_t width,
            float scale, float* cos, float* sin);
 
-// y [sizes, head_dim], contiguous: the halves (a, b) of each head turned, (a cos - b sin, b cos + a sin).
-// Strides count floats; those of heads and angles are 1.
+// y [sizes, head_dim], contiguous: the halves (a, b) of each head become (a cos - b sin, b cos + a sin).
+// Strides count floats; the last axes are contiguous.
 struct RopeArgs {
     const float* x;
     const float* cos;
@@ -120,9 +119,9 @@ struct RopeArgs {
     std::ptrdiff_t head_dim;
     float* y;
 };
-void apply_rope(const RopeArgs& rotation);
+void apply_rope(const RopeArgs& args);
 
-// The bytes summed as 64-bit words by `threads` threads: the memory's speed, for benchmarks.
+// The sum of the bytes as 64-bit words, read by `threads` threads: measures memory bandwidth.
 std::uint64_t read_bytes(const std::uint8_t* from, std::ptrdiff_t bytes, int threads);
 
 }  // namespace moe_surgery::cpu

@@ -11,14 +11,14 @@
 namespace moe_surgery::cpu {
 namespace {
 
-// Rows of a piece: of gate_up two blocks of the activations activations, which its thread quantizes.
+// Rows of a piece; those of gate_up produce one block of 32 activations.
 constexpr std::ptrdiff_t kUpRows = 64;
 constexpr std::ptrdiff_t kDownRows = 64;
-// Transposed weights are read in long runs of one column's rows.
+// Transposed weights are read in long runs along a column.
 constexpr std::ptrdiff_t kTransposedRows = 1024;
 constexpr std::ptrdiff_t kPairsAtOnce = 16;
 
-// One (token, slot) after the other, by expert: those of an expert are pairs[begin .. end).
+// The (token, slot) pairs of one expert: pairs[begin .. end).
 struct Group {
     std::ptrdiff_t stored_expert, begin, end;
 };
@@ -49,12 +49,12 @@ std::vector<Group> groups_in(const std::vector<Pair>& pairs) {
     return groups;
 }
 
-// Activations in the form that a matrix takes, one entry a row.
+// Activations in the layout that a matrix takes, one entry per row.
 struct Inputs {
     Inputs(bool packed, std::ptrdiff_t count, std::ptrdiff_t columns)
         : packed(packed), columns(columns), width(packed ? act_blocks_of(columns) : columns) {
         if (packed) {
-            spans.reset(new ActBlock512[static_cast<std::size_t>(count * width)]);
+            act_blocks.reset(new ActBlock512[static_cast<std::size_t>(count * width)]);
         } else {
             floats.reset(new float[static_cast<std::size_t>(count * width)]);
         }
@@ -62,7 +62,7 @@ struct Inputs {
 
     void set(const Kernels& kernels, std::ptrdiff_t i, const float* x) {
         if (packed) {
-            kernels.quantize(x, columns, spans.get() + i * width);
+            kernels.quantize(x, columns, act_blocks.get() + i * width);
         } else {
             std::copy_n(x, columns, floats.get() + i * width);
         }
@@ -71,11 +71,11 @@ struct Inputs {
     bool packed;
     std::ptrdiff_t columns, width;
     std::unique_ptr<float[]> floats;
-    std::unique_ptr<ActBlock512[]> spans;
+    std::unique_ptr<ActBlock512[]> act_blocks;
 };
 
 // h[p - begin][r - first] = rows first..last of the group's expert times the activations of its pairs, plus
-// bias. `of` says which entry of `x` a pair reads.
+// bias. `of(pair)` is the entry of `x` that it reads.
 template <class Of>
 void multiply(const Kernels& kernels, const ExpertMatrix& matrix, std::ptrdiff_t stored_expert, std::ptrdiff_t begin,
               std::ptrdiff_t end, std::ptrdiff_t first, std::ptrdiff_t last, const Inputs& x, Of of, float* h,
@@ -83,7 +83,7 @@ void multiply(const Kernels& kernels, const ExpertMatrix& matrix, std::ptrdiff_t
     const std::ptrdiff_t count = end - begin;
     if (matrix.packed) {
         Quantized rows[kPairsAtOnce];
-        for (std::ptrdiff_t i = 0; i < count; ++i) rows[i] = x.spans.get() + of(begin + i) * x.width;
+        for (std::ptrdiff_t i = 0; i < count; ++i) rows[i] = x.act_blocks.get() + of(begin + i) * x.width;
         Mxfp4Rows weight = matrix.mxfp4;
         weight.blocks += stored_expert * matrix.expert_block_stride;
         weight.scales += stored_expert * matrix.expert_scale_stride;
@@ -112,13 +112,13 @@ void Engine::experts(const float* x, const Routing& routing, const ExpertLayer& 
     const std::vector<Group> groups = groups_in(pairs);
     const ExpertMatrix &up = layer.gate_up, &down = layer.down;
     const std::ptrdiff_t count = static_cast<std::ptrdiff_t>(pairs.size()), experts = static_cast<std::ptrdiff_t>(groups.size());
-    const std::ptrdiff_t hidden = down.rows, units = up.rows / 2;
+    const std::ptrdiff_t hidden = down.rows, intermediate = up.rows / 2;
     const std::ptrdiff_t columns = up.packed ? up.mxfp4.columns : up.dense.columns;
     const std::ptrdiff_t up_rows = up.packed ? kUpRows : kTransposedRows;
     const std::ptrdiff_t down_rows = down.packed ? kDownRows : kTransposedRows;
 
-    Inputs inputs(up.packed, routing.tokens, columns), activations(down.packed, count, units);
-    std::unique_ptr<float[]> z(new float[static_cast<std::size_t>(count * units)]);
+    Inputs inputs(up.packed, routing.tokens, columns), activations(down.packed, count, intermediate);
+    std::unique_ptr<float[]> z(new float[static_cast<std::size_t>(count * intermediate)]);
     std::unique_ptr<float[]> slot_outputs(new float[static_cast<std::size_t>(count * hidden)]);
     const std::ptrdiff_t scratch_size = kPairsAtOnce * std::max(up_rows, down_rows);
     std::unique_ptr<float[]> scratch(new float[static_cast<std::size_t>(scratch_size * threads_)]);
@@ -136,20 +136,20 @@ void Engine::experts(const float* x, const Routing& routing, const ExpertLayer& 
             multiply(kernels_, up, group.stored_expert, p, end, first, last, inputs, token, h, up_rows);
             for (std::ptrdiff_t i = p; i < end; ++i) {
                 kernels_.swiglu(h + (i - p) * up_rows, (last - first) / 2, layer.limit, layer.alpha,
-                                z.get() + i * units + first / 2);
+                                z.get() + i * intermediate + first / 2);
             }
         }
     };
-    // A block of 32 may have come from two pieces, so they are rounded when all are there.
-    const auto load_activations = [&](std::ptrdiff_t i, int) { activations.set(kernels_, i, z.get() + i * units); };
+    // A block of 32 may come from two pieces, so they are quantized once all are there.
+    const auto load_activations = [&](std::ptrdiff_t i, int) { activations.set(kernels_, i, z.get() + i * intermediate); };
     const auto compute_down = [&](std::ptrdiff_t piece, int thread) {
         const Group& group = groups[static_cast<std::size_t>(piece / down_pieces)];
         const std::ptrdiff_t first = piece % down_pieces * down_rows, last = std::min(hidden, first + down_rows);
         float* h = scratch.get() + scratch_size * thread;
-        const auto itself = [](std::ptrdiff_t i) { return i; };
+        const auto identity = [](std::ptrdiff_t i) { return i; };
         for (std::ptrdiff_t p = group.begin; p < group.end; p += kPairsAtOnce) {
             const std::ptrdiff_t end = std::min(group.end, p + kPairsAtOnce);
-            multiply(kernels_, down, group.stored_expert, p, end, first, last, activations, itself, h, down_rows);
+            multiply(kernels_, down, group.stored_expert, p, end, first, last, activations, identity, h, down_rows);
             for (std::ptrdiff_t i = p; i < end; ++i) {
                 const Pair& pair = pairs[static_cast<std::size_t>(i)];
                 const std::ptrdiff_t where = pair.token * routing.top_k + pair.slot;

@@ -1,10 +1,9 @@
 // Products with weights as a checkpoint stores them: the interface of the instruction sets.
 //
 // Activations are float32, those of MXFP4 products rounded to 16-bit integers (see ActBlock512). A product's
-// value is the sum of 16 partial sums ("lanes"), each added up in the order of the columns, then joined in a
-// fixed tree; which lane a column belongs to is part of the format below. So a value depends on its row and
-// its activations alone: not on the tile it was computed in, on the tokens beside it, on the threads, nor on
-// the instruction set.
+// value is the sum of 16 partial sums ("lanes"), each added up in the order of the columns, then combined in a
+// fixed tree; which lane a column belongs to is part of the format below. So a value depends only on its row and
+// its activations: not on the tile, the other tokens of a call, the threads or the instruction set.
 //
 // Weights may lie at any address, and strides count bytes: they are windows into mapped files.
 #pragma once
@@ -24,11 +23,11 @@ constexpr std::ptrdiff_t kActBlockBytes = kLanes * kBlockBytes;  // a block in e
 constexpr std::ptrdiff_t groups_of(std::ptrdiff_t columns) { return (columns + kGroup - 1) / kGroup; }
 constexpr std::ptrdiff_t act_blocks_of(std::ptrdiff_t columns) { return (columns + kActBlock - 1) / kActBlock; }
 
-// The block of a span that a lane holds: what transposing four words of four blocks each brings about.
+// The MXFP4 block of an ActBlock512 in a lane: the order that results from transposing 4 x 4 words.
 constexpr std::ptrdiff_t block_of(std::ptrdiff_t lane) { return lane % 4 * 4 + lane / 4; }
 
-// What dense weights are stored in. Each is read as float32, exactly, so that the same values in another
-// dtype give the same bits.
+// The dtype of dense weights. Each converts to float32 exactly, so the same values in another dtype give the
+// same bits.
 enum class Dtype : std::uint8_t { bf16, f16, f32 };
 
 constexpr std::ptrdiff_t bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
@@ -56,7 +55,7 @@ struct Mxfp4Rows {
     std::ptrdiff_t columns;
 };
 
-// Activations for DenseRows: for each 32 columns those at even places, then those at odd places;
+// Activations for DenseRows: for each 32 columns the even ones, then the odd ones;
 // zeros after the last column. `groups_of(columns)` times 32 floats a token.
 using Deinterleaved = const float*;
 
@@ -75,24 +74,25 @@ struct alignas(64) ActBlock512 {
     // low (n = 0) or high nibbles of bytes 4k to 4k + 3.
     std::int8_t high[8][4 * kLanes];
     std::int8_t low[8][4 * kLanes];
-    // Of each lane: -12 times the sum of its integers, for sets that add 12 to a weight to have no signs.
+    // Of each lane: -12 times the sum of its integers, for instruction sets that add 12 to weights to make them
+    // unsigned.
     std::int32_t starts[kLanes];
-    // Of each lane: what a product of an integer and a doubled weight counts for, before the weight's scale.
+    // Of each lane: the factor of a product of an integer and a doubled weight, before the weight's scale.
     float factors[kLanes];
 };
 constexpr float kQuantMax = 32639.0f;  // 256 * 127 + 127
 using Quantized = const ActBlock512*;
 
-// Query heads that go through a key-value head's keys together.
+// Query heads that read a key-value head's keys together.
 constexpr int kHeadsAtOnce = 4;
 
-// Floats that they write meanwhile: for each head as many as keys, rounded up to a vector.
+// Floats of scratch that they need: one per head and key, rounded up to a vector.
 constexpr std::ptrdiff_t attention_scratch(std::ptrdiff_t keys) {
     return kHeadsAtOnce * ((keys + kLanes - 1) / kLanes * kLanes);
 }
 
-// What the attention of query heads over one key-value head reads. Key i of `count`, in order of
-// position, lies at keys + slots[i] * key_stride (bytes).
+// The keys and values that query heads attend to in one key-value head. Key i of `count`, in order of position,
+// lies at keys + slots[i] * key_stride (bytes).
 struct KeyRange {
     const std::uint8_t* keys;
     const std::uint8_t* values;
@@ -101,16 +101,16 @@ struct KeyRange {
     const std::int32_t* slots;
     std::ptrdiff_t count;
     std::ptrdiff_t head_dim;
-    bool wide;  // float32 keys and values, else BF16
+    bool is_f32;  // float32 keys and values, else BF16
 };
 
-// One implementation of everything; all of them give the same bits.
+// The kernels of one instruction set; all sets give the same bits.
 struct Kernels {
     const char* name;
 
     // x[columns] to the activations of DenseRows and Mxfp4Rows.
     void (*deinterleave)(const float* x, std::ptrdiff_t columns, float* out);
-    void (*quantize)(const float* x, std::ptrdiff_t columns, ActBlock512* spans);
+    void (*quantize)(const float* x, std::ptrdiff_t columns, ActBlock512* act_blocks);
 
     // y[t * y_stride + r - first] = row r times token t, for rows first <= r < last.
     void (*dense_rows)(const DenseRows& weight, std::ptrdiff_t first, std::ptrdiff_t last, const Deinterleaved* x,
@@ -125,15 +125,15 @@ struct Kernels {
                              std::ptrdiff_t y_stride);
 
     // z[i] from gate h[2i] and up h[2i + 1]: (up + 1) gate sigmoid(alpha gate), gate <= limit, |up| <= limit.
-    void (*swiglu)(const float* h, std::ptrdiff_t units, float limit, float alpha, float* z);
+    void (*swiglu)(const float* h, std::ptrdiff_t intermediate, float limit, float alpha, float* z);
 
     // y = x / sqrt(mean(x^2) + eps) * weight.
     void (*rms_norm)(const float* x, const Values& weight, std::ptrdiff_t columns, float eps, float* y);
 
-    // out[h * head_dim] for `heads` query heads from q + h * q_stride: softmax over the span's keys and the
-    // head's sink, times the span's values. `scores` is room for attention_scratch(span.count) floats.
+    // out[h * head_dim] for `heads` query heads from q + h * q_stride: softmax over the range's keys and the
+    // head's sink, times the range's values. `scores` is scratch of attention_scratch(range.count) floats.
     void (*attention)(const float* q, std::ptrdiff_t q_stride, const float* sinks, std::ptrdiff_t heads,
-                   const KeyRange& span, float* scores, float* out);
+                   const KeyRange& range, float* scores, float* out);
 };
 
 extern const Kernels kScalarKernels;

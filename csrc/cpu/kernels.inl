@@ -19,7 +19,7 @@ constexpr Kernels kernels_over(const char* name) {
             DenseTransposed<V>::dense_transposed,
             Elementwise<V>::swiglu,
             Elementwise<V>::rms_norm,
-            AttentionOver<V>::attention};
+            AttentionKernel<V>::attention};
 }
 
 }  // namespace

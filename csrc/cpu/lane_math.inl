@@ -1,4 +1,4 @@
-// What every kernel needs, over the sixteen lanes V of one instruction set.
+// Shared by all kernels, over the sixteen lanes V of one instruction set.
 #pragma once
 
 #include "bits.hpp"
@@ -11,16 +11,16 @@ namespace {
 // with less, rows of the same tile prefetch what their neighbours have already read.
 constexpr std::ptrdiff_t kAhead = 16384;
 
-// Into the second-level cache: for the first, too few requests are in flight at a time.
+// Into the second-level cache: the first allows too few requests in flight.
 inline void prefetch(const std::uint8_t* p) { __builtin_prefetch(p, 0, 2); }
 
-inline std::ptrdiff_t smaller(std::ptrdiff_t a, std::ptrdiff_t b) { return a < b ? a : b; }
+inline std::ptrdiff_t min_of(std::ptrdiff_t a, std::ptrdiff_t b) { return a < b ? a : b; }
 
 template <class V>
 struct LaneMath {
     using F = typename V::F;
 
-    // e^x; x below -87 gives what -87 gives, and NaN stays one. Error within 2 units in the last place.
+    // e^x, with x clamped to at least -87; NaN stays NaN. Error within 2 units in the last place.
     static F exp(F x) {
         x = V::max(V::set(-87.0f), V::min(V::set(88.0f), x));
         const F n = V::round(V::mul(x, V::set(1.44269504f)));
@@ -37,18 +37,18 @@ struct LaneMath {
     }
 
     static F partial(const float* p, std::ptrdiff_t count) {
-        float held[kLanes] = {};
-        __builtin_memcpy(held, p, static_cast<std::size_t>(count) * sizeof(float));
-        return V::load(held);
+        float buffer[kLanes] = {};
+        __builtin_memcpy(buffer, p, static_cast<std::size_t>(count) * sizeof(float));
+        return V::load(buffer);
     }
 
     static void store_partial(float* p, F f, std::ptrdiff_t count) {
-        float held[kLanes];
-        V::store(held, f);
-        __builtin_memcpy(p, held, static_cast<std::size_t>(count) * sizeof(float));
+        float buffer[kLanes];
+        V::store(buffer, f);
+        __builtin_memcpy(p, buffer, static_cast<std::size_t>(count) * sizeof(float));
     }
 
-    // How the values of a dtype are read: sixteen from p on; 32, those at even places and those at odd ones.
+    // Reading values of a dtype: sixteen from p on; or 32 from p on, split into even and odd indices.
     struct Bf16 {
         static constexpr std::ptrdiff_t kBytes = 2;
         static F lanes(const std::uint8_t* p) { return V::bf16(p); }
@@ -65,7 +65,7 @@ struct LaneMath {
         static void pairs(const std::uint8_t* p, F& even, F& odd) { V::f32_pairs(p, even, odd); }
     };
 
-    // Calls `run` with the one for `dtype`.
+    // Calls `run` with the reader of `dtype`.
     template <class Run>
     static void with(Dtype dtype, Run run) {
         switch (dtype) {
@@ -78,9 +78,9 @@ struct LaneMath {
     // `count` values, zeros after them.
     template <class W>
     static F lanes_partial(const std::uint8_t* p, std::ptrdiff_t count) {
-        std::uint8_t held[W::kBytes * kLanes] = {};
-        __builtin_memcpy(held, p, static_cast<std::size_t>(W::kBytes * count));
-        return W::lanes(held);
+        std::uint8_t buffer[W::kBytes * kLanes] = {};
+        __builtin_memcpy(buffer, p, static_cast<std::size_t>(W::kBytes * count));
+        return W::lanes(buffer);
     }
 };
 

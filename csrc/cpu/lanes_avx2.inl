@@ -9,11 +9,11 @@ struct LanesAvx2 {
     struct I {
         __m256i low, high;
     };
-    // A span as it is stored: it is decoded half by half, so that a half stays in registers.
+    // The codes of an ActBlock512's columns, still packed: decoded in halves, so that a half stays in registers.
     struct Packed {
         const std::uint8_t* from;
-        std::uint8_t held[kActBlockBytes];
-        const std::uint8_t* bytes() const { return from ? from : held; }
+        std::uint8_t padded[kActBlockBytes];
+        const std::uint8_t* bytes() const { return from ? from : padded; }
     };
     static constexpr int kRows = 2, kTokens = 2, kPackedRows = 1, kColumnRows = 1, kValueHeads = 1;
 
@@ -47,7 +47,7 @@ struct LanesAvx2 {
         return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
     }
 
-    // The sums of four, each added up as above.
+    // The sums of four vectors, each as above.
     static void sum_four(const F (&f)[4], float* out) {
         __m256 eight[4];
         for (int i = 0; i < 4; ++i) eight[i] = _mm256_add_ps(f[i].low, f[i].high);
@@ -85,25 +85,25 @@ struct LanesAvx2 {
     }
 
     static Packed packed(const std::uint8_t* p) {
-        Packed found;
-        found.from = p;
-        return found;
+        Packed result;
+        result.from = p;
+        return result;
     }
-    // Of so many blocks; zeros after them.
+    // Of the first `blocks` blocks, zeros after them.
     static Packed packed_of(const std::uint8_t* p, int blocks) {
-        Packed found = {};
-        __builtin_memcpy(found.held, p, static_cast<std::size_t>(blocks) * kBlockBytes);
-        return found;
+        Packed result = {};
+        __builtin_memcpy(result.padded, p, static_cast<std::size_t>(blocks) * kBlockBytes);
+        return result;
     }
-    // R rows of a span times T tokens.
+    // Dot products of R rows with T tokens over one ActBlock512.
     template <int R, int T>
-    static void multiply(const Packed (&packed)[R], const ActBlock512* const (&x)[T], I (&quantized)[R][T]) {
+    static void multiply(const Packed (&packed)[R], const ActBlock512* const (&x)[T], I (&dots)[R][T]) {
         for (int r = 0; r < R; ++r) {
             __m256i w[8];
             weights(packed[r].bytes(), w);
-            for (int t = 0; t < T; ++t) quantized[r][t].low = some_dot(*x[t], 0, [&](int j) { return w[j]; });
+            for (int t = 0; t < T; ++t) dots[r][t].low = some_dot(*x[t], 0, [&](int j) { return w[j]; });
             weights(packed[r].bytes() + 32, w);
-            for (int t = 0; t < T; ++t) quantized[r][t].high = some_dot(*x[t], 32, [&](int j) { return w[j]; });
+            for (int t = 0; t < T; ++t) dots[r][t].high = some_dot(*x[t], 32, [&](int j) { return w[j]; });
         }
     }
     static F scales(const std::uint8_t* p) {
@@ -135,13 +135,13 @@ struct LanesAvx2 {
         return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(pairs), 0xd8));
     }
     static __m256 power(__m256 n) {
-        const __m256i quantized = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
-        return _mm256_castsi256_ps(_mm256_slli_epi32(quantized, 23));
+        const __m256i dots = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(dots, 23));
     }
     static __m256 exponents(__m128i eight) {
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu8_epi32(eight), 23));
     }
-    // Eight lanes of a span, from the first's block on: doubled weights plus 12, as the vectors of ActBlock512.
+    // Eight lanes, from the block of the first on: doubled weights plus 12, in the layout of ActBlock512.
     static void weights(const std::uint8_t* p, __m256i (&w)[8]) {
         const __m256i table = _mm256_broadcastsi128_si256(
             _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));

@@ -6,7 +6,7 @@ template <bool Vnni>
 struct LanesAvx512 {
     using F = __m512;
     using I = __m512i;
-    // A span's words: lane i of vector k holds word k of block_of(i).
+    // The codes of an ActBlock512's columns: lane i of vector k holds word k of block_of(i).
     struct Packed {
         __m512i at[4];
     };
@@ -25,8 +25,8 @@ struct LanesAvx512 {
     static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
     static F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
     static F power_of_two(F n) {
-        const I quantized = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
-        return _mm512_castsi512_ps(_mm512_slli_epi32(quantized, 23));
+        const I exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23));
     }
     static F to_float(I x) { return _mm512_cvtepi32_ps(x); }
 
@@ -39,7 +39,7 @@ struct LanesAvx512 {
         return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
     }
 
-    // The sums of four, each added up as above.
+    // The sums of four vectors, each as above.
     static void sum_four(const F (&f)[4], float* out) {
         const F ab = add(_mm512_shuffle_f32x4(f[0], f[1], 0x44), _mm512_shuffle_f32x4(f[0], f[1], 0xee));
         const F cd = add(_mm512_shuffle_f32x4(f[2], f[3], 0x44), _mm512_shuffle_f32x4(f[2], f[3], 0xee));
@@ -70,31 +70,31 @@ struct LanesAvx512 {
     }
     static F f32(const std::uint8_t* p) { return _mm512_castsi512_ps(_mm512_loadu_si512(p)); }
     static void f32_pairs(const std::uint8_t* p, F& even, F& odd) {
-        const I places = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+        const I even_lanes = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
         const F low = f32(p), high = f32(p + 64);
-        even = _mm512_permutex2var_ps(low, places, high);
-        odd = _mm512_permutex2var_ps(low, _mm512_or_si512(places, _mm512_set1_epi32(1)), high);
+        even = _mm512_permutex2var_ps(low, even_lanes, high);
+        odd = _mm512_permutex2var_ps(low, _mm512_or_si512(even_lanes, _mm512_set1_epi32(1)), high);
     }
 
     static Packed packed(const std::uint8_t* p) {
-        return turned(_mm512_loadu_si512(p), _mm512_loadu_si512(p + 64), _mm512_loadu_si512(p + 128),
+        return transpose_words(_mm512_loadu_si512(p), _mm512_loadu_si512(p + 64), _mm512_loadu_si512(p + 128),
                       _mm512_loadu_si512(p + 192));
     }
-    // Of so many blocks; zeros after them.
+    // Of the first `blocks` blocks, zeros after them.
     static Packed packed_of(const std::uint8_t* p, int blocks) {
-        I held[4];
+        I parts[4];
         for (int i = 0; i < 4; ++i) {
             const int words = blocks < 4 * i ? 0 : blocks > 4 * i + 4 ? 8 : 2 * (blocks - 4 * i);
-            held[i] = _mm512_maskz_loadu_epi64(static_cast<__mmask8>((1u << words) - 1), p + 64 * i);
+            parts[i] = _mm512_maskz_loadu_epi64(static_cast<__mmask8>((1u << words) - 1), p + 64 * i);
         }
-        return turned(held[0], held[1], held[2], held[3]);
+        return transpose_words(parts[0], parts[1], parts[2], parts[3]);
     }
-    // Read once: the compiler would rather read a vector from memory again than keep it.
+    // Keeps a vector in its register: the compiler would load it again from memory.
     static I pin_register(I vector) {
         asm("" : "+v"(vector));
         return vector;
     }
-    static Packed turned(I a, I b, I c, I d) {
+    static Packed transpose_words(I a, I b, I c, I d) {
         a = pin_register(a), b = pin_register(b), c = pin_register(c), d = pin_register(d);
         const I ab_low = _mm512_unpacklo_epi32(a, b), ab_high = _mm512_unpackhi_epi32(a, b);
         const I cd_low = _mm512_unpacklo_epi32(c, d), cd_high = _mm512_unpackhi_epi32(c, d);
@@ -102,17 +102,17 @@ struct LanesAvx512 {
                  _mm512_unpacklo_epi64(ab_high, cd_high), _mm512_unpackhi_epi64(ab_high, cd_high)}};
     }
     // Doubled weights plus 12: of the low nibbles or, shifted, the high ones.
-    static I looked_up(I nibbles) {
+    static I lookup(I nibbles) {
         const I table = _mm512_broadcast_i32x4(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
         return _mm512_shuffle_epi8(table, _mm512_and_si512(nibbles, _mm512_set1_epi8(15)));
     }
     // Vector j of ActBlock512's order.
     static I weights(const Packed& packed, int j) {
-        return looked_up(j % 2 ? _mm512_srli_epi16(packed.at[j / 2], 4) : packed.at[j / 2]);
+        return lookup(j % 2 ? _mm512_srli_epi16(packed.at[j / 2], 4) : packed.at[j / 2]);
     }
-    // R rows of a span times T tokens.
+    // Dot products of R rows with T tokens over one ActBlock512.
     template <int R, int T>
-    static void multiply(const Packed (&packed)[R], const ActBlock512* const (&x)[T], I (&quantized)[R][T]) {
+    static void multiply(const Packed (&packed)[R], const ActBlock512* const (&x)[T], I (&dots)[R][T]) {
         I highs[R][T], lows[R][T];
         for (int r = 0; r < R; ++r) {
             for (int t = 0; t < T; ++t) {
@@ -137,12 +137,12 @@ struct LanesAvx512 {
         }
         for (int r = 0; r < R; ++r) {
             for (int t = 0; t < T; ++t) {
-                quantized[r][t] = _mm512_add_epi32(_mm512_slli_epi32(highs[r][t], 8), lows[r][t]);
+                dots[r][t] = _mm512_add_epi32(_mm512_slli_epi32(highs[r][t], 8), lows[r][t]);
             }
         }
     }
-    // Adds four products of a byte without a sign and one with to each lane; without Vnni pairs of products
-    // are added as 16 bits, at most 2 * 24 * 128.
+    // Adds four products of an unsigned and a signed byte to each lane. Without VNNI pairs of products are added
+    // as 16 bits, at most 2 * 24 * 128.
     static I dot(I sums, I w, I x) {
         if constexpr (Vnni) {
             return _mm512_dpbusd_epi32(sums, w, x);

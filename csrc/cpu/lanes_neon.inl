@@ -28,7 +28,7 @@ struct LanesNeon {
     static F sub(F a, F b) { return each([&](int i) { return vsubq_f32(a.at[i], b.at[i]); }); }
     static F mul(F a, F b) { return each([&](int i) { return vmulq_f32(a.at[i], b.at[i]); }); }
     static F div(F a, F b) { return each([&](int i) { return vdivq_f32(a.at[i], b.at[i]); }); }
-    // The second where the comparison does not hold, as on x86.
+    // The second where the comparison is false, as on x86.
     static F min(F a, F b) {
         return each([&](int i) { return vbslq_f32(vcltq_f32(a.at[i], b.at[i]), a.at[i], b.at[i]); });
     }
@@ -39,8 +39,8 @@ struct LanesNeon {
     static F round(F a) { return each([&](int i) { return vrndnq_f32(a.at[i]); }); }
     static F power_of_two(F n) {
         return each([&](int i) {
-            const int32x4_t quantized = vaddq_s32(vcvtnq_s32_f32(n.at[i]), vdupq_n_s32(127));
-            return vreinterpretq_f32_s32(vshlq_n_s32(quantized, 23));
+            const int32x4_t exponent = vaddq_s32(vcvtnq_s32_f32(n.at[i]), vdupq_n_s32(127));
+            return vreinterpretq_f32_s32(vshlq_n_s32(exponent, 23));
         });
     }
     static F to_float(const I& x) { return each([&](int i) { return vcvtq_f32_s32(x.at[i]); }); }
@@ -51,7 +51,7 @@ struct LanesNeon {
         return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
     }
 
-    // The sums of four, each added up as above.
+    // The sums of four vectors, each as above.
     static void sum_four(const F (&f)[4], float* out) {
         float32x4_t two[2];
         for (int i = 0; i < 2; ++i) {
@@ -100,34 +100,34 @@ struct LanesNeon {
     static Packed packed(const std::uint8_t* p) {
         static constexpr std::int8_t kDoubled[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
         const int8x16_t table = vld1q_s8(kDoubled);
-        Packed found;
+        Packed result;
         for (int four = 0; four < 4; ++four) {
-            uint32x4_t held[4];
-            for (int i = 0; i < 4; ++i) held[i] = vreinterpretq_u32_u8(vld1q_u8(p + 64 * i + 16 * four));
-            const uint64x2_t ab[2] = {zip_low(held[0], held[1]), zip_high(held[0], held[1])};
-            const uint64x2_t cd[2] = {zip_low(held[2], held[3]), zip_high(held[2], held[3])};
+            uint32x4_t parts[4];
+            for (int i = 0; i < 4; ++i) parts[i] = vreinterpretq_u32_u8(vld1q_u8(p + 64 * i + 16 * four));
+            const uint64x2_t ab[2] = {zip_low(parts[0], parts[1]), zip_high(parts[0], parts[1])};
+            const uint64x2_t cd[2] = {zip_low(parts[2], parts[3]), zip_high(parts[2], parts[3])};
             for (int k = 0; k < 4; ++k) {
                 const uint64x2_t words = k % 2 ? vzip2q_u64(ab[k / 2], cd[k / 2]) : vzip1q_u64(ab[k / 2], cd[k / 2]);
                 const uint8x16_t packed = vreinterpretq_u8_u64(words);
-                found.at[four][2 * k] = vqtbl1q_s8(table, vandq_u8(packed, vdupq_n_u8(15)));
-                found.at[four][2 * k + 1] = vqtbl1q_s8(table, vshrq_n_u8(packed, 4));
+                result.at[four][2 * k] = vqtbl1q_s8(table, vandq_u8(packed, vdupq_n_u8(15)));
+                result.at[four][2 * k + 1] = vqtbl1q_s8(table, vshrq_n_u8(packed, 4));
             }
         }
-        return found;
+        return result;
     }
-    // Of so many blocks; zeros after them.
+    // Of the first `blocks` blocks, zeros after them.
     static Packed packed_of(const std::uint8_t* p, int blocks) {
-        std::uint8_t held[kActBlockBytes] = {};
-        __builtin_memcpy(held, p, static_cast<std::size_t>(blocks) * kBlockBytes);
-        return packed(held);
+        std::uint8_t padded[kActBlockBytes] = {};
+        __builtin_memcpy(padded, p, static_cast<std::size_t>(blocks) * kBlockBytes);
+        return packed(padded);
     }
-    // R rows of a span times T tokens.
+    // Dot products of R rows with T tokens over one ActBlock512.
     template <int R, int T>
-    static void multiply(const Packed (&w)[R], const ActBlock512* const (&x)[T], I (&quantized)[R][T]) {
+    static void multiply(const Packed (&w)[R], const ActBlock512* const (&x)[T], I (&dots)[R][T]) {
         for (int r = 0; r < R; ++r) {
             for (int t = 0; t < T; ++t) {
                 for (int four = 0; four < 4; ++four) {
-                    quantized[r][t].at[four] = dot(*x[t], four, [&](int j) { return w[r].at[four][j]; });
+                    dots[r][t].at[four] = dot(*x[t], four, [&](int j) { return w[r].at[four][j]; });
                 }
             }
         }

@@ -29,7 +29,7 @@ struct LanesScalar {
     static F sub(F a, F b) { return each([&](int i) { return a.at[i] - b.at[i]; }); }
     static F mul(F a, F b) { return each([&](int i) { return a.at[i] * b.at[i]; }); }
     static F div(F a, F b) { return each([&](int i) { return a.at[i] / b.at[i]; }); }
-    // The second where the comparison does not hold, as the vector instructions of x86 have it.
+    // The second where the comparison is false, as with x86 vector instructions.
     static F min(F a, F b) { return each([&](int i) { return a.at[i] < b.at[i] ? a.at[i] : b.at[i]; }); }
     static F max(F a, F b) { return each([&](int i) { return a.at[i] > b.at[i] ? a.at[i] : b.at[i]; }); }
     static F fma(F a, F b, F c) { return each([&](int i) { return std::fma(a.at[i], b.at[i], c.at[i]); }); }
@@ -71,26 +71,26 @@ struct LanesScalar {
 
     static Packed packed(const std::uint8_t* p) {
         static constexpr std::int8_t kDoubled[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
-        Packed found;
+        Packed packed;
         for (int j = 0; j < 8; ++j) {
             for (int i = 0; i < 64; ++i) {
                 const int byte = p[block_of(i / 4) * kBlockBytes + j / 2 * 4 + i % 4];
-                found.at[j][i] = kDoubled[j % 2 ? byte >> 4 : byte & 15];
+                packed.at[j][i] = kDoubled[j % 2 ? byte >> 4 : byte & 15];
             }
         }
-        return found;
+        return packed;
     }
-    // Of so many blocks; zeros after them.
+    // Of the first `blocks` blocks, zeros after them.
     static Packed packed_of(const std::uint8_t* p, int blocks) {
-        std::uint8_t held[kActBlockBytes] = {};
-        std::memcpy(held, p, static_cast<std::size_t>(blocks) * kBlockBytes);
-        return packed(held);
+        std::uint8_t padded[kActBlockBytes] = {};
+        std::memcpy(padded, p, static_cast<std::size_t>(blocks) * kBlockBytes);
+        return packed(padded);
     }
-    // R rows of a span times T tokens.
+    // Dot products of R rows with T tokens over one ActBlock512.
     template <int R, int T>
-    static void multiply(const Packed (&w)[R], const ActBlock512* const (&x)[T], I (&quantized)[R][T]) {
+    static void multiply(const Packed (&w)[R], const ActBlock512* const (&x)[T], I (&dots)[R][T]) {
         for (int r = 0; r < R; ++r) {
-            for (int t = 0; t < T; ++t) quantized[r][t] = dot(w[r].at[0], *x[t]);
+            for (int t = 0; t < T; ++t) dots[r][t] = dot(w[r].at[0], *x[t]);
         }
     }
     static I dot(const std::int8_t* w, const ActBlock512& x) {

@@ -17,7 +17,7 @@ struct Mxfp4 {
                            std::ptrdiff_t y_stride) {
         const std::uint8_t* blocks = weight.blocks + row * weight.block_stride;
         const std::uint8_t* scales = weight.scales + row * weight.scale_stride;
-        const std::ptrdiff_t held = weight.columns / kBlock, full = held / kLanes;
+        const std::ptrdiff_t num_blocks = weight.columns / kBlock, full = num_blocks / kLanes;
         F sums[R][T];
         for (int r = 0; r < R; ++r) {
             for (int t = 0; t < T; ++t) sums[r][t] = V::zero();
@@ -30,15 +30,15 @@ struct Mxfp4 {
                 scale = V::scales(scales + r * weight.scale_stride + s * kLanes);
             });
         }
-        if (full * kLanes < held) {
-            const std::ptrdiff_t count = held - full * kLanes;
+        if (full * kLanes < num_blocks) {
+            const std::ptrdiff_t count = num_blocks - full * kLanes;
             multiply_act_block<R, T>(x, full, sums, [&](int r, typename V::Packed& packed, F& scale) {
                 const std::uint8_t* from = blocks + r * weight.block_stride + full * kActBlockBytes;
                 for (std::ptrdiff_t line = 0; line < count * kBlockBytes; line += 64) prefetch(from + kAhead + line);
-                std::uint8_t some[kLanes] = {};
-                __builtin_memcpy(some, scales + r * weight.scale_stride + full * kLanes, static_cast<std::size_t>(count));
+                std::uint8_t padded[kLanes] = {};
+                __builtin_memcpy(padded, scales + r * weight.scale_stride + full * kLanes, static_cast<std::size_t>(count));
                 packed = V::packed_of(from, static_cast<int>(count));
-                scale = V::scales(some);
+                scale = V::scales(padded);
             });
         }
         for (int r = 0; r < R; ++r) {
@@ -46,21 +46,21 @@ struct Mxfp4 {
         }
     }
 
-    // `at(r, packed, scale)` gives span s of row r.
+    // `at(r, packed, scale)` loads row r's codes and scales for ActBlock512 s.
     template <int R, int T, class At>
     static inline void multiply_act_block(const Quantized* x, std::ptrdiff_t s, F (&sums)[R][T], At at) {
         typename V::Packed packed[R];
         F scales[R];
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) at(r, packed[r], scales[r]);
-        const ActBlock512* spans[T];
-        for (int t = 0; t < T; ++t) spans[t] = x[t] + s;
-        typename V::I quantized[R][T];
-        V::template multiply<R, T>(packed, spans, quantized);
+        const ActBlock512* act_blocks[T];
+        for (int t = 0; t < T; ++t) act_blocks[t] = x[t] + s;
+        typename V::I dots[R][T];
+        V::template multiply<R, T>(packed, act_blocks, dots);
         for (int t = 0; t < T; ++t) {
-            const F factors = V::load(spans[t]->factors);
+            const F factors = V::load(act_blocks[t]->factors);
             for (int r = 0; r < R; ++r) {
-                sums[r][t] = V::fma(V::to_float(quantized[r][t]), V::mul(factors, scales[r]), sums[r][t]);
+                sums[r][t] = V::fma(V::to_float(dots[r][t]), V::mul(factors, scales[r]), sums[r][t]);
             }
         }
     }

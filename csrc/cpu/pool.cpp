@@ -7,9 +7,9 @@
 namespace moe_surgery::cpu {
 namespace {
 
-// How often a thread looks before it lets others run, and before it sleeps: some 50 us and 1 ms.
-constexpr int kLooksBeforeYield = 1000;
-constexpr int kLooksBeforeSleep = 20000;
+// Spins before a thread yields, and before it sleeps: about 50 us and 1 ms.
+constexpr int kSpinsBeforeYield = 1000;
+constexpr int kSpinsBeforeSleep = 20000;
 
 void pause() {
 #if defined(__x86_64__)
@@ -23,16 +23,16 @@ void pause() {
 Pool* shared_pool = nullptr;
 std::mutex* shared_guard = new std::mutex;
 
-// The threads do not exist in a forked child, and locks may be held for ever.
-void start_afresh() {
+// A forked child has no threads, and its copies of the locks may stay locked.
+void reset_in_child() {
     shared_pool = nullptr;
     shared_guard = new std::mutex;
 }
 
 }  // namespace
 
-// Outlives the call that made it, while threads that come late see that nothing is left. What the phases
-// refer to is the caller's, and touched by those alone who have a piece in hand.
+// Outlives the call that created it, so that late threads find no work left. The phases refer to the caller's
+// data, which is used only while working on a piece.
 class Job {
   public:
     Job(int threads, std::vector<Phase> phases) : threads_(threads), phases_(std::move(phases)) {
@@ -46,13 +46,13 @@ class Job {
         }
     }
 
-    void take_part(int thread) {
+    void participate(int thread) {
         if (thread >= threads_) return;
         for (std::size_t i = 0; i < phases_.size(); ++i) {
             Progress& progress = *progress_[i];
             work(phases_[i], progress, thread);
-            for (int looks = 0; progress.done.load(std::memory_order_acquire) != phases_[i].count; ++looks) {
-                if (looks < kLooksBeforeYield) {
+            for (int spins = 0; progress.done.load(std::memory_order_acquire) != phases_[i].count; ++spins) {
+                if (spins < kSpinsBeforeYield) {
                     pause();
                 } else {
                     std::this_thread::yield();
@@ -72,8 +72,8 @@ class Job {
         std::atomic<std::ptrdiff_t> done{0};
     };
 
-    // Each thread takes its own run of pieces in order, so that it reads one linear stream, then what others
-    // have left.
+    // Each thread takes its own range of pieces in order, so that it reads linearly, then steals from the
+    // others.
     void work(const Phase& phase, Progress& progress, int thread) {
         for (int i = 0; i < threads_; ++i) {
             Share& share = progress.shares[static_cast<std::size_t>((thread + i) % threads_)];
@@ -92,7 +92,7 @@ class Job {
 };
 
 Pool& Pool::shared() {
-    static const int registered = pthread_atfork(nullptr, nullptr, start_afresh);
+    static const int registered = pthread_atfork(nullptr, nullptr, reset_in_child);
     (void)registered;
     const std::lock_guard<std::mutex> guard(*shared_guard);
     if (!shared_pool) shared_pool = new Pool;
@@ -117,22 +117,22 @@ void Pool::run(int threads, std::vector<Phase> phases) {
         number_.fetch_add(1, std::memory_order_release);
     }
     if (asleep_.load(std::memory_order_acquire)) wake_.notify_all();
-    job->take_part(0);
+    job->participate(0);
 }
 
-void Pool::serve(int thread, std::uint64_t seen) {
-    for (;;) next(seen)->take_part(thread);
+void Pool::serve(int thread, std::uint64_t last) {
+    for (;;) next(last)->participate(thread);
 }
 
-std::shared_ptr<Job> Pool::next(std::uint64_t& seen) {
-    for (int looks = 0; looks < kLooksBeforeSleep && number_.load(std::memory_order_acquire) == seen; ++looks) pause();
+std::shared_ptr<Job> Pool::next(std::uint64_t& last) {
+    for (int spins = 0; spins < kSpinsBeforeSleep && number_.load(std::memory_order_acquire) == last; ++spins) pause();
     std::unique_lock<std::mutex> lock(guard_);
-    if (number_.load(std::memory_order_relaxed) == seen) {
+    if (number_.load(std::memory_order_relaxed) == last) {
         asleep_.fetch_add(1, std::memory_order_relaxed);
-        wake_.wait(lock, [&] { return number_.load(std::memory_order_relaxed) != seen; });
+        wake_.wait(lock, [&] { return number_.load(std::memory_order_relaxed) != last; });
         asleep_.fetch_sub(1, std::memory_order_relaxed);
     }
-    seen = number_.load(std::memory_order_relaxed);
+    last = number_.load(std::memory_order_relaxed);
     return job_;
 }
 

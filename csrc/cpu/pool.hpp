@@ -1,7 +1,7 @@
-// Threads that stay: they wait for work by spinning a little, then asleep.
+// A thread pool: idle threads spin for a while, then sleep.
 //
-// Work is cut into pieces, and a phase is over when its pieces are done, not when every thread has come: one
-// that the system lets wait holds nobody up unless it has a piece in hand.
+// Work is cut into pieces, and a phase ends when its pieces are done, not when every thread has arrived: a thread
+// that is not scheduled delays the others only while it works on a piece.
 #pragma once
 
 #include <atomic>
@@ -26,25 +26,25 @@ class Job;
 
 class Pool {
   public:
-    // The process's pool. After a fork the child gets one of its own.
+    // The process's pool. After a fork the child starts a new one.
     static Pool& shared();
 
-    // Carry out the phases one after the other on `threads` threads, the caller's among them, numbered from
-    // 0. Calls from several threads take turns. No `work` may throw, or call `run`.
+    // Runs the phases one after the other on `threads` threads including the caller's, numbered from 0.
+    // Concurrent calls are serialised. `work` must not throw or call `run`.
     void run(int threads, std::vector<Phase> phases);
 
-    // Threads that exist, the caller's not counted.
+    // Running threads, without the caller's.
     int workers() const { return static_cast<int>(workers_.size()); }
 
   private:
-    void serve(int thread, std::uint64_t seen);
-    std::shared_ptr<Job> next(std::uint64_t& seen);
+    void serve(int thread, std::uint64_t last);
+    std::shared_ptr<Job> next(std::uint64_t& last);
 
     std::mutex turn_;  // held while a job runs
-    std::mutex guard_;  // of job_ and of sleeping
+    std::mutex guard_;  // guards job_ and sleeping
     std::condition_variable wake_;
     std::vector<std::thread> workers_;
-    std::atomic<std::uint64_t> number_{0};  // of the present job
+    std::atomic<std::uint64_t> number_{0};  // of the current job
     std::atomic<int> asleep_{0};
     std::shared_ptr<Job> job_;
 };

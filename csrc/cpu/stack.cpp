@@ -19,11 +19,11 @@ void add(Floats& terms, float* x) {
     for (std::size_t i = 0; i < terms.size(); ++i) x[i] += terms[i];
 }
 
-// One step through one layer after the other, with room for what lies between two operations.
+// One step through all layers, with the buffers between operations.
 class Run {
   public:
     Run(const Engine& engine, const Stack& stack, const Step& step)
-        : engine_(engine), stack_(stack), step_(step), tokens_(step.batch * step.columns) {
+        : engine_(engine), stack_(stack), step_(step), tokens_(step.batch * step.seq_len) {
         const std::ptrdiff_t queries = stack.heads * stack.head_dim, keys = stack.kv_heads * stack.head_dim;
         h_.resize(static_cast<std::size_t>(tokens_ * stack.hidden));
         y_.resize(h_.size());
@@ -52,8 +52,8 @@ class Run {
         weights_.resize(ids_.size());
         engine_.products(h_.data(), tokens_, {product_of(layer.router, logits_.data())});
         topk_softmax(logits_.data(), tokens_, layer.router.rows, layer.top_k, ids_.data(), weights_.data());
-        if (layer.index) {
-            for (std::int64_t& id : ids_) id = layer.index[id];
+        if (layer.expert_map) {
+            for (std::int64_t& id : ids_) id = layer.expert_map[id];
         }
         engine_.experts(h_.data(), {ids_.data(), weights_.data(), tokens_, layer.top_k}, layer.experts, y_.data());
         add(y_, step_.x);
@@ -64,13 +64,13 @@ class Run {
         engine_.rms_norm(step_.x, tokens_, stack_.hidden, weight, stack_.eps, h_.data());
     }
 
-    // [batch, columns, heads, head_dim] to [batch, heads, columns, head_dim].
+    // [batch, seq_len, heads, head_dim] to [batch, heads, seq_len, head_dim].
     void rotate_queries() {
         const std::ptrdiff_t d = stack_.head_dim, width = stack_.heads * d, half = d / 2;
-        const std::ptrdiff_t angles[3] = {step_.columns * half, 0, half};
+        const std::ptrdiff_t angles[3] = {step_.seq_len * half, 0, half};
         apply_rope({q_.data(), step_.cos, step_.sin,
-                {step_.batch, stack_.heads, step_.columns},
-                {step_.columns * width, d, width},
+                {step_.batch, stack_.heads, step_.seq_len},
+                {step_.seq_len * width, d, width},
                 {angles[0], angles[1], angles[2]},
                 {angles[0], angles[1], angles[2]},
                 d, rotated_.data()});
@@ -79,8 +79,8 @@ class Run {
     void store(const LayerCache& cache) {
         const std::ptrdiff_t d = stack_.head_dim;
         for (std::ptrdiff_t t = 0; t < tokens_; ++t) {
-            const std::ptrdiff_t b = t / step_.columns, column = t % step_.columns;
-            const std::ptrdiff_t slot = cache.places[b * cache.place_stride + column];
+            const std::ptrdiff_t b = t / step_.seq_len, i = t % step_.seq_len;
+            const std::ptrdiff_t slot = cache.slot_ids[b * cache.slot_id_stride + i];
             for (std::ptrdiff_t head = 0; head < stack_.kv_heads; ++head) {
                 const std::ptrdiff_t from = (t * stack_.kv_heads + head) * d;
                 apply_rope({k_.data() + from, step_.cos + t * d / 2, step_.sin + t * d / 2, {1, 1, 1}, {}, {}, {}, d,
@@ -92,7 +92,7 @@ class Run {
         }
     }
 
-    // To q_ [batch, columns, heads * head_dim].
+    // To q_ [batch, seq_len, heads * head_dim].
     void attention_over_cache(const DecoderLayer& layer, const LayerCache& cache) {
         Attention a = {};
         a.q = rotated_.data();
@@ -102,7 +102,7 @@ class Run {
             a.key_strides[i] = cache.key_strides[i] * static_cast<std::ptrdiff_t>(sizeof(float));
             a.value_strides[i] = cache.value_strides[i] * static_cast<std::ptrdiff_t>(sizeof(float));
         }
-        a.wide = true;
+        a.is_f32 = true;
         for (std::ptrdiff_t i = 0; i < stack_.heads; ++i) sinks_[static_cast<std::size_t>(i)] = value_at(layer.sinks, i);
         a.sinks = sinks_.data();
         a.query_positions = step_.positions;
@@ -111,15 +111,15 @@ class Run {
         a.batch = step_.batch;
         a.heads = stack_.heads;
         a.kv_heads = stack_.kv_heads;
-        a.queries = step_.columns;
+        a.queries = step_.seq_len;
         a.slots = cache.slots;
         a.head_dim = stack_.head_dim;
         a.window = layer.window;
         a.out = q_.data();
-        // Layers of one kind see the same slots.
-        const auto kind = std::make_pair(cache.positions, layer.window);
-        const auto found = visible_.find(kind);
-        engine_.attention(a, found != visible_.end() ? found->second : visible_.emplace(kind, visible_keys(a)).first->second);
+        // Layers with the same cache positions and window share visible keys.
+        const auto key = std::make_pair(cache.positions, layer.window);
+        const auto found = visible_.find(key);
+        engine_.attention(a, found != visible_.end() ? found->second : visible_.emplace(key, visible_keys(a)).first->second);
     }
 
     const Engine& engine_;

@@ -1,4 +1,4 @@
-// All decoder layers of a model as one operation: what a step does between embedding and last norm.
+// All decoder layers of a model as one operation: a step from the embedding to the last norm.
 #pragma once
 
 #include "engine.hpp"
@@ -20,23 +20,23 @@ struct DecoderLayer {
     Values mlp_norm;
     Projection router;
     ExpertLayer experts;
-    const std::int64_t* index;  // the stored place of each of the router's experts, or null: its own
+    const std::int64_t* expert_map;  // stored index of each of the router's experts; null for the identity
     std::ptrdiff_t top_k;
     std::ptrdiff_t window;  // 0 for none
 };
 
 // One layer's part of the cache, float32: keys and values [batch, kv_heads, slots, head_dim] with strides in
-// floats, inner axis contiguous. Columns of the step are stored at `places` before any of them attends.
+// floats, inner axis contiguous. The step's tokens are stored in `slot_ids` before any of them attends.
 struct LayerCache {
     float* keys;
     float* values;
     std::ptrdiff_t key_strides[3];
     std::ptrdiff_t value_strides[3];
-    std::ptrdiff_t slots;             // that may be seen
-    const std::int64_t* positions;    // [batch, position_stride]: of the slots, -1 where there is none
+    std::ptrdiff_t slots;             // that may be attended to
+    const std::int64_t* positions;    // [batch, position_stride]: of the slots, -1 for none
     std::ptrdiff_t position_stride;
-    const std::int64_t* places;       // [batch, columns], or [columns] where place_stride is 0
-    std::ptrdiff_t place_stride;
+    const std::int64_t* slot_ids;       // [batch, seq_len], or [seq_len] where slot_id_stride is 0
+    std::ptrdiff_t slot_id_stride;
 };
 
 struct Stack {
@@ -45,11 +45,11 @@ struct Stack {
     float eps;
 };
 
-// What a step is about: x [batch, columns, hidden], changed in place, and the tokens' positions
-// [batch, columns] with cos and sin [batch, columns, head_dim / 2].
+// The input of a step: x [batch, seq_len, hidden], updated in place, and the tokens' positions [batch, seq_len]
+// with cos and sin [batch, seq_len, head_dim / 2].
 struct Step {
     float* x;
-    std::ptrdiff_t batch, columns;
+    std::ptrdiff_t batch, seq_len;
     const std::int64_t* positions;
     const float* cos;
     const float* sin;

@@ -8,15 +8,15 @@ namespace {
 
 std::vector<const Kernels*> find_kernels() {
     using isa::Isa;
-    std::vector<const Kernels*> found;
+    std::vector<const Kernels*> kernels;
 #if defined(__x86_64__)
-    if (isa::supported(Isa::avx512)) found.push_back(&kAvx512Kernels);
-    if (isa::supported(Isa::avx2)) found.push_back(&kAvx2Kernels);
+    if (isa::supported(Isa::avx512)) kernels.push_back(&kAvx512Kernels);
+    if (isa::supported(Isa::avx2)) kernels.push_back(&kAvx2Kernels);
 #elif defined(__aarch64__)
-    if (isa::supported(Isa::neon)) found.push_back(&kNeonKernels);
+    if (isa::supported(Isa::neon)) kernels.push_back(&kNeonKernels);
 #endif
-    found.push_back(&kScalarKernels);
-    return found;
+    kernels.push_back(&kScalarKernels);
+    return kernels;
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""How fast models decode, beside one another in one run: full and pruned, or views of one checkpoint."""
+"""Decode speed of several models in one run: full and pruned, or views of one checkpoint."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from functools import partial
 import torch
 
 from moe_surgery.bench.memory import memory_in_use, read_bandwidth, synchronize
-from moe_surgery.bench.rounds import Spread, check_numbers, interleaved, percentile, spread
+from moe_surgery.bench.rounds import MedianRange, check_numbers, interleaved, median_range, percentile
 from moe_surgery.errors import UsageError
 from moe_surgery.runtime.generate import decoder
 from moe_surgery.runtime.model import CausalLM
-from moe_surgery.runtime.step_bytes import model_step_bytes, shown_bytes
+from moe_surgery.runtime.step_bytes import model_step_bytes, usable_bytes
 
 __all__ = ["DecodeFigures", "DecodeRun", "Decoding", "decode_figures", "measure_decoding", "run_decoding"]
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeRun:
-    """One prefill and the decoding after it. Seconds; the first token's are prefill's and its choice's.
-    `read_bandwidth`: bytes a second of a plain read loop just before."""
+    """One prefill and the decoding after it, in seconds; the first token includes prefill. `read_bandwidth`:
+    bytes per second of a plain read loop just before."""
 
     model: str
     batch: int
@@ -39,23 +39,23 @@ class DecodeRun:
 
 @dataclass(frozen=True, slots=True)
 class DecodeFigures:
-    """A model at one batch size, over all rounds. Rates are tokens a second of all sequences together.
+    """A model at one batch size, over all rounds. Rates are tokens per second over all sequences.
 
     `decode_rate` and `prefill_rate` are medians of rounds with their range. `latency` and `latency_p95`
-    are median and 95th percentile of a step, seconds. `bytes_per_token` is weights and cache that a
-    step must read, by count, over the batch; `bandwidth_share` what that makes of the read bandwidth, the
-    median of rounds with a read loop just before each: it exceeds 1 where the machine's memory was faster
-    meanwhile. `weight_bytes` are those a checkpoint of the shown experts holds, `memory_bytes` what the
-    process (or device) held at the end of a run, all models of the benchmark included. `ratio` is the
-    decode rate over the first model's in the same round.
+    are median and 95th percentile of a step, seconds. `bytes_per_token` are the weights and cache that
+    a step must read, divided by the batch; `bandwidth_share` is their share of the read bandwidth, the
+    median over rounds with a read loop just before each: it exceeds 1 if memory was faster during the
+    round. `weight_bytes` is the size of a checkpoint with these experts, `memory_bytes` the memory of the
+    process (or device) at the end of a run, all models included. `ratio` is the decode rate over the
+    first model's in the same round.
     """
 
     model: str
     experts: float
     top_k: int
     batch: int
-    prefill_rate: Spread
-    decode_rate: Spread
+    prefill_rate: MedianRange
+    decode_rate: MedianRange
     first_token_seconds: float
     latency: float
     latency_p95: float
@@ -64,7 +64,7 @@ class DecodeFigures:
     weight_bytes: int
     cache_bytes: int
     memory_bytes: int
-    ratio: Spread | None
+    ratio: MedianRange | None
     rounds: int
 
     def as_dict(self) -> dict[str, object]:
@@ -72,7 +72,7 @@ class DecodeFigures:
 
 
 class Decoding:
-    """`context` random tokens read for each of `batch` sequences; then `step` decodes, up to `steps` times."""
+    """Prefills `batch` sequences with `context` random tokens; then `step` decodes, up to `steps` times."""
 
     @torch.inference_mode()
     def __init__(
@@ -91,8 +91,8 @@ class Decoding:
         self._tokens.tolist()
         self._first_token_seconds = time.perf_counter() - start
         self._step_seconds: list[float] = []
-        self._follow = decoder(model, self._cache)
-        self._next()  # the first step sets up what later ones use
+        self._decode = decoder(model, self._cache)
+        self._next()  # warm-up
 
     def step(self) -> None:
         """Decode one token of each sequence, greedily."""
@@ -102,11 +102,11 @@ class Decoding:
 
     @torch.inference_mode()
     def _next(self) -> None:
-        self._tokens = self._follow(self._tokens)[:, -1].argmax(-1)
+        self._tokens = self._decode(self._tokens)[:, -1].argmax(-1)
         self._tokens.tolist()
 
     def run(self, read_bandwidth: float) -> DecodeRun:
-        """What was measured until now."""
+        """The measurements so far."""
         return DecodeRun(
             self._name,
             self._batch,
@@ -124,7 +124,7 @@ class Decoding:
 def run_decoding(
     model: CausalLM, name: str, batch: int, context: int, steps: int, seed: int = 0
 ) -> DecodeRun:
-    """Read memory plainly, then `context` random tokens for each of `batch` sequences, then decode `steps`
+    """Measure the read bandwidth, prefill `batch` sequences with `context` random tokens, and decode `steps`
     greedily."""
     bandwidth = read_bandwidth(model.device)
     decoding = Decoding(model, name, batch, context, steps, seed)
@@ -141,74 +141,74 @@ def measure_decoding(
     steps: int = 16,
     rounds: int = 3,
 ) -> Iterator[DecodeRun]:
-    """Every model at every batch size, in turn, `rounds` times after one run that does not count.
+    """Every model at every batch size, in alternation, `rounds` times after a warm-up.
 
-    Raises UsageError for numbers below 1, or a depth and steps that no model takes.
+    Raises UsageError for numbers below 1, or if depth and steps exceed a model's context.
     """
     check_numbers(depth=[depth], steps=[steps], rounds=[rounds], batches=batches)
     shortest = min(model.config.max_position_embeddings for model in models.values())
     if depth + steps + 1 > shortest:
         raise UsageError(
             f"`depth` {depth} and `steps` {steps} need {depth + steps + 1} tokens; "
-            f"these models take {shortest}"
+            f"these models support {shortest}"
         )
-    jobs = [(name, model, batch) for batch in batches for name, model in models.items()]
-    for name, model, batch in jobs:
+    setups = [(name, model, batch) for batch in batches for name, model in models.items()]
+    for name, model, batch in setups:
         Decoding(model, name, batch, depth, 1).step()
-    calls = [partial(run_decoding, model, name, batch, depth, steps) for name, model, batch in jobs]
+    calls = [partial(run_decoding, model, name, batch, depth, steps) for name, model, batch in setups]
     for number, _, run in interleaved(calls, rounds):
         yield replace(run, number=number)
 
 
 def decode_figures(runs: Sequence[DecodeRun], models: Mapping[str, CausalLM]) -> list[DecodeFigures]:
-    """Figures of what was run so far. The first model is the full one."""
+    """Figures of the runs so far. The first model is the full one."""
     full = next(iter(models), None)
     rates = {(r.model, r.batch, r.number): _rate(r) for r in runs}
-    found = []
+    figures = []
     for batch in dict.fromkeys(r.batch for r in runs):
         for name, model in models.items():
-            mine = [r for r in runs if (r.model, r.batch) == (name, batch)]
-            if not mine:
+            group = [r for r in runs if (r.model, r.batch) == (name, batch)]
+            if not group:
                 continue
             ratios = [
                 _rate(r) / rates[full, batch, r.number]
-                for r in mine
+                for r in group
                 if full is not None and (full, batch, r.number) in rates
             ]
-            steps = [s for r in mine for s in r.step_seconds]
-            positions = mine[0].prompt_tokens // batch + len(mine[0].step_seconds) // 2
+            steps = [s for r in group for s in r.step_seconds]
+            positions = group[0].prompt_tokens // batch + len(group[0].step_seconds) // 2
             read = model_step_bytes(model, batch) + cache_step_bytes(model, batch, positions)
-            shares = [read / statistics.median(r.step_seconds) / r.read_bandwidth for r in mine]
-            found.append(
+            shares = [read / statistics.median(r.step_seconds) / r.read_bandwidth for r in group]
+            figures.append(
                 DecodeFigures(
                     name,
                     statistics.mean(len(layer.router.weight) for layer in model.layers),
                     max(layer.top_k for layer in model.layers),
                     batch,
-                    spread([r.prompt_tokens / r.prefill_seconds for r in mine]),
-                    spread([_rate(r) for r in mine]),
-                    statistics.median(r.first_token_seconds for r in mine),
+                    median_range([r.prompt_tokens / r.prefill_seconds for r in group]),
+                    median_range([_rate(r) for r in group]),
+                    statistics.median(r.first_token_seconds for r in group),
                     statistics.median(steps),
                     percentile(steps, 0.95),
                     read / batch,
                     statistics.median(shares),
-                    shown_bytes(model),
-                    mine[0].cache_bytes,
-                    max(r.memory_bytes for r in mine),
-                    spread(ratios) if ratios else None,
-                    len(mine),
+                    usable_bytes(model),
+                    group[0].cache_bytes,
+                    max(r.memory_bytes for r in group),
+                    median_range(ratios) if ratios else None,
+                    len(group),
                 )
             )
-    return found
+    return figures
 
 
 def cache_step_bytes(model: CausalLM, batch: int, positions: int) -> int:
-    """Bytes of keys and values that a step reads behind `positions` positions of each sequence."""
+    """Bytes of keys and values that a step reads with `positions` tokens of each sequence in the cache."""
     c = model.config
-    seen = sum(positions if w is None else min(positions, w) for w in c.sliding_windows)
-    return 2 * batch * seen * c.num_key_value_heads * c.head_dim * model.dtype.itemsize
+    visible = sum(positions if w is None else min(positions, w) for w in c.sliding_windows)
+    return 2 * batch * visible * c.num_key_value_heads * c.head_dim * model.dtype.itemsize
 
 
 def _rate(run: DecodeRun) -> float:
-    """Tokens a second of a run, all sequences together."""
+    """Tokens per second of a run, over all sequences."""
     return run.batch * len(run.step_seconds) / sum(run.step_seconds)

@@ -1,4 +1,4 @@
-"""One layer's operations on this machine, by backend and number of experts, beside a plain read loop."""
+"""Speed of one layer's operations, by backend and number of experts, compared with a plain read loop."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class KernelRun:
 
 @dataclass(frozen=True, slots=True)
 class KernelFigures:
-    """One operation: median seconds of a call, the bytes of weights it reads, and bytes a second of that.
+    """One operation: median seconds of a call, the bytes of weights it reads, and bytes per second.
 
     `operation`: "route", "experts" (the chosen ones, MXFP4) or "dense" (one BF16 product of hidden by
     hidden). `share` is of the read loop's rate measured in the same run.
@@ -80,14 +80,14 @@ class KernelCall:
 
 def usable_backends(device: torch.device) -> list[str]:
     """Names of the backends that run on `device` here."""
-    found = []
+    names = []
     for name in backend_states():
         try:
             select_backend(device, name)
         except UsageError:
             continue
-        found.append(name)
-    return found
+        names.append(name)
+    return names
 
 
 @torch.inference_mode()
@@ -100,7 +100,7 @@ def measure_kernels(
     hidden: int = HIDDEN,
     rounds: int = 10,
 ) -> Iterator[KernelRun]:
-    """Every operation for each number of experts and tokens, backends in turn. BF16, random weights.
+    """Every operation for each number of experts and tokens, backends in alternation. BF16, random weights.
 
     Raises UsageError for a backend that does not run here, or numbers out of range (`hidden` must be a
     multiple of 32).
@@ -108,25 +108,25 @@ def measure_kernels(
     check_numbers(expert_counts=expert_counts, tokens=tokens, hidden=[hidden], rounds=[rounds])
     for count in expert_counts:
         for calls in kernel_calls(backends, device, count, tokens=tokens, hidden=hidden):
-            jobs = [partial(_seconds, call.run, device) for call in calls]
-            for job in jobs:  # not counted
-                job()
-            for number, which, seconds in interleaved(jobs, rounds):
-                c = calls[which]
+            timers = [partial(_seconds, call.run, device) for call in calls]
+            for timer in timers:  # warm-up
+                timer()
+            for number, i, seconds in interleaved(timers, rounds):
+                c = calls[i]
                 yield KernelRun(c.backend, c.operation, c.experts, c.tokens, c.read_bytes, number, seconds)
 
 
 def kernel_figures(runs: Sequence[KernelRun], bandwidth: float) -> list[KernelFigures]:
-    """Figures of what was run so far; `bandwidth` in bytes a second."""
+    """Figures of the runs so far; `bandwidth` in bytes per second."""
     spent: dict[tuple[str, str, int, int, int], list[float]] = {}
     for r in runs:
         spent.setdefault((r.backend, r.operation, r.experts, r.tokens, r.read_bytes), []).append(r.seconds)
-    found = []
+    figures = []
     for call, several in spent.items():
         seconds = statistics.median(several)
         rate = call[-1] / seconds
-        found.append(KernelFigures(*call[:-1], seconds, call[-1], rate, rate / bandwidth))
-    return found
+        figures.append(KernelFigures(*call[:-1], seconds, call[-1], rate, rate / bandwidth))
+    return figures
 
 
 @torch.inference_mode()
@@ -140,7 +140,7 @@ def kernel_calls(
 ) -> Iterator[list[KernelCall]]:
     """For each number of tokens every operation of every backend, all over the same random weights.
 
-    Raises UsageError for a backend that does not run here, or a `hidden` that is no multiple of 32.
+    Raises UsageError for a backend that does not run here, or a `hidden` that is not a multiple of 32.
     """
     if hidden % 32:
         raise UsageError(f"`hidden` {hidden}: must be a multiple of 32, the block of MXFP4")
@@ -162,11 +162,11 @@ def _calls(
 ) -> list[KernelCall]:
     """One of each operation."""
     top_k = min(TOP_K, len(router))
-    ids, shares = backend.route(x, router, bias, top_k)
+    ids, routing_weights = backend.route(x, router, bias, top_k)
     read = int(torch.unique(ids).numel()) * _expert_bytes(weights)
     calls: list[tuple[str, int, Callable[[], Tensor]]] = [
         ("route", router.nbytes, lambda: backend.route(x, router, bias, top_k)[1]),
-        ("experts", read, partial(backend.experts, x, ids, shares, weights)),
+        ("experts", read, partial(backend.experts, x, ids, routing_weights, weights)),
         ("dense", square.nbytes, partial(backend.linear, x, square)),
     ]
     return [

@@ -1,4 +1,4 @@
-"""How fast this machine's memory is read, and how much of it a process holds."""
+"""Memory bandwidth of this machine, and memory in use."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from moe_surgery.runtime.usage import peak_memory
 
 __all__ = ["memory_in_use", "read_bandwidth", "synchronize"]
 
-BUFFER_BYTES = 512 << 20  # larger than the last cache of a processor's core complex
+BUFFER_BYTES = 512 << 20  # larger than a last-level cache
 REPEATS = 5
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until `device` has done what it was asked to."""
+    """Wait for all work on `device`."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -24,10 +24,10 @@ def synchronize(device: torch.device) -> None:
 
 
 def read_bandwidth(device: torch.device, nbytes: int = BUFFER_BYTES) -> float:
-    """Bytes a second of a plain read loop: a sum over `nbytes` of float32, the best of a few runs.
+    """Bytes per second of a plain read loop: a sum over `nbytes` of float32, the best of a few runs.
 
-    On the CPU with as many threads as torch uses. What kernels could reach at most while memory is as fast
-    as during the loop; on machines shared with others it changes by the second.
+    On the CPU with torch's number of threads. An upper bound for kernels while memory is as fast as during
+    the loop; on shared machines it changes by the second.
     """
     buffer = torch.ones(nbytes // 4, dtype=torch.float32, device=device)
     best = float("inf")

@@ -1,4 +1,4 @@
-"""Benchmarks as pictures: panels of lines, drawn by matplotlib."""
+"""Charts of benchmarks: panels of lines, drawn with matplotlib."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class Panel:
 
 
 def check_plot(file: Path | None) -> None:
-    """Raise UsageError where `file` cannot become a picture, before anything is measured."""
+    """Raise UsageError if `file` cannot be a chart, before anything is measured."""
     if file is None:
         return
     if file.suffix not in FORMATS:
-        raise UsageError(f"{file}: name a file that ends in {', '.join(FORMATS)}")
+        raise UsageError(f"{file}: must end in {', '.join(FORMATS)}")
     if file.is_dir() or not file.absolute().parent.is_dir():
-        raise UsageError(f"{file}: is a folder, or in a folder that is not there")
+        raise UsageError(f"{file}: is a folder, or its folder does not exist")
     try:
         import matplotlib  # noqa: F401
     except ImportError:

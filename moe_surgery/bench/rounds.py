@@ -1,4 +1,4 @@
-"""Jobs measured in turn, so that whatever else the machine does hits all alike; and what to make of it."""
+"""Calls measured in alternation, so that drift of the machine affects all alike; and summaries."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import TypeVar
 
 from moe_surgery.errors import UsageError
 
-__all__ = ["Spread", "check_numbers", "interleaved", "percentile", "rounded", "spread"]
+__all__ = ["MedianRange", "check_numbers", "interleaved", "median_range", "percentile", "rounded"]
 
 T = TypeVar("T")
 
 
 def rounded(value: float | None, digits: int = 3) -> str:
-    """So many significant digits, all of those before the point, no exponent above; "" for None."""
+    """`digits` significant digits, but all digits before the point and no exponent; "" for None."""
     if value is None:
         return ""
     return f"{value:.{digits}g}" if abs(value) < 10**digits - 0.5 else f"{value:.0f}"
 
 
 @dataclass(frozen=True, slots=True)
-class Spread:
-    """Median, smallest and largest of several figures."""
+class MedianRange:
+    """Median, smallest and largest of several values."""
 
     median: float
     low: float
@@ -34,9 +34,9 @@ class Spread:
         return f"{rounded(self.median)} ({rounded(self.low)}-{rounded(self.high)})"
 
 
-def spread(values: Sequence[float]) -> Spread:
-    """Of at least one figure."""
-    return Spread(statistics.median(values), min(values), max(values))
+def median_range(values: Sequence[float]) -> MedianRange:
+    """Of at least one value."""
+    return MedianRange(statistics.median(values), min(values), max(values))
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -52,9 +52,10 @@ def check_numbers(**options: Sequence[int]) -> None:
                 raise UsageError(f"`{name}` {value}: must be at least 1")
 
 
-def interleaved(jobs: Sequence[Callable[[], T]], rounds: int) -> Iterator[tuple[int, int, T]]:
-    """Run every job once a round and yield (round, job number, result); each round begins with another."""
+def interleaved(calls: Sequence[Callable[[], T]], rounds: int) -> Iterator[tuple[int, int, T]]:
+    """Run every call once per round and yield (round, index of the call, result); each round starts with
+    another call."""
     for number in range(rounds):
-        for turn in range(len(jobs)):
-            job = (turn + number) % len(jobs)
-            yield number, job, jobs[job]()
+        for turn in range(len(calls)):
+            i = (turn + number) % len(calls)
+            yield number, i, calls[i]()

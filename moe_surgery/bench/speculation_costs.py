@@ -1,4 +1,4 @@
-"""What the steps of speculation cost, and the acceptance that pays for them."""
+"""Cost of the steps of speculative decoding, and the break-even acceptance."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moe_surgery.runtime.generate import decoder
 from moe_surgery.runtime.model import CausalLM
 from moe_surgery.runtime.sampling import Sampler, Sampling
 from moe_surgery.runtime.speculation.acceptance import accept_greedy
-from moe_surgery.runtime.speculation.draft import BEHIND
+from moe_surgery.runtime.speculation.draft import DRAFT_LAG
 from moe_surgery.runtime.speculation.draft_length import Costs, break_even, check_length, speed_up
 
 __all__ = ["LengthCost", "StepTime", "break_even_rows", "costs_of", "measure_costs"]
@@ -25,12 +25,12 @@ __all__ = ["LengthCost", "StepTime", "break_even_rows", "costs_of", "measure_cos
 
 @dataclass(frozen=True, slots=True)
 class LengthCost:
-    """What a draft length costs on this machine, and the acceptance that pays for it.
+    """Cost of a draft length on this machine, and its break-even acceptance.
 
-    Seconds of the draft's steps for one round and of the target's step over all drafted tokens and the one
-    before them (acceptance included), beside a plain step; prefill is left out. `break_even` is the
-    acceptance of a drafted token at which speculation is as fast as plain decoding, None where no
-    acceptance is enough: it solves
+    Seconds of the draft's steps of one round, of the target's step over the drafted tokens and the one
+    before them (acceptance included), and of a plain step; without prefill. `break_even` is the
+    acceptance rate at which speculation is as fast as plain decoding, None if no rate is enough. It
+    solves
     (1 - a^(n+1)) / (1 - a) = (n d + a^n c + t_n) / t_0 (see `runtime.draft_length`).
     """
 
@@ -53,69 +53,69 @@ class StepTime:
 
 
 class _Steps:
-    """The steps that plain decoding and speculation are made of, behind `context` random tokens.
+    """The steps of plain and speculative decoding, with `context` random tokens in the cache.
 
-    Each ends with token numbers on the CPU. A check is what follows the target's step as well: acceptance,
-    log-probabilities, and both caches as they were.
+    Each ends with token ids on the CPU. A check includes what follows the target's step: acceptance,
+    log-probabilities, and rolling back both caches.
     """
 
     @torch.inference_mode()
     def __init__(self, target: CausalLM, draft: CausalLM, batch: int, context: int, most: int) -> None:
         random = torch.Generator().manual_seed(0)
-        tokens = context + most + BEHIND
+        tokens = context + most + DRAFT_LAG
         self._ids = torch.randint(0, target.config.vocab_size, (batch, tokens), generator=random)
         self._target, self._draft, self._context = target, draft, context
         self._target_cache = target.new_cache(batch, tokens, rollback=most + 1)
-        self._draft_cache = draft.new_cache(batch, tokens, rollback=most + BEHIND)
+        self._draft_cache = draft.new_cache(batch, tokens, rollback=most + DRAFT_LAG)
         for model, cache in ((target, self._target_cache), (draft, self._draft_cache)):
             model(self._ids[:, :context], cache, logits_to_keep=1)
-        self._plain = decoder(target, self._target_cache)
-        self._drafting = decoder(draft, self._draft_cache)
+        self._decode = decoder(target, self._target_cache)
+        self._decode_draft = decoder(draft, self._draft_cache)
         self._sampler = Sampler(Sampling())
 
     @torch.inference_mode()
     def plain(self) -> StepTime:
-        start = self._begun()
-        tokens, _ = self._sampler(self._plain(self._ids[:, self._context])[:, -1])
+        start = self._start()
+        tokens, _ = self._sampler(self._decode(self._ids[:, self._context])[:, -1])
         tokens.tolist()
-        return self._ended("plain", 1, start)
+        return self._finish("plain", 1, start)
 
     @torch.inference_mode()
     def draft(self, tokens: int) -> StepTime:
-        start, fed = self._begun(), self._fed(tokens)
-        if fed.shape == (1, 1):  # as the drafter has it
-            logits = self._drafting(fed[:, 0])
+        start, ids = self._start(), self._input(tokens)
+        if ids.shape == (1, 1):  # as in the drafter
+            logits = self._decode_draft(ids[:, 0])
         else:
-            logits = self._draft(fed, self._draft_cache, logits_to_keep=1)
+            logits = self._draft(ids, self._draft_cache, logits_to_keep=1)
         logits[:, -1].argmax(-1).tolist()
-        return self._ended("draft", tokens, start)
+        return self._finish("draft", tokens, start)
 
     @torch.inference_mode()
     def check(self, tokens: int) -> StepTime:
-        start, fed = self._begun(), self._fed(tokens)
-        logits = self._target(fed, self._target_cache)
-        drafted = fed[:, 1:].to(logits.device)
-        counts = torch.full((len(fed),), tokens - 1, device=logits.device)
-        kept, after = accept_greedy(drafted, counts, logits)
-        chosen = torch.cat((drafted, after[:, None]), dim=1)[..., None]
+        start, ids = self._start(), self._input(tokens)
+        logits = self._target(ids, self._target_cache)
+        drafted = ids[:, 1:].to(logits.device)
+        counts = torch.full((len(ids),), tokens - 1, device=logits.device)
+        accepted, next_token = accept_greedy(drafted, counts, logits)
+        chosen = torch.cat((drafted, next_token[:, None]), dim=1)[..., None]
         torch.log_softmax(logits, dim=-1).gather(-1, chosen).tolist()
-        kept.tolist()
-        self._take_back()
-        return self._ended("check", tokens, start)
+        accepted.tolist()
+        self._roll_back()
+        return self._finish("check", tokens, start)
 
-    def _fed(self, tokens: int) -> torch.Tensor:
+    def _input(self, tokens: int) -> torch.Tensor:
         return self._ids[:, self._context : self._context + tokens]
 
-    def _begun(self) -> float:
+    def _start(self) -> float:
         synchronize(self._target.device)
         return time.perf_counter()
 
-    def _ended(self, kind: str, tokens: int, start: float) -> StepTime:
+    def _finish(self, kind: str, tokens: int, start: float) -> StepTime:
         seconds = time.perf_counter() - start
-        self._take_back()
+        self._roll_back()
         return StepTime(kind, tokens, seconds)
 
-    def _take_back(self) -> None:
+    def _roll_back(self) -> None:
         for cache in (self._target_cache, self._draft_cache):
             cache.truncate(self._context)
 
@@ -129,46 +129,47 @@ def measure_costs(
     depth: int = 128,
     rounds: int = 5,
 ) -> Iterator[StepTime]:
-    """The steps that rounds of `lengths` drafted tokens are made of, and plain ones, in turn; for `costs_of`.
+    """The steps of rounds of `lengths` drafted tokens, and plain ones, in alternation; for `costs_of`.
 
-    Behind `depth` random tokens: they route as evenly as tokens can, so a long step reads more experts than
-    on a text. Raises UsageError for numbers out of range, or more tokens than a model takes.
+    With `depth` random tokens in the cache: they spread over experts evenly, so a step over several tokens
+    reads more experts than on real text. Raises UsageError for numbers out of range, or more tokens
+    than a model's context.
     """
     check_numbers(batch=[batch], depth=[depth], rounds=[rounds])
     for length in lengths:
         check_length(length, "lengths", "")
-    needed = depth + max(lengths) + BEHIND
+    needed = depth + max(lengths) + DRAFT_LAG
     if needed > (most := min(target.config.max_position_embeddings, draft.config.max_position_embeddings)):
-        raise UsageError(f"`depth` {depth} and `lengths` need {needed} tokens; these models take {most}")
+        raise UsageError(f"`depth` {depth} and `lengths` need {needed} tokens; these models support {most}")
     steps = _Steps(target, draft, batch, depth, max(lengths))
-    jobs: list[Callable[[], StepTime]] = [steps.plain, partial(steps.draft, 1), partial(steps.draft, 2)]
-    jobs += [partial(steps.check, n + 1) for n in sorted(set(lengths))]
-    for job in jobs:  # not counted: the first run sets up what later ones use
-        job()
-    for _, _, found in interleaved(jobs, rounds):
-        yield found
+    calls: list[Callable[[], StepTime]] = [steps.plain, partial(steps.draft, 1), partial(steps.draft, 2)]
+    calls += [partial(steps.check, n + 1) for n in sorted(set(lengths))]
+    for call in calls:  # warm-up
+        call()
+    for _, _, step_time in interleaved(calls, rounds):
+        yield step_time
 
 
 def costs_of(times: Sequence[StepTime]) -> Costs | None:
-    """Medians of what was measured so far, None where that is too little for any length.
+    """Medians of the measurements so far; None if they do not cover any length.
 
-    Target steps over numbers of drafted tokens in between are interpolated; none goes beyond the longest.
+    Target steps over other numbers of tokens, up to the longest, are interpolated.
     """
     seconds: dict[tuple[str, int], list[float]] = {}
     for each in times:
         seconds.setdefault((each.kind, each.tokens), []).append(each.seconds)
-    found = {step: statistics.median(several) for step, several in seconds.items()}
-    sizes = sorted(tokens for kind, tokens in found if kind == "check")
-    if not sizes or {("plain", 1), ("draft", 1), ("draft", 2)} - found.keys():
+    medians = {step: statistics.median(several) for step, several in seconds.items()}
+    sizes = sorted(tokens for kind, tokens in medians if kind == "check")
+    if not sizes or {("plain", 1), ("draft", 1), ("draft", 2)} - medians.keys():
         return None
-    sizes, values = [1, *sizes], [found["plain", 1], *(found["check", n] for n in sizes)]
-    target = [_between(n, sizes, values) for n in range(1, sizes[-1] + 1)]
-    one, two = found["draft", 1], found["draft", 2]
+    sizes, values = [1, *sizes], [medians["plain", 1], *(medians["check", n] for n in sizes)]
+    target = [_interpolate(n, sizes, values) for n in range(1, sizes[-1] + 1)]
+    one, two = medians["draft", 1], medians["draft", 2]
     return Costs(one, target, max(0.0, two - one))
 
 
 def break_even_rows(costs: Costs, lengths: Sequence[int]) -> list[LengthCost]:
-    """A row for each length that was measured; `most_speed_up` is what full acceptance would give."""
+    """A row for each measured length; `most_speed_up` is the speed-up at full acceptance."""
     return [
         LengthCost(
             n,
@@ -183,8 +184,8 @@ def break_even_rows(costs: Costs, lengths: Sequence[int]) -> list[LengthCost]:
     ]
 
 
-def _between(n: int, sizes: Sequence[int], values: Sequence[float]) -> float:
-    """Linear between the measured sizes."""
+def _interpolate(n: int, sizes: Sequence[int], values: Sequence[float]) -> float:
+    """Linear interpolation between the measured sizes."""
     upper = next(i for i, size in enumerate(sizes) if size >= n)
     if sizes[upper] == n:
         return values[upper]

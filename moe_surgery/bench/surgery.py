@@ -1,6 +1,6 @@
-"""The engine on this machine: pruning beside `cp` of the same bytes, verifying, inspecting; time and memory.
+"""Time and memory of prune, compared with `cp` of the same bytes, verify and inspect.
 
-Every command runs as a process of its own, as a user runs it. Needs no torch.
+Every command runs in a separate process, as a user runs it. Does not need torch.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = [
 
 MIB = 1 << 20
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
-# A process starts with the peak of the one it was forked from: a small one in between keeps ours out of it.
+# A forked process inherits its parent's peak memory, so a small launcher forks the command.
 LAUNCHER = """
 import os, resource, sys
 child = os.fork()
@@ -73,7 +73,7 @@ class SurgeryRun:
 
 
 def drop_page_cache() -> bool:
-    """Flush and forget cached files, so that the next reader reads from the disk; False where not allowed."""
+    """Flush and drop cached files, so that the next read is from disk; False if not permitted."""
     os.sync()
     try:
         DROP_CACHES.write_text("3")
@@ -88,9 +88,9 @@ def command_of(*arguments: object) -> list[str]:
 
 
 def timed(command: Sequence[str], folder: Path, *, cold: bool = True) -> Measured:
-    """Run `command` to its end; `folder` takes a small file meanwhile.
+    """Run `command` to its end; `folder` takes a small temporary file.
 
-    `cold` drops the page cache before, where that is allowed. Raises OutputError where it fails.
+    `cold` drops the page cache first, if permitted. Raises OutputError if the command fails.
     """
     if cold:
         drop_page_cache()
@@ -104,13 +104,13 @@ def timed(command: Sequence[str], folder: Path, *, cold: bool = True) -> Measure
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": path},
-        start_new_session=True,  # so that whoever interrupts us can end all of it
+        start_new_session=True,  # so that all of it can be killed
     )
     try:
-        _, said = process.communicate()
+        _, stderr = process.communicate()
         seconds = time.perf_counter() - start
         if process.returncode:
-            raise OutputError(f"{' '.join(command)}: exit {process.returncode}: {said.strip()[-500:]}")
+            raise OutputError(f"{' '.join(command)}: exit {process.returncode}: {stderr.strip()[-500:]}")
         return Measured(seconds, int(report.read_text()))
     except BaseException:
         _end(process)
@@ -127,7 +127,7 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def copy_seconds(out: Path, target: Path, *, cold: bool = True) -> Measured:
-    """`cp` of the files of `out` into the new folder `target` and `sync`; `target` is removed again."""
+    """`cp` of the files of `out` into the new folder `target` and `sync`; `target` is removed afterwards."""
     target.mkdir()
     files = [str(f) for f in sorted(out.iterdir())]
     share = ["--reflink=never"] if sys.platform == "linux" else []
@@ -160,27 +160,27 @@ def measure_surgery(
     rounds: int = 3,
     cold: bool = True,
 ) -> Iterator[SurgeryRun]:
-    """Prune `checkpoint` to each number of `expert_counts` (drawn at random), `rounds` times, in turn.
+    """Prune `checkpoint` to each number of `expert_counts` (random experts), `rounds` times, in alternation.
 
-    Outputs go to a new folder in `work` that is removed at the end, whatever happens. Raises UsageError
-    for numbers out of range, OutputError where a command fails, DiskFullError where outputs do not fit.
+    Outputs go to a new folder in `work` that is always removed at the end. Raises UsageError for numbers
+    out of range, OutputError if a command fails, DiskFullError if outputs do not fit.
     """
     check_numbers(expert_counts=expert_counts, rounds=[rounds])
     if not work.is_dir():
         raise UsageError(f"`work` {work}: is not a folder; name one with space for the outputs")
-    place = work / f"moe-surgery-bench-{os.getpid()}"
-    place.mkdir()
+    folder = work / f"moe-surgery-bench-{os.getpid()}"
+    folder.mkdir()
     try:
-        out, plan = place / "out", place / "plan.json"
+        out, plan = folder / "out", folder / "plan.json"
         for number in range(rounds):
             for turn in range(len(expert_counts)):
                 count = expert_counts[(turn + number) % len(expert_counts)]
-                chosen = ("--random", "--experts", count, "--checkpoint", checkpoint, "-o", plan, "-q")
-                timed(command_of("plan", *chosen), place, cold=False)
-                yield _one(checkpoint, place, out, plan, count, store, number, cold)
+                chosen = ("--random", "--experts", count, checkpoint, "-o", plan, "-q")
+                timed(command_of("plan", *chosen), folder, cold=False)
+                yield _run_round(checkpoint, folder, out, plan, count, store, number, cold)
                 shutil.rmtree(out)
     finally:
-        _remove(place)
+        _remove(folder)
 
 
 def _remove(folder: Path) -> None:
@@ -193,28 +193,28 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def _one(
-    checkpoint: str, place: Path, out: Path, plan: Path, count: int, store: str, number: int, cold: bool
+def _run_round(
+    checkpoint: str, folder: Path, out: Path, plan: Path, count: int, store: str, number: int, cold: bool
 ) -> SurgeryRun:
-    inspected = timed(command_of("inspect", checkpoint, "--json"), place, cold=cold)
+    inspected = timed(command_of("inspect", checkpoint, "--json"), folder, cold=cold)
     prune = command_of("prune", checkpoint, out, "--plan", plan, "--store", store, "-q")
-    pruned = timed(prune, place, cold=cold)
+    pruned = timed(prune, folder, cold=cold)
     nbytes = sum(f.stat().st_size for f in out.iterdir())
-    if shutil.disk_usage(place).free < nbytes:
+    if shutil.disk_usage(folder).free < nbytes:
         raise DiskFullError(
-            f"{place}: no space for a copy of {nbytes / 1e9:.2f} GB; choose another folder for `work`"
+            f"{folder}: no space for a copy of {nbytes / 1e9:.2f} GB; choose another folder for `work`"
         )
-    copied = copy_seconds(out, place / "copy", cold=cold)
-    verified = timed(command_of("verify", out, "-q"), place, cold=cold)
+    copied = copy_seconds(out, folder / "copy", cold=cold)
+    verified = timed(command_of("verify", out, "-q"), folder, cold=cold)
     read = read_seconds(out, cold=cold)
     return SurgeryRun(count, store, number, nbytes, inspected, pruned, copied, verified, read)
 
 
 def surgery_figures(runs: Sequence[SurgeryRun]) -> list[dict[str, object]]:
-    """A row for each number of experts: medians of seconds and of ratios within a round, peaks over all."""
+    """A row per number of experts: medians of seconds and of ratios within a round, peaks over all."""
     rows: list[dict[str, object]] = []
     for count in sorted({r.experts for r in runs}):
-        mine = [r for r in runs if r.experts == count]
+        group = [r for r in runs if r.experts == count]
 
         def median(values: Iterator[float]) -> float:
             return statistics.median(values)
@@ -222,19 +222,19 @@ def surgery_figures(runs: Sequence[SurgeryRun]) -> list[dict[str, object]]:
         rows.append(
             {
                 "experts": count,
-                "store": mine[0].store,
-                "rounds": len(mine),
-                "output_bytes": mine[0].output_bytes,
-                "inspect_seconds": median(r.inspect.seconds for r in mine),
-                "inspect_peak_bytes": max(r.inspect.peak_bytes for r in mine),
-                "prune_seconds": median(r.prune.seconds for r in mine),
-                "copy_seconds": median(r.copy.seconds for r in mine),
-                "ratio_to_copy": median(r.prune.seconds / r.copy.seconds for r in mine),
-                "prune_peak_bytes": max(r.prune.peak_bytes for r in mine),
-                "verify_seconds": median(r.verify.seconds for r in mine),
-                "read_seconds": median(r.read_seconds for r in mine),
-                "ratio_to_read": median(r.verify.seconds / r.read_seconds for r in mine),
-                "verify_peak_bytes": max(r.verify.peak_bytes for r in mine),
+                "store": group[0].store,
+                "rounds": len(group),
+                "output_bytes": group[0].output_bytes,
+                "inspect_seconds": median(r.inspect.seconds for r in group),
+                "inspect_peak_bytes": max(r.inspect.peak_bytes for r in group),
+                "prune_seconds": median(r.prune.seconds for r in group),
+                "copy_seconds": median(r.copy.seconds for r in group),
+                "ratio_to_copy": median(r.prune.seconds / r.copy.seconds for r in group),
+                "prune_peak_bytes": max(r.prune.peak_bytes for r in group),
+                "verify_seconds": median(r.verify.seconds for r in group),
+                "read_seconds": median(r.read_seconds for r in group),
+                "ratio_to_read": median(r.verify.seconds / r.read_seconds for r in group),
+                "verify_peak_bytes": max(r.verify.peak_bytes for r in group),
             }
         )
     return rows

@@ -1,7 +1,7 @@
 """The model card: README.md of a pruned checkpoint, with the metadata that the hub reads.
 
-A card says nothing that depends on the day, the machine or the folder's name: the same program gives
-the same card. Everything that comes from files of others is escaped (`card.text`).
+A card does not depend on the date, the machine or the folder's name: the same program gives the same
+card. Everything that comes from other people's files is escaped (`card.text`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from moe_surgery import families
 from moe_surgery.card.facts import Facts, facts_of_checkpoint, facts_of_program
 from moe_surgery.card.front_matter import SourceCard, is_license
-from moe_surgery.card.method import chosen, plan_section, remade
+from moe_surgery.card.method import method_section, plan_section, reproduce
 from moe_surgery.card.quality import quality_section
 from moe_surgery.card.text import code, count, counted, fenced, heading, scalar, size, table
 from moe_surgery.card.usage import limits_section, usage_section
@@ -39,7 +39,7 @@ _UNKNOWN = "not recorded"
 
 
 def with_card(program: Program, model: ModelSpec, readme: SourceCard) -> Program:
-    """`program`, whose origin is filled, with a model card as README.md.
+    """`program`, whose origin is filled in, with a model card as README.md.
 
     `model` describes the source, `readme` is the source's card.
     """
@@ -56,13 +56,13 @@ def make_card(
 ) -> str:
     """The card of the pruned checkpoint folder `out`, from its manifest and headers.
 
-    `evaluation` (or the evaluation file of that path) adds its figures, `base_model` (an id on the hub)
-    and `license` (an identifier such as "apache-2.0") replace what the source said. Without any of them
-    it is the card that `prune` wrote.
+    `evaluation` (or the path of its file) adds its figures; `base_model` (a hub id) and `license` (an
+    identifier such as "apache-2.0") override the source's. Without any of them it is the card that
+    `prune` wrote.
 
-    Raises OutputError where `out` is no folder or has no manifest, PlanMismatchError for an
-    evaluation of something else, UsageError for a base_model or license that is none, and any error
-    of opening the checkpoint.
+    Raises OutputError if `out` is not a folder or has no manifest, PlanMismatchError for an
+    evaluation of another model, UsageError for an invalid base_model or license, and any error of
+    opening the checkpoint.
     """
     if evaluation is not None:
         from moe_surgery.quality.evaluation import as_evaluation
@@ -70,23 +70,23 @@ def make_card(
         evaluation = as_evaluation(evaluation)
     folder = resolve(out)
     if not folder.is_dir():
-        raise OutputError(f"{printable_path(folder)}: is a file; name the folder of the checkpoint")
+        raise OutputError(f"{printable_path(folder)}: is a file; pass the checkpoint's folder")
     path = folder / MANIFEST_NAME
     if not os.path.lexists(path):
         raise OutputError(
-            f"{printable_path(path)}: not found; cards are made for checkpoints that moe-surgery wrote"
+            f"{printable_path(path)}: not found; cards can only be made for checkpoints written by moe-surgery"
         )
     manifest = load_manifest(path)
     if base_model is not None:
-        said = {"base_model": checked_base_model(base_model), "base_model_from": "option"}
-        manifest = replace(manifest, origin={**manifest.origin, **said})
+        option = {"base_model": checked_base_model(base_model), "base_model_from": "option"}
+        manifest = replace(manifest, origin={**manifest.origin, **option})
     if license is not None and not is_license(license):
-        raise UsageError(f"`license` {license}: is not a licence identifier; write one such as apache-2.0")
+        raise UsageError(f"`license` {license}: is not a licence identifier such as apache-2.0")
     with Checkpoint.open(folder) as checkpoint:
         facts = facts_of_checkpoint(Path(folder), checkpoint, families.identify_model(checkpoint), manifest)
     if license is not None:
-        own = replace(facts.card, license=license, license_name=None, license_link=None)
-        facts = replace(facts, card=own, license_given=True)
+        card = replace(facts.card, license=license, license_name=None, license_link=None)
+        facts = replace(facts, card=card, license_given=True)
     return _card(facts, evaluation)
 
 
@@ -94,17 +94,17 @@ def _card(facts: Facts, evaluation: Evaluation | None) -> str:
     sections = [
         ("", _summary(facts)),
         ("Numbers", _numbers(facts)),
-        ("How the experts were chosen", chosen(facts)),
+        ("How the experts were chosen", method_section(facts)),
         ("Kept experts", plan_section(facts.plan)),
         ("Evaluation", quality_section(evaluation, facts)),
         ("Limits", limits_section(facts, evaluation is not None)),
         ("Usage", usage_section(facts)),
-        ("Checking and remaking it", _made(facts)),
+        ("Verify and reproduce", _reproduce(facts)),
         ("Licence", _licence(facts)),
     ]
     if facts.card.citation is not None:
         language = "bibtex" if facts.card.citation.lstrip().startswith("@") else ""
-        sections.append(("Citation", f"Of the source:\n\n{fenced(facts.card.citation, language)}"))
+        sections.append(("Citation", f"For the source model:\n\n{fenced(facts.card.citation, language)}"))
     body = "\n\n".join(f"## {title}\n\n{text}" if title else text for title, text in sections)
     return f"---\n{_metadata(facts)}\n---\n\n# {_title(facts)}\n\n{body}\n"
 
@@ -121,7 +121,7 @@ def _metadata(facts: Facts) -> str:
     card = facts.card
     lines = ["library_name: transformers", "pipeline_tag: text-generation"]
     if facts.base_model is not None:
-        # The hub knows adapter, finetune, merge and quantized; a cut is nearest to the second.
+        # The hub has adapter, finetune, merge and quantized; pruning is closest to finetune.
         relation = "quantized" if facts.converted and facts.expert_format.packed else "finetune"
         lines += [f"base_model: {scalar(facts.base_model)}", f"base_model_relation: {relation}"]
     for key in ("license", "license_name", "license_link"):
@@ -136,68 +136,69 @@ def _metadata(facts: Facts) -> str:
 
 def _summary(facts: Facts) -> str:
     if facts.whole:
-        first = f"{_source(facts)} with all of its experts, written anew by moe-surgery."
+        first = f"{_source(facts)} with all of its experts, rewritten by moe-surgery."
     else:
         first = (
             f"A smaller {_source(facts)}: each of its {counted(facts.layers, 'layer')} keeps {facts.kept} of "
-            f"{counted(facts.source.experts, 'expert')}, and the others are gone from the weights and from the "
-            "router."
+            f"{counted(facts.source.experts, 'expert')}; the others are removed from the weights and from the router."
         )
     here, source = facts.expert_format, facts.source.expert_format
     if source is not None and here.can_represent(source) and facts.converted:
         way = f"from {source.label} to {here.label}"
-        second = f"Expert weights were converted {way}, which is exact; no weight was trained."
+        second = f"Expert weights were converted {way}, which is lossless; nothing was trained."
     elif source is not None and facts.converted and here.packed:
         second = (
-            f"Expert weights were converted from {source.label} to MXFP4 (`conversion` in `surgery.json` says how "
-            "exactly); no weight was trained."
+            f"Expert weights were converted from {source.label} to MXFP4 (`conversion` in `surgery.json` has the "
+            "error); nothing was trained."
         )
     elif source is not None and facts.converted:
         second = (
-            f"Expert weights were rounded from {source.label} to {here.label}, each to the nearest value (ties to "
-            "even); no weight was trained."
+            f"Expert weights were rounded from {source.label} to {here.label}, to nearest (ties to even); nothing was "
+            "trained."
         )
     elif source is None:
-        second = "No weight was trained."
+        second = "Nothing was trained."
     else:
-        second = "The kept weights are the source's, byte for byte."
+        second = "The kept weights are those of the source, byte for byte."
     return f"{first} {second}"
 
 
 def _bits(expert_format: ExpertFormat) -> str:
-    """MXFP4 with what a weight takes in it, which its name does not say."""
+    """The format's name, with bits per weight if packed."""
     bits = expert_format.block_bytes * 8 / expert_format.block_values
-    return f"{expert_format.label} ({bits:g} bits a weight)" if expert_format.packed else expert_format.label
+    return (
+        f"{expert_format.label} ({bits:g} bits per weight)" if expert_format.packed else expert_format.label
+    )
 
 
 def _source(facts: Facts) -> str:
-    """The source as its readers know it, and how that is known."""
-    name, base = facts.said("name"), facts.base_model
+    """The source's name for readers, and where that name comes from."""
+    name, base = facts.recorded("name"), facts.base_model
     if facts.source_id is not None:
-        revision = facts.said("revision")
+        revision = facts.recorded("revision")
         return code(facts.source_id) + (f" (revision {code(revision)})" if revision else "")
     if base is None:
         return code(name or "model")
-    by = "its config.json" if facts.said("base_model_from") == "config" else "its model card"
-    return f"{code(name or 'model')} ({by} names {code(base)})"
+    where = "config.json" if facts.recorded("base_model_from") == "config" else "model card"
+    return f"{code(name or 'model')} (its {where} names {code(base)})"
 
 
 def _numbers(facts: Facts) -> str:
     this, source = facts.this, facts.source
 
-    def row(name: str, show: object, mine: object, theirs: object) -> list[str]:
+    def row(name: str, show: object, ours: object, of_source: object) -> list[str]:
         assert callable(show)
-        return [name, *(_UNKNOWN if value is None else show(value) for value in (mine, theirs))]
+        return [name, *(_UNKNOWN if value is None else show(value) for value in (ours, of_source))]
 
     def of(show: object, name: str, field: str) -> list[str]:
         return row(name, show, getattr(this, field), getattr(source, field))
 
     rows = [
-        of(str, "experts in a layer", "experts"),
-        of(str, "experts a token uses (top-k)", "top_k"),
+        of(str, "experts per layer", "experts"),
+        of(str, "experts per token (top-k)", "top_k"),
         row("layers", str, facts.layers, facts.layers),
         of(count, "parameters", "parameters"),
-        of(count, "parameters a token uses", "active_parameters"),
+        of(count, "active parameters", "active_parameters"),
         of(_bits, "expert weights", "expert_format"),
         row("other weights", ", ".join, facts.dense_dtypes, facts.dense_dtypes),
         of(size, "weight files", "nbytes"),
@@ -205,11 +206,11 @@ def _numbers(facts: Facts) -> str:
     return table(["", "this model", "source"], rows)
 
 
-def _made(facts: Facts) -> str:
+def _reproduce(facts: Facts) -> str:
     return (
         f"Written by {code(facts.tool)}. `surgery.json` holds the digest of every file and tensor, and "
-        f"`moe-surgery verify` finds a single flipped byte:\n\n{fenced('moe-surgery verify .', 'sh')}\n\n"
-        f"{remade(facts)}"
+        f"`moe-surgery verify` detects a single flipped byte:\n\n{fenced('moe-surgery verify .', 'sh')}\n\n"
+        f"{reproduce(facts)}"
     )
 
 
@@ -217,15 +218,15 @@ def _licence(facts: Facts) -> str:
     card = facts.card
     named = code(card.license_name or card.license) if card.license else None
     if facts.license_given:
-        parts = [f"{named}, as stated when this card was made."]
+        parts = [f"{named}, as given when this card was made."]
     elif named:
-        parts = [f"{named}, as the source's model card says."]
+        parts = [f"{named}, according to the source's model card."]
     else:
-        parts = ["The source's model card names no licence."]
+        parts = ["The source's model card does not name a licence."]
     if facts.terms:
         listed = ", ".join(code(name) for name in facts.terms)
-        parts.append(f"The source's terms came along: {listed}.")
-    parts.append("Removing experts gives no rights that the source does not give.")
+        parts.append(f"The source's terms are included: {listed}.")
+    parts.append("Removing experts does not change the rights you have.")
     if facts.has_source_card:
-        parts.append(f"Its model card is `{SOURCE_README_NAME}`.")
+        parts.append(f"Its model card is kept as `{SOURCE_README_NAME}`.")
     return " ".join(parts)

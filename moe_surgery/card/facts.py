@@ -1,6 +1,6 @@
-"""All that a card says, gathered from a program before it runs or from a checkpoint that is there.
+"""The content of a card, from a program before it runs or from a finished checkpoint.
 
-Both ways give the same facts, so that the card of a finished checkpoint is the one it was written with.
+Both give the same facts, so the card of a finished checkpoint is the one that was written with it.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from moe_surgery.surgery.names import MANIFEST_NAME, SOURCE_README_NAME
 from moe_surgery.surgery.program import Program
 from moe_surgery.version import __version__
 
-__all__ = ["Facts", "Size", "facts_of_checkpoint", "facts_of_program"]
+__all__ = ["Facts", "ModelNumbers", "facts_of_checkpoint", "facts_of_program"]
 
 _TERMS = ("license", "licence", "notice", "copying", "usage_policy")
 
 
 @dataclass(frozen=True, slots=True)
-class Size:
-    """A model in numbers; None where nothing records it. `nbytes` are those of the shard files."""
+class ModelNumbers:
+    """A model in numbers; None if not recorded. `nbytes` is the size of the shard files."""
 
     experts: int
     top_k: int | None
@@ -43,16 +43,17 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """`tensor_bytes` are the tensors, `bf16_bytes` with expert weights in BF16; `dense_dtypes` those of all others.
+    """`tensor_bytes` is the size of all tensors, `bf16_bytes` with expert weights in BF16; `dense_dtypes` are
+    the dtypes of the other weights.
 
-    `terms` names files with terms of use, `origin` is the manifest's, `card` the source's own.
+    `terms` are files with terms of use, `origin` is the manifest's, `card` the source's.
     """
 
     plan: Plan
     model_type: str
     layers: int
-    this: Size
-    source: Size
+    this: ModelNumbers
+    source: ModelNumbers
     tensor_bytes: int
     bf16_bytes: int
     dense_dtypes: tuple[str, ...]
@@ -76,35 +77,35 @@ class Facts:
 
     @property
     def expert_format(self) -> ExpertFormat:
-        """How expert weights are stored here."""
+        """Format of the expert weights."""
         assert self.this.expert_format is not None
         return self.this.expert_format
 
     @property
     def converted(self) -> bool:
-        """Whether expert weights are in another format than in the source, as far as is recorded."""
+        """Whether expert weights are recorded to be in another format than in the source."""
         return self.source.expert_format not in (None, self.this.expert_format)
 
-    def said(self, key: str) -> str | None:
-        """A string that `origin` holds."""
+    def recorded(self, key: str) -> str | None:
+        """A string of `origin`, None if missing."""
         value = self.origin.get(key)
         return value if isinstance(value, str) and value else None
 
     @property
     def base_model(self) -> str | None:
-        """The published model's id on the hub."""
-        said = self.said("base_model")
-        return said if said and is_hub_id(said) else None
+        """Hub id of the published model."""
+        name = self.recorded("base_model")
+        return name if name and is_hub_id(name) else None
 
     @property
     def source_name(self) -> str:
-        """What the source is called, without its owner."""
-        return self.said("name") or (self.base_model or "the source").rpartition("/")[2]
+        """Name of the source, without its owner."""
+        return self.recorded("name") or (self.base_model or "the source").rpartition("/")[2]
 
     @property
     def source_id(self) -> str | None:
-        """The id under which the hub has the very source."""
-        return self.base_model if self.said("base_model_from") in ("option", "cache") else None
+        """Hub id of exactly the source."""
+        return self.base_model if self.recorded("base_model_from") in ("option", "cache") else None
 
 
 def facts_of_program(program: Program, model: ModelSpec, readme: SourceCard) -> Facts:
@@ -126,8 +127,8 @@ def facts_of_program(program: Program, model: ModelSpec, readme: SourceCard) -> 
 def facts_of_checkpoint(folder: Path, checkpoint: Checkpoint, model: ModelSpec, manifest: Manifest) -> Facts:
     """The facts of the finished checkpoint in `folder`, from its manifest and headers.
 
-    Raises VerificationError where the two do not speak of one model, OutputError where its copy of
-    the source's README cannot be read.
+    Raises VerificationError if the two describe different models, OutputError if the copy of the
+    source's README cannot be read.
     """
     plan = manifest.plan
     if (model.model_type, model.layers, model.experts) != (
@@ -136,8 +137,8 @@ def facts_of_checkpoint(folder: Path, checkpoint: Checkpoint, model: ModelSpec, 
         plan.uniform_experts,
     ):
         raise VerificationError(
-            f"{printable_path(folder / MANIFEST_NAME)}: its plan is not the one of these weights; run moe-surgery "
-            "verify to see what was changed"
+            f"{printable_path(folder / MANIFEST_NAME)}: its plan does not match the weights; run moe-surgery "
+            "verify to see what changed"
         )
     sizes = (source.get("size") for source in manifest.sources)
     readme = LocalFile(folder / SOURCE_README_NAME) if SOURCE_README_NAME in manifest.files else None
@@ -167,21 +168,21 @@ def _facts(
     card: SourceCard,
     tool: str,
 ) -> Facts:
-    """`model` describes the source or the result: with the number of experts given, they agree."""
+    """`model` is of the source or of the result: for the same number of experts they agree."""
     kept, experts = len(plan.layers[0]), plan.num_source_experts
     names = set(files)
     source_top_k, source_format = origin.get("top_k"), origin.get("expert_storage")
-    known = source_top_k if type(source_top_k) is int and 1 <= source_top_k <= experts else None
+    top_k_of_source = source_top_k if type(source_top_k) is int and 1 <= source_top_k <= experts else None
 
     def active(count: int, top_k: int) -> int:
         return model.parameters(count) - (count - top_k) * model.expert_parameters()
 
-    this = Size(kept, top_k, model.parameters(kept), active(kept, top_k), expert_format, nbytes)
-    source = Size(
+    this = ModelNumbers(kept, top_k, model.parameters(kept), active(kept, top_k), expert_format, nbytes)
+    source = ModelNumbers(
         experts,
-        known,
+        top_k_of_source,
         model.parameters(experts),
-        None if known is None else active(experts, known),
+        None if top_k_of_source is None else active(experts, top_k_of_source),
         FORMATS.get(source_format) if isinstance(source_format, str) else None,
         source_bytes,
     )

@@ -1,7 +1,7 @@
-"""What a source's own README.md says that its descendants carry on: licence, languages, base, citation.
+"""Metadata of a source's README.md that its pruned versions inherit: licence, languages, base model, citation.
 
-Its front matter is YAML; read here is the part of YAML that cards use (strings, lists of strings),
-and whatever lies beyond counts as not said, so that no README can stop a run.
+Front matter is YAML. This reads the subset that cards use (strings, lists of strings) and ignores the
+rest, so that no README can stop a run.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Value = str | tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class SourceCard:
-    """What was found, checked: ids, codes and names are safe to quote, the citation is any text."""
+    """Validated metadata: ids, codes and names are safe to quote, the citation is any text."""
 
     license: str | None = None
     license_name: str | None = None
@@ -48,16 +48,16 @@ class SourceCard:
 
 
 def read_source_card(raw: bytes) -> SourceCard:
-    """The card in the bytes of a README.md; what is missing or not understood is None or empty."""
+    """The card in the bytes of a README.md; missing or unsupported values are None or empty."""
     lines = _LINE.split(raw.decode("utf-8-sig", "replace"))
-    said = front_matter(lines)
-    bases = [b for b in _texts(said.get("base_model")) if is_hub_id(b) and "/" in b]
-    licenses = [text for text in _texts(said.get("license")) if is_license(text)]
-    languages = [text for text in _texts(said.get("language")) if _LANGUAGE.fullmatch(text)]
+    metadata = front_matter(lines)
+    bases = [b for b in _texts(metadata.get("base_model")) if is_hub_id(b) and "/" in b]
+    licenses = [text for text in _texts(metadata.get("license")) if is_license(text)]
+    languages = [text for text in _texts(metadata.get("language")) if _LANGUAGE.fullmatch(text)]
     return SourceCard(
         licenses[0] if len(licenses) == 1 else None,
-        _words(said.get("license_name")),
-        _words(said.get("license_link")),
+        _words(metadata.get("license_name")),
+        _words(metadata.get("license_link")),
         tuple(dict.fromkeys(languages))[:MAX_LANGUAGES],
         bases[0] if len(bases) == 1 else None,
         _citation(lines),
@@ -78,14 +78,14 @@ def front_matter(lines: Sequence[str]) -> dict[str, Value]:
     end = next((i for i, line in enumerate(rest) if line.rstrip() == "---"), None)
     if end is None:
         return {}
-    found: dict[str, Value] = {}
+    values: dict[str, Value] = {}
     for key, first, following in _entries(rest[:end]):
         value = _value(first, following)
         if value is None:
-            found.pop(key, None)  # of equal keys the last counts
+            values.pop(key, None)  # the last of equal keys wins
         else:
-            found[key] = value
-    return found
+            values[key] = value
+    return values
 
 
 def _entries(lines: Sequence[str]) -> Iterator[tuple[str, str, list[str]]]:
@@ -122,8 +122,8 @@ def _value(first: str, following: Sequence[str]) -> Value | None:
 
 
 def _all(items: Iterator[str | None]) -> tuple[str, ...] | None:
-    found = tuple(items)
-    return tuple(i for i in found if i is not None) if None not in found else None
+    values = tuple(items)
+    return tuple(v for v in values if v is not None) if None not in values else None
 
 
 def _scalar(text: str) -> str | None:
@@ -147,7 +147,7 @@ def _words(value: Value | None) -> str | None:
 
 
 def _citation(lines: Sequence[str]) -> str | None:
-    """The fenced blocks of the first section whose heading speaks of citing, else its text."""
+    """The fenced blocks of the first section with a citation heading, else its text."""
     section: list[tuple[bool, str]] | None = None
     level, fence = 0, ""
     for line in lines:
@@ -175,9 +175,9 @@ def _citation(lines: Sequence[str]) -> str | None:
 
 
 def read_readme(file: ByteSource | None) -> SourceCard:
-    """The card in `file`, which is closed; an empty one without a file, or for one too large to be a card.
+    """The card in `file`, which gets closed; an empty one without a file or if it is too large for a card.
 
-    Raises OutputError where the file cannot be read.
+    Raises OutputError if the file cannot be read.
     """
     if file is None:
         return SourceCard()

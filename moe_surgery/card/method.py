@@ -1,4 +1,4 @@
-"""How the kept experts were chosen, which they are, and how to choose them again."""
+"""Card sections on which experts are kept, how they were chosen, and how to reproduce it."""
 
 from __future__ import annotations
 
@@ -9,134 +9,134 @@ from moe_surgery.card.text import code, counted, fenced, ranges, table
 from moe_surgery.selection.plan import Plan
 from moe_surgery.selection.shipped import is_shipped
 
-__all__ = ["METHODS", "SOURCE", "chosen", "plan_section", "remade"]
+__all__ = ["METHODS", "SOURCE", "method_section", "plan_section", "reproduce"]
 
 METHODS: Mapping[str, str] = {
     "frequency": "how often the router chose it",
-    "gate": "the sum of the routing weights it was given",
+    "gate": "the sum of its routing weights",
     "ean_sum": "the sum of the norms of its outputs",
-    "ean_mean": "the mean norm of its outputs where it was chosen",
-    "weighted_ean": "the sum of its outputs' norms, each times its routing weight",
-    "reap": "the mean of its outputs' norms, each times its routing weight, where it was chosen (REAP)",
-    "ean_ca": "the norm of its mean output where it was chosen",
+    "ean_mean": "the mean norm of its outputs over the tokens that chose it",
+    "weighted_ean": "the sum of its output norms, each times its routing weight",
+    "reap": "the mean of its output norms, each times its routing weight, over the tokens that chose it (REAP)",
+    "ean_ca": "the norm of its mean output over the tokens that chose it",
 }
 SOURCE = "path/to/the/source"
 MAX_ROWS = 60
-MAX_SHOWN_EXPERTS = 4096
-_TOLD = frozenset(
+MAX_LISTED_EXPERTS = 4096
+_COVERED_KEYS = frozenset(
     {"method", "experts", "order", "seed", "generator", "ranking", "statistics", "domains", "tokens"}
     | {"texts", "checkpoint", "interleaved_with", "protect_super_experts"}
 )
 
 
-def chosen(facts: Facts) -> str:
-    """Paragraphs on the choice, from the plan's provenance as far as it goes."""
+def method_section(facts: Facts) -> str:
+    """Paragraphs on the choice, as far as the plan's provenance records it."""
     if facts.whole:
-        return "Nothing was chosen: every expert of the source is here."
-    said = facts.plan.provenance
-    parts = [_method(facts.plan, said), *_data(said)]
-    if said.get("protect_super_experts") is True:
-        parts.append("Experts with outlying activations (REAP's rule) were kept whatever their score.")
-    if said.get("order") == "ranking":
-        parts.append("They are numbered best first; without that they would keep the source's order.")
+        return "All experts of the source are kept."
+    provenance = facts.plan.provenance
+    parts = [_method(facts.plan, provenance), *_data(provenance)]
+    if provenance.get("protect_super_experts") is True:
+        parts.append("Experts with outlier activations (REAP's rule) were kept whatever their score.")
+    if provenance.get("order") == "ranking":
+        parts.append("They are numbered best first instead of in the source's order.")
     rest = [
         f"- {code(key)}: {code(value)}"
-        for key, value in list(said.items())[:MAX_ROWS]
-        if key not in _TOLD and isinstance(value, (str, int, float))
+        for key, value in list(provenance.items())[:MAX_ROWS]
+        if key not in _COVERED_KEYS and isinstance(value, (str, int, float))
     ]
     if rest:
         parts.append("The plan also records:\n\n" + "\n".join(rest))
     return "\n\n".join(parts)
 
 
-def _method(plan: Plan, said: Mapping[str, object]) -> str:
+def _method(plan: Plan, provenance: Mapping[str, object]) -> str:
     kept = counted(len(plan.layers[0]), "expert")
-    method = said.get("method")
+    method = provenance.get("method")
     if method == "keep":
-        return f"The {kept} of every layer were named by hand, the same in each."
+        return f"The {kept} of every layer were chosen by hand, the same in each."
     if method == "random":
         return (
-            f"The {kept} of every layer were drawn at random (seed {code(said.get('seed'))}), without looking at "
-            "the model: a baseline to compare choices with, not a choice."
+            f"The {kept} of every layer were chosen at random (seed {code(provenance.get('seed'))}), as a baseline to "
+            "compare with."
         )
-    if _from_published(said):
+    if _from_published(provenance):
         return (
-            f"The first {kept} of every layer in {code(said['ranking'])}, one of the rankings by routing frequency "
-            "that were published for gpt-oss-20b (the GPT-OSS MoE ExpertFingerprinting project, Apache-2.0)."
+            f"The best {kept} of every layer in {code(provenance['ranking'])}, one of the rankings by routing "
+            "frequency that were published for gpt-oss-20b (the GPT-OSS MoE ExpertFingerprinting project, Apache-2.0)."
         )
     if method == "ranking":
         return (
-            f"The first {kept} of every layer in the ranking file {code(said.get('ranking'))}. How that ranking was "
-            "made is not recorded."
+            f"The best {kept} of every layer in the ranking file {code(provenance.get('ranking'))}. How that ranking "
+            "was made is not recorded."
         )
     if isinstance(method, str) and method in METHODS:
         return f"Each layer keeps the {kept} with the highest {code(method)}: {METHODS[method]}."
     if method == "reconstruction":
         return (
-            f"Each layer keeps {kept} that together rebuild its output best: the others were dropped one "
-            "after the other, each time the one that changed the output least given what was left."
+            f"Each layer keeps {kept} that together reproduce its output best: the others were removed one at a time, "
+            "always the one whose loss changed the output least."
         )
     if method is None:
-        return "How the experts were chosen is not recorded: the plan does not say."
-    return f"The plan says it was made by {code(method)}."
+        return "How the experts were chosen is not recorded in the plan."
+    return f"Method recorded in the plan: {code(method)}."
 
 
-def _from_published(said: Mapping[str, object]) -> bool:
-    """Whether the choice is the first experts of a ranking `published:NAME`."""
-    named = said.get("ranking")
-    return said.get("method") == "ranking" and isinstance(named, str) and is_shipped(named)
+def _from_published(provenance: Mapping[str, object]) -> bool:
+    """Whether the experts come from a ranking published:NAME."""
+    named = provenance.get("ranking")
+    return provenance.get("method") == "ranking" and isinstance(named, str) and is_shipped(named)
 
 
-def _data(said: Mapping[str, object]) -> Iterator[str]:
-    """What the choice looked at."""
-    files, texts = said.get("statistics"), said.get("texts")
+def _data(provenance: Mapping[str, object]) -> Iterator[str]:
+    """The data behind the choice."""
+    files, texts = provenance.get("statistics"), provenance.get("texts")
     if isinstance(files, list) and files:
         shown = ", ".join(code(name) for name in files[:3])
         more = f" and {len(files) - 3:,} more" if len(files) > 3 else ""
         yield (
-            f"Counted over {counted(len(files), 'file')} of published statistics: {shown}{more} (all are "
-            "named in `surgery.json`)."
+            f"Based on {counted(len(files), 'file')} of published statistics: {shown}{more} (all are listed in "
+            "`surgery.json`)."
         )
-    other = said.get("interleaved_with")
+    other = provenance.get("interleaved_with")
     if isinstance(other, Mapping):
         name = other.get("ranking") or other.get("method")
-        yield f"That ranking, first, is interleaved with a second one ({code(name)}), position by position."
+        yield f"That ranking is interleaved with a second one ({code(name)}), position by position."
     if isinstance(texts, Mapping) and texts:
         rows = []
         for domain, entries in list(texts.items())[:MAX_ROWS]:
-            known = [e for e in entries if isinstance(e, Mapping)] if isinstance(entries, list) else []
-            tokens = [e["tokens"] for e in known if isinstance(e.get("tokens"), int)]
-            names = ", ".join(code(e.get("name")) for e in known[:3]) + (", ..." if len(known) > 3 else "")
-            rows.append([code(domain), str(len(known)), f"{sum(tokens):,}" if tokens else "", names])
-        yield ("Measured on these texts:\n\n" + table(["domain", "texts", "tokens", "named"], rows))
-    elif isinstance(said.get("domains"), list):
-        shown = ", ".join(code(d) for d in said["domains"][:MAX_ROWS])  # type: ignore[index]
+            valid = [e for e in entries if isinstance(e, Mapping)] if isinstance(entries, list) else []
+            tokens = [e["tokens"] for e in valid if isinstance(e.get("tokens"), int)]
+            names = ", ".join(code(e.get("name")) for e in valid[:3]) + (", ..." if len(valid) > 3 else "")
+            rows.append([code(domain), str(len(valid)), f"{sum(tokens):,}" if tokens else "", names])
+        yield ("Measured on these texts:\n\n" + table(["domain", "texts", "tokens", "names"], rows))
+    elif isinstance(provenance.get("domains"), list):
+        shown = ", ".join(code(d) for d in provenance["domains"][:MAX_ROWS])  # type: ignore[index]
         yield f"Domains: {shown}."
-    tokens_seen = said.get("tokens")
+    tokens_seen = provenance.get("tokens")
     if type(tokens_seen) is int:
-        yield f"Tokens seen: {tokens_seen:,}."
+        yield f"Tokens: {tokens_seen:,}."
     if (
         not isinstance(texts, Mapping)
-        and "tokens" not in said
-        and said.get("method") not in ("keep", "random")
-        and not _from_published(said)
+        and "tokens" not in provenance
+        and provenance.get("method") not in ("keep", "random")
+        and not _from_published(provenance)
     ):
-        yield "Which texts stand behind the choice is not recorded."
+        yield "The texts behind the choice are not recorded."
 
 
 def plan_section(plan: Plan) -> str:
     """The kept experts of each layer, by their numbers in the source."""
-    told = "`expert_mapping.json` says which number each kept expert has now, `surgery.json` holds the plan whole."
-    if sum(map(len, plan.layers)) > MAX_SHOWN_EXPERTS:
-        return told
+    files = "`expert_mapping.json` maps old expert numbers to new ones; `surgery.json` has the whole plan."
+    if sum(map(len, plan.layers)) > MAX_LISTED_EXPERTS:
+        return files
     if len(set(plan.layers)) == 1:
-        return f"Every layer keeps the source's experts {ranges(plan.layers[0])}. {told}"
+        return f"Every layer keeps the source's experts {ranges(plan.layers[0])}. {files}"
     rows = [[str(layer), ranges(kept)] for layer, kept in enumerate(plan.layers)]
-    body = table(["layer", "experts of the source"], rows, left=2)
-    return f"<details>\n<summary>Kept experts of each layer</summary>\n\n{body}\n\n</details>\n\n{told}"
+    body = table(["layer", "source experts"], rows, left=2)
+    return f"<details>\n<summary>Kept experts of each layer</summary>\n\n{body}\n\n</details>\n\n{files}"
 
 
-def remade(facts: Facts) -> str:
+def reproduce(facts: Facts) -> str:
     """Commands that make the same tensors again."""
     source = facts.source_id or SOURCE
     dtype = (
@@ -148,12 +148,12 @@ def remade(facts: Facts) -> str:
         'python3 -c \'import json; print(json.dumps(json.load(open("surgery.json"))["plan"]))\' > plan.json',
         f"moe-surgery prune {source} OUT --plan plan.json{dtype}",
     ]
-    text = "The same tensors come from the source by the plan in `surgery.json`, byte for byte:\n\n" + fenced(
+    text = "With the plan in `surgery.json` the source gives the same tensors, byte for byte:\n\n" + fenced(
         "\n".join(commands), "sh"
     )
     seed, kept = facts.plan.provenance.get("seed"), len(facts.plan.layers[0])
     if facts.plan.provenance.get("method") == "random" and type(seed) is int and seed >= 0:
         top_k = "" if facts.plan.top_k is None else f" --top-k {facts.plan.top_k}"
-        command = f"moe-surgery plan --random --experts {kept} --seed {seed}{top_k} --checkpoint {source} -o plan.json"
-        text += "\n\nand the plan itself by\n\n" + fenced(command, "sh")
+        command = f"moe-surgery plan {source} --random --experts {kept} --seed {seed}{top_k} -o plan.json"
+        text += "\n\nThe plan itself comes from\n\n" + fenced(command, "sh")
     return text

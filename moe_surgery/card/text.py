@@ -1,4 +1,4 @@
-"""Words of strangers made fit for Markdown and YAML, and numbers made fit for people."""
+"""Untrusted text escaped for Markdown and YAML, and numbers formatted for people."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ __all__ = ["code", "count", "counted", "fenced", "heading", "ranges", "scalar", 
 
 _PLAIN_HEADING = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*", re.ASCII)
 _PLAIN_SCALAR = re.compile(r"[A-Za-z][A-Za-z0-9_-]*(?:[./][A-Za-z0-9][A-Za-z0-9_-]*)*", re.ASCII)
-# What YAML 1.1 reads as a boolean or null where it stands alone.
+# YAML 1.1 reads these as booleans or null.
 _RESERVED = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false", "null"})
 _BACKTICKS = re.compile("`+")
 
 
 def code(text: object) -> str:
-    """`text` as an inline code span, in which nothing is markup, link or table border.
+    """`text` as an inline code span without markup, links or table borders.
 
-    Unprintable characters, backslashes, backticks and pipes come out as Python escapes.
+    Unprintable characters, backslashes, backticks and pipes become Python escapes.
     """
     shown = printable(str(text)).replace("`", "\\x60").replace("|", "\\x7c")
     return f"`{shown}`" if shown.strip() else "(blank)"
 
 
 def heading(name: str) -> str:
-    """`name` for a heading: as it is where it is a plain word, else as code."""
+    """`name` for a heading: unchanged if it is a plain word, else as code."""
     return name if _PLAIN_HEADING.fullmatch(name) else code(name)
 
 
 def fenced(text: str, language: str = "") -> str:
-    """`text` as a fenced block that nothing in it can end; unprintable characters are dropped."""
+    """`text` as a fenced block that it cannot close; unprintable characters are dropped."""
     shown = "".join(c for c in text.expandtabs(4) if c == "\n" or c.isprintable())
     longest = max((len(run) for run in _BACKTICKS.findall(shown)), default=0)
     fence = "`" * max(3, longest + 1)
@@ -46,13 +46,13 @@ def scalar(text: str) -> str:
 
 
 def table(columns: list[str], rows: list[list[str]], *, left: int = 1) -> str:
-    """A Markdown table; the first `left` columns left-aligned, the others right. Cells are Markdown already."""
+    """A Markdown table; the first `left` columns left-aligned, the others right. Cells are Markdown."""
     rule = ["---"] * left + ["---:"] * (len(columns) - left)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [columns, rule, *rows])
 
 
 def ranges(numbers: tuple[int, ...]) -> str:
-    """Numbers in their order, runs that ascend by one shortened: 0-3, 7, 5."""
+    """Numbers in order, with ascending runs shortened: 0-3, 7, 5."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:

@@ -1,4 +1,4 @@
-"""How to run a pruned checkpoint, and what not to expect of it."""
+"""Card sections on how to run a pruned checkpoint, and its limits."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ _GENERATE = """\
 output = model.generate(**inputs, max_new_tokens=64)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))"""
 
-_TRIED = "(moe-surgery's own tests run these lines on the CPU only.)"
+_TESTED = "(moe-surgery's tests run this code on the CPU only.)"
 
 
 def usage_section(facts: Facts) -> str:
     """transformers, vLLM and this tool."""
-    asked = "--chat" if facts.has_template else "--prompt"
+    option = "--chat" if facts.has_template else "--prompt"
     python = _LOAD + (_CHAT if facts.has_template else _PROMPT) + _GENERATE
-    generate = f'moe-surgery generate {PATH} {asked} "What is 7 + 5?" --device cpu  # or cuda, mps'
+    generate = f'moe-surgery generate {PATH} {option} "What is 7 + 5?" --device cpu  # or cuda, mps'
     parts = [
-        "With transformers 5 and accelerate, nothing of moe-surgery installed:",
+        "With transformers 5 and accelerate (moe-surgery is not needed):",
         fenced(python, "python"),
         _memory(facts),
         *_tokenizer(facts),
@@ -54,78 +54,78 @@ def usage_section(facts: Facts) -> str:
 
 def _memory(facts: Facts) -> str:
     if not facts.expert_format.packed:
-        return f"The weights take {size(facts.tensor_bytes)} of memory on any device. {_TRIED}"
+        return f"The weights take {size(facts.tensor_bytes)} of memory on any device. {_TESTED}"
     return (
         f"On CPU and MPS transformers unpacks the MXFP4 weights to BF16, which takes {size(facts.bf16_bytes)} of "
-        f"memory. On a GPU they stay packed ({size(facts.this.nbytes)}) where the packages `triton` (3.4 or later) "
-        "and `kernels` are installed, else they are unpacked there too. moe-surgery keeps them packed everywhere. "
-        + _TRIED
+        f"memory. On a GPU they stay packed ({size(facts.this.nbytes)}) if the packages `triton` (3.4 or later) and "
+        "`kernels` are installed, otherwise they are unpacked there too. moe-surgery always keeps them packed. "
+        + _TESTED
     )
 
 
 def _tokenizer(facts: Facts) -> list[str]:
     if facts.has_tokenizer:
         return []
-    return ["The source came without tokenizer files: take them from the model it descends from."]
+    return ["The source has no tokenizer files: take them from the model it is based on."]
 
 
 def _notes(facts: Facts) -> list[str]:
     this, source = facts.this, facts.source
     assert this.top_k is not None
-    known = this.top_k if source.top_k is None else source.top_k
-    notes = serving_notes(facts.kept, this.top_k, known, facts.plan.top_k, expert_format=facts.expert_format)
+    source_top_k = this.top_k if source.top_k is None else source.top_k
+    notes = serving_notes(
+        facts.kept, this.top_k, source_top_k, facts.plan.top_k, expert_format=facts.expert_format
+    )
     if not notes:
         return []
-    return ["What is known to stand in the way of serving engines:\n\n" + "\n".join(f"- {n}" for n in notes)]
+    return ["Known problems with serving engines:\n\n" + "\n".join(f"- {n}" for n in notes)]
 
 
 def _top_k_changed(facts: Facts) -> str:
-    """A sentence on a top-k that is not the source's; empty where it is, or nothing records the source's."""
-    mine, before = facts.this.top_k, facts.source.top_k
-    if mine is None or before is None or mine == before:
+    """A sentence on a changed top-k; empty if it is the source's, or the source's is not recorded."""
+    now, before = facts.this.top_k, facts.source.top_k
+    if now is None or before is None or now == before:
         return ""
-    reads = "less, and was trained with more" if mine < before else "more, and was trained with fewer"
-    passes = f"A token passes through {mine} experts of each layer instead of {before}"
-    return f"**Top-k differs.** {passes}: it reads {reads}."
+    reads = "less than the model was trained with" if now < before else "more than the model was trained with"
+    return f"**Top-k changed.** A token uses {now} experts per layer instead of {before}: it reads {reads}."
 
 
 def limits_section(facts: Facts, evaluated: bool) -> str:
-    """What the cut does not do, and what nobody has looked at."""
+    """What pruning does not do, and what was not measured."""
     this = facts.this
     changed = _top_k_changed(facts)
     if facts.whole:
         rounding = (
-            "`conversion` in `surgery.json` counts the blocks that MXFP4 could not hold exactly"
+            "`conversion` in `surgery.json` counts the blocks that are not exact in MXFP4"
             if facts.converted and facts.expert_format.packed
             else ""
         )
         if not changed:
-            first = "No expert was removed, so what is known of the source holds here"
-            return first + (f", but for rounding: {rounding}." if rounding else ".")
+            first = "No expert was removed, so what is known about the source applies here"
+            return first + (f", except for rounding: {rounding}." if rounding else ".")
         return "\n".join(
             f"- {line}"
             for line in (
                 changed,
-                f"**No expert was removed**, and no weight was trained{f'; {rounding}' if rounding else ''}.",
+                f"**No expert was removed**, and nothing was trained{f'; {rounding}' if rounding else ''}.",
             )
         )
     lines = [
-        "**No faster one token at a time.** A token still passes through "
-        f"{this.top_k} experts of each layer, whatever the number to choose from: decoding a single sequence is about "
-        "as fast as before. What shrinks is the memory, and with it the time where the source did not fit, or "
-        "where a batch touches fewer different experts.",
-        "**Worse off its domain.** Tokens that needed a removed expert go to another one. Expect the loss to be small "
-        "at best on texts like those the choice was made on, and large elsewhere; a few experts less can be a cliff.",
-        "**Nothing was retrained.** The router's rows of the removed experts are gone and the others are as they were; "
-        "no weight was tuned to make up for the cut.",
-        "**Safety not looked at.** Refusals and other trained-in behaviour may rest on removed experts. What was "
-        "measured of the source in this respect says nothing about this model.",
+        f"**Not faster one token at a time.** A token still uses {this.top_k} experts per layer, however many there "
+        "are to choose from: decoding a single sequence is about as fast as before. What shrinks is the memory, and "
+        "with it the time if the source did not fit, or if a batch uses fewer different experts.",
+        "**Worse outside its domain.** Tokens that needed a removed expert go to another one. Expect a small loss at "
+        "best on texts like those the experts were chosen on, and a large one elsewhere; removing a few more experts "
+        "can make quality collapse.",
+        "**Nothing was retrained.** The removed experts' router rows are gone and the others are unchanged; no weight "
+        "was tuned to compensate.",
+        "**Safety not evaluated.** Refusals and other trained behaviour may depend on removed experts. Safety results "
+        "of the source do not apply to this model.",
     ]
     if changed:
         lines[0] = changed
     if evaluated:
         lines.append(
-            "**Likelihoods, not benchmarks.** The figures above compare probabilities on texts; answers to tasks were "
-            "not scored."
+            "**Likelihoods, not benchmarks.** The figures above compare probabilities on texts; no tasks were scored."
         )
     return "\n".join(f"- {line}" for line in lines)

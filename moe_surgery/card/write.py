@@ -1,4 +1,4 @@
-"""A new card for a checkpoint that is already there, with its manifest kept in step."""
+"""Writes a new card into an existing checkpoint and updates its manifest."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def write_card(
 ) -> Path:
     """Make `text` (of `make_card`) the README.md of the pruned checkpoint `out`; returns its path.
 
-    README.md is replaced first and the manifest second, each atomically and flushed to disk. A run
-    that ends in between leaves a README.md that `verify` names (or, where there was none before,
-    notes as not listed); running it again sets that right.
+    README.md is replaced first and the manifest second, each atomically and flushed to disk. If the
+    run stops in between, `verify` reports the README.md (as unlisted, if there was none before);
+    running it again fixes that.
 
-    Raises OutputError where README.md was changed since it was written (by hand, perhaps) and
-    `overwrite` is off, where files cannot be written, and as `load_manifest`.
+    Raises OutputError if README.md was edited since it was written and `overwrite` is off, or if files
+    cannot be written, and any error of `load_manifest`.
     """
     folder, ops = Path(resolve(out)), ops or FileOps()
     manifest, readme = folder / MANIFEST_NAME, folder / README_NAME
@@ -38,11 +38,11 @@ def write_card(
     raw, content = read_small_file(manifest, limit=MAX_BYTES, what="a manifest"), text.encode()
     new = with_file(raw, README_NAME, content)
     if os.path.lexists(readme) and not overwrite:
-        found = _content(readme)
-        ours = record is not None and found is not None and _digest(found) == record.xxh3_128
-        if found != content and not ours:
+        current = _content(readme)
+        unchanged = record is not None and current is not None and _digest(current) == record.xxh3_128
+        if current != content and not unchanged:
             raise OutputError(
-                f"{printable_path(readme)}: was not written by this tool, or was changed since; keep a copy and pass "
+                f"{printable_path(readme)}: was not written by moe-surgery or was edited since; keep a copy and pass "
                 "`overwrite=True` to replace it"
             )
     for path, data in ((readme, content), (manifest, new)):

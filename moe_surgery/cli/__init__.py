@@ -37,7 +37,7 @@ IO_ERROR = 5
 
 
 class _Commands(click.Group):
-    """Loads a command's module only when the command is named or help lists them."""
+    """Imports a command's module only when it is needed."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -52,9 +52,9 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:  # which click would report with an additional empty line
+        except KeyboardInterrupt:  # click would add an empty line
             if sys.stderr.isatty():
-                click.echo(err=True)  # past the ^C that the terminal shows
+                click.echo(err=True)  # end the line with ^C
             raise click.Abort from None
 
 
@@ -63,12 +63,12 @@ class _Commands(click.Group):
 def cli() -> None:
     """Remove experts from mixture-of-experts checkpoints without loading the model.
 
-    CKPT is a folder, one .safetensors file, example:tiny (an embedded model to try things on), or a
+    CKPT is a folder, a .safetensors file, example:tiny (an embedded model for trying things out), or a
     hub id such as openai/gpt-oss-20b that is in the local hub cache.
 
     \b
     moe-surgery inspect openai/gpt-oss-20b
-    moe-surgery plan law.json --experts 8 --model-type gpt_oss -o law-8.json
+    moe-surgery plan published:law --experts 8 -o law-8.json
     moe-surgery prune openai/gpt-oss-20b gpt-oss-law-8 --plan law-8.json
     moe-surgery verify gpt-oss-law-8 --source openai/gpt-oss-20b
 
@@ -84,13 +84,13 @@ def _one_line(error: click.ClickException) -> str:
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    """Python's own error, or what torch's allocators say."""
+    """Python's error, or one of torch's allocators."""
     message = str(error)
     return isinstance(error, MemoryError) or "can't allocate memory" in message or "out of memory" in message
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Entry point: runs a command and exits with its code; one line instead of a traceback."""
+    """Entry point: run a command and exit with its code. Errors are one line, not a traceback."""
     terminal = Terminal()
     try:
         with terminal.notes():
@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         terminal.failed(error)
         code = error.exit_code
     except BrokenPipeError:
-        sys.stderr.close()  # the reader has gone
+        sys.stderr.close()  # the reader closed the pipe
         code = IO_ERROR
     except OSError as error:
         terminal.failed(error)

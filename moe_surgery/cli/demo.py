@@ -12,15 +12,17 @@ from moe_surgery.cli.terminal import count, size
 
 
 @click.command("demo")
-@click.option("--output", type=OUTPUT, help="Keep the pruned models in this new folder.")
+@click.option(
+    "--output", type=OUTPUT, help="Write the pruned models to this new folder; default: discard them."
+)
 @common
 @click.pass_context
 def command(context: click.Context, output: Path | None) -> None:
-    """Run the main job on the embedded tiny model and show the result in one table.
+    """Prune the embedded tiny model in several ways and compare the results.
 
-    Profiles example:tiny on arithmetic and code, plans, prunes and verifies several sizes, in MXFP4
-    and BF16, then generates with each and measures its loss on three short texts: the first two are of
-    the kinds it was profiled on. One model has random experts, to compare. Takes some ten seconds.
+    Profiles example:tiny on arithmetic and code, then plans, prunes and verifies several sizes in MXFP4
+    and BF16, one of them with random experts. Generates with each and measures its loss on three short
+    texts; the first two resemble the texts it was profiled on. Takes about ten seconds.
 
     \b
     moe-surgery demo
@@ -35,8 +37,8 @@ def command(context: click.Context, output: Path | None) -> None:
         return
     texts = list(rows[0].losses)
     terminal.table(
-        f"{rows[0].name} {SOURCE} and what is left of it; loss in nats a token",
-        ["model", "experts", "top-k", "parameters", "bytes", "of full", "verified", "tokens/s", *texts],
+        f"{SOURCE}, full and pruned; loss in nats per token",
+        ["model", "experts", "top-k", "parameters", "bytes", "share", "verified", "tokens/s", *texts],
         [
             [
                 row.name,

@@ -13,7 +13,7 @@ from moe_surgery.cli.options import common, terminal_of
 def command(context: click.Context) -> None:
     """Show versions, instruction sets and devices, and what works here.
 
-    For everything that does not work the reason is given. Put this output in a bug report.
+    Gives the reason for everything that does not work. Put this output in a bug report.
 
     \b
     moe-surgery doctor
@@ -22,11 +22,11 @@ def command(context: click.Context) -> None:
     from moe_surgery.doctor import examine
 
     terminal = terminal_of(context)
-    found = examine()
+    report = examine()
     if terminal.json:
-        terminal.data(found)
+        terminal.data(report)
         return
-    for section, entries in found.items():
+    for section, entries in report.items():
         terminal.result(section)
         for name, value in entries.items():
             terminal.result(f"  {name:<24} {value}")

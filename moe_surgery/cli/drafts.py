@@ -1,4 +1,4 @@
-"""The options that choose a draft, and the draft they choose."""
+"""The options that choose a draft, and loading it."""
 
 from __future__ import annotations
 
@@ -26,22 +26,24 @@ def draft_options(command: Command) -> Command:
 
 
 def several_draft_options(command: Command) -> Command:
-    """The same, --draft and --draft-plan as often as wanted."""
+    """The same; --draft and --draft-plan can repeat."""
     return _options(command, several=True)
 
 
 def _options(command: Command, several: bool) -> Command:
-    again = " Repeat for more." if several else ""
+    repeat = "; repeat for more" if several else ""
     options = (
-        click.option("--draft", metavar="CKPT", multiple=several, help=f"Let this checkpoint draft.{again}"),
+        click.option(
+            "--draft", metavar="CKPT", multiple=several, help=f"Checkpoint to use as the draft{repeat}."
+        ),
         click.option(
             "--draft-plan",
             type=click.Path(path_type=Path),
             multiple=several,
-            help=f"Let the model itself draft, with this plan's experts only: no weights are added.{again}",
+            help=f"Plan file: the model itself drafts with these experts only, which adds no weights{repeat}.",
         ),
         click.option(
-            "--draft-top-k", type=int, help="Experts the router chooses for each token in the draft."
+            "--draft-top-k", type=int, help="Experts per token in the draft; default: its plan's or model's."
         ),
     )
     for option in reversed(options):
@@ -50,7 +52,7 @@ def _options(command: Command, several: bool) -> Command:
 
 
 def draft_length(value: str | None) -> int | AdaptiveLength | None:
-    """The value of --draft-length; None where it is not given. Raises UsageError."""
+    """The value of --draft-length; None without one. Raises UsageError."""
     from moe_surgery.runtime.speculation.draft_length import AdaptiveLength, check_length
 
     if value is None:
@@ -68,10 +70,10 @@ def draft_length(value: str | None) -> int | AdaptiveLength | None:
 def load_draft(
     target: CausalLM, ckpt: str, draft: str | None, plan_file: Path | None, top_k: int | None
 ) -> CausalLM | None:
-    """The draft for `target`, which was loaded from `ckpt`; None where no option asks for one.
+    """The draft for `target`, which was loaded from `ckpt`; None if no option names one.
 
-    With --draft-top-k alone the target drafts for itself with fewer experts a token. Raises UsageError
-    for options that exclude each other or a draft of another vocabulary.
+    With --draft-top-k alone the target drafts for itself with fewer experts per token. Raises UsageError
+    for conflicting options or a draft with another vocabulary.
     """
     from moe_surgery.runtime.load import load_model
     from moe_surgery.runtime.speculation.speculate import check_pair
@@ -80,13 +82,13 @@ def load_draft(
     from moe_surgery.selection.plan import check_top_k, load_plan
 
     if draft is not None and plan_file is not None:
-        raise UsageError("--draft and --draft-plan exclude each other")
+        raise UsageError("choose one of --draft and --draft-plan")
     if top_k is not None and top_k < 1:
         raise UsageError(f"--draft-top-k {top_k}: must be at least 1")
     if draft is None and plan_file is None and top_k is None:
         return None
-    if top_k is not None and top_k > (own := max(layer.top_k for layer in target.layers)):
-        raise UsageError(f"--draft-top-k {top_k}: {ckpt} takes {own} itself; a draft must take fewer")
+    if top_k is not None and top_k > (full := max(layer.top_k for layer in target.layers)):
+        raise UsageError(f"--draft-top-k {top_k}: {ckpt} itself uses {full}; a draft must use fewer")
     if draft is None:
         plan = None if plan_file is None else load_plan(plan_file)
         if plan is not None and top_k is not None:
@@ -95,7 +97,7 @@ def load_draft(
     model = load_model(draft, target.device, target.dtype, backend=target.backend.name)
     check_pair(target, model)
     if not Text(ckpt).same_tokens(Text(draft)):
-        raise UsageError(f"--draft {draft}: its tokenizer numbers tokens differently from that of {ckpt}")
+        raise UsageError(f"--draft {draft}: its tokenizer has other token ids than that of {ckpt}")
     if top_k is None:
         return model
     check_top_k(top_k, model.config.num_local_experts, f"{draft} has", "draft_top_k")

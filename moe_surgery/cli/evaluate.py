@@ -9,6 +9,7 @@ import click
 
 from moe_surgery.cli.options import (
     OUTPUT,
+    batch_tokens_option,
     check_new_output,
     common,
     compute,
@@ -31,16 +32,15 @@ if TYPE_CHECKING:
 @click.option(
     "--plan",
     "plan_files",
-    metavar="PLAN",
     type=click.Path(path_type=Path),
     multiple=True,
-    help="A plan to evaluate as a view, without writing a checkpoint; repeat for more.",
+    help="Plan file; evaluated without writing a checkpoint; repeat for more.",
 )
 @router_top_k
 @text_options
-@click.option("--answers-only", is_flag=True, help="Count the answers of conversations only.")
-@click.option("--batch-tokens", type=int, help="Tokens taken through a layer together. Default 8192.")
-@click.option("-o", "--output", type=OUTPUT, help="Write all figures here, for `report`.")
+@click.option("--answers-only", is_flag=True, help="Evaluate only the answers of conversations.")
+@batch_tokens_option
+@click.option("-o", "--output", type=OUTPUT, help="Write all figures here, for `report` and `card`.")
 @compute
 @common
 @click.pass_context
@@ -62,16 +62,16 @@ def command(
     dtype: str | None,
     backend: str | None,
 ) -> None:
-    """Show what plans and pruned checkpoints cost, before or after writing a checkpoint.
+    """Measure how much quality plans and pruned checkpoints lose.
 
-    CKPT is the full model, PRUNED are checkpoints pruned from it. On every text the full model runs once
-    and all others beside it, layer by layer: cross-entropy (nats a token) and perplexity, KL divergence
-    from the full model's predictions, how often the likeliest next token is the same, and the share of
-    routes that had to go to another expert. Perplexity of a chat model on raw text says little: prefer
-    conversations with --answers-only, and look at KL and agreement.
+    CKPT is the full model, PRUNED are checkpoints pruned from it. The full model and all others go
+    through the same texts layer by layer. Shown are cross-entropy (nats per token) and perplexity, KL
+    divergence from the full model, how often the most likely next token is the same (top-1), and the
+    share of routes that had to go to another expert (rerouted). Perplexity of a chat model on raw text
+    means little: prefer conversations with --answers-only, and look at KL and top-1.
 
-    With --top-k, plans and pruned checkpoints route each token to that many experts; without any, CKPT
-    itself with that top-k is evaluated. The full model keeps its top-k.
+    --top-k applies to plans and pruned checkpoints, not to the full model. Without either, CKPT with
+    that top-k is evaluated.
 
     \b
     moe-surgery evaluate example:tiny --plan code.json --texts notes.txt --texts code.py
@@ -89,13 +89,11 @@ def command(
     terminal = terminal_of(click_context)
     check_new_output(output, [*texts, *plan_files])
     if not pruned and not plan_files and top_k is None:
-        raise UsageError(
-            "nothing to compare with the full model; name PRUNED checkpoints, --plan files or --top-k"
-        )
+        raise UsageError("nothing to compare with the full model; pass PRUNED checkpoints, --plan or --top-k")
     files = text_files(texts, domains, format)
     plans = [(str(path), load_plan(path)) for path in plan_files]
     with terminal.job() as progress:
-        found = evaluate(
+        evaluation = evaluate(
             ckpt,
             files,
             plans=plans,
@@ -111,24 +109,24 @@ def command(
             progress=progress,
         )
     if output is not None:
-        write_file(output, found.to_json().encode(), FileOps())
+        write_file(output, evaluation.to_json().encode(), FileOps())
     if terminal.json:
-        terminal.data(found.as_dict())
+        terminal.data(evaluation.as_dict())
     else:
-        _print(terminal, found)
+        _print(terminal, evaluation)
     if output is not None:
         terminal.say(f"{output}: all figures; next: moe-surgery report STATS --evaluation {output}")
 
 
-def _print(terminal: Terminal, found: Evaluation) -> None:
-    terminal.say(computed_by(found.settings))
-    columns = ["model", "experts", "tokens", "loss", "perplexity", "KL", "top-1", "redirected"]
-    sections = [(domain, domain) for domain in found.domains]
+def _print(terminal: Terminal, evaluation: Evaluation) -> None:
+    terminal.say(computed_by(evaluation.settings))
+    columns = ["model", "experts", "tokens", "loss", "perplexity", "KL", "top-1", "rerouted"]
+    sections = [(domain, domain) for domain in evaluation.domains]
     if len(sections) > 1:
         sections.append(("", "all domains"))
     for domain, title in sections:
         rows = []
-        for model in found.models:
+        for model in evaluation.models:
             quality = model.domains[domain] if domain else model.overall
             low, high = min(model.experts), max(model.experts)
             experts = str(low) if low == high else f"{low} to {high}"
@@ -137,12 +135,12 @@ def _print(terminal: Terminal, found: Evaluation) -> None:
 
 
 def _figures(quality: Quality) -> list[str]:
-    moved = quality.redirected
+    rerouted = quality.rerouted
     return [
         f"{quality.tokens:,}",
         f"{quality.cross_entropy:.3f}",
         f"{quality.perplexity:.4g}",
         f"{quality.kl:.4f}",
         f"{quality.agreement:.1%}",
-        f"{sum(moved) / len(moved):.1%}" if moved else "?",
+        f"{sum(rerouted) / len(rerouted):.1%}" if rerouted else "?",
     ]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moe_surgery.cli.options import OUTPUT, common, router_top_k, terminal_of
+from moe_surgery.cli.options import OUTPUT, common, router_top_k, terminal_of, write_options
 from moe_surgery.cli.terminal import Terminal, count, size
 
 if TYPE_CHECKING:
@@ -18,30 +18,26 @@ if TYPE_CHECKING:
 @click.command("export")
 @click.argument("ckpt")
 @click.argument("out", type=OUTPUT)
-@click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Write this plan's experts only.")
+@click.option(
+    "--plan", "plan_file", type=click.Path(path_type=Path), help="Plan file; only its experts are written."
+)
 @router_top_k
 @click.option(
     "--store",
     type=click.Choice(["keep", "mxfp4"]),
     default="keep",
     show_default=True,
-    help="Format of expert weights in OUT. To mxfp4 is exact for weights that came from it.",
+    help="Format of expert weights in the output; mxfp4 is lossless for weights that came from MXFP4.",
 )
-@click.option("--name", help="What programs call the model; default: the checkpoint's folder.")
+@click.option("--name", help="Model name in the file; default: the checkpoint's folder.")
 @click.option(
     "--tokenizer/--no-tokenizer",
     default=True,
     show_default=True,
-    help="Write tokenizer and chat template into the file.",
+    help="Include tokenizer and chat template.",
 )
-@click.option("--dry-run", is_flag=True, help="Print what would be written, and stop.")
-@click.option("--overwrite", is_flag=True, help="Replace the file OUT if it is there.")
-@click.option("--ignore-free-space", is_flag=True, help="Start even if the output seems not to fit the disk.")
-@click.option(
-    "--ignore-unlisted",
-    is_flag=True,
-    help="Skip tensors and a model.safetensors that the index does not list.",
-)
+@click.option("--overwrite", is_flag=True, help="Replace existing output.")
+@write_options
 @common
 @click.pass_context
 def command(
@@ -60,9 +56,8 @@ def command(
 ) -> None:
     """Write a full or pruned checkpoint as one GGUF file, for llama.cpp, Ollama and LM Studio.
 
-    Weights keep their format and every bit (norms, biases and router become F32), and tokenizer and chat
-    template go into the file. CKPT is only read, and never loaded; OUT appears complete or not at all. With --plan only
-    the experts of the plan are written.
+    Weights keep their format bit for bit (norms, biases and router become F32). CKPT is only read, never
+    loaded; OUT appears complete or not at all. With --plan only the plan's experts are written.
 
     \b
     moe-surgery export example:tiny tiny.gguf
@@ -131,4 +126,4 @@ def _print(terminal: Terminal, result: ExportResult, seconds: float) -> None:
     for note in result.notes:
         terminal.note(note)
     if program.tokens and not program.chat_template:
-        terminal.say("note: the checkpoint has no chat template; programs will fall back on one of theirs")
+        terminal.say("note: the checkpoint has no chat template; programs will use a default")

@@ -34,49 +34,59 @@ class Settings(TypedDict):
 
 @click.command("generate")
 @click.argument("ckpt")
-@click.option("--prompt", help="Text to continue. Without --prompt and --chat it is read from stdin.")
-@click.option("--chat", help="A message to answer, by the checkpoint's chat template.")
+@click.option("--prompt", help="Text to continue; default: stdin.")
+@click.option("--chat", help="Message to answer, using the checkpoint's chat template.")
 @click.option(
     "--reasoning",
     type=click.Choice(["show", "hide"]),
     default="show",
     show_default=True,
-    help="Show the model's reasoning on stderr, dimmed on a terminal, or hide it.",
+    help="Show the reasoning on stderr (dimmed on a terminal), or hide it.",
 )
 @click.option(
     "--reasoning-effort",
     type=click.Choice(["low", "medium", "high"]),
-    help="Reasoning effort, for chat templates that read it.",
+    help="Reasoning effort, for chat templates that support it.",
 )
 @click.option(
-    "--plan", "plan_file", type=click.Path(path_type=Path), help="Show the model only this plan's experts."
+    "--plan", "plan_file", type=click.Path(path_type=Path), help="Plan file; the model uses only its experts."
 )
 @router_top_k
 @click.option("--max-new-tokens", type=int, default=256, show_default=True, help="Most tokens to generate.")
-@click.option("--context", type=int, help="Most tokens of prompt and answer together; default: the model's.")
 @click.option(
-    "--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token."
+    "--context",
+    type=int,
+    help="Longest sequence in tokens; prompt and answer together; default: the model's.",
 )
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
 @click.option(
     "--sampling-top-k",
     type=int,
     default=0,
     metavar="N",
-    help="Draw from the N likeliest tokens only; 0: all. (--top-k is about experts.)",
+    help="Sample from the N most likely tokens; 0: all. (--top-k is for experts.)",
 )
 @click.option(
-    "--top-p", type=float, default=1.0, show_default=True, help="Draw from this share of probability."
+    "--top-p",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Sample from the most likely tokens with this total probability.",
 )
 @click.option(
-    "--min-p", type=float, default=0.0, help="Leave out tokens this much less likely than the likeliest."
+    "--min-p",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Drop tokens less likely than this fraction of the most likely one.",
 )
-@click.option("--seed", type=int, help="The same seed gives the same tokens.")
+@click.option("--seed", type=int, help="Random seed; default: a new one each time.")
 @drafts.draft_options
 @click.option(
     "--draft-length",
-    "length",
+    "draft_length",
     metavar="N|auto",
-    help="Tokens drafted for each step of the model.  [default: 4]",
+    help="Tokens to draft per step of the model; default: 4.",
 )
 @compute
 @common
@@ -100,21 +110,21 @@ def command(
     draft: str | None,
     draft_plan: Path | None,
     draft_top_k: int | None,
-    length: str | None,
+    draft_length: str | None,
     device: str,
     dtype: str | None,
     backend: str | None,
 ) -> None:
     """Generate text with a full or pruned checkpoint.
 
-    Weights are used where the files are mapped, so a model starts at once and experts stay packed.
-    With --plan the full checkpoint behaves as the pruned one would, without writing it.
+    Weights stay in their mapped files and MXFP4 experts stay packed, so a model starts at once. With
+    --plan the full checkpoint behaves like the pruned one, without writing it.
 
     The answer goes to stdout; the reasoning of a model in the harmony format goes to stderr. --json has
     both: "answer" and "reasoning".
 
-    With --draft, --draft-plan or --draft-top-k a cheaper model proposes tokens that the full one checks
-    several at a time: the output is still that of the full model (exactly in float32, --dtype f32).
+    With --draft, --draft-plan or --draft-top-k a cheaper model proposes tokens and the full one checks
+    several at a time: the output is still the full model's (exactly so in float32, --dtype f32).
 
     \b
     moe-surgery generate example:tiny --prompt "12 + 30 =" --max-new-tokens 8
@@ -128,25 +138,25 @@ def command(
 
     terminal = terminal_of(click_context)
     if prompt is not None and chat is not None:
-        raise UsageError("--prompt and --chat exclude each other")
+        raise UsageError("choose one of --prompt and --chat")
     sampling = Sampling(temperature, sampling_top_k, top_p, min_p, seed)
-    drafted = drafts.draft_length(length)
+    num_draft_tokens = drafts.draft_length(draft_length)
     text = Text(ckpt)
-    asked = prompt if chat is None else _framed(text, ckpt, chat, reasoning_effort)
+    rendered = prompt if chat is None else _chat_prompt(text, ckpt, chat, reasoning_effort)
     if chat is None and reasoning_effort is not None:
-        raise UsageError("--reasoning-effort: only with --chat")
-    tokens = text.encode(asked if asked is not None else _stdin())
+        raise UsageError("--reasoning-effort needs --chat")
+    tokens = text.encode(rendered if rendered is not None else _stdin())
     if not tokens:
         raise UsageError("the prompt is empty; pass --prompt TEXT, --chat TEXT, or text on stdin")
-    model = _loaded(ckpt, device, dtype, plan_file, backend, top_k)
+    model = _load(ckpt, device, dtype, plan_file, backend, top_k)
     terminal.detail(f"{model.backend.name} backend on {model.device}, {len(tokens)} prompt tokens")
     drafter = drafts.load_draft(model, ckpt, draft, draft_plan, draft_top_k)
-    if drafter is None and drafted is not None:
-        raise UsageError("--draft-length: nothing drafts; pass --draft, --draft-plan or --draft-top-k")
+    if drafter is None and num_draft_tokens is not None:
+        raise UsageError("--draft-length needs --draft, --draft-plan or --draft-top-k")
     if top_k is not None and top_k != model.config.num_experts_per_tok:
         terminal.say(
-            f"note: the router chooses {top_k} experts for each token instead of {model.config.num_experts_per_tok}; "
-            "--sampling-top-k limits the tokens to draw from"
+            f"note: the router chooses {top_k} experts per token instead of {model.config.num_experts_per_tok}; "
+            "to limit the tokens to sample from use --sampling-top-k"
         )
     settings: Settings = {
         "max_new_tokens": max_new_tokens,
@@ -155,13 +165,13 @@ def command(
         "context": context,
     }
     view = ReplyView(terminal, reasoning=reasoning == "show")
-    _run(terminal, view, model, drafter, drafted, text, tokens, settings)
+    _run(terminal, view, model, drafter, num_draft_tokens, text, tokens, settings)
 
 
-def _framed(text: Text, ckpt: str, chat: str, effort: str | None) -> str:
+def _chat_prompt(text: Text, ckpt: str, chat: str, effort: str | None) -> str:
     variables = {} if effort is None else {"reasoning_effort": effort}
     if effort is not None and not text.reads("reasoning_effort"):
-        raise UsageError(f"--reasoning-effort {effort}: the chat template of {ckpt} does not read it")
+        raise UsageError(f"--reasoning-effort {effort}: the chat template of {ckpt} does not support it")
     return text.chat([{"role": "user", "content": chat}], variables=variables)
 
 
@@ -172,7 +182,7 @@ def _stdin() -> str:
         raise UsageError(f"stdin: not UTF-8 at byte {error.start}") from None
 
 
-def _loaded(
+def _load(
     ckpt: str, device: str, dtype: str | None, plan_file: Path | None, backend: str | None, top_k: int | None
 ) -> CausalLM:
     from moe_surgery.runtime.load import load_model
@@ -193,7 +203,7 @@ def _run(
     settings: Settings,
 ) -> None:
     from moe_surgery.runtime.generate import Generated, Step, generate
-    from moe_surgery.runtime.speculation.speculate import DEFAULT_LENGTH, Speculated, speculate
+    from moe_surgery.runtime.speculation.speculate import DEFAULT_DRAFT_LENGTH, Speculated, speculate
     from moe_surgery.runtime.speculation.statistics import Round
     from moe_surgery.runtime.usage import Stopwatch, peak_memory
 
@@ -204,14 +214,20 @@ def _run(
         watch.step(len(new))
         view.show([piece for token in new for piece in parser.push(token)])
 
-    found: Generated | Speculated
+    result: Generated | Speculated
     if draft is None:
-        found = generate(model, [tokens], callback=on_step, **settings)
+        result = generate(model, [tokens], callback=on_step, **settings)
     else:
-        asked = DEFAULT_LENGTH if length is None else length
-        found = speculate(model, draft, [tokens], length=asked, callback=on_step, **settings)
-    new, peak = found.tokens[0], peak_memory(model.device)
-    drafted = found.statistics if isinstance(found, Speculated) else None
+        result = speculate(
+            model,
+            draft,
+            [tokens],
+            draft_length=DEFAULT_DRAFT_LENGTH if length is None else length,
+            callback=on_step,
+            **settings,
+        )
+    new, peak = result.tokens[0], peak_memory(model.device)
+    drafted = result.statistics if isinstance(result, Speculated) else None
     view.show(parser.flush())
     view.end()
     if terminal.json:
@@ -223,7 +239,7 @@ def _run(
                 "reasoning": reply.reasoning,
                 "tool_calls": [asdict(call) for call in reply.tool_calls],
                 "tokens": new,
-                "log_probabilities": found.log_probabilities[0],
+                "log_probabilities": result.log_probabilities[0],
                 "prompt_tokens": len(tokens),
                 "prefill_seconds": watch.prefill_seconds,
                 "decode_tokens_per_second": watch.decode_rate(),
@@ -241,5 +257,5 @@ def _run(
     if drafted is not None and drafted.acceptance is not None:
         terminal.say(
             f"{drafted.acceptance:.0%} of {sum(drafted.tried)} drafted tokens accepted, "
-            f"{drafted.tokens_per_target_step:.2f} tokens a target step"
+            f"{drafted.tokens_per_target_step:.2f} tokens per target step"
         )

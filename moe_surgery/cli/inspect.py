@@ -6,31 +6,28 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moe_surgery.cli.options import common, terminal_of
+from moe_surgery.cli.options import common, ignore_unlisted, terminal_of
 from moe_surgery.cli.terminal import Terminal, count, size
 
 if TYPE_CHECKING:
     from moe_surgery.surgery.inspect import Inspection
 
 MAX_ROWS = 10
+MAX_LISTED_SHARDS = 4
 
 
 @click.command("inspect")
 @click.argument("ckpt")
-@click.option("--all-sizes", is_flag=True, help="List every expert count.")
-@click.option(
-    "--ignore-unlisted",
-    is_flag=True,
-    help="Skip tensors and a model.safetensors that the index does not list.",
-)
+@click.option("--all-sizes", is_flag=True, help="Show every number of experts, not only some.")
+@ignore_unlisted
 @common
 @click.pass_context
 def command(context: click.Context, ckpt: str, all_sizes: bool, ignore_unlisted: bool) -> None:
-    """Show what a checkpoint holds, and its size with fewer experts.
+    """Show what a checkpoint contains, and its size with fewer experts.
 
-    Reads headers only, so it is instant at any size. The table shows how many parameters remain with
-    n experts kept in each layer, and how many bytes they take in MXFP4, BF16 and the format they are
-    stored in. JSON lists every n.
+    Reads headers only, so it is instant at any size. The table shows the parameters that remain with n
+    experts per layer, and the bytes they take in MXFP4, in BF16 and in the checkpoint's own format.
+    --json has every n.
 
     \b
     moe-surgery inspect example:tiny
@@ -39,50 +36,56 @@ def command(context: click.Context, ckpt: str, all_sizes: bool, ignore_unlisted:
     from moe_surgery.pipeline import inspect
 
     terminal = terminal_of(context)
-    found = inspect(ckpt, ignore_unlisted=ignore_unlisted)
+    inspection = inspect(ckpt, ignore_unlisted=ignore_unlisted)
     if terminal.json:
-        terminal.data(found.as_dict())
+        terminal.data(inspection.as_dict())
         return
-    _summary(terminal, found)
-    _sizes(terminal, found, all_sizes)
-    for note in found.notes:
+    _summary(terminal, inspection)
+    _sizes(terminal, inspection, all_sizes)
+    for note in inspection.notes:
         terminal.note(note)
 
 
-def _summary(terminal: Terminal, found: Inspection) -> None:
+def _summary(terminal: Terminal, inspection: Inspection) -> None:
     lines = {
-        "checkpoint": found.path,
-        "family": f"{found.family} ({found.model_type}, {found.layout} layout)",
-        "experts": f"{found.experts} in each of {found.layers} layers, top-{found.top_k}, "
-        f"stored as {found.expert_format.label}",
-        "parameters": f"{count(found.parameters)} total, {count(found.active_parameters)} active, "
-        f"{count(found.parameters_per_expert)} per expert",
-        "bytes": f"{size(found.nbytes)} in {found.tensors} tensors: "
-        + ", ".join(f"{part} {size(nbytes)}" for part, nbytes in found.parts.items()),
-        "dtypes": ", ".join(f"{dtype} {size(nbytes)}" for dtype, nbytes in found.dtypes.items()),
-        "shards": ", ".join(f"{name} ({size(nbytes)})" for name, nbytes in found.shards.items()),
+        "checkpoint": inspection.path,
+        "family": f"{inspection.family} ({inspection.model_type}, {inspection.layout} layout)",
+        "experts": f"{inspection.experts} in each of {inspection.layers} layers, top-{inspection.top_k}, "
+        f"stored as {inspection.expert_format.label}",
+        "parameters": f"{count(inspection.parameters)} total, {count(inspection.active_parameters)} active, "
+        f"{count(inspection.parameters_per_expert)} per expert",
+        "bytes": f"{size(inspection.nbytes)} in {inspection.tensors} tensors: "
+        + ", ".join(f"{part} {size(nbytes)}" for part, nbytes in inspection.parts.items()),
+        "dtypes": ", ".join(f"{dtype} {size(nbytes)}" for dtype, nbytes in inspection.dtypes.items()),
+        "shards": _shards(inspection.shards),
     }
     for name, text in lines.items():
         terminal.result(f"{name:<11} {text}")
 
 
-def _sizes(terminal: Terminal, found: Inspection, all_sizes: bool) -> None:
+def _shards(shards: dict[str, int]) -> str:
+    if len(shards) > MAX_LISTED_SHARDS:
+        return f"{len(shards)} files of {size(min(shards.values()))} to {size(max(shards.values()))}"
+    return ", ".join(f"{name} ({size(nbytes)})" for name, nbytes in shards.items())
+
+
+def _sizes(terminal: Terminal, inspection: Inspection, all_sizes: bool) -> None:
     step = 1
-    while not all_sizes and found.experts > step * MAX_ROWS:
+    while not all_sizes and inspection.experts > step * MAX_ROWS:
         step *= 2
-    shown = [s for s in found.sizes if s.experts % step == 0 or s.experts == found.experts]
+    listed = [s for s in inspection.sizes if s.experts % step == 0 or s.experts == inspection.experts]
     rows = [
         [
             str(s.experts),
             count(s.parameters),
             count(s.active_parameters),
-            *(size(s.nbytes(f)) for f in found.formats),
+            *(size(s.nbytes(f)) for f in inspection.formats),
         ]
-        for s in shown
+        for s in listed
     ]
-    labels = [f.label for f in found.formats]
+    labels = [f.label for f in inspection.formats]
     terminal.result("")
-    terminal.table("kept experts", ["n", "parameters", "active", *labels], rows)
-    for memory, fits in found.fits.items():
+    terminal.table("experts kept in each layer", ["n", "parameters", "active", *labels], rows)
+    for memory, fits in inspection.fits.items():
         most = ", ".join(f"{n or 'none'} in {name.upper()}" for name, n in fits.items())
         terminal.result(f"most experts whose weights fit {memory} GB: {most}")

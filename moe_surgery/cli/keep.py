@@ -1,4 +1,4 @@
-"""The options that say which experts stay, and the plans they make: shared by `plan` and `prune`."""
+"""Options for which experts to keep, and the plans they make; shared by `plan` and `prune`."""
 
 from __future__ import annotations
 
@@ -27,22 +27,24 @@ def keep_options(command: Command) -> Command:
             type=click.Choice(["ascending", "ranking"]),
             default="ascending",
             show_default=True,
-            help="Order of a ranking's experts: by number, or best first as in the published pruned models.",
+            help="Order of the kept experts: by number, or best first as in the published pruned models.",
         ),
         click.option(
             "--keep",
             "kept",
             type=EXPERT_LIST,
-            help="Keep these experts in every layer, in this order: 0,3,8-11, or all.",
+            help="Keep these experts in every layer, in this order: 0,3,8-11 or all.",
         ),
-        click.option("--experts", "-n", type=int, metavar="N", help="How many experts each layer keeps."),
+        click.option(
+            "--experts", "-n", type=int, metavar="N", help="Number of experts to keep in each layer."
+        ),
     ):
         command = option(command)
     return command
 
 
 def keeping(kept: list[int] | str) -> Callable[[ModelSpec], Plan]:
-    """What --keep says: the same experts in every layer."""
+    """The plan of --keep: the same experts in every layer."""
     from moe_surgery.selection.plan import plan_keeping
 
     return lambda model: plan_keeping(None if isinstance(kept, str) else kept, model)

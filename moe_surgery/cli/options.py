@@ -17,25 +17,34 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "BACKEND_HELP",
     "COUNT",
     "EXPERT_LIST",
     "OUTPUT",
     "SIZE",
+    "base_model_option",
+    "batch_tokens_option",
     "check_new_output",
     "common",
     "compute",
     "computed_by",
+    "device_option",
     "dtype_name",
+    "ignore_unlisted",
     "needs_torch",
+    "optional_text_options",
     "ranked",
     "router_top_k",
     "terminal_of",
     "text_options",
     "torch_dtype",
+    "write_options",
 ]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+BACKEND_HELP = "Kernel backend by name (see moe-surgery doctor)"
+DOMAIN_HELP = "Domain of the texts"
 _DTYPES = {"bf16": "bfloat16", "f32": "float32", "f16": "float16"}
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}
@@ -52,13 +61,13 @@ def check_new_output(output: Path | None, inputs: Iterable[Path | None]) -> None
     if output is None or not output.exists():
         return
     if output.is_dir():
-        raise UsageError(f"-o {output}: is a folder; name the file to write")
+        raise UsageError(f"-o {output}: is a folder; name a file")
     if any(i is not None and i.exists() and output.samefile(i) for i in inputs):
-        raise UsageError(f"-o {output}: is the input; name another file")
+        raise UsageError(f"-o {output}: is an input; name another file")
 
 
 def needs_torch(command: str) -> None:
-    """Raise UsageError, saying what to install, where torch is missing."""
+    """Raise UsageError that says what to install if torch is missing."""
     if find_spec("torch") is None:
         raise UsageError(
             f"{command} needs torch: pip install 'moe-surgery[torch]', or '.[torch]' in a checkout"
@@ -66,21 +75,28 @@ def needs_torch(command: str) -> None:
 
 
 def torch_dtype(name: str | None) -> torch.dtype | None:
-    """The compute dtype that --dtype names; None where it was not given."""
+    """The dtype named by --dtype; None without one."""
     import torch
 
     return None if name is None else getattr(torch, _DTYPES[name])
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """What --dtype calls it."""
-    return next(name for name, whole in _DTYPES.items() if str(dtype) == f"torch.{whole}")
+    """The name of `dtype` for --dtype."""
+    return next(name for name, full in _DTYPES.items() if str(dtype) == f"torch.{full}")
 
 
 def computed_by(settings: Mapping[str, object]) -> str:
-    """The line that says who computed, from the settings of statistics, a ranking or an evaluation."""
+    """One line with backend, device and dtype, from the settings of statistics, a ranking or an evaluation."""
     backend, device, dtype = (settings.get(key) or "unknown" for key in ("backend", "device", "dtype"))
     return f"computed by backend {backend} on device {device} in {dtype}"
+
+
+def device_option(command: Command) -> Command:
+    """--device, for commands that run kernels."""
+    return click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N or mps.")(
+        command
+    )
 
 
 def compute(command: Command) -> Command:
@@ -88,29 +104,68 @@ def compute(command: Command) -> Command:
     for option in (
         click.option(
             "--backend",
-            help="The kernels' backend by name (see moe-surgery doctor); default: triton on CUDA and native on the "
-            "CPU where they work, else reference.",
+            help=f"{BACKEND_HELP}; default: triton on CUDA and native on the CPU where they work, else reference.",
         ),
         click.option(
             "--dtype",
             type=click.Choice(list(_DTYPES)),
-            help="What to compute in; default: f32 with the native backend (whose products with MXFP4 weights "
-            "round activations to 16-bit integers all the same), bf16 with others.",
+            help="Compute dtype; default: f32 with the native backend (which rounds activations to 16-bit integers in "
+            "products with MXFP4 weights), bf16 with the others.",
         ),
-        click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N or mps."),
+        device_option,
     ):
         command = option(command)
     return command
 
 
 def router_top_k(command: Command) -> Command:
-    """--top-k, for commands that let it replace the number that a plan or model has."""
+    """--top-k, for commands that can override the plan's or the model's."""
     return click.option(
         "--top-k",
         "top_k",
         type=int,
         metavar="N",
-        help="Experts the router chooses for each token, up to those kept; default: the plan's or the model's.",
+        help="Experts per token, at most as many as are kept; default: the plan's or the model's.",
+    )(command)
+
+
+def ignore_unlisted(command: Command) -> Command:
+    """--ignore-unlisted, for commands that read whole checkpoints."""
+    return click.option(
+        "--ignore-unlisted",
+        is_flag=True,
+        help="Skip tensors and a model.safetensors that the index does not list.",
+    )(command)
+
+
+def write_options(command: Command) -> Command:
+    """--dry-run, --ignore-free-space and --ignore-unlisted, for commands that write a model."""
+    for option in (
+        ignore_unlisted,
+        click.option(
+            "--ignore-free-space",
+            is_flag=True,
+            help="Start even if the output does not seem to fit the disk.",
+        ),
+        click.option("--dry-run", is_flag=True, help="Show what would be read and written, and stop."),
+    ):
+        command = option(command)
+    return command
+
+
+def base_model_option(command: Command) -> Command:
+    """--base-model, for commands that write a model card."""
+    return click.option(
+        "--base-model", metavar="ID", help="Hub id of the source, for the card; default: as recorded."
+    )(command)
+
+
+def batch_tokens_option(command: Command) -> Command:
+    """--batch-tokens, for commands that go through a model layer by layer."""
+    return click.option(
+        "--batch-tokens",
+        type=int,
+        help="Tokens per batch; weights are read once per batch; default: 8192.",
     )(command)
 
 
@@ -120,14 +175,14 @@ def ranked(command: Command) -> Command:
         click.option(
             "--protect-super-experts",
             is_flag=True,
-            help="Put experts with outlying activations first, whatever their score (REAP's rule).",
+            help="Rank experts with outlier activations first, whatever their score (REAP's rule).",
         ),
         click.option(
             "--domain",
             "domains",
             metavar="NAME",
             multiple=True,
-            help="Use only this domain of the statistics; repeat for more. Default: all.",
+            help=f"{DOMAIN_HELP}: use only this one; repeat for more; default: all.",
         ),
         click.option(
             "--metric", metavar="NAME", help="How to score experts: reap, frequency, gate, ... (see rank)."
@@ -139,33 +194,43 @@ def ranked(command: Command) -> Command:
 
 def text_options(command: Command) -> Command:
     """--texts, --domain, --format, --max-tokens and --context, for commands that read texts."""
-    path = click.Path(path_type=Path)
     for option in (
         click.option(
-            "--context",
-            type=int,
-            help="Most tokens of one sequence; longer texts are split. Default: 4096.",
+            "--context", type=int, help="Longest sequence in tokens; longer texts are split; default: 4096."
         ),
-        click.option("--max-tokens", type=int, help="Most tokens of each domain; default: all."),
+        click.option("--max-tokens", type=int, help="Most tokens per domain; default: all."),
+    ):
+        command = option(command)
+    return _text_files(command, required=True)
+
+
+def optional_text_options(command: Command) -> Command:
+    """--texts, --domain and --format, for a command that also works without texts."""
+    return _text_files(command, required=False)
+
+
+def _text_files(command: Command, required: bool) -> Command:
+    for option in (
         click.option(
             "--format",
             type=click.Choice(["text", "jsonl", "chat"]),
-            help='One text a file, {"text": ...} rows, or {"messages": [...]} rows; default: by name and first row.',
+            help='Plain text, {"text": ...} rows, or {"messages": [...]} rows; default: by name and first row.',
         ),
         click.option(
             "--domain",
             "domains",
             metavar="NAME",
             multiple=True,
-            help="Domain of the texts: once for all files, or once for each. Default: the file's name.",
+            help=f"{DOMAIN_HELP}: once for all files, or once per file; default: the file's name.",
         ),
         click.option(
             "--texts",
             metavar="FILE",
-            type=path,
+            type=click.Path(path_type=Path),
             multiple=True,
-            required=True,
-            help="A file of text, or of rows in .jsonl or .json, gzip or not; repeat for more.",
+            required=required,
+            help="Text file, or rows in .jsonl or .json, plain or gzip; repeat for more"
+            + ("." if required else "; default: measure costs only."),
         ),
     ):
         command = option(command)
@@ -192,9 +257,9 @@ def common(command: Command) -> Command:
         return apply
 
     flags: tuple[tuple[tuple[str, ...], Any, str], ...] = (
-        (("--debug",), switch("debug"), "Show the traceback of an error."),
+        (("--debug",), switch("debug"), "Show a traceback on errors."),
         (("-q", "--quiet"), verbosity(-1), "No progress and no notes."),
-        (("-v", "--verbose"), verbosity(1), "Print more on stderr."),
+        (("-v", "--verbose"), verbosity(1), "More detail on stderr."),
         (("--json",), switch("json"), "Print the result as JSON on stdout."),
     )
     for names, callback, text in flags:
@@ -212,12 +277,12 @@ class _Size(click.ParamType):  # type: ignore[type-arg]  # generic only from cli
             return value
         match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", value)
         if not match or match[2].upper() not in _UNITS:
-            self.fail(f"{value!r} is not a size; write 5GB (10^9 bytes each), 500MB or 4GiB", param, ctx)
+            self.fail(f"{value!r} is not a size; write 5GB (5 x 10^9 bytes), 500MB or 4GiB", param, ctx)
         return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
 class _Count(click.ParamType):  # type: ignore[type-arg]
-    """ "6.6B" becomes 6 600 000 000."""
+    """ "6.6B" -> 6_600_000_000."""
 
     name = "COUNT"
 
@@ -231,7 +296,7 @@ class _Count(click.ParamType):  # type: ignore[type-arg]
 
 
 class _ExpertList(click.ParamType):  # type: ignore[type-arg]
-    """ "all" becomes None, "0,3,8-11" a list of numbers."""
+    """ "all" stays, "0,3,8-11" -> [0, 3, 8, 9, 10, 11]."""
 
     name = "LIST|all"
 
@@ -245,7 +310,7 @@ class _ExpertList(click.ParamType):  # type: ignore[type-arg]
             match = re.fullmatch(r"\s*([0-9]{1,5})\s*(?:-\s*([0-9]{1,5}))?\s*", item)
             if not match:
                 self.fail(
-                    f"{item!r} is not an expert; write all, or numbers and ranges such as 0,3,8-11",
+                    f"{item!r} is not an expert number; write all, or numbers and ranges such as 0,3,8-11",
                     param,
                     ctx,
                 )
@@ -257,7 +322,7 @@ class _ExpertList(click.ParamType):  # type: ignore[type-arg]
 
 
 class _Output(click.Path):
-    """A path to write; what reads as a source (example:tiny, owner/model@revision) is refused."""
+    """A path to write. Refuses names of sources (example:tiny, owner/model@revision)."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         from moe_surgery.checkpoint.resolve import check_is_path

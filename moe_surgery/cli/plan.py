@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class _Amount:
-    """How many experts stay: exactly one of these is given."""
+    """How many experts to keep; exactly one field is set."""
 
     experts: int | None
     coverage: float | None
@@ -41,44 +41,43 @@ class _Amount:
 
 
 @click.command("plan")
-@click.argument("source", metavar="[RANKING|STATS]", required=False, type=click.Path(path_type=Path))
+@click.argument("source", metavar="[RANKING|STATS]", required=False)
+@click.argument("ckpt", metavar="[CKPT]", required=False)
 @ranked
 @keep_options
 @click.option(
     "--coverage",
     type=float,
     metavar="SHARE",
-    help="Keep the fewest experts that carry this share of routing weight (0.95), by STATS.",
+    help="Keep the fewest experts that carry this share (0.95) of the routing weight; needs STATS.",
 )
 @click.option(
     "--coverage-over",
     type=click.Choice(["worst", "mean"]),
     default="worst",
     show_default=True,
-    help="Reach --coverage in every layer, or on the mean of layers.",
+    help="Reach --coverage in the worst layer, or on average.",
 )
-@click.option("--target-size", type=SIZE, help="Keep the most experts whose weights take at most this: 6GB.")
-@click.option(
-    "--target-params", type=COUNT, help="Keep the most experts with at most this many weights: 6.6B."
-)
+@click.option("--target-size", type=SIZE, help="Keep as many experts as fit this size: 6GB.")
+@click.option("--target-params", type=COUNT, help="Keep as many experts as fit this parameter count: 6.6B.")
 @click.option(
     "--store",
     type=click.Choice(EXPERT_DTYPES),
     default="keep",
     show_default=True,
-    help="How experts will be stored, for --target-size.",
+    help="Format of expert weights in the output; used by --target-size.",
 )
-@click.option("--random", "at_random", is_flag=True, help="Draw the experts, as a baseline to compare with.")
-@click.option("--seed", type=int, help="Seed of --random; default 0.")
+@click.option("--random", "at_random", is_flag=True, help="Choose experts at random, as a baseline.")
+@click.option("--seed", type=int, help="Random seed; default: 0.")
 @router_top_k
-@click.option("--checkpoint", metavar="CKPT", help="The checkpoint that the plan is for.")
-@click.option("--model-type", help="The model type, where neither ranking nor checkpoint has it.")
-@click.option("-o", "--output", type=OUTPUT, help="Write the plan here, not to stdout.")
+@click.option("--model-type", help="Model type to record (gpt_oss); for a ranking without one.")
+@click.option("-o", "--output", type=OUTPUT, help="Write the plan here; default: stdout.")
 @common
 @click.pass_context
 def command(
     context: click.Context,
-    source: Path | None,
+    source: str | None,
+    ckpt: str | None,
     metric: str | None,
     domains: tuple[str, ...],
     protect_super_experts: bool,
@@ -92,52 +91,61 @@ def command(
     at_random: bool,
     seed: int | None,
     top_k: int | None,
-    checkpoint: str | None,
     model_type: str | None,
     order: str,
     output: Path | None,
 ) -> None:
-    """Choose which experts of each layer to keep.
+    """Choose which experts each layer keeps.
 
-    RANKING is a ranking file: ours, or layers by name ({"layer_0": [31, 9, ...], ...} or {"0": [...], ...},
-    one object or one a line); or published:NAME, one of those published for gpt-oss-20b (all,
-    health_or_medicine, instruction_following, law, math, safety, science, unsafety). STATS is what `profile`
-    made, ranked here by --metric. Choose how many with exactly one of --experts, --coverage,
-    --target-size and --target-params. The plan is a small JSON file for `prune --plan`, `evaluate --plan`
-    and `generate --plan`.
+    Experts come from a RANKING or from STATS, from --keep, or from --random. RANKING is a file written by
+    `rank` or `search`, one in the published form ({"layer_0": [31, 9, ...], ...} or {"0": [...], ...}, as one
+    object or one per line), or published:NAME, a ranking published for gpt-oss-20b (all,
+    health_or_medicine, instruction_following, law, math, safety, science, unsafety). STATS is a file
+    written by `profile`, ranked here by --metric. Say how many with exactly one of --experts, --coverage,
+    --target-size and --target-params.
+
+    CKPT is the checkpoint to plan for. --keep, --random and the --target options need it; a ranking is
+    checked against it. The plan is a small JSON file for `prune`, `export`, `evaluate` and `generate`.
 
     \b
     moe-surgery plan published:law --experts 8 -o law-8.json
     moe-surgery plan tiny.stats --metric reap --domain code --coverage 0.95 -o code.json
-    moe-surgery plan tiny.stats --metric reap --target-size 5MB --checkpoint example:tiny
-    moe-surgery plan --random --experts 8 --seed 1 --checkpoint example:tiny
-    moe-surgery plan --keep all --top-k 2 --checkpoint example:tiny
+    moe-surgery plan tiny.stats example:tiny --metric reap --target-size 5MB
+    moe-surgery plan example:tiny --random --experts 8 --seed 1
+    moe-surgery plan example:tiny --keep all --top-k 2
     """
     from moe_surgery.checkpoint.fileops import FileOps
     from moe_surgery.checkpoint.writer import write_file
 
     terminal = terminal_of(context)
-    check_new_output(output, [source])
+    if ckpt is None and (kept is not None or at_random):
+        source, ckpt = None, source  # without a ranking the one argument is CKPT
+    ranking_file = None if source is None else Path(source)
+    check_new_output(output, [ranking_file])
     amount = _Amount(experts, coverage, coverage_over, target_size, target_params, store)
-    if (source is not None) + (kept is not None) + at_random != 1:
+    if source is not None and ckpt is None and source.startswith("example:"):
+        raise UsageError(
+            f"{source}: is a checkpoint; also choose experts by RANKING or STATS, --keep or --random"
+        )
+    if (ranking_file is not None) + (kept is not None) + at_random != 1:
         raise UsageError("choose experts with exactly one of RANKING or STATS, --keep and --random")
     if coverage is None and coverage_over != "worst":
-        raise UsageError("--coverage-over goes with --coverage")
+        raise UsageError("--coverage-over needs --coverage")
     if target_size is None and store != "keep":
-        raise UsageError("--store goes with --target-size")
-    if source is None and order != "ascending":
-        raise UsageError("--order goes with a ranking")
+        raise UsageError("--store needs --target-size")
+    if ranking_file is None and order != "ascending":
+        raise UsageError("--order needs a ranking")
     if seed is not None and not at_random:
-        raise UsageError("--seed goes with --random")
-    if model_type is not None and (source is None or checkpoint is not None):
-        raise UsageError("--model-type goes with a ranking and without --checkpoint, which has it")
-    if source is None:
+        raise UsageError("--seed needs --random")
+    if model_type is not None and (ranking_file is None or ckpt is not None):
+        raise UsageError("--model-type is for a ranking without CKPT, which has its own")
+    if ranking_file is None:
         if metric is not None or domains or protect_super_experts:
-            raise UsageError("--metric, --domain and --protect-super-experts go with STATS")
-        plan = _fixed(kept, at_random, seed, amount, checkpoint)
+            raise UsageError("--metric, --domain and --protect-super-experts need STATS")
+        plan = _fixed(kept, at_random, seed, amount, ckpt)
     else:
-        ranking, statistics = _ranked(source, metric, domains, protect_super_experts, checkpoint)
-        plan = _first(ranking, statistics, amount, checkpoint, model_type, order)
+        ranking, statistics = _ranked(ranking_file, metric, domains, protect_super_experts, ckpt)
+        plan = _first(ranking, statistics, amount, ckpt, model_type, order)
     plan = plan.with_top_k(top_k)
     text = plan.to_json()
     if output is None:
@@ -153,20 +161,20 @@ def command(
 
 
 def _fixed(
-    kept: list[int] | str | None, at_random: bool, seed: int | None, amount: _Amount, checkpoint: str | None
+    kept: list[int] | str | None, at_random: bool, seed: int | None, amount: _Amount, ckpt: str | None
 ) -> Plan:
     """A plan that needs no ranking."""
     from moe_surgery.pipeline import make_plan
     from moe_surgery.selection.plan import plan_random
 
     if kept is not None:
-        if _said(amount):
-            raise UsageError(f"--keep already says how many experts stay; leave out {_said(amount)[0]}")
-        return make_plan(_needed(checkpoint, "--keep"), keeping(kept))
+        if _given(amount):
+            raise UsageError(f"--keep already sets how many experts stay; leave out {_given(amount)[0]}")
+        return make_plan(_needed(ckpt, "--keep"), keeping(kept))
     assert at_random
-    count, told = _count(amount, None, None, _needed(checkpoint, "--random"))
-    plan = make_plan(_needed(checkpoint, "--random"), lambda model: plan_random(count, seed or 0, model))
-    return replace(plan, provenance={**plan.provenance, **told})
+    count, details = _count(amount, None, None, _needed(ckpt, "--random"))
+    plan = make_plan(_needed(ckpt, "--random"), lambda model: plan_random(count, seed or 0, model))
+    return replace(plan, provenance={**plan.provenance, **details})
 
 
 def _ranked(
@@ -174,7 +182,7 @@ def _ranked(
     metric: str | None,
     domains: tuple[str, ...],
     protect_super_experts: bool,
-    checkpoint: str | None,
+    ckpt: str | None,
 ) -> tuple[Ranking, Statistics | None]:
     from moe_surgery.checkpoint.files import is_safetensors
     from moe_surgery.checkpoint.kinds import RANKING, STATISTICS, check_kind
@@ -186,7 +194,7 @@ def _ranked(
     if is_shipped(source) or not is_safetensors(source):
         if metric is not None or domains or protect_super_experts:
             raise UsageError(
-                f"{source}: is a ranking; --metric, --domain and --protect-super-experts go with STATS"
+                f"{source}: is a ranking; --metric, --domain and --protect-super-experts need STATS"
             )
         return load_ranking(source), None
     from moe_surgery.pipeline import check_statistics
@@ -195,10 +203,12 @@ def _ranked(
     from moe_surgery.selection.statistics import load_statistics
 
     if metric is None:
-        raise UsageError(f"{source}: are statistics; choose how to rank them: --metric {'|'.join(METRICS)}")
+        raise UsageError(
+            f"{source}: is a statistics file; choose how to rank it: --metric {'|'.join(METRICS)}"
+        )
     statistics = load_statistics(source)
-    if checkpoint is not None:
-        check_statistics(checkpoint, statistics)
+    if ckpt is not None:
+        check_statistics(ckpt, statistics)
     ranking = rank(statistics, metric, domains=domains or None, protect_super_experts=protect_super_experts)
     return ranking, statistics
 
@@ -207,28 +217,28 @@ def _first(
     ranking: Ranking,
     statistics: Statistics | None,
     amount: _Amount,
-    checkpoint: str | None,
+    ckpt: str | None,
     model_type: str | None,
     order: str,
 ) -> Plan:
-    """The first experts of a ranking, as many as `amount` says."""
+    """Keep the best `amount` of a ranking."""
     from moe_surgery.pipeline import make_plan
     from moe_surgery.selection.plan import plan_from_ranking
 
-    count, told = _count(amount, ranking, statistics, checkpoint)
-    if checkpoint is None:
+    count, details = _count(amount, ranking, statistics, ckpt)
+    if ckpt is None:
         plan = plan_from_ranking(ranking, count, model_type=model_type, order=order)
     else:
-        plan = make_plan(checkpoint, first_of(ranking, count, order))
-    return replace(plan, provenance={**plan.provenance, **told})
+        plan = make_plan(ckpt, first_of(ranking, count, order))
+    return replace(plan, provenance={**plan.provenance, **details})
 
 
 def _count(
-    amount: _Amount, ranking: Ranking | None, statistics: Statistics | None, checkpoint: str | None
+    amount: _Amount, ranking: Ranking | None, statistics: Statistics | None, ckpt: str | None
 ) -> tuple[int, dict[str, object]]:
-    """How many experts stay, and what the plan's provenance should say of it."""
-    said = _said(amount)
-    if len(said) != 1:
+    """How many experts to keep, and how that was chosen, for the plan's provenance."""
+    given = _given(amount)
+    if len(given) != 1:
         raise UsageError(
             "choose how many experts stay with exactly one of --experts, --coverage, --target-size and "
             "--target-params"
@@ -237,7 +247,7 @@ def _count(
         return amount.experts, {}
     if amount.coverage is not None:
         if ranking is None or statistics is None:
-            raise UsageError("--coverage needs STATS: a ranking does not have how much each expert carries")
+            raise UsageError("--coverage needs STATS: a ranking does not record routing weights")
         from moe_surgery.selection.coverage import coverage, smallest_count
 
         domains = ranking.provenance["domains"]
@@ -247,15 +257,15 @@ def _count(
         return count, {"coverage": amount.coverage, "coverage_over": amount.coverage_over}
     from moe_surgery.pipeline import inspect
 
-    found = inspect(_needed(checkpoint, said[0]))
-    stored = found.expert_format if amount.store == "keep" else format_by_name(amount.store)
-    best = found.largest(amount.target_size, amount.target_params, stored)
+    inspected = inspect(_needed(ckpt, given[0]))
+    stored = inspected.expert_format if amount.store == "keep" else format_by_name(amount.store)
+    best = inspected.largest(amount.target_size, amount.target_params, stored)
     if amount.target_size is not None:
         return best, {"target_size": amount.target_size, "expert_storage": stored.name}
     return best, {"target_params": amount.target_params}
 
 
-def _said(amount: _Amount) -> list[str]:
+def _given(amount: _Amount) -> list[str]:
     options = {
         "--experts": amount.experts,
         "--coverage": amount.coverage,
@@ -265,7 +275,7 @@ def _said(amount: _Amount) -> list[str]:
     return [name for name, value in options.items() if value is not None]
 
 
-def _needed(checkpoint: str | None, option: str) -> str:
-    if checkpoint is None:
-        raise UsageError(f"{option} needs --checkpoint CKPT, to know the model's layers and experts")
-    return checkpoint
+def _needed(ckpt: str | None, option: str) -> str:
+    if ckpt is None:
+        raise UsageError(f"{option} needs CKPT, for the number of layers and experts")
+    return ckpt

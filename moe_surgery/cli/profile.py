@@ -9,6 +9,7 @@ import click
 
 from moe_surgery.cli.options import (
     OUTPUT,
+    batch_tokens_option,
     check_new_output,
     common,
     compute,
@@ -21,29 +22,25 @@ from moe_surgery.cli.options import (
 from moe_surgery.cli.terminal import Terminal
 
 if TYPE_CHECKING:
-    from moe_surgery.quality.job import Profiled
+    from moe_surgery.quality.job import ProfileResult
 
 
 @click.command("profile")
 @click.argument("ckpt")
 @text_options
-@click.option("-o", "--output", type=OUTPUT, required=True, help="The statistics file to write.")
-@click.option(
-    "--batch-tokens",
-    type=int,
-    help="Tokens taken through a layer together; weights are read once for them. Default 8192.",
-)
+@click.option("-o", "--output", type=OUTPUT, required=True, help="Write the statistics here.")
+@batch_tokens_option
 @click.option(
     "--generate",
     metavar="N",
     type=int,
-    help="First let the model answer each conversation in at most N tokens, and profile the answers too.",
+    help="Have the model answer each conversation first, in at most N tokens, and profile the answers too.",
 )
 @click.option(
     "--sequential",
     metavar="PLAN",
     type=click.Path(path_type=Path),
-    help="Feed layers what earlier layers give with the experts of this plan only.",
+    help="Plan file; feed each layer the output of earlier layers pruned by it.",
 )
 @compute
 @common
@@ -64,18 +61,18 @@ def command(
     dtype: str | None,
     backend: str | None,
 ) -> None:
-    """Run texts through a model and record what each expert did.
+    """Run texts through a model and record what each expert does.
 
     All tokens of a batch go through layer 0, then its weights are released and layer 1 is mapped: memory
-    holds one layer, whatever the model's size. The statistics (how often an expert was chosen, its
-    routing weights, the size of its outputs) are kept per domain; rankings by any metric follow from
-    them without a new run. Texts of the kind the model will serve, in its chat format, choose best:
-    pass conversations, or let it answer your prompts with --generate.
+    holds one layer, whatever the model's size. The statistics (how often an expert is chosen, its
+    routing weights, the norms of its outputs) are kept per domain; any metric can rank them later
+    without another run. Texts like those the model will serve, in its chat format, work best: pass
+    conversations, or have it answer your prompts with --generate.
 
     \b
     moe-surgery profile example:tiny --texts notes.txt --texts code.py -o tiny.stats
     moe-surgery profile openai/gpt-oss-20b --texts law.jsonl --domain law -o law.stats
-    moe-surgery profile openai/gpt-oss-20b --texts questions.jsonl --generate 256 -o own.stats
+    moe-surgery profile openai/gpt-oss-20b --texts questions.jsonl --generate 256 -o answers.stats
 
     Stop it at any time; the same command resumes after the last finished batch.
     """
@@ -90,7 +87,7 @@ def command(
     plan = None if sequential is None else load_plan(sequential)
     terminal.after_interrupt = "; the same command resumes after the last finished batch"
     with terminal.job() as progress:
-        found = profile(
+        profiled = profile(
             ckpt,
             files,
             output,
@@ -104,31 +101,31 @@ def command(
             backend=backend,
             progress=progress,
         )
-    _print(terminal, found)
+    _print(terminal, profiled)
 
 
-def _print(terminal: Terminal, found: Profiled) -> None:
-    statistics = found.statistics
+def _print(terminal: Terminal, profiled: ProfileResult) -> None:
+    statistics = profiled.statistics
     if terminal.json:
         terminal.data(
             {
-                "output": str(found.output),
+                "output": str(profiled.output),
                 "checkpoint": statistics.identity,
                 "tokens": statistics.tokens,
-                "resumed_tokens": found.resumed_tokens,
+                "resumed_tokens": profiled.resumed_tokens,
                 "texts": statistics.texts,
                 "settings": statistics.settings,
             }
         )
         return
-    if found.resumed_tokens:
-        terminal.say(f"kept {found.resumed_tokens:,} tokens of an interrupted run")
+    if profiled.resumed_tokens:
+        terminal.say(f"resumed after {profiled.resumed_tokens:,} tokens of an interrupted run")
     terminal.say(computed_by(statistics.settings))
     for domain in statistics.domains:
         never = sum(int((layer.count == 0).sum()) for layer in statistics.data[domain])
         unused = f"; {never} of its experts were never chosen" if never else ""
         terminal.result(f"{domain}: {statistics.tokens[domain]:,} tokens{unused}")
     terminal.say(
-        f"{found.output}: {statistics.layers} layers of {statistics.experts} experts; "
-        f"next: moe-surgery plan {found.output} --metric reap --experts N -o plan.json"
+        f"{profiled.output}: {statistics.layers} layers of {statistics.experts} experts; "
+        f"next: moe-surgery plan {profiled.output} --metric reap --experts N -o plan.json"
     )

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING
 import click
 
 from moe_surgery.cli.keep import first_of, keep_options, keeping
-from moe_surgery.cli.options import OUTPUT, SIZE, common, router_top_k, terminal_of
+from moe_surgery.cli.options import (
+    OUTPUT,
+    SIZE,
+    base_model_option,
+    common,
+    router_top_k,
+    terminal_of,
+    write_options,
+)
 from moe_surgery.cli.terminal import Terminal, count, size
 from moe_surgery.errors import UsageError
 from moe_surgery.formats.expert_format import EXPERT_DTYPES
@@ -24,13 +32,11 @@ if TYPE_CHECKING:
 @click.command("prune")
 @click.argument("ckpt")
 @click.argument("out", type=OUTPUT)
-@click.option(
-    "--plan", "plan_file", type=click.Path(path_type=Path), help="A plan file of `moe-surgery plan`."
-)
+@click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Plan file; its experts are kept.")
 @click.option(
     "--ranking",
     type=click.Path(path_type=Path),
-    help="A ranking file or published:NAME (see plan); needs --experts.",
+    help="Ranking file or published:NAME (see plan); needs --experts.",
 )
 @keep_options
 @router_top_k
@@ -39,23 +45,19 @@ if TYPE_CHECKING:
     type=click.Choice(EXPERT_DTYPES),
     default="keep",
     show_default=True,
-    help="Format of expert weights; a smaller one rounds to nearest. To mxfp4 is exact for what came from it.",
+    help="Format of expert weights in the output; mxfp4 is lossless for weights that came from MXFP4.",
 )
 @click.option(
-    "--max-shard-size", type=SIZE, default="5GB", show_default=True, help="Most tensor bytes in a file."
-)
-@click.option("--dry-run", is_flag=True, help="Print what would be read and written, and stop.")
-@click.option("--overwrite", is_flag=True, help="Replace OUT if it is a checkpoint that moe-surgery wrote.")
-@click.option("--ignore-free-space", is_flag=True, help="Start even if the output seems not to fit the disk.")
-@click.option(
-    "--ignore-unlisted",
-    is_flag=True,
-    help="Skip tensors and a model.safetensors that the index does not list.",
+    "--max-shard-size", type=SIZE, default="5GB", show_default=True, help="Most tensor bytes per file."
 )
 @click.option(
-    "--card/--no-card", default=True, show_default=True, help="Write a model card as README.md of OUT."
+    "--overwrite", is_flag=True, help="Replace existing output; only a checkpoint that moe-surgery wrote."
 )
-@click.option("--base-model", metavar="ID", help="CKPT's id on the hub for the card, where it does not say.")
+@write_options
+@click.option(
+    "--card/--no-card", default=True, show_default=True, help="Write a model card as OUT's README.md."
+)
+@base_model_option
 @common
 @click.pass_context
 def command(
@@ -77,13 +79,14 @@ def command(
     card: bool,
     base_model: str | None,
 ) -> None:
-    """Write a smaller checkpoint with the kept experts only.
+    """Write a smaller checkpoint with only some of the experts.
 
-    CKPT is only read and never loaded: bytes go from its files straight to OUT, in less than 100 MB of
-    memory at any size (300 MB where --store converts). OUT appears complete or not at all. Stop it at
-    any time; the same command resumes where it stopped. Choose experts with exactly one of --plan,
-    --ranking and --keep; `--keep all` with --store converts, with --top-k it only changes the experts per
-    token.
+    CKPT is only read, never loaded: bytes go straight from its files to OUT, in less than 100 MB of memory
+    at any size (300 MB where --store converts). OUT appears complete or not at all. Stop it at any time;
+    the same command resumes where it stopped.
+
+    Choose experts with exactly one of --plan, --ranking and --keep. `--keep all` keeps them all, to change
+    only the format (--store) or the experts per token (--top-k).
 
     \b
     moe-surgery prune example:tiny tiny-8 --keep 0-7
@@ -125,9 +128,9 @@ def command(
     for note in result.notes:
         terminal.note(note)
     for stale in result.stale:
-        held = sum(f.stat().st_size for f in stale.iterdir() if f.is_file()) if stale.is_dir() else 0
+        nbytes = sum(f.stat().st_size for f in stale.iterdir() if f.is_file()) if stale.is_dir() else 0
         terminal.say(
-            f"note: {stale} holds {size(held)} of another, unfinished run; remove it if it is not wanted"
+            f"note: {stale} holds {size(nbytes)} of another, unfinished run; delete it if you do not need it"
         )
 
 
@@ -144,9 +147,9 @@ def _plan_maker(
     if (plan_file is not None) + (ranking is not None) + (kept is not None) != 1:
         raise UsageError("choose experts with exactly one of --plan, --ranking and --keep")
     if (ranking is None) != (experts is None):
-        raise UsageError("--ranking and --experts go together: the first N of every layer are kept")
+        raise UsageError("--ranking and --experts need each other: the best N of every layer are kept")
     if ranking is None and order != "ascending":
-        raise UsageError("--order goes with --ranking: a plan or list has its order already")
+        raise UsageError("--order needs --ranking: a plan or list already has an order")
     if plan_file is not None:
         return load_plan(plan_file)
     if kept is not None:
@@ -174,7 +177,7 @@ def _print_program(terminal: Terminal, result: PruneResult) -> None:
     rows = [[s.name, str(len(s.tensors)), size(s.bytes_read), size(s.nbytes)] for s in program.shards]
     rows.append(["total", "", size(program.bytes_read), size(program.nbytes)])
     terminal.table(f"would write {result.out}", ["shard", "tensors", "read", "written"], rows)
-    terminal.result("beside them: " + ", ".join([*program.texts, *program.copies, "surgery.json"]))
+    terminal.result("other files: " + ", ".join([*program.texts, *program.copies, "surgery.json"]))
 
 
 def _print_outcome(terminal: Terminal, result: PruneResult, seconds: float) -> None:
@@ -188,7 +191,7 @@ def _print_outcome(terminal: Terminal, result: PruneResult, seconds: float) -> N
     )
     if outcome.shards_resumed:
         terminal.say(
-            f"kept {len(outcome.shards_resumed)} finished shards ({size(outcome.bytes_resumed)}) of an interrupted run"
+            f"resumed: kept {len(outcome.shards_resumed)} finished shards ({size(outcome.bytes_resumed)})"
         )
     if outcome.bytes_shared:
         terminal.say(f"{size(outcome.bytes_shared)} share their disk blocks with the source (reflink)")

@@ -21,18 +21,20 @@ if TYPE_CHECKING:
 @click.option(
     "--interleave-with",
     type=click.Path(path_type=Path),
-    help="Interleave with this ranking, position by position, as the published topic rankings are.",
+    help="Second ranking to interleave with, position by position, as in the published topic rankings.",
 )
 @click.option(
     "--topic",
     type=click.Choice(RANKINGS),
-    help="Rank the whole published tree for this topic, as published.",
+    help="Remake the published ranking of this topic from the whole published tree.",
 )
-@click.option("--model-type", help="The model type to record: published statistics do not hold it.")
+@click.option("--model-type", help="Model type to record (gpt_oss); for published statistics, which lack it.")
 @click.option(
-    "--num-experts", type=int, help="The model's number of experts, where the statistics leave some out."
+    "--num-experts",
+    type=int,
+    help="Number of experts in the model, if the published statistics leave some out.",
 )
-@click.option("-o", "--output", type=OUTPUT, help="Write the ranking here, not to stdout.")
+@click.option("-o", "--output", type=OUTPUT, help="Write the ranking here; default: stdout.")
 @common
 @click.pass_context
 def command(
@@ -49,17 +51,17 @@ def command(
 ) -> None:
     """Rank the experts of every layer, best first.
 
-    SOURCES are statistics files that `profile` made, ranked by --metric over all domains or those of
-    --domain; or folders of the published statistics tree (<dataset>/<category>/<outcome>.json) and
-    single files of it, ranked by frequency, by the published formula. With --topic the one source is the
-    root of that tree: the topic's folders are ranked and interleaved with the ranking of the whole, which
-    gives the published ranking (published:NAME in `plan` and `prune --ranking`, where rankings go).
+    SOURCES are statistics files written by `profile`, ranked by --metric over all domains or those named
+    with --domain; or folders and files of the published statistics (<dataset>/<category>/<outcome>.json),
+    ranked by frequency with the published formula. With --topic the one source is the root of the
+    published tree: the topic's folders are ranked and interleaved with the ranking of the whole tree,
+    which gives the published ranking (also available as published:NAME).
 
     \b
     frequency      how many tokens chose the expert
     gate           sum of its routing weights
-    ean_sum        sum of its outputs' norms       ean_mean   their mean
-    weighted_ean   sum of weight times norm        reap       their mean (arXiv 2510.13999)
+    ean_sum        sum of its output norms         ean_mean   their mean
+    weighted_ean   sum of weight times norm        reap       its mean (arXiv 2510.13999)
     ean_ca         norm of its mean output
 
     \b
@@ -81,29 +83,29 @@ def command(
     ours = [source for source in sources if is_safetensors(source)]
     if ours and len(ours) < len(sources):
         other = next(source for source in sources if source not in ours)
-        raise UsageError(f"{other}: is not a statistics file, {ours[0]} is; rank the two kinds separately")
+        raise UsageError(f"{other}: is not a statistics file but {ours[0]} is; rank the two kinds separately")
     if ours:
         if model_type is not None or num_experts is not None:
             raise UsageError(
-                "--model-type and --num-experts go with published statistics; those of `profile` hold both"
+                "--model-type and --num-experts are for published statistics; files of `profile` have both"
             )
         if topic is not None:
-            raise UsageError("--topic goes with the published tree; --domain with statistics of `profile`")
+            raise UsageError("--topic is for the published tree; for files of `profile` use --domain")
         check_new_output(output, [*sources, interleave_with])
-        ranking = _gathered(sources, metric, domains, protect_super_experts)
-        told = f"{len(sources)} statistics {'file' if len(sources) == 1 else 'files'}"
+        ranking = _rank_statistics(sources, metric, domains, protect_super_experts)
+        origin = f"{len(sources)} statistics {'file' if len(sources) == 1 else 'files'}"
     else:
         if metric not in (None, "frequency") or domains or protect_super_experts:
             raise UsageError(
-                "published statistics are ranked by frequency alone; --metric, --domain and "
-                "--protect-super-experts go with statistics that `profile` made"
+                "published statistics are ranked by frequency only; --metric, --domain and "
+                "--protect-super-experts need files of `profile`"
             )
         if topic is not None and (len(sources) > 1 or interleave_with is not None):
             raise UsageError(
-                "--topic takes one source, the root of the published tree, and interleaves by itself"
+                "--topic takes one source, the root of the published tree, and no --interleave-with"
             )
-        ranking, files = _published(sources, topic, num_experts, model_type, [output, interleave_with])
-        told = f"{files} files"
+        ranking, files = _rank_published(sources, topic, num_experts, model_type, [output, interleave_with])
+        origin = f"{files} files"
         if topic is not None and files != TREE_FILES:
             terminal.say(
                 f"note: the published tree has {TREE_FILES} files, {sources[0]} has {files}: "
@@ -117,10 +119,10 @@ def command(
     write_file(output, ranking.to_json().encode() + b"\n", FileOps())
     if terminal.json:
         terminal.data({"output": str(output), "layers": ranking.layers, "provenance": ranking.provenance})
-    terminal.say(f"{output}: {len(ranking.layers)} layers of {ranking.num_experts} experts, from {told}")
+    terminal.say(f"{output}: {len(ranking.layers)} layers of {ranking.num_experts} experts, from {origin}")
 
 
-def _gathered(
+def _rank_statistics(
     sources: tuple[Path, ...], metric: str | None, domains: tuple[str, ...], protect_super_experts: bool
 ) -> Ranking:
     from moe_surgery.selection.metrics import METRICS
@@ -133,7 +135,7 @@ def _gathered(
     return rank(statistics, metric, domains=domains or None, protect_super_experts=protect_super_experts)
 
 
-def _published(
+def _rank_published(
     sources: tuple[Path, ...],
     topic: str | None,
     experts: int | None,

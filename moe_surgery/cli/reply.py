@@ -1,4 +1,4 @@
-"""A model's reply on the terminal as it comes: the answer on stdout, its reasoning apart on stderr."""
+"""Prints a model's reply as it is generated: the answer on stdout, the reasoning on stderr."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["ReplyView"]
 
 
 class ReplyView:
-    """Prints pieces; with `reasoning` what is not the answer too, dimmed. Silent with --json."""
+    """Prints pieces of the answer, and with `reasoning` the rest too, dimmed. Silent with --json."""
 
     def __init__(self, terminal: Terminal, *, reasoning: bool) -> None:
         self._terminal = terminal
         self._reasoning = reasoning
-        self._aside = False  # whether the last line printed is on stderr, and not ended
+        self._aside = False  # whether the last line is on stderr and unfinished
         self._answered = False
 
     def show(self, pieces: Iterable[Piece]) -> None:
@@ -30,7 +30,7 @@ class ReplyView:
             if part in ("reasoning", "other"):
                 if self._reasoning:
                     label = "reasoning: " if part == "reasoning" else f"{header.role}: "
-                    self._say_aside(piece.text, label if piece.first else "")
+                    self._print_aside(piece.text, label if piece.first else "")
                 continue
             if self._aside:
                 self._end_aside()
@@ -50,7 +50,7 @@ class ReplyView:
             self._end_aside()
         self._terminal.stream("\n")
 
-    def _say_aside(self, text: str, label: str) -> None:
+    def _print_aside(self, text: str, label: str) -> None:
         if label and (self._aside or self._answered):
             self._terminal.aside("\n")
         self._terminal.aside(label + text)

@@ -17,23 +17,23 @@ from moe_surgery.cli.terminal import size
     "plans",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="Mark what this plan keeps; repeat for more.",
+    help="Plan file; the experts it keeps are marked; repeat for more.",
 )
 @click.option(
     "--evaluation",
     "evaluations",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="Show the curves and models of this evaluation; repeat for more.",
+    help="Evaluation file to show; repeat for more.",
 )
-@click.option("-o", "--output", required=True, type=OUTPUT, help="The HTML file to write.")
+@click.option("-o", "--output", required=True, type=OUTPUT, help="Write the HTML page here.")
 @click.option(
     "--png",
     metavar="DIR",
     type=OUTPUT,
-    help="Also write the figures for papers here, 300 dpi (install '.[report]').",
+    help="Also write figures for papers to this folder, 300 dpi (needs '.[report]').",
 )
-@click.option("--title", help="The page's heading.")
+@click.option("--title", help="Heading of the page.")
 @common
 @click.pass_context
 def command(
@@ -45,14 +45,14 @@ def command(
     png: Path | None,
     title: str | None,
 ) -> None:
-    """Show statistics of experts as one HTML page.
+    """Show expert statistics as one HTML page.
 
-    STATS is a statistics file. The page holds a heat map of layers and experts, what domains have in
-    common, how much the best experts carry, the curves of evaluations, and tables to sort. It loads
-    nothing from the network, so the file can be shared.
+    STATS is a statistics file written by `profile`. The page shows a heat map of layers and experts, how much domains
+    overlap, how much the best experts cover, the curves of evaluations, and sortable tables. It is
+    self-contained and loads nothing from the network, so the file can be shared.
 
     \b
-    moe-surgery report law.stats -o report.html
+    moe-surgery report tiny.stats -o report.html
     moe-surgery report law.stats --plan law-8.json --evaluation cuts.json -o law.html --png figures
     """
     from moe_surgery.checkpoint.fileops import FileOps
@@ -76,7 +76,7 @@ def command(
     page = build_report(statistics, named_plans, named_evaluations, title).encode()
     write_file(output, page, FileOps())
     terminal.say(
-        f"{output}: {size(len(page))}, {statistics.layers} layers of {statistics.experts} experts on "
+        f"{output}: {size(len(page))}, {statistics.layers} layers of {statistics.experts} experts, "
         f"{len(statistics.domains)} domains"
     )
     pictures = []

@@ -22,7 +22,7 @@ from moe_surgery.cli.options import (
 @click.command("search")
 @click.argument("ckpt")
 @text_options
-@click.option("-o", "--output", type=OUTPUT, required=True, help="The ranking file to write.")
+@click.option("-o", "--output", type=OUTPUT, required=True, help="Write the ranking here.")
 @compute
 @common
 @click.pass_context
@@ -39,13 +39,13 @@ def command(
     dtype: str | None,
     backend: str | None,
 ) -> None:
-    """Rank experts by how well the first n together reproduce each layer's output.
+    """Rank experts by how well the best n together reproduce each layer's output.
 
-    Metrics score experts one by one. This drops one after the other, each time the one that changes
-    the layer's output least given what is left, with tokens routed again among the experts that remain.
-    The ranking serves every size: `plan` takes its first N. It keeps more of the model than any metric
-    at the same size (see benchmarks/results/quality.md), and costs more: every token goes through
-    every expert, 8 times the experts' work of `profile` for 32 experts with top-4.
+    Metrics score experts one by one. `search` drops them one at a time, always the one whose loss
+    changes the layer's output least, and routes its tokens to the experts that remain. The ranking
+    serves every size: `plan` keeps its first N. At the same size it preserves more of the model than
+    any metric (see benchmarks/results/quality.md) but costs more: every token goes through every
+    expert, 8 times the expert work of `profile` for 32 experts with top-4.
 
     \b
     moe-surgery search example:tiny --texts notes.txt --max-tokens 200 -o tiny-ranking.json
@@ -86,6 +86,6 @@ def command(
     terminal.table(
         "squared error of a layer's output, relative to the hidden state after it",
         ["experts kept", *map(str, counts)],
-        [["mean of layers", *(f"{e:.2g}" for e in means)], ["worst layer", *(f"{e:.2g}" for e in worst)]],
+        [["mean over layers", *(f"{e:.2g}" for e in means)], ["worst layer", *(f"{e:.2g}" for e in worst)]],
     )
-    terminal.say(f"{output}: a ranking; next: moe-surgery plan {output} --experts N -o plan.json")
+    terminal.say(f"{output}: ranking; next: moe-surgery plan {output} --experts N -o plan.json")

@@ -11,7 +11,7 @@ from moe_surgery.cli.options import OUTPUT, check_new_output, common, computed_b
 
 @click.group("stats")
 def command() -> None:
-    """Look at the statistics files that `profile` makes, and add them up.
+    """Show and merge the statistics files of `profile`.
 
     \b
     moe-surgery stats show tiny.stats
@@ -21,14 +21,14 @@ def command() -> None:
 
 @command.command("merge")
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=OUTPUT, required=True, help="The statistics file to write.")
+@click.option("-o", "--output", type=OUTPUT, required=True, help="Write the statistics here.")
 @common
 @click.pass_context
 def merge_command(context: click.Context, files: tuple[Path, ...], output: Path) -> None:
-    """Add statistics of one checkpoint over several runs: domains of the same name become one.
+    """Merge statistics of one checkpoint from several runs; domains of the same name are added up.
 
-    Texts that two files have in common are refused: they would count twice. So are files that differ in
-    backend, kind of device or dtype; one of an earlier version, which does not name them all, fits any.
+    Refuses files that share texts, which would count twice, and files that differ in backend, kind of
+    device or dtype. Files of earlier versions, which do not record these, match any.
 
     \b
     moe-surgery stats merge monday.stats tuesday.stats -o both.stats
@@ -42,8 +42,8 @@ def merge_command(context: click.Context, files: tuple[Path, ...], output: Path)
     for file, part in zip(files, parts, strict=True):
         if unknown := [key for key in COMPUTATION if part.settings.get(key) is None]:
             terminal.say(
-                f"note: {file} does not name its {' and '.join(unknown)} (earlier versions did not write "
-                "it); taken to be the same as the others'"
+                f"note: {file} does not record its {' and '.join(unknown)} (earlier versions did not); assumed to be "
+                "the same as the others'"
             )
     save_statistics(merged, output)
     if terminal.json:
@@ -51,7 +51,7 @@ def merge_command(context: click.Context, files: tuple[Path, ...], output: Path)
         return
     for domain in merged.domains:
         terminal.result(f"{domain}: {merged.tokens[domain]:,} tokens of {len(merged.texts[domain])} texts")
-    terminal.say(f"{output}: {len(files)} files added")
+    terminal.say(f"{output}: {len(files)} files merged")
 
 
 @command.command("show")
@@ -59,7 +59,7 @@ def merge_command(context: click.Context, files: tuple[Path, ...], output: Path)
 @common
 @click.pass_context
 def show_command(context: click.Context, file: Path) -> None:
-    """Say what a statistics file holds: checkpoint, domains, texts, and how much few experts carry.
+    """Show a statistics file: checkpoint, domains, texts, and the share of routing weight in the best experts.
 
     \b
     moe-surgery stats show tiny.stats
@@ -68,34 +68,34 @@ def show_command(context: click.Context, file: Path) -> None:
     from moe_surgery.selection.statistics import load_statistics
 
     terminal = terminal_of(context)
-    found = load_statistics(file)
+    statistics = load_statistics(file)
     if terminal.json:
         terminal.data(
             {
-                "checkpoint": found.identity,
-                "model_type": found.model_type,
-                "layers": found.layers,
-                "experts": found.experts,
-                "top_k": found.top_k,
-                "tokens": found.tokens,
-                "texts": found.texts,
-                "settings": found.settings,
+                "checkpoint": statistics.identity,
+                "model_type": statistics.model_type,
+                "layers": statistics.layers,
+                "experts": statistics.experts,
+                "top_k": statistics.top_k,
+                "tokens": statistics.tokens,
+                "texts": statistics.texts,
+                "settings": statistics.settings,
             }
         )
         return
     terminal.result(
-        f"{found.model_type}, {found.layers} layers of {found.experts} experts, top-{found.top_k}, "
-        f"checkpoint {found.identity}"
+        f"{statistics.model_type}, {statistics.layers} layers of {statistics.experts} experts, top-{statistics.top_k}, "
+        f"checkpoint {statistics.identity}"
     )
-    terminal.result(computed_by(found.settings))
-    counts = [n for n in (4, 8, 16, 24) if n < found.experts]
+    terminal.result(computed_by(statistics.settings))
+    counts = [n for n in (4, 8, 16, 24) if n < statistics.experts]
     rows = []
-    for domain in found.domains:
-        shares = coverage(found.over([domain]))
+    for domain in statistics.domains:
+        shares = coverage(statistics.over([domain]))
         cells = [f"{shares[:, n - 1].mean():.0%} ({shares[:, n - 1].min():.0%})" for n in counts]
-        rows.append([domain, f"{found.tokens[domain]:,}", str(len(found.texts[domain])), *cells])
+        rows.append([domain, f"{statistics.tokens[domain]:,}", str(len(statistics.texts[domain])), *cells])
     terminal.table(
-        "share of routing weight that the best n experts carry, mean over layers (worst layer)",
+        "share of routing weight in the best n experts: mean over layers (worst layer)",
         ["domain", "tokens", "texts", *(f"n = {n}" for n in counts)],
         rows,
     )

@@ -1,4 +1,4 @@
-"""The one place that prints: results on stdout, everything for people's eyes on stderr."""
+"""The one place that prints: results on stdout, progress and notes on stderr."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Advance = Callable[[int], None]
 
 
 class Terminal:
-    """Owns the consoles. Everything printed is escaped: names come from strangers' files."""
+    """Owns the consoles. Everything printed is escaped: names come from untrusted files."""
 
     def __init__(self) -> None:
         self.verbosity = 0
@@ -75,11 +75,11 @@ class Terminal:
         click.echo(_safe(text))
 
     def stream(self, text: str) -> None:
-        """A piece of generated text on stdout, at once; line breaks stay."""
+        """Generated text on stdout, unbuffered; line breaks are kept."""
         click.echo(_safe_lines(text), nl=False)
 
     def aside(self, text: str) -> None:
-        """A piece of generated text that is not the result, on stderr, dimmed on a terminal, unless -q."""
+        """Generated text that is not the result, on stderr, dimmed on a terminal, unless -q."""
         if self.verbosity >= 0:
             dim = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
             click.echo(
@@ -91,15 +91,15 @@ class Terminal:
         click.echo(json.dumps(value, indent=2, default=str))
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table on stdout; the first column is left-aligned, the others right. One that is wider than the
-        terminal is printed as several, each with the first column."""
+        """A table on stdout; the first column is left-aligned, the others right. A table wider than the
+        terminal is split into several, each with the first column."""
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
-        self.result(title)  # as a separate line, which a narrow table does not wrap
+        self.result(title)  # rich would wrap it to the width of a narrow table
         console = _console(sys.stdout)
         cells = [list(map(_safe, row)) for row in [columns, *rows]]
-        for numbers in _fitting(cells, console.width):
+        for numbers in _split_columns(cells, console.width):
             table = Table(box=SIMPLE_HEAD, pad_edge=False)
             for number in numbers:
                 first = number == 0
@@ -122,29 +122,29 @@ class Terminal:
 
     @contextmanager
     def notes(self) -> Iterator[None]:
-        """Within the block the library's CheckpointWarnings and logged warnings are printed as notes, and
-        what else it logs with -v."""
-        logger, handler = logging.getLogger("moe_surgery"), _Logged(self)
+        """Within the block print the library's CheckpointWarnings and logged warnings as notes, and its
+        other log messages with -v."""
+        logger, handler = logging.getLogger("moe_surgery"), _LogHandler(self)
         before = logger.level
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("always", CheckpointWarning)
-                warnings.showwarning = self._shown(warnings.showwarning)
+                warnings.showwarning = self._warning_printer(warnings.showwarning)
                 yield
         finally:
             logger.removeHandler(handler)
             logger.setLevel(before)
 
-    def _shown(self, usual: Callable[..., None]) -> Callable[..., None]:
-        """What shows a warning: a CheckpointWarning as a note, others as before."""
+    def _warning_printer(self, default: Callable[..., None]) -> Callable[..., None]:
+        """For warnings.showwarning: a CheckpointWarning becomes a note, others go to `default`."""
 
         def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
             if issubclass(category, CheckpointWarning):
                 self.note(str(message))
             else:
-                usual(message, category, *rest, **more)
+                default(message, category, *rest, **more)
 
         return show
 
@@ -152,25 +152,25 @@ class Terminal:
     def job(self) -> Iterator[OnProgress]:
         """Show each stage of a job while the block runs; yields the library's `progress`."""
         with ExitStack() as stack:
-            shown: Progress | None = None
+            last: Progress | None = None
             advance: Advance = lambda _: None  # noqa: E731
 
             def show(progress: Progress) -> None:
-                nonlocal shown, advance
-                if shown is None or shown.stage != progress.stage:
-                    stack.close()  # the bar of the stage before
+                nonlocal last, advance
+                if last is None or last.stage != progress.stage:
+                    stack.close()  # the previous stage's bar
                     title = STAGES[progress.stage]
                     advance = stack.enter_context(self.progress(title, progress.total, progress.unit))
-                    shown = None
-                advance(progress.done - (shown.done if shown else 0))
-                shown = progress
+                    last = None
+                advance(progress.done - (last.done if last else 0))
+                last = progress
 
             yield show
 
     @contextmanager
     def progress(self, title: str, total: int, unit: str = "bytes") -> Iterator[Advance]:
-        """Show what is done, rate and time left while the block runs; yields what to call with the
-        `unit`s done."""
+        """Show amount done, rate and time left while the block runs; yields a function to call with each
+        new number of `unit`s done."""
         if self.verbosity < 0 or total <= 0:
             yield lambda _: None
         elif sys.stderr.isatty():
@@ -200,7 +200,7 @@ class Terminal:
             yield lambda nbytes: bar.update(task, advance=nbytes)
 
 
-class _Logged(logging.Handler):
+class _LogHandler(logging.Handler):
     def __init__(self, terminal: Terminal) -> None:
         super().__init__()
         self._terminal = terminal
@@ -213,7 +213,7 @@ class _Logged(logging.Handler):
 
 
 def _safe(text: str) -> str:
-    """`text` with whatever a terminal might obey, line breaks included, as visible escapes."""
+    """`text` with control characters, line breaks included, as visible escapes."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -226,8 +226,8 @@ def _safe_lines(text: str) -> str:
 def _plain(title: str, total: int, unit: str, say: Callable[[str], None]) -> Advance:
     """Progress for logs: a line every few seconds."""
 
-    def shown(amount: float) -> str:
-        return size(amount) if unit == "bytes" else f"{amount:,.0f}"
+    def amount(value: float) -> str:
+        return size(value) if unit == "bytes" else f"{value:,.0f}"
 
     of = "" if unit == "bytes" else f" {unit}"
     done, start = 0, time.monotonic()
@@ -241,12 +241,12 @@ def _plain(title: str, total: int, unit: str, say: Callable[[str], None]) -> Adv
             last = now
             rate = done / (now - start)
             left = (total - done) / rate if rate else 0
-            say(f"{title}: {shown(done)} of {shown(total)}{of}, {shown(rate)}/s, {left:.0f} s left")
+            say(f"{title}: {amount(done)} of {amount(total)}{of}, {amount(rate)}/s, {left:.0f} s left")
 
     return advance
 
 
-def _fitting(cells: Sequence[Sequence[str]], width: int) -> list[list[int]]:
+def _split_columns(cells: Sequence[Sequence[str]], width: int) -> list[list[int]]:
     """The columns in groups that fit `width`, the first column in each (at most half of `width`)."""
     widths = [max(map(len, column)) + COLUMN_GAP for column in zip(*cells, strict=True)]
     first = min(widths[0], width // 2)
@@ -264,7 +264,7 @@ def _fitting(cells: Sequence[Sequence[str]], width: int) -> list[list[int]]:
 def _console(file: TextIO) -> Console:
     from rich.console import Console
 
-    # Where nobody sets a width (a pipe, a file), tables take what they need.
+    # A pipe or file has no width.
     width = None if file.isatty() or os.environ.get("COLUMNS", "").isdigit() else PIPE_WIDTH
     return Console(file=file, width=width, markup=False, emoji=False, highlight=False)
 

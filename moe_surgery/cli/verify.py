@@ -12,24 +12,28 @@ from moe_surgery.errors import VerificationError
 
 
 @click.command("verify")
-@click.argument("out")
-@click.option("--source", metavar="CKPT", help="Also compare every kept slice with this checkpoint's bytes.")
-@click.option("--structure-only", is_flag=True, help="Headers, index, config and sizes only: no digests.")
-@click.option("--weights-only", is_flag=True, help="Edited files beside the weights are notes, not problems.")
+@click.argument("ckpt")
+@click.option(
+    "--source", metavar="CKPT", help="Also compare every kept expert with this checkpoint, byte for byte."
+)
+@click.option(
+    "--structure-only", is_flag=True, help="Check headers, index, config and sizes only, no digests."
+)
+@click.option("--weights-only", is_flag=True, help="Report edited files other than the weights as notes.")
 @common
 @click.pass_context
 def command(
-    context: click.Context, out: str, source: str | None, structure_only: bool, weights_only: bool
+    context: click.Context, ckpt: str, source: str | None, structure_only: bool, weights_only: bool
 ) -> None:
     """Check that a checkpoint is complete and undamaged.
 
-    Compares headers, index and config with one another, and the digest of every file and tensor
-    with the manifest (surgery.json): one flipped byte anywhere is found and named. Damage that was
-    in the source before the surgery cannot be seen. Exit code 8 if there is a problem.
+    Compares headers, index and config with one another, and the digest of every file and tensor with
+    the manifest (surgery.json): a single flipped byte is result and named. Damage that was already
+    in the source cannot be detected. Exit code 8 if there is a problem.
 
-    Files beside the shards (README.md, config.json, tokenizer) that were edited are reported separately from
-    weights; that too is exit code 8, unless --weights-only makes it a note. Files that were added
-    (.gitattributes, .git, .cache) are a note, added shards are not.
+    Edited files other than the weights (README.md, config.json, tokenizer) are reported separately from
+    damaged weights; they also give exit code 8, unless --weights-only makes them notes. Added files
+    (.gitattributes, .git, .cache) are notes; added shards are problems.
 
     \b
     moe-surgery verify tiny-8 --source example:tiny
@@ -44,30 +48,30 @@ def command(
 
     terminal = terminal_of(context)
     if structure_only and source:
-        raise click.UsageError("--source compares bytes, --structure-only reads none; choose one")
+        raise click.UsageError("--source compares bytes and --structure-only reads none; choose one")
     with terminal.job() as progress:
-        found = verify_checkpoint(
-            out,
+        result = verify_checkpoint(
+            ckpt,
             source=source,
             structure_only=structure_only,
             weights_only=weights_only,
             progress=progress,
         )
     if terminal.json:
-        terminal.data({"output": out, "ok": found.ok, **asdict(found)})
-    for note in found.notes:
+        terminal.data({"output": ckpt, "ok": result.ok, **asdict(result)})
+    for note in result.notes:
         terminal.note(note)
-    if not found.ok:
-        problems = list(found.problems)
-        if found.weights_ok:
-            sides = ", ".join(map(printable, found.side_files))
+    if not result.ok:
+        problems = list(result.problems)
+        if result.weights_ok:
+            sides = ", ".join(map(printable, result.side_files))
             problems.append(
-                f"{printable_path(out)}: the weights are sound, only {sides} changed; --weights-only accepts that"
+                f"{printable_path(ckpt)}: the weights are intact, only {sides} changed; --weights-only accepts that"
             )
         *others, last = problems
         for problem in others:
             terminal.error(problem)
         raise VerificationError(last)
     if not terminal.json:
-        read = "structure only" if structure_only else f"{size(found.bytes_read)} read"
-        terminal.result(f"{out}: sound ({found.files} files, {found.tensors} tensors, {read})")
+        read = "structure only" if structure_only else f"{size(result.bytes_read)} read"
+        terminal.result(f"{ckpt}: OK ({result.files} files, {result.tensors} tensors, {read})")

@@ -1,1 +1,1 @@
-"""Other people's programs run on this package's kernels: torch.library operators, transformers."""
+"""The kernels for other programs: as torch.library operators, and inside transformers."""

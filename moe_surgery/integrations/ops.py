@@ -1,7 +1,7 @@
-"""The MoE operations as torch.library operators, which torch.compile traces without looking inside.
+"""The MoE operations as torch.library operators, opaque to torch.compile.
 
 Importing this module defines `moe_surgery::route`, `moe_surgery::experts` (dense weights) and
-`moe_surgery::experts_mxfp4` (packed ones). They are for inference: none has a backward pass.
+`moe_surgery::experts_mxfp4` (packed ones). They are for inference and have no backward pass.
 """
 
 # mypy: disable-error-code="no-any-return"
@@ -24,10 +24,10 @@ log = logging.getLogger("moe_surgery")
 
 @lru_cache(maxsize=8)
 def backend_of(device_type: str) -> Backend:
-    """The backend for tensors on `device_type`: triton on CUDA and native on the CPU where they can run, else
+    """The backend for tensors on `device_type`: triton on CUDA and native on the CPU if they work, else
     reference.
 
-    The first time, the logger `moe_surgery` is given the choice (`select_backend` adds why it is reference).
+    The first call logs the choice to `moe_surgery` (`select_backend` logs why it is reference).
     """
     chosen = select_backend(torch.device(device_type))
     log.info("experts on %s: %s backend", device_type, chosen.name)
@@ -41,7 +41,7 @@ def route(x: Tensor, weight: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, 
     x [tokens, hidden], weight [experts, hidden], bias [experts].
     """
     ids, weights = backend_of(x.device.type).route(x, weight, bias, top_k)
-    # The k first columns of a longer sort are a view; an operator returns memory of its own.
+    # May be views of a longer sort; an operator must return new memory.
     return ids.contiguous(), weights.contiguous()
 
 
@@ -68,8 +68,10 @@ def experts(
     x [tokens, hidden], ids int64 and weights [tokens, top_k], gate_up [experts, hidden, 2 * intermediate]
     with gate and up alternating, down [experts, intermediate, hidden], biases [experts, ..].
     """
-    held = ExpertWeights(DenseWeight(gate_up), gate_up_bias, DenseWeight(down), down_bias, None, limit, alpha)
-    return backend_of(x.device.type).experts(x, ids, weights, held)
+    expert_weights = ExpertWeights(
+        DenseWeight(gate_up), gate_up_bias, DenseWeight(down), down_bias, None, limit, alpha
+    )
+    return backend_of(x.device.type).experts(x, ids, weights, expert_weights)
 
 
 @experts.register_fake
@@ -106,7 +108,7 @@ def experts_mxfp4(
     As `experts`, with blocks uint8 [experts, rows, columns / 32, 16], scales uint8 [experts, rows,
     columns / 32]; rows are 2 * intermediate of gate_up and hidden of down.
     """
-    held = ExpertWeights(
+    expert_weights = ExpertWeights(
         Mxfp4Weight(gate_up_blocks, gate_up_scales),
         gate_up_bias,
         Mxfp4Weight(down_blocks, down_scales),
@@ -115,7 +117,7 @@ def experts_mxfp4(
         limit,
         alpha,
     )
-    return backend_of(x.device.type).experts(x, ids, weights, held)
+    return backend_of(x.device.type).experts(x, ids, weights, expert_weights)
 
 
 @experts_mxfp4.register_fake

@@ -1,14 +1,14 @@
-"""transformers models on this package's experts.
+"""The experts kernels inside transformers models.
 
     from moe_surgery.integrations.transformers import register, replace_experts
 
     register()  # weights in BF16: one argument chooses the kernels
     model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="moe_surgery")
 
-    replace_experts(model, folder)  # weights in MXFP4: transformers asks nobody, so modules are swapped
+    replace_experts(model, folder)  # weights in MXFP4: replaces the modules
 
-On CUDA the triton backend computes where it can run, else plain PyTorch; the `moe_surgery` logger says which
-and why. Both ways are for inference.
+On CUDA the triton backend computes if it works, else plain PyTorch; the logger `moe_surgery` says which
+and why. Both are for inference.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from moe_surgery import families
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.errors import PlanMismatchError, UsageError
 from moe_surgery.families import ModelSpec
+from moe_surgery.families.gpt_oss.weights import WEIGHTS
 from moe_surgery.integrations import ops  # noqa: F401  # registers torch.ops.moe_surgery
 from moe_surgery.kernels.reference.experts import swiglu
 from moe_surgery.runtime.mapped import MappedShards
@@ -31,15 +32,21 @@ from moe_surgery.runtime.mapped import MappedShards
 __all__ = ["NAME", "PackedExperts", "PackedMLP", "register", "replace_experts"]
 
 NAME = "moe_surgery"
+_LAYER = WEIGHTS.layer
+# Projections as transformers names them, and the names of their tensors.
+_PROJECTIONS = (
+    ("gate_up_proj", _LAYER.gate_up, _LAYER.gate_up_bias),
+    ("down_proj", _LAYER.down, _LAYER.down_bias),
+)
 log = logging.getLogger("moe_surgery")
-# Classes whose gate was found to be the clamped SwiGLU.
-_known: set[type] = set()
+# Classes whose gate is the clamped SwiGLU, as tried.
+_checked: set[type] = set()
 
 
 def register() -> None:
-    """Make `experts_implementation="moe_surgery"` known to transformers. Calling it again does nothing.
+    """Register `experts_implementation="moe_surgery"` with transformers; can be called again.
 
-    Raises UsageError where transformers is missing or too old to let others compute its experts.
+    Raises UsageError if transformers is missing or too old to have an experts interface.
     """
     try:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -53,7 +60,7 @@ def register() -> None:
 def _experts_forward(
     module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """What transformers calls in the place of an experts module's own forward.
+    """Replaces the forward of an experts module.
 
     hidden_states [tokens, hidden], the other two [tokens, top_k]; returns [tokens, hidden].
     """
@@ -61,7 +68,7 @@ def _experts_forward(
     gate_up, down = module.gate_up_proj, module.down_proj
     if not module.is_transposed:
         gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
-    found: Tensor = torch.ops.moe_surgery.experts(
+    output: Tensor = torch.ops.moe_surgery.experts(
         hidden_states,
         top_k_index,
         top_k_weights,
@@ -72,35 +79,37 @@ def _experts_forward(
         float(module.limit),
         float(module.alpha),
     )
-    return found
+    return output
 
 
 def _check_form(module: Any) -> None:
-    """Raise UsageError unless `module` computes what gpt-oss's experts do: biases, interleaved rows, the
-    clamped SwiGLU. The gate is tried out, once a class, outside of compilation."""
+    """Raise UsageError unless `module` computes like gpt-oss's experts: biases, interleaved rows, the
+    clamped SwiGLU. The gate is tried once per class, outside of compilation."""
     name = type(module).__name__
-    wrong = [
-        what
-        for what, fits in (
+    mismatches = [
+        text
+        for text, fits in (
             ("has no gate", module.has_gate),
             ("has no biases", module.has_bias),
-            ("keeps gate and up rows apart instead of alternating", not module.is_concatenated),
-            ("norms each expert's output", not getattr(module, "has_post_expert_norm", False)),
+            ("stores gate and up rows separately instead of interleaved", not module.is_concatenated),
+            ("normalises each expert's output", not getattr(module, "has_post_expert_norm", False)),
             ("is sharded by experts", not getattr(module, "_is_expert_parallel", False)),
             ("has no limit and alpha", hasattr(module, "limit") and hasattr(module, "alpha")),
         )
         if not fits
     ]
-    if wrong:
-        raise UsageError(f'experts_implementation="{NAME}": {name} {wrong[0]}; choose another implementation')
-    if torch.compiler.is_compiling() or type(module) in _known:
+    if mismatches:
+        raise UsageError(
+            f'experts_implementation="{NAME}": {name} {mismatches[0]}; choose another implementation'
+        )
+    if torch.compiler.is_compiling() or type(module) in _checked:
         return
     probe = torch.linspace(-20, 20, 64).view(4, 16)
     if not torch.allclose(module._apply_gate(probe), swiglu(probe, module.limit, module.alpha), atol=1e-4):
         raise UsageError(
             f'experts_implementation="{NAME}": {name} has another activation; choose another implementation'
         )
-    _known.add(type(module))
+    _checked.add(type(module))
 
 
 class PackedExperts(nn.Module):
@@ -125,7 +134,7 @@ class PackedExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, router_indices: Tensor, routing_weights: Tensor) -> Tensor:
         """[tokens, hidden] of hidden_states [tokens, hidden] and the choice [tokens, top_k]."""
-        found: Tensor = torch.ops.moe_surgery.experts_mxfp4(
+        output: Tensor = torch.ops.moe_surgery.experts_mxfp4(
             hidden_states,
             router_indices,
             routing_weights,
@@ -138,12 +147,12 @@ class PackedExperts(nn.Module):
             self.limit,
             self.alpha,
         )
-        return found
+        return output
 
 
 class PackedMLP(nn.Module):
-    """A gpt-oss MoE layer over `PackedExperts`; the router stays transformers' own module, so that what
-    records its logits goes on doing so."""
+    """A gpt-oss MoE layer over `PackedExperts`; the router stays transformers' module, so that
+    recording its logits still works."""
 
     def __init__(self, router: nn.Module, experts: PackedExperts) -> None:
         super().__init__()
@@ -158,14 +167,14 @@ class PackedMLP(nn.Module):
 
 
 def replace_experts(model: nn.Module, checkpoint: str | os.PathLike[str]) -> nn.Module:
-    """Swap the experts of a loaded transformers gpt-oss for packed ones, read from `checkpoint`; returns it.
+    """Replace the experts of a loaded transformers gpt-oss by packed ones from `checkpoint`; returns `model`.
 
-    The checkpoint (folder, file or cached hub id) holds MXFP4 experts and is what `model` was loaded from,
-    pruned or not. On the CPU the buffers are views of its mapped files, which must not be written to; on
-    other devices they are moved tensor by tensor. What transformers had made of the experts is let go.
+    The checkpoint (folder, file or cached hub id) has MXFP4 experts and is the one `model` was loaded
+    from, pruned or not. On the CPU the buffers are views of its mapped files, which must not be changed;
+    on other devices they are copied tensor by tensor. The old experts are released.
 
-    Raises UsageError for another kind of model or dense experts, PlanMismatchError where layers, experts or
-    sizes differ, and what opening a checkpoint raises.
+    Raises UsageError for another kind of model or dense experts, PlanMismatchError if layers, experts or
+    sizes differ, and any error of opening the checkpoint.
     """
     layers = _layers(model)
     with Checkpoint.open(checkpoint) as opened:
@@ -179,19 +188,18 @@ def replace_experts(model: nn.Module, checkpoint: str | os.PathLike[str]) -> nn.
         for number, layer in enumerate(layers):
             router = layer.mlp.router
             device = router.weight.device
-            held: dict[str, Tensor] = {}
-            for projection in ("gate_up_proj", "down_proj"):
-                prefix = f"model.layers.{number}.mlp.experts.{projection}"
-                packed, bias = tensors[prefix], tensors[f"{prefix}_bias"]
+            buffers: dict[str, Tensor] = {}
+            for projection, weight_name, bias_name in _PROJECTIONS:
+                packed, bias = (tensors[name.format(layer=number)] for name in (weight_name, bias_name))
                 assert packed.scales is not None
                 parts = {"blocks": packed.stored, "scales": packed.scales, "bias": bias.stored}
                 for part, ref in parts.items():
                     mapped = shards.tensor(ref)
-                    held[f"{projection}_{part}"] = mapped.to(device)
+                    buffers[f"{projection}_{part}"] = mapped.to(device)
                     if device.type != "cpu":
                         shards.release(ref)
-            layer.mlp = PackedMLP(router, PackedExperts(held, limit, alpha)).train(layer.training)
-    log.info("%d layers have packed experts of %s", len(layers), checkpoint)
+            layer.mlp = PackedMLP(router, PackedExperts(buffers, limit, alpha)).train(layer.training)
+    log.info("%d layers use packed experts of %s", len(layers), checkpoint)
     return model
 
 
@@ -218,11 +226,11 @@ def _check_fits(layers: list[Any], described: ModelSpec, where: str) -> None:
         )
     if len(layers) != dimensions["layers"]:
         raise PlanMismatchError(f"{where}: {dimensions['layers']} layers, the model has {len(layers)}")
-    wanted = (dimensions["experts"], dimensions["hidden"])
+    expected = (dimensions["experts"], dimensions["hidden"])
     for number, layer in enumerate(layers):
-        has = tuple(layer.mlp.router.weight.shape)
-        if has != wanted:
+        shape = tuple(layer.mlp.router.weight.shape)
+        if shape != expected:
             raise PlanMismatchError(
-                f"{where}: {wanted[0]} experts of width {wanted[1]}; "
-                f"the model's layer {number} routes to {has[0]} of width {has[1]}"
+                f"{where}: {expected[0]} experts of width {expected[1]}; "
+                f"the model's layer {number} routes to {shape[0]} of width {shape[1]}"
             )

@@ -1,4 +1,4 @@
-"""The operations of a decoder layer behind one interface, and the choice of who carries them out."""
+"""The operations of a decoder layer behind one interface, and the choice of the backend that runs them."""
 
 from __future__ import annotations
 
@@ -22,12 +22,11 @@ BACKENDS = ("reference", "native", "triton", "reference-invariant", "triton-inva
 
 def select_backend(device: torch.device, name: str | None = None) -> Backend:
     """The backend called `name`, or the best one for `device`: triton on CUDA, native on the CPU, where
-    they work, else reference. Those called invariant do one token at a time (see `InvariantBackend`).
+    they work, else reference. The invariant ones process one token at a time (see `InvariantBackend`).
 
-    Where the default is reference because the fast one does not work, the logger `moe_surgery` is given
-    the reason, once per process: as a warning, unless MOE_SURGERY_NATIVE=0 asked for it.
-    Raises UsageError for an unknown name and for a backend that cannot run here; one that was asked
-    for is never replaced by another.
+    Where the default falls back to reference, the reason is logged to `moe_surgery` once per process, as a
+    warning unless MOE_SURGERY_NATIVE=0 is set. Raises UsageError for an unknown name and for a backend that
+    cannot run here; a backend given by name is never replaced by another.
     """
     if name is not None and name not in BACKENDS:
         raise UsageError(f"`backend` {name}: unknown; known: {', '.join(BACKENDS)}")
@@ -76,7 +75,7 @@ def _log_missing(device_type: str, name: str, why: str) -> None:
 
 
 def backend_states() -> dict[str, str]:
-    """Backend -> "yes" and when it is chosen, or why it does not work here."""
+    """Backend -> "yes" and its details, or "no" and the reason."""
     native, triton = _native_reason(), _triton_reason()
     return {
         "reference": "yes",
@@ -87,7 +86,7 @@ def backend_states() -> dict[str, str]:
     }
 
 
-_INVARIANT = "one token at a time, so that no result depends on the tokens beside it (with native none does)"
+_INVARIANT = "one token at a time, so that results do not depend on the rest of the batch (native's never do)"
 
 
 def _native_details() -> str:

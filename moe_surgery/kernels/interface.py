@@ -27,7 +27,7 @@ EMPTY = -1  # the position of an empty cache slot, and of a padding token
 
 @dataclass(frozen=True, slots=True)
 class DecoderShape:
-    """What decoder layers have in common. `sliding_windows[i]` is layer i's window, None for full attention."""
+    """Constants of all decoder layers. `sliding_windows[i]` is layer i's window, None for full attention."""
 
     num_heads: int
     num_kv_heads: int

@@ -1,4 +1,4 @@
-"""Any backend made shape-invariant: what a token gets does not depend on the tokens beside it."""
+"""Any backend made batch-invariant: a token's result does not depend on the other tokens of a call."""
 
 from __future__ import annotations
 
@@ -25,11 +25,10 @@ SUFFIX = "-invariant"
 class InvariantBackend:
     """See `moe_surgery.kernels.interface.Backend`: every operation of `backend`, one token at a time.
 
-    A library chooses its kernels, and so its order of summation, by the number of rows: a step of several
-    tokens rounds otherwise than as many steps of one. Here all are steps of one, bit for bit: each token's
-    products by themselves, and attention over the keys it sees and no others, in order of position. The
-    cost is that nothing is shared: a step over n tokens reads the weights n times. The native backend is
-    shape-invariant by itself and needs none of this.
+    A library chooses its kernels, and with them the order of summation, by the number of rows, so a step of
+    several tokens rounds differently from several steps of one. Here every step is one of single tokens: each
+    token's products alone, and attention over just its visible keys, in order of position. The price: a step
+    over n tokens reads the weights n times. The native backend is batch-invariant without this.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -57,11 +56,11 @@ class InvariantBackend:
         return _by_row(lambda row: self._backend.rms_norm(row, weight, eps), x)
 
     def rope_cos_sin(self, positions: Tensor, frequencies: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        each = [
+        parts = [
             self._backend.rope_cos_sin(p, frequencies, scale) for p in torch.split(positions.reshape(-1), 1)
         ]
         shape = (*positions.shape, len(frequencies))
-        cos, sin = (torch.cat(part).view(shape) for part in zip(*each, strict=True))
+        cos, sin = (torch.cat(part).view(shape) for part in zip(*parts, strict=True))
         return cos, sin
 
     def apply_rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -80,14 +79,14 @@ class InvariantBackend:
         out = q.new_zeros((q.shape[0], q.shape[2], q.shape[1] * q.shape[3]))
         for b in range(q.shape[0]):
             order = keys[b].argsort(stable=True)
-            held = keys[b][order]
+            key_positions = keys[b][order]
             for i, position in enumerate(queries[b].tolist()):
                 first = 0 if window is None else max(0, position - window + 1)
-                seen = order[(held >= first) & (held <= position)]
-                if not len(seen):
+                visible = order[(key_positions >= first) & (key_positions <= position)]
+                if not len(visible):
                     continue
-                one = (q[b : b + 1, :, i : i + 1], k[b : b + 1, :, seen], v[b : b + 1, :, seen], sinks)
-                at = (queries[b : b + 1, i : i + 1], keys[b : b + 1, seen])
+                one = (q[b : b + 1, :, i : i + 1], k[b : b + 1, :, visible], v[b : b + 1, :, visible], sinks)
+                at = (queries[b : b + 1, i : i + 1], keys[b : b + 1, visible])
                 out[b : b + 1, i : i + 1] = self._backend.attention(*one, *at, window)
         return out
 

@@ -1,4 +1,4 @@
-"""Weights as a backend receives them: as stored, experts packed and with those that are in use."""
+"""Weights as a backend receives them: as stored, experts packed, with a map of those in use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["DenseWeight", "ExpertWeights", "Layer", "Mxfp4Weight", "Projection",
 
 @dataclass(frozen=True, slots=True)
 class Mxfp4Weight:
-    """A linear layer per stored expert in MXFP4: out = x @ W.T with W [rows, columns].
+    """One linear layer per stored expert in MXFP4: out = x @ W.T with W [rows, columns].
 
     blocks: uint8 [stored experts, rows, columns/32, 16]; scales: uint8 [stored experts, rows, columns/32].
     """
@@ -30,7 +30,7 @@ class Mxfp4Weight:
 
 @dataclass(frozen=True, slots=True)
 class DenseWeight:
-    """A linear layer per stored expert in a floating dtype, transposed: out = x @ W.
+    """One linear layer per stored expert in a floating-point dtype, transposed: out = x @ W.
 
     values: [stored experts, columns, rows], usually bfloat16.
     """
@@ -55,8 +55,8 @@ class ExpertWeights:
 
     gate_up: hidden -> 2 * intermediate, gate rows at even and up rows at odd positions; down:
     intermediate -> hidden; biases [stored experts, 2 * intermediate] and [stored experts, hidden].
-    `expert_map` [experts] int64 gives for each expert the router knows its index in the stored tensors;
-    None means they are the same. A pruned view is the full model's tensors with an expert map.
+    `expert_map` [experts] int64 holds the index in the stored tensors of each expert of the router; None for
+    the identity. A pruned view is the full model's tensors with an expert map.
     `limit` and `alpha` are those of the clamped SwiGLU.
     """
 
@@ -83,7 +83,7 @@ class Projection:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One decoder layer's weights. `router` has a row per kept expert, in plan order."""
+    """One decoder layer's weights. `router` has one row per kept expert, in plan order."""
 
     attention_norm: Tensor
     q: Projection

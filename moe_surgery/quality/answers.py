@@ -1,4 +1,4 @@
-"""A model's own answers to conversations, kept in a file, so that an interrupted run goes on."""
+"""A model's own answers to conversations, kept in a file, so that an interrupted run can resume."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from moe_surgery.runtime.model import CausalLM
 
 __all__ = ["Answers", "generate_answers"]
 
-TOGETHER = 4
+BATCH_PROMPTS = 4
 Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """Passages of prompt and answer, read anew from their file (a line of JSON each) every time."""
+    """Passages of prompt and answer, read from their file (a line of JSON each) on every iteration."""
 
     file: Path
 
@@ -29,13 +29,13 @@ class Answers:
         """Raises InvalidInputError for a damaged file."""
         for number, line in enumerate(_whole_lines(self.file), 1):
             if number == 1:
-                continue  # says which job the file belongs to
+                continue  # the job that the file belongs to
             try:
-                said = json.loads(line)
-                yield Passage(said["domain"], tuple(said["tokens"]), said["answer"])
+                entry = json.loads(line)
+                yield Passage(entry["domain"], tuple(entry["tokens"]), entry["answer"])
             except (ValueError, KeyError, TypeError):
                 raise InvalidInputError(
-                    f"{printable_path(self.file)}: line {number} is damaged; remove the file to start anew"
+                    f"{printable_path(self.file)}: line {number} is damaged; delete the file to start over"
                 ) from None
 
 
@@ -51,17 +51,17 @@ def generate_answers(
 ) -> tuple[Answers, int]:
     """Greedy answers of at most `new_tokens` to all conversations of `corpus`, appended to `file`.
 
-    `stop_tokens`: the model's unless given. A file that an interrupted run of the same `job` left is
-    continued. Prompts that leave no room in the corpus's context are skipped; returns the answers and
-    the number skipped. `progress` is told each answered prompt. Raises UsageError where there is
-    nothing to answer, OutputError where the file cannot be written.
+    `stop_tokens`: the model's unless given. The file of an interrupted run of the same `job` is
+    continued. Prompts that leave no space in the corpus's context are skipped; returns the answers and
+    the number skipped. `progress` is called with each batch of answered prompts.
+    Raises UsageError if there is nothing to answer, OutputError if the file cannot be written.
     """
     if new_tokens < 1:
         raise UsageError(f"`generate` {new_tokens}: must be at least 1")
     fits, skipped = _fitting(corpus, new_tokens)
     if not fits:
         raise UsageError(
-            f"`generate` {new_tokens}: no prompt leaves room for it in a context of {corpus.context} tokens"
+            f"`generate` {new_tokens}: no prompt leaves space for it in a context of {corpus.context} tokens"
             + ("" if corpus.max_tokens is None else f" and `max_tokens` {corpus.max_tokens}")
         )
     done = _finished(file, job, len(fits))
@@ -75,14 +75,14 @@ def generate_answers(
             start = 0 if done is None else done[0]
             if progress:
                 progress(min(start, len(fits)))
-            for first in range(start, len(fits), TOGETHER):
-                batch = fits[first : first + TOGETHER]
-                found = generate(
+            for first in range(start, len(fits), BATCH_PROMPTS):
+                batch = fits[first : first + BATCH_PROMPTS]
+                generated = generate(
                     model, [p for _, p in batch], max_new_tokens=new_tokens, stop_tokens=stop_tokens
                 )
-                for (domain, prompt), answer in zip(batch, found.tokens, strict=True):
-                    said = {"domain": domain, "tokens": [*prompt, *answer], "answer": len(prompt)}
-                    print(json.dumps(said), file=out)
+                for (domain, prompt), answer in zip(batch, generated.tokens, strict=True):
+                    entry = {"domain": domain, "tokens": [*prompt, *answer], "answer": len(prompt)}
+                    print(json.dumps(entry), file=out)
                 out.flush()
                 if progress:
                     progress(len(batch))
@@ -92,30 +92,30 @@ def generate_answers(
 
 
 def _fitting(corpus: Corpus, new_tokens: int) -> tuple[list[tuple[str, tuple[int, ...]]], int]:
-    """Prompts with their domains that leave room for an answer, and how many leave none in the context.
+    """Prompts with their domains with space for an answer, and the number of those without.
 
     `max_tokens` of the corpus bounds prompts and answers of a domain together.
     """
     fits: list[tuple[str, tuple[int, ...]]] = []
     skipped = 0
-    left: dict[str, int | None] = dict.fromkeys(corpus.domains, corpus.max_tokens)
+    remaining: dict[str, int | None] = dict.fromkeys(corpus.domains, corpus.max_tokens)
     for domain, prompt in corpus.prompts():
-        needed, room = len(prompt) + new_tokens, left[domain]
+        needed, budget = len(prompt) + new_tokens, remaining[domain]
         if needed > corpus.context:
             skipped += 1
-        elif room is None or needed <= room:
+        elif budget is None or needed <= budget:
             fits.append((domain, prompt))
-            left[domain] = None if room is None else room - needed
+            remaining[domain] = None if budget is None else budget - needed
         else:
-            left[domain] = 0
+            remaining[domain] = 0
     return fits, skipped
 
 
 def _finished(file: Path, job: str, wanted: int) -> tuple[int, int] | None:
     """Answers in the file of an interrupted run and where they end in bytes; None for another job's.
 
-    Answers of a group that is not whole do not count: what was generated beside an answer may show in
-    its last bits, and so in its tokens.
+    Answers of an incomplete batch do not count: the other sequences of a batch can affect the last bits
+    of an answer, and so its tokens.
     """
     if not file.exists():
         return None
@@ -127,7 +127,7 @@ def _finished(file: Path, job: str, wanted: int) -> tuple[int, int] | None:
         return None
     done = len(lines) - 1
     if done < wanted:
-        done -= done % TOGETHER
+        done -= done % BATCH_PROMPTS
     return done, sum(len(line.encode()) for line in lines[: 1 + done])
 
 

@@ -1,4 +1,4 @@
-"""What is held against the full model: plans shown as views, and pruned checkpoints."""
+"""Models to compare with the full one: plans as views, and pruned checkpoints."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ MAX_MAPPING_BYTES = 100_000_000
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """What is held against the full model: a plan shown as a view of it, or another checkpoint.
+    """A model to compare with the full one: a plan as a view of it, or another checkpoint.
 
-    `model` is None for a view. `kept` says for each layer which source experts its own ones are; None
-    where that is not known (redirected routes are then not counted).
+    `model` is None for a view. `kept` lists the source experts of each layer; None if unknown (rerouted
+    routes are then not counted).
     """
 
     name: str
@@ -43,9 +43,9 @@ class Candidate:
 
 
 def pruned_candidate(path: str, other: CausalLM, full: CausalLM) -> Candidate:
-    """The checkpoint `other` at `path`; what its experts were comes from its manifest or expert mapping.
+    """The checkpoint `other` at `path`; its source experts come from its manifest or expert mapping.
 
-    Raises PlanMismatchError where it cannot come from `full`.
+    Raises PlanMismatchError if it cannot be pruned from `full`.
     """
     a, b = other.config, full.config
     if (a.num_hidden_layers, a.vocab_size, a.hidden_size) != (
@@ -60,16 +60,16 @@ def pruned_candidate(path: str, other: CausalLM, full: CausalLM) -> Candidate:
     kept, provenance = _origin(resolve(path), a.num_hidden_layers, b.num_local_experts)
     if kept is not None and any(len(row) != a.num_local_experts for row in kept):
         raise InvalidInputError(
-            f"{path}: its manifest or {MAPPING_NAME} does not name the {a.num_local_experts} experts it has"
+            f"{path}: its manifest or {MAPPING_NAME} does not list its {a.num_local_experts} experts"
         )
     return Candidate(path, kept, model=other, provenance=provenance)
 
 
 def _origin(
-    place: Path, layers: int, experts: int
+    path: Path, layers: int, experts: int
 ) -> tuple[tuple[tuple[int, ...], ...] | None, dict[str, object]]:
     """Source experts by layer and provenance, from our manifest or a published model's mapping."""
-    folder = place if place.is_dir() else place.parent
+    folder = path if path.is_dir() else path.parent
     if is_ours(folder):
         plan = load_manifest(folder / MANIFEST_NAME).plan
         fits = (plan.num_layers, plan.num_source_experts) == (layers, experts)
@@ -78,9 +78,9 @@ def _origin(
     if not mapping.is_file():
         return None, {}
     raw = read_small_file(mapping, limit=MAX_MAPPING_BYTES, what="an expert mapping")
-    said = parse_json(raw, where=printable_path(mapping))
+    parsed = parse_json(raw, where=printable_path(mapping))
     try:
-        rows = [said[str(number)] for number in range(layers)]  # type: ignore[index]
+        rows = [parsed[str(number)] for number in range(layers)]  # type: ignore[index]
         kept = tuple(tuple(int(old) for old in sorted(row, key=row.__getitem__)) for row in rows)
         if any(set(row.values()) != set(range(len(row))) for row in rows):
             raise ValueError

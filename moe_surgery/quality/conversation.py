@@ -16,7 +16,7 @@ Row = Mapping[str, object]
 VARIABLES = ("reasoning_effort", "builtin_tools", "model_identity", "enable_thinking", "thinking")
 """Keys of a row that are arguments of the chat template; so are those in its `chat_template_kwargs`."""
 CONTENTS = ("functions", "system")
-"""Keys of a row that say something the model reads: refused where the template does not read them."""
+"""Keys of a row with content for the model: refused if the template does not use them."""
 OURS = ("messages", "conversation", "add_generation_prompt", "continue_final_message", "chat_template")
 REASONING = ("reasoning_content", "thinking", "reasoning")
 
@@ -25,8 +25,8 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 class Conversation:
     """A row as arguments of transformers' `apply_chat_template`.
 
-    `variables` must be read by the template; `also` holds the row's other keys (an id, a source), which
-    are passed where the template reads a variable of that name.
+    `variables` must be read by the template; `also` has the row's other keys (an id, a source), which
+    are passed if the template reads a variable of that name.
     """
 
     messages: tuple[Row, ...]
@@ -36,7 +36,7 @@ class Conversation:
     also: Row = field(default_factory=dict)
 
     def question(self) -> Conversation:
-        """The conversation without its last message if the assistant said that, else itself."""
+        """The conversation without its last message if that is the assistant's, else itself."""
         if self.messages[-1]["role"] != "assistant":
             return self
         return replace(self, messages=self.messages[:-1])
@@ -45,36 +45,36 @@ class Conversation:
 def conversation(row: object, where: str) -> Conversation:
     """A row `{"messages": [...], ...}`; nulls count as absent.
 
-    `tools` and `documents` may be JSON in a string. Raises InvalidInputError, beginning with `where`
-    and naming the key, for what is not of that form.
+    `tools` and `documents` may be JSON in a string. Raises InvalidInputError, starting with `where`
+    and naming the key, for anything else.
     """
     if not isinstance(row, dict) or not isinstance(row.get("messages"), list) or not row["messages"]:
         raise InvalidInputError(f'{where}: expected {{"messages": [...]}}, got {described(row)}')
     messages = tuple(_message(m, f"{where}: message {n}") for n, m in enumerate(row["messages"], 1))
-    left = {key: value for key, value in row.items() if key != "messages" and value is not None}
-    arguments = _parsed(left.pop("chat_template_kwargs", {}), f"{where}: chat_template_kwargs")
+    others = {key: value for key, value in row.items() if key != "messages" and value is not None}
+    arguments = _parsed(others.pop("chat_template_kwargs", {}), f"{where}: chat_template_kwargs")
     if not isinstance(arguments, dict):
         raise InvalidInputError(
             f"{where}: chat_template_kwargs is {describe_value(arguments)}, not an object"
         )
-    variables = {key: left.pop(key) for key in (*VARIABLES, *CONTENTS) if key in left}
+    variables = {key: others.pop(key) for key in (*VARIABLES, *CONTENTS) if key in others}
     for key, value in arguments.items():
         if key in OURS:
             raise InvalidInputError(f"{where}: chat_template_kwargs may not set '{key}'")
         if value is not None:
-            if key in left and key in ("tools", "documents"):
+            if key in others and key in ("tools", "documents"):
                 raise InvalidInputError(
                     f"{where}: '{key}' is both in the row and in its chat_template_kwargs"
                 )
-            (left if key in ("tools", "documents") else variables)[key] = value
+            (others if key in ("tools", "documents") else variables)[key] = value
     if "builtin_tools" in variables:
         variables["builtin_tools"] = _parsed(variables["builtin_tools"], f"{where}: builtin_tools")
     return Conversation(
         messages,
-        _objects(left.pop("tools", None), f"{where}: tools"),
-        _objects(left.pop("documents", None), f"{where}: documents"),
+        _objects(others.pop("tools", None), f"{where}: tools"),
+        _objects(others.pop("documents", None), f"{where}: documents"),
         variables,
-        left,
+        others,
     )
 
 
@@ -90,11 +90,11 @@ def answer_start(render: Callable[[Conversation, bool], str], chat: Conversation
     another = replace(chat, messages=(*question.messages, {"role": "assistant", "content": "\N{SNOWMAN}"}))
     if not question.messages:  # templates may look at the first message
         return common_length(whole, render(another, False))
-    asked = render(question, True)
-    start = common_length(whole, asked)
-    if start == len(asked):
+    opened = render(question, True)
+    start = common_length(whole, opened)
+    if start == len(opened):
         return start
-    opening = asked[common_length(asked, render(question, False)) :]
+    opening = opened[common_length(opened, render(question, False)) :]
     altered = render(another, False)
     turn = altered.rfind(opening) if opening else -1
     if start < turn <= common_length(whole, altered):
@@ -103,13 +103,13 @@ def answer_start(render: Callable[[Conversation, bool], str], chat: Conversation
 
 
 def common_length(one: Sequence[object], other: Sequence[object]) -> int:
-    """How many items both begin with."""
+    """The length of the common prefix."""
     pairs = zip(one, other, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 def described(row: object) -> str:
-    """What `row` is, with the names of its keys if it is an object."""
+    """What `row` is, with its keys if it is an object."""
     if not isinstance(row, dict) or not row:
         return describe_value(row)
     names = ", ".join(f"'{printable(str(key))}'" for key in list(row)[:8])
@@ -140,7 +140,7 @@ def _message(value: object, where: str) -> Row:
 
 
 def _parsed(value: object, where: str) -> object:
-    """`value`, or what a string of JSON says."""
+    """`value`, parsed if it is a string of JSON."""
     if not isinstance(value, str):
         return value
     if not value.strip():
@@ -153,13 +153,13 @@ def _parsed(value: object, where: str) -> object:
 
 
 def _objects(value: object, where: str) -> list[object] | None:
-    found = _parsed(value, where)
-    if found is None:
+    parsed = _parsed(value, where)
+    if parsed is None:
         return None
-    if not isinstance(found, list):
-        raise InvalidInputError(f"{where}: expected a list of objects, got {describe_value(found)}")
-    found = [_parsed(item, where) for item in found]
-    for item in found:
+    if not isinstance(parsed, list):
+        raise InvalidInputError(f"{where}: expected a list of objects, got {describe_value(parsed)}")
+    items = [_parsed(item, where) for item in parsed]
+    for item in items:
         if not isinstance(item, dict):
             raise InvalidInputError(f"{where}: expected a list of objects, got {describe_value(item)} in it")
-    return found
+    return items

@@ -1,4 +1,4 @@
-"""Texts as token sequences: files of text, rows of JSON, or conversations, by domain."""
+"""Texts as token sequences by domain: plain text, rows of JSON, or conversations."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ READ_BYTES = 1 << 20
 
 
 class Tokenizer(Protocol):
-    """What is needed of `moe_surgery.runtime.text.Text`."""
+    """The part of `moe_surgery.runtime.text.Text` used here."""
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -56,8 +56,7 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """Tokens that are run as one sequence. From `answer` on they are a model's answer (None: the text
-    has no such part)."""
+    """Tokens of one sequence. From index `answer` on they are a model's answer (None: there is none)."""
 
     domain: str
     tokens: tuple[int, ...]
@@ -66,7 +65,7 @@ class Passage:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text (a long one comes in several), or a conversation."""
+    """A text (long ones are divided), or a conversation."""
 
     domain: str
     where: str
@@ -76,11 +75,11 @@ class Document:
 
 @dataclass(slots=True)
 class Corpus:
-    """Passages by file, read anew at every iteration; never more than one document in memory.
+    """Passages by file, read on every iteration; at most one document is in memory.
 
     `context` bounds a passage's tokens: longer documents are split into several, counted in `split`.
     `max_tokens` bounds the tokens of each domain (None: no bound). `texts` lists the files by domain:
-    {"name", "xxh3_128", "tokens"}; tokens are known after a whole iteration.
+    {"name", "xxh3_128", "tokens"}; tokens are known after a full iteration.
     """
 
     files: tuple[TextFile, ...]
@@ -101,8 +100,8 @@ class Corpus:
             yield from _documents(file)
 
     def prompts(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Domain and tokens of each conversation, with its answer left open (one that is there is not
-        read). Raises InvalidInputError for a text that is no conversation."""
+        """Domain and tokens of each conversation without its answer, ready for a new one. Raises
+        InvalidInputError for a text that is not a conversation."""
         for file in self.files:
             document = None
             for document in _documents(file):
@@ -110,44 +109,44 @@ class Corpus:
                     raise InvalidInputError(
                         f'{document.where}: answers are generated for conversations: {{"messages": [...]}} rows'
                     )
-                asked = document.chat.question()
-                if not asked.messages:
+                question = document.chat.question()
+                if not question.messages:
                     raise InvalidInputError(f"{document.where}: an answer without a question")
-                yield file.domain, tuple(self.encode_chat(asked, document.where))
+                yield file.domain, tuple(self.encode_chat(question, document.where))
             if document is None:
-                raise InvalidInputError(f"{printable_path(file.path)}: holds no text")
+                raise InvalidInputError(f"{printable_path(file.path)}: contains no text")
 
     def __iter__(self) -> Iterator[Passage]:
         """All passages, file by file. Raises InvalidInputError for a file without any token."""
         self.split = 0
-        left = dict.fromkeys(self.domains, self.max_tokens)
-        seen: dict[str, int] = {}
+        remaining = dict.fromkeys(self.domains, self.max_tokens)
+        files_read: dict[str, int] = {}
         for file in self.files:
-            told = self.texts[file.domain][seen.get(file.domain, 0)]
-            seen[file.domain] = seen.get(file.domain, 0) + 1
+            entry = self.texts[file.domain][files_read.get(file.domain, 0)]
+            files_read[file.domain] = files_read.get(file.domain, 0) + 1
             tokens = 0
-            longer = None  # the text last seen to come in several passages
+            last_split = None  # the last text that was split
             for document in _documents(file):
-                if left[file.domain] == 0:
+                if remaining[file.domain] == 0:
                     break
                 for piece, passage in enumerate(self._passages(document)):
-                    kept = _shortened(passage, left[file.domain])
+                    kept = _shortened(passage, remaining[file.domain])
                     if not kept.tokens:
                         break
-                    if piece and document.where != longer:
-                        longer = document.where
+                    if piece and document.where != last_split:
+                        last_split = document.where
                         self.split += 1
                     tokens += len(kept.tokens)
-                    if (room := left[file.domain]) is not None:
-                        left[file.domain] = room - len(kept.tokens)
+                    if (budget := remaining[file.domain]) is not None:
+                        remaining[file.domain] = budget - len(kept.tokens)
                     yield kept
-            if not tokens and left[file.domain] != 0:
-                raise InvalidInputError(f"{printable_path(file.path)}: holds no text")
-            told["tokens"] = tokens
+            if not tokens and remaining[file.domain] != 0:
+                raise InvalidInputError(f"{printable_path(file.path)}: contains no text")
+            entry["tokens"] = tokens
 
     def encode_chat(self, chat: Conversation, where: str, *, prompt: bool = True) -> list[int]:
-        """Tokens of a conversation; with `prompt` an answer is left open. Raises InvalidInputError,
-        beginning with `where`, for what the chat template cannot take."""
+        """Tokens of a conversation; with `prompt`, ready for an answer. Raises InvalidInputError,
+        starting with `where`, if the chat template fails."""
         return self._encoded(self._rendered(chat, where, prompt=prompt), where)
 
     def _passages(self, document: Document) -> Iterator[Passage]:
@@ -160,7 +159,7 @@ class Corpus:
             yield Passage(document.domain, piece, None if answer is None else max(0, answer - start))
 
     def _conversation(self, chat: Conversation, where: str) -> tuple[list[int], int | None]:
-        """Tokens of a conversation, and where its last message starts if the assistant said it."""
+        """Tokens of a conversation, and the index where its last message starts if it is the assistant's."""
         if chat.question() is chat:
             return self.encode_chat(chat, where), None
         whole = self._rendered(chat, where, prompt=False)
@@ -193,8 +192,8 @@ def open_corpus(
 ) -> Corpus:
     """A corpus over `files`, each hashed once.
 
-    Raises OutputError for one that cannot be read, UsageError for one that a domain already has: it
-    would count twice.
+    Raises OutputError for a file that cannot be read, UsageError for a text that a domain already has,
+    which would count twice.
     """
     listed = tuple(files)
     if not listed:
@@ -203,33 +202,33 @@ def open_corpus(
         raise UsageError(f"`max_tokens` {max_tokens}: must be at least 1")
     texts: dict[str, list[dict[str, object]]] = {}
     for file in listed:
-        told = {"name": file.path.name, "xxh3_128": _digest(file.path), "tokens": 0}
-        held = texts.setdefault(file.domain, [])
-        if told["xxh3_128"] in [text["xxh3_128"] for text in held]:
+        entry = {"name": file.path.name, "xxh3_128": _digest(file.path), "tokens": 0}
+        entries = texts.setdefault(file.domain, [])
+        if entry["xxh3_128"] in [text["xxh3_128"] for text in entries]:
             raise UsageError(
                 f"`texts` {printable_path(file.path)}: domain {file.domain!r} already has this text; "
                 "it would count twice"
             )
-        held.append(told)
+        entries.append(entry)
     return Corpus(listed, tokenizer, context, max_tokens, texts)
 
 
 def batches(passages: Iterable[Passage], tokens: int) -> Iterator[list[Passage]]:
-    """Passages in groups of at most `tokens` tokens (a longer passage is a group of its own)."""
+    """Passages in groups of at most `tokens` tokens (a longer passage is a separate group)."""
     group: list[Passage] = []
-    held = 0
+    size = 0
     for passage in passages:
-        if group and held + len(passage.tokens) > tokens:
+        if group and size + len(passage.tokens) > tokens:
             yield group
-            group, held = [], 0
+            group, size = [], 0
         group.append(passage)
-        held += len(passage.tokens)
+        size += len(passage.tokens)
     if group:
         yield group
 
 
-def _shortened(passage: Passage, room: int | None) -> Passage:
-    return passage if room is None else replace(passage, tokens=passage.tokens[:room])
+def _shortened(passage: Passage, budget: int | None) -> Passage:
+    return passage if budget is None else replace(passage, tokens=passage.tokens[:budget])
 
 
 def _documents(file: TextFile) -> Iterator[Document]:

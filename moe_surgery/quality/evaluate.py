@@ -1,4 +1,4 @@
-"""Models against the full one on the same texts, all taken through a layer together."""
+"""Compares models with the full one on the same texts, layer by layer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moe_surgery.families.identity import identity
 from moe_surgery.progress import Counter, OnProgress
 from moe_surgery.quality.candidates import Candidate, pruned_candidate
 from moe_surgery.quality.corpus import Passage, batches, open_corpus
-from moe_surgery.quality.evaluation import Evaluated, Evaluation, Quality
+from moe_surgery.quality.evaluation import Evaluation, ModelResult, Quality
 from moe_surgery.quality.hidden_states import HiddenStates
 from moe_surgery.quality.layerwise import apply_attention, apply_experts, embed, logits_of
 from moe_surgery.quality.resume import default_context
@@ -45,13 +45,13 @@ class _Sums:
     kl: float = 0.0
     agreed: int = 0
     routes: list[int] = field(default_factory=list)
-    redirected: list[int] = field(default_factory=list)
+    rerouted: list[int] = field(default_factory=list)
 
-    def quality(self, counted: bool) -> Quality:
-        pairs = zip(self.redirected, self.routes, strict=True)
-        shares = tuple(moved / max(1, routes) for moved, routes in pairs) if counted else ()
+    def quality(self, routes_known: bool) -> Quality:
+        pairs = zip(self.rerouted, self.routes, strict=True)
+        rerouted = tuple(changed / max(1, routes) for changed, routes in pairs) if routes_known else ()
         n = self.tokens
-        return Quality(n, self.loss / n, max(0.0, self.kl / n), self.agreed / n, shares)
+        return Quality(n, self.loss / n, max(0.0, self.kl / n), self.agreed / n, rerouted)
 
 
 def evaluate(
@@ -71,17 +71,17 @@ def evaluate(
     backend: str | None = None,
     progress: OnProgress | None = None,
 ) -> Evaluation:
-    """What plans and pruned checkpoints cost against the full `checkpoint` on `texts`.
+    """Compare plans and pruned checkpoints with the full `checkpoint` on `texts`.
 
-    Plans (with the names they get, or as paths of plan files) are evaluated as views: nothing is
-    written. All models go through a layer together, which is then let go, so memory holds one layer and
-    each model's hidden states for a batch. `top_k` is how many experts the router chooses for a token in
-    all plans and pruned checkpoints; without any, the full model is compared with itself with that top-k.
-    `answers_only` counts tokens of the conversations' answers alone. `texts`, `format`, `context` and
-    `max_tokens` as for `profile`. `progress` is called with each `Progress`, in tokens that all models are
-    done with; texts that were split are a warning of the logger "moe_surgery".
+    Plans are (name, plan) pairs or paths, evaluated as views: nothing is written. All models go through
+    one layer before the next is loaded, so memory holds one layer and each model's hidden states for a
+    batch. `top_k` overrides the experts per token of plans and pruned checkpoints; without either, the
+    full model with that top-k is compared with itself. `answers_only` counts only tokens of the
+    conversations' answers. `texts`, `format`, `context` and `max_tokens` as for `profile`. `progress` is
+    called with each `Progress`, in tokens finished by all models; split texts are reported as a warning
+    on the logger "moe_surgery".
 
-    Raises UsageError where there is nothing to predict or `top_k` is not from 1 to the experts kept,
+    Raises UsageError if there is nothing to predict or `top_k` is not in 1 to the number of experts kept,
     PlanMismatchError for a plan or checkpoint of another model, and any error of opening the checkpoint.
     """
     if batch_tokens < 1:
@@ -89,15 +89,15 @@ def evaluate(
     named_plans = load_pairs(plans, Plan, load_plan)
     with Checkpoint.open(checkpoint) as opened:
         described = families.identify_model(opened)
-        known = identity(opened, described)
+        source_identity = identity(opened, described)
     model = load_model(checkpoint, device, dtype, backend=backend, one_layer=True)
     candidates = []
     if top_k is not None and not named_plans and not pruned:
         check_top_k(top_k, described.experts, f"{checkpoint} has")
         named_plans = [(f"top-k {top_k}", plan_keeping(None, described))]
-    for name, given in named_plans:
-        given.check_fits(described.model_type, described.experts, described.layers, str(checkpoint))
-        plan = given.with_top_k(top_k, name)
+    for name, named_plan in named_plans:
+        named_plan.check_fits(described.model_type, described.experts, described.layers, str(checkpoint))
+        plan = named_plan.with_top_k(top_k, name)
         candidates.append(Candidate(name, plan.layers, plan.top_k, None, dict(plan.provenance)))
     for path in pruned:
         other = load_model(path, device, dtype, backend=backend, top_k=top_k, one_layer=True)
@@ -108,7 +108,7 @@ def evaluate(
         context=default_context(checkpoint, context),
         max_tokens=max_tokens,
     )
-    total = sum(len(p.tokens) for p in corpus)  # reads all texts once, before any long work
+    total = sum(len(p.tokens) for p in corpus)  # reads all texts once, before the long work
     if corpus.split:
         log.warning("%d texts are longer than %d tokens and were split", corpus.split, corpus.context)
     done = Counter(progress, "evaluate", total, "tokens")
@@ -121,7 +121,13 @@ def evaluate(
         "answers_only": answers_only,
     }
     return Evaluation(
-        described.model_type, str(checkpoint), known, described.experts, models, corpus.texts, settings
+        described.model_type,
+        str(checkpoint),
+        source_identity,
+        described.experts,
+        models,
+        corpus.texts,
+        settings,
     )
 
 
@@ -133,40 +139,40 @@ def evaluate_passages(
     *,
     answers_only: bool = False,
     progress: Callable[[int], None] | None = None,
-) -> tuple[Evaluated, ...]:
+) -> tuple[ModelResult, ...]:
     """The full `model` and the candidates on batches of passages, in that order.
 
-    Raises UsageError where no batch has a token to predict, InvalidInputError where a model's predictions
+    Raises UsageError if there is no token to predict, InvalidInputError if a model's predictions
     are not finite (weights that overflow in the compute dtype). `progress` is called with each batch's tokens.
     """
     experts = model.layers[0].router.weight.shape[0]
     full = Candidate("full", (tuple(range(experts)),) * len(model.layers))
-    everyone = [full, *candidates]
-    sums: list[dict[str, _Sums]] = [{} for _ in everyone]
-    counts: list[list[tuple[int, int]]] = [[] for _ in everyone]  # experts and top-k of each layer
+    models = [full, *candidates]
+    sums: list[dict[str, _Sums]] = [{} for _ in models]
+    counts: list[list[tuple[int, int]]] = [[] for _ in models]  # experts and top-k of each layer
     for passages in groups:
         targets = _targets(passages, answers_only)
         for per_domain in sums:
             for domain in targets.domains:
                 zeros = [0] * len(model.layers)
-                per_domain.setdefault(domain, _Sums(routes=list(zeros), redirected=zeros))
-        states = [embed(c.model or model, [p.tokens for p in passages]) for c in everyone]
+                per_domain.setdefault(domain, _Sums(routes=list(zeros), rerouted=zeros))
+        states = [embed(c.model or model, [p.tokens for p in passages]) for c in models]
         for number in range(len(model.layers)):
-            whole = model.layers[number]
+            full_layer = model.layers[number]
             reference: Tensor | None = None
-            for place, (candidate, state) in enumerate(zip(everyone, states, strict=True)):
-                own = candidate.model or model
-                layer = whole if place == 0 else candidate.layer(number, whole)
-                if len(counts[place]) == number:
-                    counts[place].append((layer.router.weight.shape[0], layer.top_k))
-                apply_attention(own, number, layer, state)
-                ids = apply_experts(own, layer, state)
+            for i, (candidate, state) in enumerate(zip(models, states, strict=True)):
+                computing = candidate.model or model
+                layer = full_layer if i == 0 else candidate.layer(number, full_layer)
+                if len(counts[i]) == number:
+                    counts[i].append((layer.router.weight.shape[0], layer.top_k))
+                apply_attention(computing, number, layer, state)
+                ids = apply_experts(computing, layer, state)
                 if reference is None:
                     reference = ids
                 if candidate.kept is not None:
-                    moved = _redirected(ids, candidate.kept[number], reference)
-                    _count_routes(sums[place], targets, number, moved)
-        _compare(model, everyone, states, targets, sums)
+                    rerouted = _rerouted(ids, candidate.kept[number], reference)
+                    _count_routes(sums[i], targets, number, rerouted)
+        _compare(model, models, states, targets, sums)
         if progress:
             progress(states[0].tokens)
     if not any(s.tokens for s in sums[0].values()):
@@ -174,26 +180,26 @@ def evaluate_passages(
             "the texts have no token to predict"
             + (" in an answer of a conversation (`answers_only`)" if answers_only else "; give longer ones")
         )
-    found = []
-    for place, (candidate, per_domain) in enumerate(zip(everyone, sums, strict=True)):
-        kind = "full" if place == 0 else ("plan" if candidate.model is None else "checkpoint")
-        kept = tuple(n for n, _ in counts[place])
+    results = []
+    for i, (candidate, per_domain) in enumerate(zip(models, sums, strict=True)):
+        kind = "full" if i == 0 else ("plan" if candidate.model is None else "checkpoint")
+        kept = tuple(n for n, _ in counts[i])
         for domain, s in per_domain.items():
             if not math.isfinite(s.loss + s.kl):
                 raise InvalidInputError(
                     f"{candidate.name}: its predictions on domain {domain!r} are not finite; "
-                    "try a wider `dtype`"
+                    "try a larger `dtype`"
                 )
         domains = {d: s.quality(candidate.kept is not None) for d, s in per_domain.items() if s.tokens}
-        most = max(k for _, k in counts[place])
-        found.append(Evaluated(candidate.name, kind, kept, most, domains, candidate.provenance))
-    return tuple(found)
+        top_k = max(k for _, k in counts[i])
+        results.append(ModelResult(candidate.name, kind, kept, top_k, domains, candidate.provenance))
+    return tuple(results)
 
 
 @dataclass(frozen=True, slots=True)
 class _Targets:
-    """Which rows predict what: rows, next tokens and domains, int64 [predicted]; and the domain for which
-    each row's routes count, -1 for none."""
+    """Rows that predict, their next tokens and domains, int64 [predicted]; and for every row the domain
+    whose routes it counts towards, -1 for none."""
 
     domains: list[str]
     rows: Tensor
@@ -214,9 +220,9 @@ def _targets(passages: Sequence[Passage], answers_only: bool) -> _Targets:
         first = 1
         if answers_only:
             first = len(passage.tokens) if passage.answer is None else max(1, passage.answer)
-        for place in range(first, len(passage.tokens)):
-            rows.append(start + place - 1)
-            tokens.append(passage.tokens[place])
+        for position in range(first, len(passage.tokens)):
+            rows.append(start + position - 1)
+            tokens.append(passage.tokens[position])
             owner.append(domain)
         counted = range(first - 1, len(passage.tokens) - 1) if answers_only else range(len(passage.tokens))
         row_owner.extend(domain if row in counted else -1 for row in range(len(passage.tokens)))
@@ -226,22 +232,22 @@ def _targets(passages: Sequence[Passage], answers_only: bool) -> _Targets:
     )
 
 
-def _redirected(ids: Tensor, kept: tuple[int, ...], reference: Tensor) -> Tensor:
+def _rerouted(ids: Tensor, kept: tuple[int, ...], reference: Tensor) -> Tensor:
     """Which routes go to experts that the full model did not choose for the token, bool [tokens, slots]."""
     source = torch.tensor(kept, dtype=torch.int64)[ids[:, : reference.shape[1]]]
     return ~(source[:, :, None] == reference[:, None, :]).any(dim=-1)
 
 
-def _count_routes(sums: dict[str, _Sums], targets: _Targets, number: int, moved: Tensor) -> None:
-    for place, domain in enumerate(targets.domains):
-        mine = moved[targets.row_owner == place]
-        sums[domain].redirected[number] += int(mine.sum())
-        sums[domain].routes[number] += mine.numel()
+def _count_routes(sums: dict[str, _Sums], targets: _Targets, number: int, rerouted: Tensor) -> None:
+    for i, domain in enumerate(targets.domains):
+        in_domain = rerouted[targets.row_owner == i]
+        sums[domain].rerouted[number] += int(in_domain.sum())
+        sums[domain].routes[number] += in_domain.numel()
 
 
 def _compare(
     model: CausalLM,
-    everyone: Sequence[Candidate],
+    models: Sequence[Candidate],
     states: Sequence[HiddenStates],
     targets: _Targets,
     sums: Sequence[dict[str, _Sums]],
@@ -251,19 +257,19 @@ def _compare(
     for start in range(0, len(targets.rows), step):
         piece = slice(start, start + step)
         rows, owner = targets.rows[piece], targets.owner[piece]
-        wanted = targets.tokens[piece].to(model.device)
+        next_tokens = targets.tokens[piece].to(model.device)
         reference: Tensor | None = None
-        for candidate, state, per_domain in zip(everyone, states, sums, strict=True):
+        for candidate, state, per_domain in zip(models, states, sums, strict=True):
             log_p = torch.log_softmax(logits_of(candidate.model or model, state[rows]), dim=-1)
             if reference is None:
-                reference, chances, likeliest = log_p, log_p.exp(), log_p.argmax(dim=-1)
-            loss = -log_p.gather(1, wanted[:, None])[:, 0]
-            kl = (chances * (reference - log_p)).sum(dim=-1)
-            agreed = log_p.argmax(dim=-1) == likeliest
-            for place, domain in enumerate(targets.domains):
-                mine = (owner == place).to(loss.device)
-                found = per_domain[domain]
-                found.tokens += int(mine.sum())
-                found.loss += float(loss[mine].cpu().double().sum())
-                found.kl += float(kl[mine].cpu().double().sum())
-                found.agreed += int(agreed[mine].sum())
+                reference, probs, top_token = log_p, log_p.exp(), log_p.argmax(dim=-1)
+            loss = -log_p.gather(1, next_tokens[:, None])[:, 0]
+            kl = (probs * (reference - log_p)).sum(dim=-1)
+            agreed = log_p.argmax(dim=-1) == top_token
+            for i, domain in enumerate(targets.domains):
+                in_domain = (owner == i).to(loss.device)
+                total = per_domain[domain]
+                total.tokens += int(in_domain.sum())
+                total.loss += float(loss[in_domain].cpu().double().sum())
+                total.kl += float(kl[in_domain].cpu().double().sum())
+                total.agreed += int(agreed[in_domain].sum())

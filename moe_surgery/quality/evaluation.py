@@ -1,4 +1,4 @@
-"""What a cut costs, as data: figures of models against the full one, and their file."""
+"""Results of `evaluate`: figures of models compared with the full one, and their file format."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moe_surgery.errors import InvalidInputError
 from moe_surgery.selection.arguments import PathLike, load_if_path
 from moe_surgery.selection.fields import is_integer
 
-__all__ = ["EVALUATION_FORMAT", "Evaluated", "Evaluation", "Quality", "as_evaluation", "load_evaluation"]
+__all__ = ["EVALUATION_FORMAT", "Evaluation", "ModelResult", "Quality", "as_evaluation", "load_evaluation"]
 
 EVALUATION_FORMAT = "moe-surgery.evaluation"
 VERSION = 1
@@ -27,18 +27,18 @@ MAX_BYTES = 100_000_000
 class Quality:
     """A model on the texts of one domain, over `tokens` predicted tokens.
 
-    cross_entropy: mean negative log-likelihood, nats a token. kl: mean KL(full || this) of the next
-    token's distribution, nats. agreement: share of tokens where this model's likeliest token is the
-    full model's. redirected[layer]: share of (token, slot) routes in which the model chooses an
-    expert that the full model did not choose there (by source number; where top-k differs, of the
-    routes that the smaller of the two has). The full model has kl 0, agreement 1, redirected 0.
+    cross_entropy: mean negative log-likelihood, nats per token. kl: mean KL(full || this) of the next
+    token's distribution, nats. agreement: share of tokens where the most likely token is the full
+    model's. rerouted[layer] ("redirected" in files): share of (token, slot) routes to an expert that the
+    full model did not choose for the token (by source number; if top-k differs, of the routes that
+    the smaller has). The full model has kl 0, agreement 1, rerouted 0.
     """
 
     tokens: int
     cross_entropy: float
     kl: float
     agreement: float
-    redirected: tuple[float, ...]
+    rerouted: tuple[float, ...]
 
     @property
     def perplexity(self) -> float:
@@ -47,11 +47,11 @@ class Quality:
 
 
 @dataclass(frozen=True, slots=True)
-class Evaluated:
-    """One model: the full one, a plan shown as a view, or a pruned checkpoint.
+class ModelResult:
+    """Results of one model: the full one, a plan evaluated as a view, or a pruned checkpoint.
 
     `kind` is "full", "plan" or "checkpoint". `experts` are kept per layer. `provenance` is the
-    plan's (empty for the full model): `method`, `domains`, `seed` and whatever else made it.
+    plan's: `method`, `domains`, `seed` and so on; empty for the full model.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Evaluated:
 
     @property
     def overall(self) -> Quality:
-        """All domains together, each weighing by its tokens."""
+        """All domains together, weighted by tokens."""
         return _pooled(self.domains.values())
 
     @property
@@ -73,9 +73,9 @@ class Evaluated:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Models against the full one on the same texts; `models[0]` is the full one.
+    """Models compared on the same texts; `models[0]` is the full one.
 
-    `identity` and `checkpoint` say which full model. `texts` lists what was read for each domain:
+    `checkpoint` and `identity` are of the full model. `texts` lists the texts of each domain:
     {"name", "xxh3_128", "tokens"}. `settings`: dtype, backend, answers_only, context and the like.
     """
 
@@ -83,7 +83,7 @@ class Evaluation:
     checkpoint: str
     identity: str
     num_experts: int
-    models: tuple[Evaluated, ...]
+    models: tuple[ModelResult, ...]
     texts: Mapping[str, list[dict[str, object]]] = field(default_factory=dict)
     settings: Mapping[str, object] = field(default_factory=dict)
 
@@ -120,9 +120,9 @@ class Evaluation:
         return json.dumps(self.as_dict(), indent=1, allow_nan=False) + "\n"
 
 
-def as_evaluation(given: Evaluation | PathLike) -> Evaluation:
-    """`given`, read by `load_evaluation` where it is a path."""
-    return load_if_path(given, Evaluation, load_evaluation)
+def as_evaluation(evaluation: Evaluation | PathLike) -> Evaluation:
+    """`evaluation`, or the one in the file of that path."""
+    return load_if_path(evaluation, Evaluation, load_evaluation)
 
 
 @expects("an evaluation", EVALUATION)
@@ -130,7 +130,7 @@ def load_evaluation(path: str | os.PathLike[str]) -> Evaluation:
     """Read an evaluation file.
 
     Raises InvalidInputError for another format, an unknown version or missing figures, OutputError
-    where the file cannot be read.
+    if the file cannot be read.
     """
     where = printable_path(path)
     root = parse_json(
@@ -142,13 +142,13 @@ def load_evaluation(path: str | os.PathLike[str]) -> Evaluation:
         )
     if not is_integer(root.get("version"), VERSION):
         raise InvalidInputError(
-            f"{where}: evaluation version {describe_value(root.get('version'))} is not known here (this reads "
-            f"version {VERSION}); upgrade moe-surgery"
+            f"{where}: evaluation version {describe_value(root.get('version'))} is unknown (supported: "
+            f"{VERSION}); upgrade moe-surgery"
         )
     try:
-        models = tuple(_evaluated(m) for m in root["models"])
+        models = tuple(_model_result(m) for m in root["models"])
         if not models or models[0].kind != "full":
-            raise ValueError("models must begin with the full one")
+            raise ValueError("models must start with the full one")
         texts, settings = root["texts"], root["settings"]
         if not isinstance(texts, dict) or not isinstance(settings, dict):
             raise ValueError("texts and settings must be objects")
@@ -168,11 +168,12 @@ def load_evaluation(path: str | os.PathLike[str]) -> Evaluation:
 
 
 def _quality_dict(quality: Quality) -> dict[str, object]:
-    perplexity = quality.perplexity
-    return {**asdict(quality), "perplexity": perplexity if math.isfinite(perplexity) else None}
+    figures = asdict(quality)
+    figures["redirected"] = figures.pop("rerouted")
+    return figures | {"perplexity": quality.perplexity if math.isfinite(quality.perplexity) else None}
 
 
-def _evaluated(m: Mapping[str, object]) -> Evaluated:
+def _model_result(m: Mapping[str, object]) -> ModelResult:
     domains, experts, top_k = m["domains"], m["experts"], m["top_k"]
     provenance = m["provenance"]
     if not isinstance(domains, dict) or not domains or not isinstance(provenance, dict):
@@ -182,24 +183,24 @@ def _evaluated(m: Mapping[str, object]) -> Evaluated:
     if type(top_k) is not int or top_k < 1:
         raise ValueError("top_k must be a positive integer")
     qualities = {str(name): _quality(q, len(experts)) for name, q in domains.items()}
-    if len({len(quality.redirected) for quality in qualities.values()}) > 1:
-        raise ValueError("redirected is there for some domains only")
-    return Evaluated(str(m["name"]), str(m["kind"]), tuple(experts), top_k, qualities, provenance)
+    if len({len(quality.rerouted) for quality in qualities.values()}) > 1:
+        raise ValueError("redirected is missing for some domains")
+    return ModelResult(str(m["name"]), str(m["kind"]), tuple(experts), top_k, qualities, provenance)
 
 
 def _quality(q: Mapping[str, object], layers: int) -> Quality:
-    redirected, tokens = q["redirected"], q["tokens"]
-    if not isinstance(redirected, list) or len(redirected) not in (0, layers):
+    rerouted, tokens = q["redirected"], q["tokens"]
+    if not isinstance(rerouted, list) or len(rerouted) not in (0, layers):
         raise ValueError(f"redirected must list {layers} layers or none")
     if type(tokens) is not int or tokens < 1:
         raise ValueError("tokens must be a positive integer")
     loss, kl, agreement = (_number(q[key], key) for key in ("cross_entropy", "kl", "agreement"))
-    return Quality(tokens, loss, kl, agreement, tuple(_number(x, "redirected") for x in redirected))
+    return Quality(tokens, loss, kl, agreement, tuple(_number(x, "redirected") for x in rerouted))
 
 
-def _number(value: object, what: str) -> float:
+def _number(value: object, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
-        raise ValueError(f"{what} must be a number of at least 0")
+        raise ValueError(f"{name} must be a number of at least 0")
     return float(value)
 
 
@@ -215,5 +216,5 @@ def _pooled(parts: Iterable[Quality]) -> Quality:
         mean(q.cross_entropy for q in rows),
         mean(q.kl for q in rows),
         mean(q.agreement for q in rows),
-        tuple(mean(layer) for layer in zip(*(q.redirected for q in rows), strict=True)),
+        tuple(mean(layer) for layer in zip(*(q.rerouted for q in rows), strict=True)),
     )

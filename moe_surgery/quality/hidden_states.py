@@ -13,10 +13,10 @@ from torch import Tensor
 
 __all__ = ["HiddenStates", "rows_buffer"]
 
-# Beyond so many bytes a buffer lies in a file, which the system can write back when memory is short.
+# Larger buffers are mapped from a file, which the system can write back when memory is short.
 IN_MEMORY_BYTES = 512 << 20
-# Tokens that are taken through an operation together: they bound what it needs beside the buffers.
-TOGETHER = 2048
+# Tokens per operation: bounds its temporary memory.
+CHUNK_TOKENS = 2048
 
 
 def rows_buffer(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -57,15 +57,15 @@ class HiddenStates:
         self.rows[where] = values.to(self.rows.device)
 
     def pieces(self) -> Iterator[slice]:
-        """All tokens in runs of at most `TOGETHER`."""
-        for start in range(0, self.tokens, TOGETHER):
-            yield slice(start, min(start + TOGETHER, self.tokens))
+        """All tokens in runs of at most `CHUNK_TOKENS`."""
+        for start in range(0, self.tokens, CHUNK_TOKENS):
+            yield slice(start, min(start + CHUNK_TOKENS, self.tokens))
 
     def groups(self) -> Iterator[tuple[int, int]]:
-        """Runs [first, last) of whole passages of together at most `TOGETHER` tokens, or one passage."""
+        """Runs [first, last) of whole passages of together at most `CHUNK_TOKENS` tokens, or one passage."""
         first = 0
         for last in range(1, len(self.lengths) + 1):
-            full = last == len(self.lengths) or self.starts[last + 1] - self.starts[first] > TOGETHER
+            full = last == len(self.lengths) or self.starts[last + 1] - self.starts[first] > CHUNK_TOKENS
             if full:
                 yield first, last
                 first = last

@@ -1,4 +1,4 @@
-"""The whole job of profiling: texts in, a statistics file out, resumed where it stopped."""
+"""The `profile` job: texts in, a statistics file out, resumed where it stopped."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ from moe_surgery.selection.statistics import (
 )
 from moe_surgery.version import __version__
 
-__all__ = ["BATCH_TOKENS", "Profiled", "profile"]
+__all__ = ["BATCH_TOKENS", "ProfileResult", "profile"]
 
 BATCH_TOKENS = 8192
 log = logging.getLogger("moe_surgery")
 
 
 @dataclass(frozen=True, slots=True)
-class Profiled:
-    """The statistics, where they were saved, and tokens that an earlier, interrupted run had done."""
+class ProfileResult:
+    """The statistics, their file, and the tokens that an interrupted run had already finished."""
 
     statistics: Statistics
     output: Path
@@ -65,26 +65,26 @@ def profile(
     dtype: torch.dtype | None = None,
     backend: str | None = None,
     progress: OnProgress | None = None,
-) -> Profiled:
+) -> ProfileResult:
     """Run texts through a checkpoint one layer at a time and save what its experts did.
 
-    `texts`: paths, or the paths of each domain by its name (see `Texts`); `format` says what they hold where
-    names and first rows do not ("text", "jsonl", "chat"). `context`: most tokens of a passage (default 4096
-    or the model's); longer texts are split. `max_tokens` bounds each domain. All passages of a batch of
-    `batch_tokens` go through a layer before the next one is touched: memory holds a layer and the
-    batch's hidden states. `generate`: the model first answers each conversation in so many tokens.
-    `sequential`: layers see what earlier layers give with the experts of this plan (or of the plan file of
-    that path) only. `device`, `dtype` and `backend` are as for `load_model`. `progress` is called with
-    each `Progress`; texts that were split or skipped are warnings of the logger "moe_surgery".
+    `texts`: paths, or the paths of each domain by its name (see `Texts`); `format`: "text", "jsonl" or
+    "chat", guessed by default. `context`: longest passage in tokens (default: 4096 or the model's);
+    longer texts are split. `max_tokens` bounds each domain. All passages of a batch of `batch_tokens`
+    go through a layer before the next is loaded: memory holds one layer and the batch's hidden states.
+    `generate`: the model first answers each conversation, in at most that many tokens. `sequential` (a
+    plan or its path): layers get the output of earlier layers pruned by this plan. `device`, `dtype` and
+    `backend` as for `load_model`. `progress` is called with each `Progress`; texts that are split or
+    skipped are reported as warnings on the logger "moe_surgery".
 
-    After each batch the sums so far go to `.NAME.partial` beside `output`; the same call resumes
+    After each batch the sums so far go to `.NAME.partial` next to `output`; the same call resumes
     there. Raises UsageError, InvalidInputError (a file without text, not UTF-8, malformed),
     PlanMismatchError, OutputError.
     """
     out = Path(output)
     with Checkpoint.open(checkpoint) as opened:
         described = families.identify_model(opened)
-        known = identity(opened, described)
+        source_identity = identity(opened, described)
     if sequential is not None:
         sequential = as_plan(sequential)
         sequential.check_fits(described.model_type, described.experts, described.layers, str(checkpoint))
@@ -104,35 +104,35 @@ def profile(
         "sequential": None if sequential is None else sequential.as_dict(),
     }
     job = job_digest(
-        [known, corpus.texts, [f.format for f in corpus.files], settings, batch_tokens, __version__]
+        [source_identity, corpus.texts, [f.format for f in corpus.files], settings, batch_tokens, __version__]
     )
     passages: Iterable[Passage] = corpus
     if generate is not None:
-        whole = load_model(checkpoint, device, dtype, backend=backend)
+        full_model = load_model(checkpoint, device, dtype, backend=backend)
         answered = Counter(progress, "answer", sum(1 for _ in corpus.prompts()), "prompts")
         file = out.with_name(f"{out.name}.answers.jsonl")
         stops = text.stop_tokens or None
         passages, skipped = generate_answers(
-            whole, corpus, generate, file, job=job, stop_tokens=stops, progress=answered.advance
+            full_model, corpus, generate, file, job=job, stop_tokens=stops, progress=answered.advance
         )
-        del whole
+        del full_model
         if skipped:
             log.warning("%d prompts leave no space for an answer in the context and were skipped", skipped)
-    total = sum(len(p.tokens) for p in passages)  # reads all texts once, before any long work
+    total = sum(len(p.tokens) for p in passages)  # reads all texts once, before the long work
     if corpus.split:
         log.warning("%d texts are longer than %d tokens and were split", corpus.split, corpus.context)
-    found, finished = _resumed(partial, job)
-    resumed = sum(found.tokens.values()) if found else 0
+    statistics, batches_done = _resumed(partial, job)
+    resumed = sum(statistics.tokens.values()) if statistics else 0
     layers = len(model.layers)
     profiled = Counter(progress, "profile", total * layers, "tokens x layers", done=resumed * layers)
     for number, batch in enumerate(batches(passages, batch_tokens)):
-        if number < finished:
+        if number < batches_done:
             continue
         data = profile_passages(model, batch, sequential=sequential, progress=profiled.advance)
         _check_finite(data, str(checkpoint))
         part = Statistics(
             described.model_type,
-            known,
+            source_identity,
             described.experts,
             model.config.hidden_size,
             described.top_k,
@@ -140,36 +140,38 @@ def profile(
             {d: [] for d in data},
             data,
         )
-        found = part if found is None else merge([found, part])
-        found.settings = {"job": job, "batches": number + 1}
-        save_statistics(found, partial)
-    assert found is not None
-    if generate is not None:  # files hold prompts only; the tokens counted are the domain's
+        statistics = part if statistics is None else merge([statistics, part])
+        statistics.settings = {"job": job, "batches": number + 1}
+        save_statistics(statistics, partial)
+    assert statistics is not None
+    if generate is not None:  # files have only the prompts; tokens are counted per domain
         for listed in corpus.texts.values():
             for text_ in listed:
                 text_.pop("tokens")
-    for domain in found.domains:
+    for domain in statistics.domains:
         listed = corpus.texts.get(domain) or corpus.texts[domain.rpartition(":")[0]]
-        found.texts[domain] = [text for text in listed if text.get("tokens") != 0]  # the bound was met before
-    found.settings = settings
-    save_statistics(found, out)
+        statistics.texts[domain] = [
+            text for text in listed if text.get("tokens") != 0
+        ]  # not reached before max_tokens
+    statistics.settings = settings
+    save_statistics(statistics, out)
     with suppress(OSError):
         partial.unlink()
-    return Profiled(found, out, resumed)
+    return ProfileResult(statistics, out, resumed)
 
 
 def _resumed(partial: Path, job: str) -> tuple[Statistics | None, int]:
-    """What an interrupted run of this job has gathered, and how many batches that was."""
+    """Statistics of an interrupted run of this job, and the number of its batches."""
     if not partial.exists():
         return None, 0
     try:
-        found = load_statistics(partial)
+        statistics = load_statistics(partial)
     except InvalidInputError:
         return None, 0
-    batches_done = found.settings.get("batches")
-    if found.settings.get("job") != job or not isinstance(batches_done, int):
+    batches_done = statistics.settings.get("batches")
+    if statistics.settings.get("job") != job or not isinstance(batches_done, int):
         return None, 0
-    return found, batches_done
+    return statistics, batches_done
 
 
 def _check_finite(data: Mapping[str, Sequence[ExpertStatistics]], checkpoint: str) -> None:
@@ -177,5 +179,5 @@ def _check_finite(data: Mapping[str, Sequence[ExpertStatistics]], checkpoint: st
         for number, layer in enumerate(layers):
             if not np.isfinite(layer.gate.sum() + layer.weighted_norm.sum() + layer.norm.sum()):
                 raise InvalidInputError(
-                    f"{checkpoint}: layer {number} gives numbers that are not finite; try a wider `dtype`"
+                    f"{checkpoint}: layer {number} gives numbers that are not finite; try a larger `dtype`"
                 )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_surgery.kernels.weights import Layer
 from moe_surgery.quality.corpus import Passage
-from moe_surgery.quality.hidden_states import TOGETHER, HiddenStates, rows_buffer
+from moe_surgery.quality.hidden_states import CHUNK_TOKENS, HiddenStates, rows_buffer
 from moe_surgery.quality.layerwise import apply_attention, choose_experts, embed
 from moe_surgery.runtime.model import CausalLM
 from moe_surgery.runtime.view import view_layer
@@ -23,7 +23,7 @@ Progress = Callable[[int], None]
 
 
 def part_domains(domain: str) -> tuple[str, str]:
-    """Names under which the prompt and the answer of a domain's conversations are counted."""
+    """Names of the prompt and the answer part of a domain of conversations."""
     return f"{domain}:prompt", f"{domain}:answer"
 
 
@@ -35,38 +35,40 @@ def profile_passages(
     sequential: Plan | None = None,
     progress: Progress | None = None,
 ) -> dict[str, list[ExpertStatistics]]:
-    """Statistics per domain and layer of `passages`, all taken through a layer together.
+    """Statistics per domain and layer of `passages`.
 
-    The tokens of a conversation are counted apart, under `part_domains`. With `sequential` a layer's
-    inputs come from earlier layers that only have the plan's experts, while all of its own experts are
-    measured. `progress` is told the tokens that are through a layer. Sums are float64 over outputs
+    Prompt and answer of a conversation are counted separately, under `part_domains`. With `sequential` a
+    layer's input comes from earlier layers pruned by the plan, while all of its experts are measured.
+    `progress` is called with the tokens that went through a layer. Sums are float64 over outputs
     in the model's compute dtype.
     """
     domains, owner = _owners(passages)
     states = embed(model, [p.tokens for p in passages])
-    found: dict[str, list[ExpertStatistics]] = {d: [] for d in domains}
+    statistics: dict[str, list[ExpertStatistics]] = {d: [] for d in domains}
     for number in range(len(model.layers)):
         layer = model.layers[number]
         apply_attention(model, number, layer, states)
-        seen = None if sequential is None else view_layer(layer, sequential.layers[number], sequential.top_k)
-        parts = _measure(model, layer, states, owner, len(domains), seen)
+        pruned = (
+            None if sequential is None else view_layer(layer, sequential.layers[number], sequential.top_k)
+        )
+        parts = _measure(model, layer, states, owner, len(domains), pruned)
         for domain, part in zip(domains, parts, strict=True):
-            found[domain].append(part)
+            statistics[domain].append(part)
         if progress:
             progress(states.tokens)
-    return found
+    return statistics
 
 
 def _owners(passages: Sequence[Passage]) -> tuple[list[str], Tensor]:
-    """Domains, and for each token the place of its domain in them, int64 [tokens]."""
+    """Domains, and for each token the index of its domain, int64 [tokens]."""
     domains: dict[str, int] = {}
     owner = []
     for passage in passages:
         tokens = len(passage.tokens)
         spans = [(passage.domain, tokens)]
         if passage.answer is not None:
-            asked = min(passage.answer, tokens)
-            spans = list(zip(part_domains(passage.domain), (asked, tokens - asked), strict=True))
+            prompt = min(passage.answer, tokens)
+            spans = list(zip(part_domains(passage.domain), (prompt, tokens - prompt), strict=True))
         for domain, count in ((d, n) for d, n in spans if n):
             owner.append(torch.full((count,), domains.setdefault(domain, len(domains))))
     return list(domains), torch.cat(owner)
@@ -78,10 +80,9 @@ def _measure(
     states: HiddenStates,
     owner: Tensor,
     domains: int,
-    seen: Layer | None,
+    pruned: Layer | None,
 ) -> list[ExpertStatistics]:
-    """Add the output of the experts, or those of the layer `seen`, to `states`; what each expert did, per
-    domain."""
+    """Statistics per domain; adds the output of the experts, or of those of `pruned`, to `states`."""
     routed = [choose_experts(model, layer, states, where)[1:] for where in states.pieces()]
     ids, weights = (torch.cat(parts) for parts in zip(*routed, strict=True))
     experts = layer.router.weight.shape[0]
@@ -89,16 +90,16 @@ def _measure(
     y = rows_buffer(states.tokens, model.config.hidden_size, torch.float32, model.device)
     for expert in torch.unique(ids).tolist():
         tokens, slots = torch.where(ids == expert)
-        for a in range(0, len(tokens), TOGETHER):
-            token, slot = tokens[a : a + TOGETHER], slots[a : a + TOGETHER]
+        for a in range(0, len(tokens), CHUNK_TOKENS):
+            token, slot = tokens[a : a + CHUNK_TOKENS], slots[a : a + CHUNK_TOKENS]
             out = _output(model, layer, states, token, expert)
             gate = weights[token, slot]
             y.index_add_(0, token.to(y.device), (out.float() * gate[:, None].float()).to(y.device))
             _record(parts, expert, owner[token.cpu()], gate, out)
-    if seen is not None:  # what the next layer sees comes from the kept experts alone
+    if pruned is not None:  # the next layer gets the output of the kept experts only
         for where in states.pieces():
-            x, ids, weights = choose_experts(model, seen, states, where)
-            y[where] = model.backend.experts(x, ids, weights, seen.experts).float().to(y.device)
+            x, ids, weights = choose_experts(model, pruned, states, where)
+            y[where] = model.backend.experts(x, ids, weights, pruned.experts).float().to(y.device)
     for where in states.pieces():
         states[where] = states[where] + y[where].to(states.device).to(states.dtype)
     return parts
@@ -113,17 +114,17 @@ def _output(model: CausalLM, layer: Layer, states: HiddenStates, token: Tensor, 
 
 def _record(parts: Sequence[ExpertStatistics], expert: int, owner: Tensor, gate: Tensor, out: Tensor) -> None:
     """Add one expert's tokens to the statistics of the domains they belong to."""
-    wide = out.cpu().to(torch.float64).numpy()
+    out64 = out.cpu().to(torch.float64).numpy()
     weight = gate.cpu().to(torch.float64).numpy()
-    norms = np.linalg.norm(wide, axis=1)
+    norms = np.linalg.norm(out64, axis=1)
     where = owner.numpy()
     for domain in np.unique(where):
-        mine = where == domain
+        in_domain = where == domain
         part = parts[domain]
-        part.count[expert] += int(mine.sum())
-        part.gate[expert] += weight[mine].sum()
-        part.norm[expert] += norms[mine].sum()
-        part.weighted_norm[expert] += (weight[mine] * norms[mine]).sum()
-        part.output[expert] += wide[mine].sum(axis=0)
-        part.peak_abs[expert] = max(part.peak_abs[expert], np.abs(wide[mine]).max())
-        part.peak[expert] = max(part.peak[expert], wide[mine].max())
+        part.count[expert] += int(in_domain.sum())
+        part.gate[expert] += weight[in_domain].sum()
+        part.norm[expert] += norms[in_domain].sum()
+        part.weighted_norm[expert] += (weight[in_domain] * norms[in_domain]).sum()
+        part.output[expert] += out64[in_domain].sum(axis=0)
+        part.peak_abs[expert] = max(part.peak_abs[expert], np.abs(out64[in_domain]).max())
+        part.peak[expert] = max(part.peak[expert], out64[in_domain].max())

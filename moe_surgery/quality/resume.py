@@ -1,4 +1,4 @@
-"""What long jobs share: their inputs' digest, their context, and outputs checked before the work."""
+"""Shared by long jobs: digest of their inputs, context, and checking outputs before the work."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ __all__ = ["CONTEXT", "check_writable", "default_context", "job_digest", "partia
 CONTEXT = 4096
 
 
-def default_context(checkpoint: str | os.PathLike[str], asked: int | None) -> int:
-    """Most tokens of a passage: `asked` if the model takes so many, else 4096 or what it takes."""
+def default_context(checkpoint: str | os.PathLike[str], context: int | None) -> int:
+    """Longest passage in tokens: `context` if given, else 4096 or the model's context."""
     with Checkpoint.open(checkpoint) as opened:
         most = ModelConfig.of(families.identify_model(opened)).max_position_embeddings
-    if asked is None:
+    if context is None:
         return min(most, CONTEXT)
-    if not 1 <= asked <= most:
-        raise UsageError(f"`context` {asked}: this model takes 1 to {most} tokens")
-    return asked
+    if not 1 <= context <= most:
+        raise UsageError(f"`context` {context}: this model supports 1 to {most} tokens")
+    return context
 
 
 def partial_path(output: Path) -> Path:
-    """Where a job keeps what it has done of `output`."""
+    """The file with a job's progress towards `output`."""
     return output.with_name(f".{output.name}.partial")
 
 
 def check_writable(*files: Path) -> None:
-    """Raise OutputError before hours of work for nothing; a killed run's half-written files are removed."""
+    """Raise OutputError before hours of work; removes half-written files of a killed run."""
     for file in files:
         if file.is_dir() or not file.parent.is_dir():
             reason = "is a folder" if file.is_dir() else "no such folder to write it into"

@@ -1,4 +1,4 @@
-"""The whole job of choosing by reconstruction: texts in, a ranking file out, resumed layer by layer."""
+"""The `search` job: texts in, a ranking file out, resumed layer by layer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moe_surgery.checkpoint.writer import write_file
 from moe_surgery.families.identity import identity
 from moe_surgery.progress import Counter, OnProgress
 from moe_surgery.quality.corpus import open_corpus
-from moe_surgery.quality.greedy_elimination import LayerOrder, reconstruct
+from moe_surgery.quality.greedy_elimination import LayerOrder, greedy_elimination
 from moe_surgery.quality.resume import check_writable, default_context, job_digest, partial_path
 from moe_surgery.quality.text_files import Texts, as_text_files
 from moe_surgery.runtime.load import load_model
@@ -45,10 +45,10 @@ def search(
     backend: str | None = None,
     progress: OnProgress | None = None,
 ) -> Ranking:
-    """Rank each layer's experts by how well the first n rebuild its output on texts; save the ranking.
+    """Rank each layer's experts by how well the first n together reproduce its output on texts; save the ranking.
 
-    All domains together; `texts`, `format`, `context` and `max_tokens` as for `profile`. All tokens go through
-    together (see `reconstruct` for what that costs). `progress` is called with each `Progress`.
+    All domains count together; `texts`, `format`, `context` and `max_tokens` as for `profile`. All tokens go
+    through a layer together (`greedy_elimination` says what that costs). `progress` is called with each `Progress`.
 
     After each layer the orders so far go to `.NAME.partial` beside `output`; the same call resumes there.
     Raises UsageError, InvalidInputError and OutputError.
@@ -58,7 +58,7 @@ def search(
     check_writable(out, partial)
     with Checkpoint.open(checkpoint) as opened:
         described = families.identify_model(opened)
-        known = identity(opened, described)
+        source_identity = identity(opened, described)
     model = load_model(checkpoint, device, dtype, backend=backend, one_layer=True)
     files = as_text_files(texts, format)
     corpus = open_corpus(
@@ -69,7 +69,9 @@ def search(
         "context": corpus.context,
         "max_tokens": max_tokens,
     }
-    job = job_digest([METHOD, known, corpus.texts, [f.format for f in files], settings, __version__])
+    job = job_digest(
+        [METHOD, source_identity, corpus.texts, [f.format for f in files], settings, __version__]
+    )
     passages = list(corpus)
     tokens = sum(len(p.tokens) for p in passages)
     done = _resumed(partial, job)
@@ -77,13 +79,13 @@ def search(
     searched = Counter(progress, "search", described.layers, "layers", done=len(done))
     orders = list(done)
 
-    def finished(_: int, order: LayerOrder) -> None:
+    def on_layer(order: LayerOrder) -> None:
         orders.append(order)
-        said = {"job": job, "layers": [asdict(o) for o in orders]}
-        write_file(partial, json.dumps(said).encode(), FileOps())
+        state = {"job": job, "layers": [asdict(o) for o in orders]}
+        write_file(partial, json.dumps(state).encode(), FileOps())
         searched.advance(1)
 
-    reconstruct(model, passages, known=done, finished=finished)
+    greedy_elimination(model, passages, resumed=done, on_layer=on_layer)
     ranking = Ranking(
         described.experts,
         tuple(o.experts for o in orders),
@@ -93,7 +95,7 @@ def search(
             "method": METHOD,
             "domains": sorted(corpus.domains),
             "tokens": tokens,
-            "checkpoint": known,
+            "checkpoint": source_identity,
             "texts": {d: [t for t in ts if t["tokens"]] for d, ts in corpus.texts.items()},
             "settings": settings,
             # By layer: mean relative squared error of the output with the first 1, 2, ... experts.
@@ -107,11 +109,11 @@ def search(
 
 
 def _resumed(partial: Path, job: str) -> list[LayerOrder]:
-    """Layers that an interrupted run of this job has done."""
+    """Layers finished by an interrupted run of this job."""
     try:
-        said = json.loads(partial.read_bytes())
-        if said["job"] != job:
+        state = json.loads(partial.read_bytes())
+        if state["job"] != job:
             return []
-        return [LayerOrder(tuple(o["experts"]), tuple(o["errors"])) for o in said["layers"]]
+        return [LayerOrder(tuple(o["experts"]), tuple(o["errors"])) for o in state["layers"]]
     except (OSError, ValueError, KeyError, TypeError):
         return []

@@ -1,4 +1,4 @@
-"""Files of texts: which format each has, and what is read of them: text in blocks, or rows of JSON."""
+"""Text files: their format, and reading them as blocks of text or rows of JSON."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ REFUSED: Final = {
     **dict.fromkeys([".zst", ".xz", ".bz2", ".lz4", ".br", ".lzma"], ("compressed", DECOMPRESS)),
     **dict.fromkeys([".zip", ".tar", ".tgz", ".7z", ".rar"], ("an archive", "extract the texts")),
 }
-"""By the end of a name: what such a file is, and what to do."""
+"""By suffix: what such a file is, and what to do."""
 GZIP = b"\x1f\x8b"
 MAGIC: Final = {
     b"PAR1": ("Parquet", CONVERT),
@@ -70,14 +70,13 @@ class TextFile:
 
 
 Texts = PathLike | TextFile | Iterable[PathLike | TextFile] | Mapping[str, PathLike | Iterable[PathLike]]
-"""Texts to read: one path or several, each a domain by its file's name; or the paths of each domain, by its
-name."""
+"""One path or several, with file names as domains; or a mapping from domains to paths."""
 
 
 def as_text_files(texts: Texts, format: str | None = None) -> tuple[TextFile, ...]:
-    """`texts` with their domains and formats; `format` as for `text_files`, which also says what is raised.
+    """`texts` with their domains and formats; `format` and errors as for `text_files`.
 
-    Raises TypeError for what is not a path.
+    Raises TypeError for anything but paths.
     """
     if isinstance(texts, Mapping):
         pairs = [(domain, path) for domain, paths in texts.items() for path in _listed(paths)]
@@ -94,20 +93,20 @@ def _listed(texts: Any) -> list[Any]:
 def text_files(
     paths: Sequence[Path], domains: Sequence[str] = (), format: str | None = None
 ) -> tuple[TextFile, ...]:
-    """Files with their domains: one name for all, one for each, or without any the file's own name.
+    """Files with their domains: one for all, one per file, or by default the file's name.
 
-    The format is guessed for each file unless given: .jsonl and .json hold conversations if their first
-    row has "messages", else texts; other files are one text. All may be compressed with gzip.
-    Raises UsageError, OutputError; InvalidInputError for a file whose name or beginning says that it is
-    neither text nor rows, that holds rows under the name of a text, or that is a file of another kind: a
-    plan, statistics, weights.
+    The format is guessed for each file unless given: .jsonl and .json contain conversations if their first
+    row has "messages", else texts; other files are one text. All may be gzip-compressed. Raises
+    UsageError, OutputError; InvalidInputError for a file that is neither text nor rows by name or
+    content, contains rows but is named like a text, or is another kind of file: a plan, statistics,
+    weights.
     """
     for path in paths:
         if (kind := kind_of(path)) in NOT_TEXTS:
             raise InvalidInputError(wrong_kind(path, "texts", kind))
     if domains and len(domains) not in (1, len(paths)):
         raise UsageError(
-            f"`domains`: {len(domains)} names for {len(paths)} `texts`; give one for all, or one for each"
+            f"`domains`: {len(domains)} names for {len(paths)} `texts`; give one for all, or one per file"
         )
     named = domains or [Path(_plain_name(p)).stem for p in paths]
     if len(named) == 1:
@@ -116,12 +115,13 @@ def text_files(
         if not name or not name.isprintable() or any(c in name for c in ",/:"):
             raise UsageError(f"`domains` {name!r}: a domain is a name without commas, colons and slashes")
     return tuple(
-        TextFile(path, domain, format or _guessed(path)) for path, domain in zip(paths, named, strict=True)
+        TextFile(path, domain, format or _guess_format(path))
+        for path, domain in zip(paths, named, strict=True)
     )
 
 
 def rows(path: Path) -> Generator[tuple[str, object], None, None]:
-    """Rows of JSON, one a line or all in one list, each with where it stands ("FILE: line 3").
+    """Rows of JSON, one per line or all in one list, each with its position ("FILE: line 3").
 
     Raises InvalidInputError naming file and line.
     """
@@ -129,55 +129,57 @@ def rows(path: Path) -> Generator[tuple[str, object], None, None]:
         yield from _listed_rows(path)
         return
     where = printable_path(path)
-    found = False
+    has_rows = False
     for number, line in _lines(path):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            if not found and _suffix(path) == ".json" and line.lstrip().startswith("{"):
+            if not has_rows and _suffix(path) == ".json" and line.lstrip().startswith("{"):
                 raise InvalidInputError(
-                    f"{where}: line {number}: not a row of JSON; give rows as a list or one a line, "
-                    "as jq -c writes them"
+                    f"{where}: line {number}: not a row of JSON; write rows as a list or one per line, "
+                    "as jq -c does"
                 ) from None
             raise InvalidInputError(f"{where}: line {number}: not JSON: {error}") from None
-        found = True
+        has_rows = True
         yield f"{where}: line {number}", row
 
 
 def blocks(path: Path) -> Generator[str, None, None]:
-    """A text whole, or if it is long in pieces that end with a line. Raises InvalidInputError."""
-    held: list[str] = []
+    """A text, divided at line ends if it is long. Raises InvalidInputError."""
+    lines: list[str] = []
     size = 0
     for _, line in _lines(path):
-        held.append(line)
+        lines.append(line)
         size += len(line)
         if size >= BLOCK_CHARACTERS:
-            yield "".join(held)
-            held, size = [], 0
-    if held:
-        yield "".join(held)
+            yield "".join(lines)
+            lines, size = [], 0
+    if lines:
+        yield "".join(lines)
 
 
-def _guessed(path: Path) -> str:
+def _guess_format(path: Path) -> str:
     if (suffix := _suffix(path)) in REFUSED:
         what, advice = REFUSED[suffix]
-        raise InvalidInputError(f"{printable_path(path)}: {suffix} is {what}, which is not read; {advice}")
+        raise InvalidInputError(
+            f"{printable_path(path)}: {suffix} is {what}, which is not supported; {advice}"
+        )
     if suffix in ROW_SUFFIXES:
-        with closing(rows(path)) as found:
-            for _, row in found:
+        with closing(rows(path)) as some:
+            for _, row in some:
                 return "chat" if isinstance(row, dict) and "messages" in row else "jsonl"
         return "jsonl"
-    if _holds_rows(_head(path)):
+    if _contains_rows(_head(path)):
         raise InvalidInputError(
-            f"{printable_path(path)}: holds rows of JSON; name it .jsonl or .json, "
+            f"{printable_path(path)}: contains rows of JSON; name it .jsonl or .json, "
             "or set `format` to jsonl, chat or text"
         )
     return "text"
 
 
-def _holds_rows(head: str) -> bool:
+def _contains_rows(head: str) -> bool:
     if re.match(r'\s*\[\s*\{\s*"', head):
         return True
     try:
@@ -212,21 +214,21 @@ def _listed_rows(path: Path) -> Generator[tuple[str, object], None, None]:
 
 
 def _head(path: Path) -> str:
-    with _opened(path) as file:
+    with _open(path) as file:
         return file.read(HEAD_BYTES).decode(errors="replace").lstrip("\ufeff")
 
 
 def _lines(path: Path) -> Generator[tuple[int, str], None, None]:
-    with _opened(path) as file:
+    with _open(path) as file:
         for number, line in enumerate(file, 1):
-            yield number, _decoded(line, path, number)
+            yield number, _decode(line, path, number)
 
 
 def _pieces(path: Path) -> Generator[str, None, None]:
     """The text in pieces that may end anywhere."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()  # without a byte order mark
     line = 1
-    with _opened(path) as file:
+    with _open(path) as file:
         while raw := file.read(READ_BYTES):
             try:
                 piece = decoder.decode(raw)
@@ -239,10 +241,10 @@ def _pieces(path: Path) -> Generator[str, None, None]:
             raise InvalidInputError(f"{printable_path(path)}: line {line}: not UTF-8")
 
 
-def _decoded(line: bytes, path: Path, number: int) -> str:
+def _decode(line: bytes, path: Path, number: int) -> str:
     where = f"{printable_path(path)}: line {number}"
     if b"\0" in line:
-        raise InvalidInputError(f"{where}: holds a NUL byte; this is not text")
+        raise InvalidInputError(f"{where}: contains a NUL byte; this is not text")
     try:
         text = line.decode()
     except UnicodeDecodeError:
@@ -251,11 +253,11 @@ def _decoded(line: bytes, path: Path, number: int) -> str:
 
 
 @contextmanager
-def _opened(path: Path) -> Generator[BinaryIO, None, None]:
-    """The file's bytes, decompressed if they are gzip's, whatever its name.
+def _open(path: Path) -> Generator[BinaryIO, None, None]:
+    """The file's bytes, decompressed if they are gzip, whatever its name.
 
-    Raises OutputError where it cannot be read, InvalidInputError for what is known not to be text, and,
-    while it is read, for gzip data that is damaged.
+    Raises OutputError if it cannot be read, InvalidInputError if it is known not to be text, or, while
+    reading, if gzip data is damaged.
     """
     where = printable_path(path)
     try:

@@ -1,4 +1,4 @@
-"""The charts of the page's first view, and of the pictures for papers."""
+"""Charts of the page's initial view, and of the figures for papers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from moe_surgery.quality.evaluation import Evaluation
 from moe_surgery.report.content import line_name
-from moe_surgery.report.curves import FEW, MEASURES, Line, lines, meant_for
+from moe_surgery.report.curves import FEW, MEASURES, Line, lines, ranked_for_domain
 from moe_surgery.report.figures import View, coverage, plan_coverage
 from moe_surgery.report.svg import Chart, Series
 from moe_surgery.selection.metrics import METRICS
@@ -16,23 +16,23 @@ __all__ = ["TITLES", "coverage_charts", "evaluation_chart", "evaluation_charts"]
 
 # Title and axis of each measure.
 TITLES = {
-    "kl": ("KL divergence from the full model", "nats a token"),
-    "cross_entropy": ("Cross-entropy", "nats a token"),
-    "agreement": ("Agreement of the likeliest token", "share of tokens"),
-    "redirected": ("Routes sent to another expert", "mean over layers"),
+    "kl": ("KL divergence from the full model", "nats per token"),
+    "cross_entropy": ("Cross-entropy", "nats per token"),
+    "agreement": ("Same most likely token", "share of tokens"),
+    "rerouted": ("Rerouted to another expert", "mean over layers"),
 }
 KEPT = "experts kept in each layer"
-PERCENT = frozenset({"agreement", "redirected"})
+PERCENT = frozenset({"agreement", "rerouted"})
 
 
 def coverage_charts(
     views: Sequence[View],
     plans: Sequence[tuple[str, Plan]],
-    place: int = 0,
+    i: int = 0,
     kind: str = "weight",
 ) -> list[Chart]:
-    """What the n best experts carry in view number `place`, by each metric: mean, worst layer."""
-    view = views[place]
+    """The share of the n best experts in view `i`, by each metric: mean over layers, worst layer."""
+    view = views[i]
     shares = view.carried(kind)
     both = [coverage(view.orders[metric], shares) for metric in METRICS]
     n = list(range(1, shares.shape[1] + 1))
@@ -41,10 +41,10 @@ def coverage_charts(
         Chart(
             title,
             KEPT,
-            f"share of {'routed weight' if kind == 'weight' else 'routes'}",
+            f"share of {'routing weight' if kind == 'weight' else 'routes'}",
             (1, n[-1]),
             (0, 1),
-            [Series(m, i, n, [float(y) for y in both[i][which]]) for i, m in enumerate(METRICS)],
+            [Series(m, s, n, [float(y) for y in both[s][which]]) for s, m in enumerate(METRICS)],
             percent=True,
             marks=[(name, x, y[which]) for name, x, y in marks],
         )
@@ -53,29 +53,29 @@ def coverage_charts(
 
 
 def evaluation_charts(evaluation: Evaluation) -> list[Chart]:
-    """A chart for each measure, all texts together; of many lines those ranked on them."""
+    """A chart per measure over all texts; if there are many lines, only those ranked on them."""
     domain = evaluation.domains[0] if len(evaluation.domains) == 1 else None
-    found = lines(evaluation)
-    if len(found) > FEW:
-        found = meant_for(found, domain, evaluation.domains)
-    return [evaluation_chart(evaluation, found, measure, domain) for measure in MEASURES]
+    curves = lines(evaluation)
+    if len(curves) > FEW:
+        curves = ranked_for_domain(curves, domain, evaluation.domains)
+    return [evaluation_chart(evaluation, curves, measure, domain) for measure in MEASURES]
 
 
 def evaluation_chart(
-    evaluation: Evaluation, shown: Sequence[Line], measure: str, domain: str | None, *, log: bool = False
+    evaluation: Evaluation, curves: Sequence[Line], measure: str, domain: str | None, *, log: bool = False
 ) -> Chart:
-    """A measure against experts kept on one domain's texts (None: all together).
+    """A measure against experts kept, on one domain's texts (None: on all).
 
-    A log scale is used only where every figure is positive.
+    `log` is ignored unless every figure is positive.
     """
     series = []
-    for place, line in enumerate(shown):
+    for i, line in enumerate(curves):
         points = line.points(measure, domain)
         banded = any(p.models > 1 for p in points)
         series.append(
             Series(
                 line_name(line, evaluation.domains),
-                place,
+                i,
                 [p.experts for p in points],
                 [p.middle for p in points],
                 [p.low for p in points] if banded else None,
@@ -106,5 +106,5 @@ def _range(values: Sequence[float], measure: str) -> tuple[float, float]:
     if measure == "agreement":
         return 0.0, 1.0
     low, high = min(values), max(values)
-    room = 0.06 * (high - low) or 0.05
-    return (low - room if measure == "cross_entropy" else 0.0), high + room
+    margin = 0.06 * (high - low) or 0.05
+    return (low - margin if measure == "cross_entropy" else 0.0), high + margin

@@ -1,6 +1,6 @@
-"""Everything that the page's script draws from, as one object of plain lists.
+"""The data embedded in the page, as one object of plain lists.
 
-The script only draws: each number in it was computed here, so that tests can hold it against others.
+The script only draws; every number is computed here, where tests can check it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from moe_surgery.quality.evaluation import Evaluated, Evaluation, Quality
+from moe_surgery.quality.evaluation import Evaluation, ModelResult, Quality
 from moe_surgery.report.curves import MEASURES, Line, lines, ranked_for
 from moe_surgery.report.figures import CARRIED, View, coverage, overlap, plan_coverage
 from moe_surgery.report.markup import number, shown
@@ -18,9 +18,9 @@ from moe_surgery.selection.metrics import METRICS
 from moe_surgery.selection.plan import Plan
 from moe_surgery.selection.statistics import Statistics
 
-__all__ = ["TOGETHER", "content", "data_of", "line_name", "plan_method", "ranked_on"]
+__all__ = ["ALL_TEXTS", "content", "data_of", "line_name", "plan_method", "ranked_on"]
 
-TOGETHER = "all texts"
+ALL_TEXTS = "all texts"
 
 
 def content(
@@ -29,22 +29,22 @@ def content(
     plans: Sequence[tuple[str, Plan]],
     evaluations: Sequence[tuple[str, Evaluation]],
 ) -> dict[str, object]:
-    """The object that is embedded in the page. Numbers have five significant digits, counts all.
+    """The embedded object. Numbers have five significant digits, counts are exact.
 
     By index of metric, then of view: `scores` and `ranks` (layer by layer), `overlap` (experts in
     common summed over layers, n from 1, for pairs of views (0, 1), (0, 2), (1, 2), ...). `coverage`
     by kind, metric and view: [mean, worst], n from 1.
     """
-    every = list(METRICS)
+    metrics = list(METRICS)
     return {
         "layers": statistics.layers,
         "experts": statistics.experts,
         "topK": statistics.top_k,
-        "metrics": every,
+        "metrics": metrics,
         "views": [{"name": shown(v.name), "tokens": v.tokens} for v in shown_views],
-        # Counts are whole and stay so.
-        "scores": [[_flat(v.scores[m], 15 if m == "frequency" else 5) for v in shown_views] for m in every],
-        "ranks": [[v.ranks(m).ravel().tolist() for v in shown_views] for m in every],
+        # Counts stay exact.
+        "scores": [[_flat(v.scores[m], 15 if m == "frequency" else 5) for v in shown_views] for m in metrics],
+        "ranks": [[v.ranks(m).ravel().tolist() for v in shown_views] for m in metrics],
         "peak": [_flat(np.stack([s.peak_abs for s in v.layers])) for v in shown_views],
         "overlap": [
             [
@@ -52,12 +52,12 @@ def content(
                 for j, b in enumerate(shown_views)
                 for a in shown_views[:j]
             ]
-            for m in every
+            for m in metrics
         ],
         "coverage": {
             kind: [
                 [[_flat(c) for c in coverage(v.orders[m], v.carried(kind))] for v in shown_views]
-                for m in every
+                for m in metrics
             ]
             for kind in CARRIED
         },
@@ -68,24 +68,24 @@ def content(
 
 def plan_method(plan: Plan) -> str:
     """How a plan was made, in a few words."""
-    said = plan.provenance
-    method = said.get("method")
+    provenance = plan.provenance
+    method = provenance.get("method")
     words = [method if isinstance(method, str) else "unknown method"]
-    domains = said.get("domains")
+    domains = provenance.get("domains")
     if isinstance(domains, list):
         words.append(f"on {', '.join(map(str, domains))}")
-    if (seed := said.get("seed")) is not None:
+    if (seed := provenance.get("seed")) is not None:
         words.append(f"with seed {seed}")
     return " ".join(words)
 
 
 def ranked_on(domains: Sequence[str], every: Sequence[str]) -> str:
-    """What models were ranked on, for people: a list of domains, or all of them."""
+    """The domains that models were ranked on, as text."""
     return "all domains" if len(domains) > 1 and sorted(domains) == sorted(every) else ", ".join(domains)
 
 
-def data_of(model: Evaluated, every: Sequence[str]) -> str:
-    """What a model's experts were ranked on, or the seed they were drawn with."""
+def data_of(model: ModelResult, every: Sequence[str]) -> str:
+    """The domains a model's experts were ranked on, or the seed of a random choice."""
     domains, seed = model.provenance.get("domains"), model.provenance.get("seed")
     if isinstance(domains, list):
         return ranked_on([str(d) for d in domains], every)
@@ -93,7 +93,7 @@ def data_of(model: Evaluated, every: Sequence[str]) -> str:
 
 
 def line_name(line: Line, every: Sequence[str]) -> str:
-    """A line's name in a legend: the method, and what it was ranked on where something says so."""
+    """A line's name in a legend: the method, and the domains it was ranked on if recorded."""
     return line.method if line.domains is None else f"{line.method}, {ranked_on(line.domains, every)}"
 
 
@@ -114,23 +114,23 @@ def _plan(name: str, plan: Plan, shown_views: Sequence[View]) -> dict[str, objec
 
 
 def _evaluation(name: str, evaluation: Evaluation) -> dict[str, object]:
-    found = lines(evaluation)
+    curves = lines(evaluation)
     where: list[str | None] = [*evaluation.domains]
     if len(where) > 1:
         where.insert(0, None)
-    sets = list(dict.fromkeys(ranked_on(line.domains, evaluation.domains) for line in found if line.domains))
+    sets = list(dict.fromkeys(ranked_on(line.domains, evaluation.domains) for line in curves if line.domains))
     full = evaluation.models[0]
     return {
         "name": shown(name),
         "experts": evaluation.num_experts,
-        "domains": [TOGETHER if d is None else shown(d) for d in where],
+        "domains": [ALL_TEXTS if d is None else shown(d) for d in where],
         "sets": [shown(s) for s in sets],
         # For each domain, the sets that were ranked for it.
         "own": [
             sorted(
                 {
                     sets.index(ranked_on(line.domains, evaluation.domains))
-                    for line in found
+                    for line in curves
                     if line.domains and ranked_for(line.domains, d, evaluation.domains)
                 }
             )
@@ -140,11 +140,11 @@ def _evaluation(name: str, evaluation: Evaluation) -> dict[str, object]:
         "lines": [
             {
                 "name": shown(line_name(line, evaluation.domains)),
-                # Shown whatever set is chosen where nothing says what it was ranked on.
+                # null (always shown) if the domains are not recorded.
                 "set": sets.index(ranked_on(line.domains, evaluation.domains)) if line.domains else None,
                 "points": {m: [_points(line, m, d) for d in where] for m in MEASURES},
             }
-            for line in found
+            for line in curves
         ],
         "models": [_model(m, where, evaluation.domains) for m in evaluation.models],
     }
@@ -157,13 +157,13 @@ def _points(line: Line, measure: str, domain: str | None) -> list[list[float | i
     ]
 
 
-def _quality(model: Evaluated, domain: str | None) -> Quality:
+def _quality(model: ModelResult, domain: str | None) -> Quality:
     return model.overall if domain is None else model.domains[domain]
 
 
-def _model(model: Evaluated, where: Sequence[str | None], every: Sequence[str]) -> list[object]:
+def _model(model: ModelResult, where: Sequence[str | None], every: Sequence[str]) -> list[object]:
     """[name, kind, experts, top-k, method, ranked on or seed, figures per domain or null]."""
-    said = model.provenance
+    method = model.provenance.get("method")
     least, most = min(model.experts), max(model.experts)
     figures = [_figures(_quality(model, d)) if d is None or d in model.domains else None for d in where]
     return [
@@ -171,15 +171,15 @@ def _model(model: Evaluated, where: Sequence[str | None], every: Sequence[str]) 
         shown(model.kind),
         least if least == most else number(model.mean_experts),
         model.top_k,
-        shown(said["method"]) if isinstance(said.get("method"), str) else "",
+        shown(method) if isinstance(method, str) else "",
         shown(data_of(model, every)),
         figures,
     ]
 
 
 def _figures(q: Quality) -> list[float | int | None]:
-    redirected = MEASURES["redirected"](q)
+    rerouted = MEASURES["rerouted"](q)
     return [
         q.tokens,
-        *(number(x) for x in (q.cross_entropy, q.perplexity, q.kl, q.agreement, redirected)),
+        *(number(x) for x in (q.cross_entropy, q.perplexity, q.kl, q.agreement, rerouted)),
     ]

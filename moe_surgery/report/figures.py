@@ -40,7 +40,7 @@ class View:
         return ALL if self.domain is None else self.domain
 
     def ranks(self, metric: str) -> Ints:
-        """Place of every expert in its layer, 1 for the best; [layers, experts]."""
+        """Rank of every expert in its layer, 1 for the best; [layers, experts]."""
         return np.argsort(self.orders[metric], axis=1) + 1
 
     def relative(self, metric: str) -> Floats:
@@ -65,7 +65,7 @@ def views(statistics: Statistics) -> list[View]:
     Raises InvalidInputError for statistics without domains or with numbers that are not finite.
     """
     if not statistics.data or not statistics.layers:
-        raise InvalidInputError("the statistics hold no domain; there is nothing to show")
+        raise InvalidInputError("the statistics have no domain; there is nothing to show")
     chosen: list[str | None] = [*statistics.domains]
     if len(chosen) > 1:
         chosen.insert(0, None)
@@ -73,7 +73,7 @@ def views(statistics: Statistics) -> list[View]:
 
 
 def _view(statistics: Statistics, domain: str | None) -> View:
-    # A domain by its own name alone: asked for "law", `over` would add "law:answer" to it.
+    # Exactly this domain: `over(["law"])` would add "law:answer".
     layers = statistics.over() if domain is None else statistics.data[domain]
     scores = {metric: np.stack(score(metric, layers)) for metric in METRICS}
     for metric, rows in scores.items():
@@ -89,38 +89,38 @@ def overlap(a: Ints, b: Ints) -> Ints:
 
     `a`, `b`: [layers, experts], best first. Divided by n * layers it is the mean share in common.
     """
-    # An expert is among the n best of both from the larger of its two places on.
+    # An expert is among the n best of both for n from the larger of its two ranks on.
     later = np.maximum(np.argsort(a, axis=1), np.argsort(b, axis=1))
     return np.cumsum(np.bincount(later.ravel(), minlength=a.shape[1]))
 
 
 def coverage(orders: Ints, shares: Floats) -> tuple[Floats, Floats]:
-    """What the n best experts carry, against n from 1: (mean over layers, worst layer), each [experts].
+    """Share covered by the n best experts, for n from 1: (mean over layers, worst layer), each [experts].
 
     `orders` [layers, experts], best first; `shares` as of `View.carried`.
     """
-    held = np.cumsum(np.take_along_axis(shares, orders, axis=1), axis=1)
-    return held.mean(axis=0), held.min(axis=0)
+    covered = np.cumsum(np.take_along_axis(shares, orders, axis=1), axis=1)
+    return covered.mean(axis=0), covered.min(axis=0)
 
 
 def plan_coverage(plan: Plan, shares: Floats) -> tuple[float, float]:
-    """What the kept experts of `plan` carry: (mean over layers, worst layer)."""
-    held = [float(row[list(kept)].sum()) for row, kept in zip(shares, plan.layers, strict=True)]
-    return sum(held) / len(held), min(held)
+    """Share covered by the experts of `plan`: (mean over layers, worst layer)."""
+    covered = [float(row[list(kept)].sum()) for row, kept in zip(shares, plan.layers, strict=True)]
+    return sum(covered) / len(covered), min(covered)
 
 
 def check_plan(plan: Plan, statistics: Statistics, name: str) -> None:
     """Raise PlanMismatchError unless `plan` (called `name`) is for the statistics' checkpoint.
 
-    Its model type, layers and experts must agree; so must the checkpoint it was ranked on, where it
-    was ranked by a metric of ours.
+    Its model type, layers and experts must agree, and the checkpoint it was ranked on, if
+    it was ranked by one of our metrics.
     """
-    mine = (plan.model_type, plan.num_layers, plan.num_source_experts)
-    theirs = (statistics.model_type, statistics.layers, statistics.experts)
-    if mine != theirs:
+    actual = (plan.model_type, plan.num_layers, plan.num_source_experts)
+    expected = (statistics.model_type, statistics.layers, statistics.experts)
+    if actual != expected:
         raise PlanMismatchError(
-            f"{name}: is for {mine[0]} with {mine[1]} layers of {mine[2]} experts, but the statistics are of "
-            f"{theirs[0]} with {theirs[1]} layers of {theirs[2]}; use a plan for this checkpoint"
+            f"{name}: is for {actual[0]} with {actual[1]} layers of {actual[2]} experts, but the statistics are of "
+            f"{expected[0]} with {expected[1]} layers of {expected[2]}; use a plan for this checkpoint"
         )
     ranked_on = plan.provenance.get("checkpoint")
     if plan.provenance.get("method") in METRICS and isinstance(ranked_on, str):

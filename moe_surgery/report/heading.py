@@ -1,4 +1,4 @@
-"""The page's head: what was measured on what, and where plans and evaluations came from."""
+"""The page's header: what was measured, and where plans and evaluations come from."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from moe_surgery.quality.evaluation import Evaluation
 from moe_surgery.report.content import plan_method
 from moe_surgery.report.markup import Html, shown, table, tag
-from moe_surgery.report.parts import least_to_most, scroll
+from moe_surgery.report.parts import min_to_max, scroll
 from moe_surgery.selection.plan import Plan
 from moe_surgery.selection.statistics import Statistics
 from moe_surgery.version import __version__
@@ -21,11 +21,11 @@ def header(
     plans: Sequence[tuple[str, Plan]],
     evaluations: Sequence[tuple[str, Evaluation]],
 ) -> Html:
-    """Title, what was measured on what, and how the plans came about."""
+    """Title, what was measured, and how the plans were made."""
     domains = statistics.domains
     facts = (
-        f"{statistics.layers} layers of {statistics.experts} experts, {statistics.top_k} chosen for each token; "
-        f"{_many(sum(statistics.tokens.values()), 'token')} of {_many(len(domains), 'domain')}."
+        f"{statistics.layers} layers of {statistics.experts} experts, top-{statistics.top_k}; "
+        f"{_many(sum(statistics.tokens.values()), 'token')} in {_many(len(domains), 'domain')}."
     )
     origin = tag(
         "dl",
@@ -51,29 +51,32 @@ def header(
         scroll(table(("Domain", "Tokens", "Texts", "xxh3-128"), rows, class_="plain texts"), "Texts"),
     ]
     if plans:
-        made = [
+        plan_rows = [
             (
                 name,
-                least_to_most([len(kept) for kept in plan.layers]),
+                min_to_max([len(kept) for kept in plan.layers]),
                 plan_method(plan),
                 Html("<br>".join(_provenance(plan)) or "not recorded"),
             )
             for name, plan in plans
         ]
-        head = ("Plan", "Experts a layer", "Chosen by", "Provenance")
-        texts += [tag("h2", "Plans"), scroll(table(head, made, class_="plain plans"), "Plans")]
+        head = ("Plan", "Experts per layer", "Method", "Provenance")
+        texts += [tag("h2", "Plans"), scroll(table(head, plan_rows, class_="plain plans"), "Plans")]
     if evaluations:
-        judged = [
+        evaluation_rows = [
             (
                 name,
                 e.checkpoint,
-                Html("<br>".join(tag("span", line) for line in _read(e))),
+                Html("<br>".join(tag("span", line) for line in _texts_read(e))),
                 _settings(e.settings),
             )
             for name, e in evaluations
         ]
         head = ("Evaluation", "Full model", "Texts", "Settings")
-        texts += [tag("h2", "Evaluations"), scroll(table(head, judged, class_="plain"), "Evaluations")]
+        texts += [
+            tag("h2", "Evaluations"),
+            scroll(table(head, evaluation_rows, class_="plain"), "Evaluations"),
+        ]
     links = [("map", "Experts"), ("overlap", "Overlap"), ("coverage", "Coverage")]
     links += [("evaluation", "Evaluation")] if evaluations else []
     links += [("table", "Table")]
@@ -85,21 +88,21 @@ def header(
 
 
 def _facts(name: str, lines: Iterable[str]) -> list[Html]:
-    """A term and its lines, nothing where there are none."""
-    said = Html("<br>".join(tag("span", line) for line in lines))
-    return [tag("dt", name), tag("dd", said)] if said else []
+    """A term and its lines; nothing without lines."""
+    body = Html("<br>".join(tag("span", line) for line in lines))
+    return [tag("dt", name), tag("dd", body)] if body else []
 
 
 def _texts(listed: Sequence[object]) -> tuple[Html, Html]:
-    """Names and hashes of a domain's texts, one a line."""
-    known = [t for t in listed if isinstance(t, dict)]
-    names = (tag("span", t.get("name", "")) for t in known)
-    hashes = (tag("code", t.get("xxh3_128", "")) for t in known)
+    """Names and hashes of a domain's texts, one per line."""
+    entries = [t for t in listed if isinstance(t, dict)]
+    names = (tag("span", t.get("name", "")) for t in entries)
+    hashes = (tag("code", t.get("xxh3_128", "")) for t in entries)
     return Html("<br>".join(names)), Html("<br>".join(hashes))
 
 
 def _provenance(plan: Plan) -> list[Html]:
-    """What a plan's file says of its origin, a line each; texts are left to the table of texts."""
+    """A plan's provenance, one entry per line, without texts."""
     return [
         tag("span", tag("b", key), ": ", _settings(value) if isinstance(value, dict) else _value(value))
         for key, value in plan.provenance.items()
@@ -108,12 +111,12 @@ def _provenance(plan: Plan) -> list[Html]:
 
 
 def _settings(settings: Mapping[str, object]) -> str:
-    """Settings that were given, in one line."""
+    """Settings that are set, in one line."""
     return "; ".join(f"{shown(key)} {_value(value)}" for key, value in settings.items() if value is not None)
 
 
-def _read(evaluation: Evaluation) -> list[str]:
-    """What an evaluation read, a line for each domain."""
+def _texts_read(evaluation: Evaluation) -> list[str]:
+    """The texts of an evaluation, one line per domain."""
     return [
         f"{shown(domain)}: " + ", ".join(shown(t.get("name", "")) for t in listed if isinstance(t, dict))
         for domain, listed in evaluation.texts.items()

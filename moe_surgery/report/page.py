@@ -1,4 +1,4 @@
-"""The report page: one HTML file that loads nothing."""
+"""The report page: one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def build_report(
 ) -> str:
     """The page, as the text of an HTML file that needs no other file and no network.
 
-    Plans and evaluations come with the names they are shown under, or as paths of their files, which then
-    are the names; `statistics` may be a path too. `title` is the page's heading.
-    Raises PlanMismatchError where a plan or evaluation is not of the statistics' checkpoint,
-    InvalidInputError for statistics without domains or figures that are not finite.
+    Plans and evaluations are (name, object) pairs or paths, which then serve as names; `statistics` may be
+    a path too. `title` is the page's heading. Raises PlanMismatchError if a plan or evaluation is not of
+    the statistics' checkpoint, InvalidInputError for statistics without domains or figures that are not
+    finite.
     """
     statistics, plans, evaluations = read_inputs(statistics, plans, evaluations)
     shown_views = views(statistics)
@@ -66,7 +66,7 @@ def build_report(
     sections.append(experts_section())
     style = _asset("report.css") + _colours()
     script = '(function(){"use strict";\n' + "\n".join(map(_asset, SCRIPTS)) + "})();\n"
-    # Nothing may be loaded or sent, and nothing runs but this style and this script.
+    # Blocks all network access, and any style or script but these.
     policy = (
         f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
         "base-uri 'none'; form-action 'none'"
@@ -93,8 +93,7 @@ def build_report(
 def read_inputs(
     statistics: Statistics | PathLike, plans: Named[Plan], evaluations: Named[Evaluation]
 ) -> tuple[Statistics, list[tuple[str, Plan]], list[tuple[str, Evaluation]]]:
-    """The inputs with paths read. Raises as `build_report` unless all are of one
-    checkpoint and fit to be shown."""
+    """The inputs, loaded and checked; raises as `build_report`."""
     statistics = as_statistics(statistics)
     named_plans = load_pairs(plans, Plan, load_plan)
     named_evaluations = load_pairs(evaluations, Evaluation, load_evaluation)
@@ -102,21 +101,21 @@ def read_inputs(
         check_plan(plan, statistics, name)
     for name, evaluation in named_evaluations:
         check_identity(evaluation.identity, statistics, name)
-        mine, theirs = (
+        ours, expected = (
             (evaluation.model_type, evaluation.num_experts),
             (statistics.model_type, statistics.experts),
         )
-        if mine != theirs:
+        if ours != expected:
             raise PlanMismatchError(
-                f"{name}: is of {mine[0]} with {mine[1]} experts, but the statistics are of {theirs[0]} with "
-                f"{theirs[1]}; a report shows one checkpoint"
+                f"{name}: is of {ours[0]} with {ours[1]} experts, but the statistics are of {expected[0]} with "
+                f"{expected[1]}; a report shows one checkpoint"
             )
         for model in evaluation.models:
-            # None at all where the routes are not known, for every domain alike.
-            counted = statistics.layers if any(q.redirected for q in model.domains.values()) else 0
+            # Empty if the routes are not known, for every domain alike.
+            counted = statistics.layers if any(q.rerouted for q in model.domains.values()) else 0
             for domain, q in model.domains.items():
-                figures = (q.cross_entropy, q.kl, q.agreement, *q.redirected)
-                if len(q.redirected) != counted or not np.isfinite(figures).all():
+                figures = (q.cross_entropy, q.kl, q.agreement, *q.rerouted)
+                if len(q.rerouted) != counted or not np.isfinite(figures).all():
                     raise InvalidInputError(
                         f"{name}: figures of {model.name!r} on {domain!r} are damaged: not finite, or not for "
                         f"{statistics.layers} layers; evaluate it again"
@@ -131,7 +130,7 @@ def _asset(name: str) -> str:
 
 
 def _digest(inline: str) -> str:
-    """What a Content-Security-Policy calls the text of an inline element."""
+    """The hash of an inline element in a Content-Security-Policy."""
     return "sha256-" + base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()
 
 
@@ -139,10 +138,10 @@ def _colours() -> str:
     """Rules for the palette and the lines, on white (and paper) and on a dark screen."""
 
     def rules(background: str, steps: list[str], series: Sequence[str]) -> str:
-        said = [f":root{{--back:{background}}}"]
-        said += [f".q{i}{{fill:{c};background:{c};color:{ink_on(c)}}}" for i, c in enumerate(steps)]
-        said += [f".s{i}{{stroke:{c}}}.mark.s{i},.band.s{i}{{fill:{c}}}" for i, c in enumerate(series)]
-        return "\n".join(said)
+        lines = [f":root{{--back:{background}}}"]
+        lines += [f".q{i}{{fill:{c};background:{c};color:{ink_on(c)}}}" for i, c in enumerate(steps)]
+        lines += [f".s{i}{{stroke:{c}}}.mark.s{i},.band.s{i}{{fill:{c}}}" for i, c in enumerate(series)]
+        return "\n".join(lines)
 
     dark = rules(DARK, sequential(True), SERIES_DARK)
     return (

@@ -1,4 +1,4 @@
-"""The pieces that the page's sections are made of."""
+"""Building blocks of the page's sections."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from moe_surgery.report.markup import Html, tag
 from moe_surgery.report.svg import Chart, line_chart
 
-__all__ = ["choice", "controls", "least_to_most", "more", "panel", "scroll", "section", "slider"]
+__all__ = ["choice", "controls", "min_to_max", "more", "panel", "scroll", "section", "slider"]
 
 
 def section(name: str, heading: str, words: str, *content: object) -> Html:
@@ -18,7 +18,7 @@ def section(name: str, heading: str, words: str, *content: object) -> Html:
 
 
 def controls(*fields: object, id_: str | None = None) -> Html:
-    """Hidden until the script makes them work."""
+    """A group of controls, hidden until the script enables them."""
     shown_fields = (f for f in fields if f)
     label = "Choose what is shown"
     return tag("div", *shown_fields, class_="controls", role="group", aria_label=label, id=id_, hidden="")
@@ -35,7 +35,7 @@ def slider(name: str, label: str, most: int, value: int) -> Html:
 
 
 def scroll(content: Html, label: str, *, focus: bool = True) -> Html:
-    """A box of its own for what may be wider than a phone."""
+    """A scrollable box, for content wider than a phone."""
     return tag(
         "div", content, class_="scroll", role="region", aria_label=label, tabindex="0" if focus else None
     )
@@ -47,11 +47,11 @@ def panel(chart: Chart) -> Html:
 
 
 def more(what: str) -> Html:
-    """How many rows of a table are shown, and the rest."""
+    """The number of rows shown, and a button for all."""
     button = tag("button", "Show all", id=f"{what}-more", type="button", hidden="")
     return tag("p", tag("span", id=f"{what}-count"), button, class_="more")
 
 
-def least_to_most(numbers: Sequence[int]) -> str:
+def min_to_max(numbers: Sequence[int]) -> str:
     least, most = min(numbers), max(numbers)
     return str(least) if least == most else f"{least} to {most}"

@@ -1,4 +1,4 @@
-"""The report's figures as pictures for papers: PNG at 300 dpi, drawn by matplotlib."""
+"""The report's figures for papers: PNG at 300 dpi, drawn with matplotlib."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from moe_surgery.checkpoint.writer import write_file
 from moe_surgery.errors import OutputError, UsageError
 from moe_surgery.quality.evaluation import Evaluation
 from moe_surgery.report.charts import TITLES, coverage_charts, evaluation_chart
-from moe_surgery.report.content import TOGETHER
-from moe_surgery.report.curves import FEW, MEASURES, lines, meant_for
+from moe_surgery.report.content import ALL_TEXTS
+from moe_surgery.report.curves import FEW, MEASURES, lines, ranked_for_domain
 from moe_surgery.report.figures import View, views
 from moe_surgery.report.markup import shown
 from moe_surgery.report.page import read_inputs
@@ -52,7 +52,7 @@ FONT: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "legend.frameon": False,
-    # Names come from files: a dollar sign in them is no formula.
+    # Names come from files: a dollar sign in them is not a formula.
     "text.parse_math": False,
 }
 
@@ -61,9 +61,9 @@ Evaluations = Sequence[tuple[str, Evaluation]]
 
 
 def check_plotting() -> None:
-    """Raise UsageError where matplotlib is not installed."""
+    """Raise UsageError if matplotlib is not installed."""
     if find_spec("matplotlib") is None:
-        raise UsageError("pictures need the matplotlib package: pip install 'moe-surgery[report]'")
+        raise UsageError("figures need the matplotlib package: pip install 'moe-surgery[report]'")
 
 
 def write_pictures(
@@ -72,7 +72,7 @@ def write_pictures(
     plans: Named[Plan] = (),
     evaluations: Named[Evaluation] = (),
 ) -> Iterator[Path]:
-    """Write every figure to `folder`, made where it is missing; yields each file's path when it is whole.
+    """Write every figure to `folder` (created if missing); yields the path of each finished file.
 
     heatmap-METRIC (a panel for each domain; the first plan marked), overlap-METRIC (a panel for a
     quarter and a half of the experts), coverage-DOMAIN, and of each evaluation evaluation-MEASURE (a
@@ -83,17 +83,17 @@ def write_pictures(
     statistics, named_plans, named_evaluations = read_inputs(statistics, plans, evaluations)
     from matplotlib import rc_context
 
-    place = Path(folder)
+    target = Path(folder)
     try:
-        place.mkdir(parents=True, exist_ok=True)
+        target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"{printable_path(place)}: cannot create: {error.strerror}") from None
+        raise OutputError(f"{printable_path(target)}: cannot create: {error.strerror}") from None
     used: set[str] = set()
     for name, figure in _figures(views(statistics), named_plans, named_evaluations):
         with rc_context(FONT):
             content = BytesIO()
             figure().savefig(content, format="png", dpi=DPI)
-        path = place / f"{_unused(name, used)}.png"
+        path = target / f"{_unused(name, used)}.png"
         write_file(path, content.getvalue(), FileOps())
         yield path
 
@@ -101,7 +101,7 @@ def write_pictures(
 def _figures(
     shown_views: Sequence[View], plans: Plans, evaluations: Evaluations
 ) -> Iterator[tuple[str, Callable[[], Figure]]]:
-    """File names, and what draws each."""
+    """File names, and the function that draws each."""
     for metric in METRICS:
         yield f"heatmap-{metric}", partial(_heat_maps, metric, shown_views, plans)
     if len(shown_views) > 1:
@@ -116,18 +116,18 @@ def _figures(
 
 
 def _unused(name: str, used: set[str]) -> str:
-    """`name` as a file name of plain letters, numbered where another figure has it."""
+    """`name` as a file name of plain letters, numbered if already used."""
     plain = re.sub(r"[^a-z0-9_]+", "-", name.lower()).strip("-")[:80] or "figure"
-    number, found = 1, plain
-    while found in used:
+    number, candidate = 1, plain
+    while candidate in used:
         number += 1
-        found = f"{plain}-{number}"
-    used.add(found)
-    return found
+        candidate = f"{plain}-{number}"
+    used.add(candidate)
+    return candidate
 
 
 def _panels(count: int, columns: int, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels; a Figure of its own leaves no global state behind."""
+    """A figure of `count` panels; unlike pyplot this leaves no global state."""
     from matplotlib.figure import Figure
 
     rows = math.ceil(count / columns)
@@ -179,30 +179,30 @@ def _overlaps(metric: str, shown_views: Sequence[View]) -> Figure:
             axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color=ink, fontsize=7)
         axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
         axes.set_yticks(range(len(names)), names)
-        axes.set_title(f"{n} best of {experts} by {metric}, percent in common")
+        axes.set_title(f"best {n} of {experts} by {metric}, overlap in percent")
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
     return figure
 
 
-def _coverage(shown_views: Sequence[View], plans: Plans, place: int) -> Figure:
-    return _charts(coverage_charts(shown_views, plans, place), 2)
+def _coverage(shown_views: Sequence[View], plans: Plans, i: int) -> Figure:
+    return _charts(coverage_charts(shown_views, plans, i), 2)
 
 
 def _evaluation(evaluation: Evaluation, measure: str) -> Figure:
-    found = lines(evaluation)
+    curves = lines(evaluation)
     charts = []
     for domain in [*([None] if len(evaluation.domains) > 1 else []), *evaluation.domains]:
-        few = found if len(found) <= FEW else meant_for(found, domain, evaluation.domains)
-        chart = evaluation_chart(evaluation, few, measure, domain, log=measure == "kl")
-        if few is not found:
-            # Each panel has lines of its own domains: named by method, the panels share a legend.
+        selected = curves if len(curves) <= FEW else ranked_for_domain(curves, domain, evaluation.domains)
+        chart = evaluation_chart(evaluation, selected, measure, domain, log=measure == "kl")
+        if selected is not curves:
+            # Each panel has the lines of its domains; named by method they share a legend.
             chart = replace(
                 chart,
-                series=[replace(s, name=line.method) for s, line in zip(chart.series, few, strict=True)],
+                series=[replace(s, name=line.method) for s, line in zip(chart.series, selected, strict=True)],
             )
-        charts.append(replace(chart, title=TOGETHER if domain is None else domain))
-    title = TITLES[measure][0] + ("" if len(found) <= FEW else ", plans ranked on each panel's texts")
+        charts.append(replace(chart, title=ALL_TEXTS if domain is None else domain))
+    title = TITLES[measure][0] + ("" if len(curves) <= FEW else ", plans ranked on each panel's texts")
     return _charts(charts, 2, title)
 
 
@@ -219,8 +219,8 @@ def _charts(charts: Sequence[Chart], columns: int, title: str = "") -> Figure:
             axes.plot([x], [y], "D", color="black", markerfacecolor="white", markersize=5, zorder=5)
             axes.annotate(shown(name), (x, y), (6, -9), textcoords="offset points", fontsize=7)
         axes.set(title=shown(chart.title), xlabel=chart.x_label, ylabel=chart.y_label)
-        room = 0.03 * (chart.x[1] - chart.x[0])
-        axes.set_xlim(chart.x[0] - room, chart.x[1] + room or 1)
+        margin = 0.03 * (chart.x[1] - chart.x[0])
+        axes.set_xlim(chart.x[0] - margin, chart.x[1] + margin or 1)
         axes.set_xticks(whole_ticks(*chart.x))
         if chart.log:
             axes.set_yscale("log")

@@ -17,14 +17,14 @@ from jinja2.utils import Namespace
 __all__ = ["ChatTemplate"]
 
 REASONING = ("reasoning_content", "thinking", "reasoning")
-"""The names under which a message's reasoning is passed; transformers fills the first two."""
+"""The keys of a message's reasoning; transformers fills the first two."""
 CONTENTS = ("tool_calls", "function_call")
-"""What a message says beside its content and its reasoning."""
+"""What a message holds besides content and reasoning."""
 WHOLESALE = {"tojson", "items", "dictsort", "string", "pprint"}
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Refuses what jinja2's own sandbox renders as nothing."""
+    """Raises where jinja2's own sandbox renders an empty string."""
 
     def unsafe_undefined(self, obj: object, attribute: str) -> NoReturn:
         raise SecurityError(f"may not look at {attribute!r}")
@@ -45,7 +45,7 @@ class _Generation(Extension):
 
 
 class _Dict:
-    """`dict(...)` and `dict.fromkeys(...)`, and nothing else of the class."""
+    """`dict(...)` and `dict.fromkeys(...)`, without the rest of the class."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
@@ -93,18 +93,18 @@ class ChatTemplate:
         tree = environment.parse(source)
         self._template = environment.from_string(source)
         self.variables = frozenset(meta.find_undeclared_variables(tree)) - set(environment.globals)
-        """Names that the template reads from the arguments it is rendered with."""
+        """Names that the template reads from its arguments."""
         self._names = {a.attr for a in tree.find_all(nodes.Getattr)} | {
             c.value for c in tree.find_all(nodes.Const) if isinstance(c.value, str)
         }
         self._wholesale = _reads_whole_messages(tree)
 
     def takes(self, name: str) -> bool:
-        """Whether a row may set the variable `name`: read by the template, and not the program's to set."""
+        """Whether a caller may set the variable `name`: the template reads it, and it is not set here."""
         return name in self.variables and name not in {"messages", "add_generation_prompt", *self._tokens}
 
     def unread(self, message: Mapping[str, object]) -> str | None:
-        """A key of `message` whose contents the template cannot show, because it names it nowhere."""
+        """A key of `message` that the template never mentions, so that it would be lost."""
         if self._wholesale:
             return None
         for key in CONTENTS:
@@ -123,8 +123,8 @@ class ChatTemplate:
         documents: Sequence[object] | None = None,
         variables: Mapping[str, object] | None = None,
     ) -> str:
-        """The text. Raises whatever a template may raise: it is a program."""
-        given = {
+        """The rendered text. Raises whatever the template raises: it is a program."""
+        values = {
             **self._tokens,
             "tools": tools,
             "documents": documents,
@@ -132,18 +132,18 @@ class ChatTemplate:
             "messages": [_message(m) for m in messages],
             "add_generation_prompt": prompt,
         }
-        return self._template.render(given)
+        return self._template.render(values)
 
 
 def _message(message: Mapping[str, object]) -> dict[str, object]:
-    """As transformers hands it on: without nulls, reasoning under both names that templates read."""
-    given = {key: value for key, value in message.items() if value is not None}
-    reasoning = next((given[key] for key in REASONING if key in given), None)
+    """As transformers passes it: without nulls, reasoning under both names that templates read."""
+    values = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((values[key] for key in REASONING if key in values), None)
     if reasoning is not None:
-        given = {"thinking": reasoning, **given, "reasoning_content": reasoning}
-    if isinstance(given.get("content"), list):
-        given["content"] = _Parts(given["content"])  # type: ignore[call-overload]
-    return given
+        values = {"thinking": reasoning, **values, "reasoning_content": reasoning}
+    if isinstance(values.get("content"), list):
+        values["content"] = _Parts(values["content"])  # type: ignore[call-overload]
+    return values
 
 
 def _reads_whole_messages(tree: nodes.Template) -> bool:
@@ -184,7 +184,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Without the escapes for HTML of jinja2's own filter."""
+    """jinja2's filter without its HTML escapes."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

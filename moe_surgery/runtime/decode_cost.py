@@ -1,4 +1,4 @@
-"""Bytes that a decode step has to read from memory, counted from a model's configuration."""
+"""Bytes that a decode step must read from memory, computed from a model's configuration."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["StepBytes", "bytes_per_token", "distinct_experts"]
 
 @dataclass(frozen=True, slots=True)
 class StepBytes:
-    """Bytes that one decode step reads at least, by what they are, for `batch` sequences together."""
+    """Least bytes that one decode step reads for `batch` sequences together, by kind."""
 
     experts: float
     attention: float
@@ -31,9 +31,9 @@ class StepBytes:
 
 
 def distinct_experts(experts: int, top_k: int, batch: int) -> float:
-    """How many experts `batch` tokens touch on average if every choice is as likely: experts (1 - (1 - k/n)^b).
+    """Expected number of distinct experts of `batch` tokens under uniform routing: n (1 - (1 - k/n)^b).
 
-    Real routing repeats itself more, so fewer are touched.
+    Real routing repeats itself, so it reads fewer.
     """
     return experts * (1 - (1 - min(top_k, experts) / experts) ** batch)
 
@@ -47,7 +47,7 @@ def bytes_per_token(
 ) -> StepBytes:
     """Bytes a step must read with `experts` kept, `batch` sequences and `context` positions in the cache.
 
-    `packed`: expert weights in MXFP4, else BF16. Activations are left out: they stay in the chip's caches.
+    `packed`: expert weights in MXFP4, else BF16. Activations are left out: they stay in the processor's caches.
     """
     c = config
     inner = c.intermediate_size

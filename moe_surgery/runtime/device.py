@@ -1,4 +1,4 @@
-"""Devices: opening one by name, and whether a model's weights fit it."""
+"""Devices by name, and whether a model's weights fit one."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from moe_surgery.errors import UsageError
 from moe_surgery.families import ModelSpec
 from moe_surgery.formats.expert_format import F32
 
-__all__ = ["check_memory", "fitting_experts", "free_memory", "open_device", "weight_bytes"]
+__all__ = ["check_memory", "checkpoint_bytes", "fitting_experts", "free_memory", "open_device"]
 
-# Beside the weights: KV cache, activations, the library's own context.
+# For what is in memory besides the weights: KV cache, activations, the driver's context.
 HEADROOM_BYTES = 1 << 30
 
 
 def open_device(name: str | torch.device) -> torch.device:
-    """The device called `name`. Raises UsageError where there is none, saying why."""
+    """The device called `name`. Raises UsageError where it is not available, with the reason."""
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -38,7 +38,7 @@ def open_device(name: str | torch.device) -> torch.device:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Free bytes of a device, None for the CPU (weights there are mapped, not held)."""
+    """Free bytes of a device, None for the CPU (weights are mapped there, not loaded)."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     if device.type == "mps":
@@ -46,7 +46,7 @@ def free_memory(device: torch.device) -> int | None:
     return None
 
 
-def weight_bytes(model: ModelSpec, experts: int) -> int:
+def checkpoint_bytes(model: ModelSpec, experts: int) -> int:
     """Bytes of the weights as stored with `experts` kept in every layer."""
     total = 0
     for tensor in model.tensors:
@@ -56,21 +56,21 @@ def weight_bytes(model: ModelSpec, experts: int) -> int:
 
 def fitting_experts(model: ModelSpec, free: int) -> int:
     """The largest number of kept experts whose weights fit `free` bytes with headroom; 0 for none."""
-    fits = (n for n in range(model.experts, 0, -1) if weight_bytes(model, n) + HEADROOM_BYTES <= free)
+    fits = (n for n in range(model.experts, 0, -1) if checkpoint_bytes(model, n) + HEADROOM_BYTES <= free)
     return next(fits, 0)
 
 
 def check_memory(device: torch.device, model: ModelSpec, free: int | None = None) -> None:
-    """Raise UsageError unless the weights fit `device` (`free` bytes, if not asked of the device)."""
+    """Raise UsageError unless the weights fit `device` (`free` bytes; by default what the device reports)."""
     free = free_memory(device) if free is None else free
     if free is None:
         return
-    needed = weight_bytes(model, model.experts) + HEADROOM_BYTES
+    needed = checkpoint_bytes(model, model.experts) + HEADROOM_BYTES
     if needed <= free:
         return
-    most = fitting_experts(model, free)
-    advice = f"pruned to {most} experts it fits" if most else "no expert count fits"
-    if not most and not model.expert_format.packed:
+    max_experts = fitting_experts(model, free)
+    advice = f"pruned to {max_experts} experts it fits" if max_experts else "no expert count fits"
+    if not max_experts and not model.expert_format.packed:
         times = "seven" if model.expert_format == F32 else "four"
         advice += f"; converted to MXFP4, experts are {times} times smaller"
     raise UsageError(

@@ -1,4 +1,4 @@
-"""Generation: prompts in, tokens out, one at a time or all at once."""
+"""Generation: prompts to tokens, as a stream or all at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moe_surgery.runtime.cache import Cache
 from moe_surgery.runtime.model import CausalLM
 from moe_surgery.runtime.sampling import Sampler, Sampling
 
-__all__ = ["Generated", "Step", "decoder", "generate", "pad_left", "room_for", "stream"]
+__all__ = ["Generated", "Step", "clamp_new_tokens", "decoder", "generate", "pad_left", "stream"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +55,10 @@ def stream(
     stop_tokens: Sequence[int] | None = None,
     context: int | None = None,
 ) -> Iterator[Step]:
-    """Yield new tokens as they come, until every sequence met a stop token or the number is reached.
+    """Yield new tokens as they are generated, until every sequence has a stop token or `max_new_tokens`.
 
     `input_ids` int64 [batch, tokens] (left-padded, with `attention_mask`), or a list of prompts.
-    `stop_tokens`: the checkpoint's unless given. `context` bounds prompt and new tokens together.
+    `stop_tokens` default to the checkpoint's. `context` limits prompt and new tokens together.
     Raises UsageError where the prompt does not fit.
     """
     if not isinstance(input_ids, Tensor):
@@ -67,45 +67,45 @@ def stream(
         model.config.eos_token_ids if stop_tokens is None else stop_tokens, dtype=torch.int64
     )
     batch, tokens = input_ids.shape
-    new = room_for(model, tokens, max_new_tokens, context)
-    cache = model.new_cache(batch, tokens + new - 1)  # the last token is not looked at again
+    new = clamp_new_tokens(model, tokens, max_new_tokens, context)
+    cache = model.new_cache(batch, tokens + new - 1)  # the last token is never fed back
     sampler = Sampler(sampling or Sampling())
     ended = torch.zeros(batch, dtype=torch.bool)
     mask = None if attention_mask is None else attention_mask.to(model.device)
     logits = model(input_ids, cache, mask, logits_to_keep=1)
-    follow: Callable[[Tensor], Tensor] | None = None
-    for left in reversed(range(new)):
-        drawn, log_probability = sampler(logits[:, -1])
-        drawn_here = drawn.cpu()
-        yield Step(drawn_here.masked_fill(ended, -1), log_probability.cpu())
-        ended |= torch.isin(drawn_here, stops)
-        if ended.all() or not left:
+    next_logits: Callable[[Tensor], Tensor] | None = None
+    for remaining in reversed(range(new)):
+        sampled, log_probability = sampler(logits[:, -1])
+        tokens_cpu = sampled.cpu()
+        yield Step(tokens_cpu.masked_fill(ended, -1), log_probability.cpu())
+        ended |= torch.isin(tokens_cpu, stops)
+        if ended.all() or not remaining:
             return
-        follow = follow or decoder(model, cache)
-        logits = follow(drawn)
+        next_logits = next_logits or decoder(model, cache)
+        logits = next_logits(sampled)
 
 
-def room_for(model: CausalLM, tokens: int, max_new_tokens: int, context: int | None) -> int:
-    """How many new tokens fit behind a prompt of `tokens`, at most `max_new_tokens`.
+def clamp_new_tokens(model: CausalLM, tokens: int, max_new_tokens: int, context: int | None) -> int:
+    """How many new tokens fit after a prompt of `tokens`, at most `max_new_tokens`.
 
-    Raises UsageError where none do, or `context` is more than the model was made for.
+    Raises UsageError where none do, or where `context` exceeds the model's.
     """
     if max_new_tokens < 1:
         raise UsageError(f"`max_new_tokens` {max_new_tokens}: must be at least 1")
-    longest = model.config.max_position_embeddings if context is None else context
-    if not 1 <= longest <= model.config.max_position_embeddings:
+    limit = model.config.max_position_embeddings if context is None else context
+    if not 1 <= limit <= model.config.max_position_embeddings:
         raise UsageError(
-            f"`context` {longest}: this model takes 1 to {model.config.max_position_embeddings} tokens"
+            f"`context` {limit}: this model supports 1 to {model.config.max_position_embeddings} tokens"
         )
-    if tokens >= longest:
-        raise UsageError(f"the prompt has {tokens} tokens, but the context is {longest}; shorten it")
-    return min(max_new_tokens, longest - tokens)
+    if tokens >= limit:
+        raise UsageError(f"the prompt has {tokens} tokens, but the context is {limit}; shorten it")
+    return min(max_new_tokens, limit - tokens)
 
 
 def decoder(model: CausalLM, cache: Cache) -> Callable[[Tensor], Tensor]:
-    """What turns the tokens drawn [batch] into the next logits [batch, 1, vocabulary].
+    """A function from the sampled tokens [batch] to the next logits [batch, 1, vocab_size].
 
-    The backend's own decode step where it has one, which may reuse its result's memory.
+    The backend's decode step where it has one; it may reuse the memory of its result.
     """
     step = model.decode_step(cache)
     if step is None:
@@ -124,7 +124,7 @@ def generate(
     stop_tokens: Sequence[int] | None = None,
     context: int | None = None,
 ) -> Generated:
-    """All new tokens at once; takes what `stream` takes. `callback` is told each step."""
+    """All new tokens at once; arguments as for `stream`. `callback` receives each step."""
     steps = stream(
         model,
         input_ids,
@@ -134,14 +134,14 @@ def generate(
         stop_tokens=stop_tokens,
         context=context,
     )
-    found: list[tuple[list[int], list[float]]] = []
+    sequences: list[tuple[list[int], list[float]]] = []
     for step in steps:
-        found = found or [([], []) for _ in range(len(step.tokens))]
+        sequences = sequences or [([], []) for _ in range(len(step.tokens))]
         values = zip(step.tokens.tolist(), step.log_probabilities.tolist(), strict=True)
-        for (ids, log_probabilities), (token, log_probability) in zip(found, values, strict=True):
+        for (ids, log_probabilities), (token, log_probability) in zip(sequences, values, strict=True):
             if token >= 0:
                 ids.append(token)
                 log_probabilities.append(log_probability)
         if callback:
             callback(step)
-    return Generated([ids for ids, _ in found], [values for _, values in found])
+    return Generated([ids for ids, _ in sequences], [values for _, values in sequences])

@@ -3,7 +3,7 @@
     <|channel|>analysis<|message|>...<|end|><|start|>assistant<|channel|>final<|message|>...<|return|>
     <|start|>assistant<|channel|>commentary to=functions.x <|constrain|>json<|message|>{...}<|call|>
 
-A header names role, recipient, channel and content type; the recipient stands behind the role or the channel.
+A header names role, recipient, channel and content type; the recipient follows the role or the channel.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Part = Literal["answer", "reasoning", "tool_call", "other"]
 
 @dataclass(frozen=True, slots=True)
 class Markers:
-    """Numbers of the tokens that structure a conversation; None for those a tokenizer lacks."""
+    """Ids of the tokens that structure a conversation; None for those a tokenizer lacks."""
 
     start: int
     message: int
@@ -35,7 +35,7 @@ class Markers:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """Who speaks, in which channel, to which tool."""
+    """The role, channel and recipient of a message."""
 
     role: str = "assistant"
     channel: str | None = None
@@ -44,7 +44,7 @@ class Header:
 
     @property
     def part(self) -> Part:
-        """What the message is for the user: "other" is what a role other than the assistant says."""
+        """The kind of message for the user; "other" for roles other than the assistant."""
         if self.role != "assistant":
             return "other"
         if self.recipient is not None:
@@ -54,7 +54,7 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Some text of a message, never empty; `first` where the message begins."""
+    """Text of a message, never empty; `first` where the message begins."""
 
     header: Header
     text: str
@@ -63,7 +63,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A message to a tool: "functions.x", and what it is given, mostly JSON."""
+    """A message to a tool: its name ("functions.x") and the content, usually JSON."""
 
     recipient: str
     content: str
@@ -71,8 +71,7 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A model's answer, what it thought before, and the tools it called. Messages of one kind are
-    joined by a line break."""
+    """A model's answer, its reasoning, and the tools it called. Messages of one kind are joined by a line break."""
 
     answer: str
     reasoning: str
@@ -85,34 +84,34 @@ class Reply:
             if piece.first:
                 messages.append((piece.header, []))
             messages[-1][1].append(piece.text)
-        said = [(header, "".join(texts)) for header, texts in messages]
+        joined = [(header, "".join(texts)) for header, texts in messages]
         return cls(
-            "\n".join(text for header, text in said if header.part == "answer"),
-            "\n".join(text for header, text in said if header.part == "reasoning"),
-            tuple(ToolCall(h.recipient or "", text) for h, text in said if h.part == "tool_call"),
+            "\n".join(text for header, text in joined if header.part == "answer"),
+            "\n".join(text for header, text in joined if header.part == "reasoning"),
+            tuple(ToolCall(h.recipient or "", text) for h, text in joined if h.part == "tool_call"),
         )
 
 
 class Harmony:
-    """Takes the tokens generated after a prompt one by one.
+    """Parses the tokens generated after a prompt, one by one.
 
-    Where the prompt does not end in a turn of the assistant, or the tokenizer has no such markers, all
-    text is the answer; so is text where a header should stand.
+    Where the prompt does not end in a turn of the assistant, or the tokenizer has no such markers, all text is
+    the answer; so is text in place of a header.
     """
 
     def __init__(self, text: Decoder, markers: Markers | None, prompt: Sequence[int]) -> None:
         self._text = text
         self._markers = markers
-        self._header: list[int] | None = None  # tokens of a header that is being read
-        self._given = 0  # how many of them the prompt holds
-        self._body: Header | None = None  # of the message that is being read
+        self._header: list[int] | None = None  # tokens of the header being read
+        self._prompt_tokens = 0  # how many of them come from the prompt
+        self._body: Header | None = None  # of the message being read
         self._stream = TextStream(text)
         self._first = True
         turn = [] if markers is None else _last_turn(prompt, markers.start)
         for token in turn:
             self.push(token)
-        header = self._body if self._header is None else self._parsed(self._header)
-        self._given = len(self._header or ())
+        header = self._body if self._header is None else self._parse(self._header)
+        self._prompt_tokens = len(self._header or ())
         if not turn or (header is not None and header.role != "assistant"):
             self._markers = None
             self._begin(Header())
@@ -120,86 +119,86 @@ class Harmony:
             self._begin(self._body)
 
     def push(self, token: int) -> list[Piece]:
-        """What `token` completes: text of a message, or nothing."""
-        marks = self._markers
-        if marks is None:
-            return self._added(self._stream.push(token))
-        if token in (marks.end, marks.call, marks.return_):
+        """The text that `token` completes, if any."""
+        markers = self._markers
+        if markers is None:
+            return self._emit(self._stream.push(token))
+        if token in (markers.end, markers.call, markers.return_):
             return self.flush()
-        if token == marks.start:
-            found = self.flush()
-            self._header, self._given = [], 0
-            return found
-        if token == marks.channel and self._header is None:
-            found = self.flush()
-            self._header, self._given = [token], 0
-            return found
-        if token == marks.message:
+        if token == markers.start:
+            pieces = self.flush()
+            self._header, self._prompt_tokens = [], 0
+            return pieces
+        if token == markers.channel and self._header is None:
+            pieces = self.flush()
+            self._header, self._prompt_tokens = [token], 0
+            return pieces
+        if token == markers.message:
             if self._header is not None:
-                self._begin(self._parsed(self._header))
+                self._begin(self._parse(self._header))
             elif self._body is None:
                 self._begin(Header())
             return []
         if self._header is not None:
             self._header.append(token)
-            return self._checked(self._header)
+            return self._check_header(self._header)
         if self._body is None:
             self._begin(Header())
-        return self._added(self._stream.push(token))
+        return self._emit(self._stream.push(token))
 
     def flush(self) -> list[Piece]:
-        """What is left of a message that ends here, complete or not."""
-        found: list[Piece] = []
+        """The rest of a message that ends here, complete or not."""
+        pieces: list[Piece] = []
         if self._header is not None:
-            found = self._checked(self._header, ended=True)
+            pieces = self._check_header(self._header, ended=True)
         if self._body is not None:
-            found += self._added(self._stream.flush())
+            pieces += self._emit(self._stream.flush())
         self._body = self._header = None
-        return found
+        return pieces
 
     def _begin(self, header: Header) -> None:
         self._header, self._body = None, header
         self._stream, self._first = TextStream(self._text), True
 
-    def _added(self, text: str) -> list[Piece]:
+    def _emit(self, text: str) -> list[Piece]:
         if not text or self._body is None:
             return []
         piece = Piece(self._body, text, self._first)
         self._first = False
         return [piece]
 
-    def _checked(self, header: list[int], *, ended: bool = False) -> list[Piece]:
-        """Nothing while `header` reads as one; else its text as the beginning of a message.
+    def _check_header(self, header: list[int], *, ended: bool = False) -> list[Piece]:
+        """Nothing while `header` can be one; else its text as the beginning of a message.
 
-        `ended`: no more of it comes. Until then it is not judged within a character.
+        `ended`: the header is complete. Until then it is not checked within a character.
         """
-        marks = self._markers
-        assert marks is not None
-        if marks.channel in header:
-            instead = self._parsed(header)
-            text = self._text.decode(header[header.index(marks.channel) :])
-            most = 2 if instead.recipient or instead.channel == "commentary" else 1
+        markers = self._markers
+        assert markers is not None
+        if markers.channel in header:
+            parsed = self._parse(header)
+            text = self._text.decode(header[header.index(markers.channel) :])
+            max_words = 2 if parsed.recipient or parsed.channel == "commentary" else 1
         else:
-            instead = self._parsed(header[: self._given] or header)
-            text = self._text.decode(header[self._given :])
-            most = 0 if self._has_role() else 1
+            parsed = self._parse(header[: self._prompt_tokens] or header)
+            text = self._text.decode(header[self._prompt_tokens :])
+            max_words = 0 if self._has_role() else 1
         if text.endswith("\N{REPLACEMENT CHARACTER}") and not ended:
             return []
         words = [w for w in text.split() if not (w.startswith("to=") or (not ended and "to=".startswith(w)))]
-        if len(words) <= most:
+        if len(words) <= max_words:
             return []
-        self._begin(Header(instead.role, instead.channel))
-        return self._added(re.sub(r"^\s*\S+\s?", "", text) if most else text)
+        self._begin(Header(parsed.role, parsed.channel))
+        return self._emit(re.sub(r"^\s*\S+\s?", "", text) if max_words else text)
 
     def _has_role(self) -> bool:
         """Whether the prompt's part of the header names the role."""
-        return bool(self._text.decode((self._header or [])[: self._given]).strip())
+        return bool(self._text.decode((self._header or [])[: self._prompt_tokens]).strip())
 
-    def _parsed(self, header: Sequence[int]) -> Header:
-        marks = self._markers
-        assert marks is not None
-        at = header.index(marks.channel) if marks.channel in header else len(header)
-        kind = header.index(marks.constrain) if marks.constrain in header else len(header)
+    def _parse(self, header: Sequence[int]) -> Header:
+        markers = self._markers
+        assert markers is not None
+        at = header.index(markers.channel) if markers.channel in header else len(header)
+        kind = header.index(markers.constrain) if markers.constrain in header else len(header)
         role, channel, rest = (
             self._text.decode(part).split()
             for part in (header[:at], header[at : max(at, kind)], header[kind:])

@@ -1,4 +1,4 @@
-"""From a checkpoint to a `CausalLM`: weights as views of the mapped shards, or moved to a device."""
+"""From a checkpoint to a `CausalLM`: weights as views of the mapped shards, or copied to a device."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Get = Callable[[str], Tensor]
 
 
 class OneLayer(Sequence[Layer]):
-    """Layers of which only the last one asked for is held."""
+    """Layers of which only the last one accessed is in memory."""
 
     def __init__(self, count: int, make: Callable[[int], Layer], release: Callable[[int], None]) -> None:
         self._count, self._make, self._release = count, make, release
@@ -47,14 +47,14 @@ class OneLayer(Sequence[Layer]):
     def __getitem__(self, number: slice) -> Sequence[Layer]: ...
     def __getitem__(self, number: int | slice) -> Layer | Sequence[Layer]:
         if isinstance(number, slice) or not 0 <= number < self._count:
-            raise IndexError(f"layer {number}: one of {self._count} at a time")
+            raise IndexError(f"layer {number} of {self._count}: layers are loaded one at a time, by number")
         if self._layer is None or self._number != number:
             self.close()
             self._number, self._layer = number, self._make(number)
         return self._layer
 
     def close(self) -> None:
-        """Let go of the layer that is held."""
+        """Release the layer that is in memory."""
         if self._number is not None:
             self._release(self._number)
         self._number = self._layer = None
@@ -73,62 +73,63 @@ def load_model(
 ) -> CausalLM:
     """Load a checkpoint (folder, file, example or cached hub id) to run it.
 
-    On the CPU weights are views over the mapped files: loading reads headers only. On other devices
-    they are moved tensor by tensor, so host memory stays bounded. MXFP4 experts stay packed
+    On the CPU weights are views of the mapped files: loading reads only headers. To other devices they are
+    copied tensor by tensor, so host memory stays bounded. MXFP4 experts stay packed
     everywhere. `dtype` is the compute dtype: unless given, float32 with the native backend (whose
     products with MXFP4 weights round activations to 16-bit integers) and bfloat16 with the others. `plan`
-    (a `Plan`, or the path of a plan file) shows the model only the kept experts of each layer: no copy is
-    made, and layers may keep different numbers; logits are those of the checkpoint pruned by that plan,
-    bit for bit. `top_k` is how many experts the router chooses for a token, instead of the plan's or the
-    model's number; it may be more than that, up to the experts of a layer (a layer with fewer uses all of
-    them). With `one_layer` a layer is mapped, or moved to the device, when `CausalLM.layers` is asked for it,
-    and let go for the next one: for work that takes all texts through one layer at a time. `families`
-    are those that the checkpoint may be of.
+    (a `Plan`, or the path of a plan file) restricts each layer to its kept experts without copying weights;
+    layers may keep different numbers, and logits are those of the checkpoint pruned by that plan, bit for bit.
+    `top_k` replaces the plan's or the model's number of experts per token; it may be larger, up to the experts
+    of a layer (a layer with fewer uses all of them). With `one_layer` a layer is mapped, or copied to the
+    device, when `CausalLM.layers` is indexed, and released for the next one: for passes that take all texts
+    through one layer at a time. `families` are the supported model families.
 
     Raises InvalidInputError or OutputError for the checkpoint, PlanMismatchError for a plan of
     another model, UsageError for an unknown device, dtype or backend, a top-k outside 1 to the
     number of experts, or a device without the memory.
     """
     plan = None if plan is None else as_plan(plan)
-    place = open_device(device)
+    torch_device = open_device(device)
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"`dtype` {dtype}: choose one of {', '.join(map(str, DTYPES))}")
-    chosen = select_backend(place, backend)
-    compute = chosen.dtype if dtype is None else dtype
+    chosen_backend = select_backend(torch_device, backend)
+    compute_dtype = chosen_backend.dtype if dtype is None else dtype
     with Checkpoint.open(path) as checkpoint:
-        described = identify_model(checkpoint, families)
+        spec = identify_model(checkpoint, families)
         if plan is not None:
-            plan.check_fits(described.model_type, described.experts, described.layers, str(path))
+            plan.check_fits(spec.model_type, spec.experts, spec.layers, str(path))
             plan = plan.with_top_k(top_k)
         elif top_k is not None:
-            check_top_k(top_k, described.experts, f"{path} has")
+            check_top_k(top_k, spec.experts, f"{path} has")
         if not one_layer:
-            check_memory(place, described)
-        return _assembled(checkpoint, described, plan, top_k, place, compute, chosen, one_layer)
+            check_memory(torch_device, spec)
+        return _assemble(
+            checkpoint, spec, plan, top_k, torch_device, compute_dtype, chosen_backend, one_layer
+        )
 
 
-def _assembled(
+def _assemble(
     checkpoint: Checkpoint,
-    described: ModelSpec,
+    spec: ModelSpec,
     plan: Plan | None,
     top_k: int | None,
-    place: torch.device,
-    compute: torch.dtype,
+    device: torch.device,
+    compute_dtype: torch.dtype,
     backend: Backend,
     one_layer: bool,
 ) -> CausalLM:
-    config = ModelConfig.of(described)
+    config = ModelConfig.of(spec)
     shards = MappedShards(checkpoint)
-    tensors = {t.name: t for t in described.tensors}
-    names = described.family.weights
+    tensors = {t.name: t for t in spec.tensors}
+    names = spec.family.weights
 
     def fetch(ref: TensorRef) -> Tensor:
         mapped = shards.tensor(ref)
-        if place.type == "cpu":
+        if device.type == "cpu":
             return mapped
-        moved = mapped.to(place)
+        copied = mapped.to(device)
         shards.release(ref)
-        return moved
+        return copied
 
     def get(name: str) -> Tensor:
         return fetch(tensors[name].stored)
@@ -137,11 +138,11 @@ def _assembled(
 
     def make(number: int) -> Layer:
         layer = _layer(number, names.layer, config, tensors, get, fetch, plan, top_k)
-        # For decode steps, of this model and of its views, which share the tensors.
+        # For decode steps of this model and of its views, which share the tensors.
         return layer if one_layer else backend.prepare_layer(layer)
 
     def release(number: int) -> None:
-        for tensor in described.tensors:
+        for tensor in spec.tensors:
             if tensor.layer == number:
                 for ref in filter(None, (tensor.stored, tensor.scales)):
                     shards.release(ref)
@@ -153,7 +154,7 @@ def _assembled(
     )
     unembedding = get(names.unembedding) if names.unembedding in tensors else embedding
     norm = get(names.norm)
-    return CausalLM(config, embedding, layers, norm, unembedding, compute, backend)
+    return CausalLM(config, embedding, layers, norm, unembedding, compute_dtype, backend)
 
 
 def _layer(
@@ -191,7 +192,7 @@ def _layer(
         config.swiglu_limit,
         config.swiglu_alpha,
     )
-    whole = Layer(
+    layer = Layer(
         attention_norm=vector(names.attention_norm),
         q=projection(names.q),
         k=projection(names.k),
@@ -203,4 +204,4 @@ def _layer(
         experts=experts,
         top_k=min(top_k or config.num_experts_per_tok, router.weight.shape[0]),
     )
-    return whole if plan is None else view_layer(whole, plan.layers[number], plan.top_k)
+    return layer if plan is None else view_layer(layer, plan.layers[number], plan.top_k)

@@ -1,4 +1,4 @@
-"""Tensors over mapped shards: no bytes are read until they are used, none are copied."""
+"""Tensors over mapped shards: bytes are read when they are used, and never copied."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 class MappedShards:
     """Read-only mappings of a checkpoint's shards; they live as long as any tensor over them.
 
-    Tensors of a source that has no mapping are read, while the checkpoint is open.
+    Sources without a mapping are read instead, while the checkpoint is open.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -32,7 +32,7 @@ class MappedShards:
         self._maps = {name: source.map() for name, source in self._sources.items()}
 
     def tensor(self, ref: TensorRef) -> Tensor:
-        """The tensor at `ref` as a view of the mapping (a copy if its bytes lie unaligned, or there is none).
+        """The tensor at `ref` as a view of the mapping (a copy where its bytes are unaligned or the source has none).
 
         It must not be written to: the pages are read-only.
         """
@@ -53,7 +53,7 @@ class MappedShards:
         return flat.view(ref.shape)
 
     def release(self, ref: TensorRef) -> None:
-        """Let go of the pages of `ref` after it was copied to a device."""
+        """Release the pages of `ref` after it was copied to a device."""
         mapped = self._maps[ref.shard]
         if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
             start = ref.offset - ref.offset % mmap.PAGESIZE

@@ -1,4 +1,4 @@
-"""gpt-oss, whole: token ids to logits."""
+"""The whole model: token ids to logits."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from moe_surgery.runtime.rope import Rope
 __all__ = ["SCORE_BYTES", "CausalLM"]
 
 DEFAULT_ROLLBACK = 16
-# Attention scores held at once: queries x keys x heads, four bytes each.
+# Attention scores in memory at a time: queries x keys x heads, four bytes each.
 SCORE_BYTES = 128 << 20
-MOST_PREFILL = 512
+MAX_PREFILL_TOKENS = 512
 
 
 class CausalLM:
     """A loaded model. Call it for logits; `new_cache` makes what decoding needs.
 
-    `config` is that of the checkpoint (its experts and top_k are the stored ones; a layer's own
-    `top_k` is what the plan leaves of it). `dtype` is the compute dtype; weights stay as stored.
+    `config` is the checkpoint's: its numbers of experts are the stored ones, a layer's `top_k` may be smaller in
+    a view. `dtype` is the compute dtype; weights stay as stored.
     """
 
     def __init__(
@@ -56,8 +56,7 @@ class CausalLM:
 
     @property
     def computation(self) -> dict[str, str]:
-        """Who computes, and in what: "backend", "device" (its type) and "dtype" (compute). Results of two
-        that differ here are not the same bits."""
+        """The "backend", "device" (type) and compute "dtype". Models that differ in any give different bits."""
         dtype = str(self.dtype).removeprefix("torch.")
         return {"backend": self.backend.name, "device": self.device.type, "dtype": dtype}
 
@@ -65,12 +64,12 @@ class CausalLM:
         """A KV cache for `batch` sequences of up to `context` tokens, padding included.
 
         `rollback` is how many tokens `Cache.truncate` can roll back. Raises UsageError for a context
-        that the model was not made for.
+        beyond the model's.
         """
         c = self.config
         if not 1 <= context <= c.max_position_embeddings:
             raise UsageError(
-                f"a context of {context} tokens; this model takes 1 to {c.max_position_embeddings}"
+                f"a context of {context} tokens; this model supports 1 to {c.max_position_embeddings}"
             )
         return Cache(
             batch,
@@ -91,32 +90,32 @@ class CausalLM:
         attention_mask: Tensor | None = None,
         logits_to_keep: int | None = None,
     ) -> Tensor:
-        """Logits float32 [batch, kept, vocabulary] for input_ids int64 [batch, tokens], on any device.
+        """Logits float32 [batch, kept, vocab_size] for input_ids int64 [batch, tokens], on any device.
 
-        Without `cache` the tokens are a text of their own; with it they follow what it holds, which
-        grows by them. `attention_mask` [batch, tokens] is 0 at left padding. `logits_to_keep`: the
-        last so many tokens only. Long inputs go through in chunks. Raises UsageError where the
-        tokens do not fit the context, or are on the CPU and outside the vocabulary.
+        With `cache` the tokens continue those in it and are added to it. `attention_mask` [batch, tokens] is 0
+        at left padding. `logits_to_keep`: only for the last tokens, this many. Long inputs are processed in
+        chunks. Raises UsageError where the tokens do not fit the context, or are on the CPU and outside the
+        vocabulary.
         """
         batch, tokens = input_ids.shape
         cache = cache if cache is not None else self.new_cache(batch, tokens)
         cache.check_capacity(tokens)
-        ids = self._admitted(input_ids)
+        ids = self._checked_ids(input_ids)
         keep = tokens if logits_to_keep is None else min(logits_to_keep, tokens)
-        kept: list[Tensor] = []
+        logits: list[Tensor] = []
         for start, stop in self._chunks(cache, batch, tokens):
             mask = None if attention_mask is None else attention_mask[:, start:stop]
             x = self._hidden(ids[:, start:stop], cache, mask)
             if stop == tokens or stop > tokens - keep:
-                kept.append(self.lm_head(x[:, max(0, tokens - keep - start) :]))
-        return kept[0] if len(kept) == 1 else torch.cat(kept, dim=1)
+                logits.append(self.lm_head(x[:, max(0, tokens - keep - start) :]))
+        return logits[0] if len(logits) == 1 else torch.cat(logits, dim=1)
 
     def decode_step(self, cache: Cache) -> DecodeStep | None:
         """The backend's own step of one token per sequence for `cache`, or None where it has none.
 
         Raises UsageError where the cache is full.
         """
-        if not isinstance(self.layers, list):  # one layer at a time: nothing to decode with
+        if not isinstance(self.layers, list):  # loaded one layer at a time: no decode step
             return None
         return self.backend.decode_step(self.decoder_model(), cache)
 
@@ -136,8 +135,8 @@ class CausalLM:
         """Hidden states [..., hidden] before the first layer, of ids int64 [...] on the model's device."""
         return F.embedding(ids, self.embedding).to(self.dtype)
 
-    def _admitted(self, ids: Tensor) -> Tensor:
-        """`ids` on the model's device; checked only where that waits for no device."""
+    def _checked_ids(self, ids: Tensor) -> Tensor:
+        """`ids` on the model's device; checked only on the CPU, where that waits for no device."""
         if not ids.numel():
             raise UsageError("no tokens; give at least one")
         if ids.device.type == "cpu":
@@ -151,11 +150,11 @@ class CausalLM:
     def _chunks(self, cache: Cache, batch: int, tokens: int) -> list[tuple[int, int]]:
         keys = min(cache.context, cache.length + tokens)
         step = SCORE_BYTES // (batch * keys * self.config.num_attention_heads * 4)
-        step = max(1, min(step, MOST_PREFILL))
+        step = max(1, min(step, MAX_PREFILL_TOKENS))
         return [(a, min(a + step, tokens)) for a in range(0, tokens, step)]
 
     def _hidden(self, ids: Tensor, cache: Cache, mask: Tensor | None) -> Tensor:
-        """One step through all layers: ids [batch, tokens] -> [batch, tokens, hidden]."""
+        """A forward pass through all layers: ids [batch, tokens] -> [batch, tokens, hidden]."""
         positions = cache.begin(ids.shape[1], mask)
         cos, sin = self.rope(positions, self.backend)
         x = self.embed(ids)
@@ -170,12 +169,12 @@ class CausalLM:
         return x
 
     def _fused_layers(self) -> FusedLayers | None:
-        """The layers as one operation, where the backend has it for them as they are now."""
+        """The layers as one operation where the backend has one, rebuilt when `layers` is replaced."""
         if self._fused is None or self._fused[0] is not self.layers:
-            whole = isinstance(self.layers, list) and self.dtype == self.backend.dtype
+            fusable = isinstance(self.layers, list) and self.dtype == self.backend.dtype
             self._fused = (
                 self.layers,
-                self.backend.fuse_layers(self.layers, self._shape()) if whole else None,
+                self.backend.fuse_layers(self.layers, self._shape()) if fusable else None,
             )
         return self._fused[1]
 

@@ -1,4 +1,4 @@
-"""From logits to the next token: greedy, or drawn after temperature, top-k, top-p and min-p."""
+"""From logits to the next token: greedy, or sampled with temperature, top-k, top-p and min-p."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from moe_surgery.errors import UsageError
 
 __all__ = ["Sampler", "Sampling", "distribution", "draw"]
 
-COLDEST = 1e-30  # a float32 that can still be divided by
+MIN_TEMPERATURE = 1e-30  # a float32 that can still be divided by
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How to choose. `temperature` 0 is greedy. The filters apply in this order, each to what the
-    one before left: `top_k` most likely tokens (0: all), the smallest set that holds `top_p` of the
-    probability, tokens at least `min_p` times as likely as the likeliest. `seed` None: different
-    every time."""
+    """How to sample. `temperature` 0 is greedy. The filters apply in this order, each to the renormalised result
+    of the one before: the `top_k` most likely tokens (0: all), the smallest set with `top_p` of the probability,
+    tokens at least `min_p` times as likely as the most likely one. `seed` None: different every time."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -42,23 +41,23 @@ class Sampling:
 
 
 def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Probabilities float32 [batch, vocabulary] that `sampling` draws from; greedy gives ones.
+    """Probabilities float32 [batch, vocab_size] that `sampling` draws from; one-hot where it is greedy.
 
-    logits [batch, vocabulary]. Of equally likely tokens at a filter's edge the lower one stays.
+    logits [batch, vocab_size]. Of equally likely tokens at a filter's edge the lower id stays.
     """
     logits = logits.float()
     if sampling.temperature == 0:
         best = logits.argmax(dim=-1, keepdim=True)
         return torch.zeros_like(logits).scatter_(-1, best, 1.0)
     logits = logits - logits.amax(dim=-1, keepdim=True)
-    probabilities = torch.softmax(logits / max(sampling.temperature, COLDEST), dim=-1)
+    probabilities = torch.softmax(logits / max(sampling.temperature, MIN_TEMPERATURE), dim=-1)
     if sampling.top_k == 0 and sampling.top_p == 1 and sampling.min_p == 0:
         return probabilities
     ordered, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(ordered.shape[-1], device=ordered.device)
     kept = rank < (sampling.top_k or ordered.shape[-1])
     ordered = _renormalised(ordered, kept)
-    if sampling.top_p < 1:  # sums that round to 1 would cut the tail off
+    if sampling.top_p < 1:  # sums that round to 1 would drop the tail
         ordered = _renormalised(ordered, ordered.cumsum(dim=-1) - ordered < sampling.top_p)
     ordered = _renormalised(ordered, ordered >= sampling.min_p * ordered[..., :1])
     return torch.zeros_like(probabilities).scatter_(-1, tokens, ordered)
@@ -67,22 +66,22 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
 def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """Tokens int64 [batch]: the inverse of each row's cumulative distribution at a number in [0, 1).
 
-    probabilities [batch, vocabulary], which need not sum to 1; uniform [batch, 1].
+    probabilities [batch, vocab_size], which need not sum to 1; uniform [batch, 1].
     """
     cumulative = probabilities.cumsum(dim=-1)
-    drawn = torch.searchsorted(cumulative, uniform.to(cumulative.device) * cumulative[:, -1:], right=True)
+    tokens = torch.searchsorted(cumulative, uniform.to(cumulative.device) * cumulative[:, -1:], right=True)
     # Rounding may place the last step past the end, on a token of no probability.
     last = probabilities.shape[-1] - 1 - (probabilities.flip(-1) > 0).int().argmax(dim=-1, keepdim=True)
-    return torch.minimum(drawn, last)[:, 0]
+    return torch.minimum(tokens, last)[:, 0]
 
 
 def _renormalised(probabilities: Tensor, kept: Tensor) -> Tensor:
-    left = probabilities * kept
-    return left / left.sum(dim=-1, keepdim=True)
+    filtered = probabilities * kept
+    return filtered / filtered.sum(dim=-1, keepdim=True)
 
 
 class Sampler:
-    """Draws tokens. The same seed and logits give the same tokens on every device."""
+    """Samples tokens. The same seed and logits give the same tokens on every device."""
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
@@ -95,14 +94,14 @@ class Sampler:
     def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens int64 [batch] and the log-probability of each under the unfiltered model, float32.
 
-        logits [batch, vocabulary].
+        logits [batch, vocab_size].
         """
         if self.sampling.temperature == 0:
             tokens = logits.argmax(dim=-1)
         else:
             tokens = draw(distribution(logits, self.sampling), self.uniform(len(logits), 1))
-        chosen = torch.log_softmax(logits.float(), dim=-1).gather(-1, tokens[:, None])
-        return tokens, chosen[:, 0]
+        log_probabilities = torch.log_softmax(logits.float(), dim=-1).gather(-1, tokens[:, None])
+        return tokens, log_probabilities[:, 0]
 
     def uniform(self, *shape: int) -> Tensor:
         """The next uniform numbers in [0, 1), float32 of that shape, on the CPU."""

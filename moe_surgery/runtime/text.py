@@ -56,9 +56,9 @@ class Text:
         self.stop_tokens = token_ids(self._json("generation_config.json").get("eos_token_id"))
 
     def encode(self, text: str) -> list[int]:
-        """Token numbers; special tokens written out in `text` become those tokens.
+        """Token ids; special tokens written out in `text` become those tokens.
 
-        Raises UsageError for a text with lone surrogates, which bytes that are no UTF-8 become.
+        Raises UsageError for lone surrogates, which stand for bytes that are not UTF-8.
         """
         try:
             text.encode()
@@ -71,11 +71,11 @@ class Text:
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
 
     def parser(self, prompt: Sequence[int]) -> Harmony:
-        """What splits the tokens generated after `prompt` into reasoning, answer and tool calls."""
+        """A parser of the tokens generated after `prompt` into reasoning, answer and tool calls."""
         return Harmony(self, self._markers(), prompt)
 
     def split(self, prompt: Sequence[int], tokens: Sequence[int]) -> Reply:
-        """All `tokens` generated after `prompt`, split."""
+        """All `tokens` generated after `prompt`, parsed."""
         parser = self.parser(prompt)
         return Reply.of([*(p for token in tokens for p in parser.push(token)), *parser.flush()])
 
@@ -87,9 +87,9 @@ class Text:
         return Markers(start, message, end, *others)
 
     def same_tokens(self, other: Text) -> bool:
-        """Whether both tokenizers give every token the same number."""
-        mine, theirs = (t._tokenizer.get_vocab(with_added_tokens=True) for t in (self, other))
-        return bool(mine == theirs)
+        """Whether both tokenizers have the same vocabulary."""
+        ours, others = (t._tokenizer.get_vocab(with_added_tokens=True) for t in (self, other))
+        return bool(ours == others)
 
     def chat(
         self,
@@ -100,17 +100,16 @@ class Text:
         documents: Sequence[object] | None = None,
         variables: Mapping[str, object] | None = None,
     ) -> str:
-        """`messages` as the checkpoint's chat template writes them: what transformers'
-        `apply_chat_template` gives for the same arguments, `variables` being its keyword arguments.
+        """`messages` rendered by the checkpoint's chat template, as transformers' `apply_chat_template` does for
+        the same arguments; `variables` are its keyword arguments.
 
-        With `prompt` an answer is left open for the model to give. The template runs in a sandbox: it
-        comes with the checkpoint, from a stranger. Raises OutputError where there is no template,
-        InvalidInputError where it fails, and for tools, documents, variables, tool calls or reasoning
-        that it does not read.
+        With `prompt` the text ends where the model's answer begins. The template runs in a sandbox, because it
+        comes from an untrusted checkpoint. Raises OutputError where there is no template, InvalidInputError
+        where it fails, and for tools, documents, variables, tool calls or reasoning that it does not use.
         """
         template = self._template(with_tools=bool(tools))
-        given = {"tools": tools, "documents": documents, **(variables or {})}
-        for key, value in given.items():
+        arguments = {"tools": tools, "documents": documents, **(variables or {})}
+        for key, value in arguments.items():
             if value and not template.takes(key):
                 raise InvalidInputError(f"the model's chat template does not read {key!r}; leave it out")
         for number, message in enumerate(messages, 1):
@@ -126,7 +125,7 @@ class Text:
             raise self._failed(error) from None
 
     def reads(self, name: str) -> bool:
-        """Whether the chat template reads a variable `name`. Raises as `chat`."""
+        """Whether the chat template reads a variable `name`. Raises like `chat`."""
         return self._template(with_tools=False).takes(name)
 
     def _template(self, *, with_tools: bool) -> ChatTemplate:
@@ -148,42 +147,44 @@ class Text:
         return self._templates[name]
 
     def _failed(self, error: Exception) -> InvalidInputError:
-        said = str(error)[:200] or type(error).__name__
-        return InvalidInputError(f"{printable_path(self._folder)}: chat template: {said}")
+        message = str(error)[:200] or type(error).__name__
+        return InvalidInputError(f"{printable_path(self._folder)}: chat template: {message}")
 
     def _sources(self) -> dict[str, str]:
         """The templates by name. A file goes before the tokenizer's settings, as in transformers."""
         file, extra = self._folder / TEMPLATE_NAME, self._files.folder(TEMPLATE_FOLDER)
-        found = {"default": _source(self._files, file.name)} if self._files.is_file(file.name) else {}
+        templates = {"default": _source(self._files, file.name)} if self._files.is_file(file.name) else {}
         if extra is not None:
             names = sorted(n for n in extra.listing() if n.endswith(".jinja"))
-            found |= {n.removesuffix(".jinja"): _source(extra, n) for n in names}
-        if found:
-            return found
-        said = self._settings.get("chat_template")
-        if isinstance(said, str):
-            return {"default": said}
-        if isinstance(said, list):
-            named = [t for t in said if isinstance(t, dict)]
-            found = {str(t.get("name")): t["template"] for t in named if isinstance(t.get("template"), str)}
-        if not found:
+            templates |= {n.removesuffix(".jinja"): _source(extra, n) for n in names}
+        if templates:
+            return templates
+        setting = self._settings.get("chat_template")
+        if isinstance(setting, str):
+            return {"default": setting}
+        if isinstance(setting, list):
+            named = [t for t in setting if isinstance(t, dict)]
+            templates = {
+                str(t.get("name")): t["template"] for t in named if isinstance(t.get("template"), str)
+            }
+        if not templates:
             raise OutputError(
                 f"{printable_path(file)}: not found; this model has no chat template; give it a plain prompt"
             )
-        return found
+        return templates
 
     def _special_tokens(self) -> dict[str, str]:
         """The special tokens by name, which templates read as variables."""
-        said = dict(self._settings)
-        if "added_tokens_decoder" not in said:  # as older tokenizers were saved
-            said |= self._json("special_tokens_map.json")
-        found = {}
+        settings = dict(self._settings)
+        if "added_tokens_decoder" not in settings:  # as older versions saved tokenizers
+            settings |= self._json("special_tokens_map.json")
+        tokens = {}
         for name in SPECIAL_TOKENS:
-            value = said.get(name)
+            value = settings.get(name)
             value = value.get("content") if isinstance(value, dict) else value
             if isinstance(value, str):
-                found[name] = value
-        return found
+                tokens[name] = value
+        return tokens
 
     def _json(self, name: str) -> dict[str, object]:
         raw = read_optional(self._files, name, limit=MAX_BYTES, what="a config")

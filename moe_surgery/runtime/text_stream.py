@@ -1,4 +1,4 @@
-"""Tokens to text as they come."""
+"""Tokens to text as they are generated."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ __all__ = ["Decoder", "TextStream"]
 
 
 class Decoder(Protocol):
-    """What is needed of `moe_surgery.runtime.text.Text`."""
+    """The part of `moe_surgery.runtime.text.Text` that a stream needs."""
 
     def decode(self, tokens: Sequence[int]) -> str: ...
 
 
 class TextStream:
-    """Turns tokens into text as they come, holding back what is not yet a whole character."""
+    """Turns tokens into text as they are generated, holding back incomplete characters."""
 
     def __init__(self, text: Decoder) -> None:
         self._text = text
         self._tokens: list[int] = []
-        self._shown = ""
+        self._emitted = ""
 
     def push(self, token: int) -> str:
         """The text that `token` completes, possibly empty."""
         self._tokens.append(token)
-        whole = self._text.decode(self._tokens)
-        if whole.endswith("\N{REPLACEMENT CHARACTER}"):
+        decoded = self._text.decode(self._tokens)
+        if decoded.endswith("\N{REPLACEMENT CHARACTER}"):
             return ""
-        new = whole[len(self._shown) :]
+        new = decoded[len(self._emitted) :]
         # Tokens before the last complete text no longer matter: keep decoding short.
         if len(self._tokens) > 64 and new:
-            self._tokens, self._shown = [token], self._text.decode([token])
+            self._tokens, self._emitted = [token], self._text.decode([token])
         else:
-            self._shown = whole
+            self._emitted = decoded
         return new
 
     def flush(self) -> str:
-        """Whatever is left, incomplete characters included."""
-        return self._text.decode(self._tokens)[len(self._shown) :]
+        """The rest, incomplete characters included."""
+        return self._text.decode(self._tokens)[len(self._emitted) :]

@@ -1,4 +1,4 @@
-"""What a run used: seconds by phase and peak memory."""
+"""Seconds by phase and peak memory of a run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Stopwatch:
     steps: int = 0
 
     def step(self, tokens: int = 1) -> None:
-        """A token, or several together, have come."""
+        """Count `tokens` new tokens at this moment."""
         self.last = time.perf_counter()
         self.first = self.first or self.last
         self.steps += tokens

@@ -1,4 +1,4 @@
-"""A pruned model without pruning: the full one's weights, and routers that know the kept experts only."""
+"""A pruned model without pruning: the full model's weights, with routers restricted to the kept experts."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ __all__ = ["view", "view_layer"]
 def view_layer(layer: Layer, kept: tuple[int, ...], top_k: int | None = None) -> Layer:
     """`layer` with the experts `kept`, in that order; all weights but the router's are shared.
 
-    The router's rows are gathered into tensors of their own, so that logits are those of the pruned
-    checkpoint bit for bit. `top_k` None means the layer's; it is min(top_k, kept) in any case.
+    The router's rows are gathered into new tensors, so that logits are those of the pruned checkpoint bit for
+    bit. `top_k` None means the layer's; at most the number of kept experts.
     """
     router = layer.router
     assert router.bias is not None
@@ -37,16 +37,16 @@ def view_layer(layer: Layer, kept: tuple[int, ...], top_k: int | None = None) ->
 def view(
     model: CausalLM, plan: Plan | PathLike | None = None, top_k: int | None = None, *, name: str = "the model"
 ) -> CausalLM:
-    """A model that is `model` as `plan` prunes it, with at most `top_k` experts a token (default: the
-    plan's, else the model's).
+    """`model` as `plan` would prune it, with at most `top_k` experts per token (default: the plan's, else the
+    model's).
 
-    Every weight tensor is the model's own; new are the router's rows in plan order and an expert map, a few
-    kilobytes a layer. `model` stays as it is. `plan` may be the path of a plan file; without one all
-    experts stay. `top_k` may be more than the model's; a layer with fewer experts uses all of them. `name`
-    is what errors call the model.
+    Weights are shared with `model`, which does not change; only the router's rows in plan order and an expert
+    map are new, a few kilobytes per layer. `plan` may be the path of a plan file; without one all experts stay.
+    `top_k` may exceed the model's; a layer with fewer experts uses all of them. `name` stands for the model in
+    error messages.
 
-    Raises PlanMismatchError for a plan of another model, or one that keeps an expert which `model`,
-    being a view itself, does not show; UsageError for a top-k below 1.
+    Raises PlanMismatchError for a plan of another model, or one that keeps an expert which `model`, itself a
+    view, leaves out; UsageError for a top-k below 1.
     """
     if top_k is not None and top_k < 1:
         raise UsageError(f"top-k {top_k}: must be at least 1")
@@ -69,13 +69,13 @@ def view(
 
 
 def _rows(layer: Layer, kept: tuple[int, ...], number: int) -> tuple[int, ...]:
-    """Where the router of `layer` has the source experts `kept`."""
+    """The router rows of `layer` for the source experts `kept`."""
     if layer.experts.expert_map is None:
         return kept
-    places = {expert: row for row, expert in enumerate(layer.experts.expert_map.tolist())}
-    if missing := [expert for expert in kept if expert not in places]:
+    rows = {expert: row for row, expert in enumerate(layer.experts.expert_map.tolist())}
+    if missing := [expert for expert in kept if expert not in rows]:
         raise PlanMismatchError(
             f"layer {number}: the plan keeps expert {missing[0]}, which the model's own plan leaves out; "
-            "load the model without a plan, or keep only what it shows"
+            "load the model without a plan, or keep only experts of that plan"
         )
-    return tuple(places[expert] for expert in kept)
+    return tuple(rows[expert] for expert in kept)

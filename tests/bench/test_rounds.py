@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_surgery.bench.rounds import check_numbers, interleaved, percentile, rounded, spread
+from moe_surgery.bench.rounds import check_numbers, interleaved, median_range, percentile, rounded
 from moe_surgery.errors import UsageError
 
 figures = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=40)
@@ -29,7 +29,7 @@ def test_every_job_runs_once_a_round_and_none_is_always_first(jobs: int, rounds:
 
 @given(figures)
 def test_a_spread_is_median_and_range(values: list[float]) -> None:
-    found = spread(values)
+    found = median_range(values)
     assert found.median == pytest.approx(float(np.median(values)))
     assert (found.low, found.high) == (min(values), max(values))
 

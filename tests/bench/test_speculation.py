@@ -27,7 +27,7 @@ from moe_surgery.runtime.decode_cost import bytes_per_token  # noqa: E402
 from moe_surgery.runtime.model import CausalLM  # noqa: E402
 from moe_surgery.runtime.speculation.draft_length import Costs  # noqa: E402
 from moe_surgery.runtime.speculation.speculate import speculate  # noqa: E402
-from moe_surgery.runtime.step_bytes import model_step_bytes, shown_bytes, weight_bytes  # noqa: E402
+from moe_surgery.runtime.step_bytes import model_step_bytes, usable_bytes, weight_bytes  # noqa: E402
 from moe_surgery.runtime.view import view  # noqa: E402
 from tests.support.checkpoints import Shape, write_checkpoint  # noqa: E402
 
@@ -80,7 +80,7 @@ def test_a_view_shows_the_bytes_that_the_pruned_checkpoint_holds(
     plan = plan_random(count, 0, inspect(folder))
     prune(folder, tmp_path / "out", plan)
     pruned = load_model(tmp_path / "out")
-    assert shown_bytes(view(model, plan)) == weight_bytes(pruned) == shown_bytes(pruned)
+    assert usable_bytes(view(model, plan)) == weight_bytes(pruned) == usable_bytes(pruned)
 
 
 # --- decoding
@@ -137,7 +137,7 @@ def test_what_was_interrupted_before_anything_came_has_no_figures(model: CausalL
     [
         ({"batches": [0]}, "`batches` 0: must be at least 1"),
         ({"rounds": 0}, "`rounds` 0: must be at least 1"),
-        ({"depth": 131072, "steps": 9}, "need 131082 tokens; these models take"),
+        ({"depth": 131072, "steps": 9}, "need 131082 tokens; these models support"),
     ],
 )
 def test_numbers_out_of_range_are_refused(model: CausalLM, options: dict[str, object], said: str) -> None:
@@ -160,7 +160,7 @@ def test_every_prompt_runs_at_every_length(model: CausalLM, draft: CausalLM) -> 
     ]
     # Acceptance is that of the same prompts speculated on by hand.
     alone = [
-        speculate(model, draft, [p], length=3, max_new_tokens=9, stop_tokens=()).statistics
+        speculate(model, draft, [p], draft_length=3, max_new_tokens=9, stop_tokens=()).statistics
         for p in PROMPTS["two"]
     ]
     accepted, tried = sum(sum(s.accepted) for s in alone), sum(sum(s.tried) for s in alone)

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from moe_surgery import Checkpoint
 from moe_surgery.families import identify_model
 from moe_surgery.families.identity import identity
-from moe_surgery.quality.evaluation import Evaluated, Evaluation, Quality
+from moe_surgery.quality.evaluation import Evaluation, ModelResult, Quality
 from moe_surgery.selection.plan import Plan
 
 ModelCard = pytest.importorskip("huggingface_hub").ModelCard
@@ -105,12 +105,12 @@ def evaluation_of(source: Path | str, plan: Plan, top_k: int, **changed: Any) ->
         model = identify_model(opened)
         known = identity(opened, model)
     zero = Quality(100, 0.75, 0.0, 1.0, (0.0,) * model.layers)
-    full = Evaluated(
+    full = ModelResult(
         "full", "full", (model.experts,) * model.layers, model.top_k, {"law": zero, "code": zero}
     )
     experts = tuple(len(row) for row in plan.layers)
     domains = {"law": quality(1, model.layers, 300), "code": quality(2, model.layers)}
-    mine = Evaluated("mine", "plan", experts, top_k, domains, plan.provenance)
+    mine = ModelResult("mine", "plan", experts, top_k, domains, plan.provenance)
     texts = {"law": [{"name": "law.txt", "xxh3_128": xxhash.xxh3_128_hexdigest(b""), "tokens": 300}]}
     parts: dict[str, Any] = {
         "model_type": model.model_type,

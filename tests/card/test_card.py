@@ -158,7 +158,7 @@ def test_license_that_is_no_identifier_is_refused(out: Path, name: str) -> None:
 def test_license_and_base_model_given_replace_what_the_source_said(out: Path) -> None:
     said = metadata(make_card(out, license="other", base_model="a/b"))
     assert (said["license"], said["base_model"]) == ("other", "a/b")
-    assert "as stated when this card was made" in make_card(out, license="other")
+    assert "as given when this card was made" in make_card(out, license="other")
 
 
 def test_relation_is_quantized_where_weights_became_mxfp4(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_relation_is_quantized_where_weights_became_mxfp4(tmp_path: Path) -> Non
     assert said["base_model_relation"] == "finetune"
     assert "pruned" not in said["tags"]
     assert headings(readme(tmp_path / "b"))[0] == "a, all 3 experts, BF16"
-    assert "Nothing was chosen" in readme(tmp_path / "b")
+    assert "All experts of the source are kept" in readme(tmp_path / "b")
 
 
 # --- numbers
@@ -190,13 +190,13 @@ def test_numbers_are_those_of_the_files(layout: str, dtype: str, tmp_path: Path)
     total, active = counted(out, 3, 2)
     source_total, source_active = counted(full, 8, 2)
     assert rows["parameters"] == [f"{total:,}", f"{source_total:,}"]
-    assert rows["parameters a token uses"] == [f"{active:,}", f"{source_active:,}"]
-    assert rows["experts in a layer"] == ["3", "8"]
-    assert rows["experts a token uses (top-k)"] == ["2", "2"]
+    assert rows["active parameters"] == [f"{active:,}", f"{source_active:,}"]
+    assert rows["experts per layer"] == ["3", "8"]
+    assert rows["experts per token (top-k)"] == ["2", "2"]
     assert rows["layers"] == ["3", "3"]
     sizes = [sum(f.stat().st_size for f in folder.glob("*.safetensors")) for folder in (out, source)]
     assert rows["weight files"] == [f"{size / 1000:.2f} kB" for size in sizes]
-    stored = {"mxfp4": "MXFP4 (4.25 bits a weight)", "bf16": "BF16"}
+    stored = {"mxfp4": "MXFP4 (4.25 bits per weight)", "bf16": "BF16"}
     before = "mxfp4" if layout in ("mxfp4", "original") else "bf16"
     assert rows["expert weights"] == [stored[result.program.expert_format.name], stored[before]]
     assert rows["other weights"] == ["BF16", "BF16"]
@@ -208,9 +208,9 @@ def test_top_k_that_changed_is_told(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "in", Shape(experts=8, top_k=4))
     prune(source, tmp_path / "out", lambda m: plan_keeping([0, 1, 2], m))
     card = readme(tmp_path / "out")
-    assert cells(card)["experts a token uses (top-k)"] == ["3", "4"]
+    assert cells(card)["experts per token (top-k)"] == ["3", "4"]
     assert "top-k 3 is not a power of two" in card
-    assert "**Top-k differs.**" in card
+    assert "**Top-k changed.**" in card
 
 
 # --- the same card
@@ -258,7 +258,7 @@ def test_source_without_readme_gets_a_card(source: Path, tmp_path: Path) -> None
     (source / "README.md").unlink()
     prune(source, tmp_path / "out", cut)
     assert not (tmp_path / "out" / "README.source.md").exists()
-    assert "The source's model card names no licence." in readme(tmp_path / "out")
+    assert "The source's model card does not name a licence." in readme(tmp_path / "out")
     assert make_card(tmp_path / "out") == readme(tmp_path / "out")
 
 
@@ -277,9 +277,9 @@ def test_manifest_of_a_version_that_recorded_less_still_gives_a_card(out: Path) 
 
     rewrite(out, forget)
     card = make_card(out)
-    assert cells(card)["experts a token uses (top-k)"] == ["2", "not recorded"]
+    assert cells(card)["experts per token (top-k)"] == ["2", "not recorded"]
     assert cells(card)["expert weights"][1] == "not recorded"
-    with pytest.raises(PlanMismatchError, match="does not say which model was cut"):
+    with pytest.raises(PlanMismatchError, match="does not record which model was pruned"):
         make_card(out, evaluation=evaluation_of("example:tiny", load_plan_of(out), 2))
 
 
@@ -302,7 +302,7 @@ def test_manifest_and_weights_of_two_models_are_refused(out: Path) -> None:
     from tests.support.manifests import rewrite
 
     rewrite(out, lambda d: d["plan"].update(layers=[[0, 1]] * 3))
-    with pytest.raises(VerificationError, match=r"surgery.json: its plan is not the one"):
+    with pytest.raises(VerificationError, match=r"surgery.json: its plan does not match"):
         make_card(out)
 
 
@@ -329,7 +329,7 @@ SECTIONS = [
     "Evaluation",
     "Limits",
     "Usage",
-    "Checking and remaking it",
+    "Verify and reproduce",
     "Licence",
     "Citation",
 ]
@@ -373,15 +373,15 @@ TEXTS = {"law": [{"name": "l.txt", "xxh3_128": "1" * 32, "tokens": 4096}]}
         ({**RANKED, "texts": TEXTS}, ["highest `reap`", "| `law` | 1 | 4,096 | `l.txt` |"]),
         (
             {**RANKED, "protect_super_experts": True},
-            ["outlying activations", "Domains: `law`", "seen: 4,096"],
+            ["outlier activations", "Domains: `law`", "Tokens: 4,096"],
         ),
         ({"method": "frequency", "statistics": ["a/b/c.json"] * 5}, ["5 files of published", "and 2 more"]),
         (
             {"method": "frequency", "statistics": ["a"], "interleaved_with": {"ranking": "all.json"}},
             ["(`all.json`)"],
         ),
-        ({"method": "new way", "beam": 4}, ["made by `new way`", "`beam`: `4`"]),
-        ({"method": None}, ["the plan does not say"]),
+        ({"method": "new way", "beam": 4}, ["recorded in the plan: `new way`", "`beam`: `4`"]),
+        ({"method": None}, ["is not recorded in the plan"]),
         ({"method": 7, "texts": {"a": 3, "b": [4, {"tokens": "x"}]}, "domains": 4, "tokens": True}, ["`7`"]),
     ],
     ids=lambda value: str(value)[:40],
@@ -408,9 +408,9 @@ def test_random_choice_is_told_and_remade_by_the_commands(
     out = tmp_path / "out"
     prune(source, out, cut, top_k=top_k)
     card = readme(out)
-    assert "drawn at random (seed `5`)" in card
+    assert "chosen at random (seed `5`)" in card
     commands = [line for block in blocks(card, "sh") for line in block.splitlines()]
-    (plan,) = [line.split() for line in commands if line.startswith("moe-surgery plan --random")]
+    (plan,) = [line.split() for line in commands if line.startswith("moe-surgery plan ")]
     made = tmp_path / "made.json"
     arguments = [{"path/to/the/source": str(source), "plan.json": str(made)}.get(a, a) for a in plan[1:]]
     with pytest.raises(SystemExit):
@@ -421,7 +421,7 @@ def test_random_choice_is_told_and_remade_by_the_commands(
 def test_plan_without_provenance_says_so(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "in", SHAPE)
     prune(source, tmp_path / "out", Plan("gpt_oss", 8, ((0, 1), (2, 3), (4, 5))))
-    assert "the plan does not say" in readme(tmp_path / "out")
+    assert "is not recorded in the plan" in readme(tmp_path / "out")
 
 
 def test_every_metric_has_words() -> None:
@@ -449,7 +449,7 @@ def test_evaluation_is_shown_with_its_figures(source: Path, out: Path) -> None:
     card = make_card(out, evaluation=evaluation_of(source, plan, 2))
     rows = cells(section(card, "Evaluation"))
     law, code = quality(1, 3, 300), quality(2, 3)
-    redirected = [100 * sum(q.redirected) / 3 for q in (law, code)]
+    redirected = [100 * sum(q.rerouted) / 3 for q in (law, code)]
     assert rows["`law`"] == [
         "300", "2.12", f"{2.718281828459045**law.cross_entropy:.2f}", f"{law.kl:.4f}",
         f"{100 * law.agreement:.1f} %", f"{redirected[0]:.1f} %",

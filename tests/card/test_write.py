@@ -63,7 +63,7 @@ def test_readme_changed_by_hand_is_kept_unless_told(source: Path, out: Path, con
     else:
         readme.write_bytes(content)
     before = contents(out)
-    with pytest.raises(OutputError, match=r"README.md: was not written by this tool, or was changed since"):
+    with pytest.raises(OutputError, match=r"README.md: was not written by moe-surgery or was edited since"):
         write_card(out, NEW)
     assert contents(out) == before
     write_card(out, NEW, overwrite=True)

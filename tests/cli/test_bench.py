@@ -49,7 +49,7 @@ def test_a_benchmark_prints_a_table(capsys: Capture, name: str, texts: Path) -> 
     assert ended.code == 0, ended.err
     words = {
         "decode": ("tokens/s", "4 experts", "read loop"),
-        "speculate": ("break-even", "speed-up", "sums", "adds", "cache"),
+        "speculate": ("break-even", "speed-up", "sums", "added", "cache"),
         "surgery": ("x cp", "peak memory", "inspect s"),
         "kernels": ("route", "experts", "dense", "of read loop"),
     }
@@ -147,7 +147,7 @@ def test_interrupting_prints_what_was_measured_so_far(
     out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, err
     assert "Traceback" not in err
-    said = "moe-surgery: interrupted; the figures are what was measured until then"
+    said = "moe-surgery: interrupted; figures are of what was measured so far"
     assert err.splitlines()[-1] == said
     if form == "json":
         found = json.loads(out)
@@ -172,7 +172,7 @@ def test_what_was_interrupted_before_anything_was_measured_says_so() -> None:
     terminal = Terminal()
     with pytest.raises(click.Abort):
         finish(terminal, interrupted=True, measured=False)
-    assert terminal.after_interrupt == "; nothing was measured yet"
+    assert terminal.after_interrupt == "; nothing measured yet"
     finish(terminal, interrupted=False, measured=True)
 
 
@@ -188,14 +188,14 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         ["decode", TINY, "--expert-counts", "33"],
         "--expert-counts 33: the model has 32 experts",
     ),
-    "no draft": (["speculate", TINY], "nothing drafts; pass --draft, --draft-plan or"),
+    "no draft": (["speculate", TINY], "no draft; pass --draft, --draft-plan or"),
     "no length": (
         ["speculate", TINY, "--draft-top-k", "1", "--draft-lengths", "0"],
         "--draft-lengths 0: must be 1 to 64",
     ),
     "too long a context": (
         ["speculate", TINY, "--draft-top-k", "1", "--depth", "5000"],
-        "--depth 5000 and --draft-lengths need 5010 tokens; these models take 4096",
+        "--depth 5000 and --draft-lengths need 5010 tokens; these models support 4096",
     ),
     "no new tokens": (
         ["speculate", TINY, "--draft-top-k", "1", "--max-new-tokens", "0"],
@@ -203,7 +203,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     ),
     "a draft that takes more": (
         ["speculate", TINY, "--draft-top-k", "5"],
-        "--draft-top-k 5: example:tiny takes 4 itself; a draft must take fewer",
+        "--draft-top-k 5: example:tiny itself uses 4; a draft must use fewer",
     ),
     "more experts than there are": (
         ["surgery", TINY, "--expert-counts", "33"],

@@ -63,7 +63,7 @@ def test_card_with_an_evaluation_is_written_into_the_checkpoint(
     ended = call(capsys, "card", out, *options)
     assert ended.code == 0, ended.err
     text = (out / "README.md").read_text()
-    assert "routes redirected" in text
+    assert "rerouted" in text
     assert (metadata(text)["base_model"], metadata(text)["license"]) == ("a/b", "mit")
     assert_sound(out, source)
     assert call(capsys, "card", out, *options).code == 0
@@ -77,7 +77,7 @@ def test_card_with_an_evaluation_is_written_into_the_checkpoint(
 @pytest.mark.parametrize(
     ("options", "code", "word"),
     [
-        (["--write", "-o", "x"], 2, "exclude"),
+        (["--write", "-o", "x"], 2, "choose one of --write and -o"),
         (["--overwrite"], 2, "--write"),
         (["--base-model", "a b"], 2, "--base-model a b"),
         (["--license", "a b"], 2, "--license a b"),

@@ -88,9 +88,9 @@ def test_one_file_is_a_checkpoint_if_it_holds_the_whole_model(tmp_path: Path, ca
 
 
 PLANS = {
-    "keep": ["--keep", "0,3,8-11", "--checkpoint", TINY],
-    "keep all": ["--keep", "all", "--checkpoint", TINY],
-    "random": ["--random", "-n", "5", "--seed", "3", "--checkpoint", TINY],
+    "keep": ["--keep", "0,3,8-11", TINY],
+    "keep all": ["--keep", "all", TINY],
+    "random": ["--random", "-n", "5", "--seed", "3", TINY],
 }
 
 
@@ -120,10 +120,10 @@ def test_a_plan_from_a_ranking_takes_the_model_type_from_where_it_is_said(
     ranking = tmp_path / "r.json"
     ranking.write_text('{"layer_0": [3, 1, 0, 2], "layer_1": [2, 0, 3, 1]}')
     by_name = done(call(capsys, "plan", ranking, "-n", 2, "--model-type", "gpt_oss")).json()
-    by_model = done(call(capsys, "plan", ranking, "-n", 2, "--checkpoint", source)).json()
+    by_model = done(call(capsys, "plan", ranking, "-n", 2, source)).json()
     assert by_name == by_model
     assert by_name["layers"] == [[1, 3], [0, 2]]
-    ordered = call(capsys, "plan", ranking, "-n", 2, "--checkpoint", source, "--order", "ranking")
+    ordered = call(capsys, "plan", ranking, "-n", 2, source, "--order", "ranking")
     assert done(ordered).json()["layers"] == [[3, 1], [2, 0]]
     assert done(ordered).json()["provenance"]["ranking"] == "r.json"
 
@@ -191,7 +191,7 @@ def test_prune_in_json_tells_what_it_did(dtype: str, tmp_path: Path, capsys: Cap
 def test_prune_takes_a_plan_file_as_it_stands(tmp_path: Path, capsys: Capture) -> None:
     source = write_checkpoint(tmp_path / "in", Shape(layers=2, experts=4), shards=2)
     plan, out = tmp_path / "plan.json", tmp_path / "out"
-    done(call(capsys, "plan", "--keep", "0,1", "--checkpoint", source, "-o", plan))
+    done(call(capsys, "plan", "--keep", "0,1", source, "-o", plan))
     edited = json.loads(plan.read_text()) | {"layers": [[3, 0], [1, 2]], "top_k": 1, "note": "mine"}
     plan.write_text(json.dumps(edited))
     done(call(capsys, "prune", source, out, "--plan", plan))
@@ -216,7 +216,7 @@ def test_verify_tells_sound_from_broken(tmp_path: Path, capsys: Capture) -> None
     out = tmp_path / "out"
     done(call(capsys, "prune", TINY, out, "--keep", "0-3"))
     sound = done(call(capsys, "verify", out, "--source", TINY))
-    assert sound.out.startswith(f"{out}: sound (")
+    assert sound.out.startswith(f"{out}: OK (")
     assert done(call(capsys, "verify", out, "--json")).json()["ok"] is True
     assert "structure only" in done(call(capsys, "verify", out, "--structure-only")).out
 

@@ -46,28 +46,51 @@ def test_dtype_is_what_is_computed_in_and_store_how_weights_are_stored() -> None
     }
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "inspect",
-        "profile",
-        "search",
-        "evaluate",
-        "prune",
-        "export",
-        "generate",
-        "bench speculate",
-        "bench surgery",
-    ],
-)
-def test_the_model_is_the_first_argument(command: str) -> None:
-    first = next(p for p in at(tuple(command.split())).params if isinstance(p, click.Argument))
-    assert (first.name, first.nargs, first.required) == ("ckpt", 1, True)
+WITHOUT_A_MODEL = {"stats merge", "stats show", "rank", "plan", "report", "bench kernels", "demo", "doctor"}
+
+
+def arguments(path: tuple[str, ...]) -> list[click.Argument]:
+    return [p for p in at(path).params if isinstance(p, click.Argument)]
+
+
+def test_the_model_is_the_first_argument_of_every_command_that_reads_one() -> None:
+    """`plan` can do without one; there CKPT comes after the ranking."""
+    first = {" ".join(path): next(iter(arguments(path)), None) for path in PATHS}
+    models = {name: a for name, a in first.items() if a is not None and a.human_readable_name[:4] == "CKPT"}
+    assert set(first) - set(models) == WITHOUT_A_MODEL
+    assert all(a.required and a.nargs == (-1 if name == "bench decode" else 1) for name, a in models.items())
+    assert [a.human_readable_name for a in arguments(("plan",))] == ["[RANKING|STATS]", "[CKPT]"]
+
+
+def test_an_option_takes_a_checkpoint_only_beside_the_model() -> None:
+    """The source to compare with, and the draft."""
+    second = {(" ".join(p), n) for p in PATHS for n, o in options(p).items() if o.metavar == "CKPT"}
+    assert second == {("verify", "--source"), ("generate", "--draft"), ("bench speculate", "--draft")}
+
+
+def meaning(help_text: str) -> str:
+    """What an option is, without what a command does with it and its default."""
+    return re.split(r"[;:.(]", help_text)[0]
+
+
+def test_an_option_means_the_same_in_every_command() -> None:
+    meanings: dict[str, set[str]] = defaultdict(set)
+    for path in PATHS:
+        for name, option in options(path).items():
+            meanings[name].add(meaning(option.help or ""))
+    outputs = meanings.pop("--output") | meanings.pop("-o")
+    assert all(text.startswith("Write ") for text in outputs)
+    assert {name: found for name, found in meanings.items() if len(found) > 1} == {}
+
+
+def test_defaults_are_written_in_one_form() -> None:
+    texts = [option.help or "" for path in PATHS for option in options(path).values()]
+    assert [text for text in texts if re.search(r"[Dd]efault", text) and "; default: " not in text] == []
 
 
 @pytest.mark.parametrize(
     "gone",
-    ["--new-tokens", "--lengths", "--target", "--batch-size"],
+    ["--new-tokens", "--lengths", "--target", "--batch-size", "--checkpoint"],
 )
 def test_old_spellings_are_gone(gone: str) -> None:
     assert [path for path in PATHS if gone in options(path)] == []
@@ -79,7 +102,10 @@ def test_plan_and_prune_say_which_experts_stay_by_the_same_options() -> None:
     assert [plan[name].help for name in shared] == [prune[name].help for name in shared]
 
 
-PRIVATE_WORDS = r"\b(is no|anew|goes on|so many|of its own|as it is|otherwise than|told|said)\b"
+PRIVATE_WORDS = (
+    r"\b(is no|anew|goes? on|goes? with|so many|of (its|their) own|as it (is|was)|otherwise than|told|said|likeliest|"
+    r"for each token|a token|a layer together|what is left|hold|asked|drawn|beside)\b"
+)
 
 
 @pytest.mark.parametrize("path", PATHS, ids=" ".join)

@@ -59,7 +59,7 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: Capture) -> None:
 
 def test_with_a_plan_and_a_name(tmp_path: Path, capsys: Capture) -> None:
     plan, out = tmp_path / "plan.json", tmp_path / "tiny-3.gguf"
-    chosen = ("--keep", "0,9,31", "--checkpoint", "example:tiny")
+    chosen = ("--keep", "0,9,31", "example:tiny")
     assert call(capsys, "plan", *chosen, "-o", plan).code == 0
     arguments = ("export", "example:tiny", out, "--plan", plan, "--name", "three")
     said = call(capsys, *arguments, "--json").json()

@@ -158,7 +158,7 @@ def refused(ended: Ended, code: int) -> str:
 
 
 OPTIONS: dict[str, tuple[list[str], int, str]] = {
-    "prompt and chat": (["--chat", "b"], 2, "--prompt and --chat exclude each other"),
+    "prompt and chat": (["--chat", "b"], 2, "choose one of --prompt and --chat"),
     "unknown device": (
         ["--device", "gpu"],
         2,
@@ -167,8 +167,8 @@ OPTIONS: dict[str, tuple[list[str], int, str]] = {
     "unknown backend": (["--backend", "magic"], 2, "--backend magic: unknown; known: "),
     "unknown dtype": (["--dtype", "f8"], 2, "Invalid value for '--dtype'"),
     "no new tokens": (["--max-new-tokens", "0"], 2, "--max-new-tokens 0: must be at least 1"),
-    "no context": (["--context", "0"], 2, "--context 0: this model takes 1 to 4096 tokens"),
-    "too much context": (["--context", "5000"], 2, "--context 5000: this model takes 1 to 4096 tokens"),
+    "no context": (["--context", "0"], 2, "--context 0: this model supports 1 to 4096 tokens"),
+    "too much context": (["--context", "5000"], 2, "--context 5000: this model supports 1 to 4096 tokens"),
     "short context": (["--context", "3"], 2, "the prompt has 22 tokens, but the context is 3; shorten it"),
     "cold": (["--temperature", "-1"], 2, "--temperature -1.0: must be a number of at least 0"),
     "no temperature": (["--temperature", "nan"], 2, "--temperature nan: must be"),
@@ -319,19 +319,19 @@ def test_a_draft_that_is_the_model_is_accepted_whole(capsys: Capture) -> None:
     ended = said(capsys, "--prompt", PROMPT, "--dtype", "f32", "--draft", TINY)
     assert ended.out == expected(PROMPT, dtype=torch.float32)[0] + "\n"
     assert ended.err.splitlines()[-1].startswith("100% of ")
-    assert ended.err.splitlines()[-1].endswith(" tokens a target step")
+    assert ended.err.splitlines()[-1].endswith(" tokens per target step")
 
 
 DRAFTS: dict[str, tuple[list[str], int, str]] = {
     "two drafts": (
         ["--draft", TINY, "--draft-plan", "p.json"],
         2,
-        "--draft and --draft-plan exclude each other",
+        "choose one of --draft and --draft-plan",
     ),
     "nothing drafts": (
         ["--draft-length", "2"],
         2,
-        "--draft-length: nothing drafts; pass --draft, --draft-plan or",
+        "--draft-length needs --draft, --draft-plan or",
     ),
     "no length": (
         ["--draft", TINY, "--draft-length", "0"],
@@ -359,4 +359,4 @@ def test_a_draft_of_another_tokenizer_is_one_line(capsys: Capture, tiny: Path) -
     vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
     put(tiny / "tokenizer.json", json.dumps(tokenizer))
     line = refused(call(capsys, "generate", TINY, "--prompt", PROMPT, "--draft", tiny), 2)
-    assert line == f"--draft {tiny}: its tokenizer numbers tokens differently from that of {TINY}"
+    assert line == f"--draft {tiny}: its tokenizer has other token ids than that of {TINY}"

@@ -43,7 +43,7 @@ def test_the_engines_commands_never_import_torch(tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
     commands: list[list[str | Path]] = [
         ["inspect", source],
-        ["plan", "--random", "--experts", "2", "--checkpoint", source, "-o", plan],
+        ["plan", "--random", "--experts", "2", source, "-o", plan],
         ["prune", source, tmp_path / "same", "--plan", plan],
         ["prune", source, tmp_path / "bf16", "--plan", plan, "--store", "bf16"],
         ["prune", tmp_path / "bf16", tmp_path / "mxfp4", "--keep", "all", "--store", "mxfp4"],
@@ -67,7 +67,7 @@ def test_what_only_moves_bytes_does_without_numpy(tmp_path: Path) -> None:
     ranking.write_text(json.dumps({f"layer_{i}": list(range(found.experts)) for i in range(found.layers)}))
     commands: list[list[str | Path]] = [
         ["inspect", source],
-        ["plan", ranking, "--experts", "2", "--checkpoint", source, "-o", plan],
+        ["plan", ranking, "--experts", "2", source, "-o", plan],
         ["prune", source, tmp_path / "out", "--plan", plan],
         ["verify", tmp_path / "out", "--source", source],
     ]

@@ -112,7 +112,7 @@ PLACES: dict[str, tuple[str, str, set[str], int]] = {
     ),
     "profile": ("profile {file} --texts {in}/texts.txt -o {new}/s", "a checkpoint", CHECKPOINTS, 2),
     "bench surgery": ("bench surgery {file}", "a checkpoint", CHECKPOINTS, 2),
-    "plan --checkpoint": ("plan --keep 0 --checkpoint {file}", "a checkpoint", CHECKPOINTS, 2),
+    "plan CKPT": ("plan --keep 0 {file}", "a checkpoint", CHECKPOINTS, 2),
     "verify": ("verify {file}", "a checkpoint", CHECKPOINTS, 2),
     "verify --source": ("verify {in}/pruned --source {file}", "a checkpoint", CHECKPOINTS, 2),
     "card": ("card {file}", "a checkpoint", CHECKPOINTS, 2),
@@ -143,7 +143,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "numbered.json").write_text(json.dumps({str(n): row for n, row in enumerate(layers)}))
     lines = [json.dumps({str(n): row}) + "\n" for n, row in enumerate(layers)]
     (folder / "numbered.jsonl").write_text("".join(lines))
-    run("plan", "--keep", "0-3", "--checkpoint", TINY, "-o", "{in}/plan.json")
+    run("plan", "--keep", "0-3", TINY, "-o", "{in}/plan.json")
     plan = json.loads((folder / "plan.json").read_text())
     (folder / "sorted-plan.json").write_text(json.dumps(dict(reversed(plan.items())), indent=4))
     run("prune", TINY, "{in}/pruned", "--plan", "{in}/plan.json")
@@ -243,7 +243,7 @@ SOURCES = [
 WRITERS = {
     "prune": "prune example:tiny {out} --keep 0",
     "export": "export example:tiny {out}",
-    "plan": "plan --keep 0 --checkpoint example:tiny -o {out}",
+    "plan": "plan --keep 0 example:tiny -o {out}",
     "rank": "rank {in}/tiny.stats --metric reap -o {out}",
     "profile": "profile example:tiny --texts {in}/texts.txt -o {out}",
     "search": "search example:tiny --texts {in}/texts.txt -o {out}",

@@ -66,7 +66,7 @@ def test_all_is_a_word_of_its_own() -> None:
     "text", ["", ",", "1,,2", "1-", "-1", "1-2-3", "a", "All", "1;2", "1.0", "123456", "٣"]
 )
 def test_what_is_no_list_is_refused(text: str) -> None:
-    with pytest.raises(click.BadParameter, match="is not an expert; write all, or numbers and ranges"):
+    with pytest.raises(click.BadParameter, match="is not an expert number; write all, or numbers and ranges"):
         EXPERT_LIST.convert(text, None, None)
 
 

@@ -57,7 +57,7 @@ def test_no_string_of_the_library_names_an_option_of_the_command_line() -> None:
         ("prune", "`card=False` or `card=True`", "--no-card or --card"),
         ("generate", "`sampling.top_k` -1 and `top_k` 2", "--sampling-top-k -1 and --top-k 2"),
         ("generate", "`sampling.seed` -1", "--seed -1"),
-        ("generate", "`length` 0", "--draft-length 0"),
+        ("generate", "`draft_length` 0", "--draft-length 0"),
         ("plan", "`experts` 0", "--experts 0"),
         ("inspect", "`ckpt`: what is it", "CKPT: what is it"),
         (

@@ -117,7 +117,7 @@ def test_what_does_not_go_with_a_topic_is_refused(tree: Path, tmp_path: Path, ca
         ([tree, "--topic", "maths"], "'maths' is not one of 'all'"),
         ([tree, tree, "--topic", "law"], "--topic takes one source"),
         ([tree, "--topic", "law", "--interleave-with", "published:all"], "--topic takes one source"),
-        ([tree, "--topic", "law", "--metric", "reap"], "published statistics are ranked by frequency alone"),
+        ([tree, "--topic", "law", "--metric", "reap"], "published statistics are ranked by frequency only"),
     ):
         ended = call(capsys, "rank", *arguments)
         assert (ended.code, ended.out) == (2, "")

@@ -137,8 +137,8 @@ def test_an_effort_that_nobody_reads_is_one_line(capsys: Capture, model: Path) -
         ended = asked(capsys, source, "--reasoning-effort", "low")
         assert (ended.code, ended.out) == (2, "")
         assert ended.error == (
-            f"moe-surgery: --reasoning-effort low: the chat template of {source} does not read it"
+            f"moe-surgery: --reasoning-effort low: the chat template of {source} does not support it"
         )
     ended = call(capsys, "generate", "example:tiny", "--prompt", "x", "--reasoning-effort", "low")
-    assert (ended.code, ended.error) == (2, "moe-surgery: --reasoning-effort: only with --chat")
+    assert (ended.code, ended.error) == (2, "moe-surgery: --reasoning-effort needs --chat")
     assert asked(capsys, "example:tiny", "--reasoning-effort", "utmost").code == 2

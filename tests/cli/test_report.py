@@ -54,7 +54,7 @@ def test_it_writes_the_page_and_says_what_it_shows(
         "evaluations": ["cuts.json"],
         "pictures": [],
     }
-    assert "3 layers of 8 experts on 2 domains" in ended.err
+    assert "3 layers of 8 experts, 2 domains" in ended.err
     # Again: the file is replaced, and the same bytes come out.
     again = call(
         capsys, "report", files["stats"], "--plan", files["plan"], "--evaluation", files["cuts"], "-o", out,
@@ -109,7 +109,7 @@ def test_the_output_is_a_file_and_no_input(files: dict[str, Path], tmp_path: Pat
             files[name],
         )  # fmt: skip
         assert ended.code == 2
-        assert "is the input" in ended.error
+        assert "is an input" in ended.error
         assert files[name].read_bytes() == before
     assert call(capsys, "report", files["plan"], "-o", tmp_path / "r.html").code == 3
     assert call(capsys, "report", files["stats"]).code == 2

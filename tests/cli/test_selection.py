@@ -109,7 +109,7 @@ def test_merged_halves_are_the_whole_file(place: Path, tmp_path: Path, capsys: C
     out = tmp_path / "merged"
     files = [place / "sums.stats", place / "talk.stats"]
     shown = done(call(capsys, "stats", "merge", *files, "-o", out))
-    assert f"{out}: 2 files added" in shown.err
+    assert f"{out}: 2 files merged" in shown.err
     merged, both = load_statistics(out), load_statistics(place / "both.stats")
     assert (merged.tokens, merged.texts, merged.settings) == (both.tokens, both.texts, both.settings)
     for domain in both.domains:
@@ -326,9 +326,7 @@ def test_a_plan_straight_from_statistics_is_that_of_their_ranking(
     options = ["--metric", "reap", "--domain", "talk", "--protect-super-experts"]
     done(call(capsys, "rank", place / "both.stats", *options, "-o", tmp_path / "r.json"))
     by_ranking = done(call(capsys, "plan", tmp_path / "r.json", "-n", 6)).json()
-    straight = done(
-        call(capsys, "plan", place / "both.stats", *options, "-n", 6, "--checkpoint", TINY)
-    ).json()
+    straight = done(call(capsys, "plan", place / "both.stats", *options, "-n", 6, TINY)).json()
     assert straight == by_ranking
     told = straight["provenance"]
     assert (told["method"], told["domains"]) == ("reap", ["talk:answer", "talk:prompt"])
@@ -364,7 +362,7 @@ def test_coverage_keeps_the_fewest_experts_that_carry_it(
 def test_a_target_size_keeps_the_most_experts_that_fit_it(
     storage: str, place: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    options = ["--metric", "gate", "--target-size", "4MB", "--store", storage, "--checkpoint", TINY]
+    options = ["--metric", "gate", "--target-size", "4MB", "--store", storage, TINY]
     out = tmp_path / "plan.json"
     done(call(capsys, "plan", place / "both.stats", *options, "-o", out))
     plan = load_plan(out)
@@ -383,7 +381,7 @@ def test_a_target_size_keeps_the_most_experts_that_fit_it(
 
 def test_target_params_keep_the_most_experts_that_fit(place: Path, capsys: Capture) -> None:
     sizes = {size.experts: size.parameters for size in inspect(TINY).sizes}
-    options = ["--metric", "gate", "--checkpoint", TINY, "--target-params"]
+    options = ["--metric", "gate", TINY, "--target-params"]
     for target, expected in ((sizes[7], 7), (sizes[7] - 1, 6), (sizes[32] * 5, 32)):
         plan = done(call(capsys, "plan", place / "both.stats", *options, target)).json()
         assert {len(row) for row in plan["layers"]} == {expected}
@@ -466,7 +464,7 @@ CASES: dict[str, tuple[str, int, str]] = {
     "profile: an output that is the text": (
         "profile example:tiny --texts {in}/sums.txt -o {in}/sums.txt",
         2,
-        "is the input",
+        "is an input",
     ),
     "profile: a model without a tokenizer": (
         "profile {in}/other --texts {in}/sums.txt -o {new}/s",
@@ -493,7 +491,7 @@ CASES: dict[str, tuple[str, int, str]] = {
         4,
         "sums.txt is in two",
     ),
-    "merge: onto an input": ("stats merge {in}/sums.stats -o {in}/sums.stats", 2, "is the input"),
+    "merge: onto an input": ("stats merge {in}/sums.stats -o {in}/sums.stats", 2, "is an input"),
     "merge: a ranking": ("stats merge {in}/r.json -o {new}/s", 3, "{in}/r.json: "),
     "show: no such file": ("stats show {new}/no.stats", 5, "no.stats: cannot open"),
     "show: a checkpoint": (
@@ -525,13 +523,13 @@ CASES: dict[str, tuple[str, int, str]] = {
     ),
     "rank: a ranking as the source": ("rank {in}/r.json", 3, "{in}/r.json: "),
     "rank: a metric for a ranking": ("rank {in}/r.json --metric reap", 3, "is a ranking, not"),
-    "rank: experts of ours": ("rank {in}/both.stats --metric reap --num-experts 32", 2, "hold both"),
+    "rank: experts of ours": ("rank {in}/both.stats --metric reap --num-experts 32", 2, "have both"),
     "plan: another checkpoint's statistics": (
-        "plan {in}/both.stats --metric reap -n 2 --checkpoint {in}/other",
+        "plan {in}/both.stats --metric reap -n 2 {in}/other",
         4,
         "the statistics are of another checkpoint",
     ),
-    "plan: no metric": ("plan {in}/both.stats -n 2", 2, "choose how to rank them: --metric frequency|"),
+    "plan: no metric": ("plan {in}/both.stats -n 2", 2, "choose how to rank it: --metric frequency|"),
     "plan: an unknown metric": ("plan {in}/both.stats --metric best -n 2", 2, "--metric best: unknown"),
     "plan: an unknown domain": (
         "plan {in}/both.stats --metric reap --domain x -n 2",
@@ -558,27 +556,27 @@ CASES: dict[str, tuple[str, int, str]] = {
     ),
     "plan: no share": ("plan {in}/both.stats --metric reap --coverage 0", 2, "--coverage 0: must be"),
     "plan: a target too small": (
-        "plan {in}/both.stats --metric reap --target-size 1kB --checkpoint example:tiny",
+        "plan {in}/both.stats --metric reap --target-size 1kB example:tiny",
         2,
         "even with one expert a layer it has",
     ),
     "plan: too few weights": (
-        "plan {in}/both.stats --metric reap --target-params 1k --checkpoint example:tiny",
+        "plan {in}/both.stats --metric reap --target-params 1k example:tiny",
         2,
         "even with one expert a layer it has",
     ),
     "plan: a target for no model": (
         "plan {in}/both.stats --metric reap --target-size 2MB",
         2,
-        "--target-size needs --checkpoint",
+        "--target-size needs CKPT",
     ),
     "plan: no size": (
-        "plan {in}/both.stats --metric reap --target-size big --checkpoint example:tiny",
+        "plan {in}/both.stats --metric reap --target-size big example:tiny",
         2,
         "'big' is not a size",
     ),
     "plan: no count": (
-        "plan {in}/both.stats --metric reap --target-params 6.6X --checkpoint example:tiny",
+        "plan {in}/both.stats --metric reap --target-params 6.6X example:tiny",
         2,
         "'6.6X' is not a number",
     ),
@@ -593,19 +591,19 @@ CASES: dict[str, tuple[str, int, str]] = {
         "the ranking is for gpt_oss, not for other",
     ),
     "plan: a domain for drawn experts": (
-        "plan --random -n 3 --domain x --checkpoint example:tiny",
+        "plan --random -n 3 --domain x example:tiny",
         2,
-        "go with STATS",
+        "need STATS",
     ),
     "plan: a way to hold nothing": (
         "plan {in}/both.stats --metric reap -n 3 --coverage-over mean",
         2,
-        "--coverage-over goes with --coverage",
+        "--coverage-over needs --coverage",
     ),
     "plan: storage for nothing": (
         "plan {in}/both.stats --metric reap -n 3 --store bf16",
         2,
-        "--store goes with --target-size",
+        "--store needs --target-size",
     ),
     "evaluate: nothing to hold against": (
         "evaluate example:tiny --texts {in}/sums.txt",
@@ -645,7 +643,7 @@ CASES: dict[str, tuple[str, int, str]] = {
     "evaluate: onto a plan": (
         "evaluate example:tiny --plan {new}/p.json --texts {in}/sums.txt -o {new}/p.json",
         2,
-        "is the input",
+        "is an input",
     ),
     "evaluate: a ranking as a plan": (
         "evaluate example:tiny --plan {in}/r.json --texts {in}/sums.txt",

@@ -41,7 +41,7 @@ def refused(ended: Ended, code: int = 2) -> str:
 
 def planned(capsys: Capture, path: Path, *options: str) -> Path:
     keep = ",".join(map(str, KEPT))
-    done(call(capsys, "plan", "--keep", keep, "--checkpoint", TINY, *options, "-o", path))
+    done(call(capsys, "plan", "--keep", keep, TINY, *options, "-o", path))
     return path
 
 
@@ -77,8 +77,8 @@ def test_plans_of_every_kind_take_it(capsys: Capture, tmp_path: Path) -> None:
     ranking.write_text(json.dumps({f"layer_{i}": list(range(32)) for i in range(4)}))
     for options in (
         (str(ranking), "--experts", "8", "--model-type", "gpt_oss"),
-        ("--random", "--experts", "8", "--checkpoint", TINY),
-        ("--keep", "0-7", "--checkpoint", TINY),
+        ("--random", "--experts", "8", TINY),
+        ("--keep", "0-7", TINY),
     ):
         told = done(call(capsys, "plan", *options, "--top-k", "7"))
         assert json.loads(told.out)["top_k"] == 7
@@ -120,8 +120,8 @@ def test_generate_routes_by_it_and_samples_by_the_other(top_k: int, capsys: Capt
     )
     assert ended.json()["tokens"] == expected[0, prompt.shape[1] :].tolist()
     assert ended.error == (
-        f"note: the router chooses {top_k} experts for each token instead of 4; --sampling-top-k limits the "
-        "tokens to draw from"
+        f"note: the router chooses {top_k} experts per token instead of 4; to limit the tokens to sample from "
+        "use --sampling-top-k"
     )
     drawn = ("--temperature", "5", "--seed", "3", "--sampling-top-k", "1")
     assert done(call(capsys, *options, *drawn)).json()["tokens"] == ended.json()["tokens"]
@@ -137,8 +137,8 @@ def test_generate_as_usual_says_nothing_of_it(capsys: Capture) -> None:
 def test_help_says_which_top_k_is_which(capsys: Capture) -> None:
     for command in ("plan", "prune", "export", "generate", "evaluate"):
         told = " ".join(done(call(capsys, command, "--help")).out.split())
-        assert "--top-k N Experts the router chooses for each token" in told
-        assert ("--sampling-top-k N Draw from the N likeliest tokens only" in told) == (command == "generate")
+        assert "--top-k N Experts per token" in told
+        assert ("--sampling-top-k N Sample from the N most likely tokens" in told) == (command == "generate")
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +204,7 @@ def test_a_draft_may_not_choose_more_than_it_has(capsys: Capture, tmp_path: Path
         f"--draft-top-k 3: {plan} keeps 2 experts in a layer; choose 1 to 2"
     )
     told = refused(call(capsys, *options[:-2], "--top-k", "2", "--draft-top-k", "3"))
-    assert told.startswith("--draft-top-k 3: example:tiny takes 2 itself")
+    assert told.startswith("--draft-top-k 3: example:tiny itself uses 2")
 
 
 # --- a checkpoint whose config.json says it in two ways
@@ -228,7 +228,7 @@ def test_a_config_that_a_user_changed_is_noted_once_by_every_command(
     told = {}
     for name, arguments in {
         "inspect": ("inspect", source, "--json"),
-        "plan": ("plan", "--random", "-n", "8", "--checkpoint", source, "-o", plan, "--json"),
+        "plan": ("plan", "--random", "-n", "8", source, "-o", plan, "--json"),
         "prune": ("prune", source, out, "--plan", plan, "--json"),
         "verify": ("verify", out, "--source", source, "--json"),
         "export": ("export", source, tmp_path / "out.gguf", "--plan", plan, "--json"),

@@ -17,7 +17,7 @@ _backends: dict[tuple[str, int], NativeBackend] = {}
 
 
 def native(isa: str = "", threads: int = 1) -> NativeBackend:
-    """One backend per variant and number of threads, made once."""
+    """One backend per variant and number of threads, created once."""
     if (isa, threads) not in _backends:
         _backends[isa, threads] = NativeBackend(isa, threads)
     return _backends[isa, threads]
@@ -36,9 +36,9 @@ def relative_error(got: torch.Tensor, exact: np.ndarray) -> float:
 
 def shifted(tensor: torch.Tensor, by: int) -> torch.Tensor:
     """The same values `by` bytes past an aligned address, a multiple of the item's size."""
-    room = torch.empty(tensor.nbytes + by + 64, dtype=torch.uint8)
-    start = -room.data_ptr() % 64 + by
-    moved = room[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+    buffer = torch.empty(tensor.nbytes + by + 64, dtype=torch.uint8)
+    start = -buffer.data_ptr() % 64 + by
+    moved = buffer[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
     moved.copy_(tensor)
     assert moved.data_ptr() % 64 == by % 64
     return moved

@@ -1,4 +1,4 @@
-"""Backends are chosen by name, and one that was asked for is never replaced."""
+"""Backends are chosen by name, and a named one is never replaced."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_states_say_what_is_chosen_on_the_cpu_and_why(monkeypatch: pytest.Monkey
 
 @pytest.fixture
 def nothing_logged() -> Iterator[None]:
-    """The note that is given once per process counts as not given, before and after the test."""
+    """Forgets, before and after the test, that the once-per-process note was logged."""
     kernels._log_missing.cache_clear()
     yield
     kernels._log_missing.cache_clear()
@@ -101,9 +101,9 @@ NOTE = "backend reference (plain PyTorch, slower) on cpu, because native does no
 def test_a_command_without_the_extension_shows_a_note(
     no_extension: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = call(capsys, *GENERATE)
-    assert told.code == 0
-    [line] = [line for line in told.err.splitlines() if NOTE in line]
+    result = call(capsys, *GENERATE)
+    assert result.code == 0
+    [line] = [line for line in result.err.splitlines() if NOTE in line]
     assert line.startswith(f"note: {NOTE}not available (")
     assert not logging.getLogger("moe_surgery").handlers
 

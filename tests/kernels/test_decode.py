@@ -28,7 +28,7 @@ def everything() -> tuple[np.ndarray, np.ndarray]:
 
 
 def same_bits(got: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Equal bit for bit: signed zeros and infinities are told apart."""
+    """Equal bit for bit: signed zeros and infinities differ."""
     return torch.equal(got.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))
 
 

@@ -46,17 +46,17 @@ def make_case(
 ) -> Case:
     """`stored` experts of which the router knows `experts`; without it they are the same."""
     rng = np.random.default_rng(seed)
-    held = stored or experts
+    num_stored = stored or experts
     weights = []
     for rows, columns in ((2 * intermediate, hidden), (hidden, intermediate)):
-        blocks = rng.integers(0, 256, (held, rows, columns // 32, 16), np.uint8)
-        scales = rng.integers(119, 125, (held, rows, columns // 32), np.uint8)
+        blocks = rng.integers(0, 256, (num_stored, rows, columns // 32, 16), np.uint8)
+        scales = rng.integers(119, 125, (num_stored, rows, columns // 32), np.uint8)
         if packed:
             weights.append(Mxfp4Weight(torch.from_numpy(blocks), torch.from_numpy(scales)))
         else:
             bits = torch.from_numpy(decode(blocks, scales).view(np.int16)).view(torch.bfloat16)
             weights.append(DenseWeight(bits.transpose(1, 2).contiguous()))
-    bits = [random_bf16(rng, (held, rows)).view(np.int16) for rows in (2 * intermediate, hidden)]
+    bits = [random_bf16(rng, (num_stored, rows)).view(np.int16) for rows in (2 * intermediate, hidden)]
     biases = [torch.from_numpy(b).view(torch.bfloat16) for b in bits]
     expert_map = None if stored is None else torch.from_numpy(rng.permutation(stored)[:experts])
     ids = np.stack([rng.permutation(experts)[:top_k] for _ in range(tokens)])
@@ -85,11 +85,11 @@ def brute_force(case: Case) -> np.ndarray:
     y = np.zeros_like(case.x)
     for token, (ids, weights) in enumerate(zip(case.ids, case.weights, strict=True)):
         for expert, weight in zip(ids, weights, strict=True):
-            place = expert if e.expert_map is None else int(e.expert_map[expert])
-            h = gate_up[place] @ case.x[token] + gate_up_bias[place]
+            stored_expert = expert if e.expert_map is None else int(e.expert_map[expert])
+            h = gate_up[stored_expert] @ case.x[token] + gate_up_bias[stored_expert]
             gate, up = np.minimum(h[::2], e.limit), np.clip(h[1::2], -e.limit, e.limit)
             z = (up + 1) * gate / (1 + np.exp(-e.alpha * gate))
-            y[token] += weight * (down[place] @ z + down_bias[place])
+            y[token] += weight * (down[stored_expert] @ z + down_bias[stored_expert])
     return y
 
 

@@ -20,7 +20,7 @@ torch = pytest.importorskip("torch")
 from moe_surgery.errors import UsageError  # noqa: E402
 from moe_surgery.kernels import select_backend  # noqa: E402
 from moe_surgery.kernels.native import NativeBackend  # noqa: E402
-from moe_surgery.kernels.native.operands import log_plain  # noqa: E402
+from moe_surgery.kernels.native.operands import log_fallback  # noqa: E402
 from moe_surgery.kernels.reference import ReferenceBackend  # noqa: E402
 from moe_surgery.kernels.weights import DenseWeight, ExpertWeights, Mxfp4Weight, Weight  # noqa: E402
 from tests.kernels.native_cases import (  # noqa: E402
@@ -86,10 +86,10 @@ def test_experts_are_the_formulas(isa: str, case: Case, threads: int, dtype: tor
         torch.float32: lambda a: a,
         torch.bfloat16: lambda a: torch.from_numpy(a).to(dtype).double().numpy(),
     }
-    given_ = Case(held[dtype](case.x), case.ids, held[dtype](case.weights), case.experts)
+    inputs = Case(held[dtype](case.x), case.ids, held[dtype](case.weights), case.experts)
     got = run(native(isa, threads), case, dtype)
     assert got.dtype == dtype
-    assert relative_error(got, brute_force(given_)) <= (EXPERTS_ERROR if dtype == torch.float32 else 4e-3)
+    assert relative_error(got, brute_force(inputs)) <= (EXPERTS_ERROR if dtype == torch.float32 else 4e-3)
 
 
 @settings(max_examples=25)
@@ -235,8 +235,8 @@ def test_bfloat16_activations_give_the_rounded_product(
 def test_the_same_values_in_another_dtype_give_the_same_bits(isa: str, seed: int, columns: int) -> None:
     x, weight, bias = (draw(seed + i, *shape) for i, shape in enumerate([(3, columns), (30, columns), (30,)]))
     weight, bias = weight.bfloat16().half(), bias.bfloat16().half()
-    held = weight.float().bfloat16().float() == weight.float()  # F16 has no room for BF16's smallest
-    weight = torch.where(held, weight, torch.zeros_like(weight))
+    exact = weight.float().bfloat16().float() == weight.float()  # F16 cannot hold BF16's smallest
+    weight = torch.where(exact, weight, torch.zeros_like(weight))
     expected = native(isa).linear(x, weight.float(), bias.float())
     for dtype in STORED:
         assert torch.equal(native(isa).linear(x, weight.to(dtype), bias.float()), expected)
@@ -276,9 +276,9 @@ def test_rows_may_be_a_window_of_longer_ones() -> None:
 
 @pytest.fixture
 def nothing_logged() -> Iterator[None]:
-    log_plain.cache_clear()
+    log_fallback.cache_clear()
     yield
-    log_plain.cache_clear()
+    log_fallback.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -289,7 +289,7 @@ def nothing_logged() -> Iterator[None]:
     ],
     ids=["dtype", "strides"],
 )
-def test_weights_that_kernels_do_not_read_go_the_plain_way_and_it_is_said(
+def test_weights_that_kernels_do_not_read_fall_back_to_plain_pytorch_with_a_warning(
     weight: torch.Tensor, reason: str, nothing_logged: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     x = draw(0, 4, 50)
@@ -368,9 +368,9 @@ def test_route_is_the_stable_top_k_and_its_softmax(
     stored: tuple[torch.dtype, torch.dtype],
 ) -> None:
     x, weight, bias, top_k = case
-    held = (torch.from_numpy(a).to(d) for a, d in zip((weight, bias), stored, strict=True))
-    given_ = torch.from_numpy(x).to(dtype), *held
-    ids, weights = native(isa, 2).route(*given_, top_k)
+    tensors = (torch.from_numpy(a).to(d) for a, d in zip((weight, bias), stored, strict=True))
+    inputs = torch.from_numpy(x).to(dtype), *tensors
+    ids, weights = native(isa, 2).route(*inputs, top_k)
     expected_ids, expected = brute_force_route(x.astype(np.float64) @ weight.T + bias, top_k)
     assert np.array_equal(ids.numpy(), expected_ids)
     assert weights.dtype == dtype
@@ -386,8 +386,8 @@ def attention_case(
 ) -> dict[str, torch.Tensor]:
     """A cache of `filled` positions at slots of any order, and the last `queries` of them."""
     rng = np.random.default_rng(seed)
-    held = np.full((batch, slots), -1, np.int64)
-    for row in held:
+    positions = np.full((batch, slots), -1, np.int64)
+    for row in positions:
         row[rng.permutation(slots)[:filled]] = np.arange(filled)
     at = np.arange(filled - queries, filled)[None].repeat(batch, 0)
     return {
@@ -396,7 +396,7 @@ def attention_case(
         "v": draw(seed + 2, batch, kv_heads, slots, head_dim),
         "sinks": draw(seed + 3, kv_heads * group).bfloat16(),
         "queries": torch.from_numpy(at),
-        "keys": torch.from_numpy(held),
+        "keys": torch.from_numpy(positions),
     }
 
 
@@ -477,13 +477,13 @@ def test_turns_are_cosine_and_sine_however_many_are_asked_for(
     sizes=st.lists(st.integers(1, 5), max_size=3),
     half=st.integers(1, 40),
     alone=st.lists(st.booleans(), min_size=3, max_size=3),
-    turned=st.booleans(),
+    transposed=st.booleans(),
 )
 def test_heads_are_rotated_by_their_angles(
-    sizes: list[int], half: int, alone: list[bool], turned: bool
+    sizes: list[int], half: int, alone: list[bool], transposed: bool
 ) -> None:
     x = draw(0, *sizes, 2 * half)
-    if turned and len(sizes) > 1:  # as a model's heads, which are a view
+    if transposed and len(sizes) > 1:  # as a model's heads, which are a view
         x = x.transpose(0, 1).contiguous().transpose(0, 1)
     shape = [1 if one else n for n, one in zip(sizes, alone, strict=False)]
     angles = draw(1, *shape, half).double()
@@ -501,9 +501,9 @@ def test_heads_are_rotated_by_their_angles(
 def test_angles_that_fit_no_head_are_refused() -> None:
     x, angles = draw(0, 2, 3, 8), draw(1, 2, 1, 4)
     for wrong in (draw(1, 2, 1, 3), draw(1, 2, 2, 4), draw(1, 3, 4)):
-        with pytest.raises(UsageError, match="not rotated by angles"):
+        with pytest.raises(UsageError, match="cannot be rotated by angles"):
             native().apply_rope(x, wrong, wrong)
-        with pytest.raises(UsageError, match="not rotated by angles"):
+        with pytest.raises(UsageError, match="cannot be rotated by angles"):
             native().apply_rope(x, angles, wrong)
 
 
@@ -564,18 +564,18 @@ def test_it_is_refused_on_other_devices() -> None:
         native().linear(torch.empty(1, 3, device="meta"), torch.ones(2, 3, dtype=torch.bfloat16))
 
 
-@pytest.mark.parametrize(("said", "threads"), [("3", 3), (" 1 ", 1), ("", None)])
+@pytest.mark.parametrize(("value", "threads"), [("3", 3), (" 1 ", 1), ("", None)])
 def test_the_variable_sets_the_threads(
-    said: str, threads: int | None, monkeypatch: pytest.MonkeyPatch
+    value: str, threads: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MOE_SURGERY_THREADS", said)
+    monkeypatch.setenv("MOE_SURGERY_THREADS", value)
     assert NativeBackend().threads == (threads or torch.get_num_threads())
 
 
-@pytest.mark.parametrize("said", ["0", "-1", "two", "1025"])
-def test_a_number_of_threads_that_is_none_is_refused(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MOE_SURGERY_THREADS", said)
-    with pytest.raises(UsageError, match=f"MOE_SURGERY_THREADS={said}: must be a number from 1 to 1024"):
+@pytest.mark.parametrize("value", ["0", "-1", "two", "1025"])
+def test_a_number_of_threads_that_is_none_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOE_SURGERY_THREADS", value)
+    with pytest.raises(UsageError, match=f"MOE_SURGERY_THREADS={value}: must be a number from 1 to 1024"):
         NativeBackend()
 
 

@@ -32,7 +32,7 @@ TINY = ROOT / "moe_surgery/examples/tiny-gpt-oss"
 
 JOBS = (
     "inspect example:tiny",
-    "plan --random --experts 8 --seed 1 --checkpoint example:tiny -o plan.json",
+    "plan example:tiny --random --experts 8 --seed 1 -o plan.json",
     "prune example:tiny mxfp4 --plan plan.json",
     "prune example:tiny bf16 --plan plan.json --store bf16",
     "prune bf16 mxfp4-again --keep all --store mxfp4",

@@ -248,9 +248,9 @@ def test_texts_are_listed_with_the_hashes_of_their_bytes(text: Text, texts: Path
 
 
 BAD: dict[str, tuple[str, bytes, str | None, str]] = {
-    "an empty text": ("x.txt", b"", None, "holds no text"),
-    "no line": ("x.jsonl", b"\n \n", None, "holds no text"),
-    "empty lines only": ("x.jsonl", b'{"text": ""}\n', None, "holds no text"),
+    "an empty text": ("x.txt", b"", None, "contains no text"),
+    "no line": ("x.jsonl", b"\n \n", None, "contains no text"),
+    "empty lines only": ("x.jsonl", b'{"text": ""}\n', None, "contains no text"),
     "a text that is no UTF-8": ("x.txt", b"fine\n" * 9 + b"\xff\n", None, "not UTF-8"),
     "a line that is no UTF-8": ("x.jsonl", b'"fine"\n"fine"\n"\xff"\n', None, "line 3: not UTF-8"),
     "a first line that is no UTF-8": ("x.jsonl", b'"\xe9t\xe9"\n', None, "line 1: not UTF-8"),
@@ -329,7 +329,7 @@ def test_prompts_need_conversations(text: Text, texts: Path, tmp_path: Path) -> 
     with pytest.raises(InvalidInputError, match=r"x\.jsonl: line 2: an answer without a question"):
         list(opened(text, tmp_path / "x.jsonl").prompts())
     (tmp_path / "none.jsonl").write_text("\n")
-    with pytest.raises(InvalidInputError, match=r"none\.jsonl: holds no text"):
+    with pytest.raises(InvalidInputError, match=r"none\.jsonl: contains no text"):
         list(opened(text, tmp_path / "none.jsonl", format="chat").prompts())
 
 

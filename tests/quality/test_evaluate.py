@@ -102,7 +102,7 @@ def assert_close(mine: Quality, theirs: Quality) -> None:
     assert mine.perplexity == pytest.approx(math.exp(theirs.cross_entropy), rel=1e-3)
     assert mine.kl == pytest.approx(theirs.kl, rel=1e-3, abs=1e-5)
     assert mine.agreement == pytest.approx(theirs.agreement, abs=1e-12)
-    assert mine.redirected == pytest.approx(theirs.redirected, abs=1e-12)
+    assert mine.rerouted == pytest.approx(theirs.rerouted, abs=1e-12)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_a_plans_figures_are_those_of_masked_routers(
         assert_close(mine.domains[domain], quality)
     everything = [replace(p, domain="x") for p in passages]
     overall = expected(everything, full, seen(routed, plan, passages))["x"]
-    assert_close(replace(mine.overall, redirected=()), replace(overall, redirected=()))
+    assert_close(replace(mine.overall, rerouted=()), replace(overall, rerouted=()))
 
 
 def test_the_full_model_is_its_own_measure(
@@ -149,7 +149,7 @@ def test_the_full_model_is_its_own_measure(
     assert (first.name, first.kind, first.experts, first.top_k) == ("full", "full", (32,) * 4, 4)
     for domain, quality in first.domains.items():
         assert_close(quality, theirs[domain])
-        assert (quality.kl, quality.agreement, quality.redirected) == (0, 1, (0,) * 4)
+        assert (quality.kl, quality.agreement, quality.rerouted) == (0, 1, (0,) * 4)
 
 
 def test_shares_are_shares(found: Evaluation) -> None:
@@ -157,9 +157,9 @@ def test_shares_are_shares(found: Evaluation) -> None:
         for quality in model.domains.values():
             assert quality.kl >= 0
             assert 0 <= quality.agreement <= 1
-            assert all(0 <= share <= 1 for share in quality.redirected)
+            assert all(0 <= share <= 1 for share in quality.rerouted)
     # A plan of six slots chooses as the model does where the first four are kept.
-    assert max(found.models[5].domains["sums"].redirected) == 0
+    assert max(found.models[5].domains["sums"].rerouted) == 0
 
 
 @pytest.mark.parametrize("name", ["eight", "different counts"])
@@ -257,7 +257,7 @@ def test_a_view_has_exactly_the_figures_of_the_pruned_checkpoint(
         # The weights are equal, the order of additions in a product is not.
         got = converted.domains[domain]
         assert got.cross_entropy == pytest.approx(quality.cross_entropy, rel=1e-5 if dtype == F32 else 0.02)
-        assert got.redirected == pytest.approx(quality.redirected, abs=1e-12 if dtype == F32 else 0.02)
+        assert got.rerouted == pytest.approx(quality.rerouted, abs=1e-12 if dtype == F32 else 0.02)
 
 
 def published(folder: Path, plan: Plan) -> Path:
@@ -279,21 +279,21 @@ def test_a_published_checkpoint_is_understood_by_its_mapping(tmp_path: Path, tex
     evaluation = evaluate(TINY, texts / "words.jsonl", plans=[("x", plan)], pruned=[mapped, bare], dtype=F32)
     _, view, by_mapping, unknown = (m.domains["words"] for m in evaluation.models)
     assert by_mapping == view
-    assert sum(view.redirected) > 0
-    assert unknown == replace(view, redirected=())
+    assert sum(view.rerouted) > 0
+    assert unknown == replace(view, rerouted=())
     assert evaluation.models[2].provenance == {}
 
 
-def test_a_cut_of_a_cut_tells_no_redirected_routes_of_the_first_source(
+def test_a_cut_of_a_cut_tells_no_rerouted_routes_of_the_first_source(
     pruned: Path, tmp_path: Path, text: Text, texts: Path
 ) -> None:
     prune(pruned, tmp_path / "four", Plan("gpt_oss", 8, ((0, 2, 4, 6),) * 4))
     evaluation = evaluate(TINY, texts / "words.jsonl", pruned=[tmp_path / "four"], dtype=F32)
     assert evaluation.models[1].experts == (4,) * 4
-    assert evaluation.models[1].domains["words"].redirected == ()
-    assert evaluation.models[1].overall.redirected == ()
+    assert evaluation.models[1].domains["words"].rerouted == ()
+    assert evaluation.models[1].overall.rerouted == ()
     nearer = evaluate(pruned, texts / "words.jsonl", pruned=[tmp_path / "four"], dtype=F32)
-    assert len(nearer.models[1].domains["words"].redirected) == 4
+    assert len(nearer.models[1].domains["words"].rerouted) == 4
 
 
 MAPPINGS: dict[str, object] = {

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_surgery.errors import InvalidInputError, OutputError
-from moe_surgery.quality.evaluation import Evaluated, Evaluation, Quality, load_evaluation
+from moe_surgery.quality.evaluation import Evaluation, ModelResult, Quality, load_evaluation
 
 shares = st.floats(0, 1)
 numbers = st.floats(0, 1e6)
@@ -28,10 +28,10 @@ def evaluations(draw: st.DrawFn) -> Evaluation:
     layers = draw(st.integers(1, 3))
     domains = draw(st.lists(names, min_size=1, max_size=3, unique=True))
 
-    def model(kind: str) -> Evaluated:
+    def model(kind: str) -> ModelResult:
         found = {d: draw(qualities(layers)) for d in domains}
         experts = tuple(draw(st.integers(1, 128)) for _ in range(layers))
-        return Evaluated(draw(names), kind, experts, draw(st.integers(1, 8)), found, {"seed": 1})
+        return ModelResult(draw(names), kind, experts, draw(st.integers(1, 8)), found, {"seed": 1})
 
     kinds = ["full", *draw(st.lists(st.sampled_from(["plan", "checkpoint"]), max_size=3))]
     texts = {d: [{"name": d, "tokens": 3}] for d in domains}
@@ -56,8 +56,8 @@ def example() -> Evaluation:
     other = Quality(10, 3.0, 0.0, 1.0, (0.0, 0.0))
     cut = {"a": Quality(30, 2.5, 0.5, 0.9, (0.1, 0.2)), "b": Quality(10, 800.0, 1.5, 0.5, (0.5, 0.6))}
     models = (
-        Evaluated("full", "full", (4, 4), 2, {"a": one, "b": other}),
-        Evaluated("x.json", "plan", (2, 1), 2, cut, {"method": "reap"}),
+        ModelResult("full", "full", (4, 4), 2, {"a": one, "b": other}),
+        ModelResult("x.json", "plan", (2, 1), 2, cut, {"method": "reap"}),
     )
     return Evaluation("gpt_oss", "example:tiny", "abc", 4, models, {"a": [], "b": []}, {})
 
@@ -68,7 +68,7 @@ def test_all_domains_together_weigh_by_their_tokens() -> None:
     assert overall.cross_entropy == pytest.approx((30 * 2.5 + 10 * 800) / 40)
     assert overall.kl == pytest.approx(0.75)
     assert overall.agreement == pytest.approx(0.8)
-    assert overall.redirected == pytest.approx((0.2, 0.3))
+    assert overall.rerouted == pytest.approx((0.2, 0.3))
     assert example().models[1].mean_experts == 1.5
     assert example().domains == ["a", "b"]
 
@@ -118,8 +118,8 @@ def test_a_damaged_file_is_refused_or_makes_sense(tmp_path: Path) -> None:
         ("{", "not valid JSON"),
         ("[]", "not an evaluation"),
         ('{"format": "moe-surgery.plan"}', "not an evaluation"),
-        ('{"format": "moe-surgery.evaluation", "version": 2}', "version 2 is not known here"),
-        ('{"format": "moe-surgery.evaluation", "version": true}', "version true is not known here"),
+        ('{"format": "moe-surgery.evaluation", "version": 2}', "version 2 is unknown"),
+        ('{"format": "moe-surgery.evaluation", "version": true}', "version true is unknown"),
         ('{"format": "moe-surgery.evaluation", "version": 1}', "incomplete evaluation"),
     ],
 )

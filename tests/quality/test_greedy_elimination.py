@@ -19,7 +19,7 @@ from moe_surgery.checkpoint.resolve import resolve  # noqa: E402
 from moe_surgery.demo import arithmetic  # noqa: E402
 from moe_surgery.progress import Progress  # noqa: E402
 from moe_surgery.quality.corpus import Passage, text_files  # noqa: E402
-from moe_surgery.quality.greedy_elimination import eliminate, reconstruct  # noqa: E402
+from moe_surgery.quality.greedy_elimination import eliminate, greedy_elimination  # noqa: E402
 from moe_surgery.quality.search import search  # noqa: E402
 from moe_surgery.runtime.text import Text  # noqa: E402
 from tests.support import oracle  # noqa: E402
@@ -92,7 +92,7 @@ def passages() -> list[Passage]:
 
 def test_a_layers_errors_are_those_of_transformers_with_masked_routers(passages: list[Passage]) -> None:
     """The last layer: what comes before it is the full model either way."""
-    found = reconstruct(load_model(TINY, dtype=torch.float32, backend="reference"), passages)[-1]
+    found = greedy_elimination(load_model(TINY, dtype=torch.float32, backend="reference"), passages)[-1]
     model = oracle.load_model(resolve(TINY), torch.float32)
     seen: list[torch.Tensor] = []
     model.model.layers[-1].register_forward_hook(

@@ -21,7 +21,7 @@ from moe_surgery.progress import Progress  # noqa: E402
 from moe_surgery.quality import hidden_states as states  # noqa: E402
 from moe_surgery.quality.corpus import open_corpus, text_files  # noqa: E402
 from moe_surgery.quality.evaluate import evaluate  # noqa: E402
-from moe_surgery.quality.job import Profiled, profile  # noqa: E402
+from moe_surgery.quality.job import ProfileResult, profile  # noqa: E402
 from moe_surgery.quality.search import search  # noqa: E402
 from moe_surgery.runtime.load import load_model  # noqa: E402
 from moe_surgery.runtime.text import Text  # noqa: E402
@@ -37,7 +37,7 @@ TINY = "example:tiny"
 F32 = torch.float32
 
 
-def run(out: Path, *paths: Path, dtype: torch.dtype = F32, **options: object) -> Profiled:
+def run(out: Path, *paths: Path, dtype: torch.dtype = F32, **options: object) -> ProfileResult:
     return profile(TINY, text_files(paths), out, dtype=dtype, **options)  # type: ignore[arg-type]
 
 
@@ -73,7 +73,7 @@ class Recorder:
 
 
 @pytest.fixture(scope="module")
-def whole(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Profiled:
+def whole(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> ProfileResult:
     """Three domains in one batch."""
     out = tmp_path_factory.mktemp("whole") / "all.stats"
     return run(out, texts / "sums.txt", texts / "words.jsonl", texts / "talk.jsonl")
@@ -83,7 +83,7 @@ def whole(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Profiled:
 
 
 def test_texts_become_what_hooks_on_transformers_see(
-    whole: Profiled, texts: Path, text: Text, routed: Routed
+    whole: ProfileResult, texts: Path, text: Text, routed: Routed
 ) -> None:
     found = load_statistics(whole.output)
     assert (found.experts, found.hidden, found.layers, found.top_k) == (32, 160, 4, 4)
@@ -94,7 +94,7 @@ def test_texts_become_what_hooks_on_transformers_see(
         assert sum(found.tokens[d] for d in found.named([domain])) == sum(map(len, passages))
 
 
-def test_the_answers_tokens_are_those_of_the_answers(whole: Profiled, texts: Path, text: Text) -> None:
+def test_the_answers_tokens_are_those_of_the_answers(whole: ProfileResult, texts: Path, text: Text) -> None:
     said = [json.loads(line)["messages"] for line in (texts / "talk.jsonl").read_text().splitlines()]
     answered = sum(len(text.encode(m[-1]["content"] + "<|end|>")) for m in said)
     assert whole.statistics.tokens["talk:answer"] == answered
@@ -102,7 +102,7 @@ def test_the_answers_tokens_are_those_of_the_answers(whole: Profiled, texts: Pat
 
 @pytest.mark.parametrize("batch_tokens", [1])
 def test_batches_of_any_size_give_the_same_statistics(
-    batch_tokens: int, whole: Profiled, texts: Path, tmp_path: Path
+    batch_tokens: int, whole: ProfileResult, texts: Path, tmp_path: Path
 ) -> None:
     paths = (texts / "sums.txt", texts / "words.jsonl", texts / "talk.jsonl")
     found = run(tmp_path / "s", *paths, batch_tokens=batch_tokens)
@@ -110,7 +110,7 @@ def test_batches_of_any_size_give_the_same_statistics(
     assert found.statistics.settings == whole.statistics.settings
 
 
-def test_halves_merged_are_the_whole(whole: Profiled, texts: Path, tmp_path: Path) -> None:
+def test_halves_merged_are_the_whole(whole: ProfileResult, texts: Path, tmp_path: Path) -> None:
     one = run(tmp_path / "one", texts / "sums.txt", texts / "talk.jsonl").statistics
     other = run(tmp_path / "other", texts / "words.jsonl").statistics
     check(merge([one, other]), whole.statistics)
@@ -179,7 +179,7 @@ def test_a_sequential_profile_masks_earlier_routers(
 
 
 def test_hidden_states_in_a_file_give_the_same(
-    whole: Profiled, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: ProfileResult, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(states, "IN_MEMORY_BYTES", 0)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -314,7 +314,7 @@ def test_a_damaged_partial_file_is_not_taken_up(left: bytes, texts: Path, tmp_pa
 
 
 @pytest.fixture(scope="module")
-def many(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Profiled:
+def many(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> ProfileResult:
     """Many batches; the texts lie beside the statistics."""
     folder = tmp_path_factory.mktemp("many")
     (folder / "many.jsonl").write_text((texts / "words.jsonl").read_text() * 5)
@@ -323,7 +323,7 @@ def many(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Profiled:
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_process_leaves_what_the_next_run_finishes(
-    sent: signal.Signals, many: Profiled, tmp_path: Path
+    sent: signal.Signals, many: ProfileResult, tmp_path: Path
 ) -> None:
     source = many.output.with_name("many.jsonl")
     out, partial = tmp_path / "s", tmp_path / ".s.partial"
@@ -344,7 +344,7 @@ def test_a_stopped_process_leaves_what_the_next_run_finishes(
 
 
 @pytest.fixture(scope="module")
-def answered(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Profiled:
+def answered(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> ProfileResult:
     return run(tmp_path_factory.mktemp("own") / "own.stats", texts / "asked.jsonl", generate=6)
 
 
@@ -364,7 +364,7 @@ def greedy(routed: Routed, prompt: list[int], most: int) -> list[int]:
 
 
 def test_answers_are_the_models_own_greedy_ones(
-    answered: Profiled, texts: Path, text: Text, routed: Routed
+    answered: ProfileResult, texts: Path, text: Text, routed: Routed
 ) -> None:
     told = lines_of(answered.output)[1:]
     assert len(told) == len(QUESTIONS)
@@ -373,7 +373,9 @@ def test_answers_are_the_models_own_greedy_ones(
         assert said == {"domain": "asked", "tokens": greedy(routed, prompt, 6), "answer": len(prompt)}
 
 
-def test_prompts_and_their_answers_are_counted_apart_and_add_up(answered: Profiled, routed: Routed) -> None:
+def test_prompts_and_their_answers_are_counted_apart_and_add_up(
+    answered: ProfileResult, routed: Routed
+) -> None:
     found, told = answered.statistics, lines_of(answered.output)[1:]
     tokens = [list(said["tokens"]) for said in told]  # type: ignore[call-overload]
     starts = [int(str(said["answer"])) for said in told]
@@ -404,7 +406,7 @@ def test_an_answer_ends_at_any_stop_token_of_generation_config(tmp_path: Path, t
 
 @pytest.mark.parametrize("left", ["a group", "a group and half a line", "a group and two answers"])
 def test_interrupted_answers_are_taken_up_by_groups(
-    left: str, answered: Profiled, texts: Path, tmp_path: Path
+    left: str, answered: ProfileResult, texts: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "own.stats"
     file = tmp_path / "own.stats.answers.jsonl"
@@ -426,7 +428,7 @@ def test_interrupted_answers_are_taken_up_by_groups(
     assert file.read_text().splitlines(keepends=True) == [*lines, *whole[5:]]  # what was changed is kept
 
 
-def test_answers_of_another_job_are_made_anew(answered: Profiled, texts: Path, tmp_path: Path) -> None:
+def test_answers_of_another_job_are_made_anew(answered: ProfileResult, texts: Path, tmp_path: Path) -> None:
     file = tmp_path / "own.stats.answers.jsonl"
     file.write_text(answered.output.with_name("own.stats.answers.jsonl").read_text())
     told = Recorder()
@@ -436,7 +438,7 @@ def test_answers_of_another_job_are_made_anew(answered: Profiled, texts: Path, t
 
 
 def test_an_answers_file_of_the_same_job_is_used_again(
-    answered: Profiled, texts: Path, tmp_path: Path
+    answered: ProfileResult, texts: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "own.stats.answers.jsonl").write_text(
         answered.output.with_name("own.stats.answers.jsonl").read_text()
@@ -447,11 +449,11 @@ def test_an_answers_file_of_the_same_job_is_used_again(
     assert found.output.read_bytes() == answered.output.read_bytes()
 
 
-def test_a_damaged_answer_is_named(answered: Profiled, texts: Path, tmp_path: Path) -> None:
+def test_a_damaged_answer_is_named(answered: ProfileResult, texts: Path, tmp_path: Path) -> None:
     file = tmp_path / "own.stats.answers.jsonl"
     text = answered.output.with_name("own.stats.answers.jsonl").read_text().splitlines(keepends=True)
     file.write_text("".join([*text[:2], '{"domain": "asked"}\n', *text[3:]]))
-    with pytest.raises(InvalidInputError, match=r"own\.stats\.answers\.jsonl: line 3 is damaged; remove"):
+    with pytest.raises(InvalidInputError, match=r"own\.stats\.answers\.jsonl: line 3 is damaged; delete"):
         run(tmp_path / "own.stats", texts / "asked.jsonl", generate=6)
 
 
@@ -466,7 +468,7 @@ def test_prompts_without_room_are_skipped_and_it_is_said(
     assert caplog.messages == [
         f"{6 - fitting} prompts leave no space for an answer in the context and were skipped"
     ]
-    with pytest.raises(UsageError, match="no prompt leaves room for it in a context of 8 tokens"):
+    with pytest.raises(UsageError, match="no prompt leaves space for it in a context of 8 tokens"):
         run(tmp_path / "t", texts / "asked.jsonl", generate=3, context=8)
 
 
@@ -536,7 +538,7 @@ def test_what_cannot_be_meant_is_refused_before_any_work(texts: Path, tmp_path: 
     for options, complaint in (
         ({"batch_tokens": 0}, "`batch_tokens` 0: must be at least 1"),
         ({"max_tokens": 0}, "`max_tokens` 0"),
-        ({"context": 4097}, "`context` 4097: this model takes 1 to 4096 tokens"),
+        ({"context": 4097}, "`context` 4097: this model supports 1 to 4096 tokens"),
         ({"context": 0}, "`context` 0"),
     ):
         with pytest.raises(UsageError, match=complaint):
@@ -564,7 +566,7 @@ def test_outputs_that_are_no_numbers_are_refused(tmp_path: Path, texts: Path) ->
         (folder / name).write_bytes((resolve(TINY) / name).read_bytes())
     files = text_files([texts / "words.jsonl"])
     with pytest.raises(
-        InvalidInputError, match=r"model: layer 1 gives numbers that are not finite; try a wider `dtype`"
+        InvalidInputError, match=r"model: layer 1 gives numbers that are not finite; try a larger `dtype`"
     ):
         profile(folder, files, tmp_path / "s", dtype=torch.float16)
     assert not (tmp_path / "s").exists()

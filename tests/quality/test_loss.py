@@ -34,5 +34,5 @@ def test_fewer_than_two_tokens_have_no_loss(model: CausalLM, tokens: list[int]) 
 
 
 def test_more_tokens_than_the_context_are_refused(model: CausalLM) -> None:
-    with pytest.raises(UsageError, match="a context of 4097 tokens; this model takes 1 to 4096"):
+    with pytest.raises(UsageError, match="a context of 4097 tokens; this model supports 1 to 4096"):
         cross_entropy(model, [0] * 4098)

@@ -173,13 +173,17 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "parquet by name": (
         "x.parquet",
         b"PAR1",
-        ".parquet is Parquet, which is not read; convert it to .jsonl: ",
+        ".parquet is Parquet, which is not supported; convert it to .jsonl: ",
     ),
-    "csv": ("x.csv", b"text\nfine\n", ".csv is a table, which is not read; convert it to .jsonl: "),
-    "a compressed csv": ("X.CSV.gz", gzip.compress(b"text\n"), ".csv is a table, which is not read; "),
-    "zstd by name": ("x.jsonl.zst", b"", ".zst is compressed, which is not read; decompress it, or compress"),
-    "a notebook": ("x.ipynb", b'{"cells": []}', ".ipynb is a notebook, which is not read; "),
-    "arrow by name": ("x.arrow", b"", ".arrow is Arrow, which is not read; convert it to .jsonl: "),
+    "csv": ("x.csv", b"text\nfine\n", ".csv is a table, which is not supported; convert it to .jsonl: "),
+    "a compressed csv": ("X.CSV.gz", gzip.compress(b"text\n"), ".csv is a table, which is not supported; "),
+    "zstd by name": (
+        "x.jsonl.zst",
+        b"",
+        ".zst is compressed, which is not supported; decompress it, or compress",
+    ),
+    "a notebook": ("x.ipynb", b'{"cells": []}', ".ipynb is a notebook, which is not supported; "),
+    "arrow by name": ("x.arrow", b"", ".arrow is Arrow, which is not supported; convert it to .jsonl: "),
     "parquet": ("x.jsonl", b"PAR1\0\0", "this file is Parquet; convert it to .jsonl: "),
     "arrow": ("x.json", b"ARROW1\0\0", "this file is Arrow; "),
     "xz": ("x.jsonl", lzma.compress(lines(TEXTS)), "this file is compressed with xz; decompress it, or"),
@@ -192,13 +196,17 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "bytes further on": (
         "x.txt",
         b"fine\n" * 59_999 + b"a\0b\n",
-        "line 60000: holds a NUL byte; this is not text",
+        "line 60000: contains a NUL byte; this is not text",
     ),
     "cut gzip": ("x.jsonl.gz", CUT, "damaged gzip data: "),
     "a wrong checksum": ("x.txt.gz", bytes(FLIPPED), "damaged gzip data: "),
-    "rows named txt": ("x.txt", lines(TALK), "holds rows of JSON; name it .jsonl or .json, or set "),
-    "a list named txt": ("x.txt", listed(TEXTS, indent=2), "holds rows of JSON; name it .jsonl or .json, or"),
-    "rows without a name": ("x", b'\n{"id": 1, "text": "x"}\n', "holds rows of JSON; name it .jsonl or"),
+    "rows named txt": ("x.txt", lines(TALK), "contains rows of JSON; name it .jsonl or .json, or set "),
+    "a list named txt": (
+        "x.txt",
+        listed(TEXTS, indent=2),
+        "contains rows of JSON; name it .jsonl or .json, or",
+    ),
+    "rows without a name": ("x", b'\n{"id": 1, "text": "x"}\n', "contains rows of JSON; name it .jsonl or"),
     "an object with a list": (
         "x.json",
         json.dumps({"data": TEXTS, "version": 1}).encode(),
@@ -207,7 +215,7 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "an indented object": (
         "x.json",
         json.dumps({"data": TEXTS}, indent=2).encode(),
-        "line 1: not a row of JSON; give rows as a list or one a line, as jq -c writes them",
+        "line 1: not a row of JSON; write rows as a list or one per line, as jq -c does",
     ),
     "a row of numbers": ("x.json", b'["fine",\n7]', "row 2 (line 2): expected {"),
     "a row without messages": (
@@ -224,13 +232,13 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "a string cut off": ("x.json", b'["fine",\n"fi', "line 2: not JSON: Unterminated string"),
     "a comma too many": ("x.json", b'["fine",\n]', "line 2: not JSON: Expecting value"),
     "no comma": ("x.json", b'["fine"\n"fine"]', "line 2: expected ',' or the end of the list"),
-    "text behind the list": ("x.json", b'["fine"]\n\n{}', "line 3: something follows the list"),
+    "text behind the list": ("x.json", b'["fine"]\n\n{}', "line 3: unexpected text after the list"),
     "a list of lists": ("x.json", b'[["fine"]]', 'row 1 (line 1): expected {"text": "..."}, got an array'),
     "deep nesting": ("x.json", b"[" * 200_000, "line 1: not JSON: nested too deeply"),
     "a list that is no UTF-8": ("x.json", b'["fine",\n"\xff"]', "line 2: not UTF-8"),
     "a list that ends within a character": ("x.json", b'["fine",\n"\xe6\x97', "line 2: not UTF-8"),
-    "an empty list": ("x.json", b"[]", "holds no text"),
-    "nothing": ("x.json", b"", "holds no text"),
+    "an empty list": ("x.json", b"[]", "contains no text"),
+    "nothing": ("x.json", b"", "contains no text"),
 }
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moe_surgery.quality.evaluation import Evaluated, Evaluation, Quality
+from moe_surgery.quality.evaluation import Evaluation, ModelResult, Quality
 from moe_surgery.selection.plan import Plan, plan_from_ranking
 from moe_surgery.selection.rank import rank
 from moe_surgery.selection.statistics import ExpertStatistics, Statistics
@@ -60,13 +60,13 @@ def evaluation_of(
     sizes = [max(1, experts * i // 8) for i in (1, 2, 4, 6)]
 
     def quality(domain: str, kl: float) -> Quality:
-        redirected = tuple(float(x) for x in rng.uniform(0, min(1.0, kl / 3), layers))
-        return Quality(statistics.tokens[domain], 2.5 + kl, kl, float(np.exp(-kl)), redirected)
+        rerouted = tuple(float(x) for x in rng.uniform(0, min(1.0, kl / 3), layers))
+        return Quality(statistics.tokens[domain], 2.5 + kl, kl, float(np.exp(-kl)), rerouted)
 
     def full(domain: str) -> Quality:
         return Quality(statistics.tokens[domain], 2.5, 0.0, 1.0, (0.0,) * layers)
 
-    models = [Evaluated("full", "full", (experts,) * layers, 4, {d: full(d) for d in domains})]
+    models = [ModelResult("full", "full", (experts,) * layers, 4, {d: full(d) for d in domains})]
 
     def add(name: str, n: int, provenance: dict[str, object], good: float) -> None:
         kept = provenance.get("domains") or []
@@ -75,7 +75,7 @@ def evaluation_of(
             d: quality(d, good * (0.6 if kept == [d] else 1.0) * rng.uniform(0.9, 1.1) * cut + 0.001)
             for d in domains
         }
-        models.append(Evaluated(name, "plan", (n,) * layers, min(4, n), found, provenance))
+        models.append(ModelResult(name, "plan", (n,) * layers, min(4, n), found, provenance))
 
     for n in sizes:
         for metric in metrics:

@@ -9,7 +9,7 @@ import pytest
 
 from moe_surgery.errors import InvalidInputError, PlanMismatchError
 from moe_surgery.report.content import content
-from moe_surgery.report.curves import MEASURES, Line, lines, meant_for
+from moe_surgery.report.curves import MEASURES, Line, lines, ranked_for_domain
 from moe_surgery.report.figures import check_plan, coverage, overlap, plan_coverage, views
 from moe_surgery.report.palette import (
     DARK,
@@ -157,16 +157,16 @@ def test_lines_group_models_by_method_and_domains_and_pool_seeds(statistics: Sta
                 ]
                 assert len(values) == point.models == 3
                 assert (point.middle, point.low, point.high) == (median(values), min(values), max(values))
-    assert {line.domains for line in meant_for(found, "law", evaluation.domains)} == {("law",), None}
-    assert {line.domains for line in meant_for(found, None, evaluation.domains)} == {every, None}
+    assert {line.domains for line in ranked_for_domain(found, "law", evaluation.domains)} == {("law",), None}
+    assert {line.domains for line in ranked_for_domain(found, None, evaluation.domains)} == {every, None}
     # Prompts and answers are of their domain; more domains than were evaluated still are all of them.
     answers = [Line("reap", ("law:answer", "law:prompt"), ()), Line("reap", ("code:answer",), ())]
-    assert meant_for(answers, "law", ["law"]) == answers[:1]
-    assert meant_for([Line("reap", ("a", "b", "c"), ()), Line("reap", ("a",), ())], None, ["a", "b"])[
+    assert ranked_for_domain(answers, "law", ["law"]) == answers[:1]
+    assert ranked_for_domain([Line("reap", ("a", "b", "c"), ()), Line("reap", ("a",), ())], None, ["a", "b"])[
         0
     ].domains == ("a", "b", "c")
     # Where none is for the texts, all are shown.
-    assert meant_for(answers, "prose", ["law"]) == answers
+    assert ranked_for_domain(answers, "prose", ["law"]) == answers
 
 
 @pytest.mark.parametrize("dark", [False, True])
@@ -192,7 +192,7 @@ def test_lines_stand_out_from_their_page() -> None:
 
 
 def test_statistics_that_cannot_be_shown_are_refused() -> None:
-    with pytest.raises(InvalidInputError, match="hold no domain"):
+    with pytest.raises(InvalidInputError, match="have no domain"):
         views(Statistics("gpt_oss", "a", 4, 8, 2))
     damaged = made_up(2, 4, ["x"])
     damaged.data["x"][1].norm[2] = np.nan

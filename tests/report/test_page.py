@@ -194,7 +194,7 @@ def test_routes_that_nobody_counted_are_left_out() -> None:
     statistics = made_up(2, 8, ["x", "y"])
     evaluation = evaluation_of(statistics, ("reap",), seeds=1)
     uncounted = [
-        replace(m, kind="checkpoint", domains={d: replace(q, redirected=()) for d, q in m.domains.items()})
+        replace(m, kind="checkpoint", domains={d: replace(q, rerouted=()) for d, q in m.domains.items()})
         for m in evaluation.models[1:]
     ]
     page = build_report(
@@ -202,7 +202,7 @@ def test_routes_that_nobody_counted_are_left_out() -> None:
     )
     [shown_evaluation] = Page(page).data["evaluations"]
     for line in shown_evaluation["lines"]:
-        assert line["points"]["redirected"] == [[], [], []]
+        assert line["points"]["rerouted"] == [[], [], []]
         assert len(line["points"]["kl"][0]) == 4
     assert [m[-1][0][-1] for m in shown_evaluation["models"][1:]] == [None] * len(uncounted)
 
@@ -211,7 +211,7 @@ def test_damaged_evaluations_are_refused() -> None:
     statistics = made_up(2, 8, ["x"])
     evaluation = evaluation_of(statistics)
     quality = evaluation.models[1].domains["x"]
-    for broken in (replace(quality, redirected=(0.1,)), replace(quality, kl=float("inf"))):
+    for broken in (replace(quality, rerouted=(0.1,)), replace(quality, kl=float("inf"))):
         bad = replace(evaluation.models[1], domains={"x": broken})
         with pytest.raises(InvalidInputError, match=r"e\.json: figures of .* on 'x' are damaged"):
             build_report(

@@ -42,7 +42,7 @@ def test_every_figure_is_a_picture_for_print(tmp_path: Path) -> None:
             *(f"heatmap-{m}.png" for m in METRICS),
             *(f"overlap-{m}.png" for m in METRICS),
             *(f"coverage-{d}.png" for d in ("all-domains", "a-b", "x-2")),
-            *(f"evaluation-{m}.png" for m in ("kl", "cross_entropy", "agreement", "redirected")),
+            *(f"evaluation-{m}.png" for m in ("kl", "cross_entropy", "agreement", "rerouted")),
         ]
     )
     assert {p.name for p in paths} == {p.name for p in (tmp_path / "new" / "folder").iterdir()}
@@ -63,7 +63,7 @@ def test_figures_of_one_name_do_not_hide_each_other(tmp_path: Path) -> None:
 def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(
-        UsageError, match=r"pictures need the matplotlib package: pip install 'moe-surgery\[report\]'"
+        UsageError, match=r"figures need the matplotlib package: pip install 'moe-surgery\[report\]'"
     ):
         next(write_pictures(tmp_path / "x", made_up(1, 4, ["a"])))
     assert not (tmp_path / "x").exists()

@@ -77,7 +77,7 @@ def small_model(small: Path, backend: str) -> CausalLM:
 
 @pytest.fixture(scope="session")
 def steady_model(small_model: CausalLM) -> CausalLM:
-    """`small_model` with all experts chosen: no tie in a router goes one way in a batch and another way alone."""
+    """`small_model` with all experts chosen, so that ties in a router cannot differ between a batch and one text."""
     from moe_surgery.runtime.view import view
 
     return view(small_model, None, top_k=SMALL.experts)

@@ -76,7 +76,7 @@ def test_long_inputs_in_chunks_agree_with_one_step(
 ) -> None:
     ids = text_of(0, 2, LENGTH)
     expected = small_model(ids)
-    monkeypatch.setattr(model_module, "MOST_PREFILL", 7)
+    monkeypatch.setattr(model_module, "MAX_PREFILL_TOKENS", 7)
     close(small_model(ids), expected)
     monkeypatch.setattr(model_module, "SCORE_BYTES", 1)
     close(small_model(ids), expected)
@@ -87,7 +87,7 @@ def test_the_last_logits_are_the_last_of_all(
     small_model: CausalLM, keep: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = text_of(0, 2, LENGTH)
-    monkeypatch.setattr(model_module, "MOST_PREFILL", 7)
+    monkeypatch.setattr(model_module, "MAX_PREFILL_TOKENS", 7)
     close(small_model(ids, logits_to_keep=keep), small_model(ids)[:, -keep:])
 
 
@@ -129,12 +129,12 @@ def test_padding_gives_no_nan(small_model: CausalLM) -> None:
     assert small_model(ids, None, mask).isfinite().all()
 
 
-# --- taking back
+# --- rolling back
 
 
 @st.composite
 def edits(draw: st.DrawFn) -> tuple[int, list[tuple[int, int]]]:
-    """A rollback, and steps (tokens to roll back, tokens to add) that a cache made for it allows."""
+    """A rollback, and steps (tokens to roll back, tokens to add) that a cache with that rollback allows."""
     rollback, length, longest = draw(st.integers(0, 2 * WINDOW)), 0, 0
     steps = []
     for _ in range(draw(st.integers(1, 8))):
@@ -199,13 +199,13 @@ def test_a_length_that_never_was_is_refused(small_model: CausalLM, length: int) 
         filled(small_model, LENGTH, 5).truncate(length)
 
 
-# --- room
+# --- capacity
 
 
 def test_tokens_past_the_context_are_refused_before_anything_is_computed(
     small_model: CausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_module, "MOST_PREFILL", 4)
+    monkeypatch.setattr(model_module, "MAX_PREFILL_TOKENS", 4)
     ids, cache = text_of(0, 1, 20), small_model.new_cache(1, 19)
     small_model(ids[:, :5], cache)
     with pytest.raises(UsageError) as caught:
@@ -218,8 +218,8 @@ def test_tokens_past_the_context_are_refused_before_anything_is_computed(
 
 
 @pytest.mark.parametrize("context", [-1, 0, 4097])
-def test_a_context_the_model_was_not_made_for_is_refused(small_model: CausalLM, context: int) -> None:
-    with pytest.raises(UsageError, match=f"a context of {context} tokens; this model takes 1 to 4096"):
+def test_a_context_beyond_the_models_is_refused(small_model: CausalLM, context: int) -> None:
+    with pytest.raises(UsageError, match=f"a context of {context} tokens; this model supports 1 to 4096"):
         small_model.new_cache(1, context)
 
 

@@ -113,22 +113,22 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("key", "value", "said"), [(k, *v) for k, v in REFUSED.items()])
-def test_a_value_that_makes_no_sense_is_named(key: str, value: object, said: str, small: Path) -> None:
+@pytest.mark.parametrize(("key", "value", "message"), [(k, *v) for k, v in REFUSED.items()])
+def test_a_value_that_makes_no_sense_is_named(key: str, value: object, message: str, small: Path) -> None:
     with pytest.raises(InvalidInputError) as caught:
         config_of(small, setting(**{key: value}))
-    assert str(caught.value).startswith(f"config.json: {said}")
+    assert str(caught.value).startswith(f"config.json: {message}")
 
 
 @pytest.mark.parametrize(
-    ("rope", "said"),
+    ("rope", "message"),
     [
         ({"rope_type": "linear"}, "rope_type is the string 'linear'; known: default, yarn"),
         ({"type": "yarn", "factor": None}, "factor is null"),
     ],
 )
-def test_a_rope_that_is_not_supported_is_named(rope: Config, said: str, small: Path) -> None:
-    with pytest.raises(InvalidInputError, match=said):
+def test_a_rope_that_is_not_supported_is_named(rope: Config, message: str, small: Path) -> None:
+    with pytest.raises(InvalidInputError, match=message):
         config_of(small, setting(rope_scaling=rope))
 
 
@@ -145,14 +145,14 @@ def test_without_sliding_layers_no_window_is_needed(small: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "said"),
+    ("shape", "message"),
     [
         (Shape(heads=5, kv_heads=2), "5 attention heads are not a multiple of 2 key-value heads"),
         (Shape(head_dim=7), "head_dim is 7; rotary embedding needs an even number"),
     ],
 )
-def test_heads_that_cannot_be_are_named(shape: Shape, said: str, tmp_path: Path) -> None:
-    with pytest.raises(InvalidInputError, match=said):
+def test_heads_that_cannot_be_are_named(shape: Shape, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match=message):
         load_model(write_lively(tmp_path / "model", shape))
 
 

@@ -1,4 +1,4 @@
-"""Bytes of a decode step, counted for gpt-oss-20b and held against sums done by hand."""
+"""Bytes of a decode step, counted for gpt-oss-20b and compared with sums by hand."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_bytes_of_one_token_are_those_of_its_weights_and_its_cache() -> None:
     assert read.step == read.token == pytest.approx(3.72e9, rel=0.01)
 
 
-def test_experts_narrower_than_the_model_are_read_as_they_are() -> None:
+def test_experts_narrower_than_the_model_are_counted_with_their_size() -> None:
     """gpt-oss's inner size is its hidden size; other models' are not."""
     narrow = replace(GPT_OSS_20B, intermediate_size=768)
     for packed, width in ((True, 17 / 32), (False, 2)):
@@ -52,7 +52,7 @@ def test_distinct_experts_of_32_with_top_4(batch: int, expected: int) -> None:
     assert round(distinct_experts(32, 4, batch)) == expected
 
 
-def test_fewer_experts_than_the_top_k_are_all_touched() -> None:
+def test_fewer_experts_than_the_top_k_are_all_read() -> None:
     assert distinct_experts(3, 4, 1) == 3
     assert bytes_per_token(GPT_OSS_20B, 3, 1, 1).experts == pytest.approx(
         bytes_per_token(GPT_OSS_20B, 32, 1, 1).experts * 3 / 4

@@ -38,7 +38,7 @@ def full_size(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
 
 
 def nbytes(experts: int) -> int:
-    """Bytes of gpt-oss-20b's tensors with so many experts kept."""
+    """Bytes of gpt-oss-20b's tensors with `experts` kept."""
     shape = gpt_oss_20b()
     total = 0
     for name, dims in tensor_shapes(shape).items():
@@ -74,7 +74,7 @@ def test_one_byte_too_little_is_too_little(full_size: ModelSpec) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "times"), [("bf16", "four"), ("f16", "four"), ("f32", "seven")])
-def test_wide_experts_are_told_to_become_smaller(dtype: str, times: str, tmp_path: Path) -> None:
+def test_experts_in_a_float_dtype_are_advised_to_convert(dtype: str, times: str, tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "wide", Shape(), "bf16", edit_tensors=in_dtype(dtype))
     with Checkpoint.open(folder) as checkpoint:
         model = identify_model(checkpoint)

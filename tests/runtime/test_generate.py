@@ -1,4 +1,4 @@
-"""Generation is the model's own next tokens, one prompt or many, all at once or as they come."""
+"""Generation is the model's own next tokens, one prompt or many, all at once or as a stream."""
 
 from __future__ import annotations
 
@@ -63,13 +63,13 @@ def test_the_same_seed_gives_the_same_tokens(small_model: CausalLM) -> None:
 
 @pytest.mark.parametrize("sampling", [None, DRAWN])
 def test_a_stream_gives_the_tokens_of_generate(small_model: CausalLM, sampling: Sampling | None) -> None:
-    told: list[Step] = []
+    received: list[Step] = []
     options: dict[str, Any] = {"max_new_tokens": 15, "sampling": sampling, "stop_tokens": ()}
-    found = generate(small_model, PROMPTS, callback=told.append, **options)
+    found = generate(small_model, PROMPTS, callback=received.append, **options)
     steps = list(stream(small_model, PROMPTS, **options))
-    for heard in (told, steps):
-        assert torch.stack([s.tokens for s in heard], 1).tolist() == found.tokens
-        assert torch.stack([s.log_probabilities for s in heard], 1).tolist() == found.log_probabilities
+    for got in (received, steps):
+        assert torch.stack([s.tokens for s in got], 1).tolist() == found.tokens
+        assert torch.stack([s.log_probabilities for s in got], 1).tolist() == found.log_probabilities
 
 
 def test_each_sequence_ends_with_its_own_stop_token(small_model: CausalLM) -> None:
@@ -134,16 +134,16 @@ REFUSED: dict[str, tuple[object, dict[str, Any], str]] = {
     "no prompts": ([], {}, "the prompt is empty"),
     "an empty prompt": ([[1], []], {}, "the prompt is empty"),
     "a prompt as long as the context": ([[1, 2]], {"context": 2}, "2 tokens, but the context is 2; shorten"),
-    "no context": ([[1]], {"context": 0}, "`context` 0: this model takes 1 to 4096 tokens"),
-    "more context than the model has": ([[1]], {"context": 4097}, "`context` 4097: this model takes 1 to"),
+    "no context": ([[1]], {"context": 0}, "`context` 0: this model supports 1 to 4096 tokens"),
+    "more context than the model has": ([[1]], {"context": 4097}, "`context` 4097: this model supports 1 to"),
     "no new tokens": ([[1]], {"max_new_tokens": 0}, "`max_new_tokens` 0: must be at least 1"),
     "a foreign token": ([[1, SMALL.vocabulary]], {}, f"token {SMALL.vocabulary} is not one of the model's"),
 }
 
 
-@pytest.mark.parametrize(("prompts", "options", "said"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize(("prompts", "options", "message"), REFUSED.values(), ids=REFUSED)
 def test_what_cannot_be_generated_is_refused(
-    small_model: CausalLM, prompts: Any, options: dict[str, Any], said: str
+    small_model: CausalLM, prompts: Any, options: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         generate(small_model, prompts, **options)

@@ -1,4 +1,4 @@
-"""What a model generates in the harmony format, split as it comes."""
+"""Output in the harmony format, parsed token by token."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ CASES: dict[str, tuple[str, str, Reply]] = {
         "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>analysis<|message|>b<|end|>",
         reply("", "a\nb"),
     ),
-    "another role goes on": (
+    "another role continues": (
         OPEN,
         "<|channel|>final<|message|>four<|end|><|start|>user<|message|>And 3+3?<|end|>",
         reply("four"),
@@ -137,33 +137,33 @@ def test_pieces_say_where_they_belong(text: Text) -> None:
 
 
 @given(
-    said=st.lists(
+    parts=st.lists(
         st.tuples(st.sampled_from(["analysis", "final", "commentary"]), st.text(min_size=1, max_size=30)),
         max_size=4,
     ),
     role=st.booleans(),
 )
 def test_messages_of_any_text_arrive_whole_and_in_whole_characters(
-    text: Text, said: list[tuple[str, str]], role: bool
+    text: Text, parts: list[tuple[str, str]], role: bool
 ) -> None:
     tokens: list[int] = []
-    for number, (channel, content) in enumerate(said):
+    for number, (channel, content) in enumerate(parts):
         before = "<|start|>assistant" if number else ""
-        after = "<|end|>" if number + 1 < len(said) else "<|return|>"
+        after = "<|end|>" if number + 1 < len(parts) else "<|return|>"
         tokens += text.encode(f"{before}<|channel|>{channel}<|message|>")
         tokens += text.encode(content) + text.encode(after)
     parser = text.parser(text.encode(OPEN if role else OPEN.removesuffix("assistant")))
     pieces: list[Piece] = [] if role else [p for t in text.encode("assistant") for p in parser.push(t)]
     pieces += [p for t in tokens for p in parser.push(t)] + parser.flush()
-    whole = "".join(content for _, content in said)
+    whole = "".join(content for _, content in parts)
     assert whole.count("\ufffd") == sum(p.text.count("\ufffd") for p in pieces)
-    heard: list[tuple[str | None, str]] = []
+    parsed: list[tuple[str | None, str]] = []
     for piece in pieces:
         if piece.first:
-            heard.append((piece.header.channel, piece.text))
+            parsed.append((piece.header.channel, piece.text))
         else:
-            heard[-1] = (heard[-1][0], heard[-1][1] + piece.text)
-    assert heard == said
+            parsed[-1] = (parsed[-1][0], parsed[-1][1] + piece.text)
+    assert parsed == parts
 
 
 @given(
@@ -171,11 +171,11 @@ def test_messages_of_any_text_arrive_whole_and_in_whole_characters(
     tokens=st.lists(st.integers(0, 2049) | st.sampled_from([3, 4, 5, 6, 2048, 2049]), max_size=60),
 )
 def test_any_tokens_lose_no_text_of_a_message(text: Text, prompt: str, tokens: list[int]) -> None:
-    """Whatever a damaged model says: text behind a message's marker is in some piece, up to its end."""
+    """Even for a broken model, text after a message's marker is in some piece, up to its end."""
     parser = text.parser(text.encode(prompt))
     pieces = [p for t in tokens for p in parser.push(t)] + parser.flush()
     assert all(p.text for p in pieces)
-    heard = "".join(p.text for p in pieces)
+    parsed = "".join(p.text for p in pieces)
     bodies: list[list[int]] = []
     inside = prompt.endswith("<|message|>")
     for token in tokens:
@@ -189,9 +189,9 @@ def test_any_tokens_lose_no_text_of_a_message(text: Text, prompt: str, tokens: l
             bodies[-1].append(token)
     at = 0
     for body in filter(None, bodies):
-        said = text.decode(body).strip("\ufffd")  # beside a marker characters may be cut
-        assert said in heard[at:]
-        at = heard.index(said, at)
+        parts = text.decode(body).strip("\ufffd")  # beside a marker characters may be cut
+        assert parts in parsed[at:]
+        at = parsed.index(parts, at)
 
 
 def test_a_model_without_markers_only_answers(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
-"""A token's logits have the same bits however its text was fed to the model: natively, and with any backend
-that is made invariant."""
+"""A token's logits have the same bits however its text was fed to the model: with the native backend, and with
+any other made invariant."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_chunks_of_any_size_give_the_bits_of_one_token_at_a_time(
 
 @settings(max_examples=10)
 @given(seed=st.integers(0, 99), back=st.integers(1, WINDOW), pads=st.integers(1, 9))
-def test_padding_and_taking_back_change_no_bit(folder: Path, seed: int, back: int, pads: int) -> None:
+def test_padding_and_rolling_back_change_no_bit(folder: Path, seed: int, back: int, pads: int) -> None:
     model = model_of(folder, torch.float32)
     ids = torch.randint(0, SMALL.vocabulary, (1, LENGTH), generator=torch.Generator().manual_seed(seed))
     expected = model(ids)

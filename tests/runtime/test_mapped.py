@@ -1,4 +1,4 @@
-"""On the CPU weights are the mapped files themselves: nothing is copied, nothing can be written."""
+"""On the CPU weights are the mapped files: nothing is copied, nothing can be written."""
 
 from __future__ import annotations
 

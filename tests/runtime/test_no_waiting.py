@@ -1,7 +1,7 @@
-"""A decode step never asks its device for a number: on one that has no numbers at all it still runs.
+"""A decode step never reads a value back from its device: it runs even on the meta device, which has none.
 
 Tensors on the `meta` device have shapes and dtypes and nothing else, so whatever depends on a value
-(`item`, `tolist`, `nonzero`, a mask used as an index) raises there. It is no CPU, so the runtime
+(`item`, `tolist`, `nonzero`, a mask used as an index) raises there. It is not a CPU, so the runtime
 takes the way it takes on an accelerator.
 """
 

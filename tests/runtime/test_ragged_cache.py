@@ -29,7 +29,7 @@ def edits(draw: st.DrawFn) -> tuple[int, list[int], list[tuple[list[int], int]]]
         kept = []
         for length, most in zip(lengths, longest, strict=True):
             least = max(1, most - rollback)
-            # Now and then a row begins anew.
+            # Now and then a row starts over.
             kept.append(0 if draw(st.integers(0, 9)) == 0 else draw(st.integers(least, length)))
         new = draw(st.integers(1, WINDOW + 4))
         lengths = [n + new for n in kept]
@@ -75,7 +75,7 @@ def filled(model: CausalLM, *, rollback: int = 4, tokens: int = 30) -> Cache:
     return cache
 
 
-def test_each_row_is_held_to_what_its_rings_hold(small_model: CausalLM) -> None:
+def test_each_row_is_limited_by_its_rings(small_model: CausalLM) -> None:
     cache = filled(small_model)
     cache.truncate([28, 26])
     assert (cache.lengths, cache.length, cache.ragged) == ((28, 26), 28, True)

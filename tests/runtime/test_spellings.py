@@ -1,4 +1,4 @@
-"""Keys of config.json that have two spellings, or two places, mean what transformers' GptOssConfig reads."""
+"""Keys of config.json that have two spellings, or may lie in two places, mean what transformers' GptOssConfig reads."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ GONE = object()
 
 
 def edited(**values: object) -> Callable[[Config], None]:
-    """Set keys; those given as GONE are taken out."""
+    """Set keys; those set to GONE are removed."""
 
     def edit(config: Config) -> None:
         for key, value in values.items():
@@ -115,7 +115,7 @@ ATTRIBUTES = (
 )
 
 
-def theirs(folder: Path) -> GptOssConfig:
+def reference_config(folder: Path) -> GptOssConfig:
     return GptOssConfig.from_pretrained(folder)
 
 
@@ -123,7 +123,7 @@ def theirs(folder: Path) -> GptOssConfig:
 @pytest.mark.filterwarnings("ignore::moe_surgery.errors.CheckpointWarning")
 def test_the_same_config_is_read_alike(case: str, tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "in", SHAPE, edit_config=edited(**READ[case][0]))
-    expected = theirs(folder)
+    expected = reference_config(folder)
     with Checkpoint.open(folder) as checkpoint:
         got = ModelConfig.of(identify_model(checkpoint))
     for name in ATTRIBUTES:
@@ -142,16 +142,16 @@ def test_the_same_config_is_read_alike(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", READ)
 def test_a_contradiction_is_one_note(case: str, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
-    edits, told = READ[case]
+    edits, expected_note = READ[case]
     folder = write_checkpoint(tmp_path / "in", SHAPE, edit_config=edited(**edits))
     load_model(folder)
     notes = [str(w.message) for w in recwarn if issubclass(w.category, CheckpointWarning)]
-    assert len(notes) == (told is not None)
+    assert len(notes) == (expected_note is not None)
     for note in notes:
         assert "config.json: " in note
-        assert str(told) in note
+        assert str(expected_note) in note
         assert note.isprintable()
-    if told is not None and "rope" not in case:
+    if expected_note is not None and "rope" not in case:
         assert inspect(folder).notes == tuple(notes)
 
 
@@ -182,7 +182,7 @@ REFUSED: dict[str, tuple[dict[str, object], str]] = {
 
 def build(folder: Path) -> None:
     """Let transformers make a model of the config in `folder`."""
-    config = theirs(folder)
+    config = reference_config(folder)
     with torch.device("meta"):
         GptOssForCausalLM(config)
 
@@ -190,9 +190,9 @@ def build(folder: Path) -> None:
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_transformers_cannot_run_is_refused(case: str, tmp_path: Path) -> None:
     build(write_checkpoint(tmp_path / "usual", SHAPE))
-    edits, told = REFUSED[case]
+    edits, expected_note = REFUSED[case]
     folder = write_checkpoint(tmp_path / "in", SHAPE, edit_config=edited(**edits))
-    with pytest.raises(Exception, match=told):
+    with pytest.raises(Exception, match=expected_note):
         build(folder)
     with pytest.raises(InvalidInputError, match=r"config\.json: "):
         load_model(folder)
@@ -202,7 +202,7 @@ def test_what_transformers_cannot_run_is_refused(case: str, tmp_path: Path) -> N
 def test_what_a_user_of_transformers_changed_is_what_runs(top_k: int, backend: str, tmp_path: Path) -> None:
     folder = write_lively(tmp_path / "in", SHAPE)
     before = oracle.load_model(folder)
-    config = theirs(folder)
+    config = reference_config(folder)
     config.num_experts_per_tok = top_k
     config.save_pretrained(folder)
     assert load_config(folder)["experts_per_token"] == SHAPE.top_k
@@ -227,11 +227,11 @@ def test_a_pruned_config_says_one_top_k_however_the_source_said_it(tmp_path: Pat
         source = write_checkpoint(tmp_path / f"in{number}", SHAPE, edit_config=edited(**edits))
         out = tmp_path / f"out{number}"
         prune(source, out, lambda m: plan_keeping([0, 2, 3, 5], m))
-        config, said = theirs(out), load_config(out)
-        expected = min(4, theirs(source).num_experts_per_tok)
+        config, written = reference_config(out), load_config(out)
+        expected = min(4, reference_config(source).num_experts_per_tok)
         assert (config.num_local_experts, config.num_experts_per_tok) == (4, expected)
-        assert {said.get(k, expected) for k in ("num_experts_per_tok", "experts_per_token")} == {expected}
-        assert {said.get(k, 4) for k in ("num_experts", "num_local_experts")} == {4}
+        assert {written.get(k, expected) for k in ("num_experts_per_tok", "experts_per_token")} == {expected}
+        assert {written.get(k, 4) for k in ("num_experts", "num_local_experts")} == {4}
 
 
 def test_the_original_layout_follows_openais_own_keys(tmp_path: Path) -> None:
@@ -246,7 +246,10 @@ def test_the_original_layout_follows_openais_own_keys(tmp_path: Path) -> None:
     ]
     with pytest.warns(CheckpointWarning):
         prune(folder, tmp_path / "out", lambda m: plan_keeping(None, m))
-    assert (theirs(tmp_path / "out").num_local_experts, theirs(tmp_path / "out").num_experts_per_tok) == (
+    assert (
+        reference_config(tmp_path / "out").num_local_experts,
+        reference_config(tmp_path / "out").num_experts_per_tok,
+    ) == (
         6,
         3,
     )
@@ -265,5 +268,5 @@ def test_stop_tokens_are_those_of_transformers_generate(file: object, tmp_path: 
         (folder / "generation_config.json").write_text(json.dumps(file))
     (folder / "tokenizer.json").write_bytes((resolve("example:tiny") / "tokenizer.json").read_bytes())
     expected = oracle.load_model(folder).generation_config.eos_token_id
-    mine = Text(folder).stop_tokens or load_model(folder).config.eos_token_ids
-    assert list(mine) == (expected if isinstance(expected, list) else [expected])
+    ours = Text(folder).stop_tokens or load_model(folder).config.eos_token_ids
+    assert list(ours) == (expected if isinstance(expected, list) else [expected])

@@ -48,14 +48,14 @@ def test_a_stream_never_shows_part_of_a_character(tiny_text: Text) -> None:
     assert not any("\ufffd" in piece for piece in pieces)
 
 
-def test_what_stays_incomplete_is_shown_at_the_end(tiny_text: Text) -> None:
+def test_incomplete_characters_come_at_the_end(tiny_text: Text) -> None:
     tokens = tiny_text.encode("a🙂")[:-1]
     *pieces, last = streamed(tiny_text, tokens)
     assert "".join(pieces) == "a"
     assert last == tiny_text.decode(tokens)[1:] != ""
 
 
-def test_special_tokens_are_read_but_not_shown(tiny_text: Text) -> None:
+def test_special_tokens_are_encoded_but_not_decoded(tiny_text: Text) -> None:
     tokens = tiny_text.encode("<|start|>user")
     assert len(tokens) == 1 + len(tiny_text.encode("user"))
     assert tiny_text.decode(tokens) == "user"
@@ -82,8 +82,8 @@ def folder(tiny: Path, tmp_path: Path) -> Path:
 
 
 def test_the_embedded_template_frames_each_message(tiny_text: Text) -> None:
-    said = [*USER, {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "So?"}]
-    assert tiny_text.chat(said) == (
+    conversation = [*USER, {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "So?"}]
+    assert tiny_text.chat(conversation) == (
         "<|startoftext|><|start|>user<|message|>Hi<|end|><|start|>assistant<|message|>Hello<|end|>"
         "<|start|>user<|message|>So?<|end|><|start|>assistant<|message|>"
     )
@@ -91,11 +91,11 @@ def test_the_embedded_template_frames_each_message(tiny_text: Text) -> None:
 
 def test_transformers_makes_the_same_prompt_and_tokens(tiny: Path, tiny_text: Text) -> None:
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.AutoTokenizer.from_pretrained(tiny, local_files_only=True)
-    assert tiny_text.chat(USER) == theirs.apply_chat_template(
+    reference = transformers.AutoTokenizer.from_pretrained(tiny, local_files_only=True)
+    assert tiny_text.chat(USER) == reference.apply_chat_template(
         USER, add_generation_prompt=True, tokenize=False
     )
-    assert tiny_text.encode(MANY_BYTES) == theirs(MANY_BYTES, add_special_tokens=False).input_ids
+    assert tiny_text.encode(MANY_BYTES) == reference(MANY_BYTES, add_special_tokens=False).input_ids
 
 
 def test_a_template_in_the_tokenizers_config_is_used(folder: Path) -> None:
@@ -145,13 +145,13 @@ FAILING = {
 }
 
 
-@pytest.mark.parametrize(("source", "said"), FAILING.values(), ids=FAILING)
-def test_a_template_that_fails_is_one_line(folder: Path, source: str | bytes, said: str) -> None:
+@pytest.mark.parametrize(("source", "expected"), FAILING.values(), ids=FAILING)
+def test_a_template_that_fails_is_one_line(folder: Path, source: str | bytes, expected: str) -> None:
     raw = source.encode() if isinstance(source, str) else source
     (folder / "chat_template.jinja").write_bytes(raw)
     with pytest.raises(InvalidInputError) as caught:
         Text(folder).chat(USER)
-    assert said in str(caught.value)
+    assert expected in str(caught.value)
 
 
 def test_an_unknown_role_is_refused_by_the_embedded_template(tiny_text: Text) -> None:
@@ -178,9 +178,9 @@ BROKEN: dict[str, tuple[str, bytes | None, type[MoeSurgeryError], str]] = {
 }
 
 
-@pytest.mark.parametrize(("name", "raw", "error", "said"), BROKEN.values(), ids=BROKEN)
+@pytest.mark.parametrize(("name", "raw", "error", "expected"), BROKEN.values(), ids=BROKEN)
 def test_a_broken_file_is_named(
-    folder: Path, name: str, raw: bytes | None, error: type[MoeSurgeryError], said: str
+    folder: Path, name: str, raw: bytes | None, error: type[MoeSurgeryError], expected: str
 ) -> None:
     if raw is None:
         os.unlink(folder / name)
@@ -188,7 +188,7 @@ def test_a_broken_file_is_named(
         (folder / name).write_bytes(raw)
     with pytest.raises(error) as caught:
         Text(folder)
-    assert said in str(caught.value)
+    assert expected in str(caught.value)
 
 
 @pytest.mark.parametrize("value", [None, "2", [None, True, -1, 1 << 70], {}])

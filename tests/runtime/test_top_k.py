@@ -23,9 +23,9 @@ TOLERANCE = {"reference": 1e-4, "native": 2e-3}
 
 
 def expected_logits(folder: Path, tokens: torch.Tensor, top_k: int) -> torch.Tensor:
-    theirs = oracle.load_model(folder, num_experts_per_tok=top_k)
-    assert {layer.mlp.router.top_k for layer in theirs.model.layers} == {top_k}
-    return oracle.logits_of(theirs, tokens)
+    reference = oracle.load_model(folder, num_experts_per_tok=top_k)
+    assert {layer.mlp.router.top_k for layer in reference.model.layers} == {top_k}
+    return oracle.logits_of(reference, tokens)
 
 
 def check(model: CausalLM, tokens: torch.Tensor, expected: torch.Tensor) -> None:
@@ -50,12 +50,12 @@ def test_the_embedded_model_with_another_top_k(
     loaded = load_model(tiny, dtype=torch.float32, backend=backend, top_k=top_k)
     assert {layer.top_k for layer in loaded.layers} == {top_k}
     check(loaded, tokens, expected)
-    shown = view(tiny_model, None, top_k)
+    viewed = view(tiny_model, None, top_k)
     planned = load_model(
         tiny, dtype=torch.float32, plan=Plan("gpt_oss", 32, (tuple(range(32)),) * 4, top_k), backend=backend
     )
     by_layer = load_model(tiny, dtype=torch.float32, backend=backend, top_k=top_k, one_layer=True)
-    for other in (shown, planned, by_layer):
+    for other in (viewed, planned, by_layer):
         assert torch.equal(other(tokens), loaded(tokens))
     assert torch.equal(tiny_model(tokens), usual)
 
@@ -86,11 +86,11 @@ def test_a_pruned_checkpoint_has_it_in_its_config(
     check(pruned, tokens, expected)
     plan = result.program.plan
     assert plan.top_k == top_k
-    for shown in (
+    for viewed in (
         load_model(tiny, dtype=torch.float32, plan=plan, backend=backend),
         load_model(tiny, dtype=torch.float32, plan=plan.with_top_k(1), top_k=top_k, backend=backend),
     ):
-        assert torch.equal(shown(tokens), pruned(tokens))
+        assert torch.equal(viewed(tokens), pruned(tokens))
     found = verify(tmp_path / "out", source=tiny)
     assert (found.problems, found.notes) == ((), ())
 
@@ -110,13 +110,13 @@ def test_a_top_k_outside_the_experts_is_refused(top_k: int, small: Path, tmp_pat
         UsageError, match=rf"`top_k` {top_k}: .*small has 5 experts in a layer; choose 1 to 5"
     ):
         load_model(small, top_k=top_k)
-    said = rf"^`top_k` {top_k}: the plan keeps 3 experts in a layer; choose 1 to 3$"
+    message = rf"^`top_k` {top_k}: the plan keeps 3 experts in a layer; choose 1 to 3$"
     for call in (
         lambda: plan.with_top_k(top_k),
         lambda: load_model(small, plan=plan, top_k=top_k),
         lambda: prune(small, tmp_path / "out", plan, top_k=top_k),
     ):
-        with pytest.raises(UsageError, match=said):
+        with pytest.raises(UsageError, match=message):
             call()
     with pytest.raises(UsageError, match="choose 1 to 5"):
         prune(small, tmp_path / "out", lambda m: plan_keeping(None, m), top_k=top_k)

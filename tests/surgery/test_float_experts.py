@@ -236,7 +236,7 @@ def test_a_plan_for_a_size_counts_the_stored_format(tmp_path: Path, capsys: Capt
     sizes = inspect(source).sizes
     for dtype, fmt in (("keep", "f32"), ("f16", "f16"), ("mxfp4", "mxfp4")):
         limit = sizes[1].nbytes(FORMATS[fmt])
-        arguments = ["--random", "--checkpoint", source, "--store", dtype, "--target-size", str(limit)]
+        arguments = ["--random", source, "--store", dtype, "--target-size", str(limit)]
         plan = call(capsys, "plan", *arguments).json()
         assert {len(kept) for kept in plan["layers"]} == {2}
 

@@ -17,35 +17,35 @@ using namespace moe_surgery::cpu;
 namespace {
 
 using Floats = std::vector<float>;
-// No room behind the last byte, so that a sanitizer sees what reads past it.
+// No spare bytes at the end, so that a sanitizer reports reads past it.
 using Bytes = std::vector<std::uint8_t>;
 
 std::mt19937 random_bits(1);
 
 Floats random_floats(std::ptrdiff_t count) {
     std::normal_distribution<float> normal;
-    Floats found(static_cast<std::size_t>(count));
-    for (float& value : found) value = normal(random_bits);
-    return found;
+    Floats result(static_cast<std::size_t>(count));
+    for (float& value : result) value = normal(random_bits);
+    return result;
 }
 
 Bytes random_bytes(std::ptrdiff_t count, int low = 0, int high = 255) {
     std::uniform_int_distribution<int> uniform(low, high);
-    Bytes found(static_cast<std::size_t>(count));
-    for (auto& byte : found) byte = static_cast<std::uint8_t>(uniform(random_bits));
-    return found;
+    Bytes result(static_cast<std::size_t>(count));
+    for (auto& byte : result) byte = static_cast<std::uint8_t>(uniform(random_bits));
+    return result;
 }
 
 Bytes random_bf16(std::ptrdiff_t count) {
-    Bytes found(static_cast<std::size_t>(2 * count));
+    Bytes result(static_cast<std::size_t>(2 * count));
     const Floats values = random_floats(count);
     for (std::size_t i = 0; i < values.size(); ++i) {
         std::uint32_t bits;
         std::memcpy(&bits, &values[i], 4);
-        found[2 * i] = static_cast<std::uint8_t>(bits >> 16);
-        found[2 * i + 1] = static_cast<std::uint8_t>(bits >> 24);
+        result[2 * i] = static_cast<std::uint8_t>(bits >> 16);
+        result[2 * i + 1] = static_cast<std::uint8_t>(bits >> 24);
     }
-    return found;
+    return result;
 }
 
 double bf16_value(const Bytes& bytes, std::ptrdiff_t i) {
@@ -60,16 +60,16 @@ double bf16_value(const Bytes& bytes, std::ptrdiff_t i) {
 Bytes random_values(std::ptrdiff_t count, Dtype dtype) {
     if (dtype == Dtype::bf16) return random_bf16(count);
     if (dtype == Dtype::f16) {
-        Bytes found = random_bytes(2 * count);
-        for (std::size_t i = 1; i < found.size(); i += 2) {
-            if ((found[i] & 0x7c) == 0x7c) found[i] &= 0xbf;  // neither infinite nor NaN
+        Bytes result = random_bytes(2 * count);
+        for (std::size_t i = 1; i < result.size(); i += 2) {
+            if ((result[i] & 0x7c) == 0x7c) result[i] &= 0xbf;  // neither infinite nor NaN
         }
-        return found;
+        return result;
     }
     const Floats values = random_floats(count);
-    Bytes found(static_cast<std::size_t>(4 * count));
-    std::memcpy(found.data(), values.data(), found.size());
-    return found;
+    Bytes result(static_cast<std::size_t>(4 * count));
+    std::memcpy(result.data(), values.data(), result.size());
+    return result;
 }
 
 double value_of(const Bytes& bytes, std::ptrdiff_t i, Dtype dtype) {
@@ -118,9 +118,9 @@ void compare(Checked& check, const char* what, Shape shape, Run run, const std::
     run(kScalarKernels, expected);
     check(near(expected, exact, size, error), "scalar", what, shape);
     for (const Kernels* kernels : available_kernels()) {
-        Floats found(all, -1.0f);
-        run(*kernels, found);
-        check(same(found, expected), kernels->name, what, shape);
+        Floats result(all, -1.0f);
+        run(*kernels, result);
+        check(same(result, expected), kernels->name, what, shape);
     }
 }
 
@@ -153,17 +153,17 @@ void check_dense(Checked& check, Shape s, Dtype dtype) {
         kernels.dense_rows({weight.data(), size_of_value * s.columns, s.columns, dtype}, 0, s.rows, rows.data(), s.tokens, y.data(), s.rows);
     }, exact, size, 1e-6);
 
-    Bytes turned(weight.size());
+    Bytes transposed(weight.size());
     for (std::ptrdiff_t r = 0; r < s.rows; ++r) {
         for (std::ptrdiff_t c = 0; c < s.columns; ++c) {
-            std::memcpy(turned.data() + size_of_value * (c * s.rows + r), weight.data() + size_of_value * (r * s.columns + c),
+            std::memcpy(transposed.data() + size_of_value * (c * s.rows + r), weight.data() + size_of_value * (r * s.columns + c),
                         static_cast<std::size_t>(size_of_value));
         }
     }
     compare(check, (name + " dense_transposed").c_str(), s, [&](const Kernels& kernels, Floats& y) {
         std::vector<const float*> rows;
         for (std::ptrdiff_t t = 0; t < s.tokens; ++t) rows.push_back(x.data() + t * s.columns);
-        kernels.dense_transposed({turned.data(), size_of_value * s.rows, s.columns, dtype}, 0, s.rows, rows.data(), s.tokens, y.data(), s.rows);
+        kernels.dense_transposed({transposed.data(), size_of_value * s.rows, s.columns, dtype}, 0, s.rows, rows.data(), s.tokens, y.data(), s.rows);
     }, exact, size, 1e-5);
 }
 
@@ -193,11 +193,11 @@ void check_mxfp4(Checked& check, Shape s) {
     }
     compare(check, "mxfp4_rows", s, [&](const Kernels& kernels, Floats& y) {
         const std::ptrdiff_t width = act_blocks_of(s.columns);
-        std::vector<ActBlock512> spans(static_cast<std::size_t>(s.tokens * width));
+        std::vector<ActBlock512> act_blocks(static_cast<std::size_t>(s.tokens * width));
         std::vector<Quantized> rows;
         for (std::ptrdiff_t t = 0; t < s.tokens; ++t) {
-            rows.push_back(spans.data() + t * width);
-            kernels.quantize(x.data() + t * s.columns, s.columns, spans.data() + t * width);
+            rows.push_back(act_blocks.data() + t * width);
+            kernels.quantize(x.data() + t * s.columns, s.columns, act_blocks.data() + t * width);
         }
         const Mxfp4Rows weight = {codes.data(), blocks * kBlockBytes, scales.data(), blocks, s.columns};
         kernels.mxfp4_rows(weight, 0, s.rows, rows.data(), s.tokens, y.data(), s.rows);
@@ -230,22 +230,22 @@ void check_between(Checked& check, Shape s, Dtype dtype) {
 }
 
 // `s.tokens` query heads of `s.columns` over `s.rows` keys, which lie in the opposite order.
-void check_attend(Checked& check, Shape s, bool wide) {
-    const std::ptrdiff_t width = s.rows * s.columns, size = wide ? 4 : 2;
+void check_attend(Checked& check, Shape s, bool is_f32) {
+    const std::ptrdiff_t width = s.rows * s.columns, size = is_f32 ? 4 : 2;
     const Floats q = random_floats(s.tokens * s.columns), sinks = random_floats(s.tokens), floats = random_floats(2 * width);
-    Bytes held(static_cast<std::size_t>(2 * width * size));
+    Bytes stored(static_cast<std::size_t>(2 * width * size));
     for (std::size_t i = 0; i < floats.size(); ++i) {
         const auto* bytes = reinterpret_cast<const std::uint8_t*>(&floats[i]);
-        std::memcpy(held.data() + i * static_cast<std::size_t>(size), bytes + 4 - size, static_cast<std::size_t>(size));
+        std::memcpy(stored.data() + i * static_cast<std::size_t>(size), bytes + 4 - size, static_cast<std::size_t>(size));
     }
-    const auto value = [&](std::ptrdiff_t i) { return wide ? floats[static_cast<std::size_t>(i)] : bf16_value(held, i); };
+    const auto value = [&](std::ptrdiff_t i) { return is_f32 ? floats[static_cast<std::size_t>(i)] : bf16_value(stored, i); };
     std::vector<std::int32_t> slots;
     for (std::ptrdiff_t r = s.rows - 1; r >= 0; --r) slots.push_back(static_cast<std::int32_t>(r));
-    const KeyRange span = {held.data(), held.data() + width * size, s.columns * size, s.columns * size, slots.data(), s.rows, s.columns, wide};
+    const KeyRange range = {stored.data(), stored.data() + width * size, s.columns * size, s.columns * size, slots.data(), s.rows, s.columns, is_f32};
     const auto run = [&](const Kernels& kernels, std::ptrdiff_t at_once) {
         Floats out(q.size()), scores(static_cast<std::size_t>(attention_scratch(s.rows)));
         for (std::ptrdiff_t h = 0; h < s.tokens; h += at_once) {
-            kernels.attention(q.data() + h * s.columns, s.columns, sinks.data() + h, std::min(at_once, s.tokens - h), span, scores.data(), out.data() + h * s.columns);
+            kernels.attention(q.data() + h * s.columns, s.columns, sinks.data() + h, std::min(at_once, s.tokens - h), range, scores.data(), out.data() + h * s.columns);
         }
         return out;
     };

@@ -13,8 +13,12 @@ __all__ = ["command"]
 def command() -> None:
     """Measure speed and memory on this machine: decoding, speculation, surgery, kernels.
 
-    What is compared runs in turn, so that drift hits all alike; figures are medians. Ctrl-C ends a
-    benchmark with what was measured until then.
+    Alternatives run in alternation, so that drift affects all alike; figures are medians. Ctrl-C stops a
+    benchmark and prints what was measured so far.
+
+    \b
+    moe-surgery bench decode example:tiny --expert-counts 4,16
+    moe-surgery bench kernels --hidden 256 --rounds 3
     """
 
 

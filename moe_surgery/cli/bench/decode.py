@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moe_surgery.bench.rounds import Spread, rounded, spread
+from moe_surgery.bench.rounds import MedianRange, median_range, rounded
 from moe_surgery.cli.bench.shared import NUMBERS, collect, finish, machine, plot_option
 from moe_surgery.cli.options import common, compute, dtype_name, needs_torch, terminal_of, torch_dtype
 from moe_surgery.cli.terminal import Terminal, size
@@ -19,17 +19,19 @@ if TYPE_CHECKING:
 
 @click.command("decode")
 @click.argument("ckpts", nargs=-1, required=True, metavar="CKPT...")
-@click.option("--expert-counts", type=NUMBERS, help="Also the first CKPT with N experts kept, as views.")
+@click.option(
+    "--expert-counts", type=NUMBERS, help="Numbers of experts to measure; as views of the first CKPT."
+)
 @click.option(
     "--ranking",
     type=click.Path(path_type=Path),
-    help="Which experts views keep: a ranking file or published:NAME; default: drawn at random.",
+    help="Ranking file or published:NAME (see plan); views keep its best experts; default: random ones.",
 )
+@click.option("--batches", type=NUMBERS, default="1", show_default=True, help="Batch sizes.")
 @click.option(
-    "--batches", type=NUMBERS, default="1", show_default=True, help="Numbers of sequences decoded together."
+    "--depth", default=128, show_default=True, help="Tokens in the cache before the first measured step."
 )
-@click.option("--depth", default=128, show_default=True, help="Tokens in the cache before the first step.")
-@click.option("--steps", default=16, show_default=True, help="Tokens decoded in each round.")
+@click.option("--steps", default=16, show_default=True, help="Tokens to decode per round.")
 @click.option("--rounds", default=3, show_default=True, help="Rounds; each measures every model once.")
 @compute
 @plot_option
@@ -49,12 +51,12 @@ def command(
     backend: str | None,
     plot: Path | None,
 ) -> None:
-    """Decode with every CKPT, the first being what the others are compared with.
+    """Measure decoding with every CKPT, compared with the first one.
 
-    Tokens a second of prefill and of decoding, time to the first token, a step's latency, the bytes it
-    must read and their share of what a plain read loop reads just before; the memory of the process with
-    all its models (or what the device's allocator holds). Tokens are random: they spread over experts more
-    evenly than a text's.
+    Shows tokens per second of prefill and decoding, time to first token, step latency, the bytes a step must
+    read and what share of a plain read loop's bandwidth that is, and the memory of the process with
+    all models (or of the device's allocator). Tokens are random, which spreads them over experts more
+    evenly than real text.
 
     \b
     moe-surgery bench decode openai/gpt-oss-20b gpt-oss-law-8 --batches 1,8
@@ -76,7 +78,7 @@ def command(
         terminal,
     )
     figures = decode_figures(runs, models)
-    bandwidth = spread([r.read_bandwidth for r in runs]) if runs else None
+    bandwidth = median_range([r.read_bandwidth for r in runs]) if runs else None
     settings = {
         "depth": depth,
         "steps": steps,
@@ -84,7 +86,7 @@ def command(
         "dtype": dtype_name(full.dtype),
         "device": device,
     }
-    _say(terminal, figures, bandwidth, settings | {"backend": full.backend.name}, interrupted)
+    _print(terminal, figures, bandwidth, settings | {"backend": full.backend.name}, interrupted)
     if plot and figures:
         _plot(plot, figures)
     finish(terminal, interrupted, bool(figures))
@@ -97,7 +99,7 @@ def _views(checkpoint: str, full: CausalLM, experts: list[int], ranking: Path | 
     from moe_surgery.selection.ranking import load_ranking
 
     ranked = None if ranking is None else load_ranking(ranking)
-    found = {}
+    views = {}
     for count in experts:
         check_count(count, full.config.num_local_experts, "expert_counts")
         plan = (
@@ -106,24 +108,24 @@ def _views(checkpoint: str, full: CausalLM, experts: list[int], ranking: Path | 
             else plan_from_ranking(ranked, count, model_type=full.config.model_type)
         )
         if count < full.config.num_local_experts:
-            found[f"{count} experts"] = view(full, plan)
-    return found
+            views[f"{count} experts"] = view(full, plan)
+    return views
 
 
-def _say(
+def _print(
     terminal: Terminal,
     figures: list[DecodeFigures],
-    bandwidth: Spread | None,
+    bandwidth: MedianRange | None,
     settings: dict[str, object],
     interrupted: bool,
 ) -> None:
     if terminal.json:
-        said = {
+        summary = {
             "read_bandwidth": bandwidth and bandwidth.median,
             "settings": settings,
             "interrupted": interrupted,
         }
-        terminal.data(machine() | said | {"rows": [f.as_dict() for f in figures]})
+        terminal.data(machine() | summary | {"rows": [f.as_dict() for f in figures]})
         return
     if bandwidth is None:
         return
@@ -132,8 +134,8 @@ def _say(
         "experts",
         "batch",
         "tokens/s (range)",
-        "x first (range)",
-        "ms a step",
+        "vs first (range)",
+        "ms/step",
         "p95",
         "first token ms",
         "prefill tokens/s",
@@ -162,9 +164,9 @@ def _say(
         )
         for f in figures
     ]
-    shown = ", ".join(f"{name} {value}" for name, value in settings.items())
+    setup = ", ".join(f"{name} {value}" for name, value in settings.items())
     read = f"{bandwidth.median / 1e9:.1f} GB/s ({bandwidth.low / 1e9:.1f}-{bandwidth.high / 1e9:.1f})"
-    terminal.table(f"Decoding ({shown}; a plain read loop: {read})", columns, rows)
+    terminal.table(f"Decoding ({setup}; plain read loop: {read})", columns, rows)
 
 
 def _plot(file: Path, figures: list[DecodeFigures]) -> None:

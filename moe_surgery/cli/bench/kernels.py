@@ -8,18 +8,22 @@ import click
 
 from moe_surgery.bench.rounds import rounded
 from moe_surgery.cli.bench.shared import NUMBERS, collect, finish, machine, plot_option
-from moe_surgery.cli.options import common, needs_torch, terminal_of
+from moe_surgery.cli.options import BACKEND_HELP, common, device_option, needs_torch, terminal_of
 
 
 @click.command("kernels")
 @click.option(
-    "--expert-counts", type=NUMBERS, default="4,8,16,32", show_default=True, help="Numbers of experts."
+    "--expert-counts",
+    type=NUMBERS,
+    default="4,8,16,32",
+    show_default=True,
+    help="Numbers of experts to measure.",
 )
-@click.option("--tokens", type=NUMBERS, default="1", show_default=True, help="Tokens in a call.")
-@click.option("--hidden", default=2880, show_default=True, help="Hidden size, and the experts' inner one.")
+@click.option("--tokens", type=NUMBERS, default="1", show_default=True, help="Tokens per call.")
+@click.option("--hidden", default=2880, show_default=True, help="Hidden and intermediate size.")
 @click.option("--rounds", default=10, show_default=True, help="Rounds; each measures every call once.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N or mps.")
-@click.option("--backend", help="This backend only; default: all that run on the device.")
+@device_option
+@click.option("--backend", help=f"{BACKEND_HELP}; default: all that run on the device.")
 @plot_option
 @common
 @click.pass_context
@@ -33,11 +37,11 @@ def command(
     backend: str | None,
     plot: Path | None,
 ) -> None:
-    """Route, experts and a dense product of one layer, by backend, beside a plain read loop.
+    """Measure routing, experts and a dense product of one layer, per backend.
 
-    Random weights of gpt-oss-20b's size unless --hidden is given; the bytes are those of the
-    weights a call has to read, the share is of what the read loop reads. A call takes the same weights every
-    time: what fits into the last cache is measured there, at --hidden 2880 most of it does not.
+    Weights are random, of gpt-oss-20b's size unless --hidden is given. Bytes are those of the weights a call must read,
+    compared with a plain read loop. Every call reads the same weights, so what fits the last-level
+    cache is read from there; at --hidden 2880 most does not fit.
 
     \b
     moe-surgery bench kernels --tokens 1,8
@@ -51,12 +55,12 @@ def command(
 
     terminal = terminal_of(context)
     check_plot(plot)
-    place = open_device(device)
-    names = usable_backends(place) if backend is None else [backend]
-    bandwidth = read_bandwidth(place)
+    torch_device = open_device(device)
+    names = usable_backends(torch_device) if backend is None else [backend]
+    bandwidth = read_bandwidth(torch_device)
     runs, interrupted = collect(
         measure_kernels(
-            names, place, expert_counts=expert_counts, tokens=tokens, hidden=hidden, rounds=rounds
+            names, torch_device, expert_counts=expert_counts, tokens=tokens, hidden=hidden, rounds=rounds
         ),
         lambda r: (
             f"round {r.number}: {r.backend} {r.operation}, {r.experts} experts, {r.tokens} tokens: "
@@ -66,8 +70,8 @@ def command(
     )
     figures = kernel_figures(runs, bandwidth)
     if terminal.json:
-        said = {"read_bandwidth": bandwidth, "hidden": hidden, "interrupted": interrupted}
-        terminal.data(machine() | said | {"rows": [f.as_dict() for f in figures]})
+        summary = {"read_bandwidth": bandwidth, "hidden": hidden, "interrupted": interrupted}
+        terminal.data(machine() | summary | {"rows": [f.as_dict() for f in figures]})
     elif figures:
         columns = ("backend", "operation", "experts", "tokens", "us", "MB", "GB/s", "of read loop")
         rows = [
@@ -83,7 +87,7 @@ def command(
             )
             for f in figures
         ]
-        title = f"Kernels (hidden {hidden}, {place}; a plain read loop: {bandwidth / 1e9:.1f} GB/s)"
+        title = f"Kernels (hidden {hidden}, {torch_device}; plain read loop: {bandwidth / 1e9:.1f} GB/s)"
         terminal.table(title, columns, rows)
     if plot and figures:
         lines: dict[str, list[tuple[float, float]]] = {}

@@ -1,4 +1,4 @@
-"""What the benchmarks share: lists of numbers, collecting until interrupted, and saying what came of it."""
+"""Shared by the benchmarks: lists of numbers, and collecting results until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ __all__ = [
 
 T = TypeVar("T")
 Command = TypeVar("Command", bound=Callable[..., Any])
-INTERRUPTED = "; the figures are what was measured until then"
+INTERRUPTED = "; figures are of what was measured so far"
 
 
 class _Numbers(click.ParamType):  # type: ignore[type-arg]  # generic only from click 8.2
-    """ "4,8,16" becomes a list without repeats."""
+    """ "4,8,16" -> [4, 8, 16], without duplicates."""
 
     name = "N,N,..."
 
@@ -42,33 +42,33 @@ NUMBERS = _Numbers()
 
 def plot_option(command: Command) -> Command:
     """--plot."""
-    return click.option("--plot", type=OUTPUT, help="Draw the figures here: .png, .svg or .pdf.")(command)
+    return click.option("--plot", type=OUTPUT, help="Write a chart here: .png, .svg or .pdf.")(command)
 
 
 def collect(results: Iterator[T], describe: Callable[[T], str], terminal: Terminal) -> tuple[list[T], bool]:
-    """All `results`, and whether Ctrl-C ended them early; each is printed with -v."""
-    found: list[T] = []
+    """All `results`, and whether Ctrl-C stopped them early; each is printed with -v."""
+    collected: list[T] = []
     try:
         for result in results:
-            found.append(result)
+            collected.append(result)
             terminal.detail(describe(result))
     except KeyboardInterrupt:
         if isinstance(results, Generator):
             results.close()
-        return found, True
-    return found, False
+        return collected, True
+    return collected, False
 
 
 def finish(terminal: Terminal, interrupted: bool, measured: bool) -> None:
-    """End as an interrupted command does, where this one was; `measured`: anything at all."""
+    """Abort if Ctrl-C stopped the benchmark; `measured`: whether there are any figures."""
     if interrupted:
-        terminal.after_interrupt = INTERRUPTED if measured else "; nothing was measured yet"
+        terminal.after_interrupt = INTERRUPTED if measured else "; nothing measured yet"
         raise click.Abort
 
 
 def machine() -> dict[str, object]:
-    """What figures were measured on, for JSON."""
+    """Machine and versions, for JSON."""
     from moe_surgery.doctor import examine
 
-    found = examine()
-    return {"machine": found["machine"], "versions": found["versions"]}
+    report = examine()
+    return {"machine": report["machine"], "versions": report["versions"]}

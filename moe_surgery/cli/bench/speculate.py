@@ -12,7 +12,15 @@ import click
 from moe_surgery.bench.rounds import check_numbers, rounded
 from moe_surgery.cli import drafts
 from moe_surgery.cli.bench.shared import NUMBERS, collect, finish, machine, plot_option
-from moe_surgery.cli.options import common, compute, dtype_name, needs_torch, terminal_of, torch_dtype
+from moe_surgery.cli.options import (
+    common,
+    compute,
+    dtype_name,
+    needs_torch,
+    optional_text_options,
+    terminal_of,
+    torch_dtype,
+)
 from moe_surgery.cli.terminal import Terminal, size
 from moe_surgery.errors import UsageError
 
@@ -32,25 +40,22 @@ if TYPE_CHECKING:
     type=NUMBERS,
     default="1,2,4,8",
     show_default=True,
-    help="Tokens drafted a round.",
+    help="Tokens to draft per round.",
+)
+@optional_text_options
+@click.option("--prompts", default=10, show_default=True, help="Texts to continue per domain.")
+@click.option(
+    "--prompt-tokens", default=32, show_default=True, help="Tokens of each text to use as its prompt."
 )
 @click.option(
-    "--texts",
-    "texts",
-    metavar="FILE",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    help="Texts as profile takes them, a file for each domain; repeat for more. Without: costs only.",
+    "--max-new-tokens", default=32, show_default=True, help="Most tokens to generate; for each prompt."
 )
-@click.option("--prompts", default=10, show_default=True, help="Texts of each domain to continue.")
-@click.option("--prompt-tokens", default=32, show_default=True, help="Tokens of a text that are its prompt.")
-@click.option("--max-new-tokens", default=32, show_default=True, help="Tokens to generate for each prompt.")
-@click.option("--batch", default=1, show_default=True, help="Sequences in the steps whose cost is measured.")
+@click.option("--batch", default=1, show_default=True, help="Batch size of the measured steps.")
 @click.option(
     "--depth",
     default=128,
     show_default=True,
-    help="Tokens in the cache before the steps whose cost is measured.",
+    help="Tokens in the cache before the first measured step.",
 )
 @click.option("--rounds", default=5, show_default=True, help="Rounds; each measures every step once.")
 @compute
@@ -65,6 +70,8 @@ def command(
     draft_top_k: int | None,
     lengths: list[int],
     texts: tuple[Path, ...],
+    domains: tuple[str, ...],
+    format: str | None,
     prompts: int,
     prompt_tokens: int,
     max_new_tokens: int,
@@ -76,14 +83,14 @@ def command(
     backend: str | None,
     plot: Path | None,
 ) -> None:
-    """Speculate with a draft, beside plain greedy decoding of the same prompts in the same run.
+    """Measure speculative decoding with a draft, compared with plain greedy decoding.
 
-    First what a step costs: of the draft, and of the target over one and over several tokens. From that
-    follows the break-even acceptance: with acceptance a, n drafted tokens give (1 - a^(n+1)) / (1 - a)
-    tokens for n draft steps and a target step over n + 1 tokens (arXiv 2211.17192; where all were accepted
-    the draft's next step takes two tokens). Beside it the memory: weights that the draft adds to the
-    target's, and both caches for --batch texts of --depth tokens at the longest of --draft-lengths. With
-    --texts also the acceptance there, by domain and position, and the speed-up, both prefills included.
+    First the cost of a step: of the draft, and of the target over one and over several tokens. That gives the
+    break-even acceptance rate: with acceptance rate a, n drafted tokens give (1 - a^(n+1)) / (1 - a) tokens for
+    n draft steps and one target step over n + 1 tokens (arXiv 2211.17192; after a fully accepted round
+    the draft's next step takes two tokens). Next to it the memory: weights that the draft adds, and both
+    caches for --batch sequences of --depth tokens at the longest of --draft-lengths. With --texts also the
+    acceptance rate by domain and position, and the speed-up on the same prompts, prefill included.
 
     \b
     moe-surgery bench speculate openai/gpt-oss-20b --draft-plan law-8.json --texts law.jsonl
@@ -99,21 +106,25 @@ def command(
     terminal = terminal_of(context)
     check_plot(plot)
     check_numbers(prompts=[prompts], prompt_tokens=[prompt_tokens], max_new_tokens=[max_new_tokens])
-    asked = {}
+    if not texts and (domains or format is not None):
+        raise UsageError("--domain and --format need --texts")
+    domain_prompts = {}
     if texts:
-        corpus = open_corpus(text_files(texts), Text(ckpt), context=prompt_tokens)
-        asked = prompts_of(corpus, prompt_tokens, prompts)
+        corpus = open_corpus(text_files(texts, domains, format), Text(ckpt), context=prompt_tokens)
+        domain_prompts = prompts_of(corpus, prompt_tokens, prompts)
     model = load_model(ckpt, device, torch_dtype(dtype), backend=backend)
-    job = Job(model, asked, lengths, max_new_tokens, batch, depth, rounds)
-    found: list[Result] = []
+    setup = Setup(model, domain_prompts, lengths, max_new_tokens, batch, depth, rounds)
+    results: list[Result] = []
     interrupted = False
     drafters = _drafts(model, ckpt, draft, draft_plan, draft_top_k)
     check_prompts(
-        asked, max_new_tokens, [m.config.max_position_embeddings for m in (model, *(d for _, d in drafters))]
+        domain_prompts,
+        max_new_tokens,
+        [m.config.max_position_embeddings for m in (model, *(d for _, d in drafters))],
     )
     for name, drafter in drafters:
-        result, interrupted = _measured(terminal, job, name, drafter)
-        found.append(result)
+        result, interrupted = _measure(terminal, setup, name, drafter)
+        results.append(result)
         if interrupted:
             break
     settings: dict[str, object] = {
@@ -124,15 +135,15 @@ def command(
         "batch": batch,
         "depth": depth,
     }
-    _say(terminal, settings, found, interrupted)
-    if plot and any(r.lengths for r in found):
-        _plot(plot, found)
-    finish(terminal, interrupted, any(r.lengths or r.figures for r in found))
+    _print(terminal, settings, results, interrupted)
+    if plot and any(r.lengths for r in results):
+        _plot(plot, results)
+    finish(terminal, interrupted, any(r.lengths or r.figures for r in results))
 
 
 @dataclass(frozen=True)
-class Job:
-    """What is measured of every draft."""
+class Setup:
+    """What to measure with every draft."""
 
     target: CausalLM
     prompts: dict[str, list[list[int]]]
@@ -145,7 +156,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """One draft: what it adds to the target's memory, what rounds cost, and what came of them on texts.
+    """One draft: the memory it adds to the target's, the cost of rounds, and its figures on texts.
 
     Caches are those of a batch whose texts reach --depth tokens, at the longest of --draft-lengths.
     """
@@ -164,22 +175,22 @@ class Result:
 def _drafts(
     model: CausalLM, target: str, checkpoints: tuple[str, ...], plans: tuple[Path, ...], top_k: int | None
 ) -> list[tuple[str, CausalLM]]:
-    asked: list[tuple[str, str | None, Path | None]]
-    asked = [(name, name, None) for name in checkpoints] + [(str(p), None, p) for p in plans]
-    if not asked and top_k is not None:
-        asked = [(f"{target}, top-k {top_k}", None, None)]
-    found = []
-    for name, draft, plan in asked:
+    chosen: list[tuple[str, str | None, Path | None]]
+    chosen = [(name, name, None) for name in checkpoints] + [(str(p), None, p) for p in plans]
+    if not chosen and top_k is not None:
+        chosen = [(f"{target}, top-k {top_k}", None, None)]
+    loaded = []
+    for name, draft, plan in chosen:
         drafter = drafts.load_draft(model, target, draft, plan, top_k)
         assert drafter is not None
-        found.append((name, drafter))
-    if not found:
-        raise UsageError("nothing drafts; pass --draft, --draft-plan or --draft-top-k")
-    return found
+        loaded.append((name, drafter))
+    if not loaded:
+        raise UsageError("no draft; pass --draft, --draft-plan or --draft-top-k")
+    return loaded
 
 
-def _measured(terminal: Terminal, job: Job, name: str, draft: CausalLM) -> tuple[Result, bool]:
-    """What was measured of one draft, and whether Ctrl-C ended it early."""
+def _measure(terminal: Terminal, setup: Setup, name: str, draft: CausalLM) -> tuple[Result, bool]:
+    """The figures of one draft, and whether Ctrl-C stopped it early."""
     from moe_surgery.bench.speculation import measure_speculation, speculation_figures
     from moe_surgery.bench.speculation_costs import break_even_rows, costs_of, measure_costs
     from moe_surgery.runtime.speculation.speculate import speculation_cache_bytes
@@ -187,18 +198,23 @@ def _measured(terminal: Terminal, job: Job, name: str, draft: CausalLM) -> tuple
 
     times, interrupted = collect(
         measure_costs(
-            job.target, draft, lengths=job.lengths, batch=job.batch, depth=job.depth, rounds=job.rounds
+            setup.target,
+            draft,
+            lengths=setup.lengths,
+            batch=setup.batch,
+            depth=setup.depth,
+            rounds=setup.rounds,
         ),
         lambda t: f"{name}: {t.kind} step, {t.tokens} tokens: {t.seconds * 1e3:.3g} ms",
         terminal,
     )
     costs = costs_of(times)
-    rows = break_even_rows(costs, job.lengths) if costs else []
+    rows = break_even_rows(costs, setup.lengths) if costs else []
     runs: list[SpeculationRun] = []
-    if job.prompts and not interrupted:
+    if setup.prompts and not interrupted:
         runs, interrupted = collect(
             measure_speculation(
-                job.target, draft, job.prompts, lengths=job.lengths, max_new_tokens=job.max_new_tokens
+                setup.target, draft, setup.prompts, lengths=setup.lengths, max_new_tokens=setup.max_new_tokens
             ),
             lambda r: f"{name}: {r.domain}, length {r.length}: {r.plain_seconds / r.seconds:.2f} x plain",
             terminal,
@@ -207,8 +223,8 @@ def _measured(terminal: Terminal, job: Job, name: str, draft: CausalLM) -> tuple
         name,
         statistics.mean(len(layer.router.weight) for layer in draft.layers),
         max(layer.top_k for layer in draft.layers),
-        weight_bytes(draft, beside=job.target),
-        *speculation_cache_bytes(job.target, draft, job.batch, job.depth, max(job.lengths)),
+        weight_bytes(draft, shared_with=setup.target),
+        *speculation_cache_bytes(setup.target, draft, setup.batch, setup.depth, max(setup.lengths)),
         costs,
         rows,
         speculation_figures(runs),
@@ -216,13 +232,13 @@ def _measured(terminal: Terminal, job: Job, name: str, draft: CausalLM) -> tuple
     return result, interrupted
 
 
-def _say(terminal: Terminal, settings: dict[str, object], found: list[Result], interrupted: bool) -> None:
+def _print(terminal: Terminal, settings: dict[str, object], results: list[Result], interrupted: bool) -> None:
     if terminal.json:
-        result = {"settings": settings, "drafts": [asdict(r) for r in found], "interrupted": interrupted}
+        result = {"settings": settings, "drafts": [asdict(r) for r in results], "interrupted": interrupted}
         terminal.data(machine() | result)
         return
-    shown = ", ".join(f"{name} {value}" for name, value in settings.items())
-    if rows := [(r, row) for r in found for row in r.lengths]:
+    summary = ", ".join(f"{name} {value}" for name, value in settings.items())
+    if rows := [(r, row) for r in results for row in r.lengths]:
         cells = [
             (
                 r.draft,
@@ -240,16 +256,16 @@ def _say(terminal: Terminal, settings: dict[str, object], found: list[Result], i
             )
             for r, row in rows
         ]
-        terminal.table(f"Cost of a round ({shown})", _COST_COLUMNS, cells)
-    if texts := [_cells(r.draft, f) for r in found for f in r.figures]:
-        terminal.table("On texts, beside plain decoding", _TEXT_COLUMNS, texts)
+        terminal.table(f"Cost of a round ({summary})", _COST_COLUMNS, cells)
+    if texts := [_cells(r.draft, f) for r in results for f in r.figures]:
+        terminal.table("On texts, compared with plain decoding", _TEXT_COLUMNS, texts)
 
 
 _COST_COLUMNS = (
     "draft",
     "experts",
     "top-k",
-    "adds weights",
+    "added weights",
     "target cache",
     "draft cache",
     "length",
@@ -257,7 +273,7 @@ _COST_COLUMNS = (
     "target ms",
     "plain step ms",
     "break-even acceptance",
-    "speed-up at 1",
+    "best speed-up",
 )
 _TEXT_COLUMNS = (
     "draft",
@@ -275,7 +291,7 @@ _TEXT_COLUMNS = (
 
 
 def _cells(draft: str, f: SpeculationFigures) -> tuple[str, ...]:
-    def share(value: float | None) -> str:
+    def ratio(value: float | None) -> str:
         return "" if value is None else f"{value:.2f}"
 
     return (
@@ -283,9 +299,9 @@ def _cells(draft: str, f: SpeculationFigures) -> tuple[str, ...]:
         f.domain,
         str(f.length),
         str(f.prompts),
-        share(f.acceptance),
-        " ".join(map(share, f.acceptance_by_position)),
-        share(f.tokens_per_target_step),
+        ratio(f.acceptance),
+        " ".join(map(ratio, f.acceptance_by_position)),
+        ratio(f.tokens_per_target_step),
         rounded(f.token_seconds * 1e3),
         rounded(f.plain_token_seconds * 1e3),
         str(f.speed_up),
@@ -293,16 +309,16 @@ def _cells(draft: str, f: SpeculationFigures) -> tuple[str, ...]:
     )
 
 
-def _plot(file: Path, found: list[Result]) -> None:
-    """Acceptance by draft length, by experts kept where drafts differ in them, and the speed-up."""
+def _plot(file: Path, results: list[Result]) -> None:
+    """Acceptance by draft length, by experts kept if drafts differ in them, and the speed-up."""
     from moe_surgery.bench.plots import Panel, draw_panels
 
     by_length: dict[str, list[tuple[float, float]]] = {}
     by_experts: dict[str, list[tuple[float, float]]] = {}
     faster: dict[str, list[tuple[float, float]]] = {}
-    for result in sorted(found, key=lambda r: r.experts):
-        whole = [f for f in result.figures if f.domain == result.figures[-1].domain]
-        for f in whole:
+    for result in sorted(results, key=lambda r: r.experts):
+        overall = [f for f in result.figures if f.domain == result.figures[-1].domain]
+        for f in overall:
             faster.setdefault(result.draft, []).append((f.length, f.speed_up.median))
             if f.acceptance is not None:
                 by_length.setdefault(result.draft, []).append((f.length, f.acceptance))
@@ -310,7 +326,7 @@ def _plot(file: Path, found: list[Result]) -> None:
         if edges := [(r.length, r.break_even) for r in result.lengths if r.break_even is not None]:
             by_length[f"break-even, {result.draft}"] = [(float(n), edge) for n, edge in edges]
     panels = [Panel("Acceptance", "draft length", "acceptance", by_length)]
-    if len({r.experts for r in found}) > 1 and by_experts:
+    if len({r.experts for r in results}) > 1 and by_experts:
         panels.append(Panel("Acceptance", "experts kept", "acceptance", by_experts))
     if faster:
         panels.append(Panel("Against plain decoding", "draft length", "speed-up", faster))

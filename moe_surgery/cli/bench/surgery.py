@@ -18,22 +18,26 @@ from moe_surgery.formats.expert_format import EXPERT_DTYPES
 @click.command("surgery")
 @click.argument("ckpt")
 @click.option(
-    "--expert-counts", type=NUMBERS, default="4,8,16", show_default=True, help="Numbers of experts to keep."
+    "--expert-counts",
+    type=NUMBERS,
+    default="4,8,16",
+    show_default=True,
+    help="Numbers of experts to measure.",
 )
 @click.option(
     "--store",
     type=click.Choice(EXPERT_DTYPES),
     default="keep",
     show_default=True,
-    help="As prune's.",
+    help="Format of expert weights in the output.",
 )
 @click.option("--rounds", default=3, show_default=True, help="Rounds; each measures every number once.")
 @click.option(
     "--work",
     type=click.Path(path_type=Path),
-    help="Folder with space for an output and its copy; default: the system's for temporary files.",
+    help="Folder with space for an output and its copy; default: the system's temporary folder.",
 )
-@click.option("--cold", is_flag=True, help="Drop the whole machine's page cache before each command (root).")
+@click.option("--cold", is_flag=True, help="Drop the machine's page cache before each command (needs root).")
 @plot_option
 @common
 @click.pass_context
@@ -47,10 +51,10 @@ def command(
     cold: bool,
     plot: Path | None,
 ) -> None:
-    """Inspect, prune and verify CKPT, beside cp and sync of the same bytes.
+    """Measure inspect, prune and verify of CKPT, compared with cp and sync of the same bytes.
 
-    Experts are drawn at random; outputs are removed again. Without --cold the source is read from
-    memory wherever it still lies there.
+    Experts are random; outputs are deleted. Without --cold the source is read from the page cache if it
+    is there.
 
     \b
     moe-surgery bench surgery openai/gpt-oss-20b --expert-counts 8 --work /var/tmp
@@ -72,7 +76,7 @@ def command(
         check_count(count, model.experts, "expert_counts")
     folder = work or Path(tempfile.gettempdir())
     if cold and not drop_page_cache():
-        raise UsageError("--cold: the page cache cannot be dropped; run as root on Linux, or without --cold")
+        raise UsageError("--cold: cannot drop the page cache; run as root on Linux, or without --cold")
     runs, interrupted = collect(
         measure_surgery(ckpt, folder, expert_counts=expert_counts, store=store, rounds=rounds, cold=cold),
         lambda r: f"round {r.number}: {r.experts} experts: {r.prune.seconds / r.copy.seconds:.2f} x cp",

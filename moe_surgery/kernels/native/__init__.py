@@ -1,5 +1,5 @@
-"""C++ kernels for the CPU: weights used where the checkpoint is mapped, activations in float32, which products
-with MXFP4 weights round to 16-bit integers."""
+"""C++ kernels for the CPU: weights are read where the checkpoint is mapped; activations are float32, rounded to
+16-bit integers in products with MXFP4 weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The native backend: tensors checked and handed to the extension as addresses."""
+"""The native backend: checks tensors and passes them to the extension as addresses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moe_surgery.kernels.native.operands import (
     UnsupportedWeight,
     check_readable,
     in_float32,
-    log_plain,
+    log_fallback,
     matrix_of,
     projection_of,
     values_of,
@@ -30,11 +30,11 @@ from moe_surgery.kernels.weights import ExpertWeights, Layer
 __all__ = ["THREADS_VARIABLE", "NativeBackend", "availability"]
 
 THREADS_VARIABLE = "MOE_SURGERY_THREADS"
-MOST_THREADS = 1024
+MAX_THREADS = 1024
 
 
 def availability() -> str | None:
-    """Why there is no native backend here, or None."""
+    """Why the native backend cannot run here, or None."""
     return native_reason()
 
 
@@ -44,24 +44,24 @@ class NativeBackend:
     Sums are float32 whatever x's dtype, over weights that are never converted in memory: BF16, F16, F32 and MXFP4. A
     product with MXFP4 rounds its activations to 16-bit integers, 32 columns sharing a scale: an error of at
     most 1.6e-5 of the largest of the 32, so results are not those of float32 arithmetic (the reference
-    backend's are). What a token gets does not depend on the other tokens of a call, on the number of
-    threads or on the instruction set, bit for bit. Weights of another dtype, or not contiguous in their last
-    axis, are computed by plain PyTorch, which promises none of that; the logger `moe_surgery` is warned.
+    backend's are). A token's result does not depend on the other tokens of a call, on the number of threads
+    or on the instruction set, bit for bit. Weights of other dtypes, or not contiguous in their last axis, are
+    computed by plain PyTorch without that guarantee, with a warning to the logger `moe_surgery`.
 
-    `isa` is one of `instruction_sets()`, the best unless given. `threads`: as many as the variable
-    MOE_SURGERY_THREADS says, else as torch uses now. They are started once per process, and anew in a
-    forked child. Raises UsageError where the extension, `isa` or the number of threads is not to be had.
+    `isa` is one of `instruction_sets()`, by default the best. `threads` defaults to the environment variable
+    MOE_SURGERY_THREADS, else to torch's number. Threads start once per process, and again in a forked child.
+    Raises UsageError where the extension or `isa` is not available or `threads` is out of range.
     """
 
     name = "native"
-    dtype = torch.float32  # costs nothing: sums are
+    dtype = torch.float32  # sums are float32 in any case
 
     def __init__(self, isa: str = "", threads: int | None = None) -> None:
         module = native_module()
         if module is None:
             raise UsageError(f"`backend` native: {availability()}; choose `backend` reference")
         self._native: Any = module
-        self._plain = ReferenceBackend()
+        self._reference = ReferenceBackend()
         try:
             self._engine = module.Engine(isa, _thread_count() if threads is None else threads)
         except ValueError as error:
@@ -77,58 +77,58 @@ class NativeBackend:
 
     @staticmethod
     def instruction_sets() -> list[str]:
-        """Those of this machine, best first; none without the extension."""
+        """Instruction sets of this machine, best first; none without the extension."""
         module = native_module()
         return [] if module is None else list(module.cpu_instruction_sets())
 
     def route(self, x: Tensor, weight: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-        _check_place("x", x)
+        _check_cpu("x", x)
         try:
             check_readable("the router's weight", weight)
             check_readable("the router's bias", bias)
         except UnsupportedWeight as reason:
-            log_plain(str(reason))
-            return self._plain.route(x, weight, bias, top_k)
+            log_fallback(str(reason))
+            return self._reference.route(x, weight, bias, top_k)
         rows, columns = weight.shape
         _check_shape("x", x, (None, columns))
         _check_shape("the router's bias", bias, (rows,))
         if not 1 <= top_k <= rows:
             raise UsageError(f"native backend: top_k {top_k} of {rows} experts")
-        wide, tokens = in_float32(x), len(x)
+        x_fp32, tokens = in_float32(x), len(x)
         ids = torch.empty((tokens, top_k), dtype=torch.int64)
         weights = torch.empty((tokens, top_k))
         logits = torch.empty((tokens, rows))
         router = (*projection_of(weight, bias), logits.data_ptr())
-        self._engine.route(wide.data_ptr(), tokens, router, top_k, ids.data_ptr(), weights.data_ptr())
+        self._engine.route(x_fp32.data_ptr(), tokens, router, top_k, ids.data_ptr(), weights.data_ptr())
         return ids, _as(weights, x)
 
     def experts(self, x: Tensor, ids: Tensor, weights: Tensor, expert_weights: ExpertWeights) -> Tensor:
-        _check_place("x", x)
+        _check_cpu("x", x)
         e = expert_weights
         try:
             gate_up = matrix_of(self._native, "gate_up", e.gate_up, e.gate_up_bias)
             down = matrix_of(self._native, "down", e.down, e.down_bias)
         except UnsupportedWeight as reason:
-            log_plain(str(reason))
-            return self._plain.experts(x, ids, weights, expert_weights)
-        hidden, units = e.gate_up.columns, e.down.columns
-        if (e.gate_up.rows, e.down.rows) != (2 * units, hidden):
+            log_fallback(str(reason))
+            return self._reference.experts(x, ids, weights, expert_weights)
+        hidden, intermediate = e.gate_up.columns, e.down.columns
+        if (e.gate_up.rows, e.down.rows) != (2 * intermediate, hidden):
             raise UsageError(
-                f"native backend: gate_up is {hidden} -> {e.gate_up.rows}, down {units} -> {e.down.rows}"
+                f"native backend: gate_up is {hidden} -> {e.gate_up.rows}, down {intermediate} -> {e.down.rows}"
             )
         _check_shape("x", x, (None, hidden))
         _check_shape("ids", ids, (len(x), None))
         _check_shape("weights", weights, tuple(ids.shape))
         if not ids.numel():
             return torch.zeros_like(x)
-        places = ids.long() if e.expert_map is None else e.expert_map[ids]
-        places, wide, shares = places.contiguous(), in_float32(x), in_float32(weights)
-        y = torch.empty_like(wide)
+        stored = ids.long() if e.expert_map is None else e.expert_map[ids]
+        stored, x_fp32, routing_weights = stored.contiguous(), in_float32(x), in_float32(weights)
+        y = torch.empty_like(x_fp32)
         top_k = ids.shape[1]
         self._engine.experts(
-            wide.data_ptr(),
-            places.data_ptr(),
-            shares.data_ptr(),
+            x_fp32.data_ptr(),
+            stored.data_ptr(),
+            routing_weights.data_ptr(),
             len(x),
             top_k,
             gate_up,
@@ -143,43 +143,43 @@ class NativeBackend:
         return self.multi_linear(x, [(weight, bias)])[0]
 
     def multi_linear(self, x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
-        _check_place("x", x)
+        _check_cpu("x", x)
         try:
             for weight, bias in layers:
                 check_readable("a weight", weight)
                 check_readable("a bias", bias)
         except UnsupportedWeight as reason:
-            log_plain(str(reason))
-            return self._plain.multi_linear(x, layers)
+            log_fallback(str(reason))
+            return self._reference.multi_linear(x, layers)
         columns = x.shape[-1]
         for weight, bias in layers:
             _check_shape("weight", weight, (None, columns))
             if bias is not None:
                 _check_shape("bias", bias, (weight.shape[0],))
-        wide = in_float32(x)
-        found = [torch.empty((*x.shape[:-1], len(weight))) for weight, _ in layers]
-        products = [(*projection_of(w, b), y.data_ptr()) for (w, b), y in zip(layers, found, strict=True)]
-        self._engine.products(wide.data_ptr(), wide.numel() // columns, products)
-        return [_as(y, x) for y in found]
+        x_fp32 = in_float32(x)
+        outputs = [torch.empty((*x.shape[:-1], len(weight))) for weight, _ in layers]
+        products = [(*projection_of(w, b), y.data_ptr()) for (w, b), y in zip(layers, outputs, strict=True)]
+        self._engine.products(x_fp32.data_ptr(), x_fp32.numel() // columns, products)
+        return [_as(y, x) for y in outputs]
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        _check_place("x", x)
+        _check_cpu("x", x)
         columns = x.shape[-1]
         try:
             check_readable("a norm's weight", weight)
         except UnsupportedWeight as reason:
-            log_plain(str(reason))
-            return self._plain.rms_norm(x, weight, eps)
+            log_fallback(str(reason))
+            return self._reference.rms_norm(x, weight, eps)
         _check_shape("the norm's weight", weight, (columns,))
-        wide = in_float32(x)
-        y = torch.empty_like(wide)
+        x_fp32 = in_float32(x)
+        y = torch.empty_like(x_fp32)
         self._engine.rms_norm(
-            wide.data_ptr(), wide.numel() // columns, columns, values_of(weight), eps, y.data_ptr()
+            x_fp32.data_ptr(), x_fp32.numel() // columns, columns, values_of(weight), eps, y.data_ptr()
         )
         return _as(y, x)
 
     def rope_cos_sin(self, positions: Tensor, frequencies: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        _check_place("positions", positions)
+        _check_cpu("positions", positions)
         positions, frequencies = positions.long().contiguous(), in_float32(frequencies)
         cos, sin = (torch.empty((*positions.shape, len(frequencies))) for _ in range(2))
         self._native.rope_cos_sin(
@@ -194,16 +194,17 @@ class NativeBackend:
         return cos, sin
 
     def apply_rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        _check_place("x", x)
-        wide = x if x.dtype == F32 and x.stride(-1) == 1 else in_float32(x)
+        _check_cpu("x", x)
+        x_fp32 = x if x.dtype == F32 and x.stride(-1) == 1 else in_float32(x)
         cos, sin = in_float32(cos), in_float32(sin)
-        if x.ndim > 4 or not _turn(x, cos) or not _turn(x, sin):
+        if x.ndim > 4 or not _broadcasts(x, cos) or not _broadcasts(x, sin):
             raise UsageError(
-                f"native backend: x {tuple(x.shape)} is not rotated by angles {tuple(cos.shape)} and {tuple(sin.shape)}"
+                f"native backend: x {tuple(x.shape)} cannot be rotated by angles {tuple(cos.shape)} and "
+                f"{tuple(sin.shape)}"
             )
         y = torch.empty(tuple(x.shape))
-        angles = (cos.data_ptr(), _spread(cos), sin.data_ptr(), _spread(sin))
-        self._native.apply_rope(wide.data_ptr(), wide.stride(), *angles, y.shape, y.data_ptr())
+        angles = (cos.data_ptr(), _broadcast_strides(cos), sin.data_ptr(), _broadcast_strides(sin))
+        self._native.apply_rope(x_fp32.data_ptr(), x_fp32.stride(), *angles, y.shape, y.data_ptr())
         return _as(y, x)
 
     def attention(
@@ -217,7 +218,7 @@ class NativeBackend:
         window: int | None,
     ) -> Tensor:
         for name, tensor in {"q": q, "k": k, "v": v}.items():
-            _check_place(name, tensor)
+            _check_cpu(name, tensor)
         batch, heads, columns, head_dim = q.shape
         kv_heads, slots = k.shape[1], k.shape[2]
         if heads % kv_heads:
@@ -227,19 +228,19 @@ class NativeBackend:
         _check_shape("sinks", sinks, (heads,))
         _check_shape("queries", queries, (batch, columns))
         _check_shape("keys", keys, (batch, slots))
-        wide = in_float32(q)
+        q_fp32 = in_float32(q)
         if k.dtype not in (F32, BF16) or v.dtype != k.dtype:
             k, v = k.float(), v.float()
         k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (k, v))
         queries, keys, sinks = queries.contiguous(), keys.contiguous(), in_float32(sinks)
         out = torch.empty((batch, columns, heads * head_dim))
-        size = k.element_size()
+        itemsize = k.element_size()
         self._engine.attention(
-            wide.data_ptr(),
+            q_fp32.data_ptr(),
             k.data_ptr(),
-            tuple(s * size for s in k.stride()[:3]),
+            tuple(s * itemsize for s in k.stride()[:3]),
             v.data_ptr(),
-            tuple(s * size for s in v.stride()[:3]),
+            tuple(s * itemsize for s in v.stride()[:3]),
             k.dtype == F32,
             sinks.data_ptr(),
             queries.data_ptr(),
@@ -263,41 +264,41 @@ class NativeBackend:
 
 
 def _thread_count() -> int:
-    said = os.environ.get(THREADS_VARIABLE, "").strip()
-    if not said:
+    value = os.environ.get(THREADS_VARIABLE, "").strip()
+    if not value:
         return torch.get_num_threads()
-    if not said.isdecimal() or not 1 <= int(said) <= MOST_THREADS:
-        raise UsageError(f"{THREADS_VARIABLE}={said}: must be a number from 1 to {MOST_THREADS}")
-    return int(said)
+    if not value.isdecimal() or not 1 <= int(value) <= MAX_THREADS:
+        raise UsageError(f"{THREADS_VARIABLE}={value}: must be a number from 1 to {MAX_THREADS}")
+    return int(value)
 
 
 def _as(y: Tensor, x: Tensor) -> Tensor:
     return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
-def _turn(x: Tensor, angles: Tensor) -> bool:
-    """Whether `angles` broadcast to one for each half of x's heads."""
+def _broadcasts(x: Tensor, angles: Tensor) -> bool:
+    """Whether `angles` broadcast to [..., head_dim / 2] of x."""
     shape = zip(angles.shape[:-1], x.shape[:-1], strict=False)
     return (
         angles.ndim == x.ndim
         and 2 * angles.shape[-1] == x.shape[-1]
-        and all(mine == 1 or mine == wanted for mine, wanted in shape)
+        and all(n in (1, expected) for n, expected in shape)
     )
 
 
-def _spread(angles: Tensor) -> list[int]:
-    """Strides that repeat an axis of one."""
+def _broadcast_strides(angles: Tensor) -> list[int]:
+    """Strides, 0 along axes of length 1."""
     return [0 if n == 1 else s for n, s in zip(angles.shape, angles.stride(), strict=True)]
 
 
-def _check_place(what: str, tensor: Tensor) -> None:
+def _check_cpu(what: str, tensor: Tensor) -> None:
     if not tensor.is_cpu:
         raise UsageError(f"native backend: {what} is on {tensor.device}, not on the CPU")
 
 
-def _check_shape(what: str, tensor: Tensor, wanted: tuple[int | None, ...]) -> None:
+def _check_shape(what: str, tensor: Tensor, expected: tuple[int | None, ...]) -> None:
     """Raise UsageError unless `tensor` has that shape (None is any length)."""
     shape = tensor.shape
-    if len(shape) == len(wanted) and all(w is None or w == s for s, w in zip(shape, wanted, strict=True)):
+    if len(shape) == len(expected) and all(w is None or w == s for s, w in zip(shape, expected, strict=True)):
         return
-    raise UsageError(f"native backend: {what} has shape {tuple(shape)}, needed {wanted}")
+    raise UsageError(f"native backend: {what} has shape {tuple(shape)}, needed {expected}")

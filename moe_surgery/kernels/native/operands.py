@@ -1,4 +1,4 @@
-"""Tensors in the forms that the extension reads."""
+"""Tensors as the extension reads them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = [
     "UnsupportedWeight",
     "check_readable",
     "in_float32",
-    "log_plain",
+    "log_fallback",
     "matrix_of",
     "projection_of",
     "values_of",
@@ -33,16 +33,16 @@ DTYPES = {BF16: 0, torch.float16: 1, F32: 2}
 
 
 class UnsupportedWeight(Exception):
-    """The weight is of a kind that only plain PyTorch multiplies: `str` says which and why."""
+    """The kernels do not read this weight; the message says why. Plain PyTorch multiplies it."""
 
 
 @lru_cache(maxsize=64)
-def log_plain(reason: str) -> None:
-    """Warn, once per process and reason, that plain PyTorch computes."""
+def log_fallback(reason: str) -> None:
+    """Warn, once per process and reason, that plain PyTorch is used."""
     log.warning(
         "native backend: %s; its kernels read bfloat16, float16, float32 and MXFP4 with a contiguous last axis. "
-        "Plain PyTorch computes this: slower, and what a token gets may depend on the tokens beside it "
-        "(`backend` reference-invariant rules that out)",
+        "Plain PyTorch computes this: slower, and a token's result may depend on the rest of the batch "
+        "(`backend` reference-invariant avoids that)",
         reason,
     )
 
@@ -66,14 +66,14 @@ def check_readable(what: str, tensor: Tensor | None) -> None:
 
 
 def values_of(tensor: Tensor | None) -> tuple[int, int]:
-    """`ValuesTuple` of the extension, for a tensor that `check_readable` lets pass."""
+    """`ValuesTuple` of the extension, for a tensor that `check_readable` accepts."""
     return (0, 0) if tensor is None else (tensor.data_ptr(), DTYPES[tensor.dtype])
 
 
 def projection_of(
     weight: Tensor, bias: Tensor | None
 ) -> tuple[tuple[int, int], int, int, int, tuple[int, int]]:
-    """`ProjectionTuple` of the extension, for tensors that `check_readable` lets pass."""
+    """`ProjectionTuple` of the extension, for tensors that `check_readable` accepts."""
     rows, columns = weight.shape
     return values_of(weight), weight.itemsize * weight.stride(0), rows, columns, values_of(bias)
 

@@ -20,8 +20,8 @@ PIECE_BYTES = 32 << 20
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., columns] @ weight [rows, columns].T + bias, in x's dtype.
 
-    A weight of another dtype is cast a piece at a time, so a float32 run over a BF16 checkpoint
-    never holds a second copy of it.
+    A weight of another dtype is cast in pieces, so a float32 run over a BF16 checkpoint never holds a second
+    copy of it.
     """
     bias = None if bias is None else bias.to(x.dtype)
     if weight.dtype == x.dtype:
@@ -34,19 +34,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm in float32, weight included; the result has x's dtype."""
-    wide = x.float()
-    scale = torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + eps)
-    return (wide * scale * weight.float()).to(x.dtype)
+    x_fp32 = x.float()
+    scale = torch.rsqrt(x_fp32.pow(2).mean(dim=-1, keepdim=True) + eps)
+    return (x_fp32 * scale * weight.float()).to(x.dtype)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [..., head_dim], its halves turned by angles broadcast to [..., head_dim / 2], in x's dtype."""
+    """x [..., head_dim], its halves rotated by angles broadcast to [..., head_dim / 2], in x's dtype."""
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 class TorchDense:
-    """The operations of `Backend` that are no mixture's, on plain PyTorch."""
+    """The operations of `Backend` other than routing and experts, in plain PyTorch."""
 
     dtype = torch.bfloat16
 

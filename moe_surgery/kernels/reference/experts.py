@@ -1,9 +1,8 @@
-"""The experts: the specification of `Backend.experts`, in two ways of walking through the work.
+"""The experts: the specification of `Backend.experts`, in two variants.
 
-*Grouped* visits every expert that any token chose, once, with all its tokens. *Gathered* takes one
-expert per (token, slot): it needs no host synchronisation and has static shapes, which a captured
-decode step on a device wants, but reads an expert twice if two tokens chose it. Either decodes
-packed weights a bounded piece at a time.
+*Grouped* visits every chosen expert once, with all its tokens. *Gathered* takes one expert per (token, slot):
+it needs no host synchronisation and has static shapes, as small steps on a device need, but reads an expert
+twice if two tokens chose it. Both decode packed weights in bounded pieces.
 """
 
 from __future__ import annotations
@@ -16,15 +15,15 @@ from moe_surgery.kernels.weights import DenseWeight, ExpertWeights, Weight
 
 __all__ = ["expert_output", "experts", "experts_gathered", "experts_grouped", "swiglu"]
 
-# Decoded at once; a piece this size stays in a processor's cache until it is multiplied.
+# Decoded at a time; a piece of this size stays in the processor's cache until it is multiplied.
 PIECE_BYTES = 4 << 20
-# Up to this many (token, slot) pairs the gathered way is taken on devices that hate to be asked.
-GATHERED_AT_MOST = 16
+# Up to this many (token, slot) pairs use the gathered variant on devices where a host sync is expensive.
+MAX_GATHERED_PAIRS = 16
 
 
 def experts(x: Tensor, ids: Tensor, weights: Tensor, expert_weights: ExpertWeights) -> Tensor:
     """See `Backend.experts`."""
-    if x.device.type != "cpu" and ids.numel() <= GATHERED_AT_MOST:
+    if x.device.type != "cpu" and ids.numel() <= MAX_GATHERED_PAIRS:
         return experts_gathered(x, ids, weights, expert_weights)
     return experts_grouped(x, ids, weights, expert_weights)
 
@@ -35,30 +34,34 @@ def experts_grouped(x: Tensor, ids: Tensor, weights: Tensor, expert_weights: Exp
     stored = ids if expert_weights.expert_map is None else expert_weights.expert_map[ids]
     for expert in torch.unique(ids).tolist():
         token, slot = torch.where(ids == expert)
-        place = int(stored[token[0], slot[0]])
-        out = expert_output(x[token], expert_weights, place)
+        stored_expert = int(stored[token[0], slot[0]])
+        out = expert_output(x[token], expert_weights, stored_expert)
         y.index_add_(0, token, out.float() * weights[token, slot, None].float())
     return y.to(x.dtype)
 
 
-def expert_output(x: Tensor, expert_weights: ExpertWeights, place: int) -> Tensor:
+def expert_output(x: Tensor, expert_weights: ExpertWeights, stored_expert: int) -> Tensor:
     """The output of one stored expert, biases included, before its routing weight: [tokens, hidden]."""
-    h = _linear(x, expert_weights.gate_up, place) + expert_weights.gate_up_bias[place].to(x.dtype)
+    h = _linear(x, expert_weights.gate_up, stored_expert) + expert_weights.gate_up_bias[stored_expert].to(
+        x.dtype
+    )
     z = swiglu(h, expert_weights.limit, expert_weights.alpha)
-    return _linear(z, expert_weights.down, place) + expert_weights.down_bias[place].to(x.dtype)
+    return _linear(z, expert_weights.down, stored_expert) + expert_weights.down_bias[stored_expert].to(
+        x.dtype
+    )
 
 
 def experts_gathered(x: Tensor, ids: Tensor, weights: Tensor, expert_weights: ExpertWeights) -> Tensor:
-    """Every (token, slot) on its own: batched products over gathered weights, no host synchronisation."""
+    """One expert per (token, slot): batched products over gathered weights, no host synchronisation."""
     tokens, top_k = ids.shape
     stored = ids if expert_weights.expert_map is None else expert_weights.expert_map[ids]
-    place = stored.flatten()  # [tokens * top_k]
+    stored_experts = stored.flatten()  # [tokens * top_k]
     rows = x.repeat_interleave(top_k, dim=0)
-    h = _batched(rows, expert_weights.gate_up, place)
-    h = h + expert_weights.gate_up_bias[place].to(x.dtype)
+    h = _batched(rows, expert_weights.gate_up, stored_experts)
+    h = h + expert_weights.gate_up_bias[stored_experts].to(x.dtype)
     z = swiglu(h, expert_weights.limit, expert_weights.alpha)
-    out = _batched(z, expert_weights.down, place)
-    out = out + expert_weights.down_bias[place].to(x.dtype)
+    out = _batched(z, expert_weights.down, stored_experts)
+    out = out + expert_weights.down_bias[stored_experts].to(x.dtype)
     summed = (out.float() * weights.flatten()[:, None].float()).view(tokens, top_k, -1).sum(dim=1)
     return summed.to(x.dtype)
 
@@ -74,24 +77,26 @@ def swiglu(h: Tensor, limit: float, alpha: float) -> Tensor:
     return (up + 1) * (gate * torch.sigmoid(alpha * gate))
 
 
-def _linear(x: Tensor, weight: Weight, place: int) -> Tensor:
+def _linear(x: Tensor, weight: Weight, stored_expert: int) -> Tensor:
     """x [tokens, columns] times one stored expert: [tokens, rows]."""
     if isinstance(weight, DenseWeight):
-        return x @ weight.values[place].to(x.dtype)
+        return x @ weight.values[stored_expert].to(x.dtype)
     pieces = [
-        x @ decode(weight.blocks[place, a:b], weight.scales[place, a:b], x.dtype).T
+        x @ decode(weight.blocks[stored_expert, a:b], weight.scales[stored_expert, a:b], x.dtype).T
         for a, b in _row_pieces(weight, x.dtype, 1)
     ]
     return torch.cat(pieces, dim=-1)
 
 
-def _batched(x: Tensor, weight: Weight, place: Tensor) -> Tensor:
-    """Row i of x [n, columns] times stored expert place[i]: [n, rows]."""
+def _batched(x: Tensor, weight: Weight, stored_experts: Tensor) -> Tensor:
+    """Row i of x [n, columns] times stored expert stored_experts[i]: [n, rows]."""
     if isinstance(weight, DenseWeight):
-        return torch.bmm(x[:, None], weight.values[place].to(x.dtype))[:, 0]
+        return torch.bmm(x[:, None], weight.values[stored_experts].to(x.dtype))[:, 0]
     pieces = []
     for a, b in _row_pieces(weight, x.dtype, len(x)):
-        decoded = decode(weight.blocks[:, a:b][place], weight.scales[:, a:b][place], x.dtype)
+        decoded = decode(
+            weight.blocks[:, a:b][stored_experts], weight.scales[:, a:b][stored_experts], x.dtype
+        )
         pieces.append(torch.bmm(decoded, x[:, :, None])[..., 0])
     return torch.cat(pieces, dim=-1)
 

@@ -1,4 +1,4 @@
-"""MXFP4 decoded by table in plain PyTorch: two values of one byte at a time."""
+"""MXFP4 decoded by table in plain PyTorch, a byte (two values) at a time."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ __all__ = ["TritonBackend", "availability"]
 
 
 def availability() -> str | None:
-    """Why the Triton backend cannot run here, in a few words, or None if it can."""
+    """Why the Triton backend cannot run here, in a few words, or None."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     from moe_surgery.kernels.triton.launch import interpreting

@@ -1,4 +1,4 @@
-"""The Triton backend: which launches make up an operation, and what they may assume."""
+"""The Triton backend: the launches of each operation, with their arguments checked."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moe_surgery.kernels.interface import DecoderModel, KVCache
 from moe_surgery.kernels.reference.dense import TorchDense
 from moe_surgery.kernels.weights import ExpertWeights, Layer
 
-if TYPE_CHECKING:  # importing triton is left until it is known to be there
+if TYPE_CHECKING:  # triton is imported only once it is known to be installed
     from moe_surgery.kernels.triton.decode.step import DecodeStep
     from moe_surgery.kernels.triton.launch import Launch
 
@@ -28,10 +28,9 @@ class TritonBackend(TorchDense):
     """See `moe_surgery.kernels.interface.Backend`.
 
     For CUDA tensors, or CPU tensors where Triton interprets (TRITON_INTERPRET=1). At one token a layer is
-    three launches: route, gate_up, down. Everything outside the MoE goes to PyTorch; the captured decode step
-    has kernels for it too (`kernels.triton.decode`). Raises UsageError, when made, where `availability`
-    gives a reason, and on tensors it does not support. Its launches on one stream may not overlap with
-    each other.
+    three launches: route, gate_up, down. The rest runs in PyTorch; the captured decode step has kernels for it
+    too (`kernels.triton.decode`). The constructor raises UsageError where `availability` returns a reason,
+    operations do for tensors they do not support. Launches on one stream must not overlap.
     """
 
     name = "triton"

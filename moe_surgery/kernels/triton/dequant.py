@@ -1,4 +1,4 @@
-"""What several kernels share: MXFP4 dequantisation, the product, the activation, and split-K reductions."""
+"""Shared device functions: MXFP4 dequantisation, the product, the activation, and split-K reductions."""
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc,import-untyped,import-not-found"
 
@@ -14,8 +14,8 @@ __all__ = ["dequantize_mxfp4", "dot", "reduce_split_k", "stored_expert", "swiglu
 def dequantize_mxfp4(bytes_, scales, ANY_E8M0: tl.constexpr):
     """MXFP4 bytes and their E8M0 scales (broadcastable) to two float32 tensors: low and high nibbles.
 
-    Sign and magnitude of a nibble go to the places of a float32's sign, low exponent bits and first
-    mantissa bit; that is the value times 2^-126, E2M1's subnormal 0.5 included, so one multiplication by
+    Sign and magnitude of a nibble move to a float32's sign, low exponent bits and first mantissa
+    bit; that is the value times 2^-126, E2M1's subnormal 0.5 included, so one multiplication by
     2^(scale - 1) is exact. It needs scale <= 128, which every trained checkpoint satisfies; ANY_E8M0
     multiplies by the excess in a second step, exact for all 256 scales up to overflow to infinity (which
     is how the CPU kernels define scales from 253 on).
@@ -59,7 +59,7 @@ def swiglu(gate, up, limit, alpha):
 
 @triton.jit
 def stored_expert(expert, expert_map, HAS_EXPERT_MAP: tl.constexpr):
-    """Where an expert lies in the stored tensors, as int64: it is multiplied by strides past 2^31."""
+    """The index of an expert in the stored tensors, as int64: products with strides exceed 2^31."""
     stored = expert.to(tl.int64)
     if HAS_EXPERT_MAP:
         stored = tl.load(expert_map + stored).to(tl.int64)
@@ -68,14 +68,14 @@ def stored_expert(expert, expert_map, HAS_EXPERT_MAP: tl.constexpr):
 
 @triton.jit
 def reduce_split_k(value, offsets, partial, counters, tile, pid_k, SIZE: tl.constexpr, SPLIT_K: tl.constexpr):
-    """Add up the `value` of SPLIT_K programs: (sum, whether this program is the one that has it).
+    """Sum the `value` of SPLIT_K programs: (sum, whether this program has it).
 
-    Each leaves its part in `partial`; the one that arrives last adds all parts in the order of their
-    numbers, so the sum does not depend on who that was. Then it sets the counter back to 0.
+    Each stores its part in `partial`; the last to arrive adds all parts in a fixed order, so the sum does not
+    depend on which one that was, and resets the counter to 0.
     """
     base = partial + tile.to(tl.int64) * (SPLIT_K * SIZE)
     tl.store(base + pid_k * SIZE + offsets, value)
-    # The counter is raised by one thread: the others must have stored before.
+    # One thread increments the counter: all threads must have stored first.
     tl.debug_barrier()
     arrived = tl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu")
     last = arrived == SPLIT_K - 1

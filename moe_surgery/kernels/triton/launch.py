@@ -1,4 +1,4 @@
-"""A kernel launch as a value: the same object is run, or compiled ahead of time for an absent device."""
+"""A kernel launch as a value: it can be run, or compiled ahead of time for a device that is not here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 __all__ = ["COUNTERS", "Launch", "interpreting", "next_power_of_two", "partial_size", "workspace"]
 
-# Split reductions are joined for this many output tiles at most.
+# The most output tiles of a split reduction.
 COUNTERS = 1 << 16
 
 
@@ -43,10 +43,10 @@ _counters: dict[tuple[str, int], Tensor] = {}
 
 
 def workspace(device: torch.device, values: int) -> tuple[Tensor, Tensor]:
-    """Room in which programs join what they computed: (partial, counters).
+    """Workspace in which programs combine their results: (partial, counters).
 
     partial [values] float32, at least one, is uninitialised. counters [COUNTERS] int32 are zero, and every
-    launch leaves them zero; they belong to one stream, because two launches at once would mix them up.
+    launch leaves them zero; they belong to one stream, because concurrent launches would corrupt them.
     """
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     key = (str(device), stream)
@@ -56,5 +56,5 @@ def workspace(device: torch.device, values: int) -> tuple[Tensor, Tensor]:
 
 
 def partial_size(split_k: int, tiles: int, size: int) -> int:
-    """Values that SPLIT_K programs a tile of `size` leave for each other; none where there is nothing to join."""
+    """Values of workspace for SPLIT_K programs per tile of `size`; 0 where nothing is split."""
     return tiles * split_k * size if split_k > 1 else 0

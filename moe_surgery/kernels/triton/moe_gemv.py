@@ -1,7 +1,7 @@
-"""Experts for few (token, slot) pairs: a program per pair and block of rows, no sorting, two launches.
+"""Experts for few (token, slot) pairs: one program per pair and block of rows, no sorting, two launches.
 
-Each program multiplies its weight rows by one token's vector. The tensor cores would have nothing to do
-at one token, so this is float32 multiply-add on weights decoded in registers.
+Each program multiplies its weight rows by one token's vector. Tensor cores do not help at one token, so this
+is float32 multiply-add on weights decoded in registers.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
@@ -28,7 +28,7 @@ def _gemv_step(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr,
     MXFP4: tl.constexpr, ANY_E8M0: tl.constexpr,
 ):  # fmt: skip
-    """acc + one step of the reduction, kept apart by lane: [M, BLOCK_K/32] for MXFP4, else [BLOCK_K, M].
+    """acc + one step of the reduction, one sum per lane: [M, BLOCK_K/32] for MXFP4, else [BLOCK_K, M].
 
     `factor` multiplies x; `step` past the end adds nothing.
     """
@@ -137,7 +137,7 @@ def _down_gemv_kernel(
     )
     for i in range(STEPS):
         step = pid_k * STEPS + i
-        # Steps past the end are sent past the end of the last slot, where everything is masked.
+        # Steps past the end go past the end of the last slot, where everything is masked.
         slot = tl.minimum(step // STEPS_A_SLOT, TOP_K - 1)
         pair = token * TOP_K + slot
         expert = stored_expert(tl.load(ids + pair), expert_map, HAS_EXPERT_MAP)

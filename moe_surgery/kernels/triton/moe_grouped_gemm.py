@@ -1,7 +1,7 @@
-"""Experts for many (token, slot) pairs: pairs sorted by expert, tiles of one expert's weights and tokens.
+"""Experts for many (token, slot) pairs: pairs sorted by expert, in tiles of one expert's weights and tokens.
 
-Weights are the M side of every product and tokens the N side: the tensor cores' granularity is 8 on N and
-16 or more on M, and it is tokens that are few.
+Weights are the M side of every product and tokens the N side, because tokens are few: the tensor
+cores' granularity is 8 on N and 16 or more on M.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
@@ -44,7 +44,7 @@ def _gemm_step(
             data + block[:, :, None] * 16 + tl.arange(0, 16)[None, None, :], mask=mask[:, :, None], other=0
         )
         even, odd = dequantize_mxfp4(codes, scale[:, :, None], ANY_E8M0)
-        # Two products over half the reduction: interleaving the nibbles would only move registers about.
+        # Two products over half the reduction: interleaving the nibbles would only cost register moves.
         pairs = tl.reshape(tokens, (BLOCK_N, BLOCK_K // 2, 2))
         tokens_even, tokens_odd = tl.split(pairs)
         acc = dot(tl.reshape(even, (BLOCK_M, BLOCK_K // 2)), tl.trans(tokens_even), acc, UPCAST_FP32)

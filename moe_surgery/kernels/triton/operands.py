@@ -53,7 +53,7 @@ class Operand:
 def operand(weight: Weight, bias: Tensor, what: str) -> Operand:
     """`weight` checked: raises UsageError, naming `what`, for a layout that the kernels do not read.
 
-    The first time a scale tensor on a device is seen its largest value is read, which waits for the device:
+    The first time a scale tensor on a device is used its largest value is read, which waits for the device:
     run a step before capturing one.
     """
     rows, columns = weight.rows, weight.columns

@@ -131,7 +131,7 @@ def _join(
     logits, expert, pid_k, partial, counters,
     BLOCK_T: tl.constexpr, ALL_E: tl.constexpr, NUM_BLOCKS_E: tl.constexpr, SPLIT_K: tl.constexpr,
 ):  # fmt: skip
-    """All logits of this block of tokens, in the program that arrives last: ([BLOCK_T, ALL_E], is it this one).
+    """All logits of this block of tokens, in the program that arrives last: ([BLOCK_T, ALL_E], whether this is it).
 
     As `dequant.reduce_split_k`, where programs also have different experts.
     """
@@ -168,9 +168,9 @@ def route(
     blocks = -(-tokens // block_t)
     if blocks > COUNTERS:
         raise UsageError(f"triton backend: {tokens} tokens at once; route at most {COUNTERS * block_t}")
-    alone = split_k == 1 and block_e == all_e
-    partial, counters = workspace(x.device, 0 if alone else blocks * split_k * block_t * all_e)
-    # Beyond a few choices a sort costs less than looking for the largest that often.
+    unsplit = split_k == 1 and block_e == all_e
+    partial, counters = workspace(x.device, 0 if unsplit else blocks * split_k * block_t * all_e)
+    # Beyond a few experts per token one sort costs less than repeated maxima.
     sort = top_k > 16
     arguments: dict[str, Any] = {
         "x": x, "weight": weight, "bias": bias, "ids": ids, "weights": weights,

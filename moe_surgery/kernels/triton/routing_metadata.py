@@ -1,4 +1,4 @@
-"""From chosen experts to tiles of rows of one expert: who computes which rows for which expert.
+"""From chosen experts to tiles of one expert's tokens: which program computes what.
 
 One launch for up to 1024 assignments, two beyond; nothing is read back, and what is allocated does not
 grow with experts times tokens.
@@ -19,9 +19,9 @@ from moe_surgery.kernels.triton.launch import Launch, next_power_of_two
 
 __all__ = ["ONE_LAUNCH", "RoutingMetadata", "empty_routing", "routing_launches"]
 
-# Assignments up to which one program does it all.
+# The most assignments that a single program handles.
 ONE_LAUNCH = 1024
-# Beyond that: programs that share the work, and the fewest and most assignments that one sorts at a time.
+# Beyond that: the number of programs, and the fewest and most assignments that one sorts at a time.
 PROGRAMS = 32
 CHUNK_SIZES = (128, 1024)
 
@@ -49,7 +49,7 @@ class RoutingMetadata:
 
 @triton.jit
 def _load_ids(ids, start, assignments, BLOCK_A: tl.constexpr, BINS: tl.constexpr):
-    """BLOCK_A ids from `start` on, those past the last counting as expert BINS - 1, which no expert is."""
+    """BLOCK_A ids from `start` on, those past the last as BINS - 1, which is not an expert."""
     at = start + tl.arange(0, BLOCK_A)
     return tl.load(ids + at, mask=at < assignments, other=BINS - 1).to(tl.int32)
 
@@ -73,13 +73,13 @@ def _routing_metadata_kernel(
     program = tl.program_id(0)
     first = program * chunks * BLOCK_A
     bins = tl.arange(0, BINS)
-    before = tl.zeros((BINS,), tl.int32)  # what earlier programs have of each expert
+    before = tl.zeros((BINS,), tl.int32)  # assignments of each expert in earlier programs
     if PROGRAMS > 1:
         total = tl.zeros((BINS,), tl.int32)
         for other in range(PROGRAMS):
-            theirs = tl.load(counts + other * BINS + bins)
-            total += theirs
-            before += tl.where(other < program, theirs, 0)
+            count = tl.load(counts + other * BINS + bins)
+            total += count
+            before += tl.where(other < program, count, 0)
     else:
         total = tl.histogram(_load_ids(ids, 0, assignments, BLOCK_A, BINS), BINS)
     real = tl.where(bins < experts, total, 0)
@@ -90,7 +90,7 @@ def _routing_metadata_kernel(
         tl.store(expert_offsets + bins, offset, mask=bins <= experts)
         tl.store(num_tiles, tl.sum(needed, 0))
     lane = tl.arange(0, BLOCK_A)
-    # Programs past the end of the assignments have nothing to sort.
+    # Programs past the last assignment have nothing to sort.
     for chunk in range(tl.minimum(chunks, tl.cdiv(tl.maximum(assignments - first, 0), BLOCK_A))):
         start = first + chunk * BLOCK_A
         expert = _load_ids(ids, start, assignments, BLOCK_A, BINS)

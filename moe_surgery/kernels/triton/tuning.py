@@ -1,8 +1,8 @@
-"""Block shapes and split reductions: which entry of the table a kernel runs with.
+"""Block shapes and split-K factors of the kernels.
 
 BLOCKS: (operation, format, block_n) -> (block_m, block_k, num_warps, num_stages). block_n 0 is the GEMV, which
 does not sort. Rows of gate_up are counted in pairs, a gate and an up row. The values have **not been
-measured on a GPU**. They were chosen by counting: at one token 16 rows give 720 and 180 programs for 2880
+measured on a GPU**. They were derived by counting: at one token 16 rows give 720 and 180 programs for 2880
 rows and top-4, several per multiprocessor; packed rows are read 128 and 256 bytes at a time; a dense row
 is read 64 values at a time (128 bytes, a cache line) because dense weights lie transposed. For tiles the
 accumulator, the decoded weights and the tokens fit the registers of every architecture (the compiled
@@ -64,7 +64,7 @@ BLOCKS: dict[Key, Entry] = {
     ("down", "dense", 128): (128, 64, 8, 3),
 }
 
-# Every number of tokens in a tile. 8 is the least that the tensor cores take on their N side.
+# Tokens per tile. 8 is the least that the tensor cores take on their N side.
 BLOCK_N_CHOICES = (8, 16, 32, 64, 128)
 SPLIT_K_CHOICES = (1, 2, 4, 8)
 # Programs per multiprocessor below which a reduction is split.
@@ -83,7 +83,7 @@ class Blocks:
 
 @dataclass(frozen=True, slots=True)
 class DeviceProps:
-    """What the choice depends on: compute capability as one number (90) and multiprocessors."""
+    """The device properties that tuning depends on: compute capability as one number (90), multiprocessors."""
 
     arch: int
     multiprocessors: int
@@ -91,7 +91,7 @@ class DeviceProps:
 
 @lru_cache(maxsize=16)
 def get_device_props(device: torch.device) -> DeviceProps:
-    """Of a CUDA device; for any other (the interpreter) those of one with 132 multiprocessors."""
+    """Properties of a CUDA device; for any other (the interpreter) those of an H100."""
     if device.type != "cuda":
         return DeviceProps(90, 132)
     properties = torch.cuda.get_device_properties(device)
@@ -110,21 +110,21 @@ def blocks_for(arch: int, operation: str, mxfp4: bool, block_n: int = 0, upcast_
 
 
 def use_gemv(tokens: int, top_k: int, experts: int) -> bool:
-    """Whether to give every (token, slot) pair its own programs rather than sort the pairs by expert.
+    """Whether every (token, slot) pair gets its own programs, instead of sorting the pairs by expert.
 
-    Pairs of one expert read its weights once each, so with few experts repetitions come early.
+    Every pair reads its expert's weights, so with few experts sorting pays off early.
     """
     return tokens == 1 or tokens * top_k <= min(16, 2 * experts)
 
 
 def block_n_for(assignments: int, experts: int) -> int:
-    """Tokens a tile: the rows an expert gets on average, so that padding stays small."""
+    """Tokens per tile: an expert's average number, so that padding stays small."""
     average = -(-assignments // min(experts, assignments))
     return min(max(next_power_of_two(average), BLOCK_N_CHOICES[0]), BLOCK_N_CHOICES[-1])
 
 
 def split_k_for(programs: int, steps: int, multiprocessors: int) -> int:
-    """How many programs share each reduction of `steps` steps, where there are `programs` without sharing."""
+    """How many programs split each reduction of `steps` steps, given `programs` without splitting."""
     split_k = 1
     for candidate in SPLIT_K_CHOICES:
         if (
@@ -136,5 +136,5 @@ def split_k_for(programs: int, steps: int, multiprocessors: int) -> int:
     return split_k
 
 
-# For one architecture (90, 120, ...) what differs from BLOCKS; measured, never guessed.
+# Differences from BLOCKS by architecture (90, 120, ...); measured, never guessed.
 OVERRIDES: dict[int, dict[Key, Entry]] = {}

@@ -1,5 +1,5 @@
-// The page's data, and the few helpers that all figures use. Names come from strangers' files: they
-// enter the page as text only, never as markup.
+// The page's data, and helpers for all figures. Names come from untrusted files: they enter the page as
+// text only, never as markup.
 const D = JSON.parse(document.getElementById("data").textContent);
 const SVG = "http://www.w3.org/2000/svg";
 const byId = (id) => document.getElementById(id);
@@ -18,7 +18,7 @@ function draw(name, attributes, ...content) {
   return e;
 }
 
-// A number for reading: four significant digits, thousands apart.
+// Four significant digits, with thousands separators.
 function figure(v) {
   if (v === null || v === undefined) return "\u2013";
   const size = Math.abs(v);

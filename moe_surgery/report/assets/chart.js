@@ -1,4 +1,4 @@
-// Line charts, drawn for the width they have so that their text keeps its size on a phone.
+// Line charts, drawn for the available width so that text keeps its size on a phone.
 const COLOURS = 8;
 const DASHES = ["", "7 3", "2 2.5", "9 3 2 3"];
 const MARKERS = [
@@ -97,7 +97,7 @@ function lineChart(c, width) {
       if (i % every === s.place % every) svg.append(markerAt(s.place, atX(p.x), atY(p.y), p.title));
     });
   }
-  let above = 0;  // names keep apart where plans come close
+  let above = 0;  // keeps the names of nearby plans apart
   for (const m of [...(c.marks || [])].sort((a, b) => b.y - a.y)) {
     above = Math.max(atY(m.y) + 16, above + 14);
     svg.append(draw("path", { class: "plan", d: `M${pair(m.x, m.y)}m0 -6l6 6l-6 6l-6 -6z` }));
@@ -110,10 +110,10 @@ function lineChart(c, width) {
 
 let printing = false;
 
-// Charts side by side where there is room for two.
+// Charts side by side if two fit.
 function showPanels(id, charts) {
   const box = byId(id);
-  const room = printing ? 700 : box.clientWidth || 640;
-  const width = printing ? 340 : Math.floor(room >= 870 && charts.length > 1 ? (room - 28) / 2 : room);
+  const available = printing ? 700 : box.clientWidth || 640;
+  const width = printing ? 340 : Math.floor(available >= 870 && charts.length > 1 ? (available - 28) / 2 : available);
   box.replaceChildren(...charts.map((c) => make("div", { class: "panel" }, make("h3", null, c.title, ", ", make("span", { class: "unit" }, c.yLabel)), lineChart(c, width))));
 }

@@ -28,15 +28,15 @@ function startMap() {
   byId("map-readout").hidden = false;
   map.svg.addEventListener("keydown", moveInMap);
   const at = (event) => (event.target.dataset && event.target.dataset.at ? event.target.dataset.at.split(",").map(Number) : null);
-  map.svg.addEventListener("pointerover", (event) => at(event) && tell(...at(event)));
-  map.svg.addEventListener("pointerleave", () => map.focused ? tell(map.layer, map.expert) : hideCursor());
+  map.svg.addEventListener("pointerover", (event) => at(event) && showReadout(...at(event)));
+  map.svg.addEventListener("pointerleave", () => map.focused ? showReadout(map.layer, map.expert) : hideCursor());
   map.svg.addEventListener("pointerdown", (event) => at(event) && focusCell(...at(event)));
   // On the box: listening for focus would make the drawing itself a stop of the Tab key.
   map.svg.parentElement.addEventListener("focusin", (event) => {
     if (!at(event)) return;
     map.focused = true;
     rove(...at(event));
-    tell(map.layer, map.expert);
+    showReadout(map.layer, map.expert);
   });
   map.svg.parentElement.addEventListener("focusout", () => { map.focused = false; hideCursor(); });
   onChange(["map-view", "map-metric", "map-plan", "map-scale"], paintMap);
@@ -80,7 +80,7 @@ function moveInMap(event) {
 }
 
 // The numbers of one cell under the map.
-function tell(layer, expert) {
+function showReadout(layer, expert) {
   const cell = cellOf(layer, expert), view = chosen("map-view"), metric = chosen("map-metric");
   map.cursor.setAttribute("x", cell.x.baseVal.value - 1);
   map.cursor.setAttribute("y", cell.y.baseVal.value - 1);
@@ -88,12 +88,12 @@ function tell(layer, expert) {
   const i = layer * D.experts + expert, kept = keptSets(planShown());
   const state = kept ? (kept[layer].has(expert) ? ", kept by " : ", not kept by ") + D.plans[planShown()].name : "";
   const list = make("dl", null, ...D.metrics.map((m, k) => make("div", k === metric ? { class: "chosen" } : null,
-    make("dt", null, m), make("dd", null, score(k, D.scores[k][view][i]) + " (" + place(D.ranks[k][view][i]) + ")"))));
+    make("dt", null, m), make("dd", null, score(k, D.scores[k][view][i]) + " (" + ordinal(D.ranks[k][view][i]) + ")"))));
   byId("map-readout").replaceChildren(
     make("p", null, make("b", null, `Layer ${layer}, expert ${expert}`), ` on ${D.views[view].name}${state}`), list);
 }
 
-function place(n) {
+function ordinal(n) {
   const tens = n % 100;
   return n + (tens >= 11 && tens <= 13 ? "th" : ["th", "st", "nd", "rd"][n % 10] || "th");
 }
@@ -111,7 +111,7 @@ function paintMap() {
       const value = scores[from + expert], stays = kept && kept[layer].has(expert);
       cell.setAttribute("class", "q" + step(most > 0 ? value / most : 0));
       cell.setAttribute("aria-label", `layer ${layer}, expert ${expert}: ${name} ${score(metric, value)}, ` +
-        `${place(ranks[from + expert])} of ${D.experts}` + (kept ? (stays ? ", kept" : ", not kept") : ""));
+        `${ordinal(ranks[from + expert])} of ${D.experts}` + (kept ? (stays ? ", kept" : ", not kept") : ""));
       if (stays) dots.push(`M${cell.x.baseVal.value + cell.width.baseVal.value / 2} ${cell.y.baseVal.value + cell.height.baseVal.value / 2}h0`);
     });
   });
@@ -124,6 +124,6 @@ function paintMap() {
     for (let e = 0; e < D.experts; e++) order[ranks[layer * D.experts + e] - 1] = e;
     return make("tr", null, make("th", { scope: "row" }, String(layer)), make("td", null, order.join(" ")));
   }));
-  if (map.focused) tell(map.layer, map.expert);
-  else byId("map-readout").replaceChildren(make("p", null, "Point at a cell, or focus the map and move with the arrow keys."));
+  if (map.focused) showReadout(map.layer, map.expert);
+  else byId("map-readout").replaceChildren(make("p", null, "Hover over a cell, or focus the map and use the arrow keys."));
 }

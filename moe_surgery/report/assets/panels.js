@@ -1,4 +1,4 @@
-// Overlap, coverage and evaluation: numbers that the data hold, drawn for what is chosen.
+// Overlap, coverage and evaluation, redrawn when a control changes.
 function pairOf(a, b) {
   const [low, high] = a < b ? [a, b] : [b, a];
   return (high * (high - 1)) / 2 + low;
@@ -14,8 +14,8 @@ function showOverlap() {
       row.cells[b + 1].textContent = (100 * share).toFixed(0);
     });
   });
-  byId("overlap-caption").textContent = `Percent. The ${n} best of ${D.experts} experts by ${D.metrics[metric]}; ` +
-    `chance would give ${((100 * n) / D.experts).toFixed(0)}.`;
+  byId("overlap-caption").textContent = `Percent. The best ${n} of ${D.experts} experts by ${D.metrics[metric]}; ` +
+    `random choice would give ${((100 * n) / D.experts).toFixed(0)}.`;
 }
 
 function showCoverage() {
@@ -29,7 +29,7 @@ function showCoverage() {
     ? D.views.map((v, i) => ({ name: v.name, place: i, both: D.coverage[kind][metric][i] }))
     : D.metrics.map((m, i) => ({ name: m, place: i, both: D.coverage[kind][i][view] }));
   const chart = (title, which) => ({
-    title, xLabel: "experts kept in each layer", yLabel: "share of " + (kind === "weight" ? "routed weight" : "routes"),
+    title, xLabel: "experts kept in each layer", yLabel: "share of " + (kind === "weight" ? "routing weight" : "routes"),
     x: [1, D.experts], y: [0, 1], percent: true, at: n,
     marks: domains ? [] : D.plans.map((p) => ({ name: p.name, x: p.experts, y: p.coverage[kind][view][which] })),
     series: lines.map((l) => ({ name: l.name, place: l.place, points: l.both[which].map((y, i) => (
@@ -42,10 +42,10 @@ function showCoverage() {
     return at < 0 ? "\u2013" : String(at + 1);
   };
   const shares = [0.8, 0.9, 0.95, 0.99];
-  const head = [domains ? "Domain" : "Metric", `${n} experts carry`, "in the worst layer",
+  const head = [domains ? "Domain" : "Metric", `best ${n} experts`, "in the worst layer",
     ...shares.map((s) => `for ${100 * s} %`)];
   byId("coverage-table").replaceChildren(
-    make("caption", { class: "hint" }, "With " + n + " experts, and the fewest experts for a share (in brackets: in every layer)."),
+    make("caption", { class: "hint" }, "Share covered by the best " + n + " experts, and the fewest experts for a share (in brackets: in every layer)."),
     make("thead", null, make("tr", null, ...head.map((h) => make("th", { scope: "col" }, h)))),
     make("tbody", null, ...lines.map((l) => make("tr", null, make("th", { scope: "row" }, l.name),
       make("td", null, percent(l.both[0][n - 1])), make("td", null, percent(l.both[1][n - 1])),
@@ -53,12 +53,12 @@ function showCoverage() {
 }
 
 const MEASURES = [
-  ["kl", "KL divergence from the full model", "nats a token"],
-  ["cross_entropy", "Cross-entropy", "nats a token"],
-  ["agreement", "Agreement of the likeliest token", "share of tokens"],
-  ["redirected", "Routes sent to another expert", "mean over layers"],
+  ["kl", "KL divergence from the full model", "nats per token"],
+  ["cross_entropy", "Cross-entropy", "nats per token"],
+  ["agreement", "Same most likely token", "share of tokens"],
+  ["rerouted", "Rerouted to another expert", "mean over layers"],
 ];
-// More lines than these cannot be told apart.
+// More lines are hard to tell apart.
 const FEW = 8;
 const shownEvaluation = () => D.evaluations[chosen("evaluation-file")];
 
@@ -66,7 +66,7 @@ function startEvaluation() {
   const fresh = () => {
     const e = shownEvaluation();
     fillChoice("evaluation-domain", e.domains);
-    fillChoice("evaluation-set", ["anything", "the texts' own domain", ...e.sets]);
+    fillChoice("evaluation-set", ["any domain", "the texts' domain", ...e.sets]);
     byId("evaluation-set").closest("label").hidden = e.sets.length < 2;
     byId("evaluation-set").value = e.lines.length > FEW && e.sets.length > 1 ? 1 : 0;
     const kl = e.lines.flatMap((l) => l.points.kl[0].map((p) => p[1]));
@@ -82,10 +82,10 @@ function showEvaluation() {
   const e = shownEvaluation(), domain = chosen("evaluation-domain"), set = chosen("evaluation-set");
   const own = e.own[domain].length ? e.own[domain] : null;
   const wanted = set === 0 ? null : set === 1 ? own : [set - 2];
-    // Colours go by place among what is shown, so that few lines never look alike.
+    // Colours are numbered among the lines shown, so that a few lines never look alike.
   const lines = e.lines.filter((l) => l.set === null || wanted === null || wanted.includes(l.set)).map((l, place) => ({ ...l, place }));
   const charts = MEASURES.map(([measure, title, yLabel]) => {
-    const share = measure === "agreement" || measure === "redirected";
+    const share = measure === "agreement" || measure === "rerouted";
     const series = lines.map((l) => ({ name: l.name, place: l.place, points: l.points[measure][domain].map(([x, y, low, high, models]) => (
       { x, y, low, high, title: `${l.name}, ${whole(x)} experts: ${share ? percent(y) : figure(y)}` +
         (models > 1 ? ` (median of ${models})` : "") })) }));
@@ -93,11 +93,11 @@ function showEvaluation() {
     const values = points.flatMap((p) => [p.y, p.low, p.high]);
     const log = measure === "kl" && byId("evaluation-log").checked && values.length > 0 && Math.min(...values) > 0 &&
       Math.max(...values) > Math.min(...values);
-    const low = Math.min(full, ...values), high = Math.max(full, ...values), room = 0.06 * (high - low) || 0.05;
+    const low = Math.min(full, ...values), high = Math.max(full, ...values), margin = 0.06 * (high - low) || 0.05;
     return {
       title, yLabel, xLabel: "experts kept in each layer", log, percent: share, series,
       x: [Math.min(e.experts, ...points.map((p) => p.x)), e.experts],
-      y: measure === "agreement" ? [0, 1] : log ? [Math.min(...values), Math.max(...values)] : [measure === "cross_entropy" ? low - room : 0, high + room],
+      y: measure === "agreement" ? [0, 1] : log ? [Math.min(...values), Math.max(...values)] : [measure === "cross_entropy" ? low - margin : 0, high + margin],
       level: measure === "cross_entropy" ? { name: "full model", y: full } : null,
     };
   });

@@ -1,4 +1,4 @@
-// Everything above is drawn once; what changes with the width is drawn again.
+// Draw everything once; redraw on resize what depends on the width.
 document.querySelectorAll(".controls").forEach((c) => { c.hidden = false; });
 startMap();
 if (byId("overlap")) {
@@ -18,7 +18,7 @@ addEventListener("resize", () => {
   if (D.evaluations.length) showEvaluation();
 });
 
-// On paper everything is open, the tables too unless one would fill a book.
+// In print everything is expanded, tables too unless they are very long.
 const PRINTED_ROWS = 1600;
 const opened = [];
 let shortened = [];

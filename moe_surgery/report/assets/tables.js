@@ -1,4 +1,4 @@
-// Tables that are sorted by their headings, by mouse or keyboard.
+// Tables sorted by clicking their headings.
 const ROWS_AT_ONCE = 40;
 
 // columns: [{name, value: row -> number or string or null, show: row -> text, words: bool}]
@@ -10,9 +10,9 @@ function sortable(table, columns, rows, state) {
       const value = columns[state.by].value, turn = state.down ? -1 : 1;
       sorted.sort((a, b) => {
         const x = value(a), y = value(b);
-        if (x === null || y === null || x === "" || y === "") {  // what has no value comes last
-          const gone = (v) => (v === null || v === "" ? 1 : 0);
-          return gone(x) - gone(y);
+        if (x === null || y === null || x === "" || y === "") {  // rows without a value come last
+          const missing = (v) => (v === null || v === "" ? 1 : 0);
+          return missing(x) - missing(y);
         }
         return turn * (typeof x === "string" ? x.localeCompare(y) : x - y);
       });
@@ -30,7 +30,7 @@ function sortable(table, columns, rows, state) {
   const head = make("tr", null, ...columns.map((c, i) => {
     const button = make("button", { type: "button" }, c.name);
     button.addEventListener("click", () => {
-      // The best first; words and positions from their beginning.
+      // Best first; words and positions ascending.
       state.down = state.by === i ? !state.down : !c.words && !c.position;
       state.by = i;
       show();
@@ -91,7 +91,7 @@ function fillModels(e, domain) {
     word("Model", 0), count("Experts", 2), count("Top-k", 3), word("Method", 4), word("Data or seed", 5),
     quality("Tokens", 0, whole), quality("Cross-entropy", 1, four, true),
     quality("Perplexity", 2, figure, true), quality("KL", 3, four, true), quality("Agreement", 4, (v) => percent(v)),
-    quality("Redirected", 5, (v) => percent(v), true),
+    quality("Rerouted", 5, (v) => percent(v), true),
   ];
   sortable(byId("models"), columns, e.models, models);
 }

@@ -1,9 +1,9 @@
-"""How many tokens to draft: a fixed number, or what acceptance and costs so far make best.
+"""How many tokens to draft: a fixed number, or the best for the acceptance and costs measured so far.
 
-With acceptance a of each drafted token, independent of the others, a target step over n drafted tokens
+If each drafted token is accepted with probability a, independently, a target step over n drafted tokens
 yields (1 - a^(n+1)) / (1 - a) tokens (Leviathan, Kalman and Matias, arXiv 2211.17192, equation 1). Where one
 draft step costs d and a target step over n drafted tokens t_n, a token costs (n d + t_n) over that; plain
-decoding costs t_0 a token. Where all n were accepted (probability a^n) the draft has not seen the last of them:
+decoding costs t_0 per token. Where all n were accepted (probability a^n) the draft has not seen the last one:
 its next step takes two tokens, which costs c more.
 """
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from moe_surgery.errors import UsageError
 
 __all__ = [
-    "MOST_DRAFTED",
+    "MAX_DRAFT_LENGTH",
     "AdaptiveLength",
     "Costs",
     "LengthControl",
@@ -26,7 +26,7 @@ __all__ = [
     "speed_up",
 ]
 
-MOST_DRAFTED = 64
+MAX_DRAFT_LENGTH = 64
 HALVINGS = 60
 
 
@@ -42,36 +42,36 @@ class Costs:
 
 @dataclass(frozen=True, slots=True)
 class AdaptiveLength:
-    """At most `most` tokens; fewer where the draft is unsure or acceptance does not pay for more.
+    """At most `max_length` tokens; fewer where the draft is unsure or acceptance does not pay for more.
 
-    Drafting stops before a token whose distribution (the draft's, unfiltered, at temperature 1) gives
-    no token a probability of `confidence`: that depends on the tokens before it alone, so the output
-    stays the target's. The length, at least 1, is the best for the acceptance measured so far, of which each round
-    keeps `memory`, starting from `acceptance`. `costs` None: counted from the bytes that steps read.
+    Drafting stops where the draft's distribution (unfiltered, at temperature 1) has no token with a probability
+    of at least `confidence`. That depends only on the tokens before it, so the output stays the target's. The
+    length, at least 1, is the best for the acceptance measured so far: an average that starts at `acceptance`
+    and decays by the factor `memory` each round. `costs` None: estimated from the bytes that steps read.
     """
 
-    most: int = 8
+    max_length: int = 8
     confidence: float = 0.3
     memory: float = 0.9
     acceptance: float = 0.8
     costs: Costs | None = None
 
     def __post_init__(self) -> None:
-        check_length(self.most)
+        check_length(self.max_length)
         for name in ("confidence", "memory", "acceptance"):
             if not 0 <= (value := getattr(self, name)) <= 1:
                 raise UsageError(f"adaptive draft length: {name} {value}: must be between 0 and 1")
-        if self.costs is not None and len(self.costs.target) <= self.most:
+        if self.costs is not None and len(self.costs.target) <= self.max_length:
             raise UsageError(
                 f"adaptive draft length: costs of {len(self.costs.target)} target steps; needed for 0 to "
-                f"{self.most} drafted tokens"
+                f"{self.max_length} drafted tokens"
             )
 
 
-def check_length(length: int, parameter: str = "length", other: str = ", or auto") -> None:
-    """Raise UsageError unless 1 <= length <= MOST_DRAFTED."""
-    if not 1 <= length <= MOST_DRAFTED:
-        raise UsageError(f"`{parameter}` {length}: must be 1 to {MOST_DRAFTED}{other}")
+def check_length(length: int, parameter: str = "draft_length", other: str = ", or auto") -> None:
+    """Raise UsageError unless 1 <= length <= MAX_DRAFT_LENGTH."""
+    if not 1 <= length <= MAX_DRAFT_LENGTH:
+        raise UsageError(f"`{parameter}` {length}: must be 1 to {MAX_DRAFT_LENGTH}{other}")
 
 
 def expected_tokens(acceptance: float, length: int) -> float:
@@ -86,13 +86,13 @@ def speed_up(acceptance: float, length: int, costs: Costs) -> float:
     return expected_tokens(acceptance, length) * costs.target[0] / spent
 
 
-def best_length(acceptance: float, costs: Costs, most: int) -> int:
-    """The length from 1 to `most` with the greatest speed-up; of equal ones the shortest."""
-    return max(range(1, most + 1), key=lambda n: (speed_up(acceptance, n, costs), -n))
+def best_length(acceptance: float, costs: Costs, max_length: int) -> int:
+    """The length from 1 to `max_length` with the greatest speed-up, the shortest of equal ones."""
+    return max(range(1, max_length + 1), key=lambda n: (speed_up(acceptance, n, costs), -n))
 
 
 def break_even(length: int, costs: Costs) -> float | None:
-    """The acceptance at which drafting `length` tokens is as fast as plain decoding; None if none is."""
+    """The acceptance at which drafting `length` tokens is as fast as plain decoding; None if it never is."""
     if speed_up(1.0, length, costs) < 1:
         return None
     low, high = 0.0, 1.0
@@ -103,26 +103,26 @@ def break_even(length: int, costs: Costs) -> float | None:
 
 
 class LengthControl:
-    """The length of each round, following what was accepted in those before."""
+    """The length of each round, adapted to the acceptance in the rounds before."""
 
     def __init__(self, length: int | AdaptiveLength, costs: Costs | None = None) -> None:
-        """`costs` stand in where an adaptive length has none of its own. Raises UsageError for a length."""
+        """`costs` are used where an adaptive length has none. Raises UsageError for a length out of range."""
         if isinstance(length, int):
             check_length(length)
         self._rule = length
         self._costs = length.costs or costs if isinstance(length, AdaptiveLength) else None
         self._tried = self._accepted = 0.0
         if isinstance(length, AdaptiveLength):
-            # As much as one round's worth, so that the first rounds already count.
-            self._tried, self._accepted = float(length.most), length.acceptance * length.most
+            # Weighs as much as one round, so that the first rounds already count.
+            self._tried, self._accepted = float(length.max_length), length.acceptance * length.max_length
 
     @property
-    def most(self) -> int:
-        return self._rule if isinstance(self._rule, int) else self._rule.most
+    def max_length(self) -> int:
+        return self._rule if isinstance(self._rule, int) else self._rule.max_length
 
     @property
     def confidence(self) -> float:
-        """Below which drafting stops; 0 never does."""
+        """The probability below which drafting stops; 0: never."""
         return 0.0 if isinstance(self._rule, int) else self._rule.confidence
 
     @property
@@ -131,15 +131,15 @@ class LengthControl:
         return self._accepted / self._tried if self._tried else None
 
     def next(self) -> int:
-        """How many tokens to draft now, 1 to `most`."""
+        """How many tokens to draft now, 1 to `max_length`."""
         if isinstance(self._rule, int) or self.acceptance is None:
-            return self.most
+            return self.max_length
         if self._costs is None:
-            return self.most
-        return best_length(self.acceptance, self._costs, self.most)
+            return self.max_length
+        return best_length(self.acceptance, self._costs, self.max_length)
 
     def observe(self, drafted: Sequence[int], accepted: Sequence[int]) -> None:
-        """What a round drafted and kept, by sequence: the tokens after a refused one were not tried."""
+        """Count a round by sequence: tokens after a rejected one were not tried."""
         if isinstance(self._rule, int):
             return
         tried = sum(min(a + 1, n) for n, a in zip(drafted, accepted, strict=True))

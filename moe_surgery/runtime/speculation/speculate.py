@@ -1,8 +1,7 @@
-"""Speculative decoding: a draft proposes, the target checks several tokens in one step.
+"""Speculative decoding: a draft proposes, the target verifies several tokens in one step.
 
-Greedy, the output is the target's own, token for token, where a token's logits do not depend on how many
-tokens go through the target together: with kernels that promise it; with others in float32 near ties alone
-could turn. Sampled, its distribution is the target's own.
+Greedy output is the target's, token for token, with batch-invariant kernels; with others a near tie can go the
+other way. Sampled output has the target's distribution.
 """
 
 from __future__ import annotations
@@ -15,17 +14,17 @@ import torch
 from torch import Tensor
 
 from moe_surgery.errors import UsageError
-from moe_surgery.runtime.generate import decoder, pad_left, room_for
+from moe_surgery.runtime.generate import clamp_new_tokens, decoder, pad_left
 from moe_surgery.runtime.model import CausalLM
 from moe_surgery.runtime.sampling import Sampler, Sampling, distribution
-from moe_surgery.runtime.speculation.acceptance import accept_drawn, accept_greedy
-from moe_surgery.runtime.speculation.draft import BEHIND, Drafter, Proposal
+from moe_surgery.runtime.speculation.acceptance import accept_greedy, rejection_sample
+from moe_surgery.runtime.speculation.draft import DRAFT_LAG, Drafter, Proposal
 from moe_surgery.runtime.speculation.draft_length import AdaptiveLength, LengthControl
 from moe_surgery.runtime.speculation.statistics import Round, SpeculationStatistics
 from moe_surgery.runtime.step_bytes import cache_bytes, counted_costs
 
 __all__ = [
-    "DEFAULT_LENGTH",
+    "DEFAULT_DRAFT_LENGTH",
     "Speculated",
     "Speculation",
     "check_pair",
@@ -33,7 +32,7 @@ __all__ = [
     "speculation_cache_bytes",
 ]
 
-DEFAULT_LENGTH = 4
+DEFAULT_DRAFT_LENGTH = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +46,7 @@ class Speculated:
 
 
 class Speculation:
-    """One run: iterate over it for its rounds; `statistics` and `tokens` grow as it goes."""
+    """One run: iterate over it for its rounds; `statistics` and `tokens` grow with each."""
 
     def __init__(
         self,
@@ -55,7 +54,7 @@ class Speculation:
         draft: CausalLM,
         prompts: Sequence[Sequence[int]],
         *,
-        length: int | AdaptiveLength = DEFAULT_LENGTH,
+        draft_length: int | AdaptiveLength = DEFAULT_DRAFT_LENGTH,
         sampling: Sampling | None = None,
         max_new_tokens: int = 256,
         stop_tokens: Sequence[int] | None = None,
@@ -65,19 +64,19 @@ class Speculation:
         check_pair(target, draft)
         self._ids, self._mask = pad_left(prompts)
         tokens = self._ids.shape[1]
-        self._new = room_for(target, tokens, max_new_tokens, context)
-        needed = tokens + self._new - 1  # the last token is not looked at again
+        self._new = clamp_new_tokens(target, tokens, max_new_tokens, context)
+        needed = tokens + self._new - 1  # the last token is never fed back
         if needed > (most := draft.config.max_position_embeddings):
             raise UsageError(
                 f"the draft takes {most} tokens, but prompt and answer may reach {needed + 1}; pass `context` {most}"
             )
         costs = None
-        if isinstance(length, AdaptiveLength) and length.costs is None:
-            costs = counted_costs(target, draft, len(prompts), length.most)
-        self._control = LengthControl(length, costs)
-        # Refused tokens lie past the last one that stays until they are taken back.
-        self._columns = min(needed + self._control.most, target.config.max_position_embeddings)
-        self._draft_columns = min(needed + self._control.most, draft.config.max_position_embeddings)
+        if isinstance(draft_length, AdaptiveLength) and draft_length.costs is None:
+            costs = counted_costs(target, draft, len(prompts), draft_length.max_length)
+        self._control = LengthControl(draft_length, costs)
+        # Rejected tokens lie past the last accepted one until they are rolled back.
+        self._context = min(needed + self._control.max_length, target.config.max_position_embeddings)
+        self._draft_context = min(needed + self._control.max_length, draft.config.max_position_embeddings)
         stops = target.config.eos_token_ids if stop_tokens is None else stop_tokens
         self._stops = torch.tensor(stops, dtype=torch.int64)
         self._sampler = Sampler(sampling or Sampling())
@@ -116,70 +115,70 @@ class Speculation:
         """The first token of each sequence comes from the target alone."""
         start = time.perf_counter()
         target = self._target
-        self._cache = target.new_cache(len(self._ids), self._columns, rollback=self._control.most)
+        self._cache = target.new_cache(len(self._ids), self._context, rollback=self._control.max_length)
         self._step: Callable[[Tensor], Tensor] | None = None
         self.statistics.target_cache_bytes = self._cache.nbytes
         logits = target(self._ids, self._cache, self._mask.to(target.device), logits_to_keep=1)
         tokens, log_probabilities = self._sampler(logits[:, -1])
         new = [[t] for t in tokens.tolist()]
-        found = self._taken(new, [[v] for v in log_probabilities.tolist()])
-        nothing = [0] * len(new)
-        return Round(*found, nothing, nothing, 0.0, time.perf_counter() - start, first=True)
+        appended = self._append(new, [[v] for v in log_probabilities.tolist()])
+        none = [0] * len(new)
+        return Round(*appended, none, none, 0.0, time.perf_counter() - start, first=True)
 
     @torch.inference_mode()
     def _prefill_draft(self) -> None:
         start = time.perf_counter()
-        self._drafter.prefill(self._ids, self._mask, self._draft_columns, self._control.most)
+        self._drafter.prefill(self._ids, self._mask, self._draft_context, self._control.max_length)
         self.statistics.draft_cache_bytes = self._drafter.cache.nbytes
         lengths = [0 if e else n for n, e in zip(self._cache.lengths, self._ended, strict=True)]
         self._cache.truncate(lengths)
-        self._drafter.follow(lengths)
+        self._drafter.truncate(lengths)
         self.statistics.prefill_seconds += time.perf_counter() - start
 
     @torch.inference_mode()
     def _round(self) -> Round:
         start = time.perf_counter()
-        proposal = self._proposed()
+        proposal = self._propose()
         drafted = time.perf_counter()
-        logits = self._verified(proposal)
-        kept, after = self._accepted(proposal, logits)
+        logits = self._verify(proposal)
+        num_accepted, next_tokens = self._accept(proposal, logits)
         log_probabilities = torch.log_softmax(logits, dim=-1)
         n = proposal.tokens.shape[1]
         slots = torch.arange(n + 1, device=logits.device)
-        padded = torch.cat((proposal.tokens.to(logits.device), after[:, None]), dim=1)
-        chosen = torch.where(slots == kept[:, None], after[:, None], padded)
-        values = log_probabilities.gather(-1, chosen[..., None])[..., 0].tolist()
-        accepted = kept.tolist()
+        padded = torch.cat((proposal.tokens.to(logits.device), next_tokens[:, None]), dim=1)
+        tokens = torch.where(slots == num_accepted[:, None], next_tokens[:, None], padded)
+        values = log_probabilities.gather(-1, tokens[..., None])[..., 0].tolist()
+        accepted = num_accepted.tolist()
         live = [not ended for ended in self._ended]
-        new = [row[: a + 1] if on else [] for row, a, on in zip(chosen.tolist(), accepted, live, strict=True)]
+        new = [row[: a + 1] if on else [] for row, a, on in zip(tokens.tolist(), accepted, live, strict=True)]
         counts = [n if on else 0 for n, on in zip(proposal.counts, live, strict=True)]
         accepted = [a if on else 0 for a, on in zip(accepted, live, strict=True)]
-        found = self._taken(new, [v[: len(t)] for v, t in zip(values, new, strict=True)])
+        appended = self._append(new, [v[: len(t)] for v, t in zip(values, new, strict=True)])
         self._control.observe(counts, accepted)
-        # Whatever was refused, or belongs to a sequence that has ended, is taken back.
+        # Roll back what was rejected, and sequences that have ended.
         lengths = [
             0 if ended else length - n + a
             for length, a, ended in zip(self._cache.lengths, accepted, self._ended, strict=True)
         ]
         self._cache.truncate(lengths)
-        self._drafter.follow(lengths)
+        self._drafter.truncate(lengths)
         stop = time.perf_counter()
-        return Round(*found, counts, accepted, drafted - start, stop - drafted)
+        return Round(*appended, counts, accepted, drafted - start, stop - drafted)
 
-    def _proposed(self) -> Proposal:
-        """Draft as many tokens as the rule says, the context holds, and each sequence may still use."""
+    def _propose(self) -> Proposal:
+        """Draft as many tokens as the rule allows, the context holds, and each sequence may still use."""
         lengths = self._cache.lengths
-        room = min(self._columns, self._draft_columns) - 1 - max(lengths)
-        most = min(self._control.next(), room)
-        left = [self._new - len(s) + len(p) for s, p in zip(self._sequences, self._prompts, strict=True)]
-        limits = [0 if ended else min(most, n - 1) for n, ended in zip(left, self._ended, strict=True)]
+        free = min(self._context, self._draft_context) - 1 - max(lengths)
+        most = min(self._control.next(), free)
+        remaining = [self._new - len(s) + len(p) for s, p in zip(self._sequences, self._prompts, strict=True)]
+        limits = [0 if ended else min(most, n - 1) for n, ended in zip(remaining, self._ended, strict=True)]
         if max(limits) == 0:
             empty = torch.zeros(len(limits), 0, dtype=torch.int64, device=self._target.device)
             return Proposal(empty, limits, None)
         return self._drafter.propose(self._sequences, lengths, limits)
 
-    def _verified(self, proposal: Proposal) -> Tensor:
-        """The target's logits [batch, n + 1, vocabulary] after the last token and each drafted one."""
+    def _verify(self, proposal: Proposal) -> Tensor:
+        """The target's logits [batch, n + 1, vocab_size] after the last token and each drafted one."""
         last = [0 if e else s[-1] for s, e in zip(self._sequences, self._ended, strict=True)]
         before = torch.tensor(last, dtype=torch.int64)
         if proposal.tokens.shape == (1, 0):
@@ -188,8 +187,8 @@ class Speculation:
         drafted = proposal.tokens.to(self._target.device)
         return self._target(torch.cat((before[:, None].to(drafted.device), drafted), dim=1), self._cache)
 
-    def _accepted(self, proposal: Proposal, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """How many drafted tokens stay, and the token that follows them, int64 [batch] each."""
+    def _accept(self, proposal: Proposal, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """How many drafted tokens are accepted, and the token after them, int64 [batch] each."""
         drafted = proposal.tokens.to(logits.device)
         counts = torch.tensor(proposal.counts, device=logits.device)
         sampling = self._sampler.sampling
@@ -198,9 +197,9 @@ class Speculation:
         p = distribution(logits.flatten(0, 1), sampling).view(logits.shape)
         q = p[:, :0] if proposal.distributions is None else proposal.distributions.to(p.device)
         uniform = self._sampler.uniform(len(drafted), drafted.shape[1] + 1).to(p.device)
-        return accept_drawn(drafted, counts, q, p, uniform)
+        return rejection_sample(drafted, counts, q, p, uniform)
 
-    def _taken(
+    def _append(
         self, new: list[list[int]], log_probabilities: list[list[float]]
     ) -> tuple[list[list[int]], list[list[float]]]:
         """Append each sequence's new tokens up to its stop token or limit; returns what was appended."""
@@ -231,11 +230,11 @@ def speculation_cache_bytes(
     target: CausalLM, draft: CausalLM, batch: int, tokens: int, length: int
 ) -> tuple[int, int]:
     """Bytes of the target's and the draft's keys and values for `batch` sequences of `tokens` tokens, prompt
-    and answer together: sliding layers hold what may be taken back, drafted tokens lie past the last one."""
-    columns = tokens - 1 + length  # the last token is not looked at again
+    and answer together: rings hold the rollback too, and drafted tokens lie past the last one."""
+    cached = tokens - 1 + length  # the last token is never fed back
     return (
-        cache_bytes(target, batch, min(columns, target.config.max_position_embeddings), length),
-        cache_bytes(draft, batch, min(columns, draft.config.max_position_embeddings), length + BEHIND),
+        cache_bytes(target, batch, min(cached, target.config.max_position_embeddings), length),
+        cache_bytes(draft, batch, min(cached, draft.config.max_position_embeddings), length + DRAFT_LAG),
     )
 
 
@@ -244,27 +243,27 @@ def speculate(
     draft: CausalLM,
     prompts: Sequence[Sequence[int]],
     *,
-    length: int | AdaptiveLength = DEFAULT_LENGTH,
+    draft_length: int | AdaptiveLength = DEFAULT_DRAFT_LENGTH,
     sampling: Sampling | None = None,
     max_new_tokens: int = 256,
     stop_tokens: Sequence[int] | None = None,
     context: int | None = None,
     callback: Callable[[Round], None] | None = None,
 ) -> Speculated:
-    """Generate with `target`, `draft` proposing `length` tokens a round, or how many are best (at least one).
+    """Generate with `target`, `draft` proposing `draft_length` tokens a round: a number, or the best one (at least 1).
 
     `draft` is another checkpoint's model, or a `view` of the target, which adds no weights. Both
-    choose by `sampling`. Other arguments are those of `generate`; `callback` is told each round
-    (iterate over a `Speculation` for a stream).
+    sample by `sampling`. Other arguments are those of `generate`; `callback` receives each round (iterate over
+    a `Speculation` for a stream).
 
-    Raises UsageError for models of different vocabularies, a prompt that does not fit, or a length
+    Raises UsageError for models of different vocabularies, a prompt that does not fit, or a draft length
     out of range.
     """
     run = Speculation(
         target,
         draft,
         prompts,
-        length=length,
+        draft_length=draft_length,
         sampling=sampling,
         max_new_tokens=max_new_tokens,
         stop_tokens=stop_tokens,

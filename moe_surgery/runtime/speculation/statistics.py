@@ -1,4 +1,4 @@
-"""What a speculative run did: counts by position, seconds by side, bytes of both caches."""
+"""Statistics of a speculative run: counts by position, seconds of draft and target, bytes of both caches."""
 
 from __future__ import annotations
 
@@ -70,13 +70,13 @@ class SpeculationStatistics:
 
     def merge(self, other: SpeculationStatistics) -> None:
         """Add another run's counts; cache bytes take the larger."""
-        for mine, theirs in (
+        for counts, added in (
             (self.drafted, other.drafted),
             (self.tried, other.tried),
             (self.accepted, other.accepted),
         ):
-            mine.extend([0] * (len(theirs) - len(mine)))
-            mine[: len(theirs)] = [a + b for a, b in zip(mine, theirs, strict=False)]
+            counts.extend([0] * (len(added) - len(counts)))
+            counts[: len(added)] = [a + b for a, b in zip(counts, added, strict=False)]
         self.target_steps += other.target_steps
         self.sequence_steps += other.sequence_steps
         self.tokens += other.tokens

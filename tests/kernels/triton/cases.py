@@ -77,10 +77,10 @@ class Layer:
     down: np.ndarray
 
     def expected(self) -> np.ndarray:
-        place = self.experts.expert_map
+        expert_map = self.experts.expert_map
         biases = [b.double().numpy() for b in (self.experts.gate_up_bias, self.experts.down_bias)]
-        if place is not None:
-            biases = [b[place.numpy()] for b in biases]
+        if expert_map is not None:
+            biases = [b[expert_map.numpy()] for b in biases]
         wide = [t.double().numpy() for t in (self.x, self.weights)]
         return oracle.experts(
             wide[0], self.ids.numpy(), wide[1], self.gate_up, biases[0], self.down, biases[1]

@@ -25,7 +25,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 @pytest.fixture(autouse=True)
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a kernel is given to write holds NaN, or a number that is no index, until it does."""
+    """Output buffers hold NaN, or a number that is not an index, until a kernel writes them."""
     empty = torch.empty
 
     def poisoned(*args, **kwargs):

@@ -44,10 +44,10 @@ def test_every_count_of_experts(experts: int) -> None:
         top_k = allowed[(n + experts) % len(allowed)]
         x, weight, bias = inputs(tokens, experts, seed=n)
         ids, weights = routed(x, weight, bias, top_k, MANY if n % 2 else ONE_PROGRAM)
-        wanted, shares = oracle.route(
+        expected, shares = oracle.route(
             x.double().numpy(), weight.double().numpy(), bias.double().numpy(), top_k
         )
-        assert (ids.numpy() == wanted).all()
+        assert (ids.numpy() == expected).all()
         np.testing.assert_allclose(weights.numpy(), shares, rtol=2e-6, atol=1e-30)
         reference = ReferenceBackend().route(x, weight, bias, top_k)
         assert torch.equal(ids, reference[0])
@@ -61,9 +61,9 @@ def test_full_grid(experts: int, tokens: int) -> None:
         x, weight, bias = inputs(tokens, experts, seed=top_k)
         for device_props in (ONE_PROGRAM, MANY):
             ids, weights = routed(x, weight, bias, top_k, device_props)
-            wanted = ReferenceBackend().route(x, weight, bias, top_k)
-            assert torch.equal(ids, wanted[0])
-            torch.testing.assert_close(weights, wanted[1], rtol=2e-6, atol=1e-30)
+            expected = ReferenceBackend().route(x, weight, bias, top_k)
+            assert torch.equal(ids, expected[0])
+            torch.testing.assert_close(weights, expected[1], rtol=2e-6, atol=1e-30)
 
 
 @pytest.mark.parametrize(
@@ -74,9 +74,9 @@ def test_many_experts_and_large_top_k(experts: int, top_k: int, tokens: int) -> 
     """Up to the most experts; top-k past 16 takes the sort instead of repeated maxima."""
     x, weight, bias = inputs(tokens, experts, hidden=32)
     ids, weights = routed(x, weight, bias, top_k)
-    wanted = ReferenceBackend().route(x, weight, bias, top_k)
-    assert torch.equal(ids, wanted[0])
-    torch.testing.assert_close(weights, wanted[1], rtol=3e-6, atol=1e-30)
+    expected = ReferenceBackend().route(x, weight, bias, top_k)
+    assert torch.equal(ids, expected[0])
+    torch.testing.assert_close(weights, expected[1], rtol=3e-6, atol=1e-30)
 
 
 @pytest.mark.parametrize(("top_k", "tokens"), [(3, 1), (3, 7), (20, 1)])
@@ -89,9 +89,9 @@ def test_nan_and_infinity_as_the_reference(top_k: int, tokens: int) -> None:
         bias = torch.tensor(row)
         x, weight = torch.zeros(tokens, 32), torch.zeros(24, 32)
         ids, weights = routed(x, weight, bias, top_k)
-        wanted = ReferenceBackend().route(x, weight, bias, top_k)
-        assert torch.equal(ids, wanted[0]), row
-        torch.testing.assert_close(weights, wanted[1], rtol=2e-6, atol=1e-30, equal_nan=True)
+        expected = ReferenceBackend().route(x, weight, bias, top_k)
+        assert torch.equal(ids, expected[0]), row
+        torch.testing.assert_close(weights, expected[1], rtol=2e-6, atol=1e-30, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -100,9 +100,9 @@ def test_narrow_inputs(dtype: torch.dtype, tokens: int) -> None:
     """Inputs are exact in both types, so ids must be; weights are rounded to the type once."""
     x, weight, bias = (t.to(dtype) for t in inputs(tokens, 13))
     ids, weights = routed(x, weight, bias, 4, MANY)
-    wanted = ReferenceBackend().route(x, weight, bias, 4)
-    assert torch.equal(ids, wanted[0])
-    torch.testing.assert_close(weights, wanted[1], rtol=1e-2, atol=1e-6)
+    expected = ReferenceBackend().route(x, weight, bias, 4)
+    assert torch.equal(ids, expected[0])
+    torch.testing.assert_close(weights, expected[1], rtol=1e-2, atol=1e-6)
 
 
 def test_counters_are_left_at_zero_so_a_second_call_works() -> None:

@@ -40,14 +40,14 @@ def check(ids: torch.Tensor, experts: int, block_n: int) -> None:
     # Stable by expert.
     assert torch.equal(order, torch.sort(flat, stable=True).indices)
     # The tiles are the runs of `order`, cut at every `block_n` rows.
-    wanted = [
+    expected = [
         [expert, start, min(block_n, int(offsets[expert + 1]) - start)]
         for expert in range(experts)
         for start in range(int(offsets[expert]), int(offsets[expert + 1]), block_n)
     ]
     num_tiles = int(routing.num_tiles)
     assert num_tiles <= routing.max_tiles
-    assert routing.tiles[:num_tiles].tolist() == wanted
+    assert routing.tiles[:num_tiles].tolist() == expected
     assert (routing.tiles[num_tiles:] == SENTINEL).all()
 
 
@@ -99,7 +99,7 @@ def test_tens_of_thousands() -> None:
 
 
 def test_nothing_grows_with_experts_times_tokens() -> None:
-    """Room is assignments + experts, not their product."""
+    """Memory is assignments + experts, not their product."""
     routing = empty_routing(1 << 20, 1024, 128, torch.device("meta"))
     tensors = (routing.sorted_token_ids, routing.expert_offsets, routing.tiles, routing.num_tiles)
     assert sum(t.numel() for t in tensors) < (1 << 20) + 3 * (1024 + (1 << 20) // 128) + 2000

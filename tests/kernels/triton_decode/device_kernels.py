@@ -44,8 +44,8 @@ def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
 
 
-def near(got: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> None:
-    error = (got.double() - wanted.double()).abs().max() / wanted.double().abs().max().clamp(min=1e-6)
+def near(got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    error = (got.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1e-6)
     assert error <= TOLERANCE[dtype], float(error)  # NaN fails too
 
 
@@ -75,15 +75,15 @@ def test_residual_norm_of_chosen_rows() -> None:
 
 def test_the_sum_may_replace_what_was_added_to() -> None:
     x, y, norm_weight, h = draw(2, 64), draw(2, 64, seed=1), draw(1, 64)[0], poisoned(2, 64)
-    wanted = x + y
+    expected = x + y
     residual_norm(x, y, norm_weight, h, EPS, x).run()
-    assert torch.equal(x, wanted)
+    assert torch.equal(x, expected)
 
 
 SHAPES = {
     "halves of one piece": (4, 2, 16, 64),
     "halves of several pieces": (3, 1, 64, 96),
-    "a half that is no power of two": (2, 2, 12, 160),
+    "a half that is not a power of two": (2, 2, 12, 160),
     "a half smaller than a piece": (6, 3, 6, 32),
 }
 
@@ -106,12 +106,12 @@ def test_qkv(tokens: int, name: str, dtype: torch.dtype) -> None:
     q = poisoned(tokens, heads * head_dim, dtype=dtype)
     qkv(ProjectionInput(h), weight, bias, q, kv_write, needs_fp32(dtype)).run()
 
-    wanted = linear(h, weight, bias).view(tokens, heads + 2 * kv_heads, head_dim)
+    expected = linear(h, weight, bias).view(tokens, heads + 2 * kv_heads, head_dim)
     cos, sin = (t[cache_position - pads][:, None] for t in (kv_write.cos, kv_write.sin))
-    rotated = apply_rope(wanted[:, : heads + kv_heads], cos, sin)
+    rotated = apply_rope(expected[:, : heads + kv_heads], cos, sin)
     near(q, rotated[:, :heads].flatten(1), dtype)
     near(kv_write.keys[:, :, 4], rotated[:, heads:], dtype)
-    near(kv_write.values[:, :, 4], wanted[:, heads + kv_heads :], dtype)
+    near(kv_write.values[:, :, 4], expected[:, heads + kv_heads :], dtype)
     others = [s for s in range(slots) if s != 4]
     assert torch.equal(kv_write.keys[:, :, others], keys[:, :, others])
     assert torch.equal(kv_write.values[:, :, others], values[:, :, others])
@@ -137,13 +137,15 @@ def test_qkv_of_one_token_norms_its_input_itself(gathered: bool) -> None:
     qkv(inputs, weight, bias, q, kv_write, needs_fp32(torch.float32)).run()
     summed = x if gathered else x + y
     assert torch.equal(total, summed)
-    wanted = linear(rms_norm(summed, norm_weight, EPS), weight, bias).view(1, heads + 2 * kv_heads, head_dim)
+    expected = linear(rms_norm(summed, norm_weight, EPS), weight, bias).view(
+        1, heads + 2 * kv_heads, head_dim
+    )
     near(
         q,
-        apply_rope(wanted[:, :heads], kv_write.cos[:1, None], kv_write.sin[:1, None]).flatten(1),
+        apply_rope(expected[:, :heads], kv_write.cos[:1, None], kv_write.sin[:1, None]).flatten(1),
         torch.float32,
     )
-    near(kv_write.values[:, :, 0], wanted[:, heads + kv_heads :], torch.float32)
+    near(kv_write.values[:, :, 0], expected[:, heads + kv_heads :], torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -225,12 +227,12 @@ def test_attention(name: str, shape: tuple[int, int, int], multiprocessors: int)
     )
     attention(*args).run()
     now = (length - 1 - pads)[:, None]
-    wanted = reference_attention(
+    expected = reference_attention(
         q.view(batch, heads, 1, head_dim), keys, values, sinks, visible(now, positions, window)
     )
-    near(out, wanted[:, 0], torch.float32)
+    near(out, expected[:, 0], torch.float32)
     attention(*args).run()  # the counters are back where they were
-    near(out, wanted[:, 0], torch.float32)
+    near(out, expected[:, 0], torch.float32)
 
 
 def test_attention_survives_large_scores_and_lone_sinks() -> None:
@@ -244,8 +246,8 @@ def test_attention_survives_large_scores_and_lone_sinks() -> None:
             q, keys, values, positions, cache_position, zero, sinks, None, out, 132, needs_fp32(torch.float32)
         ).run()
         seen = visible(cache_position[None], positions, None)
-        wanted = reference_attention(q.view(1, 1, 1, 16), keys, values, sinks, seen)[:, 0]
-        assert (out - wanted).abs().max() <= 1e-4
+        expected = reference_attention(q.view(1, 1, 1, 16), keys, values, sinks, seen)[:, 0]
+        assert (out - expected).abs().max() <= 1e-4
 
 
 def test_splits_fill_the_chip_without_empty_programs() -> None:

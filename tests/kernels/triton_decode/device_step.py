@@ -44,7 +44,7 @@ LAYOUTS = ("mxfp4", "bf16") if ON_GPU else ("mxfp4",)
 
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter runs programs one by one: pretend that there is no large chip to be filled."""
+    """The interpreter runs programs one by one, so splitting work over many gains nothing."""
     if not ON_GPU:
         monkeypatch.setattr(
             "moe_surgery.kernels.triton.tuning.get_device_props", lambda device: DeviceProps(90, 2)
@@ -53,8 +53,8 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module", params=LAYOUTS)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("step") / request.param
-    return write_lively(place, SHAPE, request.param, edit_config=lambda c: c.update(sliding_window=WINDOW))
+    folder = tmp_path_factory.mktemp("step") / request.param
+    return write_lively(folder, SHAPE, request.param, edit_config=lambda c: c.update(sliding_window=WINDOW))
 
 
 def models(folder: Path, keep: int | None = None) -> tuple[CausalLM, CausalLM]:
@@ -136,7 +136,7 @@ def test_truncation_and_prefill_in_between_are_followed(folder: Path, capture: b
 
 
 @pytest.mark.parametrize("batch", [1, 2, 9])
-def test_launches_are_as_many_as_counted(folder: Path, batch: int) -> None:
+def test_launches_match_the_count(folder: Path, batch: int) -> None:
     ours, plain = models(folder)
     prompt, mask = prompts(batch, 4)
     step = DecodeStep(ours.decoder_model(), prefilled(plain, batch, 8, mask, prompt), capture=False)
@@ -205,12 +205,12 @@ def test_a_view_changes_nothing_of_its_model(folder: Path) -> None:
 
 
 def test_a_view_that_drafts_step_by_step_leaves_the_output_the_targets(folder: Path) -> None:
-    """Draft steps are captured ones, taken back where tokens are refused; q, k and v are shared."""
+    """Draft steps are captured and rolled back where tokens are rejected; q, k and v are shared."""
     target, plain = models(folder)
     draft = view(target, plan_random(4, 0, inspect(folder)))
     prompt, new = [[3, 1, 4, 1, 5, 9]], 40 if ON_GPU else 6
     expected = generate(plain, prompt, max_new_tokens=new, stop_tokens=()).tokens
-    found = speculate(target, draft, prompt, length=2, max_new_tokens=new, stop_tokens=())
+    found = speculate(target, draft, prompt, draft_length=2, max_new_tokens=new, stop_tokens=())
     assert found.tokens == expected
     for one, other in zip(target.layers, draft.layers, strict=True):
         assert one.q.weight.data_ptr() == other.q.weight.data_ptr()

@@ -27,9 +27,9 @@ HIDDEN = 64
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_device_one_line_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["--results", str(tmp_path)]) == NO_DEVICE
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err == "make gpu: nothing was tested or measured: no CUDA device is available\n"
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err == "make gpu: nothing was tested or measured: no CUDA device is available\n"
     assert not any(tmp_path.iterdir())
 
 

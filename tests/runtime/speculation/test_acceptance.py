@@ -1,6 +1,6 @@
 """The acceptance rule gives the target's distribution, whatever the draft's: integrated, not sampled.
 
-For given distributions the outcome of `accept_drawn` is a step function of its random numbers, with steps
+For given distributions the outcome of `rejection_sample` is a step function of its random numbers, with steps
 at p(x) / q(x) and at the sums of what is drawn from. It is called once within each step, and the widths
 of the steps are the outcome's probability.
 """
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from moe_surgery.runtime.speculation.acceptance import accept_drawn, accept_greedy, residual  # noqa: E402
+from moe_surgery.runtime.speculation.acceptance import accept_greedy, rejection_sample, residual  # noqa: E402
 
 Floats = np.ndarray
 
@@ -71,7 +71,7 @@ def test_what_comes_out_is_distributed_as_the_target_draws(
         cells = list(itertools.product(*steps))
         uniform = torch.tensor([[u for u, _ in cell] for cell in cells], dtype=torch.float64)
         rows = len(cells)
-        kept, after = accept_drawn(
+        kept, after = rejection_sample(
             torch.tensor(drafted, dtype=torch.int64).expand(rows, n),
             torch.full((rows,), counts),
             torch.tensor(np.array(drawn_with).reshape(n, size)).expand(rows, n, size),
@@ -109,7 +109,7 @@ def test_a_draft_with_the_targets_distribution_is_always_accepted(p: Floats, n: 
     drafted = torch.multinomial(row, n, replacement=True, generator=random)[None]
     q, target = row.expand(1, n, 5), row.expand(1, n + 1, 5)
     uniform = torch.full((1, n + 1), 1 - 2**-24)  # the largest there is
-    kept, after = accept_drawn(drafted, torch.tensor([n]), q, target, uniform)
+    kept, after = rejection_sample(drafted, torch.tensor([n]), q, target, uniform)
     assert kept.tolist() == [n]
     assert p[int(after)] > 0
 

@@ -70,7 +70,7 @@ def test_break_even_divides_loss_from_gain(known: Costs, length: int) -> None:
 def test_a_fixed_length_stays() -> None:
     control = LengthControl(3)
     control.observe([3, 3], [0, 0])
-    assert (control.next(), control.most, control.confidence) == (3, 3, 0.0)
+    assert (control.next(), control.max_length, control.confidence) == (3, 3, 0.0)
 
 
 def test_an_adaptive_length_follows_what_is_accepted() -> None:
@@ -94,11 +94,11 @@ def test_tokens_after_a_refused_one_count_for_nothing() -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "none": ({"most": 0}, "`length` 0: must be 1 to 64"),
-    "too many": ({"most": 65}, "`length` 65: must be 1 to 64"),
+    "none": ({"max_length": 0}, "`draft_length` 0: must be 1 to 64"),
+    "too many": ({"max_length": 65}, "`draft_length` 65: must be 1 to 64"),
     "confidence": ({"confidence": 1.5}, "confidence 1.5: must be between 0 and 1"),
     "memory": ({"memory": -1}, "memory -1: must be between 0 and 1"),
-    "few costs": ({"most": 2, "costs": Costs(1, [1, 2])}, "costs of 2 target steps; needed for 0 to 2"),
+    "few costs": ({"max_length": 2, "costs": Costs(1, [1, 2])}, "costs of 2 target steps; needed for 0 to 2"),
 }
 
 
@@ -106,6 +106,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_a_rule_that_cannot_be_meant_is_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         AdaptiveLength(**settings)
-    if not settings.keys() - {"most"}:
+    if not settings.keys() - {"max_length"}:
         with pytest.raises(UsageError, match=said):
-            LengthControl(settings["most"])
+            LengthControl(settings["max_length"])

@@ -63,7 +63,7 @@ def test_a_view_adds_router_rows_and_an_index_alone(
     row = 2 * c["hidden_size"] + 2 + 8  # BF16 weights and a bias, the expert's number
     expected = c["num_hidden_layers"] * (kept or 0) * row
     assert added(draft, tiny_model) == expected
-    speculate(tiny_model, draft, [[5, 6, 7]], length=3, max_new_tokens=9, stop_tokens=())
+    speculate(tiny_model, draft, [[5, 6, 7]], draft_length=3, max_new_tokens=9, stop_tokens=())
     assert added(draft, tiny_model) == expected
 
 
@@ -92,7 +92,7 @@ def held():
     return anonymous, Path("/proc/self/maps").read_text().count(".safetensors")
 
 def speculating(draft):
-    speculate(target, draft, prompts, length=3, max_new_tokens=8, stop_tokens=())
+    speculate(target, draft, prompts, draft_length=3, max_new_tokens=8, stop_tokens=())
 
 torch.set_num_threads(1)
 target = load_model(folder, dtype=torch.float32, backend=backend)
@@ -148,7 +148,7 @@ def test_caches_take_what_is_stated(
     prompts = [[token] * n for token, n in zip((3, 4, 5), (70, 9, 30), strict=True)][:batch]
     gc.collect()
     others = caches()
-    run = Speculation(target, draft, prompts, length=length, max_new_tokens=new, stop_tokens=())
+    run = Speculation(target, draft, prompts, draft_length=length, max_new_tokens=new, stop_tokens=())
     for _ in zip(run, range(3), strict=False):  # the prompts, and two rounds
         pass
     held = sorted(sum(storages([c.keys, c.values]).values()) for c in caches() if c not in others)

@@ -96,7 +96,9 @@ def test_greedy_output_is_the_targets_own(
     draft = drafts(kind, experts, top_k)
     alone = experts % len(prompts)
     rows = slice(None) if batch == MANY else slice(alone, alone + 1)
-    found = speculate(tiny_model, draft, prompts[rows], length=length, max_new_tokens=NEW, stop_tokens=())
+    found = speculate(
+        tiny_model, draft, prompts[rows], draft_length=length, max_new_tokens=NEW, stop_tokens=()
+    )
     assert found.tokens == expected[rows]
 
 
@@ -115,7 +117,9 @@ def test_an_identical_draft_is_accepted_whole(
 ) -> None:
     other = load_model(tiny, dtype=torch.float32, backend=tiny_model.backend.name)
     for draft in (tiny_model, other, view(tiny_model, plan_random(32, 0, inspect(tiny)))):
-        found = speculate(tiny_model, draft, prompts[rows], length=length, max_new_tokens=NEW, stop_tokens=())
+        found = speculate(
+            tiny_model, draft, prompts[rows], draft_length=length, max_new_tokens=NEW, stop_tokens=()
+        )
         assert found.statistics.acceptance == 1
         steps = -(-(NEW - 1) // (length + 1))
         assert found.statistics.target_steps == steps
@@ -141,14 +145,14 @@ def small_draft(model: CausalLM, kept: int) -> CausalLM:
     return view(model, Plan("gpt_oss", SMALL.experts, (tuple(range(kept)),) * SMALL.layers))
 
 
-@pytest.mark.parametrize("length", [1, 2, WINDOW - 1, WINDOW, 3 * WINDOW, AdaptiveLength(most=12)])
+@pytest.mark.parametrize("length", [1, 2, WINDOW - 1, WINDOW, 3 * WINDOW, AdaptiveLength(max_length=12)])
 @pytest.mark.parametrize("kept", [1, 4])
 def test_drafts_longer_than_the_window_change_nothing(
     small_model: CausalLM, kept: int, length: int | AdaptiveLength
 ) -> None:
     plain = generate(small_model, PROMPTS, max_new_tokens=45, stop_tokens=())
     draft = small_draft(small_model, kept)
-    found = speculate(small_model, draft, PROMPTS, length=length, max_new_tokens=45, stop_tokens=())
+    found = speculate(small_model, draft, PROMPTS, draft_length=length, max_new_tokens=45, stop_tokens=())
     assert found.tokens == plain.tokens
 
 
@@ -160,7 +164,7 @@ def test_each_sequence_ends_with_its_own_stop_token_and_leaves_the_rest_alone(
     free = generate(small_model, PROMPTS, max_new_tokens=30, stop_tokens=()).tokens
     stops = (free[0][2], free[2][7], free[3][0])
     settings: dict[str, Any] = {"max_new_tokens": 30, "stop_tokens": stops, "sampling": sampling}
-    found = speculate(small_model, small_draft(small_model, 4), PROMPTS, length=length, **settings)
+    found = speculate(small_model, small_draft(small_model, 4), PROMPTS, draft_length=length, **settings)
     for tokens, log_probabilities in zip(found.tokens, found.log_probabilities, strict=True):
         assert not set(tokens[:-1]) & set(stops)
         assert len(tokens) == len(log_probabilities)
@@ -173,7 +177,9 @@ def test_each_sequence_ends_with_its_own_stop_token_and_leaves_the_rest_alone(
 @pytest.mark.parametrize("length", [1, 4, 8])
 def test_exactly_as_many_tokens_come_as_were_asked_for(small_model: CausalLM, new: int, length: int) -> None:
     for draft in (small_model, small_draft(small_model, 1)):
-        found = speculate(small_model, draft, PROMPTS, length=length, max_new_tokens=new, stop_tokens=())
+        found = speculate(
+            small_model, draft, PROMPTS, draft_length=length, max_new_tokens=new, stop_tokens=()
+        )
         assert found.tokens == generate(small_model, PROMPTS, max_new_tokens=new, stop_tokens=()).tokens
 
 
@@ -188,14 +194,14 @@ def test_the_models_whole_context_can_be_used(tmp_path: Path, kept: int, length:
     model = load_model(folder, dtype=torch.float32)
     plain = generate(model, PROMPTS, max_new_tokens=99, stop_tokens=())
     found = speculate(
-        model, small_draft(model, kept), PROMPTS, length=length, max_new_tokens=99, stop_tokens=()
+        model, small_draft(model, kept), PROMPTS, draft_length=length, max_new_tokens=99, stop_tokens=()
     )
     assert found.tokens == plain.tokens
     assert [len(t) for t in found.tokens] == [28] * 4
 
 
 def test_a_run_can_be_followed_round_by_round(small_model: CausalLM) -> None:
-    settings: dict[str, Any] = {"length": 3, "max_new_tokens": 25, "stop_tokens": ()}
+    settings: dict[str, Any] = {"draft_length": 3, "max_new_tokens": 25, "stop_tokens": ()}
     draft = small_draft(small_model, 3)
     whole = speculate(small_model, draft, PROMPTS, **settings)
     run = Speculation(small_model, draft, PROMPTS, **settings)
@@ -217,7 +223,7 @@ def test_the_same_seed_gives_the_same_tokens(small_model: CausalLM) -> None:
     def run(seed: int) -> list[list[int]]:
         sampling = Sampling(1.0, seed=seed)
         draft = small_draft(small_model, 3)
-        settings: dict[str, Any] = {"sampling": sampling, "length": AdaptiveLength(), "stop_tokens": ()}
+        settings: dict[str, Any] = {"sampling": sampling, "draft_length": AdaptiveLength(), "stop_tokens": ()}
         return speculate(small_model, draft, PROMPTS, max_new_tokens=20, **settings).tokens
 
     assert run(5) == run(5)
@@ -228,7 +234,7 @@ def test_counts_add_up(small_model: CausalLM) -> None:
     rounds: list[Round] = []
     draft = small_draft(small_model, 4)
     found = speculate(
-        small_model, draft, PROMPTS, length=3, max_new_tokens=25, stop_tokens=(), callback=rounds.append
+        small_model, draft, PROMPTS, draft_length=3, max_new_tokens=25, stop_tokens=(), callback=rounds.append
     )
     s, later = found.statistics, rounds[1:]
     assert rounds[0].first
@@ -250,7 +256,7 @@ def test_runs_add_up(small_model: CausalLM) -> None:
 
     def run(prompts: list[list[int]], length: int) -> SpeculationStatistics:
         return speculate(
-            small_model, draft, prompts, length=length, max_new_tokens=20, stop_tokens=()
+            small_model, draft, prompts, draft_length=length, max_new_tokens=20, stop_tokens=()
         ).statistics
 
     one, other = run(PROMPTS[:2], 2), run(PROMPTS[2:], 4)
@@ -265,7 +271,12 @@ def test_runs_add_up(small_model: CausalLM) -> None:
 def test_caches_take_the_bytes_of_their_columns(small_model: CausalLM) -> None:
     length, new = 5, 30
     found = speculate(
-        small_model, small_draft(small_model, 1), PROMPTS, length=length, max_new_tokens=new, stop_tokens=()
+        small_model,
+        small_draft(small_model, 1),
+        PROMPTS,
+        draft_length=length,
+        max_new_tokens=new,
+        stop_tokens=(),
     )
     context = 20 + new - 1 + length
     token_bytes = 2 * len(PROMPTS) * SMALL.kv_heads * SMALL.head_dim * 4
@@ -295,7 +306,7 @@ def counted(model: CausalLM) -> Counting:
 
 def test_the_target_runs_once_a_round_and_the_draft_once_a_token(small_model: CausalLM) -> None:
     target, draft = counted(small_model), counted(small_model)
-    found = speculate(target, draft, PROMPTS[:1], length=4, max_new_tokens=21, stop_tokens=())
+    found = speculate(target, draft, PROMPTS[:1], draft_length=4, max_new_tokens=21, stop_tokens=())
     assert found.statistics.target_steps == 4
     assert target.calls == 1 + 4  # the prompt, then five tokens a round
     assert draft.calls == 1 + 4 * 4
@@ -303,7 +314,9 @@ def test_the_target_runs_once_a_round_and_the_draft_once_a_token(small_model: Ca
 
 def test_a_draft_that_is_never_sure_drafts_nothing(small_model: CausalLM) -> None:
     unsure = AdaptiveLength(confidence=1.0)
-    found = speculate(small_model, small_model, PROMPTS, length=unsure, max_new_tokens=9, stop_tokens=())
+    found = speculate(
+        small_model, small_model, PROMPTS, draft_length=unsure, max_new_tokens=9, stop_tokens=()
+    )
     assert sum(found.statistics.drafted) == 0
     assert found.statistics.acceptance is None
     assert found.statistics.tokens_per_target_step == 1
@@ -313,8 +326,10 @@ def test_a_draft_that_is_never_sure_drafts_nothing(small_model: CausalLM) -> Non
 def test_costs_decide_how_much_is_drafted(small_model: CausalLM) -> None:
     def longest(draft_cost: float) -> int:
         costs = Costs(draft_cost, [1.0] * 9)
-        rule = AdaptiveLength(most=8, confidence=0.0, costs=costs, acceptance=1.0)
-        run = speculate(small_model, small_model, PROMPTS, length=rule, max_new_tokens=40, stop_tokens=())
+        rule = AdaptiveLength(max_length=8, confidence=0.0, costs=costs, acceptance=1.0)
+        run = speculate(
+            small_model, small_model, PROMPTS, draft_length=rule, max_new_tokens=40, stop_tokens=()
+        )
         return max(i + 1 for i, n in enumerate(run.statistics.drafted) if n)
 
     assert longest(0.01) == 8
@@ -341,8 +356,8 @@ def test_a_view_holds_the_models_own_tensors_and_a_router(
     assert storages(draft) == storages(tiny_model)
     rows = tiny_model.config.num_hidden_layers * kept
     router = rows * (tiny_model.config.hidden_size + 1) * 2  # BF16
-    assert weight_bytes(draft, beside=tiny_model) == router + rows * 8  # and an index
-    assert weight_bytes(view(tiny_model, None, 1), beside=tiny_model) == 0
+    assert weight_bytes(draft, shared_with=tiny_model) == router + rows * 8  # and an index
+    assert weight_bytes(view(tiny_model, None, 1), shared_with=tiny_model) == 0
     assert weight_bytes(tiny_model) == sum(
         t.stored.nbytes + (t.scales.nbytes if t.scales else 0) for t in described(tiny)
     )
@@ -412,7 +427,7 @@ def test_a_draft_with_a_shorter_context_is_refused(small_model: CausalLM, tmp_pa
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "no prompts": ([], {}, "the prompt is empty"),
     "an empty prompt": ([[1], []], {}, "the prompt is empty"),
-    "no length": ([[1]], {"length": 0}, "`length` 0: must be 1 to 64, or auto"),
+    "no length": ([[1]], {"draft_length": 0}, "`draft_length` 0: must be 1 to 64, or auto"),
     "no new tokens": ([[1]], {"max_new_tokens": 0}, "`max_new_tokens` 0: must be at least 1"),
     "a prompt as long as the context": ([[1, 2]], {"context": 2}, "2 tokens, but the context is 2; shorten"),
     "a foreign token": ([[1, SMALL.vocabulary]], {}, f"token {SMALL.vocabulary} is not one of the model's"),
@@ -451,5 +466,5 @@ def test_bf16_is_exact_where_a_token_does_not_depend_on_the_others(
         rows = prompts if backend == "native" else prompts[2:]
     new = NEW if backend == "native" else 6  # token by token in plain PyTorch
     alone = [generate(target, [p], max_new_tokens=new, stop_tokens=()).tokens[0] for p in rows]
-    found = speculate(target, draft, rows, length=length, max_new_tokens=new, stop_tokens=())
+    found = speculate(target, draft, rows, draft_length=length, max_new_tokens=new, stop_tokens=())
     assert found.tokens == alone

@@ -89,11 +89,11 @@ def test_an_edited_side_file_is_listed_separately_from_weights(
     named, summary = ended.err.splitlines()
     assert named.startswith(f"moe-surgery: {out / name}: ")
     assert summary == (
-        f"moe-surgery: {out}: the weights are sound, only {name} changed; --weights-only accepts that"
+        f"moe-surgery: {out}: the weights are intact, only {name} changed; --weights-only accepts that"
     )
     ended = call(capsys, "verify", out, "--weights-only", *options)
     assert ended.code == 0
-    assert ended.out.startswith(f"{out}: sound (")
+    assert ended.out.startswith(f"{out}: OK (")
     assert ended.err.splitlines() == [named.replace("moe-surgery: ", "note: ", 1)]
     said = call(capsys, "verify", out, "--weights-only", "--json", *options).json()
     assert (said["ok"], said["problems"], said["side_files"], said["weights_ok"]) == (True, [], [name], True)
@@ -111,7 +111,7 @@ def test_weights_only_still_finds_one_byte_in_every_tensor(out: Path, capsys: Ca
     flip(shard, shard.stat().st_size - 1, 1)
     ended = call(capsys, "verify", out, "--weights-only")
     assert ended.code == 8
-    assert "the weights are sound" not in ended.err
+    assert "the weights are intact" not in ended.err
 
 
 def test_weights_only_still_checks_config_and_index_against_the_shards(out: Path) -> None:
@@ -180,7 +180,7 @@ def test_command_names_every_problem_and_exits_8(capsys: Capture, out: Path) -> 
 def test_command_prints_what_was_checked(capsys: Capture, out: Path, source: Path) -> None:
     ended = call(capsys, "verify", out, "--source", source)
     assert ended.code == 0
-    assert ended.out.startswith(f"{out}: sound (")
+    assert ended.out.startswith(f"{out}: OK (")
     assert ended.err == ""
     found = call(capsys, "verify", out, "--json").json()
     assert found["ok"] is True

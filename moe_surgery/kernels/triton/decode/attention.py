@@ -116,8 +116,8 @@ def _attention_kernel(
 def kv_splits_for(rows: int, slots: int, multiprocessors: int) -> int:
     """How many programs share a cache of `slots` where there are `rows` (sequence, key head) pairs."""
     blocks = -(-slots // BLOCK_SLOTS)
-    wanted = -(-2 * multiprocessors // rows)
-    return 1 if rows > COUNTERS else max(1, min(blocks, wanted, MAX_KV_SPLITS))
+    splits = -(-2 * multiprocessors // rows)
+    return 1 if rows > COUNTERS else max(1, min(blocks, splits, MAX_KV_SPLITS))
 
 
 def attention(

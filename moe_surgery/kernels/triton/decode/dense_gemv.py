@@ -1,4 +1,4 @@
-"""The dense product of a decode step: weight rows times one to some dozens of tokens, bound by weight bytes."""
+"""The dense product of a decode step: weight rows times one to dozens of tokens, bound by weight bytes."""
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
 
@@ -14,13 +14,13 @@ from moe_surgery.kernels.triton.launch import next_power_of_two
 
 __all__ = ["DenseBlocks", "dense_blocks_for", "gemm", "gemv"]
 
-# Beyond this many tokens programs come in several columns of the grid, and weights are read as often.
+# Beyond this many tokens the grid has several columns, and each reads the weights.
 MAX_BLOCK_N = 64
 
 
 @dataclass(frozen=True, slots=True)
 class DenseBlocks:
-    """Sizes of one program's piece: weight rows, values of the reduction, tokens; warps and stages."""
+    """The block of one program: weight rows, values of the reduction, tokens; warps and stages."""
 
     block_m: int
     block_k: int
@@ -30,7 +30,7 @@ class DenseBlocks:
 
 
 def dense_blocks_for(rows: int, tokens: int, upcast_fp32: bool) -> DenseBlocks:
-    """The piece for a weight of `rows` rows. **Not measured on a GPU**; chosen by counting.
+    """The block for a weight of `rows` rows. **Not measured on a GPU**; derived by counting.
 
     At one token 16 rows (8 below 4096, where there would be few programs) keep several programs on every
     multiprocessor. With tokens the activations are read again by each program: rows grow with them so

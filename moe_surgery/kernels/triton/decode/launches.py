@@ -1,4 +1,4 @@
-"""How many kernel launches a decode step takes, counted before any is made."""
+"""How many kernel launches a decode step takes, computed from the model's shape."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def launch_count(layers: int, experts: int, top_k: int, batch: int) -> Launches:
     """Launches of `DecodeStep` for `batch` sequences and `layers` layers of `experts` experts.
 
     At one token RMSNorm is part of the projection that follows it. Few (token, expert) pairs take two
-    launches for the experts, more take four: schedule, gate_up, down, sum (five beyond ONE_LAUNCH pairs).
+    launches for the experts, more take four: routing metadata, gate_up, down, sum (five beyond ONE_LAUNCH pairs).
     """
     top_k = min(top_k, experts)
     scheduling = 1 if batch * top_k <= ONE_LAUNCH else 2
