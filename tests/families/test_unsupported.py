@@ -1,4 +1,4 @@
-"""Checkpoints that no family fits are named for what they are, with what to do."""
+"""Errors for checkpoints that no family matches say what they are and what to do."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_family_without_model_type_is_recognised_by_its_tensors(tmp_path: Path
 
 
 def replace_experts(names: dict[str, tuple[int, ...]]) -> Callable[[Tensors], None]:
-    """Put tensors of these names and shapes in place of the stacked expert weights."""
+    """Replace the stacked expert weights by tensors of these names and shapes."""
 
     def edit(tensors: Tensors) -> None:
         for name in [n for n in tensors if n.startswith(EXPERTS)]:

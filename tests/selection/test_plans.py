@@ -18,7 +18,7 @@ from tests.support.checkpoints import Shape, write_checkpoint
 
 @dataclass(frozen=True)
 class Counts:
-    """As much of a model as a plan is made from."""
+    """The properties of a model that a plan needs."""
 
     experts: int
     layers: int

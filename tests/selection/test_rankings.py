@@ -1,4 +1,4 @@
-"""Ranking files: ours and the published form."""
+"""Ranking files: ours and the published format."""
 
 from __future__ import annotations
 
