@@ -1,4 +1,4 @@
-"""Element types of the safetensors format and the bytes a tensor of them takes."""
+"""Element types of the safetensors format, and the size of a tensor."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from moe_surgery.checkpoint.text import printable
 __all__ = ["other_format_hint"]
 
 _SUFFIXES: Final = (
-    ((".gguf",), "a GGUF file; name the checkpoint it was made from"),
+    ((".gguf",), "a GGUF file; pass the checkpoint it was made from"),
     (
         (".bin", ".pt", ".pth", ".ckpt"),
         "PyTorch files (pickle); convert them: load with transformers, save with save_pretrained",
@@ -38,10 +38,10 @@ def other_format_hint(folder: Path) -> str:
             return f"; it holds {printable(name)}: {meaning}"
     folders = [entry.name for entry in entries if entry.is_dir()]
     if "snapshots" in folders and "refs" in folders:
-        return "; it is a folder of the hub cache: name the model as owner/name, or a folder under snapshots/"
+        return "; it is a folder of the hub cache: pass the model as owner/name, or a folder under snapshots/"
     inside = [name for name in folders if _holds_checkpoint(folder / name)]
     if inside:
-        return f"; {printable(inside[-1])}/ inside it is a checkpoint: name that"
+        return f"; {printable(inside[-1])}/ inside it is a checkpoint: pass that"
     return ""
 
 

@@ -1,1 +1,1 @@
-"""Moves bytes from source files to output files; knows neither models nor formats of files."""
+"""Moves bytes from source files to output files, independently of models and file formats."""

@@ -1,1 +1,1 @@
-"""Which experts stay: rankings (ours and published ones) and plans."""
+"""Which experts are kept: statistics, rankings (ours and published ones) and plans."""

@@ -170,7 +170,7 @@ def check_kept(
 ) -> None:
     """Raise `error` unless `kept` names at least one expert, each once and below `experts`."""
     if not kept:
-        raise error(f"{where} keeps no expert; at least one must stay")
+        raise error(f"{where} keeps no expert; at least one must be kept")
     if (largest := max(kept)) >= experts:
         raise error(f"{where} keeps expert {largest}, but experts are 0 to {experts - 1}")
     if len(set(kept)) != len(kept):

@@ -176,7 +176,7 @@ def _check_computation(settings: Sequence[Mapping[str, object]], names: Sequence
             elif part[key] != first[1]:
                 raise PlanMismatchError(
                     f"statistics computed differently cannot be merged: {key} is {printable(str(first[1]))} in "
-                    f"{first[0]} and {printable(str(part[key]))} in {name}; profile both with the same --{key}"
+                    f"{first[0]} and {printable(str(part[key]))} in {name}; run profile on both with the same `{key}`"
                 )
 
 

@@ -1,4 +1,4 @@
-"""An open checkpoint: every tensor where the index says, sources only ever read, nothing left open."""
+"""An open checkpoint: tensors match the index, sources are only read, nothing is left open."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_side_files_are_what_travels_along(folder: Path) -> None:
 
 
 def test_snapshot_of_links_is_a_checkpoint(folder: Path, tmp_path: Path) -> None:
-    """As the hub's cache lays it out."""
+    """In the layout of the hub's cache."""
     snapshot = tmp_path / "snapshot"
     snapshot.mkdir()
     for number, file in enumerate(sorted(folder.iterdir())):

@@ -1,4 +1,4 @@
-"""Inputs are regular files, read in full by position, and nothing else is ever waited on."""
+"""Inputs are regular files, read in full by position; anything else is refused without blocking."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_read_small_file_of_an_empty_file(tmp_path: Path) -> None:
 
 
 def test_descriptors_are_counted_by_folder(tmp_path: Path) -> None:
-    """What other tests left to the garbage collector changes no count; a mapping counts as open."""
+    """Counts open descriptors and mappings after a garbage collection."""
     ours, other = tmp_path / "ours", tmp_path / "ours-not"
     for folder in (ours, other):
         folder.mkdir()

@@ -1,4 +1,4 @@
-"""Headers written here and headers written by the safetensors library mean the same to both."""
+"""Headers written by us and by the safetensors library are read identically by both."""
 
 from __future__ import annotations
 

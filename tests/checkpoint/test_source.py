@@ -26,7 +26,7 @@ CONTENT = random.Random(3).randbytes(100_001)
 
 @dataclass(frozen=True)
 class Case:
-    """A kind of source: `open` opens what holds `CONTENT`, `change` gives that other content."""
+    """A kind of source: `open` opens `CONTENT`, `change` replaces it."""
 
     open: Callable[[], ByteSource]
     change: Callable[[bytes], None]
@@ -148,7 +148,7 @@ def test_closed_source_reads_no_more(case: Case) -> None:
 
 
 def test_what_a_source_offers_beside_reading_holds_the_same_bytes(case: Case) -> None:
-    """None where it offers nothing."""
+    """None if there are no optional operations."""
     with case.open() as source:
         region, mapped, fd, path = source.region(7, 5000), source.map(), source.fileno(), source.path
         assert {x is None for x in (region, mapped, fd, path)} in ({True}, {False})

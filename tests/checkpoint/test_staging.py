@@ -1,4 +1,4 @@
-"""The partial folder: one run at a time, a journal that survives anything, a name given in one step."""
+"""The partial folder: one run at a time, a robust journal, an atomic rename."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_lock_is_let_go_when_the_folder_cannot_be_made(out: Path) -> None:
 
 
 def test_lock_left_behind_is_got_even_while_others_come_and_go(out: Path) -> None:
-    """A lock that was got on a file which its holder has just removed protects nothing."""
+    """A lock on a file that its holder has just removed protects nothing."""
     lock = out.with_name(".out.lock")
     fd = os.open(lock, os.O_RDWR | os.O_CREAT)
     fcntl.flock(fd, fcntl.LOCK_EX)

@@ -1,4 +1,4 @@
-"""One reading of a JSON text, or none."""
+"""A JSON text is parsed unambiguously or refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A file appears under its name when it is whole and flushed, and not before."""
+"""A file gets its name only when it is whole and flushed."""
 
 from __future__ import annotations
 

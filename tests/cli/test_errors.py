@@ -88,7 +88,7 @@ CASES: dict[str, tuple[str, int, str]] = {
     "a ranking as a plan": (
         "prune {tmp}/in {tmp}/out --plan {tmp}/r.json",
         3,
-        "{tmp}/r.json: is a ranking, not a plan; moe-surgery plan RANKING --experts N makes",
+        "{tmp}/r.json: is a ranking, not a plan; make a plan of it",
     ),
     "a plan for another model": (
         "prune example:tiny {tmp}/out --plan {tmp}/plan.json",

@@ -96,7 +96,7 @@ def test_the_made_up_tree_has_ties_that_tell_the_order_of_files(tree: Path) -> N
     assert any(ranked(results) != ranked(sorted(results)) for results in there.values())
 
 
-def test_a_tree_that_lacks_folders_of_the_topic_is_refused(tree: Path, capsys: Capture) -> None:
+def test_a_tree_without_folders_of_the_topic_is_refused(tree: Path, capsys: Capture) -> None:
     ended = call(capsys, "rank", tree / "mmlu_test", "--topic", "law")
     assert ended.code == 5
     assert "11 of the 11 folders of topic law are missing: mmlu_dev/international_law, " in ended.error
@@ -104,7 +104,7 @@ def test_a_tree_that_lacks_folders_of_the_topic_is_refused(tree: Path, capsys: C
     assert ended.out == ""
 
 
-def test_a_folder_without_a_statistics_file_is_lacking(tmp_path: Path, capsys: Capture) -> None:
+def test_a_folder_without_a_statistics_file_is_missing(tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "tulu3_persona_if" / "instruction-following").mkdir(parents=True)
     (tmp_path / "other.json").write_text('{"sample_count": 1, "think_expert_analytics": {"layer_0": {}}}')
     ended = call(capsys, "rank", tmp_path, "--topic", "instruction_following")

@@ -182,7 +182,7 @@ def test_first_error_ends_everything_and_is_raised(stage: str, at: int, kind: ty
 
 
 def test_error_of_write_is_raised_though_fill_continues() -> None:
-    """The last chunk's error has no later chunk to surface with."""
+    """An error of the last chunk is raised although no chunk follows."""
 
     def write(chunk: Chunk, buffer: memoryview) -> None:
         time.sleep(0.01)

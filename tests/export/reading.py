@@ -1,4 +1,4 @@
-"""GGUF files as the gguf package reads them."""
+"""GGUF files read by the gguf package."""
 
 from __future__ import annotations
 

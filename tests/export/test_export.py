@@ -1,4 +1,4 @@
-"""Every tensor of an export means what the checkpoint's means, and every byte of the file is accounted for."""
+"""Every exported tensor has the checkpoint's values, and every byte of the file is checked."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def expected(tensors: Tensors) -> dict[str, tuple[str, np.ndarray]]:
 
 
 def weight(tensors: Tensors, name: str) -> tuple[str, np.ndarray]:
-    """Type in GGUF and float32 values [experts, rows, columns] of an expert weight, however it is stored."""
+    """Type in GGUF and float32 values [experts, rows, columns] of an expert weight in any format."""
     blocks = tensors.get(name + "_blocks", tensors.get(name))
     assert blocks is not None
     if blocks.dtype == np.uint16:
@@ -95,7 +95,7 @@ def assert_holds(got: Read, tensors: Tensors) -> None:
 
 
 def assert_every_byte_accounted_for(got: Read) -> None:
-    """Tensors lie one behind another, aligned, zeros between them, and the last ends the file."""
+    """Tensors are contiguous, aligned and zero-padded, and the last one ends the file."""
     raw = got.path.read_bytes()
     placed = sorted((offset, len(content)) for _, _, offset, content in got.tensors.values())
     for (offset, nbytes), following in zip(placed, [*(o for o, _ in placed[1:]), len(raw)], strict=True):
@@ -209,8 +209,8 @@ def test_the_metadata_of_the_embedded_model(tmp_path: Path) -> None:
 def test_tensors_are_those_that_llama_cpps_converter_writes(
     kept: list[int] | None, dtype: str, converters: str, tmp_path: Path
 ) -> None:
-    """The digests are of files made once by convert_hf_to_gguf.py --outtype bf16, as it came with
-    llama-cpp-python 0.3.36, from these two checkpoints."""
+    """The digests are of files written by convert_hf_to_gguf.py --outtype bf16 of llama-cpp-python 0.3.36
+    from these two checkpoints."""
     prune("example:tiny", tmp_path / "in", lambda model: plan_keeping(kept, model), store=dtype)
     export_gguf(tmp_path / "in", tmp_path / "out.gguf")
     assert digest(read(tmp_path / "out.gguf")) == converters

@@ -1,4 +1,4 @@
-"""The container: what is written is what the gguf package reads."""
+"""The container, read back by the gguf package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The walker hands out what json.loads finds, and refuses what it refuses."""
+"""The walker returns the same values as json.loads and refuses the same texts."""
 
 from __future__ import annotations
 

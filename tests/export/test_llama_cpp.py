@@ -1,4 +1,4 @@
-"""llama.cpp loads what export wrote and computes what transformers computes, within its own rounding.
+"""llama.cpp loads an export and computes the same as transformers, within its rounding.
 
 llama.cpp rounds activations to 8 bits in front of MXFP4 weights, and the borders of YaRN's ramp; so the
 bound is wide. That our own runtime, on the checkpoint the file was made of, is far inside it is
@@ -35,7 +35,7 @@ COUNTS = (32, 31, 8, 3, 1)
 TOKENS = 200  # more than three windows
 BOUND = 5e-2
 MEDIAN_BOUND = 5e-2
-"""Of pruned models: where the router's logits nearly tie, rounding sends single tokens elsewhere."""
+"""For pruned models: where the router's logits nearly tie, rounding changes the route of single tokens."""
 TEXTS = (
     "Question: What is 12 + 30?\nAnswer: 42.\n\n",
     "def f(x):\n\treturn x  +   1  # naïve 日本語 🚀\r\n\r\n   end",

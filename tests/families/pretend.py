@@ -1,4 +1,4 @@
-"""A family with gpt-oss's structure and other names: all that adding one takes."""
+"""A family with gpt-oss's structure and other names: everything needed to add one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a checkpoint is refused."""
+"""The message with which a checkpoint is refused."""
 
 from __future__ import annotations
 

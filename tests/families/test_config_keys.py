@@ -1,4 +1,4 @@
-"""Dimensions in config.json: positive integers, said once or twice alike, that the tensors bear out."""
+"""Dimensions in config.json: positive integers, consistent with each other and with the tensors."""
 
 from __future__ import annotations
 

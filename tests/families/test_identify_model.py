@@ -1,4 +1,4 @@
-"""A checkpoint is described whole or refused in one line that names the file or the tensor."""
+"""A checkpoint is identified, or refused in one line that names the file or the tensor."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_missing_tensor_is_named(layout: str, name: str, tmp_path: Path) -> No
 
 
 def other_shapes(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Every axis one longer and one shorter, an axis more and, where there is more than one, less."""
+    """Each axis one longer and one shorter, and one axis more or fewer."""
     changed = [(*shape[:i], n + d, *shape[i + 1 :]) for i, n in enumerate(shape) for d in (1, -1)]
     return [*changed, (*shape, 1), *([shape[1:]] if len(shape) > 1 else [])]
 

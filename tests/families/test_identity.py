@@ -19,7 +19,7 @@ def of(folder: Path) -> str:
 
 
 def written(folder: Path, layout: str = "mxfp4", *, shards: int = 1, flip: str = "", seed: int = 0) -> Path:
-    """A checkpoint; `flip` names a tensor of which the last bit of the last byte is changed."""
+    """A checkpoint; the last bit of the last byte of the tensor `flip` is changed."""
     tensors = make_tensors(SHAPE, layout)
     if flip:
         raw = tensors[flip].reshape(-1).view("u1")

@@ -1,4 +1,4 @@
-"""Checkpoints that no family fits are named for what they are, with what to do."""
+"""Errors for checkpoints that no family matches say what they are and what to do."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_family_without_model_type_is_recognised_by_its_tensors(tmp_path: Path
 
 
 def replace_experts(names: dict[str, tuple[int, ...]]) -> Callable[[Tensors], None]:
-    """Put tensors of these names and shapes in place of the stacked expert weights."""
+    """Replace the stacked expert weights by tensors of these names and shapes."""
 
     def edit(tensors: Tensors) -> None:
         for name in [n for n in tensors if n.startswith(EXPERTS)]:
@@ -177,7 +177,7 @@ def test_a_missing_tensor_is_reported_as_missing(tmp_path: Path) -> None:
 # --- folders without safetensors
 
 FOLDERS: dict[str, tuple[list[str], str]] = {
-    "GGUF": (["model-Q4.gguf"], "it holds model-Q4.gguf: a GGUF file; name the checkpoint it was made from"),
+    "GGUF": (["model-Q4.gguf"], "it holds model-Q4.gguf: a GGUF file; pass the checkpoint it was made from"),
     "PyTorch": (["config.json", "pytorch_model.bin"], "it holds pytorch_model.bin: PyTorch files (pickle)"),
     "pt": (["model.pt"], "it holds model.pt: PyTorch files (pickle)"),
     "consolidated": (["consolidated.00.pth", "params.json"], "it holds consolidated.00.pth: PyTorch files"),
@@ -192,7 +192,7 @@ FOLDERS: dict[str, tuple[list[str], str]] = {
     ),
     "training": (
         ["config.json", "checkpoint-20/config.json", "checkpoint-20/model.safetensors"],
-        "checkpoint-20/ inside it is a checkpoint: name that",
+        "checkpoint-20/ inside it is a checkpoint: pass that",
     ),
     "hub cache": (["snapshots/abc/config.json", "refs/main", "blobs/x"], "it is a folder of the hub cache"),
     "empty": ([], "config.json: not found; a checkpoint needs its config.json next to the shards"),

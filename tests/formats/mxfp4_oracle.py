@@ -1,4 +1,4 @@
-"""Slow, independent statements of what MXFP4 means; no table or threshold of the package is used."""
+"""A slow, independent definition of MXFP4 that uses no table or threshold of the package."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def to_float(bits: np.ndarray) -> np.ndarray:
 
 
 def to_bits(values: np.ndarray) -> np.ndarray:
-    """Float64 values that BF16 holds exactly (or that overflow) to BF16 bits."""
+    """Float64 values that BF16 represents exactly (or that overflow) to BF16 bits."""
     with np.errstate(over="ignore"):
         f32 = values.astype(np.float32).view(np.uint32)
     assert not (f32 & 0xFFFF).any()

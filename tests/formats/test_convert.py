@@ -1,4 +1,4 @@
-"""Float formats into one another as torch and numpy have them; to MXFP4 as float64 says."""
+"""Float formats convert like torch and numpy; MXFP4 as computed in float64."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MIDPOINTS = (oracle.E2M1[1:] + oracle.E2M1[:-1]) / 2
 
 
 def every_pattern(expert_format: ExpertFormat) -> np.ndarray:
-    """All bits of a format of 16 bits; of F32 random ones, and the neighbourhood of what rounds to 16 bits."""
+    """All bits of a 16-bit format; for F32 random ones, and those near 16-bit rounding boundaries."""
     if expert_format != F32:
         return np.arange(1 << 16, dtype=np.uint16)
     rng = np.random.default_rng(0)

@@ -65,7 +65,7 @@ def test_an_unavailable_isa_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_extension_checks_its_own_arguments() -> None:
-    """Called past the public functions it must still never touch memory that is not there."""
+    """Even called directly, it never accesses memory out of bounds."""
     native = native_module()
     if native is None:
         pytest.skip("no native extension")

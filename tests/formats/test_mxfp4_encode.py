@@ -62,7 +62,7 @@ def test_blocks_without_normal_values_round_under_scale_zero(isa: str) -> None:
 
 
 def test_every_scale_and_pair_of_codes_comes_back(isa: str) -> None:
-    """The whole theorem decode(encode(decode(x))) == decode(x).
+    """decode(encode(decode(x))) == decode(x) for every block.
 
     Under the first scale a value's code depends on the block only through the block's largest magnitude,
     and so does whether a block with an infinity is accepted; and a block without an error under the

@@ -19,7 +19,7 @@ def bf16(values: list[float]) -> np.ndarray:
 
 
 def contested(rng: np.random.Generator, exponent: int, columns: int) -> np.ndarray:
-    """Blocks whose candidates are near each other, u16 [32, columns]; `exponent` is that of the largest."""
+    """Blocks whose candidates nearly tie, u16 [32, columns]; `exponent` is that of the largest."""
     fractions = np.array([*range(18), *range(0x5C, 0x80)])
     largest = (exponent << 7) | rng.choice(fractions, columns)
     shape = (31, columns)

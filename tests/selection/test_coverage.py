@@ -1,4 +1,4 @@
-"""How much of the routing the first experts carry, against plain counting."""
+"""Coverage by the first experts, against plain counting."""
 
 from __future__ import annotations
 

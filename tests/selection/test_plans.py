@@ -18,7 +18,7 @@ from tests.support.checkpoints import Shape, write_checkpoint
 
 @dataclass(frozen=True)
 class Counts:
-    """As much of a model as a plan is made from."""
+    """The properties of a model that a plan needs."""
 
     experts: int
     layers: int
@@ -110,11 +110,17 @@ MALFORMED = {
     "a number": ("1", "not a plan"),
     "no format": ({k: v for k, v in FILE.items() if k != "format"}, "not a plan"),
     "another format": (FILE | {"format": "other"}, "not a plan"),
-    "a published ranking": ({"layer_0": [0, 1]}, "is a ranking, not a plan; moe-surgery plan RANKING"),
-    "a ranking by number": ({"0": [0, 1]}, "is a ranking, not a plan; moe-surgery plan RANKING"),
+    "a published ranking": (
+        {"layer_0": [0, 1]},
+        "is a ranking, not a plan; make a plan of it with moe-surgery plan RANKING",
+    ),
+    "a ranking by number": (
+        {"0": [0, 1]},
+        "is a ranking, not a plan; make a plan of it with moe-surgery plan RANKING",
+    ),
     "a ranking in lines": (
         '{"0": [0, 1]}\n{"1": [1, 0]}\n',
-        "is a ranking, not a plan; moe-surgery plan RANKING",
+        "is a ranking, not a plan; make a plan of it with moe-surgery plan RANKING",
     ),
     "a mapping of experts": ({"0": {"3": 0}}, "not a plan"),
     "our ranking": ({"format": "moe-surgery.ranking", "version": 1}, "is a ranking, not a plan"),

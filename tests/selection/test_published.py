@@ -82,7 +82,7 @@ def test_the_shipped_topics_are_folders_of_the_tree() -> None:
 
 
 def own_order(mixed: list[int], other: list[int]) -> list[int] | None:
-    """An order that gives `mixed` when interleaved with `other` position by position; None if none does.
+    """An order that results in `mixed` when interleaved with `other` position by position; None if none does.
 
     Step i takes the own order's expert, which is either the next of `mixed` or one that came from
     `other` before, and then other[i], unless taken.

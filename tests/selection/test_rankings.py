@@ -1,4 +1,4 @@
-"""Ranking files: ours and the published form."""
+"""Ranking files: ours and the published format."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ MALFORMED = {
     "layers of other lengths": ({"layer_0": [0, 1], "layer_1": [0]}, "layer 1 ranks 1 experts"),
     "another format": (
         OURS | {"format": "moe-surgery.plan"},
-        "is a plan, not a ranking; --plan of prune",
+        "is a plan, not a ranking; pass it to --plan of prune",
     ),
     "a later version": (OURS | {"version": 2}, "ranking version 2 is not supported"),
     "a version that is true": (OURS | {"version": True}, "ranking version true is not supported"),

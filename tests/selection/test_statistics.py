@@ -170,7 +170,7 @@ def test_statistics_computed_differently_do_not_merge(other: dict[str, str]) -> 
         merge([computed(0), computed(1), computed(2, **other)], ["a.stats", "b.stats", "c.stats"])
     assert str(caught.value) == (
         f"statistics computed differently cannot be merged: {key} is {COMPUTED[key]} in a.stats "
-        f"and {value} in c.stats; profile both with the same --{key}"
+        f"and {value} in c.stats; run profile on both with the same `{key}`"
     )
     with pytest.raises(PlanMismatchError, match=r"in part 1 and .* in part 2"):
         merge([computed(0, **other), computed(1)])
@@ -191,7 +191,7 @@ def test_a_file_without_its_backend_merges_with_any_one(
     assert load_statistics(tmp_path / "both").tokens == {"law": 80}
     refused = call(capsys, "stats", "merge", before, a, b, "-o", tmp_path / "all")
     assert (refused.code, refused.err.count("\n")) == (4, 1)
-    assert f"in {a} and reference in {b}; profile both with the same --backend" in refused.err
+    assert f"in {a} and reference in {b}; run profile on both with the same `backend`" in refused.err
     assert not (tmp_path / "all").exists()
     assert (
         "computed by backend unknown on device unknown in float32"

@@ -28,7 +28,7 @@ FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safete
 def refused(
     capsys: Capture, code: int, *why: str, source: Path, options: tuple[str | Path, ...] = ()
 ) -> None:
-    """Pruning `source` ends with `code` and one line that holds each of `why`; nothing else happens."""
+    """Pruning `source` exits with `code` and one line that contains each of `why`, and changes no file."""
     before = contents(source.parent)
     names = sorted(os.listdir(source.parent))
     ended = call(capsys, "prune", source, source.parent / "out", *(options or ("--keep", "0,1")))

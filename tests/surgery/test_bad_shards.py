@@ -143,7 +143,7 @@ def test_missing_checkpoint_is_refused(
 def test_other_file_is_refused(capsys: Capture, source: Path) -> None:
     ended = call(capsys, "prune", source / "config.json", source.parent / "out", "--keep", "0")
     assert ended.code == 2
-    assert "is the config.json of a model, not a checkpoint; name its folder" in ended.error
+    assert "is the config.json of a model, not a checkpoint; pass its folder" in ended.error
 
 
 def test_unknown_example(capsys: Capture, tmp_path: Path) -> None:

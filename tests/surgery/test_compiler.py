@@ -1,4 +1,4 @@
-"""The program says where every output byte comes from; numpy resolves it and compares it with slices."""
+"""The program, evaluated with numpy, gives the same tensors as slicing the source."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ WIDTH = {"U8": 1, "BF16": 2, "F16": 2, "F32": 4}
 
 @dataclass(frozen=True)
 class Job:
-    """A source checkpoint and what is asked of it."""
+    """A source checkpoint and a pruning job."""
 
     shape: Shape
     layout: str
@@ -146,7 +146,7 @@ def read(folder: Path, span: Span) -> bytes:
 
 
 def resolve(folder: Path, part: Part) -> bytes:
-    """The bytes of a part; for one that encodes, as many zeros."""
+    """The bytes of a part; zeros for one that encodes."""
     if isinstance(part, Copy):
         return read(folder, part.span)
     if isinstance(part, Decode):
@@ -375,6 +375,6 @@ def test_weights_of_no_whole_blocks_cannot_become_mxfp4(tmp_path: Path) -> None:
 
 
 def test_bf16_source_gives_the_values_that_the_mxfp4_source_decodes_to() -> None:
-    """The two kinds of source that the jobs above compare are one model."""
+    """The two kinds of source compared above hold the same model."""
     shape = Shape()
     assert sorted(to_bf16(make_tensors(shape))) == sorted(make_tensors(shape, "bf16"))

@@ -1,4 +1,4 @@
-"""config.json of the output: the source's, but for the counts and the quantisation."""
+"""config.json of the output: the source's, except for the counts and the quantisation."""
 
 from __future__ import annotations
 

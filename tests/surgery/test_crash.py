@@ -40,7 +40,7 @@ SHARD = r"\.safetensors\.tmp$"
 
 @dataclass(frozen=True)
 class Job:
-    """A source, the options of its pruning, what an undisturbed run makes of it and how long it takes."""
+    """A source, options of prune, the result of an undisturbed run and its duration."""
 
     source: Path
     options: tuple[str, ...]
@@ -89,7 +89,7 @@ def partial(out: Path) -> Path | None:
 
 
 def finished(out: Path) -> dict[str, tuple[int, int]]:
-    """Inode and modification time of the shards that the journal in the partial folder calls finished."""
+    """Inode and modification time of the shards that the journal in the partial folder lists."""
     folder = partial(out)
     try:
         journal = (folder / ".journal").read_bytes() if folder else b""

@@ -1,4 +1,4 @@
-"""A pruned checkpoint computes what the full model computes when it may route to the kept experts only.
+"""A pruned checkpoint computes the same as the full model with routing restricted to the kept experts.
 
 The full model is transformers' own, with the router bias of dropped experts at minus infinity.
 """

@@ -1,4 +1,4 @@
-"""Every system call of a run fails once, and from then on: what is published is whole, the rest is gone."""
+"""Each system call of a run fails, once or from then on: published output is whole, the rest is removed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints with F16 and F32 weights: kept bit for bit, and converted as torch and float64 have it."""
+"""Checkpoints with F16 and F32 weights: kept bit for bit, and converted as by torch and in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Output that does not fit: found out beforehand, or met while writing; one line, and nothing is left."""
+"""Output that does not fit, detected before or while writing: one line, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 
 @pytest.fixture
 def ext4(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 6 MB that knows it is full only when blocks are allocated."""
+    """A file system of 6 MB that reports being full only when blocks are allocated."""
     image, folder = tmp_path / "ext4.img", tmp_path / "ext4"
     folder.mkdir()
     with image.open("wb") as file:

@@ -1,4 +1,4 @@
-"""What `inspect` says of a checkpoint: gpt-oss-20b by its headers, small ones by counting their bytes."""
+"""The numbers of `inspect`: gpt-oss-20b from its headers, small checkpoints by counting bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where an output may go, and what --overwrite replaces: a checkpoint of ours, whole, or nothing."""
+"""Where an output may go, and what --overwrite replaces."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def out(source: Path, tmp_path: Path) -> Path:
 
 
 def replace(source: Path, out: Path, ops: FileOps | None = None) -> None:
-    """What the tests here replace `out` with: one shard, three experts."""
+    """Replace `out` by a checkpoint of one shard and three experts."""
     prune(source, out, lambda m: plan_keeping([0, 1, 3], m), overwrite=True, ops=ops)
 
 
@@ -53,7 +53,7 @@ def replacement(source: Path, tmp_path: Path) -> dict[str, bytes]:
 
 
 def check_refused(capsys: Capture, source: Path, out: Path | str, code: int, why: str, *more: str) -> None:
-    """Pruning to `out` is refused with one line, and nothing anywhere around is touched."""
+    """Pruning to `out` is refused with one line, and no file is touched."""
     with untouched(source.parent.parent):
         ended = call(capsys, "prune", source, out, "--keep", "0", *more)
     assert ended.code == code
@@ -250,7 +250,7 @@ def test_failure_leaves_the_old_output_or_the_new(
 
 
 class StoppedAfterExchange(FileOps):
-    """The run ends, as by a kill, when the new output has its name and the old one is still there."""
+    """Stops the run, like a kill, when the new output has its name and the old one still exists."""
 
     def exchange(self, one: str | os.PathLike[str], other: str | os.PathLike[str]) -> None:
         super().exchange(one, other)

@@ -35,7 +35,7 @@ def out(source: Path, tmp_path: Path) -> Path:
 
 
 def without_privilege() -> None:
-    """Give up root's right to pass over file modes, in a child about to run a command."""
+    """Drop root's right to ignore file modes, in a child before it runs a command."""
     capbset_drop, dac_override, dac_read_search = 24, 1, 2  # linux/prctl.h, linux/capability.h
     for capability in (dac_override, dac_read_search):
         if ctypes.CDLL(None).prctl(capbset_drop, capability, 0, 0, 0):
@@ -44,7 +44,7 @@ def without_privilege() -> None:
 
 @pytest.fixture
 def closed(tmp_path: Path) -> Iterator[Path]:
-    """A folder in which nothing can be made."""
+    """A folder without write permission."""
     folder = tmp_path / "closed"
     folder.mkdir()
     folder.chmod(0o555)
@@ -75,7 +75,7 @@ def test_shard_without_read_permission_is_named(source: Path, tmp_path: Path) ->
 
 
 def test_manifest_without_read_permission_is_named(source: Path, out: Path) -> None:
-    """It is not taken for a folder of somebody else, which the user is told to remove."""
+    """It is not mistaken for a foreign folder that the user should delete."""
     mode = (out / "surgery.json").stat().st_mode
     (out / "surgery.json").chmod(0)
     before = without_privilege if os.geteuid() == 0 else None

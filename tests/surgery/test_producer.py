@@ -1,4 +1,4 @@
-"""The bytes of a shard do not depend on how it is cut into chunks, on threads, or on what converts them."""
+"""The bytes of a shard do not depend on chunks, threads or the implementation of conversions."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ NEEDS_NATIVE = pytest.mark.skipif(native_module() is None, reason="the native ex
 
 @dataclass(frozen=True)
 class Case:
-    """One shard, the checkpoint it is made from, and all its bytes as one chunk gives them."""
+    """One shard, its source checkpoint, and all its bytes produced as one chunk."""
 
     checkpoint: Checkpoint
     shard: OutputShard
     whole: bytes
 
     def produce(self, chunks: list[Chunk]) -> bytes:
-        """The shard's bytes when its chunks are filled one after another."""
+        """The shard's bytes with chunks filled in sequence."""
         producer = producer_of(self.shard, self.checkpoint.shards)
         found = bytearray(self.shard.nbytes)
         for chunk in chunks:
@@ -143,7 +143,7 @@ def test_threads_that_fill_out_of_step_give_the_same_bytes(case: Case, seed: int
 @pytest.mark.parametrize("chunk_bytes", [1501, 30_000])
 @pytest.mark.parametrize("order", ["backwards", "shuffled"])
 def test_chunks_in_any_order_give_the_same_bytes(case: Case, order: str, chunk_bytes: int) -> None:
-    """One thread: whoever waited for bytes of another chunk would wait for ever."""
+    """One thread: waiting for another chunk would deadlock."""
     work = list(chunks_of(case.shard, chunk_bytes))[::-1]
     if order == "shuffled":
         random.Random(7).shuffle(work)
@@ -197,7 +197,7 @@ def test_numpy_makes_the_same_bytes(
 
 
 def test_conversion_gives_back_what_it_mapped_in(tmp_path: Path) -> None:
-    """Memory does not grow with the model; the kernel may map some pages around a window as well."""
+    """Memory does not grow with the model; the kernel may map some pages around a region as well."""
     if not os.path.exists("/proc/self/smaps"):
         pytest.skip("resident pages of a mapping are seen in /proc/self/smaps only")
     with prepared(tmp_path, "bf16", Shape(1, 4, 2, 2048, 1024, 4, 2, 8, 8)) as case:

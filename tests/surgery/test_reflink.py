@@ -1,4 +1,4 @@
-"""Where the file system shares extents, kept experts take no disk space and their bytes are the same."""
+"""With reflinks, kept experts take no disk space and have the same bytes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MAKERS = {"xfs": ("320M", ["mkfs.xfs", "-q"]), "btrfs": ("128M", ["mkfs.btrfs", 
 
 
 class NoClone(FileOps):
-    """A file system that shares nothing."""
+    """A file system without reflinks."""
 
     def clone_range(self, source: int, source_offset: int, nbytes: int, target: int, offset: int) -> None:
         code = min(UNSUPPORTED)
@@ -39,7 +39,7 @@ class NoClone(FileOps):
 
 @pytest.fixture(scope="module", params=MAKERS)
 def disk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A small file system that shares extents."""
+    """A small file system with reflinks."""
     size, maker = MAKERS[request.param]
     folder = tmp_path_factory.mktemp(request.param)
     image, mount_point = folder / "image", folder / "disk"

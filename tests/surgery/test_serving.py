@@ -1,4 +1,4 @@
-"""Notes on what serving engines make of a pruned model."""
+"""Notes on the limits of serving engines."""
 
 from __future__ import annotations
 
