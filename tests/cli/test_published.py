@@ -143,7 +143,7 @@ def test_a_shipped_ranking_is_taken_where_a_ranking_file_is(tmp_path: Path, caps
     mapping = json.loads((tmp_path / "out" / "expert_mapping.json").read_text())
     assert [list(map(int, mapping[str(i)])) for i in range(24)] == [row[:4] for row in RANKINGS["math"]]
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "The first 4 experts of every layer in `published:math`, one of the rankings" in card
+    assert "The best 4 of every layer in `published:math`, one of the rankings" in card
     assert "not recorded" not in card[card.index("published:math") :].split("##")[0]
 
 
