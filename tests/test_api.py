@@ -37,13 +37,13 @@ AsPath = Callable[[Path], str | Path]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """plan.json, ranking.json, a.stats and b.stats (of no real checkpoint), evaluation.json (of the tiny one)."""
-    found = tmp_path_factory.mktemp("files")
-    (found / "plan.json").write_text(PLAN.to_json())
-    (found / "ranking.json").write_text(RANKING.to_json())
+    target = tmp_path_factory.mktemp("files")
+    (target / "plan.json").write_text(PLAN.to_json())
+    (target / "ranking.json").write_text(RANKING.to_json())
     for name, seed in (("a", 0), ("b", 1)):
-        save_statistics(made_up(4, 32, [name], seed), found / f"{name}.stats")
-    (found / "evaluation.json").write_text(evaluation_of(TINY, PLAN, 4).to_json())
-    return found
+        save_statistics(made_up(4, 32, [name], seed), target / f"{name}.stats")
+    (target / "evaluation.json").write_text(evaluation_of(TINY, PLAN, 4).to_json())
+    return target
 
 
 # --- names
@@ -135,9 +135,11 @@ def test_reports_and_cards_take_paths(folder: Path, tmp_path: Path, as_path: AsP
     assert build_report(a, [plan]) == build_report(statistics, named)
     assert build_report(a, [("p", plan)]) == build_report(statistics, [("p", PLAN)])
     prune(TINY, tmp_path / "out", PLAN)
-    found = evaluation_of(TINY, PLAN, 4)
-    assert make_card(tmp_path / "out", evaluation=evaluation) == make_card(tmp_path / "out", evaluation=found)
-    assert load_evaluation(evaluation) == found
+    actual = evaluation_of(TINY, PLAN, 4)
+    assert make_card(tmp_path / "out", evaluation=evaluation) == make_card(
+        tmp_path / "out", evaluation=actual
+    )
+    assert load_evaluation(evaluation) == actual
 
 
 def test_pictures_take_paths(folder: Path, tmp_path: Path) -> None:
@@ -166,9 +168,9 @@ def test_profile_and_evaluate_take_the_path_of_a_plan(folder: Path, tmp_path: Pa
         np.array_equal(x.gate, y.gate)
         for x, y in zip(by_path.data["notes"], by_plan.data["notes"], strict=True)
     )
-    found = evaluate(TINY, as_path(notes), plans=[plan, ("mine", plan), ("object", PLAN)])
-    assert [m.name for m in found.models] == ["full", str(plan), "mine", "object"]
-    assert found.models[1].domains == found.models[2].domains == found.models[3].domains
+    actual = evaluate(TINY, as_path(notes), plans=[plan, ("mine", plan), ("object", PLAN)])
+    assert [m.name for m in actual.models] == ["full", str(plan), "mine", "object"]
+    assert actual.models[1].domains == actual.models[2].domains == actual.models[3].domains
 
 
 # --- texts
@@ -177,10 +179,10 @@ def test_profile_and_evaluate_take_the_path_of_a_plan(folder: Path, tmp_path: Pa
 @pytest.fixture(scope="module")
 def sentences(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """law.txt, and chats.txt with rows of JSON under the name of a text."""
-    found = tmp_path_factory.mktemp("texts")
-    (found / "law.txt").write_text("The parties agree. " * 3)
-    (found / "chats.jsonl").write_text('{"text": "Twelve plus seven is nineteen."}\n' * 2)
-    return found
+    folder = tmp_path_factory.mktemp("texts")
+    (folder / "law.txt").write_text("The parties agree. " * 3)
+    (folder / "chats.jsonl").write_text('{"text": "Twelve plus seven is nineteen."}\n' * 2)
+    return folder
 
 
 def test_profile_search_and_evaluate_take_the_same_texts(sentences: Path, tmp_path: Path) -> None:
@@ -205,10 +207,12 @@ def test_profile_search_and_evaluate_take_the_same_texts(sentences: Path, tmp_pa
         for number, given in enumerate(texts):
             listed = list(given) if not isinstance(given, (str, Path, dict, TextFile)) else given
             out = tmp_path / f"{name}-{number}"
-            found = profile(TINY, listed, out.with_suffix(".stats"), **options)
+            actual = profile(TINY, listed, out.with_suffix(".stats"), **options)
             ranking = search(TINY, listed, out.with_suffix(".json"), **options)
             evaluation = evaluate(TINY, listed, plans=[("p", PLAN)], **options)
-            results.append((found.statistics.texts, found.output.read_bytes(), ranking, evaluation.to_json()))
+            results.append(
+                (actual.statistics.texts, actual.output.read_bytes(), ranking, evaluation.to_json())
+            )
         assert all(result == results[0] for result in results), name
         assert list(results[0][0]) == (["law"] if name == "one" else ["law", "chats"])
 
@@ -285,8 +289,8 @@ def test_what_is_neither_an_object_nor_a_path_is_refused(folder: Path, tmp_path:
             "expected Evaluation or the path of its file, not dict",
         ),
     ]
-    for call, told in wrong:
-        with pytest.raises(TypeError, match=told):
+    for call, printed in wrong:
+        with pytest.raises(TypeError, match=printed):
             call()
     assert list(tmp_path.iterdir()) == []
 

@@ -18,16 +18,16 @@ from tests.support.command import call
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[DemoRow], list[str], Path]:
-    said: list[str] = []
+    recorded: list[str] = []
     out = tmp_path_factory.mktemp("demo") / "models"
-    return run_demo(out, said.append), said, out
+    return run_demo(out, recorded.append), recorded, out
 
 
 Shown = tuple[list[DemoRow], list[str], Path]
 
 
 def test_there_is_a_row_for_the_full_model_and_one_for_each_job(shown: Shown) -> None:
-    rows, said, out = shown
+    rows, recorded, out = shown
     assert [(row.name, row.experts) for row in rows] == [
         ("full", 32),
         ("tiny-16-mxfp4", 16),
@@ -37,11 +37,11 @@ def test_there_is_a_row_for_the_full_model_and_one_for_each_job(shown: Shown) ->
         ("tiny-8-random", 8),
     ]
     assert all(row.verified for row in rows)
-    assert len(said) == 3 + 3 * len(JOBS)
+    assert len(recorded) == 3 + 3 * len(JOBS)
     for row in rows:
-        found = inspect(SOURCE if row.name == "full" else out / row.name)
-        assert (row.experts, row.top_k) == (found.experts, found.top_k)
-        assert (row.parameters, row.nbytes) == (found.parameters, found.nbytes)
+        results = inspect(SOURCE if row.name == "full" else out / row.name)
+        assert (row.experts, row.top_k) == (results.experts, results.top_k)
+        assert (row.parameters, row.nbytes) == (results.parameters, results.nbytes)
 
 
 def test_every_model_generates_and_has_a_finite_loss_on_every_text(shown: Shown) -> None:

@@ -19,7 +19,7 @@ def normal(device: torch.device, *shape: int, scale: float = 1.0) -> Tensor:
 
 
 def random_experts(experts: int, hidden: int, device: torch.device) -> ExpertWeights:
-    """Packed experts whose inner size is `hidden`; biases are BF16."""
+    """Packed experts whose intermediate size is `hidden`; biases are BF16."""
 
     def packed(rows: int) -> Mxfp4Weight:
         shape = (experts, rows, hidden // 32)

@@ -11,9 +11,10 @@ from moe_surgery.cli.options import common, terminal_of
 @common
 @click.pass_context
 def command(context: click.Context) -> None:
-    """Show versions, instruction sets and devices, and what works here.
+    """Show what works on this machine.
 
-    Gives the reason for everything that does not work. Put this output in a bug report.
+    Lists versions, instruction sets, devices and backends, and gives the reason for everything that
+    does not work. Put this output in a bug report.
 
     \b
     moe-surgery doctor

@@ -54,10 +54,11 @@ def command(
     ignore_free_space: bool,
     ignore_unlisted: bool,
 ) -> None:
-    """Write a full or pruned checkpoint as one GGUF file, for llama.cpp, Ollama and LM Studio.
+    """Write a checkpoint as one GGUF file.
 
-    Weights keep their format bit for bit (norms, biases and router become F32). CKPT is only read, never
-    loaded; OUT appears complete or not at all. With --plan only the plan's experts are written.
+    The file is for llama.cpp, Ollama and LM Studio. CKPT may be full or pruned. Weights keep their
+    format bit for bit (norms, biases and router become F32). CKPT is only read, never loaded; OUT
+    appears complete or not at all. With --plan only the plan's experts are written.
 
     \b
     moe-surgery export example:tiny tiny.gguf

@@ -23,7 +23,7 @@ MAX_LISTED_SHARDS = 4
 @common
 @click.pass_context
 def command(context: click.Context, ckpt: str, all_sizes: bool, ignore_unlisted: bool) -> None:
-    """Show what a checkpoint contains, and its size with fewer experts.
+    """Show a checkpoint, and its size with fewer experts.
 
     Reads headers only, so it is instant at any size. The table shows the parameters that remain with n
     experts per layer, and the bytes they take in MXFP4, in BF16 and in the checkpoint's own format.

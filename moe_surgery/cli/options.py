@@ -104,7 +104,7 @@ def compute(command: Command) -> Command:
     for option in (
         click.option(
             "--backend",
-            help=f"{BACKEND_HELP}; default: triton on CUDA and native on the CPU where they work, else reference.",
+            help=f"{BACKEND_HELP}; default: triton on CUDA and native on the CPU if they work, else reference.",
         ),
         click.option(
             "--dtype",

@@ -39,13 +39,14 @@ def command(
     dtype: str | None,
     backend: str | None,
 ) -> None:
-    """Rank experts by how well the best n together reproduce each layer's output.
+    """Rank experts by greedy elimination.
 
-    Metrics score experts one by one. `search` drops them one at a time, always the one whose loss
-    changes the layer's output least, and routes its tokens to the experts that remain. The ranking
-    serves every size: `plan` keeps its first N. At the same size it preserves more of the model than
-    any metric (see benchmarks/results/quality.md) but costs more: every token goes through every
-    expert, 8 times the expert work of `profile` for 32 experts with top-4.
+    Metrics score experts one by one. `search` looks for the n that together reproduce each
+    layer's output best: it drops experts one at a time, always the one whose loss changes the layer's
+    output least, and routes its tokens to those that remain. The ranking serves every size: `plan` keeps
+    its first N. At the same size it preserves more of the model than any metric (see
+    benchmarks/results/quality.md) but costs more: every token goes through every expert, 8 times the
+    expert work of `profile` for 32 experts with top-4.
 
     \b
     moe-surgery search example:tiny --texts notes.txt --max-tokens 200 -o tiny-ranking.json

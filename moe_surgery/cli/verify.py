@@ -28,7 +28,7 @@ def command(
     """Check that a checkpoint is complete and undamaged.
 
     Compares headers, index and config with one another, and the digest of every file and tensor with
-    the manifest (surgery.json): a single flipped byte is result and named. Damage that was already
+    the manifest (surgery.json): a single flipped byte is found and named. Damage that was already
     in the source cannot be detected. Exit code 8 if there is a problem.
 
     Edited files other than the weights (README.md, config.json, tokenizer) are reported separately from

@@ -178,9 +178,9 @@ def replace_experts(model: nn.Module, checkpoint: str | os.PathLike[str]) -> nn.
     """
     layers = _layers(model)
     with Checkpoint.open(checkpoint) as opened:
-        described = families.identify_model(opened)
-        tensors = {t.name: t for t in described.tensors}
-        _check_fits(layers, described, str(checkpoint))
+        spec = families.identify_model(opened)
+        tensors = {t.name: t for t in spec.tensors}
+        _check_fits(layers, spec, str(checkpoint))
         config: Any = model.config
         limit = float(getattr(config, "swiglu_limit", 7.0))
         alpha = float(getattr(config, "swiglu_alpha", 1.702))
@@ -218,9 +218,9 @@ def _layers(model: nn.Module) -> list[Any]:
     return layers
 
 
-def _check_fits(layers: list[Any], described: ModelSpec, where: str) -> None:
-    dimensions = described.dimensions
-    if not described.expert_format.packed:
+def _check_fits(layers: list[Any], spec: ModelSpec, where: str) -> None:
+    dimensions = spec.dimensions
+    if not spec.expert_format.packed:
         raise UsageError(
             f'{where}: the experts are not packed in MXFP4; load with experts_implementation="{NAME}" instead'
         )

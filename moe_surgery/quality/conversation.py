@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from moe_surgery.checkpoint.text import describe_value, printable
 from moe_surgery.errors import InvalidInputError
 
-__all__ = ["Conversation", "answer_start", "common_length", "conversation", "described"]
+__all__ = ["Conversation", "answer_start", "common_length", "conversation", "describe_row"]
 
 Row = Mapping[str, object]
 
@@ -49,7 +49,7 @@ def conversation(row: object, where: str) -> Conversation:
     and naming the key, for anything else.
     """
     if not isinstance(row, dict) or not isinstance(row.get("messages"), list) or not row["messages"]:
-        raise InvalidInputError(f'{where}: expected {{"messages": [...]}}, got {described(row)}')
+        raise InvalidInputError(f'{where}: expected {{"messages": [...]}}, got {describe_row(row)}')
     messages = tuple(_message(m, f"{where}: message {n}") for n, m in enumerate(row["messages"], 1))
     others = {key: value for key, value in row.items() if key != "messages" and value is not None}
     arguments = _parsed(others.pop("chat_template_kwargs", {}), f"{where}: chat_template_kwargs")
@@ -108,7 +108,7 @@ def common_length(one: Sequence[object], other: Sequence[object]) -> int:
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
-def described(row: object) -> str:
+def describe_row(row: object) -> str:
     """What `row` is, with its keys if it is an object."""
     if not isinstance(row, dict) or not row:
         return describe_value(row)
@@ -119,7 +119,7 @@ def described(row: object) -> str:
 def _message(value: object, where: str) -> Row:
     if not isinstance(value, dict) or not isinstance(value.get("role"), str):
         raise InvalidInputError(
-            f'{where}: expected {{"role": "...", "content": "..."}}, got {described(value)}'
+            f'{where}: expected {{"role": "...", "content": "..."}}, got {describe_row(value)}'
         )
     content, calls = value.get("content"), value.get("tool_calls")
     if calls is not None and not (isinstance(calls, list) and all(isinstance(c, dict) for c in calls)):

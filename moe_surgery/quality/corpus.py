@@ -17,7 +17,7 @@ from moe_surgery.quality.conversation import (
     answer_start,
     common_length,
     conversation,
-    described,
+    describe_row,
 )
 from moe_surgery.quality.text_files import FORMATS, TextFile, blocks, rows, text_files
 
@@ -242,7 +242,7 @@ def _documents(file: TextFile) -> Iterator[Document]:
             continue
         text = row.get("text") if isinstance(row, dict) else row
         if not isinstance(text, str):
-            raise InvalidInputError(f'{where}: expected {{"text": "..."}}, got {described(row)}')
+            raise InvalidInputError(f'{where}: expected {{"text": "..."}}, got {describe_row(row)}')
         yield Document(file.domain, where, text)
 
 

@@ -88,15 +88,15 @@ def evaluate(
         raise UsageError(f"`batch_tokens` {batch_tokens}: must be at least 1")
     named_plans = load_pairs(plans, Plan, load_plan)
     with Checkpoint.open(checkpoint) as opened:
-        described = families.identify_model(opened)
-        source_identity = identity(opened, described)
+        spec = families.identify_model(opened)
+        source_identity = identity(opened, spec)
     model = load_model(checkpoint, device, dtype, backend=backend, one_layer=True)
     candidates = []
     if top_k is not None and not named_plans and not pruned:
-        check_top_k(top_k, described.experts, f"{checkpoint} has")
-        named_plans = [(f"top-k {top_k}", plan_keeping(None, described))]
+        check_top_k(top_k, spec.experts, f"{checkpoint} has")
+        named_plans = [(f"top-k {top_k}", plan_keeping(None, spec))]
     for name, named_plan in named_plans:
-        named_plan.check_fits(described.model_type, described.experts, described.layers, str(checkpoint))
+        named_plan.check_fits(spec.model_type, spec.experts, spec.layers, str(checkpoint))
         plan = named_plan.with_top_k(top_k, name)
         candidates.append(Candidate(name, plan.layers, plan.top_k, None, dict(plan.provenance)))
     for path in pruned:
@@ -121,10 +121,10 @@ def evaluate(
         "answers_only": answers_only,
     }
     return Evaluation(
-        described.model_type,
+        spec.model_type,
         str(checkpoint),
         source_identity,
-        described.experts,
+        spec.experts,
         models,
         corpus.texts,
         settings,

@@ -83,11 +83,11 @@ def profile(
     """
     out = Path(output)
     with Checkpoint.open(checkpoint) as opened:
-        described = families.identify_model(opened)
-        source_identity = identity(opened, described)
+        spec = families.identify_model(opened)
+        source_identity = identity(opened, spec)
     if sequential is not None:
         sequential = as_plan(sequential)
-        sequential.check_fits(described.model_type, described.experts, described.layers, str(checkpoint))
+        sequential.check_fits(spec.model_type, spec.experts, spec.layers, str(checkpoint))
     if batch_tokens < 1:
         raise UsageError(f"`batch_tokens` {batch_tokens}: must be at least 1")
     partial = partial_path(out)
@@ -131,12 +131,12 @@ def profile(
         data = profile_passages(model, batch, sequential=sequential, progress=profiled.advance)
         _check_finite(data, str(checkpoint))
         part = Statistics(
-            described.model_type,
+            spec.model_type,
             source_identity,
-            described.experts,
+            spec.experts,
             model.config.hidden_size,
-            described.top_k,
-            {d: int(data[d][0].count.sum()) // described.top_k for d in data},
+            spec.top_k,
+            {d: int(data[d][0].count.sum()) // spec.top_k for d in data},
             {d: [] for d in data},
             data,
         )

@@ -50,15 +50,15 @@ def search(
     All domains count together; `texts`, `format`, `context` and `max_tokens` as for `profile`. All tokens go
     through a layer together (`greedy_elimination` says what that costs). `progress` is called with each `Progress`.
 
-    After each layer the orders so far go to `.NAME.partial` beside `output`; the same call resumes there.
+    After each layer the orders so far go to `.NAME.partial` next to `output`; the same call resumes there.
     Raises UsageError, InvalidInputError and OutputError.
     """
     out = Path(output)
     partial = partial_path(out)
     check_writable(out, partial)
     with Checkpoint.open(checkpoint) as opened:
-        described = families.identify_model(opened)
-        source_identity = identity(opened, described)
+        spec = families.identify_model(opened)
+        source_identity = identity(opened, spec)
     model = load_model(checkpoint, device, dtype, backend=backend, one_layer=True)
     files = as_text_files(texts, format)
     corpus = open_corpus(
@@ -75,8 +75,8 @@ def search(
     passages = list(corpus)
     tokens = sum(len(p.tokens) for p in passages)
     done = _resumed(partial, job)
-    log.info("%d tokens through %d layers", tokens, described.layers)
-    searched = Counter(progress, "search", described.layers, "layers", done=len(done))
+    log.info("%d tokens through %d layers", tokens, spec.layers)
+    searched = Counter(progress, "search", spec.layers, "layers", done=len(done))
     orders = list(done)
 
     def on_layer(order: LayerOrder) -> None:
@@ -87,9 +87,9 @@ def search(
 
     greedy_elimination(model, passages, resumed=done, on_layer=on_layer)
     ranking = Ranking(
-        described.experts,
+        spec.experts,
         tuple(o.experts for o in orders),
-        described.model_type,
+        spec.model_type,
         None,
         {
             "method": METHOD,

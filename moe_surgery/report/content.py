@@ -13,7 +13,7 @@ import numpy.typing as npt
 from moe_surgery.quality.evaluation import Evaluation, ModelResult, Quality
 from moe_surgery.report.curves import MEASURES, Line, lines, ranked_for
 from moe_surgery.report.figures import CARRIED, View, coverage, overlap, plan_coverage
-from moe_surgery.report.markup import number, shown
+from moe_surgery.report.markup import display_name, number
 from moe_surgery.selection.metrics import METRICS
 from moe_surgery.selection.plan import Plan
 from moe_surgery.selection.statistics import Statistics
@@ -41,7 +41,7 @@ def content(
         "experts": statistics.experts,
         "topK": statistics.top_k,
         "metrics": metrics,
-        "views": [{"name": shown(v.name), "tokens": v.tokens} for v in shown_views],
+        "views": [{"name": display_name(v.name), "tokens": v.tokens} for v in shown_views],
         # Counts stay exact.
         "scores": [[_flat(v.scores[m], 15 if m == "frequency" else 5) for v in shown_views] for m in metrics],
         "ranks": [[v.ranks(m).ravel().tolist() for v in shown_views] for m in metrics],
@@ -103,7 +103,7 @@ def _flat(values: npt.NDArray[np.float64], digits: int = 5) -> list[float | int 
 
 def _plan(name: str, plan: Plan, shown_views: Sequence[View]) -> dict[str, object]:
     return {
-        "name": shown(name),
+        "name": display_name(name),
         "kept": [list(kept) for kept in plan.layers],
         "experts": number(sum(map(len, plan.layers)) / plan.num_layers),
         "coverage": {
@@ -121,10 +121,10 @@ def _evaluation(name: str, evaluation: Evaluation) -> dict[str, object]:
     sets = list(dict.fromkeys(ranked_on(line.domains, evaluation.domains) for line in curves if line.domains))
     full = evaluation.models[0]
     return {
-        "name": shown(name),
+        "name": display_name(name),
         "experts": evaluation.num_experts,
-        "domains": [ALL_TEXTS if d is None else shown(d) for d in where],
-        "sets": [shown(s) for s in sets],
+        "domains": [ALL_TEXTS if d is None else display_name(d) for d in where],
+        "sets": [display_name(s) for s in sets],
         # For each domain, the sets that were ranked for it.
         "own": [
             sorted(
@@ -139,7 +139,7 @@ def _evaluation(name: str, evaluation: Evaluation) -> dict[str, object]:
         "full": {m: [number(MEASURES[m](_quality(full, d))) for d in where] for m in MEASURES},
         "lines": [
             {
-                "name": shown(line_name(line, evaluation.domains)),
+                "name": display_name(line_name(line, evaluation.domains)),
                 # null (always shown) if the domains are not recorded.
                 "set": sets.index(ranked_on(line.domains, evaluation.domains)) if line.domains else None,
                 "points": {m: [_points(line, m, d) for d in where] for m in MEASURES},
@@ -167,12 +167,12 @@ def _model(model: ModelResult, where: Sequence[str | None], every: Sequence[str]
     least, most = min(model.experts), max(model.experts)
     figures = [_figures(_quality(model, d)) if d is None or d in model.domains else None for d in where]
     return [
-        shown(model.name),
-        shown(model.kind),
+        display_name(model.name),
+        display_name(model.kind),
         least if least == most else number(model.mean_experts),
         model.top_k,
-        shown(method) if isinstance(method, str) else "",
-        shown(data_of(model, every)),
+        display_name(method) if isinstance(method, str) else "",
+        display_name(data_of(model, every)),
         figures,
     ]
 

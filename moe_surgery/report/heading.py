@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from moe_surgery.quality.evaluation import Evaluation
 from moe_surgery.report.content import plan_method
-from moe_surgery.report.markup import Html, shown, table, tag
+from moe_surgery.report.markup import Html, display_name, table, tag
 from moe_surgery.report.parts import min_to_max, scroll
 from moe_surgery.selection.plan import Plan
 from moe_surgery.selection.statistics import Statistics
@@ -34,9 +34,9 @@ def header(
         tag("dt", "Checkpoint"),
         tag("dd", tag("code", statistics.identity)),
         tag("dt", "Tokens"),
-        tag("dd", "; ".join(f"{shown(d)} {statistics.tokens[d]:,}" for d in domains)),
-        *_facts("Plans", (f"{shown(name)}: {plan_method(plan)}" for name, plan in plans)),
-        *_facts("Evaluations", (f"{shown(name)}: {len(e.models)} models" for name, e in evaluations)),
+        tag("dd", "; ".join(f"{display_name(d)} {statistics.tokens[d]:,}" for d in domains)),
+        *_facts("Plans", (f"{display_name(name)}: {plan_method(plan)}" for name, plan in plans)),
+        *_facts("Evaluations", (f"{display_name(name)}: {len(e.models)} models" for name, e in evaluations)),
         *_facts("Settings", [_settings(statistics.settings)] if statistics.settings else []),
         tag("dt", "Made by"),
         tag("dd", f"moe-surgery {__version__}"),
@@ -112,20 +112,23 @@ def _provenance(plan: Plan) -> list[Html]:
 
 def _settings(settings: Mapping[str, object]) -> str:
     """Settings that are set, in one line."""
-    return "; ".join(f"{shown(key)} {_value(value)}" for key, value in settings.items() if value is not None)
+    return "; ".join(
+        f"{display_name(key)} {_value(value)}" for key, value in settings.items() if value is not None
+    )
 
 
 def _texts_read(evaluation: Evaluation) -> list[str]:
     """The texts of an evaluation, one line per domain."""
     return [
-        f"{shown(domain)}: " + ", ".join(shown(t.get("name", "")) for t in listed if isinstance(t, dict))
+        f"{display_name(domain)}: "
+        + ", ".join(display_name(t.get("name", "")) for t in listed if isinstance(t, dict))
         for domain, listed in evaluation.texts.items()
         if isinstance(listed, list)
     ]
 
 
 def _value(value: object) -> str:
-    return shown(", ".join(map(str, value)) if isinstance(value, list) else value)
+    return display_name(", ".join(map(str, value)) if isinstance(value, list) else value)
 
 
 def _many(number: int, what: str) -> str:

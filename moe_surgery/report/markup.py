@@ -1,4 +1,4 @@
-"""HTML and JSON out of names from strangers' files."""
+"""HTML and JSON with names from untrusted files."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from html import escape
 
 from moe_surgery.checkpoint.text import printable
 
-__all__ = ["Html", "embedded_json", "number", "shown", "table", "tag", "text"]
+__all__ = ["Html", "display_name", "embedded_json", "number", "table", "tag", "text"]
 
 NAME_LIMIT = 80
 TEXT_LIMIT = 2000
 
 
 class Html(str):
-    """Markup that is safe as it stands; every other string is escaped on its way into the page."""
+    """Safe markup; every other string is escaped when it enters the page."""
 
     __slots__ = ()
 
 
-def shown(value: object) -> str:
-    """`value` as one printable line: no control characters, direction marks or endless names."""
+def display_name(value: object) -> str:
+    """`value` as one printable line: no control characters, direction marks or very long names."""
     return printable(value if isinstance(value, str) else str(value), limit=NAME_LIMIT)
 
 
@@ -36,13 +36,13 @@ def text(value: object) -> Html:
 
 
 def tag(name: str, *content: object, **attributes: object) -> Html:
-    """An element. `class_` is class, `aria_label` aria-label; None leaves an attribute out."""
-    said = "".join(
+    """An element. `class_` is class, `aria_label` aria-label; attributes that are None are omitted."""
+    attribute_text = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{text(value)}"'
         for key, value in attributes.items()
         if value is not None
     )
-    return Html(f"<{name}{said}>{''.join(text(c) for c in content)}</{name}>")
+    return Html(f"<{name}{attribute_text}>{''.join(text(c) for c in content)}</{name}>")
 
 
 def table(head: Sequence[object], rows: Iterable[Sequence[object]], **attributes: object) -> Html:
@@ -57,7 +57,7 @@ def table(head: Sequence[object], rows: Iterable[Sequence[object]], **attributes
 
 
 def number(value: float, digits: int = 5) -> float | int | None:
-    """`value` with `digits` significant digits, as short in JSON as can be; None unless finite."""
+    """`value` with `digits` significant digits, an int if integral; None unless finite."""
     if not math.isfinite(value):
         return None
     rounded = float(f"{value:.{digits}g}")
@@ -65,6 +65,6 @@ def number(value: float, digits: int = 5) -> float | int | None:
 
 
 def embedded_json(value: object) -> str:
-    """`value` as JSON that may stand inside a script element: no markup, ASCII only."""
-    said = json.dumps(value, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    return said.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    """`value` as JSON for a script element: no markup, ASCII only."""
+    dumped = json.dumps(value, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return dumped.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -1,4 +1,4 @@
-"""Colours of the figures: a sequential palette even in lightness, and colours for lines.
+"""Colours of the figures: a sequential palette with even lightness steps, and colours for lines.
 
 Everything also reads without colour: the palette is monotone in lightness, so grey prints and every
 kind of colour blindness keep its order, and lines differ in marker and dash as well.
@@ -20,8 +20,7 @@ DARK = "#14171c"
 SERIES_LIGHT = ("#0b5fa5", "#b8470f", "#00785a", "#8a3ea0", "#806000", "#c01f5e", "#4a5663", "#0d7f95")
 SERIES_DARK = ("#6cb3f5", "#f59a63", "#4fcfa5", "#d695ec", "#d9b945", "#ff85ad", "#aab8c7", "#5ccfe6")
 
-# Numbers of markers and dashes share no factor with 8 colours only together: a line has its own
-# (colour, marker) up to 56 lines.
+# 7 markers and 8 colours have no common factor: (colour, marker) is unique for 56 lines.
 MARKERS = ("circle", "square", "triangle", "diamond", "cross", "plus", "down")
 DASHES = ("", "7 3", "2 2.5", "9 3 2 3")
 
@@ -40,7 +39,7 @@ def sequential(dark: bool) -> list[str]:
     colours = []
     for i in range(STEPS):
         lightness = first + (last - first) * i / (STEPS - 1)
-        # By lightness, so that both pages give a lightness the same hue.
+        # By lightness, so that it has the same hue on both pages.
         warm = min(max((lightness - 0.25) / 0.725, 0.0), 1.0)
         hue = math.radians(278 - 168 * warm)
         chroma = 0.125 * math.sin(math.pi * (0.1 + 0.83 * warm)) + 0.004
@@ -68,7 +67,7 @@ def _encoded(x: float) -> float:
 
 
 def _in_gamut(lightness: float, chroma: float, hue: float) -> tuple[float, float, float]:
-    """Linear sRGB of an OKLCH colour, with less chroma where sRGB has not so much."""
+    """Linear sRGB of an OKLCH colour, with less chroma if it is outside sRGB."""
     while True:
         a, b = chroma * math.cos(hue), chroma * math.sin(hue)
         long = (lightness + 0.3963377774 * a + 0.2158037573 * b) ** 3

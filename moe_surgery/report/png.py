@@ -24,7 +24,7 @@ from moe_surgery.report.charts import TITLES, coverage_charts, evaluation_chart
 from moe_surgery.report.content import ALL_TEXTS
 from moe_surgery.report.curves import FEW, MEASURES, lines, ranked_for_domain
 from moe_surgery.report.figures import View, views
-from moe_surgery.report.markup import shown
+from moe_surgery.report.markup import display_name
 from moe_surgery.report.page import read_inputs
 from moe_surgery.report.palette import SERIES_LIGHT, sequential
 from moe_surgery.report.sections import first_overlap
@@ -157,9 +157,9 @@ def _heat_maps(metric: str, shown_views: Sequence[View], plans: Plans) -> Figure
             size = 10 if experts / columns <= 40 else 3
             x, y = [e for e, _ in where], [n for _, n in where]
             axes.scatter(x, y, s=size, c="black", edgecolors="white", linewidths=size / 14)
-        axes.set(title=shown(view.name), xlabel="expert", ylabel="layer")
+        axes.set(title=display_name(view.name), xlabel="expert", ylabel="layer")
         axes.spines[:].set_visible(False)
-    dots = f" (dots: kept by {shown(plans[0][0])})" if plans else ""
+    dots = f" (dots: kept by {display_name(plans[0][0])})" if plans else ""
     bar = figure.colorbar(image, ax=panels, location="bottom", shrink=0.4, aspect=30, pad=0.03)
     bar.set_label(f"{metric}, share of the layer's largest{dots}")
     bar.outline.set_visible(False)
@@ -170,7 +170,7 @@ def _overlaps(metric: str, shown_views: Sequence[View]) -> Figure:
     experts = shown_views[0].scores[metric].shape[1]
     sizes = sorted({max(1, experts // 4), max(1, experts // 2)})
     figure, panels = _panels(len(sizes), len(sizes), 0.9 + WIDTH / len(sizes) * 0.95)
-    names = [shown(v.name) for v in shown_views]
+    names = [display_name(v.name) for v in shown_views]
     for axes, n in zip(panels, sizes, strict=True):
         shares = np.array(first_overlap(shown_views, metric, n))
         axes.imshow(shares, cmap=_colours(), vmin=0, vmax=1, interpolation="nearest")
@@ -217,8 +217,8 @@ def _charts(charts: Sequence[Chart], columns: int, title: str = "") -> Figure:
             axes.axhline(chart.level[1], color="0.35", linewidth=0.9, linestyle=":", label=chart.level[0])
         for name, x, y in chart.marks:
             axes.plot([x], [y], "D", color="black", markerfacecolor="white", markersize=5, zorder=5)
-            axes.annotate(shown(name), (x, y), (6, -9), textcoords="offset points", fontsize=7)
-        axes.set(title=shown(chart.title), xlabel=chart.x_label, ylabel=chart.y_label)
+            axes.annotate(display_name(name), (x, y), (6, -9), textcoords="offset points", fontsize=7)
+        axes.set(title=display_name(chart.title), xlabel=chart.x_label, ylabel=chart.y_label)
         margin = 0.03 * (chart.x[1] - chart.x[0])
         axes.set_xlim(chart.x[0] - margin, chart.x[1] + margin or 1)
         axes.set_xticks(whole_ticks(*chart.x))
@@ -250,7 +250,7 @@ def _charts(charts: Sequence[Chart], columns: int, title: str = "") -> Figure:
 
 
 def _line(axes: Axes, s: Series) -> None:
-    colour = SERIES_LIGHT[s.place % len(SERIES_LIGHT)]
+    colour = SERIES_LIGHT[s.index % len(SERIES_LIGHT)]
     if s.low is not None and s.high is not None:
         axes.fill_between(s.x, s.low, s.high, color=colour, alpha=0.18, linewidth=0)
     every = max(1, len(s.x) // 8)
@@ -258,10 +258,10 @@ def _line(axes: Axes, s: Series) -> None:
         s.x,
         s.y,
         color=colour,
-        label=shown(s.name),
+        label=display_name(s.name),
         linewidth=1.3,
-        linestyle=DASHES[(s.place + s.place // len(SERIES_LIGHT)) % len(DASHES)],
-        marker=MARKERS[s.place % len(MARKERS)],
+        linestyle=DASHES[(s.index + s.index // len(SERIES_LIGHT)) % len(DASHES)],
+        marker=MARKERS[s.index % len(MARKERS)],
         markersize=3.6,
-        markevery=(s.place % every, every),
+        markevery=(s.index % every, every),
     )

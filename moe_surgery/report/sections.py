@@ -152,7 +152,7 @@ def coverage_section(
         tag(
             "figure",
             tag("div", *(panel(c) for c in charts), class_="panels", id="coverage"),
-            tag("figcaption", legend([(s.place, s.name) for s in charts[0].series]), id="coverage-legend"),
+            tag("figcaption", legend([(s.index, s.name) for s in charts[0].series]), id="coverage-legend"),
         ),
         scroll(_coverage_table(charts, n), "Coverage in numbers"),
     ]
@@ -207,7 +207,7 @@ def evaluation_section(evaluations: Sequence[tuple[str, Evaluation]]) -> Html:
             tag("div", *(panel(c) for c in charts), class_="panels", id="evaluation"),
             tag(
                 "figcaption",
-                legend([(s.place, s.name) for s in charts[0].series]),
+                legend([(s.index, s.name) for s in charts[0].series]),
                 id="evaluation-legend",
             ),
         ),

@@ -1,7 +1,7 @@
-"""Figures as SVG: what the page shows before (and without) its script, which redraws the same.
+"""Figures as SVG: the page's initial view, also without its script, which draws the same.
 
 Colours are classes (`q0`... for the palette's steps, `s0`... for lines), so that the style sheet
-gives a page on a dark screen and a printed one colours of their own.
+gives a dark screen and a printed page different colours.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One line; `place` chooses its colour, marker and dash. `low`, `high` bound a band, if any."""
+    """One line; `index` chooses its colour, marker and dash. `low`, `high` bound a band, if any."""
 
     name: str
-    place: int
+    index: int
     x: Sequence[float]
     y: Sequence[float]
     low: Sequence[float] | None = None
@@ -73,7 +73,7 @@ class Chart:
 
 
 def cell_size(experts: int) -> tuple[int, int]:
-    """Width and height of a heat map's cell in px: the map of any model fits a desk's screen."""
+    """Width and height of a heat map's cell in px: the map of any model fits a desktop screen."""
     width = min(max(960 // experts, 8), 28)
     return width, min(max(width, 15), 22)
 
@@ -94,7 +94,7 @@ def heat_map(shares: Floats, kept: Sequence[Sequence[int]] | None, label: str) -
     for layer in range(layers):
         y = TOP + layer * h
         parts.append(tag("text", layer, x=LEFT - 7, y=f"{y + h / 2 + 4:g}", text_anchor="end"))
-        # By hand: thousands of them.
+        # Not with `tag`: there are thousands.
         cells = "".join(
             f'<rect class="q{step(s)}" x="{LEFT + e * w}" y="{y}" width="{w - 1}" height="{h - 1}"/>'
             for e, s in enumerate(shares[layer])
@@ -127,32 +127,32 @@ def scale_bar() -> Html:
     )  # fmt: skip
 
 
-def style_of(place: int) -> tuple[str, str, str]:
-    """Class of the colour, dash pattern and marker of line number `place`."""
+def style_of(index: int) -> tuple[str, str, str]:
+    """Class of the colour, dash pattern and marker of line number `index`."""
     return (
-        f"s{place % len(SERIES_LIGHT)}",
-        DASHES[(place + place // len(SERIES_LIGHT)) % len(DASHES)],
-        MARKERS[place % len(MARKERS)],
+        f"s{index % len(SERIES_LIGHT)}",
+        DASHES[(index + index // len(SERIES_LIGHT)) % len(DASHES)],
+        MARKERS[index % len(MARKERS)],
     )
 
 
-def marker(place: int, x: float, y: float, title: str | None = None) -> Html:
-    """The marker of line `place` at (x, y)."""
-    colour, _, shape = style_of(place)
-    said = [tag("title", title)] if title else []
+def marker(index: int, x: float, y: float, title: str | None = None) -> Html:
+    """The marker of line `index` at (x, y)."""
+    colour, _, shape = style_of(index)
+    children = [tag("title", title)] if title else []
     return tag(
-        "path", *said, class_=f"mark {colour}", d=MARKS[shape], transform=f"translate({x:.1f} {y:.1f})"
+        "path", *children, class_=f"mark {colour}", d=MARKS[shape], transform=f"translate({x:.1f} {y:.1f})"
     )
 
 
 def legend(names: Sequence[tuple[int, str]]) -> Html:
     """Lines by name, each with its colour, dash and marker."""
     items = []
-    for place, name in names:
-        colour, dash, _ = style_of(place)
+    for index, name in names:
+        colour, dash, _ = style_of(index)
         line = tag("path", class_=f"line {colour}", d="M1 8H33", stroke_dasharray=dash or None)
         sample = tag(
-            "svg", line, marker(place, 17, 8), width=34, height=16, viewBox="0 0 34 16", aria_hidden="true"
+            "svg", line, marker(index, 17, 8), width=34, height=16, viewBox="0 0 34 16", aria_hidden="true"
         )
         items.append(tag("li", sample, " ", name))
     return tag("ul", *items, class_="legend")
@@ -189,7 +189,7 @@ def line_chart(chart: Chart) -> Html:
         parts.append(tag("path", class_="level", d=f"M{left} {y:.1f}H{width - right}"))
         parts.append(tag("text", chart.level[0], x=width - right, y=f"{y - 5:.1f}", text_anchor="end"))
     for s in chart.series:
-        colour, dash, _ = style_of(s.place)
+        colour, dash, _ = style_of(s.index)
         if s.low is not None and s.high is not None:
             forth = [f"{at_x(x):.1f} {at_y(y):.1f}" for x, y in zip(s.x, s.high, strict=True)]
             back = [f"{at_x(x):.1f} {at_y(y):.1f}" for x, y in zip(s.x, s.low, strict=True)]
@@ -204,8 +204,8 @@ def line_chart(chart: Chart) -> Html:
                     stroke_dasharray=dash or None,
                 )
             )
-        parts += [marker(s.place, at_x(x), at_y(y)) for x, y in _marked(s)]
-    above = 0.0  # names keep apart where plans come close
+        parts += [marker(s.index, at_x(x), at_y(y)) for x, y in _marked(s)]
+    above = 0.0  # keeps the names of nearby plans apart
     for name, kept, share in sorted(chart.marks, key=lambda mark: -mark[2]):
         x, y = at_x(kept), at_y(share)
         above = max(y + 16, above + 14)
@@ -218,9 +218,9 @@ def line_chart(chart: Chart) -> Html:
 
 
 def _marked(s: Series) -> list[tuple[float, float]]:
-    """The points that get a marker: all of a few, else some of them, other ones for each line."""
+    """The points that get a marker: all if few, else some, different ones for each line."""
     every = max(1, len(s.x) // 8)
-    return [(x, y) for i, (x, y) in enumerate(zip(s.x, s.y, strict=True)) if i % every == s.place % every]
+    return [(x, y) for i, (x, y) in enumerate(zip(s.x, s.y, strict=True)) if i % every == s.index % every]
 
 
 def whole_ticks(low: float, high: float) -> list[int]:

@@ -29,9 +29,9 @@ def test_every_job_runs_once_a_round_and_none_is_always_first(jobs: int, rounds:
 
 @given(figures)
 def test_a_spread_is_median_and_range(values: list[float]) -> None:
-    found = median_range(values)
-    assert found.median == pytest.approx(float(np.median(values)))
-    assert (found.low, found.high) == (min(values), max(values))
+    result = median_range(values)
+    assert result.median == pytest.approx(float(np.median(values)))
+    assert (result.low, result.high) == (min(values), max(values))
 
 
 @given(figures, st.floats(0, 1))
@@ -42,9 +42,9 @@ def test_a_percentile_is_the_nearest_rank(values: list[float], share: float) -> 
 
 @given(st.floats(1e-3, 1e9))
 def test_three_digits_are_kept_and_large_figures_have_no_exponent(value: float) -> None:
-    found = rounded(value)
-    assert "e" not in found
-    assert float(found) == pytest.approx(value, rel=5e-3)
+    result = rounded(value)
+    assert "e" not in result
+    assert float(result) == pytest.approx(value, rel=5e-3)
 
 
 def test_numbers_below_one_name_their_option() -> None:

@@ -37,8 +37,8 @@ def work(tmp_path: Path) -> Path:
 def test_peak_memory_is_the_commands_own(work: Path, mib: int) -> None:
     ours = bytearray(300 << 20)  # more than the command takes: it must not count
     ours[::4096] = b"x" * len(ours[::4096])
-    found = timed(python(f"b = bytearray({mib} << 20); b[::4096] = b'x' * len(b[::4096])"), work, cold=False)
-    assert mib << 20 < found.peak_bytes < (mib + 40) << 20
+    result = timed(python(f"b = bytearray({mib} << 20); b[::4096] = b'x' * len(b[::4096])"), work, cold=False)
+    assert mib << 20 < result.peak_bytes < (mib + 40) << 20
     assert list(work.iterdir()) == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from safetensors import safe_open
 
-from moe_surgery import Checkpoint
+from moe_surgery import Checkpoint, plan_keeping, plan_random
 from moe_surgery.families import identify_model
 from moe_surgery.families.identity import identity
+from moe_surgery.families.model_spec import ModelSpec
 from moe_surgery.quality.evaluation import Evaluation, ModelResult, Quality
-from moe_surgery.selection.plan import Plan
+from moe_surgery.selection.plan import Plan, load_plan
+from tests.support.checkpoints import Shape
 
 ModelCard = pytest.importorskip("huggingface_hub").ModelCard
 
@@ -31,15 +34,15 @@ def metadata(card: str) -> dict[str, Any]:
 
 def tokens(card: str) -> list[Token]:
     """Markdown tokens of the body, inline ones in their place."""
-    found: list[Token] = []
+    result: list[Token] = []
     for token in MarkdownIt("commonmark").enable("table").parse(ModelCard(card).text):
-        found += [token, *(token.children or [])]
-    return found
+        result += [token, *(token.children or [])]
+    return result
 
 
 def headings(card: str) -> list[str]:
-    found = tokens(card)
-    return [after.content for token, after in pairwise(found) if token.type == "heading_open"]
+    result = tokens(card)
+    return [after.content for token, after in pairwise(result) if token.type == "heading_open"]
 
 
 def cells(card: str) -> dict[str, list[str]]:
@@ -110,15 +113,71 @@ def evaluation_of(source: Path | str, plan: Plan, top_k: int, **changed: Any) ->
     )
     experts = tuple(len(row) for row in plan.layers)
     domains = {"law": quality(1, model.layers, 300), "code": quality(2, model.layers)}
-    mine = ModelResult("mine", "plan", experts, top_k, domains, plan.provenance)
+    actual = ModelResult("mine", "plan", experts, top_k, domains, plan.provenance)
     texts = {"law": [{"name": "law.txt", "xxh3_128": xxhash.xxh3_128_hexdigest(b""), "tokens": 300}]}
     parts: dict[str, Any] = {
         "model_type": model.model_type,
         "checkpoint": str(source),
         "identity": known,
         "num_experts": model.experts,
-        "models": (full, mine),
+        "models": (full, actual),
         "texts": texts,
         "settings": {"dtype": "f32", "answers_only": False},
     }
     return Evaluation(**{**parts, **changed})
+
+
+SHAPE = Shape(layers=3, experts=8, top_k=2)
+README = b"""\
+---
+license: apache-2.0
+language:
+- en
+- "no"
+tags:
+- vllm
+---
+
+# A model
+
+## How to cite
+
+As here:
+
+```bibtex
+@misc{model, title={A ``model''}}
+```
+
+# More
+"""
+
+
+def cut(model: ModelSpec) -> Plan:
+    return plan_random(3, 5, model)
+
+
+def keep_all(model: ModelSpec) -> Plan:
+    return plan_keeping(None, model)
+
+
+def readme(folder: Path) -> str:
+    return (folder / "README.md").read_text("utf-8")
+
+
+def load_plan_of(out: Path) -> Plan:
+    plan = out.parent / "plan.json"
+    plan.write_text(json.dumps(json.loads((out / "surgery.json").read_text())["plan"]))
+    return load_plan(plan)
+
+
+SECTIONS = [
+    "Numbers",
+    "How the experts were chosen",
+    "Kept experts",
+    "Evaluation",
+    "Limits",
+    "Usage",
+    "Verify and reproduce",
+    "Licence",
+    "Citation",
+]

@@ -112,12 +112,12 @@ def test_what_is_read_of_any_text_is_what_yaml_reads_or_nothing(text: str) -> No
         expected = yaml.load(text, yaml.BaseLoader)
     except yaml.YAMLError:
         expected = None
-    found = read_source_card(f"---\n{text}\n---\n".encode())
+    results = read_source_card(f"---\n{text}\n---\n".encode())
     if isinstance(expected, dict) and "---" not in text:
-        if found.license is not None:
-            assert expected["license"] in (found.license, [found.license])
-        said = expected.get("language")
-        assert set(found.languages) <= set([said] if isinstance(said, str) else said or [])
+        if results.license is not None:
+            assert expected["license"] in (results.license, [results.license])
+        result = expected.get("language")
+        assert set(results.languages) <= set([result] if isinstance(result, str) else result or [])
 
 
 @settings(max_examples=300, deadline=None)

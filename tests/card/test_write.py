@@ -55,7 +55,9 @@ def test_card_of_prune_written_again_changes_nothing(source: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("content", [b"mine", b"", None])
-def test_readme_changed_by_hand_is_kept_unless_told(source: Path, out: Path, content: bytes | None) -> None:
+def test_readme_changed_by_hand_is_kept_unless_overwritten(
+    source: Path, out: Path, content: bytes | None
+) -> None:
     readme = out / "README.md"
     if content is None:
         readme.unlink(missing_ok=True)

@@ -209,10 +209,10 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         ["surgery", TINY, "--expert-counts", "33"],
         "--expert-counts 33: the model has 32",
     ),
-    "a picture of no kind": (["kernels", "--plot", "out.txt"], "out.txt: name a file that ends in"),
+    "a picture of no kind": (["kernels", "--plot", "out.txt"], "out.txt: must end in"),
     "a picture nowhere": (
         ["kernels", "--plot", "/nowhere/a.png"],
-        "/nowhere/a.png: is a folder, or in",
+        "/nowhere/a.png: is a folder, or its folder",
     ),
     "no such backend": (["kernels", "--backend", "magic"], "--backend magic: unknown; known: "),
 }

@@ -39,8 +39,8 @@ def test_card_goes_to_stdout_a_file_or_json(out: Path, tmp_path: Path, capsys: C
     before = contents(out)
     card = (out / "README.md").read_text()
     assert call(capsys, "card", out).out == card
-    told = call(capsys, "card", out, "-o", tmp_path / "card.md")
-    assert told.out.startswith(f"{tmp_path}/card.md: model card, ")
+    printed = call(capsys, "card", out, "-o", tmp_path / "card.md")
+    assert printed.out.startswith(f"{tmp_path}/card.md: model card, ")
     assert (tmp_path / "card.md").read_text() == card
     assert call(capsys, "card", out, "--json").json() == {"output": None, "card": card}
     assert contents(out) == before
@@ -87,7 +87,7 @@ def test_card_with_an_evaluation_is_written_into_the_checkpoint(
         (["-o", "out"], 2, "is a folder"),
     ],
 )
-def test_misuse_is_told_in_one_line(
+def test_misuse_is_reported_in_one_line(
     out: Path, options: list[str], code: int, word: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(out.parent)
@@ -115,7 +115,7 @@ def test_evaluation_of_another_model_is_refused(out: Path, tmp_path: Path, capsy
     assert "evaluate against that one" in ended.error
 
 
-def test_prune_writes_a_card_unless_told_not_to(source: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_prune_writes_a_card_unless_overwritten_not_to(source: Path, tmp_path: Path, capsys: Capture) -> None:
     arguments = ["--keep", "0", "--base-model", "a/b"]
     assert call(capsys, "prune", source, tmp_path / "a", *arguments).code == 0
     assert metadata((tmp_path / "a" / "README.md").read_text())["base_model"] == "a/b"
@@ -133,12 +133,12 @@ def test_what_evaluate_measured_is_what_the_card_shows(tmp_path: Path, capsys: C
     assert call(capsys, "prune", "example:tiny", out, "--keep", "0-15").code == 0
     ended = call(capsys, "evaluate", "example:tiny", out, "--texts", texts, "-o", figures)
     assert ended.code == 0, ended.err
-    (full, mine) = (m["overall"] for m in json.loads(figures.read_text())["models"])
+    (full, actual) = (m["overall"] for m in json.loads(figures.read_text())["models"])
     ended = call(capsys, "card", out, "--evaluation", figures, "--write")
     assert ended.code == 0, ended.err
     row = cells(section((out / "README.md").read_text(), "Evaluation"))["`sums`"]
     assert row[:4] == [
-        f"{mine['tokens']:,}", f"{full['perplexity']:,.2f}", f"{mine['perplexity']:,.2f}", f"{mine['kl']:.4f}",
+        f"{actual['tokens']:,}", f"{full['perplexity']:,.2f}", f"{actual['perplexity']:,.2f}", f"{actual['kl']:.4f}",
     ]  # fmt: skip
     assert_sound(out, "example:tiny")
     assert str(tmp_path) not in (out / "README.md").read_text()

@@ -32,12 +32,12 @@ def done(ended: Ended) -> Ended:
 
 
 def test_inspect_shows_the_model_and_a_row_for_every_fourth_count(capsys: Capture) -> None:
-    told = done(call(capsys, "inspect", TINY)).out
-    assert "gpt-oss (gpt_oss, hub layout)" in told
-    assert "32 in each of 4 layers, top-4, stored as MXFP4" in told
-    rows = [line.split() for line in told.splitlines()]
+    result = done(call(capsys, "inspect", TINY)).out
+    assert "gpt-oss (gpt_oss, hub layout)" in result
+    assert "32 in each of 4 layers, top-4, stored as MXFP4" in result
+    rows = [line.split() for line in result.splitlines()]
     assert [int(r[0]) for r in rows if len(r) > 5 and r[0].isdigit()] == list(range(4, 33, 4))
-    assert "most experts whose weights fit 8 GB: 32 in MXFP4, 32 in BF16" in told
+    assert "most experts whose weights fit 8 GB: 32 in MXFP4, 32 in BF16" in result
 
 
 @pytest.mark.parametrize(
@@ -63,17 +63,17 @@ def test_inspect_shows_at_most_ten_counts_and_all_when_asked(
 
 
 def test_inspect_in_json_holds_the_numbers(capsys: Capture) -> None:
-    found = done(call(capsys, "inspect", TINY, "--json"))
-    assert found.err == ""
-    told = found.json()
-    assert (told["experts"], told["layers"], told["top_k"], told["tensors"]) == (32, 4, 4, 79)
-    assert len(told["sizes"]) == 32
+    results = done(call(capsys, "inspect", TINY, "--json"))
+    assert results.err == ""
+    result = results.json()
+    assert (result["experts"], result["layers"], result["top_k"], result["tensors"]) == (32, 4, 4, 79)
+    assert len(result["sizes"]) == 32
 
 
 def test_one_file_is_a_checkpoint_if_it_holds_the_whole_model(tmp_path: Path, capsys: Capture) -> None:
     source = write_checkpoint(tmp_path / "in")
-    told = done(call(capsys, "inspect", source / "model.safetensors", "--json")).json()
-    assert told["shards"] == {"model.safetensors": (source / "model.safetensors").stat().st_size}
+    result = done(call(capsys, "inspect", source / "model.safetensors", "--json")).json()
+    assert result["shards"] == {"model.safetensors": (source / "model.safetensors").stat().st_size}
     out = tmp_path / "out"
     done(call(capsys, "prune", source / "model.safetensors", out, "--keep", "2,0"))
     assert_same_tensors(load_tensors(out), kept_tensors(load_tensors(source), [[2, 0]] * 2))
@@ -108,9 +108,9 @@ def test_a_plan_goes_to_stdout_or_to_a_file_and_is_the_same(
     assert plan.as_dict() == printed.json()
     kept = f"keeps {plan.uniform_experts} of 32 experts in 4 layers"
     assert written.err == f"{file}: {kept}\n"
-    told = done(call(capsys, "plan", *PLANS[case], "-o", file, "--json", "-q"))
-    assert told.err == ""
-    assert told.json() == {"output": str(file)} | plan.as_dict()
+    result = done(call(capsys, "plan", *PLANS[case], "-o", file, "--json", "-q"))
+    assert result.err == ""
+    assert result.json() == {"output": str(file)} | plan.as_dict()
 
 
 def test_a_plan_from_a_ranking_takes_the_model_type_from_where_it_is_said(
@@ -137,18 +137,18 @@ def test_a_dry_run_tells_what_would_be_written_and_writes_nothing(tmp_path: Path
     arguments = ["prune", source, out, "--keep", "1,2", "--max-shard-size", "20kB"]
     with untouched(tmp_path):
         shown = done(call(capsys, *arguments, "--dry-run"))
-        told = done(call(capsys, *arguments, "--dry-run", "--json")).json()
+        result = done(call(capsys, *arguments, "--dry-run", "--json")).json()
     assert shown.out.splitlines()[0] == f"would write {out}"
-    assert told["outcome"] is None
+    assert result["outcome"] is None
     assert not out.exists()
 
     made = done(call(capsys, *arguments, "--json")).json()
     for key in ("shards", "bytes_read", "bytes_written", "side_files", "parameters", "top_k"):
-        assert made[key] == told[key]
-    assert {s["name"]: s["bytes_written"] for s in told["shards"]} == {
+        assert made[key] == result[key]
+    assert {s["name"]: s["bytes_written"] for s in result["shards"]} == {
         file.name: file.stat().st_size for file in out.glob("*.safetensors")
     }
-    assert {*told["side_files"], "surgery.json"} == {
+    assert {*result["side_files"], "surgery.json"} == {
         file.name for file in out.iterdir() if file.suffix != ".safetensors"
     }
     assert siblings(out) == []
@@ -180,11 +180,11 @@ def test_prune_in_json_tells_what_it_did(dtype: str, tmp_path: Path, capsys: Cap
     source = write_checkpoint(tmp_path / "in", Shape(experts=8, top_k=4), "bf16")
     out = tmp_path / "out"
     ended = done(call(capsys, "prune", source, out, "--keep", "0-2", "--store", dtype, "--json"))
-    told = ended.json()
-    assert (told["output"], told["experts"], told["top_k"]) == (str(out), 3, 3)
-    assert told["expert_storage"] == ("mxfp4" if dtype == "mxfp4" else "bf16")
-    assert told["notes"]
-    assert (told["outcome"]["conversion"] is not None) == (dtype == "mxfp4")
+    result = ended.json()
+    assert (result["output"], result["experts"], result["top_k"]) == (str(out), 3, 3)
+    assert result["expert_storage"] == ("mxfp4" if dtype == "mxfp4" else "bf16")
+    assert result["notes"]
+    assert (result["outcome"]["conversion"] is not None) == (dtype == "mxfp4")
     assert_sound(out, source)
 
 
@@ -228,10 +228,10 @@ def test_verify_tells_sound_from_broken(tmp_path: Path, capsys: Capture) -> None
     assert (broken.code, broken.out) == (8, "")
     assert all(line.startswith("moe-surgery: ") for line in broken.err.splitlines())
     assert "model.safetensors" in broken.err
-    told = call(capsys, "verify", out, "--json")
-    assert told.code == 8
-    assert told.json()["ok"] is False
-    assert told.json()["problems"]
+    result = call(capsys, "verify", out, "--json")
+    assert result.code == 8
+    assert result.json()["ok"] is False
+    assert result.json()["problems"]
 
 
 def test_demo_prunes_verifies_and_runs_every_size(capsys: Capture) -> None:
@@ -242,13 +242,13 @@ def test_demo_prunes_verifies_and_runs_every_size(capsys: Capture) -> None:
     assert sorted(sizes.values()) == [sizes[n] for n in sorted(sizes)]
 
 
-def test_demo_keeps_its_models_where_it_is_told(tmp_path: Path, capsys: Capture) -> None:
+def test_demo_keeps_its_models_where_it_is_reported(tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "models"
     shown = done(call(capsys, "demo", "--output", out))
     assert shown.out.count("yes") == 6
-    folders = [place for place in out.iterdir() if place.is_dir()]
+    folders = [entry for entry in out.iterdir() if entry.is_dir()]
     assert len(folders) == 5
-    kept = {place.name for place in out.iterdir()} - {folder.name for folder in folders}
+    kept = {entry.name for entry in out.iterdir()} - {folder.name for folder in folders}
     assert kept == {"arithmetic.txt", "code.txt", "tiny.stats"}
     with Checkpoint.open(TINY) as source:
         for folder in folders:
@@ -257,9 +257,9 @@ def test_demo_keeps_its_models_where_it_is_told(tmp_path: Path, capsys: Capture)
 
 
 def test_doctor_tells_versions_instruction_sets_and_devices(capsys: Capture) -> None:
-    told = done(call(capsys, "doctor", "--json")).json()
-    assert set(told) == {"versions", "machine", "MXFP4 conversion", "devices", "backends"}
+    result = done(call(capsys, "doctor", "--json")).json()
+    assert set(result) == {"versions", "machine", "MXFP4 conversion", "devices", "backends"}
     shown = done(call(capsys, "doctor")).out
-    for section, entries in told.items():
+    for section, entries in result.items():
         assert section in shown
         assert all(name in shown for name in entries)

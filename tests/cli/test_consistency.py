@@ -8,7 +8,7 @@ from collections import defaultdict
 import click
 import pytest
 
-from tests.cli.test_help import at, command_paths
+from tests.support.command_tree import command_at, command_paths
 
 PATHS = command_paths()
 REPEATED_IN_SOME = {"--plan", "--draft", "--draft-plan", "--evaluation"}
@@ -16,8 +16,8 @@ REPEATED_IN_SOME = {"--plan", "--draft", "--draft-plan", "--evaluation"}
 
 
 def options(path: tuple[str, ...]) -> dict[str, click.Option]:
-    found = [p for p in at(path).params if isinstance(p, click.Option)]
-    return {name: option for option in found for name in option.opts}
+    result = [p for p in command_at(path).params if isinstance(p, click.Option)]
+    return {name: option for option in result for name in option.opts}
 
 
 def test_an_option_takes_the_same_kind_of_value_everywhere() -> None:
@@ -50,7 +50,7 @@ WITHOUT_A_MODEL = {"stats merge", "stats show", "rank", "plan", "report", "bench
 
 
 def arguments(path: tuple[str, ...]) -> list[click.Argument]:
-    return [p for p in at(path).params if isinstance(p, click.Argument)]
+    return [p for p in command_at(path).params if isinstance(p, click.Argument)]
 
 
 def test_the_model_is_the_first_argument_of_every_command_that_reads_one() -> None:
@@ -80,7 +80,7 @@ def test_an_option_means_the_same_in_every_command() -> None:
             meanings[name].add(meaning(option.help or ""))
     outputs = meanings.pop("--output") | meanings.pop("-o")
     assert all(text.startswith("Write ") for text in outputs)
-    assert {name: found for name, found in meanings.items() if len(found) > 1} == {}
+    assert {name: result for name, result in meanings.items() if len(result) > 1} == {}
 
 
 def test_defaults_are_written_in_one_form() -> None:
@@ -110,6 +110,6 @@ PRIVATE_WORDS = (
 
 @pytest.mark.parametrize("path", PATHS, ids=" ".join)
 def test_help_is_plain_english(path: tuple[str, ...]) -> None:
-    command = at(path)
+    command = command_at(path)
     texts = [command.help or "", *(o.help or "" for o in options(path).values())]
     assert [text for text in texts if re.search(PRIVATE_WORDS, text)] == []

@@ -131,23 +131,23 @@ def place(tmp_path: Path) -> Path:
 def test_an_error_is_one_line_with_its_exit_code_and_nothing_is_written(
     case: str, place: Path, capsys: Capture
 ) -> None:
-    arguments, code, told = CASES[case]
+    arguments, code, printed = CASES[case]
     filled = [a.format(tmp=place, empty="") for a in arguments.split()]
     with untouched(place):
         line = refused(call(capsys, *filled), code)
-    assert told.format(tmp=place) in line
+    assert printed.format(tmp=place) in line
 
 
 @pytest.mark.parametrize("case", ["no such folder", "cut shard", "a plan for another model"])
 def test_debug_adds_the_traceback_before_the_line(case: str, place: Path, capsys: Capture) -> None:
-    arguments, code, told = CASES[case]
+    arguments, code, printed = CASES[case]
     filled = [a.format(tmp=place) for a in arguments.split()]
     ended = call(capsys, *filled, "--debug")
     assert (ended.code, ended.out) == (code, "")
     assert ended.err.startswith("Traceback (most recent call last):")
     last = ended.err.splitlines()[-1]
     assert last.startswith("moe-surgery: ")
-    assert told.format(tmp=place) in last
+    assert printed.format(tmp=place) in last
 
 
 def test_an_unreadable_file_is_an_input_output_error(tmp_path: Path, capsys: Capture) -> None:

@@ -27,10 +27,10 @@ def test_the_embedded_model(tmp_path: Path, capsys: Capture) -> None:
 
 def test_json(tmp_path: Path, capsys: Capture) -> None:
     parameters = call(capsys, "inspect", "example:tiny", "--json").json()["parameters"]
-    said = call(capsys, "export", "example:tiny", tmp_path / "tiny.gguf", "--json", "-q").json()
-    assert said.pop("seconds") > 0
-    assert said.pop("bytes_by_type").keys() == {"BF16", "F32", "MXFP4"}
-    assert said == {
+    result = call(capsys, "export", "example:tiny", tmp_path / "tiny.gguf", "--json", "-q").json()
+    assert result.pop("seconds") > 0
+    assert result.pop("bytes_by_type").keys() == {"BF16", "F32", "MXFP4"}
+    assert result == {
         "output": str(tmp_path / "tiny.gguf"),
         "name": "tiny-gpt-oss",
         "experts": 32,
@@ -38,7 +38,7 @@ def test_json(tmp_path: Path, capsys: Capture) -> None:
         "parameters": parameters,
         "expert_storage": "mxfp4",
         "tensors": 79,
-        "bytes_read": said["bytes_read"],
+        "bytes_read": result["bytes_read"],
         "bytes_written": TINY_BYTES,
         "pre_tokenizer": "gpt-2",
         "tokens": 2048,
@@ -62,8 +62,8 @@ def test_with_a_plan_and_a_name(tmp_path: Path, capsys: Capture) -> None:
     chosen = ("--keep", "0,9,31", "example:tiny")
     assert call(capsys, "plan", *chosen, "-o", plan).code == 0
     arguments = ("export", "example:tiny", out, "--plan", plan, "--name", "three")
-    said = call(capsys, *arguments, "--json").json()
-    assert (said["experts"], said["top_k"], said["name"]) == (3, 3, "three")
+    result = call(capsys, *arguments, "--json").json()
+    assert (result["experts"], result["top_k"], result["name"]) == (3, 3, "three")
 
 
 def test_bf16_to_mxfp4_reports_what_it_lost(tmp_path: Path, capsys: Capture) -> None:
@@ -72,8 +72,8 @@ def test_bf16_to_mxfp4_reports_what_it_lost(tmp_path: Path, capsys: Capture) -> 
     done = call(capsys, *arguments)
     assert done.code == 0
     assert "MXFP4: 0 of 1,536 blocks inexact, relative error 0" in done.err
-    said = call(capsys, *arguments, "--overwrite", "--json").json()
-    assert (said["conversion"]["blocks"], said["conversion"]["relative_error"]) == (1536, 0)
+    result = call(capsys, *arguments, "--overwrite", "--json").json()
+    assert (result["conversion"]["blocks"], result["conversion"]["relative_error"]) == (1536, 0)
 
 
 def test_a_missing_tokenizer_is_one_line(tmp_path: Path, capsys: Capture) -> None:

@@ -34,8 +34,8 @@ def expected(prompt: str, source: str | Path = TINY, **options: Any) -> tuple[st
     """Text and tokens that the library generates for `prompt`."""
     text = Text(source)
     model = load_model(source, **options)
-    found = generate(model, [text.encode(prompt)], max_new_tokens=NEW, stop_tokens=text.stop_tokens or None)
-    return text.decode(found.tokens[0]), found.tokens[0]
+    results = generate(model, [text.encode(prompt)], max_new_tokens=NEW, stop_tokens=text.stop_tokens or None)
+    return text.decode(results.tokens[0]), results.tokens[0]
 
 
 def said(capsys: Capture, *arguments: str | Path, source: str | Path = TINY) -> Ended:
@@ -112,12 +112,12 @@ def test_a_plan_gives_what_the_pruned_checkpoint_gives(capsys: Capture, tmp_path
     plan = plan_random(4, 1, inspect(TINY))
     (tmp_path / "plan.json").write_text(plan.to_json())
     prune(TINY, tmp_path / "pruned", plan)
-    shown = said(capsys, "--prompt", PROMPT, "--json", "--plan", tmp_path / "plan.json").json()
+    printed = said(capsys, "--prompt", PROMPT, "--json", "--plan", tmp_path / "plan.json").json()
     pruned = said(capsys, "--prompt", PROMPT, "--json", source=tmp_path / "pruned").json()
     for key in ("text", "tokens", "log_probabilities"):
-        assert shown[key] == pruned[key]
-    assert shown["tokens"] == expected(PROMPT, plan=load_plan(tmp_path / "plan.json"))[1]
-    assert shown["tokens"] != expected(PROMPT)[1]
+        assert printed[key] == pruned[key]
+    assert printed["tokens"] == expected(PROMPT, plan=load_plan(tmp_path / "plan.json"))[1]
+    assert printed["tokens"] != expected(PROMPT)[1]
 
 
 def test_seeds_repeat_and_differ(capsys: Capture) -> None:
@@ -209,7 +209,7 @@ def test_an_empty_prompt_is_one_line(capsys: Capture, monkeypatch: pytest.Monkey
     assert refused(call(capsys, "generate", TINY), 2) == line
 
 
-def test_input_that_is_no_text_is_one_line(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_input_that_is_not_a_text_is_one_line(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     type_in(monkeypatch, b"caf\xe9 ")
     assert refused(call(capsys, "generate", TINY), 2) == "stdin: not UTF-8 at byte 3"
     ended = call(capsys, "generate", TINY, "--prompt", os.fsdecode(b"caf\xe9"))
@@ -308,11 +308,11 @@ def test_speculation_says_the_models_own_text(
     text, tokens = expected(PROMPT, dtype=torch.float32)
     result = ended.json()
     assert (result["text"], result["tokens"]) == (text, tokens)
-    found = result["speculation"]
-    assert found["tokens"] == len(tokens) - 1
-    assert found["target_steps"] <= len(tokens) - 1
-    assert len(found["acceptance_by_position"]) <= {"2": 2, "auto": 8}.get(length[1] if length else "", 4)
-    assert found["target_cache_bytes"] > 0 < found["draft_cache_bytes"]
+    results = result["speculation"]
+    assert results["tokens"] == len(tokens) - 1
+    assert results["target_steps"] <= len(tokens) - 1
+    assert len(results["acceptance_by_position"]) <= {"2": 2, "auto": 8}.get(length[1] if length else "", 4)
+    assert results["target_cache_bytes"] > 0 < results["draft_cache_bytes"]
 
 
 def test_a_draft_that_is_the_model_is_accepted_whole(capsys: Capture) -> None:

@@ -11,9 +11,10 @@ from pathlib import Path
 import click
 import pytest
 
-from moe_surgery.cli import COMMANDS, cli
+from moe_surgery.cli import COMMANDS
 from moe_surgery.version import __version__
 from tests.support.command import call, run
+from tests.support.command_tree import command_at, command_paths
 
 Capture = pytest.CaptureFixture[str]
 
@@ -30,42 +31,23 @@ def help_of(capsys: Capture, *command: str) -> str:
     return ended.out
 
 
-def command_paths() -> list[tuple[str, ...]]:
-    """Every command that does something: those of a group by two words."""
-    paths: list[tuple[str, ...]] = []
-    for name in COMMANDS:
-        found = cli.get_command(click.Context(cli), name)
-        inner = list(found.commands) if isinstance(found, click.Group) else []
-        paths.extend([(name, sub) for sub in inner] or [(name,)])
-    return paths
-
-
-def at(path: tuple[str, ...]) -> click.Command:
-    found: click.Command | None = cli
-    for name in path:
-        assert isinstance(found, click.Group)
-        found = found.get_command(click.Context(found), name)
-    assert found is not None
-    return found
-
-
 @pytest.mark.parametrize("path", command_paths(), ids=" ".join)
 def test_a_command_has_help_with_an_example_and_a_word_on_every_option(
     path: tuple[str, ...], capsys: Capture
 ) -> None:
-    told = help_of(capsys, *path)
-    assert any(line.startswith(f"moe-surgery {' '.join(path)}") for line in examples(told))
-    found = at(path)
-    silent = [o.opts[0] for o in found.params if isinstance(o, click.Option) and not o.help]
+    output = help_of(capsys, *path)
+    assert any(line.startswith(f"moe-surgery {' '.join(path)}") for line in examples(output))
+    result = command_at(path)
+    silent = [o.opts[0] for o in result.params if isinstance(o, click.Option) and not o.help]
     assert silent == []
-    assert all(f"--{name}" in told for name in ("json", "debug", "quiet", "verbose", "help"))
+    assert all(f"--{name}" in output for name in ("json", "debug", "quiet", "verbose", "help"))
     short = call(capsys, *path, "-h")
-    assert (short.code, short.err, short.out) == (0, "", told)
+    assert (short.code, short.err, short.out) == (0, "", output)
 
 
 def test_the_main_help_lists_every_command_with_what_it_does(capsys: Capture) -> None:
-    told = help_of(capsys)
-    listed = told[told.index("Commands:") :].splitlines()[1:]
+    output = help_of(capsys)
+    listed = output[output.index("Commands:") :].splitlines()[1:]
     assert [line.split()[0] for line in listed] == list(COMMANDS)
     assert all(len(line.split()) > 3 for line in listed)
     for code in (
@@ -77,7 +59,7 @@ def test_the_main_help_lists_every_command_with_what_it_does(capsys: Capture) ->
         "6 no space",
         "8 verification",
     ):
-        assert code in " ".join(told.split())
+        assert code in " ".join(output.split())
 
 
 def test_no_command_prints_help_and_is_a_usage_error(capsys: Capture) -> None:

@@ -84,10 +84,10 @@ def test_the_command_that_is_suggested_fetches_that_revision_without_other_forma
     ended = run("inspect", name, env=cache(tmp_path, "owner/model"))
     program, *arguments = shlex.split(ended.error.partition("download it first: ")[2])
     assert program == "hf"
-    asked: dict[str, object] = {}
+    requested: dict[str, object] = {}
 
     def snapshot_download(**settings: object) -> str:
-        asked.update(settings)
+        requested.update(settings)
         return str(tmp_path)
 
     monkeypatch.setattr(download, "snapshot_download", snapshot_download)
@@ -95,7 +95,7 @@ def test_the_command_that_is_suggested_fetches_that_revision_without_other_forma
     with pytest.raises(SystemExit) as caught:
         main()
     assert caught.value.code in (0, None), capsys.readouterr().err
-    assert (asked["repo_id"], asked["revision"]) == ("openai/gpt-oss-20b", revision or None)
+    assert (requested["repo_id"], requested["revision"]) == ("openai/gpt-oss-20b", revision or None)
     needed = [
         "config.json",
         "tokenizer.json",
@@ -103,7 +103,7 @@ def test_the_command_that_is_suggested_fetches_that_revision_without_other_forma
         "model-00000-of-00002.safetensors",
     ]
     others = ["original/model.safetensors", "original/config.json", "metal/model.bin"]
-    ignored = asked["ignore_patterns"]
+    ignored = requested["ignore_patterns"]
     assert list(filter_repo_objects(needed + others, ignore_patterns=ignored)) == needed  # type: ignore[arg-type]
 
 

@@ -63,8 +63,8 @@ def test_what_only_moves_bytes_does_without_numpy(tmp_path: Path) -> None:
         tmp_path / "ranking.json",
         tmp_path / "plan.json",
     )
-    found = moe_surgery.inspect(source)
-    ranking.write_text(json.dumps({f"layer_{i}": list(range(found.experts)) for i in range(found.layers)}))
+    result = moe_surgery.inspect(source)
+    ranking.write_text(json.dumps({f"layer_{i}": list(range(result.experts)) for i in range(result.layers)}))
     commands: list[list[str | Path]] = [
         ["inspect", source],
         ["plan", ranking, "--experts", "2", source, "-o", plan],

@@ -31,7 +31,7 @@ def test_sizes_are_decimal_unless_they_say_otherwise(text: str, nbytes: int) -> 
 @pytest.mark.parametrize(
     "text", ["", "GB", "-1GB", "5XB", "5G", "1e9", "1_000", "5GB5", "0x10", "nan", "٣GB"]
 )
-def test_what_is_no_size_is_refused(text: str) -> None:
+def test_what_is_not_a_size_is_refused(text: str) -> None:
     with pytest.raises(click.BadParameter, match="is not a size; write 5GB"):
         SIZE.convert(text, None, None)
 
@@ -65,7 +65,7 @@ def test_all_is_a_word_of_its_own() -> None:
 @pytest.mark.parametrize(
     "text", ["", ",", "1,,2", "1-", "-1", "1-2-3", "a", "All", "1;2", "1.0", "123456", "٣"]
 )
-def test_what_is_no_list_is_refused(text: str) -> None:
+def test_what_is_not_a_list_is_refused(text: str) -> None:
     with pytest.raises(click.BadParameter, match="is not an expert number; write all, or numbers and ranges"):
         EXPERT_LIST.convert(text, None, None)
 

@@ -14,8 +14,8 @@ import moe_surgery
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.cli.parameters import with_options
 from moe_surgery.errors import MoeSurgeryError, UsageError
-from tests.cli.test_help import at
 from tests.support.command import call
+from tests.support.command_tree import command_at
 
 PACKAGE = Path(moe_surgery.__file__).parent
 COMMANDS_ARE_MEANT = {
@@ -39,13 +39,13 @@ def strings(module: Path) -> list[str]:
 
 
 def test_no_string_of_the_library_names_an_option_of_the_command_line() -> None:
-    found = {
+    result = {
         path.relative_to(PACKAGE).as_posix()
         for path in PACKAGE.rglob("*.py")
         if path.relative_to(PACKAGE).parts[0] != "cli"
         and any(re.search(r"(?<![\w-])--[a-z]", text) for text in strings(path))
     }
-    assert found == set(COMMANDS_ARE_MEANT)
+    assert result == set(COMMANDS_ARE_MEANT)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_no_string_of_the_library_names_an_option_of_the_command_line() -> None:
     ],
 )
 def test_a_parameter_is_shown_as_the_option_of_the_command(command: str, message: str, shown: str) -> None:
-    assert with_options(message, at((command,))) == shown
+    assert with_options(message, command_at((command,))) == shown
     assert with_options(message, None) == message
 
 
@@ -96,7 +96,7 @@ def test_an_option_carries_the_name_of_its_parameter(job: str) -> None:
     pytest.importorskip("torch")
     function = getattr(moe_surgery, {"export": "export_gguf"}.get(job, job))
     known = set(inspect.signature(function).parameters)
-    options = {p.name for p in at((job,)).params if isinstance(p, click.Option)}
+    options = {p.name for p in command_at((job,)).params if isinstance(p, click.Option)}
     everywhere = {"json", "verbose", "quiet", "debug"}
     choose_experts = {"plan_file", "plan_files", "ranking", "experts", "kept", "order"}
     assert options - known - everywhere - choose_experts <= {"domains", "output"}

@@ -26,7 +26,7 @@ LAYERS, EXPERTS = 2, 10
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All folders of the topics and one more, and so few distinct frequencies that many totals tie."""
     root, rng = tmp_path_factory.mktemp("tree"), random.Random(3)
-    for folder in [*(f for found in TOPICS.values() for f in found), "polyglot/Go"]:
+    for folder in [*(f for results in TOPICS.values() for f in results), "polyglot/Go"]:
         for outcome in rng.sample(OUTCOMES, rng.choice((1, 4, 4))):
             file = root / folder / f"{outcome}.json"
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -45,11 +45,11 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ranked(files: list[Path]) -> list[list[int]]:
     totals: dict[str, dict[int, float]] = defaultdict(dict)
     for file in files:
-        said = json.loads(file.read_text())
+        result = json.loads(file.read_text())
         for phase in ("think_expert_analytics", "answer_expert_analytics"):
-            for layer, row in said.get(phase, {}).items():
+            for layer, row in result.get(phase, {}).items():
                 for e, entry in row.items():
-                    more = said["sample_count"] * entry["count_frequency"]
+                    more = result["sample_count"] * entry["count_frequency"]
                     totals[layer][int(e)] = totals[layer].get(int(e), 0.0) + more
     return [sorted(range(EXPERTS), key=places(totals[f"layer_{layer}"])) for layer in range(LAYERS)]
 
@@ -92,8 +92,8 @@ def test_a_tree_is_ranked_for_a_topic_by_its_folders(topic: str, tree: Path, cap
 
 def test_the_made_up_tree_has_ties_that_tell_the_order_of_files(tree: Path) -> None:
     files = {t: [tree / f / f"{o}.json" for f in TOPICS[t] for o in OUTCOMES] for t in TOPICS}
-    there = {topic: [f for f in found if f.exists()] for topic, found in files.items()}
-    assert any(ranked(found) != ranked(sorted(found)) for found in there.values())
+    there = {topic: [f for f in results if f.exists()] for topic, results in files.items()}
+    assert any(ranked(results) != ranked(sorted(results)) for results in there.values())
 
 
 def test_a_tree_without_folders_of_the_topic_is_refused(tree: Path, capsys: Capture) -> None:
@@ -113,7 +113,7 @@ def test_a_folder_without_a_statistics_file_is_missing(tmp_path: Path, capsys: C
 
 
 def test_what_does_not_go_with_a_topic_is_refused(tree: Path, tmp_path: Path, capsys: Capture) -> None:
-    for arguments, told in (
+    for arguments, output in (
         ([tree, "--topic", "maths"], "'maths' is not one of 'all'"),
         ([tree, tree, "--topic", "law"], "--topic takes one source"),
         ([tree, "--topic", "law", "--interleave-with", "published:all"], "--topic takes one source"),
@@ -121,7 +121,7 @@ def test_what_does_not_go_with_a_topic_is_refused(tree: Path, tmp_path: Path, ca
     ):
         ended = call(capsys, "rank", *arguments)
         assert (ended.code, ended.out) == (2, "")
-        assert told in ended.error
+        assert output in ended.error
 
 
 def test_a_shipped_ranking_is_taken_where_a_ranking_file_is(tmp_path: Path, capsys: Capture) -> None:
@@ -143,7 +143,7 @@ def test_a_shipped_ranking_is_taken_where_a_ranking_file_is(tmp_path: Path, caps
     mapping = json.loads((tmp_path / "out" / "expert_mapping.json").read_text())
     assert [list(map(int, mapping[str(i)])) for i in range(24)] == [row[:4] for row in RANKINGS["math"]]
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "The best 4 of every layer in `published:math`, one of the rankings" in card
+    assert "The best 4 experts of every layer in `published:math`, one of the rankings" in card
     assert "not recorded" not in card[card.index("published:math") :].split("##")[0]
 
 

@@ -54,19 +54,19 @@ def test_the_reasoning_can_be_hidden(options: list[str], capsys: Capture, model:
 def test_json_has_both_and_the_whole_text_as_before(capsys: Capture, model: Path) -> None:
     ended = asked(capsys, model, "--json")
     assert (ended.code, ended.err) == (0, "")
-    found = ended.json()
-    assert found["text"] == Text(model).decode(found["tokens"]) == f"{THOUGHT}assistantfinal{SAID}"
-    assert (found["answer"], found["reasoning"], found["tool_calls"]) == (SAID, THOUGHT, [])
+    results = ended.json()
+    assert results["text"] == Text(model).decode(results["tokens"]) == f"{THOUGHT}assistantfinal{SAID}"
+    assert (results["answer"], results["reasoning"], results["tool_calls"]) == (SAID, THOUGHT, [])
 
 
 def test_an_answer_that_is_cut_off_is_reasoning_alone(capsys: Capture, model: Path) -> None:
     ended = asked(capsys, model, "--max-new-tokens", "2")
     assert ended.out == "\n"
     assert ended.err.startswith("reasoning: ")
-    found = asked(capsys, model, "--max-new-tokens", "2", "--json").json()
-    assert found["answer"] == ""
-    assert THOUGHT.startswith(found["reasoning"])
-    assert found["reasoning"] == found["text"] != ""
+    results = asked(capsys, model, "--max-new-tokens", "2", "--json").json()
+    assert results["answer"] == ""
+    assert THOUGHT.startswith(results["reasoning"])
+    assert results["reasoning"] == results["text"] != ""
 
 
 def test_speculation_shows_the_same(capsys: Capture, model: Path) -> None:
@@ -89,26 +89,26 @@ def test_a_raw_prompt_is_not_split(capsys: Capture, model: Path) -> None:
 
 @pytest.mark.parametrize("no_color", [False, True])
 def test_the_reasoning_is_dimmed_on_a_terminal(no_color: bool, model: Path) -> None:
-    ours, theirs = pty.openpty()
+    ours, reference = pty.openpty()
     env = {k: v for k, v in os.environ.items() if k != "NO_COLOR"} | ({"NO_COLOR": "1"} if no_color else {})
     command = [sys.executable, "-m", "moe_surgery", "generate", str(model), "--chat", "2+2?"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, env=env)
-    os.close(theirs)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=reference, env=env)
+    os.close(reference)
     out, _ = process.communicate()
-    said = b""
+    result = b""
     try:
         while piece := os.read(ours, 4096):
-            said += piece
+            result += piece
     except OSError:  # the other side is closed
         pass
     finally:
         os.close(ours)
     assert (process.returncode, out.decode()) == (0, ESCAPED + "\n")
-    shown = said.decode()
-    dimmed = "".join(re.findall(r"\x1b\[2m(.*?)\x1b\[0m", shown, re.DOTALL)).strip()
+    printed = result.decode()
+    dimmed = "".join(re.findall(r"\x1b\[2m(.*?)\x1b\[0m", printed, re.DOTALL)).strip()
     assert dimmed == ("" if no_color else f"reasoning: {THOUGHT}")
-    assert re.sub(r"\x1b\[\d+m", "", shown).startswith(f"reasoning: {THOUGHT}")
-    assert "\x1b[31m" not in shown
+    assert re.sub(r"\x1b\[\d+m", "", printed).startswith(f"reasoning: {THOUGHT}")
+    assert "\x1b[31m" not in printed
 
 
 # --- effort
@@ -121,10 +121,10 @@ def test_the_effort_reaches_the_template(capsys: Capture, tmp_path: Path) -> Non
     text = Text(folder)
     for effort in (None, "low", "medium", "high"):
         options = [] if effort is None else ["--reasoning-effort", effort]
-        found = asked(capsys, folder, "--json", *options).json()
+        results = asked(capsys, folder, "--json", *options).json()
         variables = {} if effort is None else {"reasoning_effort": effort}
         expected = text.encode(text.chat([{"role": "user", "content": "2+2?"}], variables=variables))
-        assert found["prompt_tokens"] == len(expected)
+        assert results["prompt_tokens"] == len(expected)
     lengths = {
         len(text.encode(text.chat([{"role": "user", "content": "x"}], variables={"reasoning_effort": e})))
         for e in ("low", "medium", "high")

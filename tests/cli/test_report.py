@@ -19,17 +19,17 @@ Capture = pytest.CaptureFixture[str]
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, Path]:
     """Statistics, a plan, an evaluation, and the same of another checkpoint."""
-    found = {}
+    result = {}
     for prefix, identity in (("", "f" * 32), ("other-", "0" * 32)):
         statistics = made_up(3, 8, ["code", "law"])
         statistics.identity = identity
-        found[f"{prefix}stats"] = tmp_path / f"{prefix}stats.safetensors"
-        found[f"{prefix}plan"] = tmp_path / f"{prefix}plan.json"
-        found[f"{prefix}cuts"] = tmp_path / f"{prefix}cuts.json"
-        save_statistics(statistics, found[f"{prefix}stats"])
-        found[f"{prefix}plan"].write_text(plan_of(statistics, "reap", 2).to_json())
-        found[f"{prefix}cuts"].write_text(evaluation_of(statistics).to_json())
-    return found
+        result[f"{prefix}stats"] = tmp_path / f"{prefix}stats.safetensors"
+        result[f"{prefix}plan"] = tmp_path / f"{prefix}plan.json"
+        result[f"{prefix}cuts"] = tmp_path / f"{prefix}cuts.json"
+        save_statistics(statistics, result[f"{prefix}stats"])
+        result[f"{prefix}plan"].write_text(plan_of(statistics, "reap", 2).to_json())
+        result[f"{prefix}cuts"].write_text(evaluation_of(statistics).to_json())
+    return result
 
 
 def test_it_writes_the_page_and_says_what_it_shows(

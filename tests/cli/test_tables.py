@@ -21,12 +21,12 @@ def test_no_table_is_wider_than_the_terminal_and_no_cell_is_cut(
     columns = ["model", *(f"a long title {i}" for i in range(1, number))]
     rows = [[f"row{r}", *(f"{r}.{i} (1.25-3.75)" for i in range(1, number))] for r in range(3)]
     Terminal().table("title", columns, rows)
-    shown = capsys.readouterr().out
-    assert max(map(len, shown.splitlines())) <= width
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= width
     for cell in [*columns, *(c for row in rows for c in row)]:
-        assert cell in shown
+        assert cell in printed
     if number == 14 and width < 140:
-        assert shown.count("model") > 1
+        assert printed.count("model") > 1
 
 
 def test_a_long_name_is_folded_and_stays_whole(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,8 +49,8 @@ def test_the_longest_tables_fit_100_columns(
         ("bench", "decode", "example:tiny", "--steps", "2", *options),
         ("bench", "speculate", "example:tiny", "--draft-top-k", "1", "--draft-lengths", "2", *options),
     ):
-        shown = call(capsys, *command)
-        assert shown.code == 0, shown.err
-        title, *lines = shown.out.splitlines()
+        printed = call(capsys, *command)
+        assert printed.code == 0, printed.err
+        title, *lines = printed.out.splitlines()
         assert max(map(len, lines)) <= 100, title
-        assert "…" not in shown.out
+        assert "…" not in printed.out

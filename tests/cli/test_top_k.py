@@ -58,8 +58,8 @@ def test_a_plan_stores_it_and_prune_follows(top_k: int, capsys: Capture, tmp_pat
     config = load_config(tmp_path / "one")
     assert (config["num_experts_per_tok"], config["experts_per_token"]) == (top_k, top_k)
     assert oracle.load_model(tmp_path / "one").model.layers[0].mlp.router.top_k == top_k
-    found = verify(tmp_path / "one", source=TINY)
-    assert (found.problems, found.notes) == ((), ())
+    result = verify(tmp_path / "one", source=TINY)
+    assert (result.problems, result.notes) == ((), ())
     assert inspect(tmp_path / "one").top_k == top_k
 
 
@@ -80,8 +80,8 @@ def test_plans_of_every_kind_take_it(capsys: Capture, tmp_path: Path) -> None:
         ("--random", "--experts", "8", TINY),
         ("--keep", "0-7", TINY),
     ):
-        told = done(call(capsys, "plan", *options, "--top-k", "7"))
-        assert json.loads(told.out)["top_k"] == 7
+        output = done(call(capsys, "plan", *options, "--top-k", "7"))
+        assert json.loads(output.out)["top_k"] == 7
         assert refused(call(capsys, "plan", *options, "--top-k", "9")) == (
             "--top-k 9: the plan keeps 8 experts in a layer; choose 1 to 8"
         )
@@ -103,8 +103,8 @@ def test_export_writes_it(with_plan: bool, capsys: Capture, tmp_path: Path) -> N
     one, two = read(tmp_path / "0.gguf"), read(tmp_path / "1.gguf")
     assert one.tensors == two.tensors
     who = "the plan keeps" if with_plan else "example:tiny has"
-    told = refused(call(capsys, "export", TINY, tmp_path / "no.gguf", *options, "--top-k", str(kept + 1)))
-    assert told == f"--top-k {kept + 1}: {who} {kept} experts in a layer; choose 1 to {kept}"
+    output = refused(call(capsys, "export", TINY, tmp_path / "no.gguf", *options, "--top-k", str(kept + 1)))
+    assert output == f"--top-k {kept + 1}: {who} {kept} experts in a layer; choose 1 to {kept}"
     assert not (tmp_path / "no.gguf").exists()
 
 
@@ -113,9 +113,9 @@ def test_generate_routes_by_it_and_samples_by_the_other(top_k: int, capsys: Capt
     options = ("generate", TINY, "--prompt", PROMPT, "--max-new-tokens", "6", "--dtype", "f32", "--json")
     options += ("--backend", "reference", "--top-k", str(top_k))
     ended = done(call(capsys, *options))
-    theirs = oracle.load_model(inspect(TINY).path, num_experts_per_tok=top_k)
+    reference = oracle.load_model(inspect(TINY).path, num_experts_per_tok=top_k)
     prompt = torch.tensor([Text(TINY).encode(PROMPT)])
-    expected = theirs.generate(
+    expected = reference.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, do_sample=False
     )
     assert ended.json()["tokens"] == expected[0, prompt.shape[1] :].tolist()
@@ -136,9 +136,11 @@ def test_generate_as_usual_says_nothing_of_it(capsys: Capture) -> None:
 
 def test_help_says_which_top_k_is_which(capsys: Capture) -> None:
     for command in ("plan", "prune", "export", "generate", "evaluate"):
-        told = " ".join(done(call(capsys, command, "--help")).out.split())
-        assert "--top-k N Experts per token" in told
-        assert ("--sampling-top-k N Sample from the N most likely tokens" in told) == (command == "generate")
+        output = " ".join(done(call(capsys, command, "--help")).out.split())
+        assert "--top-k N Experts per token" in output
+        assert ("--sampling-top-k N Sample from the N most likely tokens" in output) == (
+            command == "generate"
+        )
 
 
 @pytest.fixture(scope="module")
@@ -203,8 +205,8 @@ def test_a_draft_may_not_choose_more_than_it_has(capsys: Capture, tmp_path: Path
     assert refused(call(capsys, *options, "--draft-top-k", "3")) == (
         f"--draft-top-k 3: {plan} keeps 2 experts in a layer; choose 1 to 2"
     )
-    told = refused(call(capsys, *options[:-2], "--top-k", "2", "--draft-top-k", "3"))
-    assert told.startswith("--draft-top-k 3: example:tiny itself uses 2")
+    output = refused(call(capsys, *options[:-2], "--top-k", "2", "--draft-top-k", "3"))
+    assert output.startswith("--draft-top-k 3: example:tiny itself uses 2")
 
 
 # --- a checkpoint whose config.json says it in two ways
@@ -225,7 +227,7 @@ def test_a_config_that_a_user_changed_is_noted_once_by_every_command(
         "moe-surgery use num_experts_per_tok"
     )
     out, plan = tmp_path / "out", tmp_path / "plan.json"
-    told = {}
+    output = {}
     for name, arguments in {
         "inspect": ("inspect", source, "--json"),
         "plan": ("plan", "--random", "-n", "8", source, "-o", plan, "--json"),
@@ -239,10 +241,10 @@ def test_a_config_that_a_user_changed_is_noted_once_by_every_command(
         ended = done(call(capsys, *arguments))
         assert ended.err.splitlines().count(note) == 1, (name, ended.err)
         assert ended.err.count("experts_per_token") == 1, (name, ended.err)
-        told[name] = ended.json()
-    assert told["inspect"]["top_k"] == told["prune"]["top_k"] == told["export"]["top_k"] == 2
-    assert told["inspect"]["notes"] == [note.removeprefix("note: ")]
-    assert [m["top_k"] for m in told["evaluate"]["models"]] == [2, 2, 2]
+        output[name] = ended.json()
+    assert output["inspect"]["top_k"] == output["prune"]["top_k"] == output["export"]["top_k"] == 2
+    assert output["inspect"]["notes"] == [note.removeprefix("note: ")]
+    assert [m["top_k"] for m in output["evaluate"]["models"]] == [2, 2, 2]
     written = load_config(out)
     assert (written["num_experts_per_tok"], written["experts_per_token"]) == (2, 2)
     assert call(capsys, "inspect", out).err == ""

@@ -205,7 +205,7 @@ def test_logits_are_those_of_transformers(case: str, folder: Path) -> None:
 
 @pytest.mark.parametrize("case", FOLDERS)
 def test_every_command_says_it_in_one_note(case: str, folder: Path, tmp_path: Path, capsys: Capture) -> None:
-    told = FOLDERS[case][1]
+    output = FOLDERS[case][1]
     texts = tmp_path / "texts.txt"
     texts.write_text("Question: What is 7 + 5?\n")
     commands: list[list[str | Path]] = [
@@ -223,10 +223,10 @@ def test_every_command_says_it_in_one_note(case: str, folder: Path, tmp_path: Pa
             line for line in ended.err.splitlines() if line.startswith("note: ") and "transformers" in line
         ]
         notes = [line for line in notes if str(folder) in line]
-        assert len(notes) == (told is not None), ended.err
-        assert all(told in line for line in notes if told)
-    said = call(capsys, "inspect", folder, "--json").json()["notes"]
-    assert len(said) == (told is not None)
+        assert len(notes) == (output is not None), ended.err
+        assert all(output in line for line in notes if output)
+    result = call(capsys, "inspect", folder, "--json").json()["notes"]
+    assert len(result) == (output is not None)
 
 
 @pytest.mark.parametrize("case", FOLDERS)

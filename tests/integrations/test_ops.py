@@ -46,8 +46,8 @@ def expected(arguments: tuple, packed: bool) -> torch.Tensor:
         up, up_bias, down, down_bias = Mxfp4Weight(*rest[:2]), rest[2], Mxfp4Weight(*rest[3:5]), rest[5]
     else:
         up, up_bias, down, down_bias = DenseWeight(rest[0]), rest[1], DenseWeight(rest[2]), rest[3]
-    held = ExpertWeights(up, up_bias, down, down_bias, None, limit, alpha)
-    return ops.backend_of("cpu").experts(x, ids, weights, held)
+    stored = ExpertWeights(up, up_bias, down, down_bias, None, limit, alpha)
+    return ops.backend_of("cpu").experts(x, ids, weights, stored)
 
 
 def operator(packed: bool):
@@ -64,11 +64,11 @@ def test_experts_give_the_backends_bits(tokens: int, packed: bool, dtype: torch.
 
 def test_route_gives_the_backends_bits() -> None:
     x, weight, bias = torch.randn(3, HIDDEN), torch.randn(EXPERTS, HIDDEN), torch.randn(EXPERTS)
-    found, wanted = (
+    result, wanted = (
         torch.ops.moe_surgery.route(x, weight, bias, TOP_K),
         ops.backend_of("cpu").route(x, weight, bias, TOP_K),
     )
-    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(result, wanted, strict=True))
 
 
 @pytest.mark.parametrize("packed", [True, False])

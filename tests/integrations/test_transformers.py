@@ -52,9 +52,9 @@ def test_one_argument_gives_the_same_logits(model) -> None:
     register()  # twice is as good as once
     model.set_experts_implementation("moe_surgery")
     calls = count_calls(model)
-    found = oracle.logits_of(model, TOKENS)
+    result = oracle.logits_of(model, TOKENS)
     assert calls == [len(model.model.layers)]
-    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(result, expected, rtol=0, atol=TOLERANCE)
     one = oracle.logits_of(model, TOKENS[:1, :1])
     model.set_experts_implementation("eager")
     torch.testing.assert_close(one, oracle.logits_of(model, TOKENS[:1, :1]), rtol=0, atol=TOLERANCE)
@@ -82,9 +82,9 @@ def test_packed_experts_generate_the_same_tokens(model, folder: Path) -> None:
 def test_the_routers_logits_can_still_be_recorded(model, folder: Path) -> None:
     with torch.no_grad():
         expected = model(TOKENS, output_router_logits=True).router_logits
-        found = replace_experts(model, folder)(TOKENS, output_router_logits=True).router_logits
-    assert len(found) == len(expected) == 4
-    for one, other in zip(found, expected, strict=True):
+        result = replace_experts(model, folder)(TOKENS, output_router_logits=True).router_logits
+    assert len(result) == len(expected) == 4
+    for one, other in zip(result, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=TOLERANCE)
 
 
@@ -142,8 +142,8 @@ def test_the_moe_layer_compiles_into_one_graph(small: Path, packed: bool, backen
     x = torch.randn(2, 5, 64)
     torch._dynamo.reset()
     with torch.no_grad():
-        found = torch.compile(mlp, backend=backend, fullgraph=True)(x)[0]
-        torch.testing.assert_close(found, mlp(x)[0], rtol=0, atol=1e-6)
+        result = torch.compile(mlp, backend=backend, fullgraph=True)(x)[0]
+        torch.testing.assert_close(result, mlp(x)[0], rtol=0, atol=1e-6)
 
 
 def test_the_whole_model_compiles_into_one_graph(small: Path) -> None:
@@ -152,8 +152,8 @@ def test_the_whole_model_compiles_into_one_graph(small: Path) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
-        found = compiled(TOKENS[:, :9] % 24, use_cache=False).logits
-    torch.testing.assert_close(found, oracle.logits_of(model, TOKENS[:, :9] % 24), rtol=0, atol=TOLERANCE)
+        result = compiled(TOKENS[:, :9] % 24, use_cache=False).logits
+    torch.testing.assert_close(result, oracle.logits_of(model, TOKENS[:, :9] % 24), rtol=0, atol=TOLERANCE)
 
 
 def test_replaced_twice_is_replaced(small: Path) -> None:

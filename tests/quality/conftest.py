@@ -14,6 +14,7 @@ from moe_surgery.checkpoint.resolve import resolve
 from moe_surgery.demo import arithmetic
 
 if TYPE_CHECKING:
+    from moe_surgery.quality.job import ProfileResult
     from moe_surgery.runtime.model import CausalLM
     from moe_surgery.runtime.text import Text
     from tests.support.routed import Routed
@@ -82,3 +83,12 @@ def routed() -> Routed:
     from tests.support.routed import Routed
 
     return Routed(resolve("example:tiny"))
+
+
+@pytest.fixture(scope="package")
+def whole(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> ProfileResult:
+    """Three domains in one batch."""
+    from tests.quality.jobs import run
+
+    out = tmp_path_factory.mktemp("whole") / "all.stats"
+    return run(out, texts / "sums.txt", texts / "words.jsonl", texts / "talk.jsonl")

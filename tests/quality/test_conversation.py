@@ -131,12 +131,12 @@ def expected(theirs: Any, row: Row, *, answered: bool = True) -> list[int]:
 @pytest.mark.parametrize("name", ROWS)
 def test_a_row_is_the_tokens_of_transformers(name: str, harmony: Text, theirs: Any, tmp_path: Path) -> None:
     row = ROWS[name]
-    found = corpus(harmony, tmp_path / "x.jsonl", [row])
-    [passage] = found
+    results = corpus(harmony, tmp_path / "x.jsonl", [row])
+    [passage] = results
     assert list(passage.tokens) == expected(theirs, row)
     opened = expected(theirs, row, answered=False)
-    assert [list(tokens) for _, tokens in found.prompts()] == [opened]
-    assert prompts_of(found, 1) == {"x": [opened]}
+    assert [list(tokens) for _, tokens in results.prompts()] == [opened]
+    assert prompts_of(results, 1) == {"x": [opened]}
 
 
 @pytest.mark.parametrize("name", [n for n, r in ROWS.items() if r["messages"][-1]["role"] == "assistant"])
@@ -241,12 +241,16 @@ rows = st.fixed_dictionaries(
 
 @given(row=rows)
 def test_any_row_is_the_tokens_of_transformers(harmony: Text, theirs: Any, row: Row) -> None:
-    asked = conversation(json.loads(json.dumps(row)), "x")
+    requested = conversation(json.loads(json.dumps(row)), "x")
     closed = row["messages"][-1]["role"] == "assistant"
-    said = harmony.chat(
-        asked.messages, prompt=not closed, tools=asked.tools, documents=None, variables=asked.variables
+    recorded = harmony.chat(
+        requested.messages,
+        prompt=not closed,
+        tools=requested.tools,
+        documents=None,
+        variables=requested.variables,
     )
-    assert harmony.encode(said) == expected(theirs, row)
+    assert harmony.encode(recorded) == expected(theirs, row)
 
 
 # --- templates that read less
@@ -285,10 +289,10 @@ def test_what_the_template_does_not_read_is_refused(case: str, tmp_path: Path) -
     text = Text(write_harmony(tmp_path / "model", PLAIN))
     with pytest.raises(InvalidInputError) as caught:
         list(corpus(text, tmp_path / "x.jsonl", [{"messages": [ASK]}, row]))
-    said = str(caught.value)
-    assert said.startswith(f"{tmp_path / 'x.jsonl'}: line 2: ")
-    assert complaint in said
-    assert "\n" not in said
+    recorded = str(caught.value)
+    assert recorded.startswith(f"{tmp_path / 'x.jsonl'}: line 2: ")
+    assert complaint in recorded
+    assert "\n" not in recorded
 
 
 def test_templates_that_write_messages_whole_read_all_of_them(tmp_path: Path) -> None:
@@ -364,7 +368,7 @@ def test_a_bad_row_is_named_with_its_key(case: str, harmony: Text, tmp_path: Pat
     row, complaint = BAD[case]
     with pytest.raises(InvalidInputError) as caught:
         list(corpus(harmony, tmp_path / "x.jsonl", [{"messages": [ASK]}, row]))
-    said = str(caught.value)
-    assert said.startswith(f"{tmp_path / 'x.jsonl'}: line 2: ")
-    assert complaint in said
-    assert "\n" not in said
+    recorded = str(caught.value)
+    assert recorded.startswith(f"{tmp_path / 'x.jsonl'}: line 2: ")
+    assert complaint in recorded
+    assert "\n" not in recorded

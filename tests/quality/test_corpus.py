@@ -55,8 +55,8 @@ def encoded(tokenizer, text: str) -> tuple[int, ...]:  # type: ignore[no-untyped
 
 
 def rendered(tokenizer, messages: list[dict[str, str]], prompt: bool) -> tuple[int, ...]:  # type: ignore[no-untyped-def]
-    said = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-    return encoded(tokenizer, said)
+    result = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    return encoded(tokenizer, result)
 
 
 def messages(name: str) -> list[dict[str, str]]:
@@ -79,15 +79,15 @@ def test_lines_of_json_are_texts_or_strings_and_blank_lines_nothing(
 ) -> None:
     lines = [json.dumps({"text": SENTENCES[0], "id": 3}), "", json.dumps(SENTENCES[1]), "  ", '""']
     (tmp_path / "x.jsonl").write_text("\n".join(lines))
-    found = [passage.tokens for passage in opened(text, tmp_path / "x.jsonl")]
-    assert found == [encoded(tokenizer, s) for s in SENTENCES[:2]]
+    results = [passage.tokens for passage in opened(text, tmp_path / "x.jsonl")]
+    assert results == [encoded(tokenizer, s) for s in SENTENCES[:2]]
 
 
 def test_line_breaks_and_characters_of_any_width_arrive_as_they_are(text: Text, tmp_path: Path) -> None:
-    said = "one\r\ntwo\rthree\u2028four\x0bfive \N{SNOWMAN}\N{GRINNING FACE}\n\nend"
-    (tmp_path / "x.txt").write_bytes(said.encode())
+    result = "one\r\ntwo\rthree\u2028four\x0bfive \N{SNOWMAN}\N{GRINNING FACE}\n\nend"
+    (tmp_path / "x.txt").write_bytes(result.encode())
     [document] = opened(text, tmp_path / "x.txt").documents()
-    assert document.text == said
+    assert document.text == result
 
 
 @pytest.mark.parametrize(
@@ -116,14 +116,14 @@ def test_a_conversation_is_what_the_template_makes_of_it_and_its_answer_is_found
     tmp_path: Path,
     tokenizer,  # type: ignore[no-untyped-def]
 ) -> None:
-    said = messages(name)
-    write_lines(tmp_path / "x.jsonl", [{"messages": said}])
+    result = messages(name)
+    write_lines(tmp_path / "x.jsonl", [{"messages": result}])
     [passage] = opened(text, tmp_path / "x.jsonl")
-    assert passage.tokens == rendered(tokenizer, said, prompt=False)
-    asked = "<|startoftext|><|start|>assistant<|message|>"  # transformers renders no empty conversation
-    before = rendered(tokenizer, said[:-1], prompt=True) if said[:-1] else encoded(tokenizer, asked)
+    assert passage.tokens == rendered(tokenizer, result, prompt=False)
+    requested = "<|startoftext|><|start|>assistant<|message|>"  # transformers renders no empty conversation
+    before = rendered(tokenizer, result[:-1], prompt=True) if result[:-1] else encoded(tokenizer, requested)
     assert passage.answer == len(before)
-    assert tokenizer.decode(passage.tokens[passage.answer :]) == said[-1]["content"] + "<|end|>"
+    assert tokenizer.decode(passage.tokens[passage.answer :]) == result[-1]["content"] + "<|end|>"
 
 
 def test_a_conversation_without_an_answer_ends_with_an_open_turn(
@@ -144,16 +144,16 @@ def test_a_split_conversation_keeps_every_token_on_its_side(text: Text, tmp_path
     for context in (1, 7, len(whole.tokens) - 1):
         pieces = list(opened(text, tmp_path / "x.jsonl", context=context))
         assert tuple(t for p in pieces for t in p.tokens) == whole.tokens
-        sides = [place >= p.answer for p in pieces for place in range(len(p.tokens))]  # type: ignore[operator]
-        assert sides == [place >= whole.answer for place in range(len(whole.tokens))]
+        sides = [folder >= p.answer for p in pieces for folder in range(len(p.tokens))]  # type: ignore[operator]
+        assert sides == [folder >= whole.answer for folder in range(len(whole.tokens))]
 
 
 def test_prompts_leave_the_last_answer_open(text: Text, tmp_path: Path, tokenizer) -> None:  # type: ignore[no-untyped-def]
-    asked = [messages("two answers"), messages("two answers")[:3], messages("one answer")]
-    write_lines(tmp_path / "x.jsonl", [{"messages": m} for m in asked])
-    expected = [asked[0][:3], asked[0][:3], asked[2][:1]]
-    found = list(opened(text, tmp_path / "x.jsonl", domains=("law",)).prompts())
-    assert found == [("law", rendered(tokenizer, m, prompt=True)) for m in expected]
+    requested = [messages("two answers"), messages("two answers")[:3], messages("one answer")]
+    write_lines(tmp_path / "x.jsonl", [{"messages": m} for m in requested])
+    expected = [requested[0][:3], requested[0][:3], requested[2][:1]]
+    results = list(opened(text, tmp_path / "x.jsonl", domains=("law",)).prompts())
+    assert results == [("law", rendered(tokenizer, m, prompt=True)) for m in expected]
 
 
 # --- domains, bounds, hashes
@@ -176,9 +176,9 @@ def test_passages_come_file_by_file_with_their_domains_every_time(text: Text, te
     assert corpus.domains == ["words", "sums", "talk"]
     first = list(corpus)
     assert [p.domain for p in first] == ["words"] * 3 + ["sums"] + ["talk"] * 6
-    told = json.dumps(corpus.texts)
+    output = json.dumps(corpus.texts)
     assert list(corpus) == first
-    assert json.dumps(corpus.texts) == told
+    assert json.dumps(corpus.texts) == output
 
 
 def test_a_long_text_is_split_and_counted_once(text: Text, texts: Path) -> None:
@@ -199,17 +199,17 @@ def test_a_long_file_is_read_in_blocks_that_end_with_a_line(
     text: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "BLOCK_CHARACTERS", 100)
-    said = arithmetic(random.Random(3), 1000) + "The last line has no end"
-    (tmp_path / "long.txt").write_text(said)
+    result = arithmetic(random.Random(3), 1000) + "The last line has no end"
+    (tmp_path / "long.txt").write_text(result)
     corpus = opened(text, tmp_path / "long.txt", context=16)
     blocks = [document.text or "" for document in corpus.documents()]
     assert len(blocks) > 5
-    assert "".join(blocks) == said
+    assert "".join(blocks) == result
     assert all(block.endswith("\n") for block in blocks[:-1])
     assert all(len(block) < 200 for block in blocks)
     pieces = [p.tokens for p in corpus]
     assert max(map(len, pieces)) <= 16
-    assert text.decode([t for p in pieces for t in p]) == said
+    assert text.decode([t for p in pieces for t in p]) == result
     assert corpus.split == 1
 
 
@@ -219,12 +219,14 @@ def test_tokens_are_bounded_for_each_domain(most: int, text: Text, texts: Path) 
     domains = ("a", "b", "a")
     free = list(opened(text, *paths, domains=domains))
     corpus = opened(text, *paths, domains=domains, max_tokens=most)
-    held = list(corpus)
+    stored = list(corpus)
     for domain in ("a", "b"):
         everything = [t for p in free if p.domain == domain for t in p.tokens]
-        assert [t for p in held if p.domain == domain for t in p.tokens] == everything[:most]
-        assert sum(int(str(told["tokens"])) for told in corpus.texts[domain]) == min(most, len(everything))
-    assert all(p.tokens for p in held)
+        assert [t for p in stored if p.domain == domain for t in p.tokens] == everything[:most]
+        assert sum(int(str(output["tokens"])) for output in corpus.texts[domain]) == min(
+            most, len(everything)
+        )
+    assert all(p.tokens for p in stored)
 
 
 def test_texts_are_listed_with_the_hashes_of_their_bytes(text: Text, texts: Path) -> None:
@@ -291,13 +293,13 @@ def test_a_bad_text_is_named_with_its_line(case: str, text: Text, tmp_path: Path
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InvalidInputError) as caught:
         list(opened(text, tmp_path / name, format=format))
-    said = str(caught.value)
-    assert said.startswith(f"{tmp_path / name}: ")
-    assert complaint in said
-    assert "\n" not in said
+    result = str(caught.value)
+    assert result.startswith(f"{tmp_path / name}: ")
+    assert complaint in result
+    assert "\n" not in result
 
 
-def test_a_late_line_that_is_no_utf8_has_its_own_number(text: Text, tmp_path: Path) -> None:
+def test_a_late_line_that_is_not_a_utf8_has_its_own_number(text: Text, tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_bytes(b'"some words of a line"\n' * 1000 + b'"\xff"\n')
     with pytest.raises(InvalidInputError, match="line 1001: not UTF-8"):
         list(opened(text, tmp_path / "x.jsonl"))
@@ -305,7 +307,7 @@ def test_a_late_line_that_is_no_utf8_has_its_own_number(text: Text, tmp_path: Pa
 
 @pytest.mark.parametrize("name", ["x.txt", "x.jsonl"])
 @pytest.mark.parametrize("kind", ["nothing", "folder", "pipe", "dangling link"])
-def test_what_is_no_file_is_refused_at_once(kind: str, name: str, text: Text, tmp_path: Path) -> None:
+def test_what_is_not_a_file_is_refused_at_once(kind: str, name: str, text: Text, tmp_path: Path) -> None:
     path = tmp_path / name
     expected: type[MoeSurgeryError] = OutputError
     if kind == "folder":

@@ -73,7 +73,7 @@ def expected(
     routes: dict[str, list[list[bool]]] = {}
     for passage, a, b in zip(passages, full, cut, strict=True):
         p, q = log_softmax(a.logits), log_softmax(b.logits)
-        told = rows.setdefault(passage.domain, [])
+        output = rows.setdefault(passage.domain, [])
         moved = routes.setdefault(passage.domain, [[] for _ in a.routes])
         for t in range(len(passage.tokens)):
             following = t + 1 < len(passage.tokens)
@@ -82,7 +82,7 @@ def expected(
             )
             if counts:
                 kl = float((np.exp(p[t]) * (p[t] - q[t])).sum())
-                told.append((-q[t, passage.tokens[t + 1]], kl, p[t].argmax() == q[t].argmax()))
+                output.append((-q[t, passage.tokens[t + 1]], kl, p[t].argmax() == q[t].argmax()))
             if counts or not answers_only:
                 for layer, (first, second) in enumerate(zip(a.routes, b.routes, strict=True)):
                     moved[layer] += [e not in first[t] for e in second[t][: len(first[t])]]
@@ -96,13 +96,13 @@ def expected(
     return found
 
 
-def assert_close(mine: Quality, theirs: Quality) -> None:
-    assert mine.tokens == theirs.tokens
-    assert mine.cross_entropy == pytest.approx(theirs.cross_entropy, rel=1e-4)
-    assert mine.perplexity == pytest.approx(math.exp(theirs.cross_entropy), rel=1e-3)
-    assert mine.kl == pytest.approx(theirs.kl, rel=1e-3, abs=1e-5)
-    assert mine.agreement == pytest.approx(theirs.agreement, abs=1e-12)
-    assert mine.rerouted == pytest.approx(theirs.rerouted, abs=1e-12)
+def assert_close(actual: Quality, reference: Quality) -> None:
+    assert actual.tokens == reference.tokens
+    assert actual.cross_entropy == pytest.approx(reference.cross_entropy, rel=1e-4)
+    assert actual.perplexity == pytest.approx(math.exp(reference.cross_entropy), rel=1e-3)
+    assert actual.kl == pytest.approx(reference.kl, rel=1e-3, abs=1e-5)
+    assert actual.agreement == pytest.approx(reference.agreement, abs=1e-12)
+    assert actual.rerouted == pytest.approx(reference.rerouted, abs=1e-12)
 
 
 @pytest.fixture(scope="module")
@@ -128,27 +128,27 @@ def test_a_plans_figures_are_those_of_masked_routers(
     name: str, found: Evaluation, full: list[Seen], routed: Routed, text: Text, paths: list[Path]
 ) -> None:
     passages, plan = list(opened(text, *paths)), PLANS[name]
-    mine = found.models[1 + list(PLANS).index(name)]
-    assert (mine.name, mine.kind) == (name, "plan")
-    assert mine.experts == tuple(map(len, plan.layers))
-    assert mine.top_k == max(min(plan.top_k or 4, len(row)) for row in plan.layers)
-    theirs = expected(passages, full, seen(routed, plan, passages))
-    assert mine.domains.keys() == theirs.keys() == {"sums", "words", "talk"}
-    for domain, quality in theirs.items():
-        assert_close(mine.domains[domain], quality)
+    actual = found.models[1 + list(PLANS).index(name)]
+    assert (actual.name, actual.kind) == (name, "plan")
+    assert actual.experts == tuple(map(len, plan.layers))
+    assert actual.top_k == max(min(plan.top_k or 4, len(row)) for row in plan.layers)
+    reference = expected(passages, full, seen(routed, plan, passages))
+    assert actual.domains.keys() == reference.keys() == {"sums", "words", "talk"}
+    for domain, quality in reference.items():
+        assert_close(actual.domains[domain], quality)
     everything = [replace(p, domain="x") for p in passages]
     overall = expected(everything, full, seen(routed, plan, passages))["x"]
-    assert_close(replace(mine.overall, rerouted=()), replace(overall, rerouted=()))
+    assert_close(replace(actual.overall, rerouted=()), replace(overall, rerouted=()))
 
 
 def test_the_full_model_is_its_own_measure(
     found: Evaluation, full: list[Seen], text: Text, paths: list[Path]
 ) -> None:
-    theirs = expected(list(opened(text, *paths)), full, full)
+    reference = expected(list(opened(text, *paths)), full, full)
     first = found.models[0]
     assert (first.name, first.kind, first.experts, first.top_k) == ("full", "full", (32,) * 4, 4)
     for domain, quality in first.domains.items():
-        assert_close(quality, theirs[domain])
+        assert_close(quality, reference[domain])
         assert (quality.kl, quality.agreement, quality.rerouted) == (0, 1, (0,) * 4)
 
 
@@ -168,9 +168,9 @@ def test_on_answers_only_answers_count(
 ) -> None:
     passages, plan = list(opened(text, *paths)), PLANS[name]
     evaluation = evaluate(TINY, paths, plans=[(name, plan)], answers_only=True, dtype=F32)
-    theirs = expected(passages, full, seen(routed, plan, passages), answers_only=True)
-    assert evaluation.domains == ["talk"] == list(theirs)
-    assert_close(evaluation.models[1].domains["talk"], theirs["talk"])
+    reference = expected(passages, full, seen(routed, plan, passages), answers_only=True)
+    assert evaluation.domains == ["talk"] == list(reference)
+    assert_close(evaluation.models[1].domains["talk"], reference["talk"])
     assert evaluation.settings["answers_only"] is True
 
 
@@ -188,8 +188,8 @@ def test_split_texts_are_texts_of_their_own(context: int, routed: Routed, text: 
         )
         passages = list(corpus)
         whole = [routed.see(p.tokens) for p in passages]
-        theirs = expected(passages, whole, seen(routed, PLANS["eight"], passages), answers_only)
-        assert_close(evaluation.models[1].domains["talk"], theirs["talk"])
+        reference = expected(passages, whole, seen(routed, PLANS["eight"], passages), answers_only)
+        assert_close(evaluation.models[1].domains["talk"], reference["talk"])
 
 
 @pytest.mark.parametrize("batch_tokens", [30])
@@ -206,13 +206,13 @@ def test_batches_and_pieces_of_any_size_give_the_same_figures(
         batch_tokens=batch_tokens,
         progress=done.append,
     )
-    for mine, theirs in zip(again.models, found.models, strict=True):
-        for domain, quality in theirs.domains.items():
-            assert_close(mine.domains[domain], quality)
-    told = sum(int(str(t["tokens"])) for listed in again.texts.values() for t in listed)
-    assert {(p.stage, p.total, p.unit) for p in done} == {("evaluate", told, "tokens")}
+    for actual, reference in zip(again.models, found.models, strict=True):
+        for domain, quality in reference.domains.items():
+            assert_close(actual.domains[domain], quality)
+    output = sum(int(str(t["tokens"])) for listed in again.texts.values() for t in listed)
+    assert {(p.stage, p.total, p.unit) for p in done} == {("evaluate", output, "tokens")}
     assert [p.done for p in done] == sorted(p.done for p in done)
-    assert done[-1].done == told == sum(len(p.tokens) for p in opened(text, *paths))
+    assert done[-1].done == output == sum(len(p.tokens) for p in opened(text, *paths))
 
 
 def test_provenance_texts_and_checkpoint_are_recorded(text: Text, texts: Path) -> None:
@@ -355,7 +355,7 @@ def test_a_domain_with_nothing_to_predict_is_left_out(tiny_model: CausalLM) -> N
     assert models[1].domains["two"].tokens == 2
 
 
-def test_predictions_that_are_no_numbers_are_refused(tmp_path: Path, texts: Path) -> None:
+def test_predictions_that_are_not_numbers_are_refused(tmp_path: Path, texts: Path) -> None:
     def overflowing(tensors: Tensors) -> None:
         tensors["model.layers.1.mlp.experts.down_proj_bias"][0] = 0x7F00  # BF16 1.7e38: infinite in F16
 

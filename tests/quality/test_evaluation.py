@@ -29,9 +29,9 @@ def evaluations(draw: st.DrawFn) -> Evaluation:
     domains = draw(st.lists(names, min_size=1, max_size=3, unique=True))
 
     def model(kind: str) -> ModelResult:
-        found = {d: draw(qualities(layers)) for d in domains}
+        result = {d: draw(qualities(layers)) for d in domains}
         experts = tuple(draw(st.integers(1, 128)) for _ in range(layers))
-        return ModelResult(draw(names), kind, experts, draw(st.integers(1, 8)), found, {"seed": 1})
+        return ModelResult(draw(names), kind, experts, draw(st.integers(1, 8)), result, {"seed": 1})
 
     kinds = ["full", *draw(st.lists(st.sampled_from(["plan", "checkpoint"]), max_size=3))]
     texts = {d: [{"name": d, "tokens": 3}] for d in domains}
@@ -76,9 +76,9 @@ def test_all_domains_together_weigh_by_their_tokens() -> None:
 def test_perplexity_past_double_range_is_infinite_and_null_in_the_file() -> None:
     assert example().models[1].domains["a"].perplexity == pytest.approx(math.exp(2.5))
     assert example().models[1].domains["b"].perplexity == math.inf
-    told = json.loads(example().to_json())["models"][1]["domains"]
-    assert told["b"]["perplexity"] is None
-    assert told["a"]["perplexity"] == pytest.approx(math.exp(2.5))
+    output = json.loads(example().to_json())["models"][1]["domains"]
+    assert output["b"]["perplexity"] is None
+    assert output["a"]["perplexity"] == pytest.approx(math.exp(2.5))
 
 
 def damaged(value: object) -> Iterator[object]:
@@ -89,9 +89,9 @@ def damaged(value: object) -> Iterator[object]:
             yield {k: v for k, v in value.items() if k != key}
             yield from ({**value, key: other} for other in [*odd, *damaged(part)])
     elif isinstance(value, list):
-        for place, part in enumerate(value):
-            yield value[:place] + value[place + 1 :]
-            yield from ([*value[:place], other, *value[place + 1 :]] for other in [*odd, *damaged(part)])
+        for folder, part in enumerate(value):
+            yield value[:folder] + value[folder + 1 :]
+            yield from ([*value[:folder], other, *value[folder + 1 :]] for other in [*odd, *damaged(part)])
 
 
 def test_a_damaged_file_is_refused_or_makes_sense(tmp_path: Path) -> None:
@@ -100,14 +100,14 @@ def test_a_damaged_file_is_refused_or_makes_sense(tmp_path: Path) -> None:
     for root in damaged(json.loads(example().to_json())):
         file.write_text(json.dumps(root))
         try:
-            found = load_evaluation(file)
+            result = load_evaluation(file)
         except InvalidInputError as error:
             refused.append(str(error))
             continue
-        assert json.loads(found.to_json())
-        assert found.domains
-        assert all(m.mean_experts > 0 and m.overall.perplexity > 0 for m in found.models)
-        assert all(isinstance(text, dict) for listed in found.texts.values() for text in listed)
+        assert json.loads(result.to_json())
+        assert result.domains
+        assert all(m.mean_experts > 0 and m.overall.perplexity > 0 for m in result.models)
+        assert all(isinstance(text, dict) for listed in result.texts.values() for text in listed)
     assert len(refused) > 100
     assert all(line.startswith(f"{file}: ") and line.isprintable() for line in refused)
 

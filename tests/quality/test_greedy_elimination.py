@@ -71,17 +71,17 @@ def test_elimination_is_greedy_over_exact_costs(seed: int, tokens: int, experts:
     top_k = min(top_k, experts)
     gram = np.einsum("teh,tfh->tef", outputs, outputs)
     shares = torch.softmax(torch.tensor(logits), dim=1).float()
-    found = eliminate(shares, torch.tensor(gram).float(), torch.tensor(norms).float(), top_k)
+    result = eliminate(shares, torch.tensor(gram).float(), torch.tensor(norms).float(), top_k)
     experts_by_hand, errors = by_hand(logits, outputs, norms, top_k)
     # An order may differ where two experts harm alike to float32's eye; what is reached may not.
     for n in range(1, experts + 1):
-        reached = cost_of(logits, outputs, norms, list(found.experts[:n]), top_k)
-        assert found.errors[n - 1] == pytest.approx(reached, rel=1e-3, abs=1e-6)
-    if experts_by_hand == list(found.experts):
-        assert found.errors == pytest.approx(errors, rel=1e-3, abs=1e-6)
+        reached = cost_of(logits, outputs, norms, list(result.experts[:n]), top_k)
+        assert result.errors[n - 1] == pytest.approx(reached, rel=1e-3, abs=1e-6)
+    if experts_by_hand == list(result.experts):
+        assert result.errors == pytest.approx(errors, rel=1e-3, abs=1e-6)
     else:
-        first = next(n for n in range(experts, 0, -1) if set(found.experts[:n]) != set(experts_by_hand[:n]))
-        assert found.errors[first - 1] == pytest.approx(errors[first - 1], rel=1e-3, abs=1e-6)
+        first = next(n for n in range(experts, 0, -1) if set(result.experts[:n]) != set(experts_by_hand[:n]))
+        assert result.errors[first - 1] == pytest.approx(errors[first - 1], rel=1e-3, abs=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def passages() -> list[Passage]:
 
 def test_a_layers_errors_are_those_of_transformers_with_masked_routers(passages: list[Passage]) -> None:
     """The last layer: what comes before it is the full model either way."""
-    found = greedy_elimination(load_model(TINY, dtype=torch.float32, backend="reference"), passages)[-1]
+    result = greedy_elimination(load_model(TINY, dtype=torch.float32, backend="reference"), passages)[-1]
     model = oracle.load_model(resolve(TINY), torch.float32)
     seen: list[torch.Tensor] = []
     model.model.layers[-1].register_forward_hook(
@@ -117,18 +117,18 @@ def test_a_layers_errors_are_those_of_transformers_with_masked_routers(passages:
 
     full = np.concatenate(hidden(None))
     for n in (1, 3, 8, 20):
-        less = np.concatenate(hidden(list(found.experts[:n])))
+        less = np.concatenate(hidden(list(result.experts[:n])))
         errors = ((less - full) ** 2).sum(axis=1) / (full**2).sum(axis=1)
-        assert found.errors[n - 1] == pytest.approx(errors.mean(), rel=2e-3)
-    assert list(found.errors) == sorted(found.errors, reverse=True) or found.errors[-1] == 0
-    assert sorted(found.experts) == list(range(32))
+        assert result.errors[n - 1] == pytest.approx(errors.mean(), rel=2e-3)
+    assert list(result.errors) == sorted(result.errors, reverse=True) or result.errors[-1] == 0
+    assert sorted(result.experts) == list(range(32))
 
 
 class Stop(Exception):
     pass
 
 
-def test_an_interrupted_search_goes_on_and_gives_the_same_file(tmp_path: Path) -> None:
+def test_an_interrupted_search_resumes_and_gives_the_same_file(tmp_path: Path) -> None:
     text = tmp_path / "sums.txt"
     text.write_text(arithmetic(random.Random(3), 400))
     files = text_files([text])
@@ -148,7 +148,7 @@ def test_an_interrupted_search_goes_on_and_gives_the_same_file(tmp_path: Path) -
     assert sorted(p.name for p in tmp_path.iterdir()) == ["r.json", "sums.txt", "whole.json"]
 
 
-def test_what_another_backend_left_is_not_taken_up(tmp_path: Path) -> None:
+def test_what_another_backend_left_is_not_used(tmp_path: Path) -> None:
     text = tmp_path / "sums.txt"
     text.write_text(arithmetic(random.Random(3), 200))
     files = text_files([text])
@@ -171,10 +171,10 @@ def test_the_command_makes_a_ranking_that_plan_takes(
 ) -> None:
     text = tmp_path / "sums.txt"
     text.write_text(arithmetic(random.Random(4), 300))
-    told = call(capsys, "search", TINY, "--texts", text, "-o", tmp_path / "r.json", "--json")
-    assert told.code == 0, told.err
+    output = call(capsys, "search", TINY, "--texts", text, "-o", tmp_path / "r.json", "--json")
+    assert output.code == 0, output.err
     ranking = load_ranking(tmp_path / "r.json")
-    assert told.json()["layers"] == [list(row) for row in ranking.layers]
+    assert output.json()["layers"] == [list(row) for row in ranking.layers]
     assert ranking.provenance["method"] == "reconstruction"
     assert (
         json.loads((tmp_path / "r.json").read_text())["provenance"]["texts"]["sums"][0]["name"] == "sums.txt"

@@ -35,13 +35,13 @@ def test_every_statistic_is_what_hooks_on_transformers_see(tiny_model: CausalLM,
     texts: dict[str, list[list[int]]] = defaultdict(list)
     texts["sums"] = [text.encode(arithmetic(random.Random(i), 300))[: 60 + 20 * i] for i in range(2)]
     texts["words"] = [text.encode(PROSE)]
-    found = profile_passages(tiny_model, passages(texts))
+    result = profile_passages(tiny_model, passages(texts))
     for domain, sequences in texts.items():
         expected = routed.statistics(sequences)
-        assert all(layer.count.sum() == 4 * sum(map(len, sequences)) for layer in found[domain])
-        assert_same(found[domain], expected)
+        assert all(layer.count.sum() == 4 * sum(map(len, sequences)) for layer in result[domain])
+        assert_same(result[domain], expected)
         for metric in METRICS:
-            for a, b in zip(score(metric, found[domain]), score(metric, expected), strict=True):
+            for a, b in zip(score(metric, result[domain]), score(metric, expected), strict=True):
                 np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
@@ -59,23 +59,23 @@ def test_sequences_together_are_sequences_apart(tiny_model: CausalLM) -> None:
 def test_prompt_and_answer_are_counted_apart(tiny_model: CausalLM, routed: Routed) -> None:
     tokens = Text("example:tiny").encode(arithmetic(random.Random(4), 200))[:50]
     conversation = Passage("law", tuple(tokens), answer=20)
-    found = profile_passages(tiny_model, [conversation, Passage("law", tuple(tokens))])
+    result = profile_passages(tiny_model, [conversation, Passage("law", tuple(tokens))])
     prompt, answer = part_domains("law")
-    assert sorted(found) == sorted(["law", prompt, answer])
+    assert sorted(result) == sorted(["law", prompt, answer])
     # Attention looks back only: the prompt's statistics are those of the prompt by itself.
-    assert_same(found[prompt], routed.statistics([tokens[:20]]))
+    assert_same(result[prompt], routed.statistics([tokens[:20]]))
     both = [ExpertStatistics.zeros(32, 160) for _ in range(4)]
-    for total, one, other in zip(both, found[prompt], found[answer], strict=True):
+    for total, one, other in zip(both, result[prompt], result[answer], strict=True):
         total.add(one)
         total.add(other)
-    assert_same(both, found["law"])
+    assert_same(both, result["law"])
     assert_same(both, routed.statistics([tokens]))
 
 
 @pytest.mark.parametrize("answer", [0, 7, 30])
 def test_an_answer_may_be_all_or_nothing_of_a_piece(tiny_model: CausalLM, answer: int) -> None:
-    found = profile_passages(tiny_model, [Passage("law", (5, 80, 900, 33, 2, 7, 8), answer)])
-    assert list(found) == (["law:answer"] if answer == 0 else ["law:prompt"])
+    result = profile_passages(tiny_model, [Passage("law", (5, 80, 900, 33, 2, 7, 8), answer)])
+    assert list(result) == (["law:answer"] if answer == 0 else ["law:prompt"])
 
 
 @pytest.mark.parametrize("top_k", [None, 2])
@@ -86,11 +86,11 @@ def test_sequential_layers_see_what_the_plan_leaves_of_earlier_ones(
     rng = np.random.default_rng(1)
     kept = tuple(tuple(int(e) for e in rng.permutation(32)[:n]) for n in (6, 3, 9, 5))
     plan = Plan("gpt_oss", 32, kept, top_k)
-    [found] = profile_passages(tiny_model, [Passage("x", tuple(tokens))], sequential=plan).values()
-    assert_same(found, routed.sequential([tokens], kept, top_k), rtol=2e-5)
+    [result] = profile_passages(tiny_model, [Passage("x", tuple(tokens))], sequential=plan).values()
+    assert_same(result, routed.sequential([tokens], kept, top_k), rtol=2e-5)
     [plain] = profile_passages(tiny_model, [Passage("x", tuple(tokens))]).values()
-    assert_same(found[:1], plain[:1])
-    assert any((a.count != b.count).any() for a, b in zip(found, plain, strict=True))
+    assert_same(result[:1], plain[:1])
+    assert any((a.count != b.count).any() for a, b in zip(result, plain, strict=True))
 
 
 def test_many_tokens_in_pieces_and_spilled_to_a_file_are_the_same(

@@ -29,8 +29,8 @@ def test_prompts_are_the_beginnings_of_texts_long_enough(tmp_path: Path) -> None
     text = Text("example:tiny")
     math = [{"text": t} for t in (LONG, SHORT, "def f():\n    return 1 + 1\n", LONG)]
     given = corpus(tmp_path, math=math, other=[{"text": SHORT}])
-    found = prompts_of(given, 8, 2)
-    assert found == {"math": [text.encode(LONG)[:8], text.encode("def f():\n    return 1 + 1\n")[:8]]}
+    result = prompts_of(given, 8, 2)
+    assert result == {"math": [text.encode(LONG)[:8], text.encode("def f():\n    return 1 + 1\n")[:8]]}
     assert len(prompts_of(given, 8)["math"]) == 3
     with pytest.raises(
         UsageError, match="`texts`: none has 500 tokens; pass longer ones or a smaller `prompt_tokens`"
@@ -40,11 +40,11 @@ def test_prompts_are_the_beginnings_of_texts_long_enough(tmp_path: Path) -> None
 
 def test_a_conversation_is_asked_up_to_its_answer(tmp_path: Path) -> None:
     pytest.importorskip("jinja2")
-    asked = {"role": "user", "content": "What is 2 + 2?"}
+    requested = {"role": "user", "content": "What is 2 + 2?"}
     lines: list[object] = [
-        {"messages": [asked, {"role": "assistant", "content": "4"}]},
-        {"messages": [asked]},
+        {"messages": [requested, {"role": "assistant", "content": "4"}]},
+        {"messages": [requested]},
     ]
     text = Text("example:tiny")
-    expected = text.encode(text.chat([asked]))
+    expected = text.encode(text.chat([requested]))
     assert prompts_of(corpus(tmp_path, sums=lines), 3) == {"sums": [expected, expected]}

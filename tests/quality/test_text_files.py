@@ -80,23 +80,25 @@ def test_rows_are_the_same_in_every_form(
     [file] = text_files([tmp_path / name])
     assert file.format == ("chat" if rows is TALK else "jsonl")
     assert file.domain == name[0]
-    found = open_corpus([file], text, context=4096)
+    results = open_corpus([file], text, context=4096)
     if rows is TEXTS:
         expected = [row["text"] if isinstance(row, dict) else row for row in rows]
-        assert [d.text for d in found.documents()] == expected
-        assert [text.decode(p.tokens) for p in found] == expected
+        assert [d.text for d in results.documents()] == expected
+        assert [text.decode(p.tokens) for p in results] == expected
     else:
-        assert [d.chat.messages for d in found.documents() if d.chat] == [tuple(r["messages"]) for r in rows]
+        assert [d.chat.messages for d in results.documents() if d.chat] == [
+            tuple(r["messages"]) for r in rows
+        ]
 
 
 @pytest.mark.parametrize("name", ["x.txt", "x.txt.gz", "x.py.GZ", "x"])
 @pytest.mark.parametrize("compress", [bytes, gzip.compress])
 def test_texts_are_the_same_compressed(name: str, compress: Any, text: Text, tmp_path: Path) -> None:
-    said = 'A text {with} "quotes".\r\nÜber [zwei] Zeilen.\n'
-    (tmp_path / name).write_bytes(compress(said.encode()))
+    result = 'A text {with} "quotes".\r\nÜber [zwei] Zeilen.\n'
+    (tmp_path / name).write_bytes(compress(result.encode()))
     [file] = text_files([tmp_path / name])
     assert (file.domain, file.format) == ("x", "text")
-    assert [d.text for d in open_corpus([file], text, context=99).documents()] == [said]
+    assert [d.text for d in open_corpus([file], text, context=99).documents()] == [result]
 
 
 def test_a_byte_order_mark_is_not_part_of_a_text(text: Text, tmp_path: Path) -> None:
@@ -128,8 +130,8 @@ sizes = st.lists(st.integers(0, 9), max_size=60)
 def test_a_list_in_pieces_is_its_items(
     rows: list[Any], indent: int | None, ascii: bool, cut: list[int]
 ) -> None:
-    said = json.dumps(rows, indent=indent, ensure_ascii=ascii)
-    assert [row for _, row in JsonList(in_pieces(said, cut), "x")] == rows
+    result = json.dumps(rows, indent=indent, ensure_ascii=ascii)
+    assert [row for _, row in JsonList(in_pieces(result, cut), "x")] == rows
     apart = "[" + ",".join("\n\n" + json.dumps(row) for row in rows) + "]"
     assert list(JsonList(in_pieces(apart, cut), "x")) == [(3 + 2 * n, row) for n, row in enumerate(rows)]
 
@@ -138,12 +140,12 @@ def test_a_list_in_pieces_is_its_items(
 def test_a_damaged_list_is_refused_where_json_refuses_it(
     rows: list[Any], data: st.DataObject, cut: list[int]
 ) -> None:
-    said = json.dumps(rows, indent=1)
-    at = data.draw(st.integers(0, len(said)))
+    result = json.dumps(rows, indent=1)
+    at = data.draw(st.integers(0, len(result)))
     damaged = (
-        said[:at]
+        result[:at]
         + data.draw(st.text('[]{},:"\\ \n0x', max_size=2))
-        + said[at + data.draw(st.integers(0, 3)) :]
+        + result[at + data.draw(st.integers(0, 3)) :]
     )
     try:
         expected = json.loads(damaged)
@@ -248,9 +250,9 @@ def test_what_is_neither_text_nor_rows_is_refused_by_name(case: str, text: Text,
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InvalidInputError) as caught:
         list(open_corpus(text_files([tmp_path / name]), text, context=99))
-    said = str(caught.value)
-    assert said.startswith(f"{tmp_path / name}: {complaint}")
-    assert "\n" not in said
+    result = str(caught.value)
+    assert result.startswith(f"{tmp_path / name}: {complaint}")
+    assert "\n" not in result
 
 
 def test_a_format_that_is_given_is_not_guessed(text: Text, tmp_path: Path) -> None:

@@ -13,12 +13,12 @@ from typing import Any
 MISSING = next(
     (
         f"{what} is not installed"
-        for what, found in (
+        for what, result in (
             ("chromium", shutil.which("chromium")),
             ("chromedriver (chromium-driver)", shutil.which("chromedriver")),
             ("selenium", find_spec("selenium")),
         )
-        if not found
+        if not result
     ),
     None,
 )

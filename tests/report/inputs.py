@@ -71,11 +71,11 @@ def evaluation_of(
     def add(name: str, n: int, provenance: dict[str, object], good: float) -> None:
         kept = provenance.get("domains") or []
         cut = 1.6 * ((experts - n) / experts) ** 2
-        found = {
+        result = {
             d: quality(d, good * (0.6 if kept == [d] else 1.0) * rng.uniform(0.9, 1.1) * cut + 0.001)
             for d in domains
         }
-        models.append(ModelResult(name, "plan", (n,) * layers, min(4, n), found, provenance))
+        models.append(ModelResult(name, "plan", (n,) * layers, min(4, n), result, provenance))
 
     for n in sizes:
         for metric in metrics:

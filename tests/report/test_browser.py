@@ -110,8 +110,8 @@ def test_the_real_checkpoints_page_opens_without_complaint(
     page_file.write_text(build_report(real.statistics, real.plans, [("cuts.json", real.evaluation)]))
     chromium.open(page_file, 1280, 900)
     assert chromium.complaints() == []
-    shown = chromium.run("return JSON.parse(document.getElementById('data').textContent).views")
-    assert [v["name"] for v in shown] == ["all domains", "arithmetic", "code", "prose"]
+    printed = chromium.run("return JSON.parse(document.getElementById('data').textContent).views")
+    assert [v["name"] for v in printed] == ["all domains", "arithmetic", "code", "prose"]
     # The map says what the statistics say.
     labels = chromium.run(CELL, "aria-label")
     counts = sum(layers[2].count for layers in real.statistics.data.values())
@@ -122,8 +122,8 @@ def test_the_real_checkpoints_page_opens_without_complaint(
     assert column(chromium, "models", "Model") == ["full", *(n for n, _ in real.plans)]
     assert column(chromium, "models", "KL") == [f"{m.overall.kl:.4f}" for m in real.evaluation.models]
     chromium.choose("evaluation-domain", 2)
-    found = [m.domains["code"] for m in real.evaluation.models]
-    assert column(chromium, "models", "Agreement") == [f"{100 * q.agreement:.1f} %" for q in found]
+    results = [m.domains["code"] for m in real.evaluation.models]
+    assert column(chromium, "models", "Agreement") == [f"{100 * q.agreement:.1f} %" for q in results]
     titles = chromium.run(
         "return [...document.querySelectorAll('#evaluation title')].map((t) => t.textContent)"
     )
@@ -169,25 +169,25 @@ def test_domain_metric_and_plan_change_the_cells(
     chromium: Browser, page: Path, statistics: Statistics
 ) -> None:
     chromium.open(page, 1280, 900)
-    shown = views(statistics)
+    printed = views(statistics)
     before = chromium.run(CELL, "class")
     chromium.choose("map-view", 3)
     chromium.choose("map-metric", 5)
     after, labels = chromium.run(CELL, "class"), chromium.run(CELL, "aria-label")
     assert before != after
-    scores, ranks = shown[3].scores["reap"], shown[3].ranks("reap")
+    scores, ranks = printed[3].scores["reap"], printed[3].ranks("reap")
     for layer in range(24):
         top = scores[layer].max()
         for expert in range(32):
             i = 32 * layer + expert
             shade = int(after[i].removeprefix("q"))
             assert abs(shade - 23 * scores[layer, expert] / top) <= 0.51
-            said = re.fullmatch(
+            result = re.fullmatch(
                 r"layer \d+, expert \d+: reap ([\d.]+), (\d+)\w\w of 32, (?:not )?kept", labels[i]
             )
-            assert said is not None
-            assert float(said[1]) == pytest.approx(scores[layer, expert], rel=1e-3)
-            assert int(said[2]) == ranks[layer, expert]
+            assert result is not None
+            assert float(result[1]) == pytest.approx(scores[layer, expert], rel=1e-3)
+            assert int(result[2]) == ranks[layer, expert]
     dots = "return document.querySelector('#map .dot').getAttribute('d').split('M').length - 1"
     assert chromium.run(dots) == 24 * 8
     chromium.choose("map-plan", 1)
@@ -196,7 +196,7 @@ def test_domain_metric_and_plan_change_the_cells(
     assert chromium.run(dots) == 0
     assert "kept" not in chromium.run(CELL, "aria-label")[0]
     best_first = chromium.run("return document.querySelector('#orders tbody td').textContent")
-    assert [int(e) for e in best_first.split()] == shown[3].orders["reap"][0].tolist()
+    assert [int(e) for e in best_first.split()] == printed[3].orders["reap"][0].tolist()
     assert chromium.complaints() == []
 
 
@@ -208,9 +208,9 @@ def test_pointing_at_a_cell_shows_its_numbers(chromium: Browser, page: Path, sta
         "const b = c.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2]"
     )
     chromium.command("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
-    told = chromium.run("return document.getElementById('map-readout').innerText")
-    assert "Layer 3, expert 7 on all domains" in told
-    assert f"{sum(int(s[3].count[7]) for s in statistics.data.values()):,}" in told
+    output = chromium.run("return document.getElementById('map-readout').innerText")
+    assert "Layer 3, expert 7 on all domains" in output
+    assert f"{sum(int(s[3].count[7]) for s in statistics.data.values()):,}" in output
 
 
 def test_tables_sort_by_click_and_by_key_and_say_so(chromium: Browser, page: Path) -> None:
@@ -245,7 +245,7 @@ def test_overlap_coverage_and_evaluation_follow_their_controls(
     chromium: Browser, page: Path, statistics: Statistics
 ) -> None:
     chromium.open(page, 1280, 900)
-    shown = views(statistics)
+    printed = views(statistics)
     chromium.choose("overlap-metric", 5)
     chromium.choose("overlap-n", 12)
     cells = chromium.run(
@@ -256,17 +256,17 @@ def test_overlap_coverage_and_evaluation_follow_their_controls(
         for b, cell in enumerate(row):
             common = [
                 len(set(x[:12].tolist()) & set(y[:12].tolist()))
-                for x, y in zip(shown[a].orders["reap"], shown[b].orders["reap"], strict=True)
+                for x, y in zip(printed[a].orders["reap"], printed[b].orders["reap"], strict=True)
             ]
             assert abs(float(cell) - 100 * sum(common) / (12 * 24)) <= 0.51
     chromium.choose("coverage-compare", 1)
     chromium.choose("coverage-metric", 0)
     chromium.choose("coverage-kind", 1)
     chromium.choose("coverage-n", 4)
-    found = column(chromium, "coverage-table", "best 4 experts")
-    for view, cell in zip(shown, found, strict=True):
-        held = [sorted(r / r.sum(), reverse=True)[:4] for r in (s.count for s in view.layers)]
-        assert float(cell.removesuffix(" %")) == pytest.approx(100 * sum(map(sum, held)) / 24, abs=0.06)
+    results = column(chromium, "coverage-table", "best 4 experts")
+    for view, cell in zip(printed, results, strict=True):
+        stored = [sorted(r / r.sum(), reverse=True)[:4] for r in (s.count for s in view.layers)]
+        assert float(cell.removesuffix(" %")) == pytest.approx(100 * sum(map(sum, stored)) / 24, abs=0.06)
     names = "return [...document.querySelectorAll('#evaluation-legend li')].map((l) => l.textContent.trim())"
     assert chromium.run(names) == ["frequency, all domains", "reap, all domains", "random"]
     chromium.choose("evaluation-domain", 3)
@@ -301,10 +301,10 @@ def test_a_phone_scrolls_the_map_but_not_the_page(chromium: Browser, page_file: 
     assert chromium.run(OVERFLOW) == 0
     chromium.run("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
     assert chromium.run(OVERFLOW) == 0
-    wide = chromium.run(
+    upcast = chromium.run(
         "const m = document.getElementById('map').parentElement; return m.scrollWidth > m.clientWidth"
     )
-    assert wide is (experts > 8)
+    assert upcast is (experts > 8)
     # Moving by keys brings the cell into its box.
     chromium.run("document.querySelector('[data-at=\"0,0\"]').focus()")
     chromium.press(KEYS["end"])
@@ -367,9 +367,9 @@ def test_the_policy_stops_whatever_would_load(chromium: Browser, page: Path) -> 
         "const s = document.createElement('script'); s.textContent = 'document.title = 1'; document.body.append(s);"
     )
     chromium.driver.execute_async_script("setTimeout(arguments[0], 100)")
-    said = " ".join(chromium.complaints())
-    assert "img-src" in said or "default-src" in said
-    assert "script-src" in said
+    result = " ".join(chromium.complaints())
+    assert "img-src" in result or "default-src" in result
+    assert "script-src" in result
     assert chromium.run("return document.title") != "1"
 
 

@@ -60,15 +60,15 @@ def best(statistics: Statistics, metric: str, domain: str | None, layer: int) ->
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_orders_overlap_and_coverage_are_what_loops_find(statistics: Statistics, metric: str) -> None:
-    shown = views(statistics)
-    assert [v.domain for v in shown] == [None, *DOMAINS]
-    for view in shown:
+    printed = views(statistics)
+    assert [v.domain for v in printed] == [None, *DOMAINS]
+    for view in printed:
         orders = [best(statistics, metric, view.domain, layer) for layer in range(3)]
         assert view.orders[metric].tolist() == orders
         for layer, order in enumerate(orders):
             assert [order.index(e) + 1 for e in range(8)] == view.ranks(metric)[layer].tolist()
         for kind in ("weight", "routes"):
-            held = []
+            stored = []
             for layer, order in enumerate(orders):
                 total = [
                     sum(
@@ -78,13 +78,13 @@ def test_orders_overlap_and_coverage_are_what_loops_find(statistics: Statistics,
                     )
                     for e in range(8)
                 ]
-                held.append([sum(total[e] for e in order[:n]) / sum(total) for n in range(1, 9)])
+                stored.append([sum(total[e] for e in order[:n]) / sum(total) for n in range(1, 9)])
             mean, worst = coverage(view.orders[metric], view.carried(kind))
-            np.testing.assert_allclose(mean, np.mean(held, axis=0), rtol=1e-12)
-            np.testing.assert_allclose(worst, np.min(held, axis=0), rtol=1e-12)
+            np.testing.assert_allclose(mean, np.mean(stored, axis=0), rtol=1e-12)
+            np.testing.assert_allclose(worst, np.min(stored, axis=0), rtol=1e-12)
             assert mean[-1] == pytest.approx(1)
-    for a in shown:
-        for b in shown:
+    for a in printed:
+        for b in printed:
             common = [
                 sum(
                     len(set(best(statistics, metric, a.domain, i)[:n]) & set(best(statistics, metric, b.domain, i)[:n]))
@@ -132,21 +132,21 @@ def test_the_embedded_numbers_are_the_figures_to_five_digits(statistics: Statist
                 expected = coverage(view.orders[metric], view.carried(kind))
                 np.testing.assert_allclose(data["coverage"][kind][m][v], expected, rtol=6e-5)
         pairs = [(a, b) for b in range(4) for a in range(b)]
-        for (a, b), found in zip(pairs, data["overlap"][m], strict=True):
+        for (a, b), result in zip(pairs, data["overlap"][m], strict=True):
             one, other = views(statistics)[a], views(statistics)[b]
-            assert found == overlap(one.orders[metric], other.orders[metric]).tolist()
+            assert result == overlap(one.orders[metric], other.orders[metric]).tolist()
     assert data["plans"][0]["kept"] == [list(kept) for kept in plan.layers]
 
 
 def test_lines_group_models_by_method_and_domains_and_pool_seeds(statistics: Statistics) -> None:
     evaluation = evaluation_of(statistics, ("frequency", "reap"), seeds=3)
-    found = lines(evaluation)
+    result = lines(evaluation)
     every = tuple(sorted(DOMAINS))
-    assert {(line.method, line.domains) for line in found} == {
+    assert {(line.method, line.domains) for line in result} == {
         *((m, d) for m in ("frequency", "reap") for d in (every, ("code",), ("law",), ("prose",))),
         ("random", None),
     }
-    [drawn] = [line for line in found if line.method == "random"]
+    [drawn] = [line for line in result if line.method == "random"]
     for measure, value in MEASURES.items():
         for domain in (None, "law"):
             for point in drawn.points(measure, domain):
@@ -157,8 +157,8 @@ def test_lines_group_models_by_method_and_domains_and_pool_seeds(statistics: Sta
                 ]
                 assert len(values) == point.models == 3
                 assert (point.middle, point.low, point.high) == (median(values), min(values), max(values))
-    assert {line.domains for line in ranked_for_domain(found, "law", evaluation.domains)} == {("law",), None}
-    assert {line.domains for line in ranked_for_domain(found, None, evaluation.domains)} == {every, None}
+    assert {line.domains for line in ranked_for_domain(result, "law", evaluation.domains)} == {("law",), None}
+    assert {line.domains for line in ranked_for_domain(result, None, evaluation.domains)} == {every, None}
     # Prompts and answers are of their domain; more domains than were evaluated still are all of them.
     answers = [Line("reap", ("law:answer", "law:prompt"), ()), Line("reap", ("code:answer",), ())]
     assert ranked_for_domain(answers, "law", ["law"]) == answers[:1]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from moe_surgery.errors import InvalidInputError, PlanMismatchError
-from moe_surgery.report.markup import embedded_json, number, shown, tag, text
+from moe_surgery.report.markup import display_name, embedded_json, number, tag, text
 from moe_surgery.report.page import build_report
 from moe_surgery.selection.statistics import Statistics
 from tests.report.inputs import evaluation_of, made_up, plan_of
@@ -66,8 +66,8 @@ class Page(HTMLParser):
 
     @property
     def data(self) -> dict:  # type: ignore[type-arg]
-        [found] = [body for name, attributes, body in self.raw if attributes.get("id") == "data"]
-        return json.loads(found)
+        [results] = [body for name, attributes, body in self.raw if attributes.get("id") == "data"]
+        return json.loads(results)
 
 
 def full_page(statistics: Statistics, title: str | None = None) -> str:
@@ -123,18 +123,18 @@ def test_names_from_files_stay_names(name: str) -> None:
     assert {t for t, _ in parsed.elements} == {t for t, _ in honest.elements}
     assert [t for t, _ in parsed.elements].count("script") == 2
     assert {k for _, a in parsed.elements for k in a} == {k for _, a in honest.elements for k in a}
-    assert {view["name"] for view in parsed.data["views"][1:]} == {shown(name), "b"}
-    assert parsed.data["plans"][0]["name"] == shown(name)
-    assert shown(name) in parsed.words
+    assert {view["name"] for view in parsed.data["views"][1:]} == {display_name(name), "b"}
+    assert parsed.data["plans"][0]["name"] == display_name(name)
+    assert display_name(name) in parsed.words
     assert not [c for c in page if not c.isprintable() and c != "\n"]
 
 
 def test_embedded_json_holds_no_markup_and_comes_back_whole() -> None:
     value = {"a": [*HOSTILE, "]]>", "é"], "b": [1, 2.5, None]}
-    said = embedded_json(value)
-    assert said.isascii()
-    assert not set("<>&") & set(said)
-    assert json.loads(said) == value
+    result = embedded_json(value)
+    assert result.isascii()
+    assert not set("<>&") & set(result)
+    assert json.loads(result) == value
     with pytest.raises(ValueError, match="JSON compliant"):
         embedded_json(float("nan"))
 
@@ -146,7 +146,7 @@ def test_markup_escapes_all_but_markup() -> None:
     )
     assert tag("p", tag("b", "&")) == "<p><b>&amp;</b></p>"
     assert text("a\u202eb") == "a\\u202eb"
-    assert len(shown("x" * 10**6)) < 100
+    assert len(display_name("x" * 10**6)) < 100
     assert (number(123456.789), number(0.000123456), number(3.0), number(float("inf"))) == (
         123460,
         0.00012346,

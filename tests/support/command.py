@@ -61,6 +61,19 @@ class Ended:
         return json.loads(self.out)
 
 
+def done(ended: Ended) -> Ended:
+    """`ended`, which must have succeeded."""
+    assert ended.code == 0, ended.err
+    return ended
+
+
+def refused(ended: Ended, code: int) -> str:
+    """The one line of an error with exit code `code` and no output, without the program's name."""
+    assert (ended.code, ended.out) == (code, ""), ended.err
+    assert ended.error.isprintable()
+    return ended.error.removeprefix("moe-surgery: ")
+
+
 def call(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> Ended:
     """Run `moe-surgery ARGUMENTS` in this process."""
     capsys.readouterr()

@@ -11,7 +11,7 @@ __all__ = ["command"]
 
 @click.group("bench")
 def command() -> None:
-    """Measure speed and memory on this machine: decoding, speculation, surgery, kernels.
+    """Measure speed and memory on this machine.
 
     Alternatives run in alternation, so that drift affects all alike; figures are medians. Ctrl-C stops a
     benchmark and prints what was measured so far.

@@ -5,14 +5,14 @@ const MARKERS = [
   "M-3.6 0a3.6 3.6 0 1 0 7.2 0a3.6 3.6 0 1 0 -7.2 0z", "M-3.2 -3.2h6.4v6.4h-6.4z", "M0 -4.2L4 3H-4z",
   "M0 -4.6L4.2 0L0 4.6L-4.2 0z", "M-3 -3L3 3M3 -3L-3 3", "M0 -4V4M-4 0H4", "M0 4.2L4 -3H-4z",
 ];
-const styleOf = (place) => ({
-  colour: "s" + (place % COLOURS),
-  dash: DASHES[(place + Math.floor(place / COLOURS)) % DASHES.length] || null,
-  marker: MARKERS[place % MARKERS.length],
+const styleOf = (index) => ({
+  colour: "s" + (index % COLOURS),
+  dash: DASHES[(index + Math.floor(index / COLOURS)) % DASHES.length] || null,
+  marker: MARKERS[index % MARKERS.length],
 });
 
-function markerAt(place, x, y, title) {
-  const s = styleOf(place);
+function markerAt(index, x, y, title) {
+  const s = styleOf(index);
   const e = draw("path", { class: "mark " + s.colour, d: s.marker, transform: `translate(${x.toFixed(1)} ${y.toFixed(1)})` });
   if (title) e.append(draw("title", null, title));
   return e;
@@ -20,9 +20,9 @@ function markerAt(place, x, y, title) {
 
 function legend(lines) {
   return make("ul", { class: "legend" }, ...lines.map((l) => {
-    const s = styleOf(l.place);
+    const s = styleOf(l.index);
     const sample = draw("svg", { width: 34, height: 16, viewBox: "0 0 34 16", "aria-hidden": "true" },
-      draw("path", { class: "line " + s.colour, d: "M1 8H33", "stroke-dasharray": s.dash }), markerAt(l.place, 17, 8));
+      draw("path", { class: "line " + s.colour, d: "M1 8H33", "stroke-dasharray": s.dash }), markerAt(l.index, 17, 8));
     return make("li", null, sample, " ", l.name);
   }));
 }
@@ -55,7 +55,7 @@ function wholeTicks(low, high) {
 }
 
 // c: {title, xLabel, yLabel, x: [from, to], y: [from, to], log, percent, level: {name, y}, at, marks,
-// series: [{name, place, points: [{x, y, low, high, title}]}]}
+// series: [{name, index, points: [{x, y, low, high, title}]}]}
 function lineChart(c, width) {
   const height = Math.round(Math.min(320, Math.max(230, width * 0.6)));
   const top = 12, right = 16, bottom = 44, left = 56;
@@ -84,7 +84,7 @@ function lineChart(c, width) {
   }
   if (c.at) svg.append(draw("path", { class: "at", d: `M${atX(c.at).toFixed(1)} ${top}V${height - bottom}` }));
   for (const s of c.series) {
-    const style = styleOf(s.place);
+    const style = styleOf(s.index);
     if (s.points.some((p) => p.high > p.low)) {
       const band = [...s.points.map((p) => pair(p.x, p.high)), ...s.points.map((p) => pair(p.x, p.low)).reverse()];
       svg.append(draw("path", { class: "band " + style.colour, d: "M" + band.join("L") + "z" }));
@@ -94,7 +94,7 @@ function lineChart(c, width) {
         d: "M" + s.points.map((p) => pair(p.x, p.y)).join("L") }));
     const every = Math.max(1, Math.floor(s.points.length / 8));
     s.points.forEach((p, i) => {
-      if (i % every === s.place % every) svg.append(markerAt(s.place, atX(p.x), atY(p.y), p.title));
+      if (i % every === s.index % every) svg.append(markerAt(s.index, atX(p.x), atY(p.y), p.title));
     });
   }
   let above = 0;  // keeps the names of nearby plans apart

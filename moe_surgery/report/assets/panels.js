@@ -26,13 +26,13 @@ function showCoverage() {
   byId("coverage-view").closest("label").hidden = domains;
   if (byId("coverage-metric")) byId("coverage-metric").closest("label").hidden = !domains;
   const lines = domains
-    ? D.views.map((v, i) => ({ name: v.name, place: i, both: D.coverage[kind][metric][i] }))
-    : D.metrics.map((m, i) => ({ name: m, place: i, both: D.coverage[kind][i][view] }));
+    ? D.views.map((v, i) => ({ name: v.name, index: i, both: D.coverage[kind][metric][i] }))
+    : D.metrics.map((m, i) => ({ name: m, index: i, both: D.coverage[kind][i][view] }));
   const chart = (title, which) => ({
     title, xLabel: "experts kept in each layer", yLabel: "share of " + (kind === "weight" ? "routing weight" : "routes"),
     x: [1, D.experts], y: [0, 1], percent: true, at: n,
     marks: domains ? [] : D.plans.map((p) => ({ name: p.name, x: p.experts, y: p.coverage[kind][view][which] })),
-    series: lines.map((l) => ({ name: l.name, place: l.place, points: l.both[which].map((y, i) => (
+    series: lines.map((l) => ({ name: l.name, index: l.index, points: l.both[which].map((y, i) => (
       { x: i + 1, y, title: `${l.name}, ${i + 1} experts: ${percent(y)}` })) })),
   });
   showPanels("coverage", [chart("Mean over layers", 0), chart("Worst layer", 1)]);
@@ -83,10 +83,10 @@ function showEvaluation() {
   const own = e.own[domain].length ? e.own[domain] : null;
   const wanted = set === 0 ? null : set === 1 ? own : [set - 2];
     // Colours are numbered among the lines shown, so that a few lines never look alike.
-  const lines = e.lines.filter((l) => l.set === null || wanted === null || wanted.includes(l.set)).map((l, place) => ({ ...l, place }));
+  const lines = e.lines.filter((l) => l.set === null || wanted === null || wanted.includes(l.set)).map((l, index) => ({ ...l, index }));
   const charts = MEASURES.map(([measure, title, yLabel]) => {
     const share = measure === "agreement" || measure === "rerouted";
-    const series = lines.map((l) => ({ name: l.name, place: l.place, points: l.points[measure][domain].map(([x, y, low, high, models]) => (
+    const series = lines.map((l) => ({ name: l.name, index: l.index, points: l.points[measure][domain].map(([x, y, low, high, models]) => (
       { x, y, low, high, title: `${l.name}, ${whole(x)} experts: ${share ? percent(y) : figure(y)}` +
         (models > 1 ? ` (median of ${models})` : "") })) }));
     const points = series.flatMap((s) => s.points), full = e.full[measure][domain];
