@@ -111,8 +111,8 @@ def check_statistics(
         actual = identity(opened, identify_model(opened, families))
     if statistics.identity != actual:
         raise PlanMismatchError(
-            f"the statistics are of another checkpoint ({statistics.identity}) than {checkpoint} ({actual}); "
-            "run profile on this one"
+            f"the statistics were made from another checkpoint ({statistics.identity}), not from "
+            f"{checkpoint} ({actual}); run profile on this one"
         )
 
 

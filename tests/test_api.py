@@ -118,7 +118,7 @@ def test_rankings_and_statistics_are_taken_by_path(folder: Path, as_path: AsPath
     )
     both = merge([a, b])
     assert (both.domains, both.tokens["b"]) == (["a", "b"], made_up(4, 32, ["b"], 1).tokens["b"])
-    with pytest.raises(PlanMismatchError, match="are of another checkpoint"):
+    with pytest.raises(PlanMismatchError, match="were made from another checkpoint"):
         check_statistics(TINY, a)
 
 

@@ -178,7 +178,7 @@ def _of_file(fd: int, size: int) -> Kind | None:
         return _of_safetensors(fd, size, int.from_bytes(head[:8], "little"))
     if not start.startswith(b"{"):
         return None
-    if match := _FORMAT.search(head[:4096]):  # where our own writers have it
+    if match := _FORMAT.search(head[:4096]):  # where our writers put it
         return _FORMATS.get(match[1].decode())
     return _of_json(fd, size, head)
 

@@ -123,7 +123,7 @@ class LocalFile(ByteSource):
         try:
             self._map.madvise(advice, start, offset + nbytes - start)
         except OSError as error:
-            if error.errno != 22:  # EINVAL: an older kernel does not know the advice
+            if error.errno != 22:  # EINVAL: an older kernel without this advice
                 raise self._unreadable(error, offset, nbytes) from error
 
     def _unreadable(self, error: OSError, offset: int, nbytes: int) -> OutputError:

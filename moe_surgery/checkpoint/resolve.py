@@ -63,9 +63,7 @@ def check_is_path(out: str | os.PathLike[str]) -> None:
     revision = hub is not None and hub[1] and not out.startswith(".") and not Path(out).parent.is_dir()
     if _SOURCE.match(out) or revision:
         path_text = printable_path(out)
-        raise UsageError(
-            f"{path_text}: names something to read, not to write; if a path is meant, write ./{path_text}"
-        )
+        raise UsageError(f"{path_text}: is a source, not an output path; for a path, write ./{path_text}")
 
 
 def _example(name: str) -> Path:

@@ -13,9 +13,9 @@ from moe_surgery.engine.reflink import Range, unshared
 from moe_surgery.engine.stream import Stage, stream
 from moe_surgery.errors import DiskFullError, OutputError
 
-__all__ = ["Progress", "check_space", "publish", "write_layout"]
+__all__ = ["OnBytes", "check_space", "publish", "write_layout"]
 
-Progress = Callable[[int], None]
+OnBytes = Callable[[int], None]
 """Called with the number of bytes processed since the last call."""
 
 

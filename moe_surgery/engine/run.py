@@ -14,7 +14,7 @@ from moe_surgery.checkpoint.staging import Staging
 from moe_surgery.checkpoint.writer import OutputFile, remove_leftover
 from moe_surgery.engine.chunks import Chunk, FileLayout
 from moe_surgery.engine.digest import FileDigest, digest_file
-from moe_surgery.engine.output import Progress, publish, write_layout
+from moe_surgery.engine.output import OnBytes, publish, write_layout
 from moe_surgery.engine.producer import Producer
 from moe_surgery.engine.reflink import Range, share_extents
 from moe_surgery.formats.encode_report import EncodeReport
@@ -45,7 +45,7 @@ class FolderRun:
     """Writes files to a `Staging` folder. `bytes_shared` counts reflinked bytes."""
 
     def __init__(
-        self, staging: Staging, sources: Mapping[str, Shard], ops: FileOps, progress: Progress
+        self, staging: Staging, sources: Mapping[str, Shard], ops: FileOps, progress: OnBytes
     ) -> None:
         self.bytes_shared = 0
         self._staging = staging

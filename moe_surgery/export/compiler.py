@@ -199,7 +199,7 @@ def _expert_weight(
         )
     if not target.fits_columns(columns):
         raise UsageError(
-            f"`store` mxfp4: tensor {tensor.name!r} has {columns} columns, not whole blocks of {BLOCK_VALUES}"
+            f"`store` mxfp4: tensor {tensor.name!r} has {columns} columns, not a multiple of {BLOCK_VALUES}"
         )
     return TensorType.MXFP4, tuple(
         Quantise(v, rows, columns, first, step, stored.name, source) for v in values

@@ -9,7 +9,7 @@ from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.checkpoint.staging import output_lock
 from moe_surgery.checkpoint.writer import OutputFile, remove_leftover
 from moe_surgery.engine.chunks import Chunk
-from moe_surgery.engine.output import Progress, check_space, publish, write_layout
+from moe_surgery.engine.output import OnBytes, check_space, publish, write_layout
 from moe_surgery.engine.producer import Producer
 from moe_surgery.export.conversions import GgufConversions
 from moe_surgery.export.program import GgufProgram
@@ -25,7 +25,7 @@ def write_gguf(
     *,
     overwrite: bool = False,
     ignore_free_space: bool = False,
-    progress: Progress | None = None,
+    progress: OnBytes | None = None,
     ops: FileOps | None = None,
 ) -> EncodeReport:
     """Write `program` to the file `out`; returns what conversion to MXFP4 lost.

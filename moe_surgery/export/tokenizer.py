@@ -213,7 +213,7 @@ class _Reader:
         highest = max([*self._vocabulary, *added])
         if highest >= vocabulary:
             raise InvalidInputError(
-                f"{self._where}: token {highest} is beyond the {vocabulary} of the model's vocabulary; "
+                f"{self._where}: token {highest} exceeds the model's vocabulary of {vocabulary}; "
                 "the tokenizer belongs to a different model"
             )
         tokens, kinds = [], []

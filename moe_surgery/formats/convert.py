@@ -129,9 +129,8 @@ def _f32_bits(values: Words, source: ExpertFormat) -> NDArray[np.uint32]:
     """F32 bits of the same values, exactly; contiguous."""
     if source == F32:
         return np.ascontiguousarray(values, np.uint32)
-    if (
-        source == F16
-    ):  # numpy converts subnormal values by their bits, even if the thread flushes them to zero
+    if source == F16:
+        # numpy converts subnormal values by their bits, even if the thread flushes them to zero.
         return np.ascontiguousarray(values).view(np.float16).astype(np.float32).view(np.uint32)
     f32 = values.astype(np.uint32, order="C")
     f32 <<= np.uint32(16)
@@ -147,9 +146,8 @@ def _to_bf16(f32: NDArray[np.uint32], magnitude: NDArray[np.uint32]) -> NDArray[
     rounded >>= np.uint32(16)
     if magnitude.max(initial=0) > _F32_INFINITY:
         nan = magnitude > _F32_INFINITY
-        rounded[nan] = (f32[nan] >> np.uint32(16)) | np.uint32(
-            0x40
-        )  # quiet, so that none becomes an infinity
+        quiet = np.uint32(0x40)  # set, so that no NaN becomes an infinity
+        rounded[nan] = (f32[nan] >> np.uint32(16)) | quiet
     bits: NDArray[np.uint16] = rounded.astype(np.uint16)
     return bits
 

@@ -145,7 +145,7 @@ def _topic_files(tree: Path, topic: str) -> list[Path]:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise OutputError(
             f"{printable_path(tree)}: {len(missing)} of the {len(folders)} folders of topic {topic} are missing: "
-            f"{', '.join(missing[:3])}{more}; name the root of the whole published tree"
+            f"{', '.join(missing[:3])}{more}; pass the root of the whole published tree"
         )
     return files
 

@@ -120,7 +120,7 @@ def _expert_weight(tensor: ModelTensor, kept: Sequence[int], target: ExpertForma
     if not target.fits_columns(columns):
         raise UsageError(
             f"`store` {target.name}: tensor {tensor.name!r} has {columns} columns, "
-            f"not whole blocks of {target.block_values}"
+            f"not a multiple of {target.block_values}"
         )
     stored = target.tensors(rows, columns)
     if tensor.format == target:

@@ -12,7 +12,7 @@ from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.checkpoint.staging import Staging
 from moe_surgery.checkpoint.writer import copy_file, remove_leftover, write_file
-from moe_surgery.engine.output import Progress, check_space
+from moe_surgery.engine.output import OnBytes, check_space
 from moe_surgery.engine.run import FolderRun
 from moe_surgery.formats.encode_report import EncodeReport
 from moe_surgery.surgery.manifest import FileRecord, manifest_bytes, shard_record
@@ -44,7 +44,7 @@ def run_program(
     *,
     overwrite: bool = False,
     ignore_free_space: bool = False,
-    progress: Progress | None = None,
+    progress: OnBytes | None = None,
     ops: FileOps | None = None,
 ) -> Outcome:
     """Write `program` to the new folder `out`. `progress` is called with bytes of shards processed.
@@ -68,7 +68,7 @@ def run_program(
 
 class _Run:
     def __init__(
-        self, program: Program, checkpoint: Checkpoint, staging: Staging, ops: FileOps, progress: Progress
+        self, program: Program, checkpoint: Checkpoint, staging: Staging, ops: FileOps, progress: OnBytes
     ) -> None:
         self._program = program
         self._checkpoint = checkpoint

@@ -267,7 +267,7 @@ def test_an_output_that_reads_as_a_source_is_refused(
     with untouched(made, tmp_path):
         ended = call(capsys, *filled)
     assert (ended.code, ended.out) == (2, "")
-    assert f"{out}: names something to read, not to write; if a path is meant, write ./{out}" in ended.error
+    assert f"{out}: is a source, not an output path; for a path, write ./{out}" in ended.error
 
 
 @pytest.mark.parametrize("out", ["./example:tiny", "runs/model", "runs/model@2", "law:8", "a@b"])
@@ -288,9 +288,9 @@ def test_the_library_refuses_the_same_strings_but_takes_any_path(
 
     monkeypatch.chdir(tmp_path)
     plan = make_plan(TINY, lambda model: plan_keeping([0], model))
-    with pytest.raises(UsageError, match="names something to read"):
+    with pytest.raises(UsageError, match="is a source, not an output path"):
         prune(TINY, "example:tiny", plan)
-    with pytest.raises(UsageError, match="names something to read"):
+    with pytest.raises(UsageError, match="is a source, not an output path"):
         export_gguf(TINY, "owner/model@main")
     assert list(tmp_path.iterdir()) == []
     prune(TINY, Path("example:tiny"), plan)

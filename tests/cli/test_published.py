@@ -100,7 +100,7 @@ def test_a_tree_without_folders_of_the_topic_is_refused(tree: Path, capsys: Capt
     ended = call(capsys, "rank", tree / "mmlu_test", "--topic", "law")
     assert ended.code == 5
     assert "11 of the 11 folders of topic law are missing: mmlu_dev/international_law, " in ended.error
-    assert "and 8 more; name the root of the whole published tree" in ended.error
+    assert "and 8 more; pass the root of the whole published tree" in ended.error
     assert ended.out == ""
 
 

@@ -112,7 +112,7 @@ CASES: dict[str, tuple[str, int, str]] = {
     "plan: another checkpoint's statistics": (
         "plan {in}/both.stats --metric reap -n 2 {in}/other",
         4,
-        "the statistics are of another checkpoint",
+        "the statistics were made from another checkpoint",
     ),
     "plan: no metric": ("plan {in}/both.stats -n 2", 2, "choose how to rank it: --metric frequency|"),
     "plan: an unknown metric": ("plan {in}/both.stats --metric best -n 2", 2, "--metric best: unknown"),

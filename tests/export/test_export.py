@@ -343,4 +343,4 @@ def test_plans_and_types_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     refuse(PlanMismatchError, "layers", source, plan=plan([[0]]))
     refuse(UsageError, "`store` bf16: choose one of keep, mxfp4", source, store="bf16")
     narrow = write_checkpoint(tmp_path / "narrow", Shape(hidden=48, intermediate=40), "bf16")
-    refuse(UsageError, "48 columns, not whole blocks of 32", narrow, store="mxfp4")
+    refuse(UsageError, "48 columns, not a multiple of 32", narrow, store="mxfp4")

@@ -183,7 +183,7 @@ REFUSED: dict[str, tuple[Callable[[Json], object], str]] = {
     "added token": (_set("added_tokens", [{"id": "5", "content": "x"}]), "not a token"),
     "added tokens": (_set("added_tokens", 5), "not a token"),
     "model": (_set("model", 5), "expected an object"),
-    "too many": (_set("model.vocab.beyond", 2048), "token 2048 is beyond the 2048"),
+    "too many": (_set("model.vocab.beyond", 2048), "token 2048 exceeds the model's vocabulary of 2048"),
 }
 
 

@@ -89,7 +89,7 @@ def test_an_output_that_is_an_input_is_refused(tmp_path: Path, capsys: pytest.Ca
     with pytest.raises(SystemExit) as ended:
         main(["rank", str(tmp_path), "-o", str(file)])
     assert ended.value.code == 2
-    assert "is the input" in capsys.readouterr().err
+    assert "is an input" in capsys.readouterr().err
     assert file.read_bytes() == before
 
 

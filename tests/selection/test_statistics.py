@@ -186,7 +186,7 @@ def test_a_file_without_its_backend_merges_with_any_one(
     before, a, b = (tmp_path / name for name in ("old", "a", "b"))
     result = call(capsys, "stats", "merge", before, a, "-o", tmp_path / "both")
     assert result.code == 0
-    assert f"note: {before} does not name its backend and device" in result.err
+    assert f"note: {before} does not record its backend and device" in result.err
     assert load_statistics(tmp_path / "both").settings == {"dtype": "float32"}
     assert load_statistics(tmp_path / "both").tokens == {"law": 80}
     refused = call(capsys, "stats", "merge", before, a, b, "-o", tmp_path / "all")

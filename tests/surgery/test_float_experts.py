@@ -242,11 +242,11 @@ def test_a_plan_for_a_size_counts_the_stored_format(tmp_path: Path, capsys: Capt
 
 
 SENTENCES = {
-    ("f32", "keep"): "The kept weights are the source's, byte for byte.",
-    ("f32", "bf16"): "Expert weights were rounded from F32 to BF16, each to the nearest value (ties to even)",
-    ("f16", "bf16"): "Expert weights were rounded from F16 to BF16, each to the nearest value (ties to even)",
-    ("f16", "f32"): "Expert weights were converted from F16 to F32, which is exact",
-    ("f16", "mxfp4"): "Expert weights were converted from F16 to MXFP4 (`conversion` in `surgery.json` says",
+    ("f32", "keep"): "The kept weights are those of the source, byte for byte.",
+    ("f32", "bf16"): "Expert weights were rounded from F32 to BF16, to nearest (ties to even)",
+    ("f16", "bf16"): "Expert weights were rounded from F16 to BF16, to nearest (ties to even)",
+    ("f16", "f32"): "Expert weights were converted from F16 to F32, which is lossless",
+    ("f16", "mxfp4"): "Expert weights were converted from F16 to MXFP4 (`conversion` in `surgery.json` has",
 }
 
 
