@@ -58,8 +58,8 @@ def child(*arguments: object) -> dict:
         raise click.ClickException(
             f"{' '.join(command)}: exit {done.returncode}: {done.stderr.strip()[-800:]}"
         )
-    found: dict = json.loads(done.stdout.splitlines()[-1])
-    return found
+    result: dict = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def warm(path: Path) -> None:
@@ -112,8 +112,8 @@ class Side:
             pass
         if not line:
             raise click.ClickException(f"a side ended early: exit {self._process.wait()}")
-        found: dict = json.loads(line)
-        return found
+        result: dict = json.loads(line)
+        return result
 
     def ask(self, what: str, number: int) -> float:
         """Seconds that it took."""

@@ -129,8 +129,8 @@ def serve(side: str, checkpoint: str, gguf: str, threads: int, logits: str) -> N
             runner.begin(1, int(number) + 1)
             runner.step(prompts(vocabulary, 1, int(number)))
         seconds = time.perf_counter() - begin
-        said = {name: status_mib(key) for name, key in MEMORY.items()}
-        print(json.dumps({"seconds": seconds, **said}), flush=True)
+        output = {name: status_mib(key) for name, key in MEMORY.items()}
+        print(json.dumps({"seconds": seconds, **output}), flush=True)
     np.save(logits, np.concatenate(kept))
 
 

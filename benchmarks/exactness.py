@@ -72,7 +72,7 @@ def main(dtype: str, kinds: tuple[str, ...]) -> None:
             else:
                 draft = view(target, plan)
             for top_k, length in product(TOP_KS, LENGTHS):
-                found = speculate(
+                result = speculate(
                     target,
                     view(draft, None, top_k),
                     prompts,
@@ -80,9 +80,9 @@ def main(dtype: str, kinds: tuple[str, ...]) -> None:
                     max_new_tokens=NEW_TOKENS,
                     stop_tokens=(),
                 )
-                wrong = sum(a != b for a, b in zip(found.tokens, plain, strict=True))
+                wrong = sum(a != b for a, b in zip(result.tokens, plain, strict=True))
                 row = {"kind": kind, "experts": kept, "top_k": top_k, "length": length}
-                rows.append({**row, "differing": wrong, "acceptance": found.statistics.acceptance})
+                rows.append({**row, "differing": wrong, "acceptance": result.statistics.acceptance})
             wrong = sum(r["differing"] for r in rows)
             click.echo(f"{time.perf_counter() - began:.0f} s: {kind}, {kept} experts, {wrong} differ so far")
     report = {

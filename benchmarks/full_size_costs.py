@@ -32,10 +32,10 @@ def tool(*arguments: object) -> list[str]:
 
 def ask(*arguments: object) -> dict:
     click.echo(f"{time.strftime('%H:%M:%S')} {' '.join(map(str, arguments))}")
-    found: dict = json.loads(
+    result: dict = json.loads(
         subprocess.run(tool(*arguments, "--json"), check=True, stdout=subprocess.PIPE).stdout
     )
-    return found
+    return result
 
 
 def decode_row(row: dict) -> dict:
@@ -54,7 +54,7 @@ def speculation_rows(target: Path, plans: list[Path], depth: int, rounds: int) -
     for batch in BATCHES:
         for top_k in TOP_KS:
             settings = ("--draft-lengths", ",".join(map(str, LENGTHS)), "--batch", batch, "--depth", depth)
-            found = ask(
+            result = ask(
                 *("bench", "speculate", target, *drafts, "--draft-top-k", top_k),
                 *(*settings, "--rounds", rounds),
             )
@@ -70,7 +70,7 @@ def speculation_rows(target: Path, plans: list[Path], depth: int, rounds: int) -
                     "draft_step_seconds": cost["draft_seconds"] / cost["length"],
                     **{key: cost[key] for key in COSTS},
                 }
-                for draft in found["drafts"]
+                for draft in result["drafts"]
                 for cost in draft["lengths"]
             ]
     return rows

@@ -13,16 +13,16 @@ __all__ = ["describe_machine"]
 
 def describe_machine(folder: Path) -> dict[str, str]:
     """Processor, cores, memory, kernel, the file system of `folder`, and versions."""
-    found = examine()
+    result = examine()
     versions = ("moe-surgery", "python", "numpy", "xxhash")
     return {
         "processor": _processor(),
         "cores": str(os.cpu_count()),
-        "memory": found["machine"]["memory"],
+        "memory": result["machine"]["memory"],
         "kernel": f"{platform.system()} {platform.release()}",
         "file system": _file_system(folder),
-        "conversion kernels": found["MXFP4 conversion"]["instruction sets"].split(",")[0],
-        **{name: found["versions"][name] for name in versions},
+        "conversion kernels": result["MXFP4 conversion"]["instruction sets"].split(",")[0],
+        **{name: result["versions"][name] for name in versions},
     }
 
 

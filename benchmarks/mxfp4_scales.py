@@ -124,21 +124,21 @@ def quality(work: Path) -> list[dict[str, object]]:
         perturbed(work / "bf16", tuned, noise, of)
         error_best = keep_all(tuned, new, "mxfp4")
         error_largest = by_the_largest(tuned, new, old).relative_error
-        found = evaluate(
+        result = evaluate(
             tuned, texts, max_tokens=MAX_TOKENS, pruned=[old, new], dtype=torch.float32, backend="reference"
         )
-        kl_old, kl_new = (model.overall.kl for model in found.models[1:])
+        kl_old, kl_new = (model.overall.kl for model in result.models[1:])
         rows.append(
             {
                 "noise": noise,
                 "of": of,
-                "tokens": found.models[0].overall.tokens,
+                "tokens": result.models[0].overall.tokens,
                 "error_largest": error_largest,
                 "error_best": error_best,
                 "kl_largest": kl_old,
                 "kl_best": kl_new,
-                "agreement_largest": found.models[1].overall.agreement,
-                "agreement_best": found.models[2].overall.agreement,
+                "agreement_largest": result.models[1].overall.agreement,
+                "agreement_best": result.models[2].overall.agreement,
             }
         )
         click.echo(str(rows[-1]), err=True)

@@ -92,7 +92,7 @@ def main(work: Path, tokens: int, limit: int) -> None:
     weights = inspect(full)
     read = weights.nbytes - weights.parts["embedding and unembedding"]
     rates = {"read": read_rate(max(full.glob("*.safetensors"))), "products": product_rate()}
-    found = run(full, text, tokens, work / "profile.stats", limit)
+    result = run(full, text, tokens, work / "profile.stats", limit)
     bound = max(read / rates["read"], operations(tokens, gpt_oss_20b()) / rates["products"])
     report = {
         **begin(
@@ -101,13 +101,13 @@ def main(work: Path, tokens: int, limit: int) -> None:
             work,
         ),
         "figures": {
-            **found,
+            **result,
             "bytes_read_gb": read / 1e9,
             "read_gb_per_second": rates["read"] / 1e9,
             "teraoperations": operations(tokens, gpt_oss_20b()) / 1e12,
             "gigaoperations_per_second": rates["products"] / 1e9,
             "bound_seconds": bound,
-            "times_the_bound": found["seconds"] / bound,
+            "times_the_bound": result["seconds"] / bound,
         },
     }
     rows = [(name, f"{value:.4g}") for name, value in report["figures"].items()]

@@ -40,17 +40,17 @@ Row = dict[str, Any]
 
 def halves(texts: Path, work: Path) -> dict[str, tuple[Path, Path]]:
     """Files with the first and the second half of each domain's documents."""
-    found = {}
+    result = {}
     for file in sorted(texts.glob("*.jsonl")):
         lines = [line for line in file.read_text().splitlines() if line.strip()]
         places = work / "first" / file.name, work / "second" / file.name
         for place, part in zip(places, (lines[: len(lines) // 2], lines[len(lines) // 2 :]), strict=True):
             place.parent.mkdir(exist_ok=True)
             place.write_text("\n".join(part) + "\n")
-        found[file.stem] = places
-    if not found:
+        result[file.stem] = places
+    if not result:
         raise click.UsageError(f"--texts {texts}: holds no .jsonl files")
-    return found
+    return result
 
 
 def rankings(
@@ -62,17 +62,17 @@ def rankings(
     start = time.perf_counter()
     gathered = profile(checkpoint, text_files(list(first.values())), work / "stats").statistics
     seconds["profile, all domains"] = time.perf_counter() - start
-    found = {}
+    result = {}
     for scope in (*files, "general"):
         domains = None if scope == "general" else [scope]
         for metric in METRICS:
-            found[scope, metric] = rank(gathered, metric, domains=domains)
+            result[scope, metric] = rank(gathered, metric, domains=domains)
         paths = list(first.values()) if scope == "general" else [first[scope]]
         start = time.perf_counter()
-        found[scope, METHOD] = search(checkpoint, text_files(paths), work / f"{scope}.json")
+        result[scope, METHOD] = search(checkpoint, text_files(paths), work / f"{scope}.json")
         seconds[f"search, {scope}"] = time.perf_counter() - start
         click.echo(f"{scope}: ranked", err=True)
-    return found, seconds
+    return result, seconds
 
 
 def plans_for(domain: str, found: dict[tuple[str, str], Ranking], checkpoint: str) -> list[tuple[str, Plan]]:
@@ -91,11 +91,13 @@ def plans_for(domain: str, found: dict[tuple[str, str], Ranking], checkpoint: st
 
 def measure(checkpoint: str, texts: Path, max_tokens: int, work: Path) -> Row:
     files = halves(texts, work)
-    found, seconds = rankings(checkpoint, files, work)
+    result, seconds = rankings(checkpoint, files, work)
     rows: list[Row] = []
     for domain, (_, second) in files.items():
         start = time.perf_counter()
-        done = evaluate(checkpoint, second, max_tokens=max_tokens, plans=plans_for(domain, found, checkpoint))
+        done = evaluate(
+            checkpoint, second, max_tokens=max_tokens, plans=plans_for(domain, result, checkpoint)
+        )
         seconds[f"evaluate, {domain}"] = time.perf_counter() - start
         rows += rows_of(domain, done.models)
         click.echo(f"{domain}: evaluated", err=True)

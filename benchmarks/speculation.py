@@ -61,16 +61,16 @@ class Domain:
 
     def run(self, target: CausalLM, draft: CausalLM, length: int) -> tuple[SpeculationStatistics, int]:
         """What speculation did, and how many of the prompts went on other than plainly."""
-        found = speculate(
+        result = speculate(
             target, draft, self.prompts, draft_length=length, max_new_tokens=NEW_TOKENS, stop_tokens=()
         )
-        wrong = sum(a != b for a, b in zip(found.tokens, self.plain, strict=True))
-        return found.statistics, wrong
+        wrong = sum(a != b for a, b in zip(result.tokens, self.plain, strict=True))
+        return result.statistics, wrong
 
 
 def make_domains(target: CausalLM, checkpoint: str, texts: Path, only: tuple[str, ...]) -> list[Domain]:
     """Domains with prompts from their last texts and rankings from the others."""
-    found = []
+    result = []
     for file in text_files(sorted(texts.glob("*.jsonl")), format="jsonl"):
         if only and file.domain not in only:
             continue
@@ -79,9 +79,9 @@ def make_domains(target: CausalLM, checkpoint: str, texts: Path, only: tuple[str
         first = [tuple(corpus.tokenizer.encode(t)[:RANKING_TOKENS]) for t in several[:-PROMPTS]]
         statistics = profile_passages(target, [Passage(name, tokens) for tokens in first])[name]
         prompts = prompts_of(corpus, PROMPT_TOKENS)[name][-PROMPTS:]
-        found.append(Domain(name, target, prompts, [order(s) for s in score(METRIC, statistics)]))
+        result.append(Domain(name, target, prompts, [order(s) for s in score(METRIC, statistics)]))
         click.echo(f"{name}: {len(prompts)} prompts, ranked by {len(first)} texts")
-    return found
+    return result
 
 
 def drafts(
@@ -139,8 +139,8 @@ def summary(domain: str, runs: list[dict]) -> tuple[dict, list[dict]]:
     views = [r for r in runs if r["kind"] == "view"]
 
     def accepted(**chosen: object) -> list[int]:
-        mine = [r for r in views if all(r[k] == v for k, v in {"length": 4, **chosen}.items())]
-        return [sum(r[key] for r in mine) for key in ("accepted", "tried")]
+        actual = [r for r in views if all(r[k] == v for k, v in {"length": 4, **chosen}.items())]
+        return [sum(r[key] for r in actual) for key in ("accepted", "tried")]
 
     rows: list[dict] = []
     for experts in EXPERTS:

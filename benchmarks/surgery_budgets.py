@@ -53,8 +53,8 @@ JOBS = (
 def timed(command: list[str], group: Path | None = None) -> tuple[float, int]:
     """Run from a dropped page cache; seconds and peak resident bytes of the whole process."""
     wrapped = command if group is None else enter_command(group, command)
-    found = bench.timed(wrapped, RESULTS)
-    return found.seconds, found.peak_bytes
+    result = bench.timed(wrapped, RESULTS)
+    return result.seconds, result.peak_bytes
 
 
 def prune_command(source: Path, out: Path, job: Job, plan: Path) -> list[str]:
@@ -121,17 +121,17 @@ def small_commands(source: Path, work: Path) -> dict[str, dict[str, float]]:
         "plan": bench.command_of("plan", ranking, *chosen),
         "plan --random": bench.command_of("plan", "--random", *chosen),
     }
-    found = {}
+    result = {}
     for name, command in jobs.items():
         runs = [timed(command) for _ in range(3)]
-        found[name] = {
+        result[name] = {
             "seconds_cold": statistics.median(s for s, _ in runs),
             "peak_rss_mib": max(r for _, r in runs) / MIB,
         }
         start = time.perf_counter()
         subprocess.run(command, capture_output=True, check=True)
-        found[name]["seconds_warm"] = time.perf_counter() - start
-    return found
+        result[name]["seconds_warm"] = time.perf_counter() - start
+    return result
 
 
 def page(report: dict) -> list[str]:

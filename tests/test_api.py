@@ -63,8 +63,18 @@ def test_dir_shows_the_names_before_any_is_used_and_imports_nothing() -> None:
     code = "import json, sys, moe_surgery as m; print(json.dumps([dir(m), m.__all__, sorted(sys.modules)]))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     listed, public, modules = json.loads(done.stdout)
-    wanted = {"load_model", "generate", "stream", "speculate", "view", "profile", "evaluate", "rank", "prune"}
-    assert wanted <= set(public) <= set(listed)
+    expected = {
+        "load_model",
+        "generate",
+        "stream",
+        "speculate",
+        "view",
+        "profile",
+        "evaluate",
+        "rank",
+        "prune",
+    }
+    assert expected <= set(public) <= set(listed)
     assert listed == sorted(listed)
     assert not {"torch", "numpy", "moe_surgery.pipeline"} & set(modules)
 

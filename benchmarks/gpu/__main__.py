@@ -73,32 +73,32 @@ def run(parts: list[str], results: Path, timeout: float) -> int:
         "decode",
         "pruned against full",
     )
-    found: dict[str, object] = {
+    result: dict[str, object] = {
         "how": "python -m benchmarks.gpu",
         "date": time.strftime("%Y-%m-%d"),
         "machine": here,
         **{title: before.get(title) for title in titles},
     }
     if "tests" in parts:
-        found["tests"] = checks.test(timeout)
+        result["tests"] = checks.test(timeout)
     if "sanitizer" in parts:
-        found["compute-sanitizer"] = checks.sanitize(timeout)
+        result["compute-sanitizer"] = checks.sanitize(timeout)
     results.mkdir(parents=True, exist_ok=True)
-    report.write(results, found)
-    failed = [part for part in ("tests", "compute-sanitizer") if str(found[part]).startswith("failed")]
+    report.write(results, result)
+    failed = [part for part in ("tests", "compute-sanitizer") if str(result[part]).startswith("failed")]
     if failed:
         print(f"make gpu: {' and '.join(failed)} failed; nothing was measured", file=sys.stderr)
         return 1
     if "layer" in parts:
-        found["one MoE layer"] = layers(bandwidth)
-        report.write(results, found)
+        result["one MoE layer"] = layers(bandwidth)
+        report.write(results, result)
     if "decode" in parts:
         rows, costs = decode(bandwidth)
-        found["decode"], found["launches and bytes"] = rows, costs
-        found["pruned against full"] = report.against_full(rows)
-        report.write(results, found)
-    print(report.as_markdown(found))
-    measured = [row for rows in found.values() if isinstance(rows, list) for row in rows]
+        result["decode"], result["launches and bytes"] = rows, costs
+        result["pruned against full"] = report.against_full(rows)
+        report.write(results, result)
+    print(report.as_markdown(result))
+    measured = [row for rows in result.values() if isinstance(rows, list) for row in rows]
     ours = [row for row in measured if str(row.get("method", "moe_surgery")).startswith("moe_surgery")]
     return 1 if any(row.get("gate") == "RED" for row in ours) else 0
 

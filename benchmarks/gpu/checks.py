@@ -45,14 +45,14 @@ def sanitize(timeout: float, tool: str = "memcheck") -> str:
 
 
 def _run(command: list[str], timeout: float, **environment: str) -> str:
-    found = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")}
-    found |= {
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), found.get("PYTHONPATH")))),
+    result = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")}
+    result |= {
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), result.get("PYTHONPATH")))),
         **environment,
     }
     try:
         done = subprocess.run(
-            command, cwd=ROOT, env=found, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout
+            command, cwd=ROOT, env=result, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return f"failed: not done after {timeout:.0f} s"

@@ -113,7 +113,7 @@ def _row(model: CausalLM, batch: int, context: int, bandwidth: float, errors: Er
 def _errors(model: CausalLM, backend: Backend, batch: int, context: int) -> Errors:
     """One step three ways from the same cache: captured, plain PyTorch in BF16, and in float32."""
     tokens = torch.randint(0, model.config.vocab_size, (batch,), device=model.device)
-    found: list[Tensor] = []
+    result: list[Tensor] = []
     for dtype in (torch.bfloat16, torch.float32):
         plain = CausalLM(
             model.config,
@@ -126,11 +126,11 @@ def _errors(model: CausalLM, backend: Backend, batch: int, context: int) -> Erro
         )
         cache = plain.new_cache(batch, context + 1)
         fill_cache(cache, context)
-        found.append(plain(tokens[:, None], cache)[:, 0])
+        result.append(plain(tokens[:, None], cache)[:, 0])
     cache = model.new_cache(batch, context + 1)
     fill_cache(cache, context)
     step = captured_step(model, cache)(tokens)
-    rounded, exact = found
+    rounded, exact = result
     size = exact.norm()
     return Errors(float((step - exact).norm() / size), float((rounded - exact).norm() / size))
 

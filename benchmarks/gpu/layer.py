@@ -139,14 +139,14 @@ def _row(
 
     try:
         verdict = judge(method.calls[0](x), exact)
-        found = timed(captured(work), how="graph") if method.captures else timed(work, how="called")
+        result = timed(captured(work), how="graph") if method.captures else timed(work, how="called")
     except Exception as error:  # a peer that fails must not end the run, and is shown as failed
         if method.name.startswith("moe_surgery"):
             raise
         return {**row, **empty, "gate": f"failed: {str(error).splitlines()[0][:120]}"}
-    seconds = found.seconds / len(method.calls)
+    seconds = result.seconds / len(method.calls)
     rate = bytes_read(distinct, experts, x.shape[1], method.packed) / seconds
     return {
-        **row, "us": seconds * 1e6, "GB/s": rate / 1e9, "share of copy": rate / bandwidth, "how": found.how,
+        **row, "us": seconds * 1e6, "GB/s": rate / 1e9, "share of copy": rate / bandwidth, "how": result.how,
         "error": verdict.error, "gate": "green" if verdict.green else "RED",
     }  # fmt: skip

@@ -18,13 +18,13 @@ def against_full(rows: Rows) -> list[dict[str, object]]:
     """Every pruned row beside the full model's of the same batch: tokens a second and memory."""
     most = max((int(str(row["experts"])) for row in rows), default=0)
     full = {row["batch"]: row for row in rows if row["experts"] == most}
-    found = []
+    result = []
     for row in rows:
         if row["experts"] == most or row["batch"] not in full:
             continue
         whole = full[row["batch"]]
         verdicts = [Verdict(r["gate"] == "green", 0.0) for r in (row, whole)]
-        found.append(
+        result.append(
             {
                 "experts": row["experts"],
                 "batch": row["batch"],
@@ -37,7 +37,7 @@ def against_full(rows: Rows) -> list[dict[str, object]]:
                 "full peak GB": whole["peak GB"],
             }
         )
-    return found
+    return result
 
 
 def as_markdown(report: dict[str, object]) -> str:
@@ -77,13 +77,13 @@ def earlier(folder: Path, machine: dict[str, object]) -> dict[str, object]:
     file = folder / "gpu.json"
     if not file.exists():
         return {}
-    found: dict[str, object] = json.loads(file.read_text())
+    result: dict[str, object] = json.loads(file.read_text())
 
     def same(values: object) -> dict[str, object]:
         assert isinstance(values, dict)
         return {name: value for name, value in values.items() if not name.startswith("copy")}
 
-    return found if same(found["machine"]) == same(machine) else {}
+    return result if same(result["machine"]) == same(machine) else {}
 
 
 def write(folder: Path, report: dict[str, object]) -> list[Path]:

@@ -131,9 +131,9 @@ def compile_all(architectures: Iterable[int], jobs: int) -> dict[str, dict[str, 
     with ProcessPoolExecutor(jobs) as pool:
         for arch in architectures:
             pieces = pool.map(_compile, [arch] * jobs, range(jobs), [jobs] * jobs)
-            found = {name: row for piece in pieces for name, row in piece.items()}
-            table[str(arch)] = {name: found[name] for name, _ in entries(arch)}
-            print(f"sm_{arch}: {len(found)} kernels", file=sys.stderr)
+            result = {name: row for piece in pieces for name, row in piece.items()}
+            table[str(arch)] = {name: result[name] for name, _ in entries(arch)}
+            print(f"sm_{arch}: {len(result)} kernels", file=sys.stderr)
     return table
 
 
@@ -165,19 +165,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, nargs="*", choices=sorted(DEVICES), default=sorted(DEVICES))
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args(arguments)
-    found = compile_all(options.arch, options.jobs)
+    result = compile_all(options.arch, options.jobs)
     known = read_table() if options.compare else {}
     wrong = [
         line
-        for arch, named in found.items()
+        for arch, named in result.items()
         for name, row in named.items()
         for line in problems(name, int(arch), row, known.get(arch, {}).get(name))
     ]
     if options.compare and not known:
         print(f"no rows for Triton {triton.__version__}: only limits were checked", file=sys.stderr)
     if options.write and not wrong:
-        write_table(found)
-    print("\n".join(wrong) if wrong else f"{sum(map(len, found.values()))} kernels within limits")
+        write_table(result)
+    print("\n".join(wrong) if wrong else f"{sum(map(len, result.values()))} kernels within limits")
     return 1 if wrong else 0
 
 

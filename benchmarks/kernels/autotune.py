@@ -134,17 +134,17 @@ def builder(key: tuning.Key, experts: ExpertWeights, device: torch.device) -> Bu
 def best(key: tuning.Key, build: Build) -> tuple[tuning.Entry, float, float]:
     """(fastest entry, its milliseconds, those of the present entry) among candidates with the right output."""
     times: dict[tuning.Entry, float] = {}
-    wanted = None
+    expected = None
     for entry in candidates(key):
         launch, out = build(Blocks(*entry))
         try:
             launch.run()
         except OutOfResources:
             continue
-        if wanted is None:
-            wanted = out.clone()
-        scale = wanted.abs().max()
-        if not bool(((out - wanted).abs().max() / scale) < 2e-2):
+        if expected is None:
+            expected = out.clone()
+        scale = expected.abs().max()
+        if not bool(((out - expected).abs().max() / scale) < 2e-2):
             raise RuntimeError(f"{key} {entry}: the output differs from the present entry's")
         times[entry] = float(do_bench(launch.run, warmup=5, rep=30, return_mode="median"))
     present = tuning.BLOCKS[key]
@@ -160,9 +160,9 @@ def gate(experts: ExpertWeights, device: torch.device) -> None:
         x = torch.randn(tokens, HIDDEN, device=device, dtype=torch.bfloat16)
         ids = torch.rand(tokens, EXPERTS, device=device).argsort(dim=1)[:, :TOP_K].contiguous()
         weights = torch.rand(tokens, TOP_K, device=device, dtype=torch.bfloat16)
-        found = TritonBackend().experts(x, ids, weights, experts).float()
-        wanted = ReferenceBackend().experts(x, ids, weights, experts).float()
-        if not bool((found - wanted).abs().max() / wanted.abs().max() < 4e-2):
+        result = TritonBackend().experts(x, ids, weights, experts).float()
+        expected = ReferenceBackend().experts(x, ids, weights, experts).float()
+        if not bool((result - expected).abs().max() / expected.abs().max() < 4e-2):
             raise RuntimeError(f"{tokens} tokens: the backend disagrees with the reference; no time counts")
 
 
@@ -177,7 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     device = torch.device("cuda", torch.cuda.current_device())
     arch = get_device_props(device).arch
-    found: dict[tuning.Key, tuning.Entry] = {}
+    result: dict[tuning.Key, tuning.Entry] = {}
     for kind in ("mxfp4", "dense"):
         experts = layer(kind, device)
         gate(experts, device)
@@ -185,11 +185,11 @@ def main(arguments: list[str] | None = None) -> int:
             entry, time, before = best(key, builder(key, experts, device))
             print(f"{key}: {entry} {time * 1e3:.1f} us, present {before * 1e3:.1f} us", flush=True)
             if entry != tuning.BLOCKS[key]:
-                found[key] = entry
+                result[key] = entry
         del experts
     if not options.dry_run:
         comment = f"{torch.cuda.get_device_name(device)}, Triton {triton.__version__}, sm_{arch}"
-        write_overrides(Path(str(tuning.__file__)), {**tuning.OVERRIDES, arch: found}, comment)
+        write_overrides(Path(str(tuning.__file__)), {**tuning.OVERRIDES, arch: result}, comment)
     return 0
 
 

@@ -51,13 +51,13 @@ def entries(arch: int) -> Iterator[tuple[str, Launch]]:
 
 def samples(arch: int) -> dict[str, Launch]:
     """One entry of each kernel: what the test-suite compiles."""
-    wanted = (
+    expected = (
         "route 1x32", "routing_metadata 64 1", "routing_metadata 4096 1", "gate_up gemv mxfp4 split_k 2",
         "down gemv mxfp4 split_k 2", "gate_up grouped_gemm 16 mxfp4 split_k 1", "down grouped_gemm 16 mxfp4 split_k 1",
         "combine", "norm added 8", "qkv full 1", "attention ring 1", "output 8", "unembed 1",
     )  # fmt: skip
     named = dict(entries(arch))
-    return {name: named[name] for name in wanted}
+    return {name: named[name] for name in expected}
 
 
 def _routers(device_props: DeviceProps) -> Iterator[tuple[str, Launch]]:

@@ -45,7 +45,7 @@ def measure(candidates: dict[str, Measured], rounds: int) -> dict[str, dict[str,
 
 def candidates_of(operands: Operands, threads: int, tokens: int) -> dict[str, Measured]:
     torch.set_num_threads(threads)
-    found = {"plain read": operands.plain_read(threads), "torch BF16 linear": operands.torch_linear(tokens)}
+    result = {"plain read": operands.plain_read(threads), "torch BF16 linear": operands.torch_linear(tokens)}
     for isa in NativeBackend.instruction_sets():
         if isa == "scalar":
             continue
@@ -55,8 +55,8 @@ def candidates_of(operands: Operands, threads: int, tokens: int) -> dict[str, Me
             operands.experts(backend, tokens, True),
             operands.experts(backend, tokens, False),
         ):
-            found[f"{measured.name}, {isa}"] = measured
-    return found
+            result[f"{measured.name}, {isa}"] = measured
+    return result
 
 
 @click.command(help=__doc__)
@@ -65,9 +65,9 @@ def main(rounds: int) -> None:
     operands, rows = Operands(), []
     for threads in sorted({1, os.cpu_count() or 1}):
         for tokens in (1, 8):
-            found = measure(candidates_of(operands, threads, tokens), rounds)
-            read = found["plain read"]
-            for name, figures in found.items():
+            result = measure(candidates_of(operands, threads, tokens), rounds)
+            read = result["plain read"]
+            for name, figures in result.items():
                 ratio = figures["GB/s"] / read["GB/s"]
                 cpu_ratio = figures["GB per CPU second"] / read["GB per CPU second"]
                 rows.append(

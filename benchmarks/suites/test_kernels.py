@@ -20,8 +20,8 @@ TOKENS = (1, 8)
 @pytest.fixture(scope="module", params=[4, 32], ids="{} experts".format)
 def calls(request: pytest.FixtureRequest, target: CausalLM) -> dict[tuple[str, str, int], KernelCall]:
     """By backend, operation and tokens, all over the same weights."""
-    found = kernel_calls(BACKENDS, CPU, request.param, tokens=TOKENS, hidden=target.config.hidden_size)
-    return {(call.backend, call.operation, call.tokens): call for several in found for call in several}
+    result = kernel_calls(BACKENDS, CPU, request.param, tokens=TOKENS, hidden=target.config.hidden_size)
+    return {(call.backend, call.operation, call.tokens): call for several in result for call in several}
 
 
 @pytest.mark.parametrize("tokens", TOKENS)

@@ -62,17 +62,17 @@ def test_json_and_plot_hold_the_figures(capsys: Capture, tmp_path: Path, name: s
     picture = tmp_path / "out.png"
     ended = call(capsys, "bench", *arguments(name, texts), "--json", "--plot", picture)
     assert (ended.code, ended.err) == (0, "")
-    found = ended.json()
-    assert found["interrupted"] is False
-    assert found["versions"]["python"]
-    rows = found["drafts"][0]["figures"] if name == "speculate" else found["rows"]
+    result = ended.json()
+    assert result["interrupted"] is False
+    assert result["versions"]["python"]
+    rows = result["drafts"][0]["figures"] if name == "speculate" else result["rows"]
     assert rows
     assert picture.read_bytes().startswith(b"\x89PNG")
     if name in ("decode", "speculate"):
-        settings = found["settings"]
+        settings = result["settings"]
         assert settings["dtype"] == ("f32" if settings["backend"] == "native" else "bf16")
     if name == "speculate":
-        draft = found["drafts"][0]
+        draft = result["drafts"][0]
         assert [row["length"] for row in draft["lengths"]] == [1, 2]
         assert (draft["top_k"], draft["weight_bytes"]) == (1, 0)
         # Keys and values in float32 of 4 layers with 2 heads of 32. 8 tokens, the last not looked at again,
@@ -93,10 +93,10 @@ def test_drafts_of_several_sizes_are_compared(capsys: Capture, tmp_path: Path, t
     chosen = ["--prompt-tokens", "6", "--prompts", "2", "--texts", str(texts), "--json"]
     drafts = [part for plan in plans for part in ("--draft-plan", str(plan))]
     ended = call(capsys, "bench", "speculate", *options, *drafts, *chosen)
-    found = ended.json()["drafts"]
-    assert [d["experts"] for d in found] == [2, 31]
+    result = ended.json()["drafts"]
+    assert [d["experts"] for d in result] == [2, 31]
     row = 2 * 160 + 2 + 8  # of the router, with its bias, and of the index
-    assert [d["weight_bytes"] for d in found] == [4 * 2 * row, 4 * 31 * row]
+    assert [d["weight_bytes"] for d in result] == [4 * 2 * row, 4 * 31 * row]
 
 
 # --- Ctrl-C
@@ -147,15 +147,15 @@ def test_interrupting_prints_what_was_measured_so_far(
     out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, err
     assert "Traceback" not in err
-    said = "moe-surgery: interrupted; figures are of what was measured so far"
-    assert err.splitlines()[-1] == said
+    output = "moe-surgery: interrupted; figures are of what was measured so far"
+    assert err.splitlines()[-1] == output
     if form == "json":
-        found = json.loads(out)
-        assert found["interrupted"] is True
+        result = json.loads(out)
+        assert result["interrupted"] is True
         if name in ("speculate", "costs"):
-            assert found["drafts"][0]["figures" if name == "speculate" else "lengths"]
+            assert result["drafts"][0]["figures" if name == "speculate" else "lengths"]
         else:
-            assert found["rows"]
+            assert result["rows"]
     else:
         words = {
             "decode": TINY,
@@ -260,6 +260,6 @@ def test_every_benchmark_has_help_with_an_example_and_a_word_on_every_option(
     ended = call(capsys, "bench", name, "--help")
     assert ended.code == 0
     assert f"moe-surgery bench {name}" in ended.out
-    found = command.get_command(click.Context(command), name)
-    assert found is not None
-    assert [o.opts[0] for o in found.params if isinstance(o, click.Option) and not o.help] == []
+    result = command.get_command(click.Context(command), name)
+    assert result is not None
+    assert [o.opts[0] for o in result.params if isinstance(o, click.Option) and not o.help] == []

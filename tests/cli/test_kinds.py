@@ -136,8 +136,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "texts.txt").write_text("Question: What is 7 + 5?\nAnswer: 7 + 5 = 12.\n")
     run("profile", TINY, "--texts", "{in}/texts.txt", "-o", "{in}/tiny.stats")
     shutil.copy(folder / "tiny.stats", folder / "stats.safetensors")
-    said = run("rank", "{in}/tiny.stats", "--metric", "reap", "-o", "{in}/ranking.json", "--json")
-    (folder / "rank-said.json").write_text(said)
+    output = run("rank", "{in}/tiny.stats", "--metric", "reap", "-o", "{in}/ranking.json", "--json")
+    (folder / "rank-said.json").write_text(output)
     layers = json.loads((folder / "ranking.json").read_text())["layers"]
     (folder / "published.json").write_text(json.dumps({f"layer_{n}": row for n, row in enumerate(layers)}))
     (folder / "numbered.json").write_text(json.dumps({str(n): row for n, row in enumerate(layers)}))
@@ -177,8 +177,8 @@ WRONG = [
 
 def test_every_kind_is_given_where_every_other_belongs() -> None:
     met = {(kind, PLACES[place][1]) for kind, place in WRONG}
-    wanted = {(kind, sort) for _, sort, right, _ in PLACES.values() for kind in KINDS if kind not in right}
-    assert {pair for pair in wanted if pair[1] in ("a plan", "a checkpoint")} <= met
+    expected = {(kind, sort) for _, sort, right, _ in PLACES.values() for kind in KINDS if kind not in right}
+    assert {pair for pair in expected if pair[1] in ("a plan", "a checkpoint")} <= met
     assert {kind for kind, _ in met} == set(KINDS)
     assert {place for _, place in WRONG} == set(PLACES)
 
@@ -187,13 +187,13 @@ def test_every_kind_is_given_where_every_other_belongs() -> None:
 def test_what_is_given_in_place_of_another_kind_is_named(
     kind: str, place: str, made: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    command, wanted, _, code = PLACES[place]
+    command, expected, _, code = PLACES[place]
     filled = [a.format(**{"in": made, "new": tmp_path, "file": made / kind}) for a in command.split()]
     with untouched(made, tmp_path):
         ended = call(capsys, *filled)
     title, use = KINDS[kind]
     assert (ended.code, ended.out) == (code, ""), ended.err
-    assert f"{made / kind}: is {title}, not {wanted}; " in ended.error
+    assert f"{made / kind}: is {title}, not {expected}; " in ended.error
     assert use in ended.error
 
 

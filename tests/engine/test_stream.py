@@ -21,12 +21,12 @@ SIZES = (CHUNK_BYTES, CHUNK_BYTES, 5000, 1)
 
 
 def chunks(count: int) -> list[Chunk]:
-    found, offset = [], 0
+    result, offset = [], 0
     for number in range(count):
         size = SIZES[number % len(SIZES)]
-        found.append(Chunk(offset, size, ()))
+        result.append(Chunk(offset, size, ()))
         offset += size
-    return found
+    return result
 
 
 def stamp(chunk: Chunk, buffer: memoryview) -> None:
@@ -222,8 +222,8 @@ def test_chunks_cover_every_byte_once(header: int, tensors: list[list[int]], chu
     shard = shard_of(header, tensors)
     covered: list[tuple[int, int, int]] = []
     position = 0
-    found = list(chunks_of(shard, chunk_bytes))
-    for chunk in found:
+    result = list(chunks_of(shard, chunk_bytes))
+    for chunk in result:
         assert chunk.offset == position
         assert sum(p.nbytes for p in chunk.slices) == chunk.nbytes
         filled = 0
@@ -235,7 +235,7 @@ def test_chunks_cover_every_byte_once(header: int, tensors: list[list[int]], chu
             covered += [(piece.tensor, id(piece.part), piece.start + i) for i in range(piece.nbytes)]
             filled += piece.nbytes
         position += chunk.nbytes
-    assert all(c.nbytes == chunk_bytes for c in found[:-1])
+    assert all(c.nbytes == chunk_bytes for c in result[:-1])
     assert position == shard.nbytes
     expected = [(-1, id(None), i) for i in range(header)]
     for number, tensor in enumerate(shard.tensors):

@@ -41,7 +41,7 @@ def floats(bits: np.ndarray) -> np.ndarray:
 
 def expected(tensors: Tensors) -> dict[str, tuple[str, np.ndarray]]:
     """Name in GGUF -> type and float32 values, from tensors of the hub's layouts."""
-    found: dict[str, tuple[str, np.ndarray]] = {
+    result: dict[str, tuple[str, np.ndarray]] = {
         "token_embd.weight": ("BF16", floats(tensors["model.embed_tokens.weight"])),
         "output.weight": ("BF16", floats(tensors["lm_head.weight"])),
         "output_norm.weight": ("F32", floats(tensors["model.norm.weight"])),
@@ -57,22 +57,22 @@ def expected(tensors: Tensors) -> dict[str, tuple[str, np.ndarray]]:
             ("mlp.router.bias", "ffn_gate_inp.bias"),
             ("mlp.experts.down_proj_bias", "ffn_down_exps.bias"),
         ):
-            found[target + renamed] = "F32", floats(tensors[source_prefix + name])
+            result[target + renamed] = "F32", floats(tensors[source_prefix + name])
         for part in "qkvo":
             renamed = target + "attn_" + {"o": "output"}.get(part, part)
-            found[renamed + ".weight"] = (
+            result[renamed + ".weight"] = (
                 "BF16",
                 floats(tensors[f"{source_prefix}self_attn.{part}_proj.weight"]),
             )
-            found[renamed + ".bias"] = "F32", floats(tensors[f"{source_prefix}self_attn.{part}_proj.bias"])
+            result[renamed + ".bias"] = "F32", floats(tensors[f"{source_prefix}self_attn.{part}_proj.bias"])
         bias = floats(tensors[source_prefix + "mlp.experts.gate_up_proj_bias"])
-        found[target + "ffn_gate_exps.bias"] = "F32", bias[:, 0::2]
-        found[target + "ffn_up_exps.bias"] = "F32", bias[:, 1::2]
+        result[target + "ffn_gate_exps.bias"] = "F32", bias[:, 0::2]
+        result[target + "ffn_up_exps.bias"] = "F32", bias[:, 1::2]
         kind, gate_up = weight(tensors, source_prefix + "mlp.experts.gate_up_proj")
-        found[target + "ffn_gate_exps.weight"] = kind, gate_up[:, 0::2]
-        found[target + "ffn_up_exps.weight"] = kind, gate_up[:, 1::2]
-        found[target + "ffn_down_exps.weight"] = weight(tensors, source_prefix + "mlp.experts.down_proj")
-    return found
+        result[target + "ffn_gate_exps.weight"] = kind, gate_up[:, 0::2]
+        result[target + "ffn_up_exps.weight"] = kind, gate_up[:, 1::2]
+        result[target + "ffn_down_exps.weight"] = weight(tensors, source_prefix + "mlp.experts.down_proj")
+    return result
 
 
 def weight(tensors: Tensors, name: str) -> tuple[str, np.ndarray]:
@@ -217,12 +217,12 @@ def test_tensors_are_those_that_llama_cpps_converter_writes(
 
 
 def test_both_spellings_of_a_config_give_the_same_metadata(tmp_path: Path) -> None:
-    found = []
+    result = []
     for layout in ("bf16", "resaved"):
         source = write_checkpoint(tmp_path / layout, layout=layout)
         export_gguf(source, tmp_path / f"{layout}.gguf", tokenizer=False, name="same")
-        found.append(read(tmp_path / f"{layout}.gguf").metadata)
-    assert found[0] == found[1]
+        result.append(read(tmp_path / f"{layout}.gguf").metadata)
+    assert result[0] == result[1]
 
 
 def test_bf16_that_came_from_mxfp4_goes_back_without_loss(tmp_path: Path) -> None:

@@ -69,11 +69,11 @@ def test_as_mxfp4_every_value_is_the_nearest(stored: str, shape: Shape, tmp_path
     for name, values in expert_weights(source).items():
         kind, dims, _, raw = got.tensors[name]
         assert (kind, dims) == ("MXFP4", values.shape)
-        x, found = as_float64(values)[-1], got.values(name).astype(np.float64)[-1]
+        x, result = as_float64(values)[-1], got.values(name).astype(np.float64)[-1]
         blocks = np.frombuffer(raw, np.uint8).reshape(*dims[:-1], dims[-1] // 32, 17)
         scale = blocks[-1, ..., 0].astype(int)[..., None]
         grid = np.ldexp(E2M1.astype(np.float64), scale - 127).repeat(32, axis=-2)
-        assert (np.abs(x - found) == np.abs(np.abs(x)[..., None] - grid).min(axis=-1)).all(), name
+        assert (np.abs(x - result) == np.abs(np.abs(x)[..., None] - grid).min(axis=-1)).all(), name
 
 
 @pytest.mark.parametrize("dtype", ["keep", "mxfp4"])

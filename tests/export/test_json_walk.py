@@ -22,7 +22,7 @@ VALUES = st.recursive(
 def walked(raw: bytes) -> Any:
     """The document, its objects and arrays walked at the first two levels and parsed below."""
     walk = JsonWalk(raw, "file")
-    found: list[Any] = []
+    result: list[Any] = []
 
     def take(at: int, depth: int = 0) -> tuple[int, Any]:
         if depth < 2 and raw[at : at + 1] == b"{":
@@ -48,11 +48,11 @@ def walked(raw: bytes) -> Any:
 
     def document(at: int) -> int:
         end, value = take(at)
-        found.append(value)
+        result.append(value)
         return end
 
     walk.document(document)
-    return found[0]
+    return result[0]
 
 
 @given(VALUES, st.booleans(), st.sampled_from([None, 1, "\t"]))

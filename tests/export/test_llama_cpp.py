@@ -121,12 +121,12 @@ def test_bf16_experts_give_what_mxfp4_ones_give(texts: dict[str, list[int]], tmp
 def test_a_file_without_tokenizer_runs_on_token_numbers(texts: dict[str, list[int]], tmp_path: Path) -> None:
     export_gguf("example:tiny", tmp_path / "with.gguf")
     export_gguf("example:tiny", tmp_path / "without.gguf", tokenizer=False)
-    found = []
+    result = []
     for name in ("with", "without"):
         llama = load(tmp_path / f"{name}.gguf", logits_all=True)
         llama.eval(texts["sums"])
-        found.append(np.array(llama.scores[:TOKENS]))
-    assert found[0].tobytes() == found[1].tobytes()
+        result.append(np.array(llama.scores[:TOKENS]))
+    assert result[0].tobytes() == result[1].tobytes()
 
 
 def test_the_chat_template_is_taken_from_the_file(tmp_path: Path) -> None:

@@ -47,8 +47,8 @@ def expected(source: Path, dtype: str) -> bytes:
 def exported(
     source: Path, out: Path, dtype: str, ops: FileOps | None = None, overwrite: bool = False
 ) -> None:
-    wanted = "mxfp4" if dtype == "quantised" else "keep"
-    export_gguf(source, out, store=wanted, tokenizer=False, overwrite=overwrite, ops=ops)
+    expected = "mxfp4" if dtype == "quantised" else "keep"
+    export_gguf(source, out, store=expected, tokenizer=False, overwrite=overwrite, ops=ops)
 
 
 def attempt(

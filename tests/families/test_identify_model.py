@@ -39,11 +39,11 @@ TENSORS = [(layout, name) for layout in LAYOUTS for name in make_tensors(SHAPE, 
 def test_a_missing_tensor_is_named(layout: str, name: str, tmp_path: Path) -> None:
     error = broken(tmp_path, layout, lambda tensors: tensors.pop(name))
     # Hub weights may be stored in two ways; where neither is there, the first is named.
-    wanted = f"{name}_blocks" if name.endswith(("gate_up_proj", "down_proj")) else name
+    expected = f"{name}_blocks" if name.endswith(("gate_up_proj", "down_proj")) else name
     if name == "embedding.weight":  # by this one the original layout is recognised
         assert "config.json: unsupported model_type null (supported: gpt_oss)" in error
     else:
-        assert f"tensor '{wanted}' is missing" in error
+        assert f"tensor '{expected}' is missing" in error
 
 
 def other_shapes(shape: tuple[int, ...]) -> list[tuple[int, ...]]:

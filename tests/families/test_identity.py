@@ -62,8 +62,8 @@ def test_other_storage_is_another_model(tmp_path: Path) -> None:
 
 
 def test_other_shapes_are_other_models(tmp_path: Path) -> None:
-    found = set()
+    result = set()
     for n, shape in enumerate((SHAPE, Shape(layers=3, experts=4, vocabulary=25), Shape(layers=2, experts=4))):
         folder = write_folder(tmp_path / str(n), make_tensors(shape), make_config(shape))
-        found.add(of(folder))
-    assert len(found) == 3
+        result.add(of(folder))
+    assert len(result) == 3

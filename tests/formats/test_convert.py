@@ -191,9 +191,9 @@ def test_what_came_from_mxfp4_comes_back_without_loss(source: ExpertFormat) -> N
     low, high = (112, 138) if source == F16 else (0, 252)
     blocks, scales = oracle.random_packed(np.random.default_rng(8), 500, 2, low, high)
     bits = by_torch(oracle.decoded(blocks, scales).T.copy(), BF16, source).reshape(64, 500)
-    again, found, report = encoded(bits, source)
+    again, result, report = encoded(bits, source)
     assert (report.inexact_blocks, report.error_sq) == (0, 0.0)
-    np.testing.assert_array_equal(oracle.decoded(again, found), oracle.decoded(blocks, scales))
+    np.testing.assert_array_equal(oracle.decoded(again, result), oracle.decoded(blocks, scales))
 
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])

@@ -83,11 +83,11 @@ def test_a_largest_value_of_four_that_shrank_by_a_hair(isa: str, scale: int) -> 
     values = oracle.decoded(blocks, scales).T.copy()
     fours = (values & 0x7FFF) == (values[7] & 0x7FFF)
     values[fours] -= 1  # the next value towards zero
-    found = mxfp4.encode_transposed(values, isa=isa)
-    np.testing.assert_array_equal(found[0], blocks)
-    np.testing.assert_array_equal(found[1], scales)
-    assert found[2].inexact_blocks == 200
-    assert found[2].relative_error < 0.004
+    result = mxfp4.encode_transposed(values, isa=isa)
+    np.testing.assert_array_equal(result[0], blocks)
+    np.testing.assert_array_equal(result[1], scales)
+    assert result[2].inexact_blocks == 200
+    assert result[2].relative_error < 0.004
 
 
 def test_equal_sums_are_settled_by_the_largest_value(isa: str) -> None:

@@ -64,11 +64,11 @@ def test_experts_give_the_backends_bits(tokens: int, packed: bool, dtype: torch.
 
 def test_route_gives_the_backends_bits() -> None:
     x, weight, bias = torch.randn(3, HIDDEN), torch.randn(EXPERTS, HIDDEN), torch.randn(EXPERTS)
-    result, wanted = (
+    result, expected = (
         torch.ops.moe_surgery.route(x, weight, bias, TOP_K),
         ops.backend_of("cpu").route(x, weight, bias, TOP_K),
     )
-    assert all(torch.equal(a, b) for a, b in zip(result, wanted, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -263,9 +263,9 @@ def test_several_products_at_once_are_those_one_by_one() -> None:
     x = draw(0, 2, 3, 100)
     rows = ((1, torch.bfloat16), (64, torch.float32), (7, torch.float16))
     layers = [(draw(i, n, 100).to(dtype), None) for i, (n, dtype) in enumerate(rows)]
-    found = native("", 3).multi_linear(x, layers)
-    assert [tuple(y.shape) for y in found] == [(2, 3, 1), (2, 3, 64), (2, 3, 7)]
-    for y, (weight, _) in zip(found, layers, strict=True):
+    result = native("", 3).multi_linear(x, layers)
+    assert [tuple(y.shape) for y in result] == [(2, 3, 1), (2, 3, 64), (2, 3, 7)]
+    for y, (weight, _) in zip(result, layers, strict=True):
         assert torch.equal(y, native().linear(x, weight))
 
 
@@ -490,12 +490,12 @@ def test_heads_are_rotated_by_their_angles(
     cos, sin = angles.cos().float(), angles.sin().float()
     turn = torch.complex(cos.double(), sin.double())
     expected = torch.view_as_real(torch.complex(*x.double().chunk(2, -1)) * turn)
-    found = native().apply_rope(x, cos, sin)
-    torch.testing.assert_close(found.double(), torch.cat(expected.unbind(-1), -1), rtol=0, atol=1e-5)
+    result = native().apply_rope(x, cos, sin)
+    torch.testing.assert_close(result.double(), torch.cat(expected.unbind(-1), -1), rtol=0, atol=1e-5)
     assert torch.equal(
         native().apply_rope(x.bfloat16(), cos, sin), REFERENCE.apply_rope(x.bfloat16(), cos, sin)
     )
-    assert torch.equal(found, REFERENCE.apply_rope(x, cos, sin))
+    assert torch.equal(result, REFERENCE.apply_rope(x, cos, sin))
 
 
 def test_angles_that_fit_no_head_are_refused() -> None:
@@ -512,18 +512,18 @@ def test_angles_that_fit_no_head_are_refused() -> None:
 
 def test_calls_from_several_threads_take_turns() -> None:
     x, weight = draw(0, 5, 320), draw(1, 700, 320).bfloat16()
-    expected, found = native("", 1).linear(x, weight), []
+    expected, result = native("", 1).linear(x, weight), []
 
     def work() -> None:
-        found.extend(native("", threads).linear(x, weight) for threads in (2, 3, 1, 5) * 10)
+        result.extend(native("", threads).linear(x, weight) for threads in (2, 3, 1, 5) * 10)
 
     workers = [threading.Thread(target=work) for _ in range(4)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    assert len(found) == 160
-    assert all(torch.equal(y, expected) for y in found)
+    assert len(result) == 160
+    assert all(torch.equal(y, expected) for y in result)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -53,11 +53,11 @@ assert verify("from-python", source="example:tiny").ok
 
 
 def only(pattern: str) -> Path:
-    found = list((ROOT / "dist").glob(pattern))
-    if not found:
+    result = list((ROOT / "dist").glob(pattern))
+    if not result:
         pytest.skip("nothing built in dist/: run `make dist`")
-    assert len(found) == 1, found
-    return found[0]
+    assert len(result) == 1, result
+    return result[0]
 
 
 def tracked(*folders: str) -> set[str]:

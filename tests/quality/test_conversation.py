@@ -307,10 +307,10 @@ def test_templates_that_write_messages_whole_read_all_of_them(tmp_path: Path) ->
 def test_other_keys_are_variables_where_the_template_reads_them(tmp_path: Path) -> None:
     source = "{{ bos_token }}{{ mood }}{% for m in messages %}{{ m.content }}{% endfor %}"
     text = Text(write_harmony(tmp_path / "model", source))
-    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "model")
+    expected = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "model")
     row = {"messages": [ASK], "mood": "calm", "bos_token": "no", "add_generation_prompt": "no"}
     [passage] = corpus(text, tmp_path / "x.jsonl", [row])
-    ids = theirs.apply_chat_template([ASK], mood="calm", return_dict=False, add_generation_prompt=True)
+    ids = expected.apply_chat_template([ASK], mood="calm", return_dict=False, add_generation_prompt=True)
     assert list(passage.tokens) == ids
 
 

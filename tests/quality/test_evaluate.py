@@ -86,14 +86,14 @@ def expected(
             if counts or not answers_only:
                 for layer, (first, second) in enumerate(zip(a.routes, b.routes, strict=True)):
                     moved[layer] += [e not in first[t] for e in second[t][: len(first[t])]]
-    found = {}
+    result = {}
     for domain, values in rows.items():
         if values:
             loss, kl, same = (float(np.mean(column)) for column in zip(*values, strict=True))
-            found[domain] = Quality(
+            result[domain] = Quality(
                 len(values), loss, kl, same, tuple(map(float, map(np.mean, routes[domain])))
             )
-    return found
+    return result
 
 
 def assert_close(actual: Quality, reference: Quality) -> None:

@@ -34,9 +34,9 @@ def test_greedy_tokens_are_the_likeliest_of_a_fresh_run_each(
     small_model: CausalLM, prompt: list[int]
 ) -> None:
     tokens, log_probabilities = by_hand(small_model, prompt, 25)
-    found = generate(small_model, [prompt], max_new_tokens=25, stop_tokens=())
-    assert found.tokens == [tokens]
-    assert found.log_probabilities[0] == pytest.approx(log_probabilities, abs=1e-4)
+    result = generate(small_model, [prompt], max_new_tokens=25, stop_tokens=())
+    assert result.tokens == [tokens]
+    assert result.log_probabilities[0] == pytest.approx(log_probabilities, abs=1e-4)
 
 
 def test_a_batch_gives_what_each_prompt_gives_alone(small_model: CausalLM) -> None:
@@ -65,18 +65,20 @@ def test_the_same_seed_gives_the_same_tokens(small_model: CausalLM) -> None:
 def test_a_stream_gives_the_tokens_of_generate(small_model: CausalLM, sampling: Sampling | None) -> None:
     received: list[Step] = []
     options: dict[str, Any] = {"max_new_tokens": 15, "sampling": sampling, "stop_tokens": ()}
-    found = generate(small_model, PROMPTS, callback=received.append, **options)
+    result = generate(small_model, PROMPTS, callback=received.append, **options)
     steps = list(stream(small_model, PROMPTS, **options))
     for got in (received, steps):
-        assert torch.stack([s.tokens for s in got], 1).tolist() == found.tokens
-        assert torch.stack([s.log_probabilities for s in got], 1).tolist() == found.log_probabilities
+        assert torch.stack([s.tokens for s in got], 1).tolist() == result.tokens
+        assert torch.stack([s.log_probabilities for s in got], 1).tolist() == result.log_probabilities
 
 
 def test_each_sequence_ends_with_its_own_stop_token(small_model: CausalLM) -> None:
     free = generate(small_model, PROMPTS, max_new_tokens=30, sampling=DRAWN, stop_tokens=()).tokens
     stops = (free[0][2], free[2][7])
-    found = generate(small_model, PROMPTS, max_new_tokens=30, sampling=DRAWN, stop_tokens=stops)
-    for tokens, log_probabilities, unstopped in zip(found.tokens, found.log_probabilities, free, strict=True):
+    result = generate(small_model, PROMPTS, max_new_tokens=30, sampling=DRAWN, stop_tokens=stops)
+    for tokens, log_probabilities, unstopped in zip(
+        result.tokens, result.log_probabilities, free, strict=True
+    ):
         ends = [i for i, token in enumerate(unstopped) if token in stops][:1]
         assert tokens == unstopped[: ends[0] + 1 if ends else None]
         assert len(log_probabilities) == len(tokens)
@@ -115,14 +117,14 @@ class Counting(CausalLM):
 def test_the_model_runs_once_for_each_new_token(small_model: CausalLM, new: int) -> None:
     counting = copy(small_model)
     counting.__class__ = Counting
-    found = generate(counting, [[1, 2, 3]], max_new_tokens=new, stop_tokens=())
-    assert len(found.tokens[0]) == counting.calls == new
+    result = generate(counting, [[1, 2, 3]], max_new_tokens=new, stop_tokens=())
+    assert len(result.tokens[0]) == counting.calls == new
 
 
 @pytest.mark.parametrize(("context", "new"), [(9, 1), (10, 2), (30, 22), (200, 50)])
 def test_prompt_and_answer_together_fit_the_context(small_model: CausalLM, context: int, new: int) -> None:
-    found = generate(small_model, [PROMPTS[0]], max_new_tokens=50, stop_tokens=(), context=context)
-    assert len(found.tokens[0]) == new
+    result = generate(small_model, [PROMPTS[0]], max_new_tokens=50, stop_tokens=(), context=context)
+    assert len(result.tokens[0]) == new
 
 
 def test_the_models_whole_context_can_be_used(small_model: CausalLM) -> None:

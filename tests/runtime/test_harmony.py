@@ -128,12 +128,12 @@ def test_a_reply_is_split(case: str, text: Text) -> None:
 def test_pieces_say_where_they_belong(text: Text) -> None:
     parser = text.parser(text.encode(OPEN))
     generated = "<|channel|>analysis<|message|>one two<|end|><|start|>assistant" + CALL
-    found = [piece for token in text.encode(generated) for piece in parser.push(token)] + parser.flush()
+    result = [piece for token in text.encode(generated) for piece in parser.push(token)] + parser.flush()
     analysis = Header("assistant", "analysis")
     call = Header("assistant", "commentary", "functions.clock", "json")
-    assert found[0] == Piece(analysis, found[0].text, True)
-    assert {(p.header, p.first) for p in found[1:]} == {(analysis, False), (call, True), (call, False)}
-    assert [p.header for p in found if p.first] == [analysis, call]
+    assert result[0] == Piece(analysis, result[0].text, True)
+    assert {(p.header, p.first) for p in result[1:]} == {(analysis, False), (call, True), (call, False)}
+    assert [p.header for p in result if p.first] == [analysis, call]
 
 
 @given(

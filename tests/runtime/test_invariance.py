@@ -73,8 +73,8 @@ def test_chunks_of_any_size_give_the_bits_of_one_token_at_a_time(
     cuts = [0]
     while cuts[-1] < LENGTH:
         cuts.append(min(LENGTH, cuts[-1] + steps[len(cuts) % len(steps)]))
-    found = in_pieces(model_of(folder, dtype, plan, threads), ids, cuts, rollback)
-    assert torch.equal(found, one_by_one)
+    result = in_pieces(model_of(folder, dtype, plan, threads), ids, cuts, rollback)
+    assert torch.equal(result, one_by_one)
     alone = in_pieces(model_of(folder, dtype, plan), ids[:1], [0, LENGTH], rollback)
     assert torch.equal(alone, one_by_one[:1])
 

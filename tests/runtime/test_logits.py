@@ -54,15 +54,15 @@ def inputs(tiny_text: Text) -> dict[str, torch.Tensor]:
     """Token ids [batch, tokens]."""
     sums = tiny_text.encode(arithmetic(random.Random(0), 1600))
     code = tiny_text.encode(inspect.getsource(textwrap))
-    found = {
+    result = {
         "sums": torch.tensor([sums[:560]]),
         "code": torch.tensor([code[:200]]),
         "code, later": torch.tensor([code[600:800], code[900:1100]]),
         "random": torch.randint(0, 2048, (2, 100), generator=torch.Generator().manual_seed(1)),
     }
-    assert all(ids.shape[1] > WINDOW for ids in found.values())
-    assert max(ids.shape[1] for ids in found.values()) > max(ORIGINAL_LENGTH, MAX_PREFILL_TOKENS)
-    return found
+    assert all(ids.shape[1] > WINDOW for ids in result.values())
+    assert max(ids.shape[1] for ids in result.values()) > max(ORIGINAL_LENGTH, MAX_PREFILL_TOKENS)
+    return result
 
 
 @pytest.mark.parametrize("count", COUNTS)
@@ -83,8 +83,8 @@ def test_the_embedded_model_and_what_is_left_of_it(
 def compare(folder: Path, inputs: dict[str, torch.Tensor], backend: str) -> Compared:
     sides = []
     for dtype in (torch.float32, torch.bfloat16):
-        theirs, ours = oracle.load_model(folder, dtype), load_model(folder, dtype=dtype, backend=backend)
-        sides.append({name: oracle.logits_of(theirs, ids).float() for name, ids in inputs.items()})
+        expected, ours = oracle.load_model(folder, dtype), load_model(folder, dtype=dtype, backend=backend)
+        sides.append({name: oracle.logits_of(expected, ids).float() for name, ids in inputs.items()})
         sides.append({name: ours(ids) for name, ids in inputs.items()})
     return Compared(ours.config.num_local_experts, backend, *sides)
 
@@ -92,8 +92,8 @@ def compare(folder: Path, inputs: dict[str, torch.Tensor], backend: str) -> Comp
 def check_that_float32_agrees(compared: Compared) -> None:
     for name, expected in compared.exact.items():
         assert expected.std() > 0.5, name
-        found, tolerance = compared.exact_ours[name], TOLERANCE[compared.backend]
-        worst = (found - expected).abs().amax(dim=-1).flatten()  # of each token
+        result, tolerance = compared.exact_ours[name], TOLERANCE[compared.backend]
+        worst = (result - expected).abs().amax(dim=-1).flatten()  # of each token
         most = worst.max() if compared.backend == "reference" else worst.median()
         assert most <= tolerance, name
     errors = [(compared.exact_ours[n] - x).norm() for n, x in compared.exact.items()]
@@ -111,11 +111,11 @@ def check_that_bfloat16_errs_hardly_more(compared: Compared) -> None:
     errors_ours = [(compared.rounded_ours[n] - x).norm() for n, x in compared.exact.items()]
     assert torch.stack(errors_ours).norm() <= NO_WORSE * torch.stack(errors_theirs).norm()
     for name, exact in compared.exact.items():
-        theirs = (compared.rounded[name] - exact).norm(dim=-1).flatten()
+        expected = (compared.rounded[name] - exact).norm(dim=-1).flatten()
         ours = (compared.rounded_ours[name] - exact).norm(dim=-1).flatten()
-        assert ours.median() <= NO_WORSE * theirs.median(), name
+        assert ours.median() <= NO_WORSE * expected.median(), name
         if compared.experts <= TOP_K:
-            assert ours.norm() <= NO_WORSE * theirs.norm(), name
+            assert ours.norm() <= NO_WORSE * expected.norm(), name
 
 
 def check_that_bfloat16_says_the_same_where_errors_leave_no_doubt(compared: Compared) -> None:

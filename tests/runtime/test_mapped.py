@@ -47,13 +47,13 @@ def weights_of(model: CausalLM) -> Iterator[tuple[str, torch.Tensor]]:
 
 def maps_of(folder: Path) -> list[tuple[int, int, str]]:
     """(start, end, permissions) of this process's mappings of the shards in `folder`."""
-    found = []
+    result = []
     for line in Path("/proc/self/maps").read_text().splitlines():
         span, permissions, _, _, _, *path = line.split(maxsplit=5)
         if path and path[0].startswith(f"{os.path.realpath(folder)}/") and path[0].endswith(".safetensors"):
             start, end = (int(edge, 16) for edge in span.split("-"))
-            found.append((start, end, permissions))
-    return found
+            result.append((start, end, permissions))
+    return result
 
 
 def is_mapped(tensor: torch.Tensor, maps: list[tuple[int, int, str]]) -> bool:

@@ -39,15 +39,15 @@ def draw_ids(batch: int, tokens: int) -> torch.Tensor:
 
 def outcome(model: CausalLM, batch: int, prompt: int = 140) -> list[torch.Tensor]:
     """Logits and caches of a prompt with padding, steps of one and several tokens, and a rollback."""
-    ids, cache, found = draw_ids(batch, prompt + 50), model.new_cache(batch, 300), []
+    ids, cache, result = draw_ids(batch, prompt + 50), model.new_cache(batch, 300), []
     mask = torch.ones(batch, prompt, dtype=torch.int64)
     mask[0, :3] = 0
-    found.append(model(ids[:, :prompt], cache, mask))
+    result.append(model(ids[:, :prompt], cache, mask))
     for start, stop in ((0, 1), (1, 6), (6, 7), (7, 23), (23, 50)):
-        found.append(model(ids[:, prompt + start : prompt + stop], cache))
+        result.append(model(ids[:, prompt + start : prompt + stop], cache))
         if stop == 6:
             cache.truncate([prompt + 5 - row for row in range(batch)])
-    return [*found, *cache.keys, *cache.values, *cache.positions.values()]
+    return [*result, *cache.keys, *cache.values, *cache.positions.values()]
 
 
 def prompt_length(isa: str) -> int:
@@ -60,10 +60,10 @@ def prompt_length(isa: str) -> int:
 def test_a_stack_gives_what_its_layers_give(tiny: Path, isa: str, batch: int) -> None:
     prompt = prompt_length(isa)
     expected = outcome(model_of(tiny, isa, 1, stacked=False), batch, prompt)
-    found = outcome(model_of(tiny, isa, 2, stacked=True), batch, prompt)
-    assert len(found) == len(expected)
-    for mine, theirs in zip(found, expected, strict=True):
-        assert torch.equal(mine, theirs)
+    result = outcome(model_of(tiny, isa, 2, stacked=True), batch, prompt)
+    assert len(result) == len(expected)
+    for actual, theirs in zip(result, expected, strict=True):
+        assert torch.equal(actual, theirs)
 
 
 @pytest.mark.parametrize(("kept", "top_k"), [(3, None), (31, 1), (None, 2)])
@@ -71,12 +71,12 @@ def test_a_view_has_a_stack_of_its_own(tiny: Path, kept: int | None, top_k: int 
     plan = None if kept is None else plan_random(kept, 1, inspect(tiny))
     whole, plain = (model_of(tiny, "", 2, stacked=stacked) for stacked in (True, False))
     before = outcome(whole, 2)
-    for mine, theirs in zip(
+    for actual, expected in zip(
         outcome(view(whole, plan, top_k), 2), outcome(view(plain, plan, top_k), 2), strict=True
     ):
-        assert torch.equal(mine, theirs)
-    for mine, theirs in zip(outcome(whole, 2), before, strict=True):
-        assert torch.equal(mine, theirs)
+        assert torch.equal(actual, expected)
+    for actual, expected in zip(outcome(whole, 2), before, strict=True):
+        assert torch.equal(actual, expected)
 
 
 def wide(layer: Layer, dtype: torch.dtype) -> Layer:
@@ -107,8 +107,8 @@ def test_a_stack_of_f32_weights_gives_what_bf16_ones_with_the_same_values_give(t
     for stacked in (True, False):
         model = stored_as(model_of(tiny, isa, 1, stacked=stacked), torch.float32)
         assert (model._fused_layers() is not None) == stacked
-        for mine, theirs in zip(outcome(model, 2, prompt), expected, strict=True):
-            assert torch.equal(mine, theirs)
+        for actual, theirs in zip(outcome(model, 2, prompt), expected, strict=True):
+            assert torch.equal(actual, theirs)
 
 
 @every_variant
@@ -116,12 +116,12 @@ def test_a_stack_of_f16_weights_gives_what_f32_ones_with_the_same_values_give(ti
     half = stored_as(model_of(tiny, isa, 2, stacked=True), torch.float16)
     assert half._fused_layers() is not None
     prompt = prompt_length(isa)
-    found = outcome(half, 2, prompt)
+    result = outcome(half, 2, prompt)
     apart = stored_as(model_of(tiny, isa, 1, stacked=False), torch.float16)
-    for mine, theirs in zip(found, outcome(apart, 2, prompt), strict=True):
-        assert torch.equal(mine, theirs)
-    for mine, theirs in zip(found, outcome(stored_as(half, torch.float32), 2, prompt), strict=True):
-        assert torch.equal(mine, theirs)
+    for actual, expected in zip(result, outcome(apart, 2, prompt), strict=True):
+        assert torch.equal(actual, expected)
+    for actual, expected in zip(result, outcome(stored_as(half, torch.float32), 2, prompt), strict=True):
+        assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

@@ -238,8 +238,8 @@ def test_the_original_layout_follows_openais_own_keys(tmp_path: Path) -> None:
     edit = edited(num_experts_per_tok=1, num_local_experts=9)
     folder = write_checkpoint(tmp_path / "in", SHAPE, "original", edit_config=edit)
     with pytest.warns(CheckpointWarning, match="use (num_experts|experts_per_token)$") as notes:
-        found = inspect(folder)
-    assert (found.experts, found.top_k) == (SHAPE.experts, SHAPE.top_k)
+        result = inspect(folder)
+    assert (result.experts, result.top_k) == (SHAPE.experts, SHAPE.top_k)
     assert [str(n.message).partition("config.json: ")[2] for n in notes] == [
         "num_experts is 6 but num_local_experts is 9; OpenAI's code and moe-surgery use num_experts",
         "experts_per_token is 3 but num_experts_per_tok is 1; OpenAI's code and moe-surgery use experts_per_token",

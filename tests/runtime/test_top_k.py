@@ -64,11 +64,11 @@ def test_the_embedded_model_with_another_top_k(
 def test_every_top_k_in_prefill_and_in_steps(top_k: int, small: Path, backend: str) -> None:
     model = load_model(small, dtype=torch.float32, backend=backend, top_k=top_k)
     prompt = torch.randint(0, SMALL.vocabulary, (1, 12), generator=torch.Generator().manual_seed(top_k))
-    found = generate(model, [prompt[0].tolist()], max_new_tokens=8, stop_tokens=()).tokens[0]
-    whole = torch.cat((prompt, torch.tensor([found])), dim=1)
+    result = generate(model, [prompt[0].tolist()], max_new_tokens=8, stop_tokens=()).tokens[0]
+    whole = torch.cat((prompt, torch.tensor([result])), dim=1)
     expected = expected_logits(small, whole, top_k)
     torch.testing.assert_close(model(whole), expected, rtol=0, atol=TOLERANCE[backend])
-    chosen = expected[0, prompt.shape[1] - 1 : -1].gather(1, torch.tensor(found)[:, None])[:, 0]
+    chosen = expected[0, prompt.shape[1] - 1 : -1].gather(1, torch.tensor(result)[:, None])[:, 0]
     best = expected[0, prompt.shape[1] - 1 : -1].max(dim=-1).values
     assert ((best - chosen) <= 2 * TOLERANCE[backend]).all()
 

@@ -18,10 +18,10 @@ WEIGHTS = st.integers(0, 4096)
 
 
 def layer(weights: list[int]) -> ExpertStatistics:
-    found = ExpertStatistics.zeros(len(weights), 1)
-    found.gate += np.array(weights) / 1024
-    found.count += np.array(weights) > 0
-    return found
+    result = ExpertStatistics.zeros(len(weights), 1)
+    result.gate += np.array(weights) / 1024
+    result.count += np.array(weights) > 0
+    return result
 
 
 @st.composite
@@ -51,7 +51,7 @@ def test_shares_are_sums_of_the_first_experts_weights(weights: list[list[int]], 
 
 @given(layers(), st.integers(1, 8))
 def test_the_smallest_count_is_the_first_that_carries_enough(weights: list[list[int]], eighths: int) -> None:
-    wanted = Fraction(eighths, 8)
+    expected = Fraction(eighths, 8)
     shares = coverage([layer(row) for row in weights])
     counts = range(1, len(weights[0]) + 1)
     orders = [by_weight(row) for row in weights]
@@ -59,26 +59,26 @@ def test_the_smallest_count_is_the_first_that_carries_enough(weights: list[list[
     def worst(count: int) -> Fraction:
         return min(carried(row, ranked, count) for row, ranked in zip(weights, orders, strict=True))
 
-    assert smallest_count(shares, float(wanted)) == next(n for n in counts if worst(n) >= wanted)
+    assert smallest_count(shares, float(expected)) == next(n for n in counts if worst(n) >= expected)
 
 
 @given(layers())
 def test_the_mean_asks_for_no_more_than_the_worst_layer(weights: list[list[int]]) -> None:
     shares = coverage([layer(row) for row in weights])
-    for wanted in (0.001, 0.3, 0.5, 0.9, 0.999):
-        mean = smallest_count(shares, wanted, "mean")
-        assert mean <= smallest_count(shares, wanted)
-        assert shares[:, mean - 1].mean() >= wanted
-        assert mean == 1 or shares[:, mean - 2].mean() < wanted
+    for expected in (0.001, 0.3, 0.5, 0.9, 0.999):
+        mean = smallest_count(shares, expected, "mean")
+        assert mean <= smallest_count(shares, expected)
+        assert shares[:, mean - 1].mean() >= expected
+        assert mean == 1 or shares[:, mean - 2].mean() < expected
 
 
 @given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=200), st.integers(0, 50))
 def test_everything_is_carried_by_the_experts_that_were_chosen(gates: list[float], unused: int) -> None:
     """With any rounding of the sums, an expert that was never chosen is not needed for full coverage."""
-    found = ExpertStatistics.zeros(len(gates) + unused, 1)
-    found.gate[: len(gates)] = gates
-    assert smallest_count(coverage([found]), 1.0) <= len(gates)
-    assert smallest_count(coverage([found, found]), 1.0, "mean") <= len(gates)
+    result = ExpertStatistics.zeros(len(gates) + unused, 1)
+    result.gate[: len(gates)] = gates
+    assert smallest_count(coverage([result]), 1.0) <= len(gates)
+    assert smallest_count(coverage([result, result]), 1.0, "mean") <= len(gates)
 
 
 def test_a_ranking_by_something_else_needs_more_experts() -> None:

@@ -76,7 +76,7 @@ def test_the_shipped_data_are_eight_orders_of_32_experts_in_24_layers() -> None:
 def test_the_shipped_topics_are_folders_of_the_tree() -> None:
     topics = json.loads((DATA / "topics.json").read_text())
     assert sorted(topics) == sorted(TOPICS)
-    folders = [folder for found in topics.values() for folder in found]
+    folders = [folder for result in topics.values() for folder in result]
     assert len(set(folders)) == len(folders) == 196
     assert all(len(folder.split("/")) == 2 and all(folder.split("/")) for folder in folders)
 
@@ -98,12 +98,12 @@ def own_order(mixed: list[int], other: list[int]) -> list[int] | None:
                 if mixed[end] != other[i]:
                     continue
                 end += 1
-            if found := steps(i + 1, (*own, expert), end):
-                return found
+            if result := steps(i + 1, (*own, expert), end):
+                return result
         return None
 
-    found = steps(0, (), 0)
-    return None if found is None else list(found)
+    result = steps(0, (), 0)
+    return None if result is None else list(result)
 
 
 @pytest.mark.parametrize("topic", TOPICS)
@@ -111,10 +111,10 @@ def test_a_shipped_topic_interleaves_an_order_with_all_position_by_position(topi
     everything, mixed = shipped("all"), shipped(topic)
     own = [own_order(row, other) for row, other in zip(mixed, everything, strict=True)]
     assert None not in own
-    found = interleave(
+    result = interleave(
         Ranking(32, tuple(tuple(row) for row in own if row)), Ranking(32, tuple(map(tuple, everything)))
     )
-    assert [list(row) for row in found.layers] == mixed
+    assert [list(row) for row in result.layers] == mixed
 
 
 @pytest.mark.parametrize("domain", DOMAINS)

@@ -36,16 +36,16 @@ def routes(seed: int, tokens: int) -> list[tuple[int, float, np.ndarray]]:
 
 
 def gathered(chosen: list[tuple[int, float, np.ndarray]]) -> ExpertStatistics:
-    found = ExpertStatistics.zeros(EXPERTS, HIDDEN)
+    result = ExpertStatistics.zeros(EXPERTS, HIDDEN)
     for expert, gate, output in chosen:
-        found.count[expert] += 1
-        found.gate[expert] += gate
-        found.norm[expert] += np.linalg.norm(output)
-        found.weighted_norm[expert] += gate * np.linalg.norm(output)
-        found.output[expert] += output
-        found.peak_abs[expert] = max(found.peak_abs[expert], abs(output).max())
-        found.peak[expert] = max(found.peak[expert], output.max())
-    return found
+        result.count[expert] += 1
+        result.gate[expert] += gate
+        result.norm[expert] += np.linalg.norm(output)
+        result.weighted_norm[expert] += gate * np.linalg.norm(output)
+        result.output[expert] += output
+        result.peak_abs[expert] = max(result.peak_abs[expert], abs(output).max())
+        result.peak[expert] = max(result.peak[expert], output.max())
+    return result
 
 
 def statistics(seed: int, domains: tuple[str, ...] = ("law",), identity: str = "a") -> Statistics:
@@ -128,9 +128,9 @@ def test_statistics_of_two_checkpoints_do_not_merge() -> None:
 
 def test_the_same_text_does_not_count_twice() -> None:
     def of(*hashes: str, domain: str = "law") -> Statistics:
-        found = statistics(0, (domain,))
-        found.texts = {domain: [{"name": f"{h}.txt", "xxh3_128": h, "tokens": 1} for h in hashes]}
-        return found
+        result = statistics(0, (domain,))
+        result.texts = {domain: [{"name": f"{h}.txt", "xxh3_128": h, "tokens": 1} for h in hashes]}
+        return result
 
     assert [t["name"] for t in merge([of("a", "b"), of("c")]).texts["law"]] == ["a.txt", "b.txt", "c.txt"]
     for parts in ([of("a", "b"), of("b")], [of("a"), of("b"), of("c", "a")]):
@@ -156,10 +156,10 @@ COMPUTED = {"backend": "native", "device": "cpu", "dtype": "float32"}
 
 
 def computed(seed: int, **changed: str) -> Statistics:
-    found = statistics(seed)
-    found.texts = {"law": []}
-    found.settings = {**COMPUTED, **changed}
-    return found
+    result = statistics(seed)
+    result.texts = {"law": []}
+    result.settings = {**COMPUTED, **changed}
+    return result
 
 
 @pytest.mark.parametrize("other", [{"backend": "triton"}, {"device": "cuda"}, {"dtype": "bfloat16"}])
@@ -200,25 +200,25 @@ def test_a_file_without_its_backend_merges_with_any_one(
 
 
 def test_a_domain_means_its_prompts_and_answers() -> None:
-    found = statistics(0, ("law:prompt", "law:answer", "law", "lawful", "maths:answer"))
-    assert found.named(["law"]) == ["law", "law:answer", "law:prompt"]
-    assert found.named(["law:answer", "law"]) == ["law:answer", "law", "law:prompt"]  # each once
-    assert found.named(["maths"]) == ["maths:answer"]
-    assert found.named() == found.domains
-    total = found.over(["law", "law:prompt"])
-    expected = sum(found.data[d][2].gate for d in ("law", "law:answer", "law:prompt"))
+    result = statistics(0, ("law:prompt", "law:answer", "law", "lawful", "maths:answer"))
+    assert result.named(["law"]) == ["law", "law:answer", "law:prompt"]
+    assert result.named(["law:answer", "law"]) == ["law:answer", "law", "law:prompt"]  # each once
+    assert result.named(["maths"]) == ["maths:answer"]
+    assert result.named() == result.domains
+    total = result.over(["law", "law:prompt"])
+    expected = sum(result.data[d][2].gate for d in ("law", "law:answer", "law:prompt"))
     np.testing.assert_allclose(total[2].gate, expected)
     for name in ("", "law:", "answer", ":answer", "la"):
         with pytest.raises(InvalidInputError, match="is not in these statistics"):
-            found.named([name])
-    assert rank(found, "gate", domains=["maths"]).provenance["domains"] == ["maths:answer"]
+            result.named([name])
+    assert rank(result, "gate", domains=["maths"]).provenance["domains"] == ["maths:answer"]
 
 
 def test_metadata_that_would_fail_later_is_refused(tmp_path: Path) -> None:
     from safetensors import safe_open
 
-    found = statistics(1, ("law", "maths"))
-    save_statistics(found, tmp_path / "s")
+    result = statistics(1, ("law", "maths"))
+    save_statistics(result, tmp_path / "s")
     with safe_open(tmp_path / "s", "np") as opened:
         document = json.loads(opened.metadata()["moe_surgery"])
     arrays = load_file(tmp_path / "s")
@@ -291,9 +291,9 @@ def test_super_experts_are_outliers_of_the_first_three_quarters() -> None:
         layer.count += 1
     layers[1].peak[7] = layers[3].peak[9] = 1000.0
     assert super_experts(layers) == [set(), {7}, set(), set()]
-    found = Statistics("gpt_oss", "a", 64, 2, 2, {"x": 1}, {"x": []}, {"x": layers})
-    assert rank(found, "frequency", protect_super_experts=True).layers[1][:3] == (7, 0, 1)
-    assert rank(found, "frequency").layers[1][0] == 0
+    result = Statistics("gpt_oss", "a", 64, 2, 2, {"x": 1}, {"x": []}, {"x": layers})
+    assert rank(result, "frequency", protect_super_experts=True).layers[1][:3] == (7, 0, 1)
+    assert rank(result, "frequency").layers[1][0] == 0
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:

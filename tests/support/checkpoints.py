@@ -90,19 +90,19 @@ def decode_transposed(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 def to_bf16(tensors: Mapping[str, np.ndarray]) -> Tensors:
     """Hub MXFP4 tensors as the hub's BF16 layout has them."""
-    found: Tensors = {}
+    result: Tensors = {}
     for name, value in tensors.items():
         if name.endswith("_blocks"):
             base = name.removesuffix("_blocks")
-            found[base] = decode_transposed(value, tensors[base + "_scales"])
+            result[base] = decode_transposed(value, tensors[base + "_scales"])
         elif not name.endswith("_scales"):
-            found[name] = value
-    return found
+            result[name] = value
+    return result
 
 
 def to_original(tensors: Mapping[str, np.ndarray], shape: Shape) -> Tensors:
     """Hub MXFP4 tensors under the names of OpenAI's own layout, q, k and v fused."""
-    found: Tensors = {
+    result: Tensors = {
         "embedding.weight": tensors["model.embed_tokens.weight"],
         "norm.scale": tensors["model.norm.weight"],
         "unembedding.weight": tensors["lm_head.weight"],
@@ -123,11 +123,11 @@ def to_original(tensors: Mapping[str, np.ndarray], shape: Shape) -> Tensors:
     for layer in range(shape.layers):
         hub, original_prefix = f"model.layers.{layer}.", f"block.{layer}."
         for ours, original in renamed.items():
-            found[original_prefix + original] = tensors[hub + ours]
+            result[original_prefix + original] = tensors[hub + ours]
         for leaf in ("weight", "bias"):
             parts = [tensors[f"{hub}self_attn.{part}_proj.{leaf}"] for part in "qkv"]
-            found[f"{original_prefix}attn.qkv.{leaf}"] = np.concatenate(parts)
-    return found
+            result[f"{original_prefix}attn.qkv.{leaf}"] = np.concatenate(parts)
+    return result
 
 
 # --- config.json
@@ -248,13 +248,13 @@ def save_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
 def load_tensors(folder: str | os.PathLike[str]) -> Tensors:
     """Every tensor of all .safetensors files of `folder`, read by the safetensors library."""
-    found: Tensors = {}
+    result: Tensors = {}
     for file in sorted(Path(folder).glob("*.safetensors")):
         for name, entry in deserialize(file.read_bytes()):
-            assert name not in found, f"{name} is in two shards"
+            assert name not in result, f"{name} is in two shards"
             values = np.frombuffer(entry["data"], _FROM_FILE[entry["dtype"]])
-            found[name] = values.reshape(entry["shape"])
-    return found
+            result[name] = values.reshape(entry["shape"])
+    return result
 
 
 def load_config(folder: str | os.PathLike[str]) -> dict[str, object]:
@@ -273,13 +273,13 @@ def assert_same_tensors(got: Mapping[str, np.ndarray], expected: Mapping[str, np
 
 def kept_tensors(tensors: Mapping[str, np.ndarray], layers: Sequence[Sequence[int]]) -> Tensors:
     """Hub tensors of either storage with only the experts `layers[i]` of layer i, in that order."""
-    found: Tensors = {}
+    result: Tensors = {}
     for name, value in tensors.items():
         if ".mlp." in name:
-            found[name] = value[list(layers[int(name.split(".")[2])])]
+            result[name] = value[list(layers[int(name.split(".")[2])])]
         else:
-            found[name] = value
-    return found
+            result[name] = value
+    return result
 
 
 def write_sparse_checkpoint(folder: Path, shape: Shape, shards: int = 3) -> Path:

@@ -198,6 +198,6 @@ def untouched(*folders: Path) -> Iterator[None]:
 
 def assert_sound(out: Path, source: Path | str) -> None:
     """`out` is complete, and every byte of it what its plan makes of `source`."""
-    found = verify_checkpoint(out, source=source)
-    assert found.problems == ()
-    assert found.notes == ()
+    result = verify_checkpoint(out, source=source)
+    assert result.problems == ()
+    assert result.notes == ()

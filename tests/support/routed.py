@@ -70,7 +70,7 @@ class Routed:
         """What every expert did on a left-padded batch, of all layers or of one."""
         watched = range(len(self.layers)) if layer is None else [layer]
         experts, hidden = self.layers[0].mlp.router.weight.shape
-        found = {number: ExpertStatistics.zeros(experts, hidden) for number in watched}
+        result = {number: ExpertStatistics.zeros(experts, hidden) for number in watched}
         longest = max(map(len, sequences))
         ids = torch.tensor([[0] * (longest - len(s)) + list(s) for s in sequences])
         real = torch.tensor([[0] * (longest - len(s)) + [1] * len(s) for s in sequences])
@@ -84,7 +84,7 @@ class Routed:
                         h = x[t] @ module.gate_up_proj[expert] + module.gate_up_proj_bias[expert]
                         z = module._apply_gate(h[None])[0]
                         f = (z @ module.down_proj[expert] + module.down_proj_bias[expert]).double()
-                        add(found[number], expert, g, f.numpy())
+                        add(result[number], expert, g, f.numpy())
 
             return watch
 
@@ -95,18 +95,18 @@ class Routed:
             self.model(ids, attention_mask=real, use_cache=False)
         for handle in handles:
             handle.remove()
-        return [found[number] for number in watched]
+        return [result[number] for number in watched]
 
     def sequential(
         self, sequences: Sequence[Tokens], kept: Sequence[Sequence[int]], top_k: int | None = None
     ) -> list[ExpertStatistics]:
         """The same, each layer after earlier layers that have the experts `kept` alone."""
-        found = []
+        result = []
         for number in range(len(self.layers)):
             masks = [row if n < number else None for n, row in enumerate(kept)]
             with self.only(masks, top_k):
-                found += self.statistics(sequences, number)
-        return found
+                result += self.statistics(sequences, number)
+        return result
 
 
 def add(found: ExpertStatistics, expert: int, gate: float, output: np.ndarray) -> None:

@@ -179,8 +179,8 @@ def test_every_output_byte_is_the_one_that_slicing_gives(job: Job) -> None:
         weights = {n for n in expected if n.endswith(("gate_up_proj", "down_proj"))} if encodes else set()
         names = {n for n in expected if n not in weights}
         names |= {n + suffix for n in weights for suffix in ("_blocks", "_scales")}
-        found = [t for s in program.shards for t in s.tensors]
-        assert sorted(t.name for t in found) == sorted(names)
+        result = [t for s in program.shards for t in s.tensors]
+        assert sorted(t.name for t in result) == sorted(names)
 
         for shard in program.shards:
             data = [b"".join(resolve(folder, part) for part in t.parts) for t in shard.tensors]
@@ -239,8 +239,8 @@ def test_shards_follow_their_rules(job: Job) -> None:
         assert all(len(kind) == 1 for kind in kinds)
         assert kinds == sorted(kinds, key=lambda kind: True not in kind)
         assert sum(map(tensor_bytes, shards)) > limit
-        wanted = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-        assert [s.name for s in shards] == wanted
+        expected = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+        assert [s.name for s in shards] == expected
         index = json.loads(program.texts[INDEX])
         assert index["weight_map"] == {t.name: s.name for s in shards for t in s.tensors}
         assert index["metadata"]["total_size"] == sum(map(tensor_bytes, shards))

@@ -122,8 +122,8 @@ def check_killed_run(job: Job, out: Path, moment: int) -> int:
         if moment % 2:
             time.sleep(rng.uniform(0, job.seconds))
         else:
-            wanted = rng.randrange(1, job.shards)
-            wait_for(lambda: journalled(out) >= wanted, process)
+            expected = rng.randrange(1, job.shards)
+            wait_for(lambda: journalled(out) >= expected, process)
             time.sleep(rng.uniform(0, job.seconds / job.shards))
         process.send_signal(signal.SIGKILL)
         process.communicate()

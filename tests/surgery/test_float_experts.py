@@ -215,18 +215,18 @@ def test_experts_in_two_dense_formats_are_refused_naming_one_of_each(tmp_path: P
 @pytest.mark.parametrize("stored", ["f16", "f32"])
 def test_inspect_says_dtypes_and_foretells_bytes(stored: str, tmp_path: Path, capsys: Capture) -> None:
     source = write_checkpoint(tmp_path / "in", None, "bf16", edit_tensors=in_dtype(stored))
-    found = inspect(source)
+    result = inspect(source)
     tensors = load_tensors(source)
-    assert found.dtypes == {stored.upper(): sum(t.nbytes for t in tensors.values())}
-    assert found.sizes[-1].nbytes(found.expert_format) == found.nbytes
+    assert result.dtypes == {stored.upper(): sum(t.nbytes for t in tensors.values())}
+    assert result.sizes[-1].nbytes(result.expert_format) == result.nbytes
     for dtype in FORMATS:
         program = prune(source, tmp_path / "out", keep, store=dtype, dry_run=True).program
         planned = sum(t.nbytes for s in program.shards for t in s.tensors)
-        assert found.sizes[2].nbytes(FORMATS[dtype]) == planned
-    told = call(capsys, "inspect", source, "--json").json()
-    assert told["expert_storage"] == stored
-    assert told["sizes"][-1][f"{stored}_bytes"] == found.nbytes
-    assert set(told["fits"]["8"]) == {"mxfp4", "bf16", stored}
+        assert result.sizes[2].nbytes(FORMATS[dtype]) == planned
+    message = call(capsys, "inspect", source, "--json").json()
+    assert message["expert_storage"] == stored
+    assert message["sizes"][-1][f"{stored}_bytes"] == result.nbytes
+    assert set(message["fits"]["8"]) == {"mxfp4", "bf16", stored}
     shown = call(capsys, "inspect", source).out
     assert f"stored as {stored.upper()}" in shown
 

@@ -52,10 +52,10 @@ class Case:
     def produce(self, chunks: list[Chunk]) -> bytes:
         """The shard's bytes with chunks filled in sequence."""
         producer = producer_of(self.shard, self.checkpoint.shards)
-        found = bytearray(self.shard.nbytes)
+        result = bytearray(self.shard.nbytes)
         for chunk in chunks:
-            producer.fill(chunk, memoryview(found)[chunk.offset : chunk.offset + chunk.nbytes])
-        return bytes(found)
+            producer.fill(chunk, memoryview(result)[chunk.offset : chunk.offset + chunk.nbytes])
+        return bytes(result)
 
 
 @contextmanager
@@ -73,10 +73,10 @@ def prepared(folder: Path, dtype: str, shape: Shape = SHAPE) -> Iterator[Case]:
 
 @pytest.fixture(scope="module", params=["keep", "bf16", "mxfp4"])
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
-    with prepared(tmp_path_factory.mktemp("case"), request.param) as found:
-        kinds = {type(p) for t in found.shard.tensors for p in t.parts}
+    with prepared(tmp_path_factory.mktemp("case"), request.param) as result:
+        kinds = {type(p) for t in result.shard.tensors for p in t.parts}
         assert kinds == {"keep": {Copy}, "bf16": {Copy, Decode}, "mxfp4": {Copy, Encode}}[request.param]
-        yield found
+        yield result
 
 
 def test_whole_shard_is_what_numpy_makes_of_the_source(case: Case, tmp_path: Path) -> None:
@@ -120,14 +120,14 @@ def test_threads_that_fill_out_of_step_give_the_same_bytes(case: Case, seed: int
     """Chunks start in order, as in the pipeline, and finish at any pace."""
     rng = random.Random(seed)
     producer = producer_of(case.shard, case.checkpoint.shards)
-    found = bytearray(case.shard.nbytes)
+    result = bytearray(case.shard.nbytes)
     work = list(chunks_of(case.shard, rng.randrange(700, 9000)))
     pauses = [rng.uniform(0, 0.002) for _ in work]
     started = threading.Semaphore(6)
 
     def fill(chunk: Chunk, pause: float) -> None:
         threading.Event().wait(pause)
-        producer.fill(chunk, memoryview(found)[chunk.offset : chunk.offset + chunk.nbytes])
+        producer.fill(chunk, memoryview(result)[chunk.offset : chunk.offset + chunk.nbytes])
         started.release()
 
     with ThreadPoolExecutor(6) as pool:
@@ -137,7 +137,7 @@ def test_threads_that_fill_out_of_step_give_the_same_bytes(case: Case, seed: int
             futures.append(pool.submit(fill, chunk, pause))
         for future in futures:
             future.result(60)
-    assert bytes(found) == case.whole
+    assert bytes(result) == case.whole
 
 
 @pytest.mark.parametrize("chunk_bytes", [1501, 30_000])
@@ -156,14 +156,14 @@ def test_threads_that_start_in_any_order_give_the_same_bytes(case: Case, seed: i
     work = list(chunks_of(case.shard, random.Random(seed).randrange(700, 9000)))
     random.Random(seed).shuffle(work)
     producer = producer_of(case.shard, case.checkpoint.shards)
-    found = bytearray(case.shard.nbytes)
+    result = bytearray(case.shard.nbytes)
 
     def fill(chunk: Chunk) -> None:
-        producer.fill(chunk, memoryview(found)[chunk.offset : chunk.offset + chunk.nbytes])
+        producer.fill(chunk, memoryview(result)[chunk.offset : chunk.offset + chunk.nbytes])
 
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(fill, work, timeout=60))
-    assert bytes(found) == case.whole
+    assert bytes(result) == case.whole
 
 
 def test_conversion_is_reported_once_however_it_is_cut(case: Case) -> None:

@@ -42,10 +42,10 @@ def error(found: torch.Tensor, wanted: np.ndarray) -> float:
 
 
 def check(case: Layer) -> None:
-    found = TritonBackend().experts(case.x, case.ids, case.weights, case.experts)
-    assert error(found, case.expected()) < TOLERANCE[case.x.dtype]
+    result = TritonBackend().experts(case.x, case.ids, case.weights, case.experts)
+    assert error(result, case.expected()) < TOLERANCE[case.x.dtype]
     reference = ReferenceBackend().experts(case.x, case.ids, case.weights, case.experts)
-    assert error(found, reference.double().numpy()) < 2 * TOLERANCE[case.x.dtype]
+    assert error(result, reference.double().numpy()) < 2 * TOLERANCE[case.x.dtype]
 
 
 @pytest.mark.parametrize("case", covering_cases(), ids=str)
@@ -130,9 +130,9 @@ def by_grouped_gemm(
 def test_any_step_of_the_reduction(form: str, columns: int) -> None:
     """160 and 96 values in steps of 32 (even), 64 and 128 (masked ends); 32 of 64 rows in the last piece."""
     case = layer(Case(3, 2, 3, form, True), hidden=160, intermediate=96)
-    wanted = case.expected()
-    assert error(by_gemv(case, Blocks(64, columns, 4, 1), (1, 1)), wanted) < 2e-6
-    assert error(by_grouped_gemm(case, Blocks(64, columns, 4, 1), (1, 1), 8), wanted) < 2e-6
+    expected = case.expected()
+    assert error(by_gemv(case, Blocks(64, columns, 4, 1), (1, 1)), expected) < 2e-6
+    assert error(by_grouped_gemm(case, Blocks(64, columns, 4, 1), (1, 1), 8), expected) < 2e-6
 
 
 @pytest.mark.parametrize(
@@ -150,12 +150,12 @@ def test_any_step_of_the_reduction(form: str, columns: int) -> None:
 def test_split_reductions(form: str, split_k: int) -> None:
     """Also into more parts than there are steps. Twice, bit for bit: counters are left at zero."""
     case = layer(Case(2, 2, 2, form, False), hidden=160, intermediate=96)
-    wanted = case.expected()
+    expected = case.expected()
     runs = [by_gemv(case, Blocks(64, 64, 4, 1), (split_k, split_k)) for _ in range(2)]
-    assert error(runs[0], wanted) < 2e-6
+    assert error(runs[0], expected) < 2e-6
     assert torch.equal(*runs)
     runs = [by_grouped_gemm(case, Blocks(128, 64, 4, 1), (split_k, split_k), 8) for _ in range(2)]
-    assert error(runs[0], wanted) < 2e-6
+    assert error(runs[0], expected) < 2e-6
     assert torch.equal(*runs)
 
 
@@ -232,8 +232,8 @@ def test_nan_in_one_token_stays_in_it() -> None:
     out = TritonBackend().experts(x, case.ids, case.weights, case.experts)
     assert out[4].isnan().all()
     clean = torch.arange(9) != 4
-    wanted = case.expected()[clean.numpy()]
-    assert error(out[clean], wanted) < 2e-6
+    expected = case.expected()[clean.numpy()]
+    assert error(out[clean], expected) < 2e-6
 
 
 @pytest.mark.parametrize(

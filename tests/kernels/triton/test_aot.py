@@ -56,9 +56,9 @@ def test_autotune_rewrites_only_the_overrides(tmp_path: Path) -> None:
     copy = tmp_path / "tuning.py"
     copy.write_text(Path(tuning.__file__).read_text())
     autotune.write_overrides(copy, {90: {("down", "mxfp4", 0): (32, 256, 4, 2)}}, "one line")
-    found = run_path(str(copy))
-    assert found["OVERRIDES"] == {90: {("down", "mxfp4", 0): (32, 256, 4, 2)}}
-    assert found["BLOCKS"] == tuning.BLOCKS
+    result = run_path(str(copy))
+    assert result["OVERRIDES"] == {90: {("down", "mxfp4", 0): (32, 256, 4, 2)}}
+    assert result["BLOCKS"] == tuning.BLOCKS
     assert "# Measured: one line" in copy.read_text()
     autotune.write_overrides(copy, {}, "")
     assert run_path(str(copy))["OVERRIDES"] == {}

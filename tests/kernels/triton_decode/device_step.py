@@ -59,7 +59,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def models(folder: Path, keep: int | None = None) -> tuple[CausalLM, CausalLM]:
     """The same weights twice, in float32: with triton and with plain PyTorch."""
-    found = []
+    result = []
     for backend in ("triton", "reference"):
         plan = None
         if keep is not None:
@@ -67,8 +67,8 @@ def models(folder: Path, keep: int | None = None) -> tuple[CausalLM, CausalLM]:
 
             with Checkpoint.open(folder) as checkpoint:
                 plan = plan_random(keep, 1, identify_model(checkpoint))
-        found.append(load_model(folder, DEVICE, torch.float32, plan, backend=backend))
-    return found[0], found[1]
+        result.append(load_model(folder, DEVICE, torch.float32, plan, backend=backend))
+    return result[0], result[1]
 
 
 def prefilled(
@@ -100,12 +100,12 @@ def test_every_step_gives_the_logits_of_the_plain_forward_pass(
     step = DecodeStep(ours.decoder_model(), caches[0], capture=capture)
     tokens = prompt[:, -1]
     for number in range(STEPS):  # the rings of 7 slots go round
-        wanted = plain(tokens[:, None], caches[1])[:, 0]
+        expected = plain(tokens[:, None], caches[1])[:, 0]
         with torch.inference_mode():
             step.logits.fill_(float("nan"))
-        found = step(tokens)
-        torch.testing.assert_close(found, wanted, rtol=0, atol=TOLERANCE, msg=f"step {number}")
-        tokens = wanted.argmax(-1)
+        result = step(tokens)
+        torch.testing.assert_close(result, expected, rtol=0, atol=TOLERANCE, msg=f"step {number}")
+        tokens = expected.argmax(-1)
     same_cache(*caches)
 
 
@@ -130,8 +130,8 @@ def test_truncation_and_prefill_in_between_are_followed(folder: Path, capture: b
     for cache in caches:
         cache.truncate(7)
         plain(prompt[:, :1], cache)
-    found, wanted = step(prompt[:, 1]), plain(prompt[:, 1:2], caches[1])[:, 0]
-    torch.testing.assert_close(found, wanted, rtol=0, atol=TOLERANCE)
+    result, expected = step(prompt[:, 1]), plain(prompt[:, 1:2], caches[1])[:, 0]
+    torch.testing.assert_close(result, expected, rtol=0, atol=TOLERANCE)
     same_cache(*caches)
 
 
@@ -187,11 +187,11 @@ def test_layers_not_joined_at_loading_give_the_same_step(folder: Path) -> None:
     apart = DecoderModel(
         plain.layers, whole.shape, whole.embedding, whole.norm, whole.unembedding, whole.rope, whole.dtype
     )
-    found = [
+    result = [
         DecodeStep(model, prefilled(plain, 1, 7, mask, prompt), capture=False)(prompt[:, 0])
         for model in (whole, apart)
     ]
-    assert torch.equal(*found)
+    assert torch.equal(*result)
 
 
 def test_a_view_changes_nothing_of_its_model(folder: Path) -> None:
@@ -210,7 +210,7 @@ def test_a_view_that_drafts_step_by_step_leaves_the_output_the_targets(folder: P
     draft = view(target, plan_random(4, 0, inspect(folder)))
     prompt, new = [[3, 1, 4, 1, 5, 9]], 40 if ON_GPU else 6
     expected = generate(plain, prompt, max_new_tokens=new, stop_tokens=()).tokens
-    found = speculate(target, draft, prompt, draft_length=2, max_new_tokens=new, stop_tokens=())
-    assert found.tokens == expected
+    result = speculate(target, draft, prompt, draft_length=2, max_new_tokens=new, stop_tokens=())
+    assert result.tokens == expected
     for one, other in zip(target.layers, draft.layers, strict=True):
         assert one.q.weight.data_ptr() == other.q.weight.data_ptr()

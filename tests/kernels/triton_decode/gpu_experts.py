@@ -42,9 +42,9 @@ def moved(experts: ExpertWeights) -> ExpertWeights:
 def error(case: Case, dtype: torch.dtype, hidden: int = 96, units: int = 32) -> float:
     given = layer(case, hidden, units, dtype, scales=(119, 122))
     tensors = (t.to(DEVICE) for t in (given.x, given.ids, given.weights))
-    found = TritonBackend().experts(*tensors, moved(given.experts))
+    result = TritonBackend().experts(*tensors, moved(given.experts))
     exact = torch.from_numpy(given.expected())
-    return float((found.double().cpu() - exact).abs().max() / exact.abs().max())
+    return float((result.double().cpu() - exact).abs().max() / exact.abs().max())
 
 
 @pytest.mark.parametrize("case", covering_cases(), ids=str)
@@ -72,9 +72,9 @@ def test_route_at_the_width_of_gpt_oss(tokens: int, experts: int) -> None:
     bias = torch.randint(-1, 2, (experts,), generator=random, device=DEVICE)
     given = x.bfloat16(), weight.bfloat16(), bias.bfloat16(), 4  # sums are exact, so ties are too
     ids, weights = TritonBackend().route(*given)
-    wanted = ReferenceBackend().route(*given)
-    assert torch.equal(ids, wanted[0])
-    torch.testing.assert_close(weights, wanted[1], rtol=1e-2, atol=1e-4)
+    expected = ReferenceBackend().route(*given)
+    assert torch.equal(ids, expected[0])
+    torch.testing.assert_close(weights, expected[1], rtol=1e-2, atol=1e-4)
 
 
 def test_a_captured_layer_follows_its_input() -> None:
@@ -96,12 +96,12 @@ def test_a_captured_layer_follows_its_input() -> None:
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
-            found = run(TritonBackend())
+            result = run(TritonBackend())
     for seed in range(3):
         x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)))
         graph.replay()
-        wanted = run(TritonBackend())
-        assert torch.equal(found, wanted)
+        expected = run(TritonBackend())
+        assert torch.equal(result, expected)
 
 
 def test_transformers_on_the_device(tmp_path: Path) -> None:
@@ -122,11 +122,11 @@ def test_transformers_on_the_device(tmp_path: Path) -> None:
     ids = torch.arange(20, device=DEVICE)[None] % 24
     ops.backend_of.cache_clear()
     with torch.no_grad():
-        wanted = model(ids).logits
+        expected = model(ids).logits
         model.set_experts_implementation("moe_surgery")
-        torch.testing.assert_close(model(ids).logits, wanted, rtol=0, atol=1e-3)
+        torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-3)
         replace_experts(model, folder)
-        torch.testing.assert_close(model(ids).logits, wanted, rtol=0, atol=1e-3)
+        torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-3)
         assert ops.backend_of("cuda").name == "triton"
         compiled = torch.compile(model.model.layers[0].mlp, fullgraph=True)
         x = torch.randn(1, 5, 64, device=DEVICE)

@@ -134,9 +134,9 @@ def test_pruned_rows_stand_beside_the_full_ones() -> None:
             "gate": gate,
         }
 
-    found = report.against_full([row(32, 100.0), row(8, 150.0), row(4, 200.0, "RED")])
-    assert [r["against full"] for r in found] == ["1.50 x", "withheld: the correctness gate is red"]
-    assert found[0]["full weights GB"] == 32
+    result = report.against_full([row(32, 100.0), row(8, 150.0), row(4, 200.0, "RED")])
+    assert [r["against full"] for r in result] == ["1.50 x", "withheld: the correctness gate is red"]
+    assert result[0]["full weights GB"] == 32
 
 
 def test_the_report_says_what_was_not_measured(tmp_path: Path) -> None:

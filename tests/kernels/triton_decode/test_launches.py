@@ -23,6 +23,6 @@ from moe_surgery.kernels.triton.decode.launches import launch_count
     ],
 )
 def test_launches(batch: int, experts: int, layer: int, moe: int, outside: int) -> None:
-    found = launch_count(24, experts, 4, batch)
-    assert (found.layer, found.moe, found.outside) == (layer, moe, outside)
-    assert found.step == 24 * layer + outside
+    result = launch_count(24, experts, 4, batch)
+    assert (result.layer, result.moe, result.outside) == (layer, moe, outside)
+    assert result.step == 24 * layer + outside

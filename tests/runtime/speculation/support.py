@@ -31,10 +31,10 @@ def program(characters: int) -> str:
 def sequence_probabilities(model: CausalLM, prompt: list[int], length: int, sampling: Sampling) -> np.ndarray:
     """The probability of every continuation of `length` tokens, float64 [vocabulary] * length."""
     size = model.config.vocab_size
-    found = np.ones(())
+    result = np.ones(())
     for i in range(length):
         contexts = [prompt + list(c) for c in itertools.product(range(size), repeat=i)]
         logits = model(torch.tensor(contexts), logits_to_keep=1)[:, -1]
         rows = distribution(logits, sampling).double().numpy()
-        found = found[..., None] * rows.reshape(*[size] * (i + 1))
-    return found
+        result = result[..., None] * rows.reshape(*[size] * (i + 1))
+    return result

@@ -134,7 +134,7 @@ def test_greedy_keeps_drafted_tokens_up_to_the_first_that_the_target_would_not_t
     best = torch.tensor([row[2] for row in rows])
     logits = torch.nn.functional.one_hot(best, 3).float()
     kept, after = accept_greedy(drafted, torch.tensor([row[1] for row in rows]), logits)
-    for (tokens, count, wanted), k, x in zip(rows, kept.tolist(), after.tolist(), strict=True):
-        refused = [i for i in range(count) if tokens[i] != wanted[i]]
+    for (tokens, count, expected), k, x in zip(rows, kept.tolist(), after.tolist(), strict=True):
+        refused = [i for i in range(count) if tokens[i] != expected[i]]
         first = min(refused, default=count)
-        assert (k, x) == (first, wanted[first])
+        assert (k, x) == (first, expected[first])

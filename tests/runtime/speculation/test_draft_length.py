@@ -50,10 +50,10 @@ def test_a_speed_up_by_hand() -> None:
 
 @given(rates, costs, st.integers(1, 8))
 def test_the_best_length_is_the_fastest(rate: float, known: Costs, most: int) -> None:
-    found = best_length(rate, known, most)
+    result = best_length(rate, known, most)
     fastest = max(speed_up(rate, n, known) for n in range(1, most + 1))
-    assert speed_up(rate, found, known) == fastest
-    assert all(speed_up(rate, n, known) < fastest for n in range(1, found))
+    assert speed_up(rate, result, known) == fastest
+    assert all(speed_up(rate, n, known) < fastest for n in range(1, result))
 
 
 @given(costs, st.integers(1, 8))

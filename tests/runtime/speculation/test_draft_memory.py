@@ -27,7 +27,7 @@ Storages = dict[int, int]  # bytes by address
 
 def storages(value: object) -> Storages:
     """Of every tensor that `value` holds, however deep."""
-    found, seen, waiting = {}, set(), [value]
+    result, seen, waiting = {}, set(), [value]
     while waiting:
         one = waiting.pop()
         if id(one) in seen or isinstance(one, type | ModuleType | FunctionType | MethodType):
@@ -35,10 +35,10 @@ def storages(value: object) -> Storages:
         seen.add(id(one))
         if isinstance(one, torch.Tensor):
             storage = one.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
+            result[storage.data_ptr()] = storage.nbytes()
         else:
             waiting += gc.get_referents(one)
-    return found
+    return result
 
 
 def added(draft: CausalLM, target: CausalLM) -> int:
@@ -127,8 +127,8 @@ def test_drafting_with_views_takes_no_memory_for_weights(backend: str, tmp_path:
         env={**os.environ, **path, **given_back},
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    (before, maps), (after, maps_after), (copied, _) = found.values()
+    result = json.loads(done.stdout)
+    (before, maps), (after, maps_after), (copied, _) = result.values()
     assert after - before < weights / 4  # three drafts together
     assert maps_after == maps
     assert copied - after > weights * 0.9  # a copy of the weights does show

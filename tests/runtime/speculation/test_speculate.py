@@ -96,10 +96,10 @@ def test_greedy_output_is_the_targets_own(
     draft = drafts(kind, experts, top_k)
     alone = experts % len(prompts)
     rows = slice(None) if batch == MANY else slice(alone, alone + 1)
-    found = speculate(
+    result = speculate(
         tiny_model, draft, prompts[rows], draft_length=length, max_new_tokens=NEW, stop_tokens=()
     )
-    assert found.tokens == expected[rows]
+    assert result.tokens == expected[rows]
 
 
 def test_a_batch_accepts_different_numbers(
@@ -117,13 +117,13 @@ def test_an_identical_draft_is_accepted_whole(
 ) -> None:
     other = load_model(tiny, dtype=torch.float32, backend=tiny_model.backend.name)
     for draft in (tiny_model, other, view(tiny_model, plan_random(32, 0, inspect(tiny)))):
-        found = speculate(
+        result = speculate(
             tiny_model, draft, prompts[rows], draft_length=length, max_new_tokens=NEW, stop_tokens=()
         )
-        assert found.statistics.acceptance == 1
+        assert result.statistics.acceptance == 1
         steps = -(-(NEW - 1) // (length + 1))
-        assert found.statistics.target_steps == steps
-        assert found.statistics.drafted == found.statistics.accepted
+        assert result.statistics.target_steps == steps
+        assert result.statistics.drafted == result.statistics.accepted
 
 
 def test_log_probabilities_are_those_of_plain_decoding(
@@ -131,9 +131,9 @@ def test_log_probabilities_are_those_of_plain_decoding(
 ) -> None:
     draft = view(tiny_model, None, 1)
     plain = generate(tiny_model, prompts, max_new_tokens=NEW, stop_tokens=())
-    found = speculate(tiny_model, draft, prompts, max_new_tokens=NEW, stop_tokens=())
-    for got, wanted in zip(found.log_probabilities, plain.log_probabilities, strict=True):
-        assert got == pytest.approx(wanted, abs=1e-4)
+    result = speculate(tiny_model, draft, prompts, max_new_tokens=NEW, stop_tokens=())
+    for got, expected in zip(result.log_probabilities, plain.log_probabilities, strict=True):
+        assert got == pytest.approx(expected, abs=1e-4)
 
 
 # --- the small model: windows of 6, quick enough for many cases
@@ -152,8 +152,8 @@ def test_drafts_longer_than_the_window_change_nothing(
 ) -> None:
     plain = generate(small_model, PROMPTS, max_new_tokens=45, stop_tokens=())
     draft = small_draft(small_model, kept)
-    found = speculate(small_model, draft, PROMPTS, draft_length=length, max_new_tokens=45, stop_tokens=())
-    assert found.tokens == plain.tokens
+    result = speculate(small_model, draft, PROMPTS, draft_length=length, max_new_tokens=45, stop_tokens=())
+    assert result.tokens == plain.tokens
 
 
 @pytest.mark.parametrize("sampling", [None, Sampling(1.0, top_k=20, seed=7)])
@@ -164,23 +164,23 @@ def test_each_sequence_ends_with_its_own_stop_token_and_leaves_the_rest_alone(
     free = generate(small_model, PROMPTS, max_new_tokens=30, stop_tokens=()).tokens
     stops = (free[0][2], free[2][7], free[3][0])
     settings: dict[str, Any] = {"max_new_tokens": 30, "stop_tokens": stops, "sampling": sampling}
-    found = speculate(small_model, small_draft(small_model, 4), PROMPTS, draft_length=length, **settings)
-    for tokens, log_probabilities in zip(found.tokens, found.log_probabilities, strict=True):
+    result = speculate(small_model, small_draft(small_model, 4), PROMPTS, draft_length=length, **settings)
+    for tokens, log_probabilities in zip(result.tokens, result.log_probabilities, strict=True):
         assert not set(tokens[:-1]) & set(stops)
         assert len(tokens) == len(log_probabilities)
         assert len(tokens) == 30 or tokens[-1] in stops
     if sampling is None:
-        assert found.tokens == generate(small_model, PROMPTS, **settings).tokens
+        assert result.tokens == generate(small_model, PROMPTS, **settings).tokens
 
 
 @pytest.mark.parametrize("new", [1, 2, 3, 9])
 @pytest.mark.parametrize("length", [1, 4, 8])
 def test_exactly_as_many_tokens_come_as_were_asked_for(small_model: CausalLM, new: int, length: int) -> None:
     for draft in (small_model, small_draft(small_model, 1)):
-        found = speculate(
+        result = speculate(
             small_model, draft, PROMPTS, draft_length=length, max_new_tokens=new, stop_tokens=()
         )
-        assert found.tokens == generate(small_model, PROMPTS, max_new_tokens=new, stop_tokens=()).tokens
+        assert result.tokens == generate(small_model, PROMPTS, max_new_tokens=new, stop_tokens=()).tokens
 
 
 @pytest.mark.parametrize("kept", [1, 4, 5])
@@ -193,11 +193,11 @@ def test_the_models_whole_context_can_be_used(tmp_path: Path, kept: int, length:
     )
     model = load_model(folder, dtype=torch.float32)
     plain = generate(model, PROMPTS, max_new_tokens=99, stop_tokens=())
-    found = speculate(
+    result = speculate(
         model, small_draft(model, kept), PROMPTS, draft_length=length, max_new_tokens=99, stop_tokens=()
     )
-    assert found.tokens == plain.tokens
-    assert [len(t) for t in found.tokens] == [28] * 4
+    assert result.tokens == plain.tokens
+    assert [len(t) for t in result.tokens] == [28] * 4
 
 
 def test_a_run_can_be_followed_round_by_round(small_model: CausalLM) -> None:
@@ -233,12 +233,12 @@ def test_the_same_seed_gives_the_same_tokens(small_model: CausalLM) -> None:
 def test_counts_add_up(small_model: CausalLM) -> None:
     rounds: list[Round] = []
     draft = small_draft(small_model, 4)
-    found = speculate(
+    result = speculate(
         small_model, draft, PROMPTS, draft_length=3, max_new_tokens=25, stop_tokens=(), callback=rounds.append
     )
-    s, later = found.statistics, rounds[1:]
+    s, later = result.statistics, rounds[1:]
     assert rounds[0].first
-    assert s.tokens == sum(map(len, found.tokens)) - len(PROMPTS)
+    assert s.tokens == sum(map(len, result.tokens)) - len(PROMPTS)
     assert s.target_steps == len(later) == len(s.target_seconds) == len(s.draft_seconds)
     pairs = [pair for r in later for pair in zip(r.drafted, r.accepted, strict=True)]
     for position in range(3):
@@ -270,7 +270,7 @@ def test_runs_add_up(small_model: CausalLM) -> None:
 
 def test_caches_take_the_bytes_of_their_columns(small_model: CausalLM) -> None:
     length, new = 5, 30
-    found = speculate(
+    result = speculate(
         small_model,
         small_draft(small_model, 1),
         PROMPTS,
@@ -280,7 +280,7 @@ def test_caches_take_the_bytes_of_their_columns(small_model: CausalLM) -> None:
     )
     context = 20 + new - 1 + length
     token_bytes = 2 * len(PROMPTS) * SMALL.kv_heads * SMALL.head_dim * 4
-    s = found.statistics
+    s = result.statistics
     # Rings hold the window and what may be rolled back: `length` tokens, two more for the draft.
     assert s.target_cache_bytes == token_bytes * (context + 2 * (WINDOW + length))
     assert s.draft_cache_bytes == token_bytes * (context + 2 * (WINDOW + length + 2))
@@ -306,21 +306,21 @@ def counted(model: CausalLM) -> Counting:
 
 def test_the_target_runs_once_a_round_and_the_draft_once_a_token(small_model: CausalLM) -> None:
     target, draft = counted(small_model), counted(small_model)
-    found = speculate(target, draft, PROMPTS[:1], draft_length=4, max_new_tokens=21, stop_tokens=())
-    assert found.statistics.target_steps == 4
+    result = speculate(target, draft, PROMPTS[:1], draft_length=4, max_new_tokens=21, stop_tokens=())
+    assert result.statistics.target_steps == 4
     assert target.calls == 1 + 4  # the prompt, then five tokens a round
     assert draft.calls == 1 + 4 * 4
 
 
 def test_a_draft_that_is_never_sure_drafts_nothing(small_model: CausalLM) -> None:
     unsure = AdaptiveLength(confidence=1.0)
-    found = speculate(
+    result = speculate(
         small_model, small_model, PROMPTS, draft_length=unsure, max_new_tokens=9, stop_tokens=()
     )
-    assert sum(found.statistics.drafted) == 0
-    assert found.statistics.acceptance is None
-    assert found.statistics.tokens_per_target_step == 1
-    assert found.tokens == generate(small_model, PROMPTS, max_new_tokens=9, stop_tokens=()).tokens
+    assert sum(result.statistics.drafted) == 0
+    assert result.statistics.acceptance is None
+    assert result.statistics.tokens_per_target_step == 1
+    assert result.tokens == generate(small_model, PROMPTS, max_new_tokens=9, stop_tokens=()).tokens
 
 
 def test_costs_decide_how_much_is_drafted(small_model: CausalLM) -> None:
@@ -420,8 +420,8 @@ def test_a_draft_with_a_shorter_context_is_refused(small_model: CausalLM, tmp_pa
         UsageError, match=r"the draft takes 30 tokens, but .* may reach 40; pass `context` 30"
     ):
         speculate(small_model, short, PROMPTS, max_new_tokens=20)
-    found = speculate(small_model, short, PROMPTS, max_new_tokens=20, context=30, stop_tokens=())
-    assert found.tokens == generate(small_model, PROMPTS, max_new_tokens=10, stop_tokens=()).tokens
+    result = speculate(small_model, short, PROMPTS, max_new_tokens=20, context=30, stop_tokens=())
+    assert result.tokens == generate(small_model, PROMPTS, max_new_tokens=10, stop_tokens=()).tokens
 
 
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
@@ -466,5 +466,5 @@ def test_bf16_is_exact_where_a_token_does_not_depend_on_the_others(
         rows = prompts if backend == "native" else prompts[2:]
     new = NEW if backend == "native" else 6  # token by token in plain PyTorch
     alone = [generate(target, [p], max_new_tokens=new, stop_tokens=()).tokens[0] for p in rows]
-    found = speculate(target, draft, rows, draft_length=length, max_new_tokens=new, stop_tokens=())
-    assert found.tokens == alone
+    result = speculate(target, draft, rows, draft_length=length, max_new_tokens=new, stop_tokens=())
+    assert result.tokens == alone

@@ -80,7 +80,7 @@ def test_continuations_come_as_often_as_the_target_draws_them(
             sampling.min_p,
             1000 * number + (sampling.seed or 0),
         )
-        found = speculate(
+        result = speculate(
             target,
             draft,
             [PROMPT] * ROWS,
@@ -89,9 +89,9 @@ def test_continuations_come_as_often_as_the_target_draws_them(
             max_new_tokens=NEW,
             stop_tokens=(),
         )
-        np.add.at(counts, tuple(np.array(found.tokens).T), 1)
-        accepted += sum(found.statistics.accepted)
-        tried += sum(found.statistics.tried)
+        np.add.at(counts, tuple(np.array(result.tokens).T), 1)
+        accepted += sum(result.statistics.accepted)
+        tried += sum(result.statistics.tried)
     assert 0.05 * tried < accepted < 0.97 * tried  # the rule had something to do
     expected = sequence_probabilities(target, PROMPT, NEW, sampling) * ROWS * RUNS
     statistic, freedom = chi_square(counts, expected)
@@ -106,7 +106,7 @@ def test_continuations_come_as_often_as_the_target_draws_them(
 
 
 def test_an_identical_draft_is_accepted_whole(target: CausalLM) -> None:
-    found = speculate(
+    result = speculate(
         target,
         target,
         [PROMPT] * 50,
@@ -115,4 +115,4 @@ def test_an_identical_draft_is_accepted_whole(target: CausalLM) -> None:
         max_new_tokens=30,
         stop_tokens=(),
     )
-    assert found.statistics.acceptance == pytest.approx(1, abs=1e-3)  # float32 sums differ in the last bit
+    assert result.statistics.acceptance == pytest.approx(1, abs=1e-3)  # float32 sums differ in the last bit

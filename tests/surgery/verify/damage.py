@@ -58,5 +58,5 @@ def damaged(shard: Path, tensor: str) -> str:
 
 
 def check_found(out: Path, file: str) -> None:
-    found = problems(out)
-    assert any(f"{out / file}: " in problem for problem in found), found
+    result = problems(out)
+    assert any(f"{out / file}: " in problem for problem in result), result

@@ -33,12 +33,12 @@ def test_sound_checkpoint_has_no_problem(job: tuple[Path, Path]) -> None:
     source, out = job
     with untouched(source, out):
         for against in (None, source):
-            found = verify_checkpoint(out, source=against)
-            assert found.ok
-            assert found.notes == ()
-            assert found.tensors == len(load_tensors(out))
-            assert found.files == len(os.listdir(out)) - 1  # the manifest itself
-            assert found.bytes_read >= sum(f.stat().st_size for f in out.iterdir()) - 50_000
+            result = verify_checkpoint(out, source=against)
+            assert result.ok
+            assert result.notes == ()
+            assert result.tensors == len(load_tensors(out))
+            assert result.files == len(os.listdir(out)) - 1  # the manifest itself
+            assert result.bytes_read >= sum(f.stat().st_size for f in out.iterdir()) - 50_000
 
 
 def test_flipped_byte_in_a_header_is_found(out: Path) -> None:
@@ -142,10 +142,10 @@ def test_manifest_holds_what_an_independent_reader_finds(out: Path) -> None:
             entries = dict(safetensors.deserialize(raw))  # type: ignore[no-untyped-call]
             assert entries.keys() == record["tensors"].keys()
             for tensor, entry in entries.items():
-                said = record["tensors"][tensor]
-                assert said["dtype"] == entry["dtype"]
-                assert said["shape"] == entry["shape"]
-                assert said["xxh3_128"] == xxhash.xxh3_128_hexdigest(bytes(entry["data"]))
+                output = record["tensors"][tensor]
+                assert output["dtype"] == entry["dtype"]
+                assert output["shape"] == entry["shape"]
+                assert output["xxh3_128"] == xxhash.xxh3_128_hexdigest(bytes(entry["data"]))
         else:
             assert record["tensors"] == {}
     assert seen == set(contents(out))

@@ -50,9 +50,9 @@ def test_swapped_shards_are_found(out: Path) -> None:
     one.rename(out / "aside")
     other.rename(one)
     (out / "aside").rename(other)
-    found = problems(out)
-    assert any(one.name in p for p in found)
-    assert any(other.name in p for p in found)
+    result = problems(out)
+    assert any(one.name in p for p in result)
+    assert any(other.name in p for p in result)
 
 
 @pytest.mark.parametrize("name", ["extra.safetensors", "model-00009-of-00009.safetensors"])
@@ -63,9 +63,9 @@ def test_extra_weights_are_a_problem(out: Path, name: str) -> None:
 
 def test_extra_file_is_a_note(out: Path) -> None:
     (out / "notes.txt").write_text("mine")
-    found = verify_checkpoint(out)
-    assert found.ok
-    assert found.notes == (f"{out / 'notes.txt'}: not listed in surgery.json",)
+    result = verify_checkpoint(out)
+    assert result.ok
+    assert result.notes == (f"{out / 'notes.txt'}: not listed in surgery.json",)
 
 
 SIDE_EDITS: dict[str, Callable[[Path], object]] = {
@@ -95,8 +95,13 @@ def test_an_edited_side_file_is_listed_separately_from_weights(
     assert ended.code == 0
     assert ended.out.startswith(f"{out}: OK (")
     assert ended.err.splitlines() == [named.replace("moe-surgery: ", "note: ", 1)]
-    said = call(capsys, "verify", out, "--weights-only", "--json", *options).json()
-    assert (said["ok"], said["problems"], said["side_files"], said["weights_ok"]) == (True, [], [name], True)
+    output = call(capsys, "verify", out, "--weights-only", "--json", *options).json()
+    assert (output["ok"], output["problems"], output["side_files"], output["weights_ok"]) == (
+        True,
+        [],
+        [name],
+        True,
+    )
 
 
 def test_weights_only_still_finds_one_byte_in_every_tensor(out: Path, capsys: Capture) -> None:
@@ -104,8 +109,8 @@ def test_weights_only_still_finds_one_byte_in_every_tensor(out: Path, capsys: Ca
     for shard in sorted(out.glob("*.safetensors")):
         for tensor, offsets in tensor_offsets(shard):
             flip(shard, offsets[1], 1)
-            found = verify_checkpoint(out, weights_only=True)
-            assert (found.problems, found.weights_ok) == ((damaged(shard, tensor),), False)
+            result = verify_checkpoint(out, weights_only=True)
+            assert (result.problems, result.weights_ok) == ((damaged(shard, tensor),), False)
             flip(shard, offsets[1], 1)
     shard = next(out.glob("*.safetensors"))
     flip(shard, shard.stat().st_size - 1, 1)
@@ -182,9 +187,9 @@ def test_command_prints_what_was_checked(capsys: Capture, out: Path, source: Pat
     assert ended.code == 0
     assert ended.out.startswith(f"{out}: OK (")
     assert ended.err == ""
-    found = call(capsys, "verify", out, "--json").json()
-    assert found["ok"] is True
-    assert found["problems"] == []
+    result = call(capsys, "verify", out, "--json").json()
+    assert result["ok"] is True
+    assert result["problems"] == []
 
 
 # --- without manifest

@@ -21,10 +21,10 @@ Capture = pytest.CaptureFixture[str]
 def test_source_with_other_weights_names_each_tensor(source: Path, out: Path, tmp_path: Path) -> None:
     layout = "mxfp4" if "quantization_config" in (source / "config.json").read_text() else "bf16"
     other = write_checkpoint(tmp_path / "other", layout=layout, shards=2, seed=1)
-    found = verify_checkpoint(out, source=other)
-    named = {p.split("'")[1] for p in found.problems}
+    result = verify_checkpoint(out, source=other)
+    named = {p.split("'")[1] for p in result.problems}
     assert named == set(load_tensors(out))
-    assert all(p.endswith(f": differs from the kept experts of {other}") for p in found.problems)
+    assert all(p.endswith(f": differs from the kept experts of {other}") for p in result.problems)
 
 
 def test_source_that_differs_in_one_kept_byte_is_found(source: Path, out: Path, tmp_path: Path) -> None:
@@ -33,9 +33,9 @@ def test_source_that_differs_in_one_kept_byte_is_found(source: Path, out: Path, 
     for shard in sorted(other.glob("*.safetensors")):
         *_, last = header_of(shard).tensors
         flip(shard, shard.stat().st_size - 1, 1)
-        found = verify_checkpoint(out, source=other)
+        result = verify_checkpoint(out, source=other)
         # the last expert is kept; a weight may have been split in two, or joined from two
-        assert {p.split("'")[1].removesuffix("_blocks").removesuffix("_scales") for p in found.problems} == {
+        assert {p.split("'")[1].removesuffix("_blocks").removesuffix("_scales") for p in result.problems} == {
             last.removesuffix("_blocks").removesuffix("_scales")
         }
         flip(shard, shard.stat().st_size - 1, 1)
@@ -51,6 +51,6 @@ def test_source_of_another_shape_is_refused(out: Path, tmp_path: Path) -> None:
 def test_source_with_another_layout_is_compared(source: Path, out: Path, tmp_path: Path) -> None:
     layout = "mxfp4" if "quantization_config" in (source / "config.json").read_text() else "bf16"
     other = write_checkpoint(tmp_path / "other", layout=layout, shards=5)
-    found = verify_checkpoint(out, source=other)
-    assert found.ok
-    assert ["shards are laid out differently than in the source" in note for note in found.notes] == [True]
+    result = verify_checkpoint(out, source=other)
+    assert result.ok
+    assert ["shards are laid out differently than in the source" in note for note in result.notes] == [True]
