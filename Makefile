@@ -45,7 +45,7 @@ sanitize: $(SETUP)
 	$(foreach t,$(CORE_TESTS),c++ $(CORE_FLAGS) -O1 $(SANITIZERS) $($(t)_SOURCES) -o build/$(t)-selftest && build/$(t)-selftest &&) true
 	MOE_SURGERY_SANITIZE=1 $(BIN)/python -m pip install --quiet --no-deps --target build/sanitized .
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitized \
-		$(BIN)/pytest -n auto --import-mode=append tests/kernels/test_native.py tests/runtime/test_native_stack.py tests/formats
+		$(BIN)/pytest -n auto --import-mode=append tests/kernels/test_native*.py tests/runtime/test_native_stack.py tests/formats
 
 arm:
 	@if command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null; then \

@@ -8,6 +8,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from moe_surgery.kernels.native import NativeBackend  # noqa: E402
+from moe_surgery.kernels.reference import ReferenceBackend  # noqa: E402
+from tests.kernels.brute_force import Case  # noqa: E402
 
 VARIANTS = NativeBackend.instruction_sets()
 needs_native = pytest.mark.skipif(not VARIANTS, reason="the native extension is not built, or disabled")
@@ -21,6 +23,11 @@ def native(isa: str = "", threads: int = 1) -> NativeBackend:
     if (isa, threads) not in _backends:
         _backends[isa, threads] = NativeBackend(isa, threads)
     return _backends[isa, threads]
+
+
+def run(backend: NativeBackend | ReferenceBackend, case: Case, dtype: torch.dtype) -> torch.Tensor:
+    x, weights = (torch.from_numpy(a).to(dtype) for a in (case.x, case.weights))
+    return backend.experts(x, torch.from_numpy(case.ids), weights, case.experts)
 
 
 def draw(seed: int, *shape: int) -> torch.Tensor:

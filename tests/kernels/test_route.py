@@ -10,15 +10,10 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 
 from moe_surgery.kernels.reference import ReferenceBackend  # noqa: E402
+from tests.kernels.brute_force import brute_force_route  # noqa: E402
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 route = ReferenceBackend().route
-
-
-def brute_force(logits: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
-    ids = np.array([sorted(range(len(row)), key=lambda e: (-row[e], e))[:top_k] for row in logits])
-    chosen = np.exp(np.take_along_axis(logits, ids, 1) - logits.max(1, keepdims=True))
-    return ids, chosen / chosen.sum(1, keepdims=True)
 
 
 @st.composite
@@ -40,7 +35,7 @@ def test_route_is_the_stable_top_k_and_its_softmax(
 ) -> None:
     x, weight, bias, top_k = case
     ids, weights = route(*(torch.from_numpy(a).to(dtype) for a in (x, weight, bias)), top_k)
-    expected_ids, expected_weights = brute_force(x @ weight.T + bias.astype(np.float64), top_k)
+    expected_ids, expected_weights = brute_force_route(x @ weight.T + bias.astype(np.float64), top_k)
     assert ids.dtype == torch.int64
     assert weights.dtype == dtype
     assert np.array_equal(ids.numpy(), expected_ids)

@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch")
 
 from moe_surgery.errors import UsageError  # noqa: E402
 from moe_surgery.runtime.sampling import Sampler, Sampling, distribution  # noqa: E402
+from tests.support.chi_square import critical  # noqa: E402
 
 EDGE = 1e-4  # a filter's edge nearer than this to a probability is a matter of rounding
 
@@ -105,12 +106,6 @@ def test_drawn_tokens_follow_the_distribution(sampling: Sampling) -> None:
     possible = expected > 0
     chi_square = ((counts - expected)[possible] ** 2 / expected[possible]).sum()
     assert chi_square < critical(int(possible.sum()) - 1)
-
-
-def critical(freedom: int) -> float:
-    """The chi-square that one in 30 000 exceeds (Wilson and Hilferty's approximation)."""
-    spread = 2 / (9 * freedom)
-    return freedom * (1 - spread + 4 * math.sqrt(spread)) ** 3
 
 
 def test_rows_of_a_batch_draw_on_their_own() -> None:

@@ -17,8 +17,8 @@ from moe_surgery.runtime.speculation.speculate import speculate  # noqa: E402
 from moe_surgery.runtime.view import view  # noqa: E402
 from tests.runtime.models import write_lively  # noqa: E402
 from tests.runtime.speculation.support import sequence_probabilities  # noqa: E402
-from tests.runtime.test_sampling import critical  # noqa: E402
 from tests.support.checkpoints import Shape  # noqa: E402
+from tests.support.chi_square import critical  # noqa: E402
 
 SHAPE = Shape(layers=2, experts=4, top_k=2, vocabulary=5)
 PROMPT = [3, 1, 4]
