@@ -19,7 +19,7 @@ from moe_surgery.errors import DiskFullError, InvalidInputError, MoeSurgeryError
 from moe_surgery.progress import Progress
 from tests.support.checkpoints import Shape, write_checkpoint, write_sparse_checkpoint
 from tests.support.command import ended, run, siblings, start, start_stopped, untouched, wait_for
-from tests.support.faults import FaultyOps, ShortOps, open_files
+from tests.support.faults import FaultyOps, ShortOps, each_failure, open_files
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 KINDS = ("open", "pread_into", "pwrite", "fsync", "fsync_dir", "close", "rename_new")
@@ -47,8 +47,8 @@ def expected(source: Path, dtype: str) -> bytes:
 def exported(
     source: Path, out: Path, dtype: str, ops: FileOps | None = None, overwrite: bool = False
 ) -> None:
-    expected = "mxfp4" if dtype == "quantised" else "keep"
-    export_gguf(source, out, store=expected, tokenizer=False, overwrite=overwrite, ops=ops)
+    store = "mxfp4" if dtype == "quantised" else "keep"
+    export_gguf(source, out, store=store, tokenizer=False, overwrite=overwrite, ops=ops)
 
 
 def attempt(
@@ -72,26 +72,17 @@ def attempt(
 def test_each_call_that_fails(
     source: Path, dtype: str, expected: bytes, tmp_path: Path, kind: str, forever: bool
 ) -> None:
+    error: MoeSurgeryError | None = None
     with untouched(source):
-        at = 0
-        while True:
-            at += 1 + at // 12  # each of the first calls; of many, ever fewer
-            code = (errno.EIO, errno.ENOSPC, errno.EDQUOT)[at % 3]
-            out = tmp_path / f"out-{at}.gguf"
-            ops = FaultyOps(kind, at, code, forever=forever)
+        for number, (ops, expected_error) in enumerate(each_failure(kind, forever)):
+            out = tmp_path / f"out-{number}.gguf"
             error = attempt(source, out, dtype, ops)
             if out.exists():
                 assert out.read_bytes() == expected
                 out.unlink()
             else:
-                assert error is not None
-                wanted = DiskFullError if code in NO_SPACE and kind != "pread_into" else OutputError
-                assert type(error) is wanted
-            if not ops.failures:
-                break
-            assert at < 1000
+                assert type(error) is expected_error
     assert error is None
-    assert at > 1, "the run makes no such call"
 
 
 @pytest.mark.parametrize("some", [lambda n: -(-n // 2), lambda n: min(n, 4097)])

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from moe_surgery.checkpoint.fileops import FileOps
+from moe_surgery.errors import DiskFullError, MoeSurgeryError, OutputError
 
 KINDS = (
     "open",
@@ -69,6 +71,23 @@ def _faulty(kind: str) -> Callable[..., Any]:
 
 for _kind in KINDS:
     setattr(FaultyOps, _kind, _faulty(_kind))
+
+
+def each_failure(kind: str, forever: bool) -> Iterator[tuple[FaultyOps, type[MoeSurgeryError]]]:
+    """Tables in which one call of `kind` after the other fails, and the error each must end with.
+
+    The first twelve calls each have their turn, later ones ever fewer. The last table fails nothing: the run makes
+    no more such calls.
+    """
+    at, ops = 0, None
+    while ops is None or ops.failures:
+        at += 1 + at // 12
+        assert at < 1000
+        code = (errno.EIO, errno.ENOSPC, errno.EDQUOT)[at % 3]
+        ops = FaultyOps(kind, at, code, forever=forever)
+        no_space = code != errno.EIO and kind != "pread_into"
+        yield ops, DiskFullError if no_space else OutputError
+    assert at > 1, "the run makes no such call"
 
 
 class ShortOps(FileOps):

@@ -18,7 +18,7 @@ from moe_surgery.selection.plan import plan_keeping
 
 from ..support.checkpoints import Shape, write_checkpoint
 from ..support.command import assert_sound, contents, siblings, untouched
-from ..support.faults import KINDS, FaultyOps, ShortOps, open_files
+from ..support.faults import KINDS, FaultyOps, ShortOps, each_failure, open_files
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -65,25 +65,16 @@ def attempt(source: Path, out: Path, dtype: str, ops: FileOps) -> MoeSurgeryErro
 def test_each_call_that_fails(
     source: Path, dtype: str, expected: dict[str, bytes], tmp_path: Path, kind: str, forever: bool
 ) -> None:
+    error: MoeSurgeryError | None = None
     with untouched(source):
-        at = 0
-        while True:
-            at += 1 + at // 12  # each of the first calls; of many, ever fewer
-            code = (errno.EIO, errno.ENOSPC, errno.EDQUOT)[at % 3]
-            out = tmp_path / f"out-{at}"
-            ops = FaultyOps(kind, at, code, forever=forever)
+        for number, (ops, expected_error) in enumerate(each_failure(kind, forever)):
+            out = tmp_path / f"out-{number}"
             error = attempt(source, out, dtype, ops)
             if out.exists():
                 assert contents(out) == expected
             else:
-                assert error is not None
-                wanted = DiskFullError if code in NO_SPACE and kind != "pread_into" else OutputError
-                assert type(error) is wanted
-            if not ops.failures:
-                break
-            assert at < 1000
+                assert type(error) is expected_error
     assert error is None
-    assert at > 1, "the run makes no such call"
     assert_sound(out, source)
 
 
