@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.ready
 NATIVE_SOURCES := $(wildcard csrc/*.cpp $(foreach d,isa mxfp4 cpu,$(addprefix csrc/$(d)/,*.cpp *.hpp *.inl)))
 # What of surgery converts: tested without the extension as well.
-CONVERTING := $(addprefix tests/surgery/test_,equivalence.py producer.py verify.py) tests/engine/test_stream.py
+CONVERTING := $(addprefix tests/surgery/,test_equivalence.py test_producer.py verify) tests/engine/test_stream.py
 # The core without Python: what each self-test is made of.
 CORE_TESTS := mxfp4 cpu
 mxfp4_SOURCES := csrc/isa/isa.cpp csrc/mxfp4/tests/selftest.cpp $(filter-out csrc/mxfp4/bindings.cpp,$(wildcard csrc/mxfp4/*.cpp))

@@ -16,6 +16,7 @@ TOP_K = (1, 2, 3, 4, 8)
 TOKENS = (1, 2, 3, 5, 17, 64)
 FORMATS = ("mxfp4", "dense")
 # Expert counts that behave alike: fewer than tokens, odd, around a power of two, more than a warp.
+FEW_EXPERTS = (1, 3, 8, 33, 255)  # one or two of each class, for tests that the interpreter takes long over
 CLASSES = ((1, 2, 3, 4), (5, 7, 8), (13, 31, 32, 33), (96, 144, 160, 255))
 # Multiples of 32 that are no powers of two: every block has a masked end.
 HIDDEN, INTERMEDIATE = 96, 32

@@ -7,7 +7,7 @@ import torch
 
 from moe_surgery.kernels.triton import routing_metadata
 from moe_surgery.kernels.triton.routing_metadata import ONE_LAUNCH, empty_routing, routing_launches
-from tests.kernels.triton.cases import EXPERTS, TOKENS, TOP_K
+from tests.kernels.triton.cases import EXPERTS, FEW_EXPERTS, TOKENS, TOP_K
 
 SENTINEL = -123456
 
@@ -56,7 +56,9 @@ def choices(tokens: int, top_k: int, experts: int) -> torch.Tensor:
     return torch.rand(tokens, experts, generator=random).argsort(dim=1)[:, :top_k].contiguous()
 
 
-@pytest.mark.parametrize("experts", EXPERTS)
+@pytest.mark.parametrize(
+    "experts", [n if n in FEW_EXPERTS else pytest.param(n, marks=pytest.mark.slow) for n in EXPERTS]
+)
 def test_every_count_of_experts(experts: int) -> None:
     allowed = [k for k in TOP_K if k <= experts]
     for n, tokens in enumerate(TOKENS):
@@ -73,7 +75,7 @@ def test_all_on_one_expert(assignments: int, block_n: int) -> None:
 @pytest.mark.parametrize(
     ("tokens", "top_k", "experts"),
     [
-        (256, 4, 32),  # the most that one launch takes
+        pytest.param(256, 4, 32, marks=pytest.mark.slow),  # the most that one launch takes
         (1025, 1, 32),  # one more: the last programs have nothing
         (400, 3, 5),  # chunks that end within a program
         pytest.param(

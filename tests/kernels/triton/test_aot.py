@@ -16,7 +16,8 @@ from benchmarks.kernels.entries import DEVICES, entries, samples
 from moe_surgery.kernels.triton import tuning
 
 
-@pytest.mark.parametrize("arch", sorted(DEVICES))
+# The oldest and the newest here; `make aot` compiles for all.
+@pytest.mark.parametrize("arch", [min(DEVICES), max(DEVICES)])
 def test_kernels_compile_without_spills_within_shared_memory(arch: int) -> None:
     wrong = [
         line
