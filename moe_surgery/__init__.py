@@ -37,10 +37,12 @@ if TYPE_CHECKING:
     from moe_surgery.surgery.verify import verify_checkpoint as verify
 
 __all__ = [
+    "AdaptiveLength",
     "Checkpoint",
     "Plan",
     "Progress",
     "Ranking",
+    "Sampling",
     "Statistics",
     "TextFile",
     "__version__",
@@ -70,10 +72,12 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AdaptiveLength": ("moe_surgery.runtime.speculation.draft_length", "AdaptiveLength"),
     "Checkpoint": ("moe_surgery.checkpoint.checkpoint", "Checkpoint"),
     "Plan": ("moe_surgery.selection.plan", "Plan"),
     "Progress": ("moe_surgery.progress", "Progress"),
     "Ranking": ("moe_surgery.selection.ranking", "Ranking"),
+    "Sampling": ("moe_surgery.runtime.sampling", "Sampling"),
     "Statistics": ("moe_surgery.selection.statistics", "Statistics"),
     "TextFile": ("moe_surgery.quality.text_files", "TextFile"),
     "identify_model": ("moe_surgery.families", "identify_model"),

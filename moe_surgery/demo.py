@@ -125,7 +125,7 @@ def arithmetic(rng: random.Random, characters: int) -> str:
 
 
 def _ranking(folder: Path, say: Callable[[str], None]) -> Ranking:
-    """Experts of the embedded model ranked on `profile_texts`."""
+    """Experts of the bundled model ranked on `profile_texts`."""
     from moe_surgery.quality.corpus import text_files
     from moe_surgery.quality.job import profile
     from moe_surgery.selection.rank import rank

@@ -7,6 +7,7 @@ Python blocks run where the README's commands have run.
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import shlex
@@ -116,6 +117,18 @@ def test_python_blocks_run(page: str, code: str) -> None:
 def test_the_page_on_python_names_every_public_name() -> None:
     page = (ROOT / "docs" / "python-api.md").read_text()
     assert [name for name in moe_surgery.__all__ if not re.search(rf"`{name}\b", page)] == []
+
+
+def test_the_page_on_python_gives_parameters_their_names() -> None:
+    page = (ROOT / "docs" / "python-api.md").read_text()
+    calls = [call for call in re.findall(r"`(\w+)\(([^`]*)\)`", page) if call[0] in moe_surgery.__all__]
+    assert len(calls) > 20
+    for name, arguments in calls:
+        parameters = inspect.signature(getattr(moe_surgery, name)).parameters
+        named = [
+            a.split("=")[0].strip() for a in arguments.split(",") if a.strip().isidentifier() or "=" in a
+        ]
+        assert set(named) <= set(parameters), name
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -139,7 +139,7 @@ def _summary(facts: Facts) -> str:
         first = f"{_source(facts)} with all of its experts, rewritten by moe-surgery."
     else:
         first = (
-            f"A smaller {_source(facts)}: each of its {counted(facts.layers, 'layer')} keeps {facts.kept} of "
+            f"A pruned version of {_source(facts)}: each of its {counted(facts.layers, 'layer')} keeps {facts.kept} of "
             f"{counted(facts.source.experts, 'expert')}; the others are removed from the weights and from the router."
         )
     here, source = facts.expert_format, facts.source.expert_format

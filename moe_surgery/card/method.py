@@ -53,7 +53,7 @@ def _method(plan: Plan, provenance: Mapping[str, object]) -> str:
     kept = counted(len(plan.layers[0]), "expert")
     method = provenance.get("method")
     if method == "keep":
-        return f"The {kept} of every layer were chosen by hand, the same in each."
+        return f"The {kept} of every layer were given explicitly (`--keep`), the same in each."
     if method == "random":
         return (
             f"The {kept} of every layer were chosen at random (seed {code(provenance.get('seed'))}), as a baseline to "

@@ -84,7 +84,7 @@ def quality_section(evaluation: Evaluation | None, facts: Facts) -> str:
         "Compared with the source on the same texts:",
         table([*columns, "rerouted"], rows),
         "KL is the mean divergence of this model's next-token distribution from the source's; rerouted is the share of "
-        "routes that go to another expert than in the source.",
+        "token-expert assignments that differ from the source's.",
     ]
     if settings:
         parts.append("Settings: " + ", ".join(settings) + ".")

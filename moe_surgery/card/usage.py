@@ -43,10 +43,10 @@ def usage_section(facts: Facts) -> str:
         fenced(python, "python"),
         _memory(facts),
         *_tokenizer(facts),
-        "With vLLM, on a GPU:",
+        "With vLLM, on a GPU (not tested by moe-surgery):",
         fenced(f"vllm serve {PATH}", "sh"),
         *_notes(facts),
-        "With moe-surgery, on CPU, MPS or GPU:",
+        "With moe-surgery (tested on the CPU):",
         fenced(generate, "sh"),
     ]
     return "\n\n".join(parts)
@@ -111,8 +111,8 @@ def limits_section(facts: Facts, evaluated: bool) -> str:
             )
         )
     lines = [
-        f"**Not faster one token at a time.** A token still uses {this.top_k} experts per layer, however many there "
-        "are to choose from: decoding a single sequence is about as fast as before. What shrinks is the memory, and "
+        f"**Not faster one token at a time.** A token still uses {this.top_k} experts per layer, however many are "
+        "kept: decoding a single sequence is about as fast as before. What shrinks is the memory, and "
         "with it the time if the source did not fit, or if a batch uses fewer different experts.",
         "**Worse outside its domain.** Tokens that needed a removed expert go to another one. Expect a small loss at "
         "best on texts like those the experts were chosen on, and a large one elsewhere; removing a few more experts "

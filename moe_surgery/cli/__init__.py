@@ -63,7 +63,7 @@ class _Commands(click.Group):
 def cli() -> None:
     """Remove experts from mixture-of-experts checkpoints without loading the model.
 
-    CKPT is a folder, a .safetensors file, example:tiny (an embedded model for trying things out), or a
+    CKPT is a folder, a .safetensors file, example:tiny (a bundled model for trying things out), or a
     hub id such as openai/gpt-oss-20b that is in the local hub cache.
 
     \b
@@ -116,6 +116,6 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except (MemoryError, RuntimeError) as error:
         if terminal.debug or not _out_of_memory(error):
             raise
-        terminal.error("not enough memory; try a smaller --batch, --context or model")
+        terminal.error("not enough memory; try smaller batches, a smaller --context or fewer experts")
         code = IO_ERROR
     sys.exit(code if isinstance(code, int) else 0)

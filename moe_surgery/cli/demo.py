@@ -18,7 +18,7 @@ from moe_surgery.cli.terminal import count, size
 @common
 @click.pass_context
 def command(context: click.Context, output: Path | None) -> None:
-    """Prune the embedded model and compare results.
+    """Prune the bundled model and compare results.
 
     Profiles example:tiny on arithmetic and code, then plans, prunes and verifies several sizes in MXFP4
     and BF16, one of them with random experts. Generates with each and measures its loss on three short

@@ -65,9 +65,9 @@ def command(
     """Measure how much quality plans and pruned checkpoints lose.
 
     CKPT is the full model, PRUNED are checkpoints pruned from it. The full model and all others go
-    through the same texts layer by layer. Shown are cross-entropy (nats per token) and perplexity, KL
+    through the same texts layer by layer. Reports cross-entropy (nats per token) and perplexity, KL
     divergence from the full model, how often the most likely next token is the same (top-1), and the
-    share of routes that had to go to another expert (rerouted). Perplexity of a chat model on raw text
+    share of token-expert assignments that go to another expert (rerouted). Perplexity of a chat model on raw text
     means little: prefer conversations with --answers-only, and look at KL and top-1.
 
     --top-k applies to plans and pruned checkpoints, not to the full model. Without either, CKPT with
@@ -76,7 +76,7 @@ def command(
     \b
     moe-surgery evaluate example:tiny --plan code.json --texts notes.txt --texts code.py
     moe-surgery evaluate example:tiny --top-k 2 --texts notes.txt
-    moe-surgery evaluate openai/gpt-oss-20b law-8/ --texts law.jsonl --answers-only -o law.json
+    moe-surgery evaluate openai/gpt-oss-20b law-8/ --texts law.jsonl --answers-only -o law.evaluation.json
     """
     needs_torch("evaluate")
     from moe_surgery.checkpoint.fileops import FileOps

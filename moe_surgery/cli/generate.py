@@ -52,11 +52,13 @@ class Settings(TypedDict):
     "--plan", "plan_file", type=click.Path(path_type=Path), help="Plan file; the model uses only its experts."
 )
 @router_top_k
-@click.option("--max-new-tokens", type=int, default=256, show_default=True, help="Most tokens to generate.")
+@click.option(
+    "--max-new-tokens", type=int, default=256, show_default=True, help="Maximum tokens to generate."
+)
 @click.option(
     "--context",
     type=int,
-    help="Longest sequence in tokens; prompt and answer together; default: the model's.",
+    help="Context length in tokens; prompt and answer together; default: the model's.",
 )
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
 @click.option(
@@ -117,14 +119,14 @@ def command(
 ) -> None:
     """Generate text with a full or pruned checkpoint.
 
-    Weights stay in their mapped files and MXFP4 experts stay packed, so a model starts at once. With
+    Weights are memory-mapped and MXFP4 experts stay packed, so a model starts at once. With
     --plan the full checkpoint behaves like the pruned one, without writing it.
 
-    The answer goes to stdout; the reasoning of a model in the harmony format goes to stderr. --json has
+    The answer goes to stdout; the reasoning of a model in OpenAI's harmony format goes to stderr. --json has
     both: "answer" and "reasoning".
 
     With --draft, --draft-plan or --draft-top-k a cheaper model proposes tokens and the full one checks
-    several at a time: the output is still the full model's (exactly so in float32, --dtype f32).
+    several at a time: the output is still the full model's (exactly with the default CPU backend).
 
     \b
     moe-surgery generate example:tiny --prompt "12 + 30 =" --max-new-tokens 8

@@ -145,7 +145,7 @@ def write_options(command: Command) -> Command:
         click.option(
             "--ignore-free-space",
             is_flag=True,
-            help="Start even if the output does not seem to fit the disk.",
+            help="Start even if the output may not fit on the disk.",
         ),
         click.option("--dry-run", is_flag=True, help="Show what would be read and written, and stop."),
     ):
@@ -185,7 +185,9 @@ def ranked(command: Command) -> Command:
             help=f"{DOMAIN_HELP}: use only this one; repeat for more; default: all.",
         ),
         click.option(
-            "--metric", metavar="NAME", help="How to score experts: reap, frequency, gate, ... (see rank)."
+            "--metric",
+            metavar="NAME",
+            help="How to score experts: reap, frequency, gate, ... (all in rank --help).",
         ),
     ):
         command = option(command)
@@ -196,9 +198,9 @@ def text_options(command: Command) -> Command:
     """--texts, --domain, --format, --max-tokens and --context, for commands that read texts."""
     for option in (
         click.option(
-            "--context", type=int, help="Longest sequence in tokens; longer texts are split; default: 4096."
+            "--context", type=int, help="Context length in tokens; longer texts are split; default: 4096."
         ),
-        click.option("--max-tokens", type=int, help="Most tokens per domain; default: all."),
+        click.option("--max-tokens", type=int, help="Maximum tokens per domain; default: all."),
     ):
         command = option(command)
     return _text_files(command, required=True)

@@ -49,7 +49,7 @@ class _Amount:
     "--coverage",
     type=float,
     metavar="SHARE",
-    help="Keep the fewest experts that carry this share (0.95) of the routing weight; needs STATS.",
+    help="Keep the fewest experts that account for this fraction (such as 0.95) of the routing weight; needs STATS.",
 )
 @click.option(
     "--coverage-over",
@@ -58,8 +58,10 @@ class _Amount:
     show_default=True,
     help="Reach --coverage in the worst layer, or on average.",
 )
-@click.option("--target-size", type=SIZE, help="Keep as many experts as fit this size: 6GB.")
-@click.option("--target-params", type=COUNT, help="Keep as many experts as fit this parameter count: 6.6B.")
+@click.option("--target-size", type=SIZE, help="Keep as many experts as fit this size, such as 6GB.")
+@click.option(
+    "--target-params", type=COUNT, help="Keep as many experts as fit this parameter count, such as 6.6B."
+)
 @click.option(
     "--store",
     type=click.Choice(EXPERT_DTYPES),
@@ -277,5 +279,5 @@ def _given(amount: _Amount) -> list[str]:
 
 def _needed(ckpt: str | None, option: str) -> str:
     if ckpt is None:
-        raise UsageError(f"{option} needs CKPT, for the number of layers and experts")
+        raise UsageError(f"{option} needs CKPT, for the sizes of layers and experts")
     return ckpt

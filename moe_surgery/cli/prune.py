@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     help="Format of expert weights in the output; mxfp4 is lossless for weights that came from MXFP4.",
 )
 @click.option(
-    "--max-shard-size", type=SIZE, default="5GB", show_default=True, help="Most tensor bytes per file."
+    "--max-shard-size", type=SIZE, default="5GB", show_default=True, help="Maximum tensor bytes per file."
 )
 @click.option(
     "--overwrite", is_flag=True, help="Replace existing output; only a checkpoint that moe-surgery wrote."

@@ -29,7 +29,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
-            raise UsageError(f"`sampling.temperature` {self.temperature}: must be a number of at least 0")
+            raise UsageError(f"`sampling.temperature` {self.temperature}: must be at least 0")
         if self.top_k < 0:
             raise UsageError(f"`sampling.top_k` {self.top_k}: must not be negative")
         if not 0 < self.top_p <= 1:

@@ -90,4 +90,4 @@ def test_name_that_is_not_a_unicode_is_replaced(tmp_path: Path) -> None:
     except OSError:
         pytest.skip("this file system wants Unicode names")
     prune(os.fsdecode(folder), tmp_path / "out", cut)
-    assert "A smaller `m\ufffd`" in readme(tmp_path / "out")
+    assert "A pruned version of `m\ufffd`" in readme(tmp_path / "out")

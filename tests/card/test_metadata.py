@@ -55,7 +55,7 @@ def test_base_model_is_asked_of_option_cache_config_and_card_in_this_order(tmp_p
     assert base(3, plain) == ("owner/told", "finetune")
     card = b"# No metadata\n"
     assert base(4, plain) == (None, None)
-    assert "A smaller `plain`:" in readme(tmp_path / "out-4")
+    assert "A pruned version of `plain`:" in readme(tmp_path / "out-4")
 
 
 @pytest.mark.parametrize("named", ["./models/x", "/data/x/y", "model", 7, "a--b/c", "a/b/c", "owner/x.git"])

@@ -170,7 +170,7 @@ OPTIONS: dict[str, tuple[list[str], int, str]] = {
     "no context": (["--context", "0"], 2, "--context 0: this model supports 1 to 4096 tokens"),
     "too much context": (["--context", "5000"], 2, "--context 5000: this model supports 1 to 4096 tokens"),
     "short context": (["--context", "3"], 2, "the prompt has 22 tokens, but the context is 3; shorten it"),
-    "cold": (["--temperature", "-1"], 2, "--temperature -1.0: must be a number of at least 0"),
+    "cold": (["--temperature", "-1"], 2, "--temperature -1.0: must be at least 0"),
     "no temperature": (["--temperature", "nan"], 2, "--temperature nan: must be"),
     "sampling top-k": (["--sampling-top-k", "-1"], 2, "--sampling-top-k -1: must not be negative"),
     "top-k below 1": (

@@ -13,7 +13,7 @@ __all__ = ["command"]
 def command() -> None:
     """Measure speed and memory on this machine.
 
-    Alternatives run in alternation, so that drift affects all alike; figures are medians. Ctrl-C stops a
+    Variants are interleaved, so that drift affects them equally; figures are medians. Ctrl-C stops a
     benchmark and prints what was measured so far.
 
     \b

@@ -54,7 +54,7 @@ def command(
     """Measure decoding with every CKPT, compared with the first one.
 
     Shows tokens per second of prefill and decoding, time to first token, step latency, the bytes a step must
-    read and what share of a plain read loop's bandwidth that is, and the memory of the process with
+    read and what share of the bandwidth of a sequential read that is, and the memory of the process with
     all models (or of the device's allocator). Tokens are random, which spreads them over experts more
     evenly than real text.
 

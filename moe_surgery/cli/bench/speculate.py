@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     "--prompt-tokens", default=32, show_default=True, help="Tokens of each text to use as its prompt."
 )
 @click.option(
-    "--max-new-tokens", default=32, show_default=True, help="Most tokens to generate; for each prompt."
+    "--max-new-tokens", default=32, show_default=True, help="Maximum tokens to generate; for each prompt."
 )
 @click.option("--batch", default=1, show_default=True, help="Batch size of the measured steps.")
 @click.option(
