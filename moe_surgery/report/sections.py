@@ -199,8 +199,8 @@ def evaluation_section(evaluations: Sequence[tuple[str, Evaluation]]) -> Html:
         "evaluation",
         "Quality of pruned models",
         "Compared with the full model on the same texts: KL divergence (0 is identical), cross-entropy, how often the "
-        "most likely next token is the same, and the share of token-expert assignments that change. A line is a method; "
-        "random choices are one line, their median, with a band from best to worst.",
+        "most likely next token is the same, and the share of token-expert assignments that change. A line is a "
+        "method; random choices are one line, their median, with a band from best to worst.",
         fields,
         tag(
             "figure",

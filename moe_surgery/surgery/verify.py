@@ -20,8 +20,8 @@ from moe_surgery.engine.chunks import Chunk, chunks_of, plain_chunks
 from moe_surgery.engine.digest import FileDigest, digest_chunks
 from moe_surgery.engine.spans import Copy, Span
 from moe_surgery.engine.stream import stream
-from moe_surgery.errors import MoeSurgeryError, OutputError, VerificationError
-from moe_surgery.families import FAMILIES, Family, identify_model
+from moe_surgery.errors import MoeSurgeryError, OutputError, PlanMismatchError, VerificationError
+from moe_surgery.families import FAMILIES, Family, ModelSpec, identify_model
 from moe_surgery.progress import Counter, OnProgress
 from moe_surgery.surgery.compiler import compile_program
 from moe_surgery.surgery.manifest import FileRecord, Manifest, load_manifest
@@ -245,6 +245,7 @@ class _Verifier:
     def _compare_with_source(self, source: str | os.PathLike[str] | Folder, manifest: Manifest) -> None:
         with Checkpoint.open(source) as checkpoint:
             model = identify_model(checkpoint, self._families)
+            self._check_shape(model, checkpoint, manifest)
             self._same_source(checkpoint, manifest)
             program = compile_program(checkpoint, model, manifest.plan, store=manifest.expert_format.name)
             tensors = {t.name: t for s in program.shards for t in s.tensors}
@@ -254,6 +255,19 @@ class _Verifier:
                         lambda n=name, h=shard.header: self._compare(n, h, tensors, checkpoint)  # type: ignore[misc]
                     )
             checkpoint.check_unchanged()
+
+    def _check_shape(self, model: ModelSpec, checkpoint: Checkpoint, manifest: Manifest) -> None:
+        plan = manifest.plan
+        if (model.model_type, model.layers, model.experts) != (
+            plan.model_type,
+            plan.num_layers,
+            plan.num_source_experts,
+        ):
+            raise PlanMismatchError(
+                f"{printable_path(checkpoint.path)}: not the source of {printable_path(self._folder)}: it is "
+                f"{model.model_type} with {model.layers} layers of {model.experts} experts, the source is "
+                f"{plan.model_type} with {plan.num_layers} layers of {plan.num_source_experts}"
+            )
 
     def _same_source(self, checkpoint: Checkpoint, manifest: Manifest) -> None:
         recorded = {str(s["name"]): s["header_digest"] for s in manifest.sources}
