@@ -28,9 +28,12 @@ WORK ?= $(or $(TMPDIR),/var/tmp)/moe-surgery-bench
 demo: $(SETUP)
 	$(BIN)/moe-surgery demo
 
+# Files in their order: by number of tests, which is the default, the slow ones with few tests come last.
+PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
+
 test: $(SETUP)
-	$(BIN)/python -m pytest -n auto --dist loadfile
-	MOE_SURGERY_NATIVE=0 $(BIN)/python -m pytest -n auto --dist loadfile tests/formats $(CONVERTING)
+	$(BIN)/python -m pytest $(PARALLEL)
+	MOE_SURGERY_NATIVE=0 $(BIN)/python -m pytest $(PARALLEL) tests/formats $(CONVERTING)
 
 lint: $(SETUP)
 	$(BIN)/ruff format --check .
