@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 from hypothesis import settings
 
@@ -15,3 +16,10 @@ os.environ.pop("COLUMNS", None)
 # Machines differ in speed and so do runs: how long an example takes says nothing about the code.
 settings.register_profile("suite", deadline=None)
 settings.load_profile("suite")
+
+
+def pytest_runtest_setup() -> None:
+    """Seed torch's global generator, so that no test depends on which ones ran before it."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.manual_seed(0)
