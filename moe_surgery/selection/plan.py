@@ -105,13 +105,16 @@ class Plan:
         lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
         return "{\n" + ",\n".join([*lines, f'  "layers": [\n{rows}\n  ]']) + "\n}\n"
 
+    def fits(self, model_type: str, experts: int, layers: int) -> bool:
+        """Whether the plan is for a model of this type and size."""
+        return (self.model_type, self.num_source_experts, self.num_layers) == (model_type, experts, layers)
+
     def check_fits(self, model_type: str, experts: int, layers: int, checkpoint: str) -> None:
         """Raise PlanMismatchError unless the plan is for a model of this type and size; `checkpoint` names it."""
-        planned = (self.model_type, self.num_source_experts, self.num_layers)
-        if planned != (model_type, experts, layers):
+        if not self.fits(model_type, experts, layers):
             raise PlanMismatchError(
-                f"the plan is for {planned[0]} with {planned[2]} layers of {planned[1]} experts, but {checkpoint} is "
-                f"{model_type} with {layers} layers of {experts}; make a plan for this checkpoint"
+                f"the plan is for {self.model_type} with {self.num_layers} layers of {self.num_source_experts} "
+                f"experts, but {checkpoint} is {model_type} with {layers} layers of {experts}; make a plan for this checkpoint"
             )
 
 

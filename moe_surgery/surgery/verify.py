@@ -258,11 +258,7 @@ class _Verifier:
 
     def _check_shape(self, model: ModelSpec, checkpoint: Checkpoint, manifest: Manifest) -> None:
         plan = manifest.plan
-        if (model.model_type, model.layers, model.experts) != (
-            plan.model_type,
-            plan.num_layers,
-            plan.num_source_experts,
-        ):
+        if not plan.fits(model.model_type, model.experts, model.layers):
             raise PlanMismatchError(
                 f"{printable_path(checkpoint.path)}: not the source of {printable_path(self._folder)}: it is "
                 f"{model.model_type} with {model.layers} layers of {model.experts} experts, the source is "
