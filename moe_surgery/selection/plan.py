@@ -114,7 +114,8 @@ class Plan:
         if not self.fits(model_type, experts, layers):
             raise PlanMismatchError(
                 f"the plan is for {self.model_type} with {self.num_layers} layers of {self.num_source_experts} "
-                f"experts, but {checkpoint} is {model_type} with {layers} layers of {experts}; make a plan for this checkpoint"
+                f"experts, but {checkpoint} is {model_type} with {layers} layers of {experts}; make a plan for this "
+                "checkpoint"
             )
 
 

@@ -242,7 +242,7 @@ def test_demo_prunes_verifies_and_runs_every_size(capsys: Capture) -> None:
     assert sorted(sizes.values()) == [sizes[n] for n in sorted(sizes)]
 
 
-def test_demo_keeps_its_models_where_it_is_reported(tmp_path: Path, capsys: Capture) -> None:
+def test_demo_keeps_its_models_in_the_folder_given(tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "models"
     shown = done(call(capsys, "demo", "--output", out))
     assert shown.out.count("yes") == 6

@@ -76,8 +76,8 @@ def test_attention_is_the_references_and_every_query_gets_what_it_gets_alone(
     case = {n: t if n in ("queries", "keys", "sinks") else t.to(dtype) for n, t in case.items()}
     got = native(isa, 3).attention(**case, window=window)
     assert got.dtype == dtype
-    wide = {n: t if n in ("queries", "keys") else t.double().float() for n, t in case.items()}
-    expected = REFERENCE.attention(**wide, window=window)
+    in_float32 = {n: t if n in ("queries", "keys") else t.double().float() for n, t in case.items()}
+    expected = REFERENCE.attention(**in_float32, window=window)
     torch.testing.assert_close(got.float(), expected, rtol=0, atol=2e-6 if dtype == torch.float32 else 2e-2)
     assert torch.equal(got, native("scalar").attention(**case, window=window))
     order = torch.randperm(case["k"].shape[2], generator=torch.Generator().manual_seed(0))

@@ -117,8 +117,10 @@ def test_several_products_at_once_are_those_one_by_one() -> None:
 
 
 def test_rows_may_be_a_window_of_longer_ones() -> None:
-    x, wide = draw(0, 4, 50), draw(1, 20, 80).bfloat16()
-    assert torch.equal(native().linear(x, wide[3:, 7:57]), native().linear(x, wide[3:, 7:57].contiguous()))
+    x, in_float64 = draw(0, 4, 50), draw(1, 20, 80).bfloat16()
+    assert torch.equal(
+        native().linear(x, in_float64[3:, 7:57]), native().linear(x, in_float64[3:, 7:57].contiguous())
+    )
 
 
 @pytest.fixture
@@ -180,8 +182,8 @@ def test_experts_and_routers_that_kernels_do_not_read_are_named(
 def test_rms_norm_is_the_formula(isa: str, tokens: int, columns: int, seed: int, stored: torch.dtype) -> None:
     x, weight = draw(seed, tokens, columns), draw(seed + 1, columns).to(stored)
     got = native(isa).rms_norm(x, weight, 1e-5)
-    wide = x.double().numpy()
-    exact = wide / np.sqrt((wide**2).mean(1, keepdims=True) + 1e-5) * weight.double().numpy()
+    in_float64 = x.double().numpy()
+    exact = in_float64 / np.sqrt((in_float64**2).mean(1, keepdims=True) + 1e-5) * weight.double().numpy()
     assert relative_error(got, exact) <= SUM_ERROR
     assert torch.equal(got, native("scalar").rms_norm(x, weight, 1e-5))
     assert torch.equal(got[-1], native(isa).rms_norm(x[-1], weight, 1e-5))

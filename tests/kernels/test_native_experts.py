@@ -110,10 +110,10 @@ def test_one_layer_errs_less_than_bf16_arithmetic(isa: str) -> None:
 @given(case=cases(packed=False))
 def test_dense_experts_have_the_same_bits_in_every_dtype_that_holds_them(isa: str, case: Case) -> None:
     """Their values have few bits, so that F16 holds what BF16 does."""
-    wide = stored_as(case.experts, torch.float32, torch.float32)
-    expected = run(native(isa, 2), replace(case, experts=wide), torch.float32)
+    in_float32 = stored_as(case.experts, torch.float32, torch.float32)
+    expected = run(native(isa, 2), replace(case, experts=in_float32), torch.float32)
     for dtype in STORED:
-        experts = stored_as(wide, dtype, torch.float32)
+        experts = stored_as(in_float32, dtype, torch.float32)
         assert torch.equal(run(native(isa, 2), replace(case, experts=experts), torch.float32), expected)
 
 

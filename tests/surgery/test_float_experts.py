@@ -86,10 +86,10 @@ def test_dense_f32_beside_mxfp4_experts(tmp_path: Path) -> None:
 
 def converted(value: np.ndarray, dtype: str) -> np.ndarray:
     """Float32 values as torch rounds them."""
-    wide = torch.from_numpy(as_float64(value).astype(np.float32))
+    in_float32 = torch.from_numpy(as_float64(value).astype(np.float32))
     if dtype == "bf16":
-        return wide.bfloat16().view(torch.int16).numpy().view(np.uint16)
-    return (wide.half() if dtype == "f16" else wide).numpy()
+        return in_float32.bfloat16().view(torch.int16).numpy().view(np.uint16)
+    return (in_float32.half() if dtype == "f16" else in_float32).numpy()
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)

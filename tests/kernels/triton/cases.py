@@ -82,9 +82,9 @@ class Layer:
         biases = [b.double().numpy() for b in (self.experts.gate_up_bias, self.experts.down_bias)]
         if expert_map is not None:
             biases = [b[expert_map.numpy()] for b in biases]
-        wide = [t.double().numpy() for t in (self.x, self.weights)]
+        in_float64 = [t.double().numpy() for t in (self.x, self.weights)]
         return oracle.experts(
-            wide[0], self.ids.numpy(), wide[1], self.gate_up, biases[0], self.down, biases[1]
+            in_float64[0], self.ids.numpy(), in_float64[1], self.gate_up, biases[0], self.down, biases[1]
         )
 
 

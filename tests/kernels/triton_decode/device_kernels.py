@@ -275,5 +275,5 @@ def test_attention_in_narrow_types(dtype: torch.dtype) -> None:
         q, keys, values, positions, cache_position, pads, sinks, None, out, 132, needs_fp32(dtype)
     ).run()
     seen = visible((cache_position - pads)[:, None], positions, None)
-    wide = (t.float() for t in (q.view(batch, heads, 1, head_dim), keys, values, sinks))
-    near(out, reference_attention(*wide, seen)[:, 0], dtype)
+    in_float32 = (t.float() for t in (q.view(batch, heads, 1, head_dim), keys, values, sinks))
+    near(out, reference_attention(*in_float32, seen)[:, 0], dtype)

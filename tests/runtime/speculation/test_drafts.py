@@ -119,9 +119,9 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize(("prompts", "options", "said"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize(("prompts", "options", "message"), REFUSED.values(), ids=REFUSED)
 def test_what_cannot_be_generated_is_refused(
-    small_model: CausalLM, prompts: Any, options: dict[str, Any], said: str
+    small_model: CausalLM, prompts: Any, options: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         speculate(small_model, small_model, prompts, **options)
