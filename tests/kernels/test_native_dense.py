@@ -117,9 +117,9 @@ def test_several_products_at_once_are_those_one_by_one() -> None:
 
 
 def test_rows_may_be_a_window_of_longer_ones() -> None:
-    x, in_float64 = draw(0, 4, 50), draw(1, 20, 80).bfloat16()
+    x, weight = draw(0, 4, 50), draw(1, 20, 80).bfloat16()
     assert torch.equal(
-        native().linear(x, in_float64[3:, 7:57]), native().linear(x, in_float64[3:, 7:57].contiguous())
+        native().linear(x, weight[3:, 7:57]), native().linear(x, weight[3:, 7:57].contiguous())
     )
 
 
