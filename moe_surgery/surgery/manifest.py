@@ -7,20 +7,22 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import xxhash
 
 from moe_surgery.checkpoint.files import printable_path, read_small_file
 from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.checkpoint.text import describe_value, printable
-from moe_surgery.engine.run import WrittenFile
 from moe_surgery.errors import InvalidInputError, OutputError, VerificationError
 from moe_surgery.formats.expert_format import ExpertFormat, format_by_name
 from moe_surgery.selection.plan import Plan, plan_from_dict
 from moe_surgery.surgery.names import MANIFEST_NAME
 from moe_surgery.surgery.program import OutputShard, Program
 from moe_surgery.version import __version__
+
+if TYPE_CHECKING:
+    from moe_surgery.engine.run import WrittenFile
 
 __all__ = [
     "FileRecord",
