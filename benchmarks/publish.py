@@ -64,7 +64,7 @@ def load(name: str, folder: Path = RESULTS) -> dict[str, Any] | None:
 
 
 def _json(value: object, indent: str = "") -> str:
-    """JSON with six significant digits, and each item of a list on a line of its own."""
+    """JSON with six significant digits, and one list item per line."""
     deeper = f"{indent} "
     if isinstance(value, Mapping) and any(isinstance(v, (Mapping, list)) for v in value.values()):
         items = [f"{json.dumps(str(key))}: {_json(item, deeper)}" for key, item in value.items()]
