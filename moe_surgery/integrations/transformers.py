@@ -24,7 +24,6 @@ from moe_surgery import families
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.errors import PlanMismatchError, UsageError
 from moe_surgery.families import ModelSpec
-from moe_surgery.families.gpt_oss.weights import WEIGHTS
 from moe_surgery.integrations import ops  # noqa: F401  # registers torch.ops.moe_surgery
 from moe_surgery.kernels.reference.experts import swiglu
 from moe_surgery.runtime.mapped import MappedShards
@@ -32,12 +31,6 @@ from moe_surgery.runtime.mapped import MappedShards
 __all__ = ["NAME", "PackedExperts", "PackedMLP", "register", "replace_experts"]
 
 NAME = "moe_surgery"
-_LAYER = WEIGHTS.layer
-# Projections as transformers names them, and the names of their tensors.
-_PROJECTIONS = (
-    ("gate_up_proj", _LAYER.gate_up, _LAYER.gate_up_bias),
-    ("down_proj", _LAYER.down, _LAYER.down_bias),
-)
 log = logging.getLogger("moe_surgery")
 # Classes whose gate is the clamped SwiGLU, as tried.
 _checked: set[type] = set()
@@ -184,12 +177,17 @@ def replace_experts(model: nn.Module, checkpoint: str | os.PathLike[str]) -> nn.
         config: Any = model.config
         limit = float(getattr(config, "swiglu_limit", 7.0))
         alpha = float(getattr(config, "swiglu_alpha", 1.702))
+        names = spec.family.weights.layer
+        projections = (  # as transformers names them, and the names of their tensors
+            ("gate_up_proj", names.gate_up, names.gate_up_bias),
+            ("down_proj", names.down, names.down_bias),
+        )
         shards = MappedShards(opened)
         for number, layer in enumerate(layers):
             router = layer.mlp.router
             device = router.weight.device
             buffers: dict[str, Tensor] = {}
-            for projection, weight_name, bias_name in _PROJECTIONS:
+            for projection, weight_name, bias_name in projections:
                 packed, bias = (tensors[name.format(layer=number)] for name in (weight_name, bias_name))
                 assert packed.scales is not None
                 parts = {"blocks": packed.stored, "scales": packed.scales, "bias": bias.stored}
