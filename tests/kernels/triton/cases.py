@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -42,18 +43,26 @@ def every_case() -> list[Case]:
     return [Case(*row, indexed=bool(n % 2)) for n, row in enumerate(kept)]
 
 
-def covering_cases() -> list[Case]:
+def covering_cases(
+    top_k: Sequence[int] = TOP_K, tokens: Sequence[int] = (*TOKENS[:-1], TOKENS[-1] // 2 + 1)
+) -> list[Case]:
     """Cases in which any two of (class of expert counts, top-k, tokens, format, view) meet, chosen greedily.
 
-    Every expert count is in one. The largest batch, slow in the interpreter, is halved. Deterministic.
+    Every expert count is in one, and formats take turns where either will do. The largest batch is halved, and
+    few pairs of token and slot are preferred to many: the interpreter is slow. Deterministic.
     """
-    tokens = (*TOKENS[:-1], TOKENS[-1] // 2 + 1)
-    grid = [Case(*row) for row in product(EXPERTS, TOP_K, tokens, FORMATS, (False, True)) if row[1] <= row[0]]
+    grid = [Case(*row) for row in product(EXPERTS, top_k, tokens, FORMATS, (False, True)) if row[1] <= row[0]]
     pairs = {case: _pairs(case) for case in grid}
     missing = set().union(*pairs.values())
-    chosen = []
+    chosen: list[Case] = []
+
+    def score(case: Case) -> tuple[float, int]:
+        assignments = case.tokens * case.top_k
+        cost = 16 + min(case.experts, assignments) + assignments // 4
+        return len(pairs[case] & missing) / cost, -sum(other.format == case.format for other in chosen)
+
     while missing:
-        best = max(grid, key=lambda case: (len(pairs[case] & missing), -case.tokens * case.top_k))
+        best = max(grid, key=score)
         missing -= pairs[best]
         chosen.append(best)
     return chosen

@@ -15,10 +15,12 @@ from moe_surgery.kernels.triton.moe_gemv import down_gemv, gate_up_gemv
 from moe_surgery.kernels.triton.moe_grouped_gemm import combine, down_grouped_gemm, gate_up_grouped_gemm
 from moe_surgery.kernels.triton.operands import operand
 from moe_surgery.kernels.triton.routing_metadata import empty_routing, routing_launches
-from moe_surgery.kernels.triton.tuning import SPLIT_K_CHOICES, Blocks
+from moe_surgery.kernels.triton.tuning import SPLIT_K_CHOICES, Blocks, DeviceProps
 from moe_surgery.kernels.weights import Mxfp4Weight
 from tests.kernels.triton.cases import HIDDEN, INTERMEDIATE, Case, Layer, covering_cases, every_case, layer
 
+# The interpreter runs programs one after the other. With so few multiprocessors only small launches are split.
+DEVICE = DeviceProps(90, 8)
 # Largest error in units of the largest output.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
@@ -36,6 +38,11 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty_like", lambda x, **_: poisoned(x.shape, dtype=x.dtype))
 
 
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe_surgery.kernels.triton.tuning.get_device_props", lambda _: DEVICE)
+
+
 def error(found: torch.Tensor, wanted: np.ndarray) -> float:
     assert found.isfinite().all()
     return float(np.abs(found.double().numpy() - wanted).max() / np.abs(wanted).max())
@@ -48,12 +55,12 @@ def check(case: Layer) -> None:
     assert error(result, reference.double().numpy()) < 2 * TOLERANCE[case.x.dtype]
 
 
-@pytest.mark.parametrize("case", covering_cases(), ids=str)
+@pytest.mark.parametrize("case", covering_cases((1, 3, 4, 8), (1, 2, 5, 17, 33)), ids=str)
 def test_covering_cases(case: Case) -> None:
     check(layer(case))
 
 
-@pytest.mark.parametrize(("experts", "top_k", "tokens"), [(33, 33, 1), (33, 17, 2)])
+@pytest.mark.parametrize(("experts", "top_k", "tokens"), [(33, 17, 1), (33, 17, 2)])
 def test_a_top_k_beyond_the_models_own(experts: int, top_k: int, tokens: int) -> None:
     """One token: more slots than the kernel adds biases of at a time. Two: sorted, in tiles."""
     check(layer(Case(experts, top_k, tokens, "mxfp4", True)))
@@ -129,7 +136,7 @@ def by_grouped_gemm(
 @pytest.mark.parametrize("form", ["mxfp4", "dense"])
 def test_any_step_of_the_reduction(form: str, columns: int) -> None:
     """160 and 96 values in steps of 32 (even), 64 and 128 (masked ends); 32 of 64 rows in the last piece."""
-    case = layer(Case(3, 2, 3, form, True), hidden=160, intermediate=96)
+    case = layer(Case(3, 2, 2, form, True), hidden=160, intermediate=96)
     expected = case.expected()
     assert error(by_gemv(case, Blocks(64, columns, 4, 1), (1, 1)), expected) < 2e-6
     assert error(by_grouped_gemm(case, Blocks(64, columns, 4, 1), (1, 1), 8), expected) < 2e-6
@@ -149,7 +156,7 @@ def test_any_step_of_the_reduction(form: str, columns: int) -> None:
 )
 def test_split_reductions(form: str, split_k: int) -> None:
     """Also into more parts than there are steps. Twice, bit for bit: counters are left at zero."""
-    case = layer(Case(2, 2, 2, form, False), hidden=160, intermediate=96)
+    case = layer(Case(2, 2, 1, form, False), intermediate=64)
     expected = case.expected()
     runs = [by_gemv(case, Blocks(64, 64, 4, 1), (split_k, split_k)) for _ in range(2)]
     assert error(runs[0], expected) < 2e-6
@@ -201,7 +208,7 @@ def test_scales_at_the_edge_of_the_plain_path(scales: tuple[int, int], any_e8m0:
 
 
 def test_the_path_for_any_scale_gives_the_bits_of_the_plain_one() -> None:
-    case = layer(Case(2, 2, 3, "mxfp4", False))
+    case = layer(Case(2, 1, 2, "mxfp4", False))
     plain = (
         operand(case.experts.gate_up, case.experts.gate_up_bias, "gate_up"),
         operand(case.experts.down, case.experts.down_bias, "down"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe_surgery.kernels.triton import routing_metadata
-from moe_surgery.kernels.triton.routing_metadata import ONE_LAUNCH, empty_routing, routing_launches
+from moe_surgery.kernels.triton.routing_metadata import empty_routing, routing_launches
 from tests.kernels.triton.cases import EXPERTS, FEW_EXPERTS, TOKENS, TOP_K
 
 SENTINEL = -123456
@@ -17,7 +17,7 @@ def filled(ids: torch.Tensor, experts: int, block_n: int):
     for tensor in (routing.sorted_token_ids, routing.expert_offsets, routing.tiles, routing.num_tiles):
         tensor.fill_(SENTINEL)
     launches = routing_launches(ids, experts, routing)
-    assert len(launches) == (1 if ids.numel() <= ONE_LAUNCH else 2)
+    assert len(launches) == (1 if ids.numel() <= routing_metadata.ONE_LAUNCH else 2)
     for launch in launches:
         launch.run()
     return routing
@@ -75,24 +75,35 @@ def test_all_on_one_expert(assignments: int, block_n: int) -> None:
 @pytest.mark.parametrize(
     ("tokens", "top_k", "experts"),
     [
+        (1025, 1, 32),  # one more than one launch takes: the last programs have nothing
         pytest.param(256, 4, 32, marks=pytest.mark.slow),  # the most that one launch takes
-        (1025, 1, 32),  # one more: the last programs have nothing
-        (400, 3, 5),  # chunks that end within a program
-        pytest.param(
-            150, 8, 1023, marks=pytest.mark.slow
-        ),  # bins exactly full but for the one of empty lanes
-        (130, 8, 1024),  # the most experts
+        pytest.param(400, 3, 5, marks=pytest.mark.slow),  # chunks that end within a program
+        # Bins exactly full but for the one of empty lanes.
+        pytest.param(150, 8, 1023, marks=pytest.mark.slow),
+        pytest.param(130, 8, 1024, marks=pytest.mark.slow),  # the most experts
     ],
 )
 def test_many_assignments(tokens: int, top_k: int, experts: int) -> None:
     check(choices(tokens, top_k, experts), experts, 16)
 
 
-def test_several_chunks_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two programs of five small chunks, the last of which is cut short."""
-    monkeypatch.setattr(routing_metadata, "PROGRAMS", 2)
-    monkeypatch.setattr(routing_metadata, "CHUNK_SIZES", (128, 128))
-    check(choices(550, 2, 8), 8, 128)
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "experts", "programs"),
+    [
+        (110, 2, 8, 2),  # four chunks a program, the last of which is cut short
+        (50, 3, 5, 4),  # two chunks a program, the third has one and the last none
+        (20, 8, 1023, 8),  # bins exactly full but for the one of empty lanes
+        (12, 8, 1024, 4),  # the most experts; the last program has nothing
+    ],
+)
+def test_small_chunks(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, top_k: int, experts: int, programs: int
+) -> None:
+    """The interpreter sorts one element after the other, so large chunks are slow."""
+    monkeypatch.setattr(routing_metadata, "ONE_LAUNCH", 64)
+    monkeypatch.setattr(routing_metadata, "PROGRAMS", programs)
+    monkeypatch.setattr(routing_metadata, "CHUNK_SIZES", (32, 32))
+    check(choices(tokens, top_k, experts), experts, 16)
 
 
 @pytest.mark.slow
