@@ -29,7 +29,6 @@ from tests.runtime.speculation.support import arithmetic, program  # noqa: E402
 from tests.support.pairwise import pairwise_cover  # noqa: E402
 
 NEW = 16
-EXPERTS = (1, 4, 8, 16, 31)
 ONE, MANY = "one", "many"
 
 
@@ -66,19 +65,17 @@ def drafts(
     return make
 
 
-CASES = pairwise_cover(
-    ("checkpoint", "view"), EXPERTS, (1, 2, 4), (*range(1, 9), AdaptiveLength()), (ONE, MANY)
+KINDS = ("checkpoint", "view")
+CASES = pairwise_cover(KINDS, (1, 8, 31), (1, 2, 4), (1, 2, 4, 8, AdaptiveLength()), (ONE, MANY))
+MORE_CASES = pairwise_cover(
+    KINDS, (1, 4, 8, 16, 31), (1, 2, 4), (*range(1, 9), AdaptiveLength()), (ONE, MANY)
 )
 
 
-def test_the_cases_hold_every_pair() -> None:
-    values = [{row[i] for row in CASES} for i in range(5)]
-    assert [len(v) for v in values] == [2, 5, 3, 9, 2]
-    for i, j in itertools.combinations(range(5), 2):
-        assert len({(row[i], row[j]) for row in CASES}) == len(values[i]) * len(values[j])
-
-
-@pytest.mark.parametrize(("kind", "experts", "top_k", "length", "batch"), CASES)
+@pytest.mark.parametrize(
+    ("kind", "experts", "top_k", "length", "batch"),
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_CASES)],
+)
 def test_greedy_output_is_the_targets_own(
     tiny_model: CausalLM,
     prompts: list[list[int]],
@@ -142,14 +139,14 @@ def small_draft(model: CausalLM, kept: int) -> CausalLM:
     return view(model, Plan("gpt_oss", SMALL.experts, (tuple(range(kept)),) * SMALL.layers))
 
 
-@pytest.mark.parametrize("length", [1, 2, WINDOW - 1, WINDOW, 3 * WINDOW, AdaptiveLength(max_length=12)])
+@pytest.mark.parametrize("length", [1, WINDOW - 1, WINDOW, 3 * WINDOW, AdaptiveLength(max_length=12)])
 @pytest.mark.parametrize("kept", [1, 4])
 def test_drafts_longer_than_the_window_change_nothing(
     small_model: CausalLM, kept: int, length: int | AdaptiveLength
 ) -> None:
-    plain = generate(small_model, PROMPTS, max_new_tokens=45, stop_tokens=())
+    plain = generate(small_model, PROMPTS, max_new_tokens=28, stop_tokens=())
     draft = small_draft(small_model, kept)
-    result = speculate(small_model, draft, PROMPTS, draft_length=length, max_new_tokens=45, stop_tokens=())
+    result = speculate(small_model, draft, PROMPTS, draft_length=length, max_new_tokens=28, stop_tokens=())
     assert result.tokens == plain.tokens
 
 
@@ -352,10 +349,10 @@ def test_bf16_is_exact_where_a_token_does_not_depend_on_the_others(
 ) -> None:
     target = load_model(tiny, dtype=torch.bfloat16, backend=backend)
     draft = view(target, plan_random(experts, 0, inspect(tiny)))
-    rows = prompts[1:2]
-    if batch == MANY:
-        rows = prompts if backend == "native" else prompts[2:]
-    new = NEW if backend == "native" else 6  # token by token in plain PyTorch
+    # The reference takes token by token in plain PyTorch: fewer tokens and short prompts.
+    new, rows = (NEW, prompts) if backend == "native" else (6, [prompts[0], prompts[2], prompts[4]])
+    if batch == ONE:
+        rows = rows[1:2] if backend == "native" else rows[:1]
     alone = [generate(target, [p], max_new_tokens=new, stop_tokens=()).tokens[0] for p in rows]
     result = speculate(target, draft, rows, draft_length=length, max_new_tokens=new, stop_tokens=())
     assert result.tokens == alone

@@ -23,7 +23,7 @@ from tests.support.chi_square import critical  # noqa: E402
 SHAPE = Shape(layers=2, experts=4, top_k=2, vocabulary=5)
 PROMPT = [3, 1, 4]
 NEW = 4
-ROWS, RUNS = 1000, 5
+ROWS = 1000
 FEWEST = 8.0  # expected in a cell of the test; rarer continuations are counted together
 
 
@@ -66,13 +66,14 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("runs", [3, pytest.param(10, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("length", "sampling"), CASES.values(), ids=CASES)
 def test_continuations_come_as_often_as_the_target_draws_them(
-    target: CausalLM, draft: CausalLM, length: int | AdaptiveLength, sampling: Sampling
+    target: CausalLM, draft: CausalLM, length: int | AdaptiveLength, sampling: Sampling, runs: int
 ) -> None:
     counts = np.zeros([SHAPE.vocabulary] * NEW)
     accepted = tried = 0
-    for number in range(RUNS):
+    for number in range(runs):
         seeded = Sampling(
             sampling.temperature,
             sampling.top_k,
@@ -93,12 +94,12 @@ def test_continuations_come_as_often_as_the_target_draws_them(
         accepted += sum(result.statistics.accepted)
         tried += sum(result.statistics.tried)
     assert 0.05 * tried < accepted < 0.97 * tried  # the rule had something to do
-    expected = sequence_probabilities(target, PROMPT, NEW, sampling) * ROWS * RUNS
+    expected = sequence_probabilities(target, PROMPT, NEW, sampling) * ROWS * runs
     statistic, freedom = chi_square(counts, expected)
     assert freedom >= 10
     assert statistic < critical(freedom)
     # The same test tells the draft's own distribution apart.
-    other = sequence_probabilities(draft, PROMPT, NEW, sampling) * ROWS * RUNS
+    other = sequence_probabilities(draft, PROMPT, NEW, sampling) * ROWS * runs
     rare = other < FEWEST
     wrong = np.append(other[~rare], other[rare].sum())
     seen = np.append(counts[~rare], counts[rare].sum())
