@@ -234,14 +234,6 @@ def test_verify_tells_sound_from_broken(tmp_path: Path, capsys: Capture) -> None
     assert result.json()["problems"]
 
 
-def test_demo_prunes_verifies_and_runs_every_size(capsys: Capture) -> None:
-    rows = done(call(capsys, "demo", "--json")).json()
-    assert sorted(row["experts"] for row in rows) == [4, 8, 8, 8, 16, 32]
-    assert all(row["verified"] for row in rows)
-    sizes = {row["experts"]: row["parameters"] for row in rows}
-    assert sorted(sizes.values()) == [sizes[n] for n in sorted(sizes)]
-
-
 def test_demo_keeps_its_models_in_the_folder_given(tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "models"
     shown = done(call(capsys, "demo", "--output", out))

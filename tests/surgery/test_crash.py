@@ -143,7 +143,7 @@ def check_killed_run(job: Job, out: Path, moment: int) -> int:
     return len(kept)
 
 
-@pytest.mark.parametrize("moment", range(6))
+@pytest.mark.parametrize("moment", range(4))
 def test_run_killed_at_a_random_moment_is_taken_up_by_the_next(job: Job, tmp_path: Path, moment: int) -> None:
     check_killed_run(job, tmp_path / "out", moment)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ torch = pytest.importorskip("torch")
 Capture = pytest.CaptureFixture[str]
 Edit = Callable[[Tensors], None]
 KEPT = (3, 0, 2)
+DENSE = ("bf16", "f16", "f32")
 SHAPES = {
     "small": Shape(),
     "beyond a chunk": Shape(layers=1, hidden=1120, intermediate=1312, vocabulary=40),
@@ -66,8 +68,14 @@ def expected_of(source: Path) -> Tensors:
     return kept_tensors(tensors, [KEPT] * (1 + max(int(n.split(".")[2]) for n in tensors if ".layers." in n)))
 
 
-@pytest.mark.parametrize(("shape", "shards"), [("small", 1), ("small", 3), ("beyond a chunk", 3)])
-@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize(
+    ("mix", "shape", "shards"),
+    [
+        *((mix, "small", shards) for mix in MIXES for shards in (1, 3)),
+        ("f16 experts, f32 others", "beyond a chunk", 3),
+        *(pytest.param(mix, "beyond a chunk", 3, marks=pytest.mark.slow) for mix in MIXES),
+    ],
+)
 def test_kept_weights_are_the_sources_bytes(mix: str, shape: str, shards: int, tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "in", SHAPES[shape], "bf16", shards=shards, edit_tensors=MIXES[mix])
     prune(source, tmp_path / "out", keep, max_shard_size=4_000_000)
@@ -92,14 +100,19 @@ def converted(value: np.ndarray, dtype: str) -> np.ndarray:
     return (in_float32.half() if dtype == "f16" else in_float32).numpy()
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("target", ["bf16", "f16", "f32"])
-@pytest.mark.parametrize("stored", ["bf16", "f16", "f32"])
+@pytest.mark.parametrize(
+    ("stored", "target", "shape"),
+    [
+        *((*pair, "small") for pair in product(DENSE, DENSE)),
+        *((*pair, "beyond a chunk") for pair in (("f32", "bf16"), ("bf16", "f16"), ("f16", "f32"))),
+        *(pytest.param(*pair, "beyond a chunk", marks=pytest.mark.slow) for pair in product(DENSE, DENSE)),
+    ],
+)
 def test_dense_formats_are_rounded_once_as_torch_rounds(
-    stored: str, target: str, shape: Shape, tmp_path: Path
+    stored: str, target: str, shape: str, tmp_path: Path
 ) -> None:
     edit = in_dtype(stored, is_expert_weight)
-    source = write_checkpoint(tmp_path / "in", shape, "bf16", shards=2, edit_tensors=edit)
+    source = write_checkpoint(tmp_path / "in", SHAPES[shape], "bf16", shards=2, edit_tensors=edit)
     result = prune(source, tmp_path / "out", keep, store=target, max_shard_size=4_000_000)
     expected = {n: converted(v, target) if is_expert_weight(n) else v for n, v in expected_of(source).items()}
     assert_same_tensors(load_tensors(tmp_path / "out"), expected)

@@ -294,7 +294,7 @@ def test_folder_moved_in_at_the_last_moment_is_not_replaced(source: Path, out: P
     assert siblings(out) == []
 
 
-@pytest.mark.parametrize("moment", range(6))
+@pytest.mark.parametrize("moment", range(4))
 def test_killed_while_replacing_leaves_the_old_output_or_the_new(
     source: Path, out: Path, replacement: dict[str, bytes], moment: int
 ) -> None:
