@@ -13,8 +13,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.ready
 NATIVE_SOURCES := $(wildcard csrc/*.cpp $(foreach d,isa mxfp4 cpu,$(addprefix csrc/$(d)/,*.cpp *.hpp *.inl)))
-# What of surgery converts: tested without the extension as well.
-CONVERTING := $(addprefix tests/surgery/,test_equivalence.py test_producer.py verify) tests/engine/test_stream.py
+# What converts, with the extension where there is one: tested without it as well.
+CONVERTING := tests/formats $(addprefix tests/surgery/,test_equivalence.py test_producer.py verify/test_source.py)
+# Files in their order: by number of tests, which is the default, the slow ones with few tests come last.
+PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
 # The core without Python: what each self-test is made of.
 CORE_TESTS := mxfp4 cpu
 mxfp4_SOURCES := csrc/isa/isa.cpp csrc/mxfp4/tests/selftest.cpp $(filter-out csrc/mxfp4/bindings.cpp,$(wildcard csrc/mxfp4/*.cpp))
@@ -28,12 +30,9 @@ WORK ?= $(or $(TMPDIR),/var/tmp)/moe-surgery-bench
 demo: $(SETUP)
 	$(BIN)/moe-surgery demo
 
-# Files in their order: by number of tests, which is the default, the slow ones with few tests come last.
-PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
-
 test: $(SETUP)
 	$(BIN)/python -m pytest $(PARALLEL)
-	MOE_SURGERY_NATIVE=0 $(BIN)/python -m pytest $(PARALLEL) tests/formats $(CONVERTING)
+	MOE_SURGERY_NATIVE=0 $(BIN)/python -m pytest $(PARALLEL) $(CONVERTING) --ignore tests/formats/test_native.py
 
 lint: $(SETUP)
 	$(BIN)/ruff format --check .

@@ -23,7 +23,7 @@ from tests.support.faults import FaultyOps, ShortOps, each_failure, open_files
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 KINDS = ("open", "pread_into", "pwrite", "fsync", "fsync_dir", "close", "rename_new")
-BEYOND_A_CHUNK = Shape(layers=1, experts=2, hidden=1024, intermediate=1280, vocabulary=500)
+BEYOND_A_CHUNK = Shape(layers=1, experts=2, hidden=1024, intermediate=1024, vocabulary=300)
 
 
 @pytest.fixture(scope="module", params=["mxfp4", "bf16", "quantised"])

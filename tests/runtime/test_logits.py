@@ -65,7 +65,7 @@ def inputs(tiny_text: Text) -> dict[str, torch.Tensor]:
     return result
 
 
-@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("count", [n if n != 31 else pytest.param(n, marks=pytest.mark.slow) for n in COUNTS])
 def test_the_embedded_model_and_what_is_left_of_it(
     count: int, backend: str, tiny: Path, inputs: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:

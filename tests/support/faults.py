@@ -76,12 +76,12 @@ for _kind in KINDS:
 def each_failure(kind: str, forever: bool) -> Iterator[tuple[FaultyOps, type[MoeSurgeryError]]]:
     """Tables in which one call of `kind` after the other fails, and the error each must end with.
 
-    The first twelve calls each have their turn, later ones ever fewer. The last table fails nothing: the run makes
+    The first eight calls each have their turn, later ones ever fewer. The last table fails nothing: the run makes
     no more such calls.
     """
     at, ops = 0, None
     while ops is None or ops.failures:
-        at += 1 + at // 12
+        at += 1 + at // 8
         assert at < 1000
         code = (errno.EIO, errno.ENOSPC, errno.EDQUOT)[at % 3]
         ops = FaultyOps(kind, at, code, forever=forever)

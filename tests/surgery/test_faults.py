@@ -42,8 +42,9 @@ def expected(source: Path, dtype: str) -> dict[str, bytes]:
 
 
 def pruned(source: Path, out: Path, dtype: str, ops: FileOps | None = None) -> None:
-    """Prune to four or so shards."""
-    prune(source, out, lambda m: plan_keeping([0, 1, 3], m), store=dtype, max_shard_size=15_000, ops=ops)
+    """Prune to three or so shards."""
+    size = 60_000 if dtype == "bf16" else 25_000
+    prune(source, out, lambda m: plan_keeping([0, 1, 3], m), store=dtype, max_shard_size=size, ops=ops)
 
 
 def attempt(source: Path, out: Path, dtype: str, ops: FileOps) -> MoeSurgeryError | None:

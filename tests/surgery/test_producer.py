@@ -101,7 +101,7 @@ def test_any_chunk_size_gives_the_same_bytes(case: Case, chunk_bytes: int) -> No
     assert case.produce(list(chunks_of(case.shard, chunk_bytes))) == case.whole
 
 
-@pytest.mark.parametrize("chunk_bytes", [1, 2, 3, 7, 16, 31])
+@pytest.mark.parametrize("chunk_bytes", [1, 7, 16])
 def test_chunks_of_a_few_bytes_give_the_same_bytes(tmp_path: Path, chunk_bytes: int) -> None:
     shape = Shape(1, 4, 2, 32, 32, 1, 1, 2, 2)
     for dtype in ("keep", "bf16", "mxfp4"):
@@ -218,6 +218,7 @@ def test_conversion_gives_back_what_it_mapped_in(tmp_path: Path) -> None:
 # --- whole folders
 
 
+@NEEDS_NATIVE
 @pytest.mark.parametrize("dtype", ["keep", "bf16", "mxfp4"])
 def test_two_runs_give_the_same_folder_byte_for_byte(tmp_path: Path, dtype: str) -> None:
     layout = "bf16" if dtype == "mxfp4" else "mxfp4"

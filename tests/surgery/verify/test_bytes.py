@@ -42,8 +42,10 @@ def test_sound_checkpoint_has_no_problem(job: tuple[Path, Path]) -> None:
 
 
 def test_flipped_byte_in_a_header_is_found(out: Path) -> None:
-    for shard in sorted(out.glob("*.safetensors"))[:3]:
+    for place, shard in enumerate(sorted(out.glob("*.safetensors"))[:3]):
         for number, offset in enumerate(header_offsets(shard)):
+            if number % 3 != place:  # a third of the offsets in each: verifying takes a while
+                continue
             mask = FLIPS[number % len(FLIPS)]
             flip(shard, offset, mask)
             check_found(out, shard.name)
@@ -84,7 +86,7 @@ def test_flipped_byte_in_any_other_file_is_found(out: Path) -> None:
     }
     for file in small:
         size = file.stat().st_size
-        for number, offset in enumerate({*range(0, size, max(1, size // 12)), size - 1}):
+        for number, offset in enumerate({*range(0, size, max(1, size // 5)), size - 1}):
             mask = FLIPS[number % len(FLIPS)]
             flip(file, offset, mask)
             check_found(out, file.name)
@@ -92,9 +94,10 @@ def test_flipped_byte_in_any_other_file_is_found(out: Path) -> None:
     assert problems(out) == ()
 
 
-def test_flipped_byte_anywhere_in_the_manifest_is_found(out: Path) -> None:
+@pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_flipped_byte_anywhere_in_the_manifest_is_found(out: Path, step: int) -> None:
     manifest = out / "surgery.json"
-    for offset in range(manifest.stat().st_size):
+    for offset in range(0, manifest.stat().st_size, step):
         mask = FLIPS[offset % len(FLIPS)]
         flip(manifest, offset, mask)
         with pytest.raises((InvalidInputError, VerificationError)) as caught:
