@@ -61,7 +61,7 @@ def measure_layer(
         x = torch.randn(count, HIDDEN, dtype=torch.bfloat16, device=device)
         chosen = [ReferenceBackend().route(x, *router, top_k) for router in routers]
         distinct = sum(int(torch.unique(ids).numel()) for ids, _ in chosen) / copies
-        exact = ReferenceBackend().experts(x.float(), *_wide(chosen[0]), dense[0])
+        exact = ReferenceBackend().experts(x.float(), *_float_weights(chosen[0]), dense[0])
         rows = [
             _row(method, x, exact, distinct, experts, bandwidth)
             for method in _methods(backend, packed, dense, routers, chosen, top_k)
@@ -79,16 +79,16 @@ def measure_layer(
             yield row
 
 
-def _wide(choice: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _float_weights(choice: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return choice[0], choice[1].float()
 
 
 def _copies(experts: int, top_k: int, device: torch.device) -> int:
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     touched = bytes_read(top_k, experts, HIDDEN, True)
-    held = bytes_read(experts, experts, HIDDEN, True) + bytes_read(experts, experts, HIDDEN, False)
-    room = int(torch.cuda.mem_get_info(device)[0] * 0.6 / held)
-    return max(1, min(room, MOST_COPIES, int(CACHE_TIMES * cache / touched) + 1))
+    weight_bytes = bytes_read(experts, experts, HIDDEN, True) + bytes_read(experts, experts, HIDDEN, False)
+    fitting = int(torch.cuda.mem_get_info(device)[0] * 0.6 / weight_bytes)
+    return max(1, min(fitting, MOST_COPIES, int(CACHE_TIMES * cache / touched) + 1))
 
 
 def _methods(

@@ -34,12 +34,12 @@ def transformers_layer(experts: ExpertWeights, router: tuple[Tensor, Tensor], to
     config._experts_implementation = name
     with torch.device("meta"):
         layer: Any = GptOssMLP(config)
-    held = {
+    state_dict = {
         "router.weight": router[0], "router.bias": router[1],
         "experts.gate_up_proj": up.values, "experts.gate_up_proj_bias": experts.gate_up_bias,
         "experts.down_proj": down.values, "experts.down_proj_bias": experts.down_bias,
     }  # fmt: skip
-    layer.load_state_dict(held, assign=True)
+    layer.load_state_dict(state_dict, assign=True)
     layer.eval().requires_grad_(False)
     return lambda x: layer(x[None])[0][0]
 
@@ -56,16 +56,16 @@ def grouped_4bit(experts: ExpertWeights, ids: Tensor, weights: Tensor) -> Call:
     assert isinstance(up, Mxfp4Weight)
     assert isinstance(down, Mxfp4Weight)
     order = torch.argsort(ids.flatten(), stable=True)
-    rows, place = order // ids.shape[1], ids.flatten()[order]
-    chosen, counts = torch.unique(place, return_counts=True)
+    rows, expert_ids = order // ids.shape[1], ids.flatten()[order]
+    chosen, counts = torch.unique(expert_ids, return_counts=True)
     sizes, numbers = counts.tolist(), chosen.tolist()
     share = weights.flatten()[order][:, None].float()
 
     def run(x: Tensor) -> Tensor:
         h = gemm_mxfp4_grouped(x[rows], up.blocks.flatten(2), up.scales, sizes, numbers)
-        z = swiglu(h + experts.gate_up_bias[place], experts.limit, experts.alpha)
+        z = swiglu(h + experts.gate_up_bias[expert_ids], experts.limit, experts.alpha)
         out = gemm_mxfp4_grouped(z, down.blocks.flatten(2), down.scales, sizes, numbers)
-        out = (out + experts.down_bias[place]).float() * share
+        out = (out + experts.down_bias[expert_ids]).float() * share
         return torch.zeros(x.shape, device=x.device).index_add_(0, rows, out).to(x.dtype)
 
     return run

@@ -36,8 +36,8 @@ def as_dense(experts: ExpertWeights) -> ExpertWeights:
         values = torch.empty(
             len(weight.blocks), weight.columns, weight.rows, dtype=torch.bfloat16, device=weight.blocks.device
         )
-        for place in range(len(weight.blocks)):
-            values[place] = decode(weight.blocks[place], weight.scales[place], torch.bfloat16).T
+        for expert in range(len(weight.blocks)):
+            values[expert] = decode(weight.blocks[expert], weight.scales[expert], torch.bfloat16).T
         return DenseWeight(values)
 
     return ExpertWeights(dense(experts.gate_up), experts.gate_up_bias, dense(experts.down), experts.down_bias)

@@ -20,14 +20,14 @@ TINY = "example:tiny"
 
 
 def refused(ended: Ended, code: int) -> str:
-    """The line after the program's name; nothing else was said."""
+    """The line after the program's name; nothing else was printed."""
     assert (ended.code, ended.out) == (code, ""), ended.err
     assert ended.error.startswith("moe-surgery: ")
     assert ended.error.isprintable()
     return ended.error.removeprefix("moe-surgery: ")
 
 
-# arguments ("{tmp}" is a folder with a checkpoint "in" and some files), exit code, what is said
+# arguments ("{tmp}" is a folder with a checkpoint "in" and some files), exit code, what is printed
 CASES: dict[str, tuple[str, int, str]] = {
     "no such command": ("dissect", 2, "No such command 'dissect'"),
     "no such option": ("inspect example:tiny --nope", 2, "No such option '--nope'"),
@@ -110,7 +110,7 @@ CASES: dict[str, tuple[str, int, str]] = {
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
+def folder(tmp_path: Path) -> Path:
     write_checkpoint(tmp_path / "in", Shape(layers=2, experts=4))
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "bare").mkdir()
@@ -129,25 +129,25 @@ def place(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("case", CASES)
 def test_an_error_is_one_line_with_its_exit_code_and_nothing_is_written(
-    case: str, place: Path, capsys: Capture
+    case: str, folder: Path, capsys: Capture
 ) -> None:
     arguments, code, printed = CASES[case]
-    filled = [a.format(tmp=place, empty="") for a in arguments.split()]
-    with untouched(place):
+    filled = [a.format(tmp=folder, empty="") for a in arguments.split()]
+    with untouched(folder):
         line = refused(call(capsys, *filled), code)
-    assert printed.format(tmp=place) in line
+    assert printed.format(tmp=folder) in line
 
 
 @pytest.mark.parametrize("case", ["no such folder", "cut shard", "a plan for another model"])
-def test_debug_adds_the_traceback_before_the_line(case: str, place: Path, capsys: Capture) -> None:
+def test_debug_adds_the_traceback_before_the_line(case: str, folder: Path, capsys: Capture) -> None:
     arguments, code, printed = CASES[case]
-    filled = [a.format(tmp=place) for a in arguments.split()]
+    filled = [a.format(tmp=folder) for a in arguments.split()]
     ended = call(capsys, *filled, "--debug")
     assert (ended.code, ended.out) == (code, "")
     assert ended.err.startswith("Traceback (most recent call last):")
     last = ended.err.splitlines()[-1]
     assert last.startswith("moe-surgery: ")
-    assert printed.format(tmp=place) in last
+    assert printed.format(tmp=folder) in last
 
 
 def test_an_unreadable_file_is_an_input_output_error(tmp_path: Path, capsys: Capture) -> None:

@@ -23,7 +23,7 @@ KINDS = {
     "published.json": ("a ranking", "moe-surgery plan RANKING --experts N"),
     "numbered.json": ("a ranking", "moe-surgery plan RANKING --experts N"),
     "numbered.jsonl": ("a ranking", "moe-surgery plan RANKING --experts N"),
-    "rank-said.json": ("what rank or search printed with --json", "written with -o"),
+    "rank-output.json": ("what rank or search printed with --json", "written with -o"),
     "tiny.stats": ("a statistics file", "moe-surgery rank, plan, report or stats"),
     "stats.safetensors": ("a statistics file", "moe-surgery rank, plan, report or stats"),
     "outcome.json": ("published statistics of experts", "moe-surgery rank"),
@@ -46,7 +46,7 @@ CHECKPOINTS = {"pruned", "pruned/model.safetensors"}
 TEXTS = {"pruned/config.json", "report.html"}
 
 # Where it is given -> the command, what belongs there, which files do, and the exit code.
-PLACES: dict[str, tuple[str, str, set[str], int]] = {
+ARGUMENTS: dict[str, tuple[str, str, set[str], int]] = {
     "prune --plan": ("prune example:tiny {new}/out --plan {file}", "a plan", PLANS, 3),
     "export --plan": ("export example:tiny {new}/out.gguf --plan {file}", "a plan", PLANS, 3),
     "generate --plan": ("generate example:tiny --prompt a --plan {file}", "a plan", PLANS, 3),
@@ -137,7 +137,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run("profile", TINY, "--texts", "{in}/texts.txt", "-o", "{in}/tiny.stats")
     shutil.copy(folder / "tiny.stats", folder / "stats.safetensors")
     output = run("rank", "{in}/tiny.stats", "--metric", "reap", "-o", "{in}/ranking.json", "--json")
-    (folder / "rank-said.json").write_text(output)
+    (folder / "rank-output.json").write_text(output)
     layers = json.loads((folder / "ranking.json").read_text())["layers"]
     (folder / "published.json").write_text(json.dumps({f"layer_{n}": row for n, row in enumerate(layers)}))
     (folder / "numbered.json").write_text(json.dumps({str(n): row for n, row in enumerate(layers)}))
@@ -166,28 +166,30 @@ def test_the_table_names_every_file_once(made: Path) -> None:
     assert all((made / name).exists() for name in KINDS)
 
 
-# Every place with every third kind that does not belong there, so that each kind meets each sort of place.
+# Every argument with every third kind that does not belong there, so that each kind meets each sort of argument.
 WRONG = [
-    (kind, place)
-    for i, (place, (_, _, right, _)) in enumerate(PLACES.items())
+    (kind, argument)
+    for i, (argument, (_, _, right, _)) in enumerate(ARGUMENTS.items())
     for j, kind in enumerate(KINDS)
     if kind not in right and (i + j) % 3 == 0
 ]
 
 
 def test_every_kind_is_given_where_every_other_belongs() -> None:
-    met = {(kind, PLACES[place][1]) for kind, place in WRONG}
-    expected = {(kind, sort) for _, sort, right, _ in PLACES.values() for kind in KINDS if kind not in right}
+    met = {(kind, ARGUMENTS[argument][1]) for kind, argument in WRONG}
+    expected = {
+        (kind, sort) for _, sort, right, _ in ARGUMENTS.values() for kind in KINDS if kind not in right
+    }
     assert {pair for pair in expected if pair[1] in ("a plan", "a checkpoint")} <= met
     assert {kind for kind, _ in met} == set(KINDS)
-    assert {place for _, place in WRONG} == set(PLACES)
+    assert {argument for _, argument in WRONG} == set(ARGUMENTS)
 
 
-@pytest.mark.parametrize(("kind", "place"), WRONG)
+@pytest.mark.parametrize(("kind", "argument"), WRONG)
 def test_what_is_given_in_place_of_another_kind_is_named(
-    kind: str, place: str, made: Path, tmp_path: Path, capsys: Capture
+    kind: str, argument: str, made: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    command, expected, _, code = PLACES[place]
+    command, expected, _, code = ARGUMENTS[argument]
     filled = [a.format(**{"in": made, "new": tmp_path, "file": made / kind}) for a in command.split()]
     with untouched(made, tmp_path):
         ended = call(capsys, *filled)
