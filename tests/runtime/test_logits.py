@@ -11,7 +11,9 @@ from __future__ import annotations
 import inspect
 import random
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,15 @@ TOP_K, WINDOW, ORIGINAL_LENGTH = 4, 64, 512
 TOLERANCE = {"reference": 1e-4, "native": 2e-3}
 NORM_TOLERANCE = {"reference": 1e-5, "native": 3.3e-3}
 NO_WORSE = 1.2
+
+
+@dataclass
+class Theirs:
+    """A checkpoint and transformers' logits by input name: float32 and bfloat16."""
+
+    folder: Path
+    exact: dict[str, torch.Tensor]
+    rounded: dict[str, torch.Tensor]
 
 
 @dataclass
@@ -65,28 +76,48 @@ def inputs(tiny_text: Text) -> dict[str, torch.Tensor]:
     return result
 
 
+@pytest.fixture(scope="module")
+def theirs(
+    tiny: Path, inputs: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[int], Theirs]:
+    """By number of experts; computed once for all backends."""
+
+    @cache
+    def of(count: int) -> Theirs:
+        folder = tiny
+        if count < COUNTS[0]:
+            folder = tmp_path_factory.mktemp("pruned") / str(count)
+            prune(tiny, folder, lambda model: plan_random(count, count, model))
+        models = [oracle.load_model(folder, dtype) for dtype in (torch.float32, torch.bfloat16)]
+        logits = [{n: oracle.logits_of(model, ids).float() for n, ids in inputs.items()} for model in models]
+        return Theirs(folder, *logits)
+
+    return of
+
+
 @pytest.mark.parametrize("count", [n if n != 31 else pytest.param(n, marks=pytest.mark.slow) for n in COUNTS])
 def test_the_embedded_model_and_what_is_left_of_it(
-    count: int, backend: str, tiny: Path, inputs: dict[str, torch.Tensor], tmp_path: Path
+    count: int, backend: str, theirs: Callable[[int], Theirs], inputs: dict[str, torch.Tensor]
 ) -> None:
-    folder = tiny
-    if count < COUNTS[0]:
-        folder = tmp_path / "pruned"
-        prune(tiny, folder, lambda model: plan_random(count, count, model))
-    compared = compare(folder, inputs, backend)
+    compared = compare(theirs(count), inputs, backend)
     assert compared.experts == count
     check_that_float32_agrees(compared)
     check_that_bfloat16_errs_hardly_more(compared)
     check_that_bfloat16_says_the_same_where_errors_leave_no_doubt(compared)
 
 
-def compare(folder: Path, inputs: dict[str, torch.Tensor], backend: str) -> Compared:
-    sides = []
-    for dtype in (torch.float32, torch.bfloat16):
-        expected, ours = oracle.load_model(folder, dtype), load_model(folder, dtype=dtype, backend=backend)
-        sides.append({name: oracle.logits_of(expected, ids).float() for name, ids in inputs.items()})
-        sides.append({name: ours(ids) for name, ids in inputs.items()})
-    return Compared(ours.config.num_local_experts, backend, *sides)
+def compare(theirs: Theirs, inputs: dict[str, torch.Tensor], backend: str) -> Compared:
+    exact_ours, rounded_ours = (
+        load_model(theirs.folder, dtype=dtype, backend=backend) for dtype in (torch.float32, torch.bfloat16)
+    )
+    return Compared(
+        exact_ours.config.num_local_experts,
+        backend,
+        theirs.exact,
+        {name: exact_ours(ids) for name, ids in inputs.items()},
+        theirs.rounded,
+        {name: rounded_ours(ids) for name, ids in inputs.items()},
+    )
 
 
 def check_that_float32_agrees(compared: Compared) -> None:

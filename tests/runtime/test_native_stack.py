@@ -79,7 +79,7 @@ def test_a_view_has_a_stack_of_its_own(tiny: Path, kept: int | None, top_k: int 
         assert torch.equal(actual, expected)
 
 
-def wide(layer: Layer, dtype: torch.dtype) -> Layer:
+def cast(layer: Layer, dtype: torch.dtype) -> Layer:
     """The layer with everything but its packed experts stored in another dtype."""
 
     def of(p: Projection) -> Projection:
@@ -93,7 +93,7 @@ def wide(layer: Layer, dtype: torch.dtype) -> Layer:
 
 
 def stored_as(model: CausalLM, dtype: torch.dtype) -> CausalLM:
-    model.layers = [wide(layer, dtype) for layer in model.layers]
+    model.layers = [cast(layer, dtype) for layer in model.layers]
     model.embedding, model.norm, model.unembedding = (
         t.to(dtype) for t in (model.embedding, model.norm, model.unembedding)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ TINY_TOP_KS = (1, 3, 6, 32)
 TOLERANCE = {"reference": 1e-4, "native": 2e-3}
 
 
+@cache
 def expected_logits(folder: Path, tokens: torch.Tensor, top_k: int) -> torch.Tensor:
     reference = oracle.load_model(folder, num_experts_per_tok=top_k)
     assert {layer.mlp.router.top_k for layer in reference.model.layers} == {top_k}
