@@ -25,7 +25,7 @@ from moe_surgery.formats.expert_format import EXPERT_DTYPES
 
 if TYPE_CHECKING:
     from moe_surgery.families.model_spec import ModelSpec
-    from moe_surgery.pipeline import PruneResult
+    from moe_surgery.pipeline.pruning import PruneResult
     from moe_surgery.selection.plan import Plan
 
 
@@ -94,7 +94,7 @@ def command(
     moe-surgery prune example:tiny tiny-16-top-2 --keep 0-15 --top-k 2
     moe-surgery prune some/pruned-bf16-model smaller --keep all --store mxfp4
     """
-    from moe_surgery.pipeline import prune
+    from moe_surgery.pipeline.pruning import prune
 
     terminal = terminal_of(context)
     plan = _plan_maker(plan_file, ranking, experts, kept, order)

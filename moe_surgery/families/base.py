@@ -12,13 +12,13 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from moe_surgery.families.gguf_architecture import GgufArchitecture
     from moe_surgery.families.model_config import ModelConfig
     from moe_surgery.families.model_spec import ModelSpec
 
 __all__ = [
     "ConfigKey",
     "Family",
-    "GgufArchitecture",
     "LayerNames",
     "Layout",
     "ProjectionNames",
@@ -162,27 +162,12 @@ class WeightNames:
 
 
 @dataclass(frozen=True, slots=True)
-class GgufArchitecture:
-    """A family in llama.cpp.
-
-    `names` maps each tensor to its name in GGUF, or to two for one whose rows alternate between two GGUF
-    tensors. `metadata` returns the architecture's keys for the number of experts kept and of active
-    experts: an int is written as u32, a float as f32. `unsupported` says what llama.cpp would compute
-    differently, or returns None.
-    """
-
-    architecture: str
-    names: Callable[[WeightNames], Mapping[str, tuple[str, ...]]]
-    metadata: Callable[[ModelConfig, int, int], Mapping[str, int | float | str]]
-    unsupported: Callable[[ModelSpec, ModelConfig], str | None]
-
-
-@dataclass(frozen=True, slots=True)
 class Family:
     """A model family: its dimensions, tensors, and the config keys that surgery changes.
 
     `read_config` reads the constants that `config_keys` names; `weights` holds the tensor names by their
-    part of the model. `gguf` is None where llama.cpp does not support the family.
+    part of the model. `gguf` returns how llama.cpp names them; it is None where llama.cpp does not support
+    the family. Both are functions so that only running and exporting import what is behind them.
     """
 
     model_type: str
@@ -194,7 +179,7 @@ class Family:
     config_keys: Mapping[str, ConfigKey]
     read_config: Callable[[ModelSpec], ModelConfig]
     weights: WeightNames
-    gguf: GgufArchitecture | None = None
+    gguf: Callable[[], GgufArchitecture] | None = None
 
     @property
     def tied_key(self) -> str | None:
