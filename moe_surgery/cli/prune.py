@@ -141,9 +141,6 @@ def _plan_maker(
     kept: list[int] | str | None,
     order: str,
 ) -> Plan | Callable[[ModelSpec], Plan]:
-    from moe_surgery.selection.plan import load_plan
-    from moe_surgery.selection.ranking import load_ranking
-
     if (plan_file is not None) + (ranking is not None) + (kept is not None) != 1:
         raise UsageError("choose experts with exactly one of --plan, --ranking and --keep")
     if (ranking is None) != (experts is None):
@@ -151,11 +148,15 @@ def _plan_maker(
     if ranking is None and order != "ascending":
         raise UsageError("--order needs --ranking: a plan or list already has an order")
     if plan_file is not None:
+        from moe_surgery.selection.plan import load_plan
+
         return load_plan(plan_file)
     if kept is not None:
         return keeping(kept)
     assert ranking is not None
     assert experts is not None
+    from moe_surgery.selection.ranking import load_ranking
+
     return first_of(load_ranking(ranking), experts, order)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from moe_surgery.families.gguf_architecture import GgufArchitecture
@@ -72,8 +72,7 @@ class Tensor:
         return "{layer}" in self.name
 
 
-@dataclass(frozen=True, slots=True)
-class StoredAs:
+class StoredAs(NamedTuple):
     """Where a layout stores a tensor: under `name`, as a whole or as rows [start, start + its rows) of a fused one.
 
     `start` and `rows` are dimension expressions; `rows` is the row count of the fused tensor.
@@ -84,8 +83,7 @@ class StoredAs:
     rows: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class ConfigKey:
+class ConfigKey(NamedTuple):
     """A value in config.json: that of the first of `keys` present, else `default`.
 
     `unread` are spellings that `Layout.reader` does not read; they are written along with `keys`.
@@ -122,16 +120,14 @@ class Layout:
         return self.names.get(name, StoredAs(name))
 
 
-@dataclass(frozen=True, slots=True)
-class ProjectionNames:
+class ProjectionNames(NamedTuple):
     """Weight and bias of a linear layer."""
 
     weight: str
     bias: str
 
 
-@dataclass(frozen=True, slots=True)
-class LayerNames:
+class LayerNames(NamedTuple):
     """The tensor names of a decoder layer; each contains `{layer}`.
 
     `gate_up` and `down` are expert weights, gate rows at even and up rows at odd positions of `gate_up`.
@@ -151,8 +147,7 @@ class LayerNames:
     down_bias: str
 
 
-@dataclass(frozen=True, slots=True)
-class WeightNames:
+class WeightNames(NamedTuple):
     """The tensor names of a model that the runtime runs, in the hub's layout."""
 
     embedding: str
