@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 __all__ = [
     "CHUNK_BYTES",
@@ -52,8 +51,7 @@ class FileLayout(Protocol):
     def nbytes(self) -> int: ...
 
 
-@dataclass(frozen=True, slots=True)
-class PartSlice:
+class PartSlice(NamedTuple):
     """Bytes [start, start + nbytes) of `part`, placed at `position` in the chunk.
 
     `part` is None for the file's header, and for all of an existing file. `tensor` is the index of the
@@ -71,8 +69,7 @@ class PartSlice:
         return buffer[self.position : self.position + self.nbytes]
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """`nbytes` bytes of the output file at `offset`, made of `slices` in order."""
 
     offset: int

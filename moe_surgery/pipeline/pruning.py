@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_surgery.card.front_matter import read_readme
+from moe_surgery.card.source_card import read_readme
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.checkpoint.source import Folder
