@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from moe_surgery.card.write import write_card
     from moe_surgery.checkpoint.checkpoint import Checkpoint
     from moe_surgery.families import identify_model
-    from moe_surgery.pipeline import export_gguf, inspect, make_plan, prune
+    from moe_surgery.pipeline.exporting import export_gguf
+    from moe_surgery.pipeline.planning import inspect, make_plan
+    from moe_surgery.pipeline.pruning import prune
     from moe_surgery.progress import Progress
     from moe_surgery.quality.evaluate import evaluate
     from moe_surgery.quality.job import profile
@@ -82,20 +84,20 @@ _HOMES = {
     "TextFile": ("moe_surgery.quality.text_files", "TextFile"),
     "identify_model": ("moe_surgery.families", "identify_model"),
     "evaluate": ("moe_surgery.quality.evaluate", "evaluate"),
-    "export_gguf": ("moe_surgery.pipeline", "export_gguf"),
+    "export_gguf": ("moe_surgery.pipeline.exporting", "export_gguf"),
     "generate": ("moe_surgery.runtime.generate", "generate"),
-    "inspect": ("moe_surgery.pipeline", "inspect"),
+    "inspect": ("moe_surgery.pipeline.planning", "inspect"),
     "load_model": ("moe_surgery.runtime.load", "load_model"),
     "load_plan": ("moe_surgery.selection.plan", "load_plan"),
     "load_ranking": ("moe_surgery.selection.ranking", "load_ranking"),
     "load_statistics": ("moe_surgery.selection.statistics", "load_statistics"),
     "make_card": ("moe_surgery.card.card", "make_card"),
-    "make_plan": ("moe_surgery.pipeline", "make_plan"),
+    "make_plan": ("moe_surgery.pipeline.planning", "make_plan"),
     "plan_from_ranking": ("moe_surgery.selection.plan", "plan_from_ranking"),
     "plan_keeping": ("moe_surgery.selection.plan", "plan_keeping"),
     "plan_random": ("moe_surgery.selection.plan", "plan_random"),
     "profile": ("moe_surgery.quality.job", "profile"),
-    "prune": ("moe_surgery.pipeline", "prune"),
+    "prune": ("moe_surgery.pipeline.pruning", "prune"),
     "rank": ("moe_surgery.selection.rank", "rank"),
     "search": ("moe_surgery.quality.search", "search"),
     "speculate": ("moe_surgery.runtime.speculation.speculate", "speculate"),

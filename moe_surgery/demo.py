@@ -11,7 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from moe_surgery.errors import OutputError
-from moe_surgery.pipeline import inspect, prune
+from moe_surgery.pipeline.planning import inspect
+from moe_surgery.pipeline.pruning import prune
 from moe_surgery.selection.plan import plan_from_ranking, plan_random
 from moe_surgery.selection.ranking import Ranking
 from moe_surgery.surgery.verify import verify_checkpoint

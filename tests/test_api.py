@@ -15,7 +15,7 @@ import moe_surgery
 from moe_surgery import Progress, export_gguf, load_plan, make_card, plan_from_ranking, prune, rank
 from moe_surgery.checkpoint.resolve import resolve
 from moe_surgery.errors import MoeSurgeryError, OutputError, PlanMismatchError, UsageError
-from moe_surgery.pipeline import check_statistics
+from moe_surgery.pipeline.planning import check_statistics
 from moe_surgery.quality.evaluation import load_evaluation
 from moe_surgery.report.page import build_report
 from moe_surgery.report.png import write_pictures

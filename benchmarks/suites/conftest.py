@@ -35,7 +35,7 @@ def target(checkpoint: str) -> CausalLM:
 @pytest.fixture
 def shown(checkpoint: str, target: CausalLM, experts: int | None) -> CausalLM:
     """A view of the target with so many experts, drawn at random; None: the target itself."""
-    from moe_surgery.pipeline import inspect
+    from moe_surgery.pipeline.planning import inspect
     from moe_surgery.runtime.view import view
     from moe_surgery.selection.plan import plan_random
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from moe_surgery import families
 from moe_surgery.card.facts import Facts, facts_of_checkpoint, facts_of_program
-from moe_surgery.card.front_matter import SourceCard, is_license
 from moe_surgery.card.method import method_section, plan_section, reproduce
 from moe_surgery.card.quality import quality_section
+from moe_surgery.card.source_card import SourceCard
 from moe_surgery.card.text import code, count, counted, fenced, heading, scalar, size, table
 from moe_surgery.card.usage import limits_section, usage_section
 from moe_surgery.checkpoint.checkpoint import Checkpoint
@@ -80,8 +80,11 @@ def make_card(
     if base_model is not None:
         option = {"base_model": checked_base_model(base_model), "base_model_from": "option"}
         manifest = replace(manifest, origin={**manifest.origin, **option})
-    if license is not None and not is_license(license):
-        raise UsageError(f"`license` {license}: is not a licence identifier such as apache-2.0")
+    if license is not None:
+        from moe_surgery.card.front_matter import is_license
+
+        if not is_license(license):
+            raise UsageError(f"`license` {license}: is not a licence identifier such as apache-2.0")
     with Checkpoint.open(folder) as checkpoint:
         facts = facts_of_checkpoint(Path(folder), checkpoint, families.identify_model(checkpoint), manifest)
     if license is not None:

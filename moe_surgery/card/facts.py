@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_surgery.card.front_matter import SourceCard, read_readme
+from moe_surgery.card.source_card import SourceCard, read_readme
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.checkpoint.files import printable_path
 from moe_surgery.checkpoint.hub import is_hub_id

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
+from moe_surgery.card.source_card import SourceCard
 from moe_surgery.checkpoint.hub import is_hub_id
-from moe_surgery.checkpoint.source import ByteSource
 
-__all__ = ["MAX_README_BYTES", "SourceCard", "front_matter", "is_license", "read_readme", "read_source_card"]
+__all__ = ["front_matter", "is_license", "read_source_card"]
 
-MAX_README_BYTES = 4_000_000
 MAX_CITATION = 4000
 MAX_WORDS = 200
 MAX_LANGUAGES = 400
@@ -33,18 +31,6 @@ _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})(.*)")
 _CITATION = re.compile(r"\b(?:citation|citations|cite|citing|bibtex)\b", re.IGNORECASE)
 
 Value = str | tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class SourceCard:
-    """Validated metadata: ids, codes and names are safe to quote, the citation is any text."""
-
-    license: str | None = None
-    license_name: str | None = None
-    license_link: str | None = None
-    languages: tuple[str, ...] = ()
-    base_model: str | None = None
-    citation: str | None = None
 
 
 def read_source_card(raw: bytes) -> SourceCard:
@@ -172,16 +158,3 @@ def _citation(lines: Sequence[str]) -> str | None:
     blocks = [line for inside, line in section if inside]
     text = "\n".join(blocks or [line for _, line in section]).strip("\n")
     return text if text.strip() and len(text) <= MAX_CITATION else None
-
-
-def read_readme(file: ByteSource | None) -> SourceCard:
-    """The card in `file`, which gets closed; an empty one without a file or if it is too large for a card.
-
-    Raises OutputError if the file cannot be read.
-    """
-    if file is None:
-        return SourceCard()
-    with file:
-        if file.size > MAX_README_BYTES:
-            return SourceCard()
-        return read_source_card(file.read(0, file.size))

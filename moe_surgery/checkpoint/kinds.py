@@ -7,10 +7,9 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, NamedTuple, TypeVar, cast
 
 from moe_surgery.checkpoint.files import open_regular, printable_path
 from moe_surgery.checkpoint.strict_json import parse_json
@@ -41,8 +40,7 @@ HEAD_BYTES = 1 << 16
 MAX_HEADER_BYTES = 100_000_000
 
 
-@dataclass(frozen=True, slots=True)
-class Kind:
+class Kind(NamedTuple):
     """`title` follows "is" in a message, `use` says which command takes such a file."""
 
     title: str

@@ -7,8 +7,8 @@ import os
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.checkpoint.files import open_regular, printable_path
@@ -20,8 +20,7 @@ __all__ = ["FileStamp", "LocalFile", "LocalFolder"]
 MADV_POPULATE_READ = 22  # Linux 5.14; Python's mmap has no name for it
 
 
-@dataclass(frozen=True, slots=True)
-class FileStamp:
+class FileStamp(NamedTuple):
     """Identifies the file and version that was opened."""
 
     device: int

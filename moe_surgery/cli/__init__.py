@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from typing import NoReturn
 
 import click
 
+from moe_surgery.cli.lazy_group import LazyGroup
 from moe_surgery.cli.terminal import Terminal
 from moe_surgery.errors import MoeSurgeryError
 from moe_surgery.version import __version__
@@ -36,19 +36,7 @@ INTERRUPTED = 130
 IO_ERROR = 5
 
 
-class _Commands(click.Group):
-    """Imports a command's module only when it is needed."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
-            return None
-        command = importlib.import_module(f"moe_surgery.cli.{cmd_name}").command
-        assert isinstance(command, click.Command)
-        return command
-
+class _Commands(LazyGroup):
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
@@ -58,7 +46,12 @@ class _Commands(click.Group):
             raise click.Abort from None
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=_Commands,
+    package=__name__,
+    names=COMMANDS,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(__version__, prog_name="moe-surgery")
 def cli() -> None:
     """Remove experts from mixture-of-experts checkpoints without loading the model.
@@ -93,8 +86,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Entry point: run a command and exit with its code. Errors are one line, not a traceback."""
     terminal = Terminal()
     try:
-        with terminal.notes():
-            code = cli.main(arguments, prog_name="moe-surgery", standalone_mode=False, obj=terminal)
+        code = cli.main(arguments, prog_name="moe-surgery", standalone_mode=False, obj=terminal)
     except click.ClickException as error:
         if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
             error.show()  # its message is the help

@@ -12,7 +12,7 @@ from moe_surgery.cli.options import OUTPUT, common, router_top_k, terminal_of, w
 from moe_surgery.cli.terminal import Terminal, count, size
 
 if TYPE_CHECKING:
-    from moe_surgery.pipeline import ExportResult
+    from moe_surgery.pipeline.exporting import ExportResult
 
 
 @click.command("export")
@@ -65,7 +65,7 @@ def command(
     moe-surgery export gpt-oss-law-8 gpt-oss-law-8.gguf
     moe-surgery export openai/gpt-oss-20b law-8.gguf --plan law-8.json
     """
-    from moe_surgery.pipeline import export_gguf
+    from moe_surgery.pipeline.exporting import export_gguf
     from moe_surgery.selection.plan import load_plan
 
     terminal = terminal_of(context)

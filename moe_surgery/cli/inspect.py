@@ -33,7 +33,7 @@ def command(context: click.Context, ckpt: str, all_sizes: bool, ignore_unlisted:
     moe-surgery inspect example:tiny
     moe-surgery inspect openai/gpt-oss-20b --json
     """
-    from moe_surgery.pipeline import inspect
+    from moe_surgery.pipeline.planning import inspect
 
     terminal = terminal_of(context)
     inspection = inspect(ckpt, ignore_unlisted=ignore_unlisted)

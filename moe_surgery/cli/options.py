@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
@@ -240,7 +241,12 @@ def _text_files(command: Command, required: bool) -> Command:
 
 
 def common(command: Command) -> Command:
-    """--json, -v, -q and --debug."""
+    """--json, -v, -q and --debug. While the command runs, what the library warns of is printed as notes."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with terminal_of(click.get_current_context()).notes():
+            return command(*args, **kwargs)
 
     def switch(name: str) -> Callable[[click.Context, click.Parameter, bool], None]:
         def apply(context: click.Context, _: click.Parameter, value: bool) -> None:
@@ -265,10 +271,8 @@ def common(command: Command) -> Command:
         (("--json",), switch("json"), "Print the result as JSON on stdout."),
     )
     for names, callback, text in flags:
-        command = click.option(*names, is_flag=True, expose_value=False, callback=callback, help=text)(
-            command
-        )
-    return command
+        click.option(*names, is_flag=True, expose_value=False, callback=callback, help=text)(run)
+    return cast(Command, run)
 
 
 class _Size(click.ParamType):  # type: ignore[type-arg]  # generic only from click 8.2

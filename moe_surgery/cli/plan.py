@@ -166,7 +166,7 @@ def _fixed(
     kept: list[int] | str | None, at_random: bool, seed: int | None, amount: _Amount, ckpt: str | None
 ) -> Plan:
     """A plan that needs no ranking."""
-    from moe_surgery.pipeline import make_plan
+    from moe_surgery.pipeline.planning import make_plan
     from moe_surgery.selection.plan import plan_random
 
     if kept is not None:
@@ -199,7 +199,7 @@ def _ranked(
                 f"{source}: is a ranking; --metric, --domain and --protect-super-experts need STATS"
             )
         return load_ranking(source), None
-    from moe_surgery.pipeline import check_statistics
+    from moe_surgery.pipeline.planning import check_statistics
     from moe_surgery.selection.metrics import METRICS
     from moe_surgery.selection.rank import rank
     from moe_surgery.selection.statistics import load_statistics
@@ -224,7 +224,7 @@ def _first(
     order: str,
 ) -> Plan:
     """Keep the best `amount` of a ranking."""
-    from moe_surgery.pipeline import make_plan
+    from moe_surgery.pipeline.planning import make_plan
     from moe_surgery.selection.plan import plan_from_ranking
 
     count, details = _count(amount, ranking, statistics, ckpt)
@@ -257,7 +257,7 @@ def _count(
         shares = coverage(statistics.over(domains), ranking.layers)
         count = smallest_count(shares, amount.coverage, amount.coverage_over)
         return count, {"coverage": amount.coverage, "coverage_over": amount.coverage_over}
-    from moe_surgery.pipeline import inspect
+    from moe_surgery.pipeline.planning import inspect
 
     inspected = inspect(_needed(ckpt, given[0]))
     stored = inspected.expert_format if amount.store == "keep" else format_by_name(amount.store)

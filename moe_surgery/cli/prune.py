@@ -25,7 +25,7 @@ from moe_surgery.formats.expert_format import EXPERT_DTYPES
 
 if TYPE_CHECKING:
     from moe_surgery.families.model_spec import ModelSpec
-    from moe_surgery.pipeline import PruneResult
+    from moe_surgery.pipeline.pruning import PruneResult
     from moe_surgery.selection.plan import Plan
 
 
@@ -94,7 +94,7 @@ def command(
     moe-surgery prune example:tiny tiny-16-top-2 --keep 0-15 --top-k 2
     moe-surgery prune some/pruned-bf16-model smaller --keep all --store mxfp4
     """
-    from moe_surgery.pipeline import prune
+    from moe_surgery.pipeline.pruning import prune
 
     terminal = terminal_of(context)
     plan = _plan_maker(plan_file, ranking, experts, kept, order)
@@ -141,9 +141,6 @@ def _plan_maker(
     kept: list[int] | str | None,
     order: str,
 ) -> Plan | Callable[[ModelSpec], Plan]:
-    from moe_surgery.selection.plan import load_plan
-    from moe_surgery.selection.ranking import load_ranking
-
     if (plan_file is not None) + (ranking is not None) + (kept is not None) != 1:
         raise UsageError("choose experts with exactly one of --plan, --ranking and --keep")
     if (ranking is None) != (experts is None):
@@ -151,11 +148,15 @@ def _plan_maker(
     if ranking is None and order != "ascending":
         raise UsageError("--order needs --ranking: a plan or list already has an order")
     if plan_file is not None:
+        from moe_surgery.selection.plan import load_plan
+
         return load_plan(plan_file)
     if kept is not None:
         return keeping(kept)
     assert ranking is not None
     assert experts is not None
+    from moe_surgery.selection.ranking import load_ranking
+
     return first_of(load_ranking(ranking), experts, order)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 import time
@@ -124,7 +123,11 @@ class Terminal:
     def notes(self) -> Iterator[None]:
         """Within the block print the library's CheckpointWarnings and logged warnings as notes, and its
         other log messages with -v."""
-        logger, handler = logging.getLogger("moe_surgery"), _LogHandler(self)
+        import logging
+
+        from moe_surgery.cli.log_handler import LogHandler
+
+        logger, handler = logging.getLogger("moe_surgery"), LogHandler(self.note, self.detail)
         before = logger.level
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
@@ -198,18 +201,6 @@ class Terminal:
         with Progress(*columns, console=_console(sys.stderr), transient=True) as bar:
             task = bar.add_task(title, total=total)
             yield lambda nbytes: bar.update(task, advance=nbytes)
-
-
-class _LogHandler(logging.Handler):
-    def __init__(self, terminal: Terminal) -> None:
-        super().__init__()
-        self._terminal = terminal
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.levelno >= logging.WARNING:
-            self._terminal.note(record.getMessage())
-        else:
-            self._terminal.detail(record.getMessage())
 
 
 def _safe(text: str) -> str:

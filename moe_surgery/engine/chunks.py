@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Final, Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from typing import Final, NamedTuple, Protocol
 
 __all__ = [
     "CHUNK_BYTES",
@@ -14,6 +14,7 @@ __all__ = [
     "PartSlice",
     "TensorLayout",
     "chunks_of",
+    "chunks_of_sizes",
     "parts_of",
     "plain_chunks",
 ]
@@ -50,12 +51,11 @@ class FileLayout(Protocol):
     def nbytes(self) -> int: ...
 
 
-@dataclass(frozen=True, slots=True)
-class PartSlice:
+class PartSlice(NamedTuple):
     """Bytes [start, start + nbytes) of `part`, placed at `position` in the chunk.
 
-    `part` is None for the file's header. `tensor` is the index of the tensor in the file, -1
-    for the header.
+    `part` is None for the file's header, and for all of an existing file. `tensor` is the index of the
+    tensor in the file, -1 for the header.
     """
 
     tensor: int
@@ -69,8 +69,7 @@ class PartSlice:
         return buffer[self.position : self.position + self.nbytes]
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """`nbytes` bytes of the output file at `offset`, made of `slices` in order."""
 
     offset: int
@@ -88,9 +87,19 @@ def parts_of(layout: FileLayout) -> Iterator[tuple[int, HasSize | None, int]]:
 
 def chunks_of(layout: FileLayout, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
     """The file as consecutive chunks of `chunk_bytes` (the last one shorter)."""
+    return _chunks(parts_of(layout), chunk_bytes)
+
+
+def chunks_of_sizes(header: int, tensors: Iterable[int]) -> Iterator[Chunk]:
+    """An existing file as chunks, given the bytes of its header and of each tensor; slices have no part."""
+    sizes = chain([(-1, header)], enumerate(tensors))
+    return _chunks(((tensor, None, nbytes) for tensor, nbytes in sizes), CHUNK_BYTES)
+
+
+def _chunks(parts: Iterable[tuple[int, HasSize | None, int]], chunk_bytes: int) -> Iterator[Chunk]:
     offset, filled = 0, 0
     slices: list[PartSlice] = []
-    for tensor, part, total in parts_of(layout):
+    for tensor, part, total in parts:
         start = 0
         while start < total:
             count = min(total - start, chunk_bytes - filled)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 __all__ = ["Copy", "Span", "coalesce"]
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """`nbytes` bytes at file position `offset` of the source shard named `shard`."""
 
     shard: str
@@ -23,8 +22,7 @@ class Span:
         return Span(self.shard, self.offset, self.nbytes + other.nbytes)
 
 
-@dataclass(frozen=True, slots=True)
-class Copy:
+class Copy(NamedTuple):
     """Source bytes, unchanged."""
 
     span: Span

@@ -24,7 +24,8 @@ from moe_surgery.export.program import (
     Widen,
 )
 from moe_surgery.export.tokenizer import Tokenizer, add_tokenizer
-from moe_surgery.families.base import GgufArchitecture, Role
+from moe_surgery.families.base import Role
+from moe_surgery.families.gguf_architecture import GgufArchitecture
 from moe_surgery.families.model_config import ModelConfig
 from moe_surgery.families.model_spec import ModelSpec, ModelTensor
 from moe_surgery.formats.expert_format import BF16, F16, F32, MXFP4, ExpertFormat
@@ -58,9 +59,9 @@ def compile_gguf(
     """
     if store not in STORES:
         raise UsageError(f"`store` {store}: choose one of {', '.join(STORES)}")
-    gguf = model.family.gguf
-    if gguf is None:
+    if model.family.gguf is None:
         raise UsageError(f"{checkpoint.path}: {model.model_type} models cannot be exported as GGUF")
+    gguf = model.family.gguf()
     config = ModelConfig.of(model)
     if (problem := gguf.unsupported(model, config)) is not None:
         raise InvalidInputError(f"config.json: {problem}; this model cannot be exported to GGUF")

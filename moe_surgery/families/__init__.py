@@ -9,7 +9,6 @@ from moe_surgery.errors import CheckpointWarning, InvalidInputError
 from moe_surgery.families.base import Family, Role
 from moe_surgery.families.gpt_oss import GPT_OSS
 from moe_surgery.families.model_spec import ModelSpec, ModelTensor, build_model_spec
-from moe_surgery.families.unsupported import unsupported_reason
 
 __all__ = ["FAMILIES", "Family", "ModelSpec", "ModelTensor", "Role", "identify_model"]
 
@@ -26,6 +25,8 @@ def identify_model(checkpoint: Checkpoint, families: tuple[Family, ...] = FAMILI
     try:
         model = build_model_spec(checkpoint, families)
     except InvalidInputError as error:
+        from moe_surgery.families.unsupported import unsupported_reason
+
         if (reason := unsupported_reason(checkpoint, families)) is None:
             raise
         raise InvalidInputError(reason) from error

@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from moe_surgery.families.gguf_architecture import GgufArchitecture
     from moe_surgery.families.model_config import ModelConfig
     from moe_surgery.families.model_spec import ModelSpec
 
 __all__ = [
     "ConfigKey",
     "Family",
-    "GgufArchitecture",
     "LayerNames",
     "Layout",
     "ProjectionNames",
@@ -72,8 +72,7 @@ class Tensor:
         return "{layer}" in self.name
 
 
-@dataclass(frozen=True, slots=True)
-class StoredAs:
+class StoredAs(NamedTuple):
     """Where a layout stores a tensor: under `name`, as a whole or as rows [start, start + its rows) of a fused one.
 
     `start` and `rows` are dimension expressions; `rows` is the row count of the fused tensor.
@@ -84,8 +83,7 @@ class StoredAs:
     rows: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class ConfigKey:
+class ConfigKey(NamedTuple):
     """A value in config.json: that of the first of `keys` present, else `default`.
 
     `unread` are spellings that `Layout.reader` does not read; they are written along with `keys`.
@@ -122,16 +120,14 @@ class Layout:
         return self.names.get(name, StoredAs(name))
 
 
-@dataclass(frozen=True, slots=True)
-class ProjectionNames:
+class ProjectionNames(NamedTuple):
     """Weight and bias of a linear layer."""
 
     weight: str
     bias: str
 
 
-@dataclass(frozen=True, slots=True)
-class LayerNames:
+class LayerNames(NamedTuple):
     """The tensor names of a decoder layer; each contains `{layer}`.
 
     `gate_up` and `down` are expert weights, gate rows at even and up rows at odd positions of `gate_up`.
@@ -151,8 +147,7 @@ class LayerNames:
     down_bias: str
 
 
-@dataclass(frozen=True, slots=True)
-class WeightNames:
+class WeightNames(NamedTuple):
     """The tensor names of a model that the runtime runs, in the hub's layout."""
 
     embedding: str
@@ -162,27 +157,12 @@ class WeightNames:
 
 
 @dataclass(frozen=True, slots=True)
-class GgufArchitecture:
-    """A family in llama.cpp.
-
-    `names` maps each tensor to its name in GGUF, or to two for one whose rows alternate between two GGUF
-    tensors. `metadata` returns the architecture's keys for the number of experts kept and of active
-    experts: an int is written as u32, a float as f32. `unsupported` says what llama.cpp would compute
-    differently, or returns None.
-    """
-
-    architecture: str
-    names: Callable[[WeightNames], Mapping[str, tuple[str, ...]]]
-    metadata: Callable[[ModelConfig, int, int], Mapping[str, int | float | str]]
-    unsupported: Callable[[ModelSpec, ModelConfig], str | None]
-
-
-@dataclass(frozen=True, slots=True)
 class Family:
     """A model family: its dimensions, tensors, and the config keys that surgery changes.
 
     `read_config` reads the constants that `config_keys` names; `weights` holds the tensor names by their
-    part of the model. `gguf` is None where llama.cpp does not support the family.
+    part of the model. `gguf` returns how llama.cpp names them; it is None where llama.cpp does not support
+    the family. Both are functions so that only running and exporting import what is behind them.
     """
 
     model_type: str
@@ -194,7 +174,7 @@ class Family:
     config_keys: Mapping[str, ConfigKey]
     read_config: Callable[[ModelSpec], ModelConfig]
     weights: WeightNames
-    gguf: GgufArchitecture | None = None
+    gguf: Callable[[], GgufArchitecture] | None = None
 
     @property
     def tied_key(self) -> str | None:

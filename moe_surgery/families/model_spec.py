@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 
 from moe_surgery.checkpoint.checkpoint import INDEX_NAME, Checkpoint, TensorRef
@@ -276,7 +276,7 @@ def _resolve_tensor(
 ) -> ModelTensor:
     shape = tuple(_evaluate(e, dimensions) for e in tensor.shape)
     where = layout.find(tensor.name)
-    where = replace(where, name=where.name.replace("{layer}", str(layer)))
+    where = where._replace(name=where.name.replace("{layer}", str(layer)))
     name = tensor.name.replace("{layer}", str(layer))
     scales: TensorRef | None = None
     expert_format: ExpertFormat | None = None

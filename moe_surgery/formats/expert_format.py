@@ -6,9 +6,8 @@ Data only, without numpy: `moe_surgery.formats.convert` turns one into another.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final
+from typing import Final, NamedTuple
 
 from moe_surgery.errors import InvalidInputError
 
@@ -26,8 +25,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
+class StoredTensor(NamedTuple):
     """One tensor of an expert weight: the suffix of its name, safetensors dtype, shape without experts."""
 
     suffix: str
@@ -35,8 +33,7 @@ class StoredTensor:
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertFormat:
+class ExpertFormat(NamedTuple):
     """A format of expert weights.
 
     `name` is its spelling in options and JSON, `label` its name in messages, `dtype` the safetensors dtype of

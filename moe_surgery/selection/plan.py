@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from moe_surgery.checkpoint.files import printable_path, read_small_file
 from moe_surgery.checkpoint.kinds import PLAN, expects
@@ -15,7 +15,9 @@ from moe_surgery.checkpoint.text import describe_value
 from moe_surgery.errors import InvalidInputError, PlanMismatchError, UsageError
 from moe_surgery.selection.arguments import PathLike, load_if_path
 from moe_surgery.selection.fields import integer_rows, is_integer, optional_text, positive
-from moe_surgery.selection.ranking import Ranking, as_ranking
+
+if TYPE_CHECKING:
+    from moe_surgery.selection.ranking import Ranking
 
 __all__ = [
     "ORDERS",
@@ -205,6 +207,8 @@ def plan_from_ranking(
     `model_type` is required if the ranking has none, and must agree if it has one. `order`:
     "ascending" (by source number) or "ranking" (best first, as in the published models).
     """
+    from moe_surgery.selection.ranking import as_ranking
+
     ranking = as_ranking(ranking)
     check_count(experts, ranking.num_experts)
     if order not in ORDERS:

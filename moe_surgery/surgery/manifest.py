@@ -18,11 +18,11 @@ from moe_surgery.errors import InvalidInputError, OutputError, VerificationError
 from moe_surgery.formats.expert_format import ExpertFormat, format_by_name
 from moe_surgery.selection.plan import Plan, plan_from_dict
 from moe_surgery.surgery.names import MANIFEST_NAME
-from moe_surgery.surgery.program import OutputShard, Program
 from moe_surgery.version import __version__
 
 if TYPE_CHECKING:
     from moe_surgery.engine.run import WrittenFile
+    from moe_surgery.surgery.program import OutputShard, Program
 
 __all__ = [
     "FileRecord",

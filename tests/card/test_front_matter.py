@@ -7,7 +7,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_surgery.card.front_matter import SourceCard, front_matter, read_source_card
+from moe_surgery.card.front_matter import front_matter, read_source_card
+from moe_surgery.card.source_card import SourceCard
 from moe_surgery.card.text import ranges, scalar
 
 READ = [

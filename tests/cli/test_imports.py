@@ -1,10 +1,11 @@
-"""The engine's commands never import torch, and help imports next to nothing."""
+"""The engine's commands never import torch, each imports only what it runs, and help next to nothing."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,13 +20,13 @@ try:
     main(sys.argv[1:])
 except SystemExit as end:
     code = end.code
-print(json.dumps([code, sorted({name.partition('.')[0] for name in sys.modules})]), file=sys.stderr)
+print(json.dumps([code, sorted(sys.modules)]), file=sys.stderr)
 """
 HEAVY = {"torch", "triton", "transformers", "accelerate", "huggingface_hub"}
 
 
 def modules_after(*arguments: str | Path) -> set[str]:
-    """The top-level modules that a successful `moe-surgery ARGUMENTS` has imported when it ends."""
+    """Every module that a successful `moe-surgery ARGUMENTS` has imported when it ends."""
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, *map(str, arguments)],
         capture_output=True,
@@ -75,11 +76,73 @@ def test_what_only_moves_bytes_does_without_numpy(tmp_path: Path) -> None:
         assert "numpy" not in modules_after(*command), command
 
 
+FAMILY = "moe_surgery.families"
+# What a family has for running and exporting, and for messages about checkpoints that none fits.
+LATE = {
+    f"{FAMILY}.gguf_architecture",
+    f"{FAMILY}.gpt_oss.config",
+    f"{FAMILY}.gpt_oss.gguf",
+    f"{FAMILY}.gpt_oss.original",
+    f"{FAMILY}.model_config",
+    f"{FAMILY}.unsupported",
+}
+EXPORTING = {
+    f"{FAMILY}.{name}" for name in ("gguf_architecture", "gpt_oss.config", "gpt_oss.gguf", "model_config")
+}
+COMPILING = {"moe_surgery.surgery.compiler", "moe_surgery.surgery.program"}
+WRITING = {"moe_surgery.engine.run"}
+CARD = {"moe_surgery.card.card", "moe_surgery.card.facts"}
+INSPECTING = {"moe_surgery.surgery.inspect"}
+PLANS = {"moe_surgery.selection.plan"}
+RANKINGS = {"moe_surgery.selection.ranking"}
+EXPORT = {"moe_surgery.export.compiler", "moe_surgery.export.run"}
+COMPARING = {"moe_surgery.surgery.comparison"}
+PARTS = EXPORTING | COMPILING | WRITING | CARD | INSPECTING | PLANS | RANKINGS | EXPORT | COMPARING
+
+
+def test_each_command_imports_only_the_parts_that_it_runs(tmp_path: Path) -> None:
+    source, ranking, plan = (
+        write_checkpoint(tmp_path / "in"),
+        tmp_path / "ranking.json",
+        tmp_path / "plan.json",
+    )
+    sizes = moe_surgery.inspect(source)
+    ranking.write_text(json.dumps({f"layer_{i}": list(range(sizes.experts)) for i in range(sizes.layers)}))
+    out, by_plan = tmp_path / "out", tmp_path / "by-plan"
+    commands: list[tuple[list[str | Path], set[str]]] = [
+        (["inspect", source], INSPECTING),
+        (["plan", ranking, "--experts", "2", source, "-o", plan], PLANS | RANKINGS),
+        (["prune", source, out, "--keep", "0-1", "--no-card"], COMPILING | WRITING | PLANS),
+        (["prune", source, by_plan, "--plan", plan], COMPILING | WRITING | PLANS | CARD),
+        (["verify", out], PLANS),
+        (["verify", out, "--source", source], PLANS | COMPILING | COMPARING),
+        (["export", source, tmp_path / "out.gguf", "--no-tokenizer"], PLANS | EXPORT | EXPORTING),
+    ]
+    for command, needed in commands:
+        modules = modules_after(*command)
+        assert modules & PARTS == needed, command
+        assert modules & LATE == needed & LATE, command
+
+
+def test_the_parts_are_modules() -> None:
+    assert [name for name in sorted(PARTS | LATE) if find_spec(name) is None] == []
+
+
 @pytest.mark.parametrize("command", [[], ["inspect"], ["prune"], ["export"]], ids=str)
 def test_help_imports_no_library_of_the_engine(command: list[str]) -> None:
     modules = modules_after(*command, "--help")
     assert "click" in modules
-    assert not modules & (HEAVY | {"numpy", "rich", "safetensors", "xxhash"})
+    assert not modules & (HEAVY | {"logging", "numpy", "rich", "safetensors", "statistics", "xxhash"})
+
+
+def test_a_benchmark_imports_no_other() -> None:
+    modules = {name for name in modules_after("bench", "kernels", "--help") if "cli.bench." in name}
+    assert modules == {"moe_surgery.cli.bench.kernels", "moe_surgery.cli.bench.shared"}
+
+
+def test_the_version_imports_no_command() -> None:
+    modules = modules_after("--version")
+    assert not modules & (HEAVY | {"logging", "numpy", "rich", "xxhash", "moe_surgery.cli.options"})
 
 
 def test_importing_the_package_imports_no_library() -> None:

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("torch")
 
 from moe_surgery import load_plan
-from moe_surgery.pipeline import inspect
+from moe_surgery.pipeline.planning import inspect
 from moe_surgery.selection.statistics import load_statistics
 from tests.cli.scores import score
 from tests.support.checkpoints import load_tensors

@@ -11,7 +11,7 @@ import pytest
 from moe_surgery import export_gguf, plan_keeping, plan_random, prune
 from moe_surgery.checkpoint.resolve import resolve
 from moe_surgery.errors import InvalidInputError, MoeSurgeryError, PlanMismatchError, UsageError
-from moe_surgery.pipeline import make_plan
+from moe_surgery.pipeline.planning import make_plan
 from moe_surgery.selection.plan import Plan
 from tests.export.reading import Read, digest, read
 from tests.support.checkpoints import (

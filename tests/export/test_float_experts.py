@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_surgery import export_gguf, plan_keeping, prune
-from moe_surgery.pipeline import make_plan
+from moe_surgery.pipeline.planning import make_plan
 from tests.export.reading import read
 from tests.support.checkpoints import E2M1, Shape, load_tensors, write_checkpoint
 from tests.support.floats import as_float64, in_dtype, is_expert_weight

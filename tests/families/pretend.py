@@ -32,7 +32,7 @@ WEIGHTS = WeightNames(
 
 
 def other_key(key: ConfigKey) -> ConfigKey:
-    return replace(key, keys=tuple(f"x_{k}" for k in key.keys), unread=())
+    return key._replace(keys=tuple(f"x_{k}" for k in key.keys), unread=())
 
 
 PRETEND: Family = replace(

@@ -35,8 +35,7 @@ class Source:
 
 
 def names(weights: WeightNames | LayerNames | ProjectionNames) -> Iterator[str]:
-    for field in weights.__dataclass_fields__:
-        value = getattr(weights, field)
+    for value in weights:
         yield from [value] if isinstance(value, str) else names(value)
 
 

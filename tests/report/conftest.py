@@ -29,7 +29,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Real:
     torch = pytest.importorskip("torch")
     pytest.importorskip("tokenizers")
     from moe_surgery.demo import demo_texts
-    from moe_surgery.pipeline import inspect
+    from moe_surgery.pipeline.planning import inspect
     from moe_surgery.quality.corpus import text_files
     from moe_surgery.quality.evaluate import evaluate
     from moe_surgery.quality.job import profile

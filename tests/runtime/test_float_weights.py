@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from moe_surgery import load_model, plan_keeping, prune  # noqa: E402
-from moe_surgery.pipeline import make_plan  # noqa: E402
+from moe_surgery.pipeline.planning import make_plan  # noqa: E402
 from tests.runtime.models import write_lively  # noqa: E402
 from tests.support import oracle  # noqa: E402
 from tests.support.checkpoints import Shape, Tensors  # noqa: E402

@@ -12,7 +12,7 @@ def command_paths() -> list[tuple[str, ...]]:
     paths: list[tuple[str, ...]] = []
     for name in COMMANDS:
         result = cli.get_command(click.Context(cli), name)
-        inner = list(result.commands) if isinstance(result, click.Group) else []
+        inner = result.list_commands(click.Context(result)) if isinstance(result, click.Group) else []
         paths.extend([(name, sub) for sub in inner] or [(name,)])
     return paths
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from moe_surgery.errors import OutputError
-from moe_surgery.pipeline import PruneResult, prune
+from moe_surgery.pipeline.pruning import PruneResult, prune
 from moe_surgery.progress import Progress
 from moe_surgery.selection.plan import plan_keeping
 

@@ -12,7 +12,7 @@ import pytest
 
 from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.errors import DiskFullError, InvalidInputError, MoeSurgeryError, OutputError
-from moe_surgery.pipeline import prune
+from moe_surgery.pipeline.pruning import prune
 from moe_surgery.progress import Progress
 from moe_surgery.selection.plan import plan_keeping
 

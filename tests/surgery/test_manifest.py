@@ -12,7 +12,7 @@ import xxhash
 
 from moe_surgery import __version__
 from moe_surgery.errors import InvalidInputError, OutputError, VerificationError
-from moe_surgery.pipeline import prune
+from moe_surgery.pipeline.pruning import prune
 from moe_surgery.selection.plan import plan_keeping
 from moe_surgery.surgery.manifest import is_ours, load_manifest
 from moe_surgery.surgery.verify import verify_checkpoint

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_surgery.pipeline import prune
+from moe_surgery.pipeline.pruning import prune
 from moe_surgery.selection.plan import plan_keeping
 
 from ..support.checkpoints import write_checkpoint

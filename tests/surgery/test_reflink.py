@@ -15,7 +15,7 @@ from moe_surgery import families
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.checkpoint.fileops import UNSUPPORTED, FileOps
 from moe_surgery.checkpoint.header import build_header
-from moe_surgery.pipeline import prune
+from moe_surgery.pipeline.pruning import prune
 from moe_surgery.progress import Progress
 from moe_surgery.selection.plan import plan_keeping
 from moe_surgery.surgery.compiler import compile_program

@@ -11,7 +11,9 @@ from moe_surgery import families
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.checkpoint.resolve import resolve
 from moe_surgery.families.identity import identity
-from moe_surgery.pipeline import export_gguf, inspect, prune
+from moe_surgery.pipeline.exporting import export_gguf
+from moe_surgery.pipeline.planning import inspect
+from moe_surgery.pipeline.pruning import prune
 from moe_surgery.selection.plan import plan_keeping
 from moe_surgery.surgery.verify import verify_checkpoint
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import click
 
-from moe_surgery.cli.bench import decode, kernels, speculate, surgery
+from moe_surgery.cli.lazy_group import LazyGroup
 
 __all__ = ["command"]
 
 
-@click.group("bench")
+@click.group("bench", cls=LazyGroup, package=__name__, names=("decode", "speculate", "surgery", "kernels"))
 def command() -> None:
     """Measure speed and memory on this machine.
 
@@ -20,7 +20,3 @@ def command() -> None:
     moe-surgery bench decode example:tiny --expert-counts 4,16
     moe-surgery bench kernels --hidden 256 --rounds 3
     """
-
-
-for module in (decode, speculate, surgery, kernels):
-    command.add_command(module.command)

@@ -93,7 +93,7 @@ def command(
 
 
 def _views(checkpoint: str, full: CausalLM, experts: list[int], ranking: Path | None) -> dict[str, CausalLM]:
-    from moe_surgery.pipeline import inspect
+    from moe_surgery.pipeline.planning import inspect
     from moe_surgery.runtime.view import view
     from moe_surgery.selection.plan import check_count, plan_from_ranking, plan_random
     from moe_surgery.selection.ranking import load_ranking

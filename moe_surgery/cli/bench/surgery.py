@@ -66,7 +66,7 @@ def command(
         measure_surgery,
         surgery_figures,
     )
-    from moe_surgery.pipeline import inspect
+    from moe_surgery.pipeline.planning import inspect
     from moe_surgery.selection.plan import check_count
 
     terminal = terminal_of(context)

@@ -9,7 +9,8 @@ import math
 from collections.abc import Mapping
 from typing import Final
 
-from moe_surgery.families.base import GgufArchitecture, WeightNames
+from moe_surgery.families.base import WeightNames
+from moe_surgery.families.gguf_architecture import GgufArchitecture
 from moe_surgery.families.model_config import ModelConfig
 from moe_surgery.families.model_spec import ModelSpec
 

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Final
 
 from moe_surgery.families.base import ConfigKey
-from moe_surgery.families.gpt_oss.config import DIMENSIONS, QUANTIZATION_CONFIG, number
+from moe_surgery.families.gpt_oss.config import number
+from moe_surgery.families.gpt_oss.config_keys import DIMENSIONS, ORIGINAL_DIMENSIONS, QUANTIZATION_CONFIG
 
-__all__ = ["ORIGINAL_DIMENSIONS", "hub_config"]
-
-# openai/gpt-oss's ModelConfig reads only the first spelling.
-ORIGINAL_DIMENSIONS: Final = MappingProxyType(
-    {
-        "experts": ConfigKey(("num_experts", "num_local_experts")),
-        "top_k": ConfigKey(("experts_per_token", "num_experts_per_tok")),
-    }
-)
+__all__ = ["hub_config"]
 
 # The original layout's config.json leaves out what every gpt-oss shares; these are the values of
 # openai/gpt-oss-20b's own config.json on the hub.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
 from moe_surgery.families.base import Layout, Role, StoredAs, Tensor, WeightNames
-from moe_surgery.families.gpt_oss.original import ORIGINAL_DIMENSIONS, hub_config
+from moe_surgery.families.gpt_oss.config_keys import ORIGINAL_DIMENSIONS
 from moe_surgery.families.gpt_oss.weights import WEIGHTS
 
 __all__ = ["HUB", "ORIGINAL", "TENSORS", "tensors"]
@@ -76,6 +77,13 @@ _ORIGINAL_NAMES: Final = {
     for name, leaf in ((projection.weight, "weight"), (projection.bias, "bias"))
 }
 
+
+def _hub_config(original: Mapping[str, object]) -> dict[str, object]:
+    from moe_surgery.families.gpt_oss.original import hub_config
+
+    return hub_config(original)
+
+
 HUB: Final = Layout("hub", "transformers")
 ORIGINAL: Final = Layout(
     "original",
@@ -94,6 +102,6 @@ ORIGINAL: Final = Layout(
         "tokenizer.json",
         "tokenizer_config.json",
     ),
-    hub_config=hub_config,
+    hub_config=_hub_config,
     dimensions=ORIGINAL_DIMENSIONS,
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moe_surgery.checkpoint.header import Header, read_header
 from moe_surgery.checkpoint.local_file import LocalFile
-from moe_surgery.pipeline import prune
+from moe_surgery.pipeline.pruning import prune
 from moe_surgery.selection.plan import plan_keeping
 from moe_surgery.surgery.verify import verify_checkpoint
 

@@ -1,0 +1,1 @@
+"""Whole jobs, one module each, so that a command imports only what its job needs."""

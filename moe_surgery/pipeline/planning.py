@@ -1,0 +1,71 @@
+"""Inspecting a checkpoint and planning for it: jobs that write no tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from moe_surgery.checkpoint.checkpoint import Checkpoint
+from moe_surgery.checkpoint.source import Folder
+from moe_surgery.errors import PlanMismatchError
+from moe_surgery.families import FAMILIES, Family, identify_model
+from moe_surgery.families.identity import identity
+from moe_surgery.families.model_spec import ModelSpec
+from moe_surgery.selection.arguments import PathLike
+
+if TYPE_CHECKING:
+    from moe_surgery.selection.plan import Plan
+    from moe_surgery.selection.statistics import Statistics
+    from moe_surgery.surgery.inspect import Inspection
+
+__all__ = ["PlanMaker", "check_statistics", "inspect", "make_plan"]
+
+PlanMaker = Callable[[ModelSpec], "Plan"]
+
+
+def inspect(
+    checkpoint: PathLike | Folder,
+    *,
+    ignore_unlisted: bool = False,
+    families: tuple[Family, ...] = FAMILIES,
+) -> Inspection:
+    """Family, sizes and bytes of `checkpoint`, and its sizes with n = 1..E experts kept.
+
+    Reads headers only. `families` are the model families to recognise.
+    Raises InvalidInputError or OutputError.
+    """
+    from moe_surgery.surgery.inspect import inspect_checkpoint
+
+    with Checkpoint.open(checkpoint, ignore_unlisted=ignore_unlisted) as opened:
+        return inspect_checkpoint(opened, identify_model(opened, families))
+
+
+def make_plan(checkpoint: PathLike, choose: PlanMaker, *, families: tuple[Family, ...] = FAMILIES) -> Plan:
+    """The plan that `choose` makes for the model in `checkpoint`, checked against it.
+
+    Raises PlanMismatchError where it does not fit, and any error of opening the checkpoint.
+    """
+    with Checkpoint.open(checkpoint) as opened:
+        model = identify_model(opened, families)
+    plan = choose(model)
+    plan.check_fits(model.model_type, model.experts, model.layers, str(checkpoint))
+    return plan
+
+
+def check_statistics(
+    checkpoint: PathLike,
+    statistics: Statistics | PathLike,
+    *,
+    families: tuple[Family, ...] = FAMILIES,
+) -> None:
+    """Raise PlanMismatchError unless `statistics` (or those in the file of that path) are of `checkpoint`."""
+    from moe_surgery.selection.statistics import as_statistics
+
+    statistics = as_statistics(statistics)
+    with Checkpoint.open(checkpoint) as opened:
+        actual = identity(opened, identify_model(opened, families))
+    if statistics.identity != actual:
+        raise PlanMismatchError(
+            f"the statistics were made from another checkpoint ({statistics.identity}), not from "
+            f"{checkpoint} ({actual}); run profile on this one"
+        )
