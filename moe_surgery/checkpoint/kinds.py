@@ -50,7 +50,9 @@ class Kind(NamedTuple):
 PLAN: Final = Kind("a plan", "pass it to --plan of prune, export, evaluate, generate or report")
 RANKING: Final = Kind("a ranking", "make a plan of it with moe-surgery plan RANKING --experts N")
 STATISTICS: Final = Kind("a statistics file", "use it with moe-surgery rank, plan, report or stats")
-PUBLISHED_STATISTICS: Final = Kind("published statistics of experts", "use them with moe-surgery rank")
+PUBLISHED_STATISTICS: Final = Kind(
+    "published statistics of experts", "use them with moe-surgery rank or report"
+)
 EVALUATION: Final = Kind("an evaluation", "pass it to --evaluation of moe-surgery report or card")
 MANIFEST: Final = Kind("the manifest of a pruned checkpoint", "pass its folder to verify or card")
 MAPPING: Final = Kind("the expert mapping of a pruned checkpoint", "pass its folder")

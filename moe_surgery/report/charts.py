@@ -12,7 +12,7 @@ from moe_surgery.report.svg import Chart, Series
 from moe_surgery.selection.metrics import METRICS
 from moe_surgery.selection.plan import Plan
 
-__all__ = ["TITLES", "coverage_charts", "evaluation_chart", "evaluation_charts"]
+__all__ = ["KINDS", "TITLES", "coverage_charts", "evaluation_chart", "evaluation_charts"]
 
 # Title and axis of each measure.
 TITLES = {
@@ -22,6 +22,7 @@ TITLES = {
     "rerouted": ("Rerouted to another expert", "mean over layers"),
 }
 KEPT = "experts kept in each layer"
+KINDS = {"weight": "routing weight", "routes": "routes"}
 PERCENT = frozenset({"agreement", "rerouted"})
 
 
@@ -30,21 +31,22 @@ def coverage_charts(
     plans: Sequence[tuple[str, Plan]],
     i: int = 0,
     kind: str = "weight",
+    metrics: Sequence[str] = tuple(METRICS),
 ) -> list[Chart]:
     """The share of the n best experts in view `i`, by each metric: mean over layers, worst layer."""
     view = views[i]
-    shares = view.carried(kind)
-    both = [coverage(view.orders[metric], shares) for metric in METRICS]
+    shares = view.shares[kind]
+    both = [coverage(view.orders[metric], shares) for metric in metrics]
     n = list(range(1, shares.shape[1] + 1))
     marks = [(name, sum(map(len, p.layers)) / p.num_layers, plan_coverage(p, shares)) for name, p in plans]
     return [
         Chart(
             title,
             KEPT,
-            f"share of {'routing weight' if kind == 'weight' else 'routes'}",
+            f"share of {KINDS[kind]}",
             (1, n[-1]),
             (0, 1),
-            [Series(m, s, n, [float(y) for y in both[s][which]]) for s, m in enumerate(METRICS)],
+            [Series(m, s, n, [float(y) for y in both[s][which]]) for s, m in enumerate(metrics)],
             percent=True,
             marks=[(name, x, y[which]) for name, x, y in marks],
         )

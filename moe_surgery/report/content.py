@@ -1,6 +1,6 @@
 """The data embedded in the page, as one object of plain lists.
 
-The script only draws; every number is computed here, where tests can check it.
+The script draws, and computes only what follows from the orders alone: ranks, and which experts domains share.
 """
 
 from __future__ import annotations
@@ -8,61 +8,74 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from moe_surgery.quality.evaluation import Evaluation, ModelResult, Quality
 from moe_surgery.report.curves import MEASURES, Line, lines, ranked_for
-from moe_surgery.report.figures import CARRIED, View, coverage, overlap, plan_coverage
+from moe_surgery.report.figures import Subject, View, coverage, plan_coverage
+from moe_surgery.report.fit import Detail
 from moe_surgery.report.markup import display_name, number
-from moe_surgery.selection.metrics import METRICS
+from moe_surgery.report.packing import bits, floats, orders, shares, steps
+from moe_surgery.report.palette import sequential
 from moe_surgery.selection.plan import Plan
-from moe_surgery.selection.statistics import Statistics
 
-__all__ = ["ALL_TEXTS", "content", "data_of", "line_name", "plan_method", "ranked_on"]
+__all__ = ["ALL_TEXTS", "content", "data_of", "line_name", "packed", "plan_method", "ranked_on"]
 
 ALL_TEXTS = "all texts"
 
 
 def content(
-    statistics: Statistics,
-    shown_views: Sequence[View],
+    subject: Subject,
+    detail: Detail,
     plans: Sequence[tuple[str, Plan]],
     evaluations: Sequence[tuple[str, Evaluation]],
 ) -> dict[str, object]:
-    """The embedded object. Numbers have five significant digits, counts are exact.
-
-    By index of metric, then of view: `scores` and `ranks` (layer by layer), `overlap` (experts in
-    common summed over layers, n from 1, for pairs of views (0, 1), (0, 2), (1, 2), ...). `coverage`
-    by kind, metric and view: [mean, worst], n from 1.
-    """
-    metrics = list(METRICS)
+    """The embedded object without `packed`. Numbers have five significant digits."""
     return {
-        "layers": statistics.layers,
-        "experts": statistics.experts,
-        "topK": statistics.top_k,
-        "metrics": metrics,
-        "views": [{"name": display_name(v.name), "tokens": v.tokens} for v in shown_views],
-        # Counts stay exact.
-        "scores": [[_flat(v.scores[m], 15 if m == "frequency" else 5) for v in shown_views] for m in metrics],
-        "ranks": [[v.ranks(m).ravel().tolist() for v in shown_views] for m in metrics],
-        "peak": [_flat(np.stack([s.peak_abs for s in v.layers])) for v in shown_views],
-        "overlap": [
-            [
-                overlap(a.orders[m], b.orders[m]).tolist()
-                for j, b in enumerate(shown_views)
-                for a in shown_views[:j]
-            ]
-            for m in metrics
+        "layers": subject.layers,
+        "experts": subject.experts,
+        "topK": subject.top_k,
+        "metrics": list(detail.metrics),
+        "kinds": list(subject.kinds),
+        "measured": subject.measured,
+        # Whether frequencies are numbers of tokens.
+        "counts": subject.source is None,
+        # How many of each layer's experts the orders list.
+        "listed": detail.listed,
+        "levels": detail.levels,
+        "views": [
+            {"name": display_name(v.name), "tokens": v.tokens, "all": v.domain is None} for v in subject.views
         ],
-        "coverage": {
-            kind: [
-                [[_flat(c) for c in coverage(v.orders[m], v.carried(kind))] for v in shown_views]
-                for m in metrics
-            ]
-            for kind in CARRIED
-        },
-        "plans": [_plan(name, plan, shown_views) for name, plan in plans],
+        # For print, where the page may be dark on the screen.
+        "palette": sequential(False),
+        "plans": [_plan(name, plan, subject) for name, plan in plans],
         "evaluations": [_evaluation(name, evaluation) for name, evaluation in evaluations],
+    }
+
+
+def packed(subject: Subject, detail: Detail) -> dict[str, object]:
+    """Orders, scores and coverage, packed as of `packing`, by index of metric, then of view.
+
+    `orders` and `scores` layer by layer; `scores` by expert as float32, or as of `steps`. `coverage` by kind too: mean
+    over layers, then the worst layer, n from 1. `peak` by view, where scores are not rounded.
+    """
+    views, metrics = subject.views, detail.metrics
+
+    def scores(view: View, metric: str) -> object:
+        rows = view.scores[metric]
+        if not detail.levels:
+            return floats(rows)
+        return steps(np.take_along_axis(rows, view.orders[metric][:, : detail.listed], axis=1), detail.levels)
+
+    return {
+        "orders": [[orders(v.orders[m], detail.listed) for v in views] for m in metrics],
+        "scores": [[scores(v, m) for v in views] for m in metrics] if subject.measured else None,
+        "peak": [floats(v.peaks) for v in views if v.peaks is not None]
+        if not detail.levels and subject.has_peaks
+        else None,
+        "coverage": {
+            kind: [[shares(np.stack(coverage(v.orders[m], v.shares[kind]))) for v in views] for m in metrics]
+            for kind in subject.kinds
+        },
     }
 
 
@@ -97,18 +110,17 @@ def line_name(line: Line, every: Sequence[str]) -> str:
     return line.method if line.domains is None else f"{line.method}, {ranked_on(line.domains, every)}"
 
 
-def _flat(values: npt.NDArray[np.float64], digits: int = 5) -> list[float | int | None]:
-    return [number(float(x), digits) for x in values.ravel()]
-
-
-def _plan(name: str, plan: Plan, shown_views: Sequence[View]) -> dict[str, object]:
+def _plan(name: str, plan: Plan, subject: Subject) -> dict[str, object]:
+    kept = np.zeros((subject.layers, subject.experts), bool)
+    for row, experts in zip(kept, plan.layers, strict=True):
+        row[list(experts)] = True
     return {
         "name": display_name(name),
-        "kept": [list(kept) for kept in plan.layers],
+        "kept": bits(kept),
         "experts": number(sum(map(len, plan.layers)) / plan.num_layers),
         "coverage": {
-            kind: [[number(x) for x in plan_coverage(plan, v.carried(kind))] for v in shown_views]
-            for kind in CARRIED
+            kind: [[number(x) for x in plan_coverage(plan, v.shares[kind])] for v in subject.views]
+            for kind in subject.kinds
         },
     }
 

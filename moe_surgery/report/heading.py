@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from moe_surgery.quality.evaluation import Evaluation
 from moe_surgery.report.content import plan_method
+from moe_surgery.report.figures import Subject
+from moe_surgery.report.fit import Detail
 from moe_surgery.report.markup import Html, display_name, table, tag
 from moe_surgery.report.parts import min_to_max, scroll
 from moe_surgery.selection.plan import Plan
-from moe_surgery.selection.statistics import Statistics
 from moe_surgery.version import __version__
 
 __all__ = ["header"]
@@ -17,39 +18,34 @@ __all__ = ["header"]
 
 def header(
     heading: str,
-    statistics: Statistics,
+    subject: Subject,
+    detail: Detail,
     plans: Sequence[tuple[str, Plan]],
     evaluations: Sequence[tuple[str, Evaluation]],
 ) -> Html:
     """Title, what was measured, and how the plans were made."""
-    domains = statistics.domains
-    facts = (
-        f"{statistics.layers} layers of {statistics.experts} experts, top-{statistics.top_k}; "
-        f"{_many(sum(statistics.tokens.values()), 'token')} in {_many(len(domains), 'domain')}."
-    )
+    domains = subject.domains
+    counts = [n for n in subject.tokens.values() if n is not None]
+    top_k = f", top-{subject.top_k}" if subject.top_k else ""
+    tokens = f"{_many(sum(counts), 'token')} in " if len(counts) == len(domains) else ""
+    what = _many(len(domains), "domain" if subject.measured else "ranking")
+    facts = f"{subject.layers} layers of {subject.experts} experts{top_k}; {tokens}{what}."
+    notice = detail.words(subject)
     origin = tag(
         "dl",
-        tag("dt", "Model type"),
-        tag("dd", statistics.model_type),
-        tag("dt", "Checkpoint"),
-        tag("dd", tag("code", statistics.identity)),
-        tag("dt", "Tokens"),
-        tag("dd", "; ".join(f"{display_name(d)} {statistics.tokens[d]:,}" for d in domains)),
+        *_facts("Source", [subject.source] if subject.source else []),
+        *_facts("Model type", [subject.model_type] if subject.model_type else []),
+        *_facts("Checkpoint", [tag("code", subject.identity)] if subject.identity else []),
+        *_facts("Tokens", [_tokens(subject)] if counts else []),
+        *_facts("Rankings", [] if subject.measured else ["; ".join(map(display_name, domains))]),
         *_facts("Plans", (f"{display_name(name)}: {plan_method(plan)}" for name, plan in plans)),
         *_facts("Evaluations", (f"{display_name(name)}: {len(e.models)} models" for name, e in evaluations)),
-        *_facts("Settings", [_settings(statistics.settings)] if statistics.settings else []),
+        *_facts("Settings", [_settings(subject.settings)] if subject.settings else []),
         tag("dt", "Made by"),
         tag("dd", f"moe-surgery {__version__}"),
         class_="facts",
     )
-    rows = [
-        (domain, f"{statistics.tokens[domain]:,}", *_texts(statistics.texts.get(domain, [])))
-        for domain in domains
-    ]
-    texts = [
-        tag("h2", "Texts"),
-        scroll(table(("Domain", "Tokens", "Texts", "xxh3-128"), rows, class_="plain texts"), "Texts"),
-    ]
+    texts = _texts_table(subject) if subject.texts else []
     if plans:
         plan_rows = [
             (
@@ -77,14 +73,33 @@ def header(
             tag("h2", "Evaluations"),
             scroll(table(head, evaluation_rows, class_="plain"), "Evaluations"),
         ]
-    links = [("map", "Experts"), ("overlap", "Overlap"), ("coverage", "Coverage")]
+    links = [("map", "Experts")]
+    links += [("overlap", "Overlap")] if len(subject.views) > 1 else []
+    links += [("coverage", "Coverage")] if subject.kinds else []
     links += [("evaluation", "Evaluation")] if evaluations else []
     links += [("table", "Table")]
     nav = tag(
         "nav", *(tag("a", name, href=f"#{anchor}-section") for anchor, name in links), aria_label="Sections"
     )
-    about = tag("details", tag("summary", "Texts, plans and evaluations in full"), *texts)
-    return tag("header", tag("h1", heading), tag("p", facts, class_="lead"), origin, about, nav)
+    about = (
+        tag("details", tag("summary", "Texts, plans and evaluations in full"), *texts) if texts else Html("")
+    )
+    limits = tag("p", notice, class_="notice") if notice else Html("")
+    return tag("header", tag("h1", heading), tag("p", facts, class_="lead"), limits, origin, about, nav)
+
+
+def _tokens(subject: Subject) -> str:
+    known = ((domain, count) for domain, count in subject.tokens.items() if count is not None)
+    return "; ".join(f"{display_name(domain)} {count:,}" for domain, count in known)
+
+
+def _texts_table(subject: Subject) -> list[Html]:
+    rows = [
+        (domain, "" if count is None else f"{count:,}", *_texts(subject.texts.get(domain, [])))
+        for domain, count in subject.tokens.items()
+    ]
+    head = ("Domain", "Tokens", "Texts", "xxh3-128")
+    return [tag("h2", "Texts"), scroll(table(head, rows, class_="plain texts"), "Texts")]
 
 
 def _facts(name: str, lines: Iterable[str]) -> list[Html]:

@@ -9,10 +9,11 @@ from importlib.resources import files
 
 import numpy as np
 
-from moe_surgery.errors import InvalidInputError, PlanMismatchError
+from moe_surgery.errors import InvalidInputError, PlanMismatchError, UsageError
 from moe_surgery.quality.evaluation import Evaluation, load_evaluation
-from moe_surgery.report.content import content
-from moe_surgery.report.figures import check_identity, check_plan, views
+from moe_surgery.report.content import content, packed
+from moe_surgery.report.figures import Subject, check_identity, check_plan
+from moe_surgery.report.fit import PAGE_LIMIT, Detail, fit
 from moe_surgery.report.heading import header
 from moe_surgery.report.markup import Html, embedded_json, tag
 from moe_surgery.report.palette import (
@@ -30,40 +31,76 @@ from moe_surgery.report.sections import (
     map_section,
     overlap_section,
 )
-from moe_surgery.selection.arguments import Named, PathLike, load_pairs
+from moe_surgery.report.sources import Sources, read_subject
+from moe_surgery.selection.arguments import Named, load_pairs
 from moe_surgery.selection.plan import Plan, load_plan
-from moe_surgery.selection.statistics import Statistics, as_statistics
 
 __all__ = ["build_report", "read_inputs"]
 
-SCRIPTS = ("base.js", "chart.js", "map.js", "panels.js", "tables.js", "start.js")
+SCRIPTS = (
+    "base.js",
+    "packed.js",
+    "chart.js",
+    "surfaces.js",
+    "map.js",
+    "overlap.js",
+    "panels.js",
+    "tables.js",
+    "start.js",
+)
 
 
 def build_report(
-    statistics: Statistics | PathLike,
+    statistics: Sources,
     plans: Named[Plan] = (),
     evaluations: Named[Evaluation] = (),
     title: str | None = None,
+    *,
+    metrics: Sequence[str] | None = None,
+    domains: Sequence[str] | None = None,
 ) -> str:
     """The page, as the text of an HTML file that needs no other file and no network.
 
-    Plans and evaluations are (name, object) pairs or paths, which then serve as names; `statistics` may be
-    a path too. `title` is the page's heading. Raises PlanMismatchError if a plan or evaluation is not of
-    the statistics' checkpoint, InvalidInputError for statistics without domains or figures that are not
-    finite.
+    `statistics` are statistics of `profile`; or paths of the published statistics, or of rankings (`read_subject`).
+    Plans and evaluations are (name, object) pairs or paths, which then serve as names. `title` is the page's heading.
+    `metrics` and `domains` select what is shown; for large models and many domains the page leaves out metrics,
+    the last of `metrics` first, until it is smaller than `PAGE_LIMIT`, and says so. Raises PlanMismatchError if a
+    plan or evaluation is not of the statistics' checkpoint, InvalidInputError for statistics without domains or
+    figures that are not finite, UsageError for metrics or domains that are not there.
     """
-    statistics, plans, evaluations = read_inputs(statistics, plans, evaluations)
-    shown_views = views(statistics)
-    data = content(statistics, shown_views, plans, evaluations)
-    heading = title or f"Experts of {statistics.model_type}"
-    sections = [
-        map_section(statistics, shown_views, plans),
-        overlap_section(statistics, shown_views),
-        coverage_section(statistics, shown_views, plans),
-    ]
+    subject, plans, evaluations = read_inputs(statistics, plans, evaluations, domains)
+    if metrics and (unknown := [m for m in metrics if m not in subject.metrics]):
+        raise UsageError(f"`metrics` {unknown[0]}: the source has {', '.join(subject.metrics)}")
+    heading = title or (
+        f"Experts of {subject.model_type}" if subject.model_type else f"Experts in {subject.source}"
+    )
+
+    def frame(detail: Detail) -> tuple[str, str]:
+        return _frame(heading, subject, detail, plans, evaluations)
+
+    least = fit(subject, 0, metrics)
+    detail = fit(subject, PAGE_LIMIT - sum(map(len, frame(least))), metrics)
+    before, after = frame(detail)
+    return f"{before}{embedded_json(packed(subject, detail))}{after}"
+
+
+def _frame(
+    heading: str,
+    subject: Subject,
+    detail: Detail,
+    plans: Sequence[tuple[str, Plan]],
+    evaluations: Sequence[tuple[str, Evaluation]],
+) -> tuple[str, str]:
+    """The page before and after its packed data."""
+    data = content(subject, detail, plans, evaluations)
+    sections = [map_section(subject, detail, plans)]
+    if len(subject.views) > 1:
+        sections.append(overlap_section(subject, detail))
+    if subject.kinds:
+        sections.append(coverage_section(subject, detail, plans))
     if evaluations:
         sections.append(evaluation_section(evaluations))
-    sections.append(experts_section())
+    sections.append(experts_section(detail))
     style = _asset("report.css") + _colours()
     script = '(function(){"use strict";\n' + "\n".join(map(_asset, SCRIPTS)) + "})();\n"
     # Blocks all network access, and any style or script but these.
@@ -71,7 +108,7 @@ def build_report(
         f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
         "base-uri 'none'; form-action 'none'"
     )
-    page = [
+    before = [
         Html('<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'),
         Html(f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'),
         Html('<meta name="viewport" content="width=device-width, initial-scale=1">\n'),
@@ -80,30 +117,33 @@ def build_report(
         ),
         tag("title", heading),
         Html(f"\n<style>{style}</style>\n</head>\n<body>\n"),
-        header(heading, statistics, plans, evaluations),
+        header(heading, subject, detail, plans, evaluations),
         Html("\n<main>\n"),
         Html("\n".join(sections)),
         Html("\n</main>\n"),
         Html(f'<script type="application/json" id="data">{embedded_json(data)}</script>\n'),
-        Html(f"<script>{script}</script>\n</body>\n</html>\n"),
+        Html('<script type="application/json" id="packed">'),
     ]
-    return "".join(page)
+    return "".join(before), f"</script>\n<script>{script}</script>\n</body>\n</html>\n"
 
 
 def read_inputs(
-    statistics: Statistics | PathLike, plans: Named[Plan], evaluations: Named[Evaluation]
-) -> tuple[Statistics, list[tuple[str, Plan]], list[tuple[str, Evaluation]]]:
+    statistics: Sources,
+    plans: Named[Plan],
+    evaluations: Named[Evaluation],
+    domains: Sequence[str] | None = None,
+) -> tuple[Subject, list[tuple[str, Plan]], list[tuple[str, Evaluation]]]:
     """The inputs, loaded and checked; raises as `build_report`."""
-    statistics = as_statistics(statistics)
+    subject = read_subject(statistics, domains)
     named_plans = load_pairs(plans, Plan, load_plan)
     named_evaluations = load_pairs(evaluations, Evaluation, load_evaluation)
     for name, plan in named_plans:
-        check_plan(plan, statistics, name)
+        check_plan(plan, subject, name)
     for name, evaluation in named_evaluations:
-        check_identity(evaluation.identity, statistics, name)
+        check_identity(evaluation.identity, subject, name)
         ours, expected = (
             (evaluation.model_type, evaluation.num_experts),
-            (statistics.model_type, statistics.experts),
+            (subject.model_type or evaluation.model_type, subject.experts),
         )
         if ours != expected:
             raise PlanMismatchError(
@@ -112,17 +152,17 @@ def read_inputs(
             )
         for model in evaluation.models:
             # Empty if the routes are not known, for every domain alike.
-            counted = statistics.layers if any(q.rerouted for q in model.domains.values()) else 0
+            counted = subject.layers if any(q.rerouted for q in model.domains.values()) else 0
             for domain, q in model.domains.items():
                 figures = (q.cross_entropy, q.kl, q.agreement, *q.rerouted)
                 if len(q.rerouted) != counted or not np.isfinite(figures).all():
                     raise InvalidInputError(
                         f"{name}: figures of {model.name!r} on {domain!r} are damaged: not finite, or not for "
-                        f"{statistics.layers} layers; evaluate it again"
+                        f"{subject.layers} layers; evaluate it again"
                     )
         if missing := [d for m in evaluation.models for d in m.domains if d not in evaluation.domains]:
             raise InvalidInputError(f"{name}: domain {missing[0]!r} has no figures of the full model")
-    return statistics, named_plans, named_evaluations
+    return subject, named_plans, named_evaluations
 
 
 def _asset(name: str) -> str:

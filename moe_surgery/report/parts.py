@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from moe_surgery.report.markup import Html, tag
 from moe_surgery.report.svg import Chart, line_chart
 
-__all__ = ["choice", "controls", "min_to_max", "more", "panel", "scroll", "section", "slider"]
+__all__ = ["choice", "controls", "min_to_max", "more", "panel", "scroll", "section", "several", "slider"]
 
 
 def section(name: str, heading: str, words: str, *content: object) -> Html:
@@ -29,8 +29,13 @@ def choice(name: str, label: str, options: Iterable[str]) -> Html:
     return tag("label", tag("span", label), tag("select", *listed, id=name))
 
 
-def slider(name: str, label: str, most: int, value: int) -> Html:
-    slide = Html(f'<input type="range" id="{name}" min="1" max="{most}" value="{value}">')
+def several(name: str, label: str, options: Sequence[str]) -> Html:
+    """`choice`, or nothing if there is nothing to choose from."""
+    return choice(name, label, options) if len(options) > 1 else Html("")
+
+
+def slider(name: str, label: str, most: int, value: int, *, least: int = 1) -> Html:
+    slide = Html(f'<input type="range" id="{name}" min="{least}" max="{most}" value="{value}">')
     return tag("label", tag("span", label, ": ", tag("output", value, id=f"{name}-value")), slide)
 
 
@@ -47,9 +52,20 @@ def panel(chart: Chart) -> Html:
 
 
 def more(what: str) -> Html:
-    """The number of rows shown, and a button for all."""
-    button = tag("button", "Show all", id=f"{what}-more", type="button", hidden="")
-    return tag("p", tag("span", id=f"{what}-count"), button, class_="more")
+    """The rows shown, and buttons for other pages of the table `what` or all rows."""
+
+    def button(name: str, label: str) -> Html:
+        return tag("button", label, id=f"{what}-{name}", type="button", hidden="")
+
+    count = tag("span", id=f"{what}-count", role="status")
+    return tag(
+        "p",
+        button("previous", "Previous"),
+        count,
+        button("next", "Next"),
+        button("more", "Show all"),
+        class_="more",
+    )
 
 
 def min_to_max(numbers: Sequence[int]) -> str:

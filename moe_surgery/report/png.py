@@ -23,16 +23,15 @@ from moe_surgery.quality.evaluation import Evaluation
 from moe_surgery.report.charts import TITLES, coverage_charts, evaluation_chart
 from moe_surgery.report.content import ALL_TEXTS
 from moe_surgery.report.curves import FEW, MEASURES, lines, ranked_for_domain
-from moe_surgery.report.figures import View, views
+from moe_surgery.report.figures import Subject, View
 from moe_surgery.report.markup import display_name
 from moe_surgery.report.page import read_inputs
 from moe_surgery.report.palette import SERIES_LIGHT, sequential
 from moe_surgery.report.sections import first_overlap
+from moe_surgery.report.sources import Sources
 from moe_surgery.report.svg import Chart, Series, ticks, whole_ticks
-from moe_surgery.selection.arguments import Named, PathLike
-from moe_surgery.selection.metrics import METRICS
+from moe_surgery.selection.arguments import Named
 from moe_surgery.selection.plan import Plan
-from moe_surgery.selection.statistics import Statistics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,7 +67,7 @@ def check_plotting() -> None:
 
 def write_pictures(
     folder: str | os.PathLike[str],
-    statistics: Statistics | PathLike,
+    statistics: Sources,
     plans: Named[Plan] = (),
     evaluations: Named[Evaluation] = (),
 ) -> Iterator[Path]:
@@ -80,7 +79,7 @@ def write_pictures(
     OutputError.
     """
     check_plotting()
-    statistics, named_plans, named_evaluations = read_inputs(statistics, plans, evaluations)
+    subject, named_plans, named_evaluations = read_inputs(statistics, plans, evaluations)
     from matplotlib import rc_context
 
     target = Path(folder)
@@ -89,7 +88,7 @@ def write_pictures(
     except OSError as error:
         raise OutputError(f"{printable_path(target)}: cannot create: {error.strerror}") from None
     used: set[str] = set()
-    for name, figure in _figures(views(statistics), named_plans, named_evaluations):
+    for name, figure in _figures(subject, named_plans, named_evaluations):
         with rc_context(FONT):
             content = BytesIO()
             figure().savefig(content, format="png", dpi=DPI)
@@ -99,16 +98,17 @@ def write_pictures(
 
 
 def _figures(
-    shown_views: Sequence[View], plans: Plans, evaluations: Evaluations
+    subject: Subject, plans: Plans, evaluations: Evaluations
 ) -> Iterator[tuple[str, Callable[[], Figure]]]:
     """File names, and the function that draws each."""
-    for metric in METRICS:
+    shown_views = subject.views
+    for metric in subject.metrics:
         yield f"heatmap-{metric}", partial(_heat_maps, metric, shown_views, plans)
     if len(shown_views) > 1:
-        for metric in METRICS:
+        for metric in subject.metrics:
             yield f"overlap-{metric}", partial(_overlaps, metric, shown_views)
-    for i, view in enumerate(shown_views):
-        yield f"coverage-{view.name}", partial(_coverage, shown_views, plans, i)
+    for i, view in enumerate(shown_views if subject.kinds else []):
+        yield f"coverage-{view.name}", partial(_coverage, subject, plans, i)
     for name, evaluation in evaluations:
         prefix = "evaluation" if len(evaluations) == 1 else f"evaluation-{name}"
         for measure in MEASURES:
@@ -185,8 +185,8 @@ def _overlaps(metric: str, shown_views: Sequence[View]) -> Figure:
     return figure
 
 
-def _coverage(shown_views: Sequence[View], plans: Plans, i: int) -> Figure:
-    return _charts(coverage_charts(shown_views, plans, i), 2)
+def _coverage(subject: Subject, plans: Plans, i: int) -> Figure:
+    return _charts(coverage_charts(subject.views, plans, i, subject.kinds[0], subject.metrics), 2)
 
 
 def _evaluation(evaluation: Evaluation, measure: str) -> Figure:

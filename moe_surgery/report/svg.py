@@ -194,7 +194,9 @@ def line_chart(chart: Chart) -> Html:
             forth = [f"{at_x(x):.1f} {at_y(y):.1f}" for x, y in zip(s.x, s.high, strict=True)]
             back = [f"{at_x(x):.1f} {at_y(y):.1f}" for x, y in zip(s.x, s.low, strict=True)]
             parts.append(tag("path", class_=f"band {colour}", d=Html(f"M{'L'.join([*forth, *back[::-1]])}z")))
-        points = [f"{at_x(x):.1f} {at_y(y):.1f}" for x, y in zip(s.x, s.y, strict=True)]
+        # Not more points than the eye can see.
+        every = max(1, len(s.x) // 128)
+        points = [f"{at_x(x):.1f} {at_y(y):.1f}" for x, y in [*zip(s.x, s.y, strict=True)][::every]]
         if len(points) > 1:
             parts.append(
                 tag(

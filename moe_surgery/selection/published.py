@@ -13,7 +13,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
@@ -25,9 +25,18 @@ from moe_surgery.selection.arguments import PathLike
 from moe_surgery.selection.ranking import Ranking, as_ranking
 from moe_surgery.selection.shipped import RANKINGS, topic_folders
 
-__all__ = ["TREE_FILES", "interleave", "rank_published", "rank_topic", "statistics_files"]
+__all__ = [
+    "TREE_FILES",
+    "PublishedDomain",
+    "interleave",
+    "load_published",
+    "rank_published",
+    "rank_topic",
+    "statistics_files",
+]
 
 PHASES = ("think_expert_analytics", "answer_expert_analytics")
+TOKENS = dict(zip(PHASES, ("num_think_tokens", "num_answer_tokens"), strict=True))
 OUTCOMES = ("False_False", "True_False", "False_True", "True_True")
 TREE_FILES = 703
 """Number of files in the whole published tree."""
@@ -81,6 +90,45 @@ def rank_published(files: Iterable[Path], num_experts: int | None = None) -> Ran
         scores=tuple(tuple(totals[layer].get(e, 0.0) for e in range(count)) for layer in range(layers)),
         provenance={"method": "frequency", "statistics": names},
     )
+
+
+@dataclass(slots=True)
+class PublishedDomain:
+    """The published statistics of one folder `<dataset>/<category>`.
+
+    `frequency[layer][expert]` and `weight[layer][expert]` are sums over files and phases of sample_count times
+    `count_frequency` and `prob_density`. `tokens` is None where a file does not say how many.
+    """
+
+    files: list[str] = field(default_factory=list)
+    samples: int = 0
+    tokens: float | None = 0.0
+    frequency: dict[int, dict[int, float]] = field(default_factory=dict)
+    weight: dict[int, dict[int, float]] = field(default_factory=dict)
+
+
+def load_published(files: Iterable[Path]) -> dict[str, PublishedDomain]:
+    """The published statistics in `files`, by folder `<dataset>/<category>`, in the order given.
+
+    Raises InvalidInputError naming a file that cannot be read as statistics.
+    """
+    domains: dict[str, PublishedDomain] = {}
+    for file in files:
+        where = printable_path(file)
+        domain = domains.setdefault("/".join(file.absolute().parts[-3:-1]), PublishedDomain())
+        root = _root(file)
+        samples = _number(root["sample_count"], f"{where}: sample_count")
+        domain.files.append(file.name)
+        domain.samples += round(samples)
+        for phase, key in TOKENS.items():
+            if phase in root and domain.tokens is not None:
+                count = None if root.get(key) is None else _number(root[key], f"{where}: {key}")
+                domain.tokens = None if count is None else domain.tokens + samples * count
+        for totals, name in ((domain.frequency, "count_frequency"), (domain.weight, "prob_density")):
+            for layer, expert, amount in _amounts_in(root, where, name):
+                row = totals.setdefault(layer, {})
+                row[expert] = row.get(expert, 0.0) + amount
+    return domains
 
 
 def rank_topic(tree: str | os.PathLike[str], topic: str, num_experts: int | None = None) -> Ranking:
@@ -158,8 +206,11 @@ def _ordered(row: Mapping[int, float], experts: int) -> tuple[int, ...]:
 
 def _amounts(file: Path) -> Iterable[tuple[int, int, float]]:
     """(layer, expert, sample_count * count_frequency) of one file, in the file's order."""
-    where = printable_path(file)
-    root = _root(file)
+    return _amounts_in(_root(file), printable_path(file), "count_frequency")
+
+
+def _amounts_in(root: Mapping[str, object], where: str, name: str) -> Iterable[tuple[int, int, float]]:
+    """(layer, expert, sample_count * entry `name`) of one file, in the file's order."""
     samples = _number(root["sample_count"], f"{where}: sample_count")
     for phase in PHASES:
         for key, experts in _object(root.get(phase) or {}, f"{where}: {phase}").items():
@@ -170,12 +221,9 @@ def _amounts(file: Path) -> Iterable[tuple[int, int, float]]:
                 inside = f"{where}: {phase}: {key}: expert {expert[:20]!r}"
                 if not expert.isascii() or not expert.isdigit() or len(expert) > 5:
                     raise InvalidInputError(f"{inside} is not an expert number")
-                frequency = _object(entry, inside).get("count_frequency", 0.0)
-                amount = samples * _number(frequency, inside)
+                amount = samples * _number(_object(entry, inside).get(name, 0.0), inside)
                 if not math.isfinite(amount):
-                    raise InvalidInputError(
-                        f"{inside}: sample_count times count_frequency is not a finite number"
-                    )
+                    raise InvalidInputError(f"{inside}: sample_count times {name} is not a finite number")
                 yield int(match[1]), int(expert), amount
 
 

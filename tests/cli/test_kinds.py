@@ -66,7 +66,12 @@ ARGUMENTS: dict[str, tuple[str, str, set[str], int]] = {
         3,
     ),
     "card --evaluation": ("card {in}/pruned --evaluation {file}", "an evaluation", {"evaluation.json"}, 3),
-    "report": ("report {file} -o {new}/r.html", "a statistics file", STATS, 3),
+    "report": (
+        "report {file} -o {new}/r.html",
+        "a statistics file or a ranking",
+        {*STATS, *RANKINGS, "outcome.json"},
+        3,
+    ),
     "stats show": ("stats show {file}", "a statistics file", STATS, 3),
     "stats merge": ("stats merge {in}/tiny.stats {file} -o {new}/s", "a statistics file", STATS, 3),
     "rank": ("rank {file}", "a statistics file", {*STATS, "outcome.json"}, 3),

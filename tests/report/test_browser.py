@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from moe_surgery.report.figures import views
+from moe_surgery.report.figures import subject_of
 from moe_surgery.report.page import build_report
+from moe_surgery.selection.ranking import load_ranking
+from moe_surgery.selection.shipped import RANKINGS
 from moe_surgery.selection.statistics import Statistics
 from tests.report.browser import Browser
 from tests.report.conftest import Real
@@ -169,7 +171,7 @@ def test_domain_metric_and_plan_change_the_cells(
     chromium: Browser, page: Path, statistics: Statistics
 ) -> None:
     chromium.open(page, 1280, 900)
-    printed = views(statistics)
+    printed = subject_of(statistics).views
     before = chromium.run(CELL, "class")
     chromium.choose("map-view", 3)
     chromium.choose("map-metric", 5)
@@ -245,7 +247,7 @@ def test_overlap_coverage_and_evaluation_follow_their_controls(
     chromium: Browser, page: Path, statistics: Statistics
 ) -> None:
     chromium.open(page, 1280, 900)
-    printed = views(statistics)
+    printed = subject_of(statistics).views
     chromium.choose("overlap-metric", 5)
     chromium.choose("overlap-n", 12)
     cells = chromium.run(
@@ -265,7 +267,7 @@ def test_overlap_coverage_and_evaluation_follow_their_controls(
     chromium.choose("coverage-n", 4)
     results = column(chromium, "coverage-table", "best 4 experts")
     for view, cell in zip(printed, results, strict=True):
-        stored = [sorted(r / r.sum(), reverse=True)[:4] for r in (s.count for s in view.layers)]
+        stored = [sorted(r / r.sum(), reverse=True)[:4] for r in view.scores["frequency"]]
         assert float(cell.removesuffix(" %")) == pytest.approx(100 * sum(map(sum, stored)) / 24, abs=0.06)
     names = "return [...document.querySelectorAll('#evaluation-legend li')].map((l) => l.textContent.trim())"
     assert chromium.run(names) == ["frequency, all domains", "reap, all domains", "random"]
@@ -355,7 +357,7 @@ def test_hostile_names_run_nothing(chromium: Browser, page_file: Path) -> None:
     assert chromium.run("return [document.title, document.images.length, document.scripts.length]") == [
         "safe",
         0,
-        2,
+        3,
     ]
     assert chromium.complaints() == []
 
@@ -386,3 +388,175 @@ def test_without_script_the_page_still_says_the_essentials(chromium: Browser, pa
         assert seen == {"map": 24 * 32, "charts": 6, "controls": 0, "models": 1 + 4 * (2 * 5 + 3)}
     finally:
         chromium.command("Emulation.setScriptExecutionDisabled", value=False)
+
+
+@pytest.fixture(scope="module")
+def large() -> Statistics:
+    return made_up(94, 512, ["code", "law"], top_k=8)
+
+
+@pytest.fixture(scope="module")
+def large_page(large: Statistics, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("large") / "report.html"
+    file.write_text(build_report(large, [("eighth.json", plan_of(large, "reap", 64, ["law"]))]))
+    return file
+
+
+def ready(browser: Browser) -> None:
+    """Wait until the page has unpacked its data."""
+    browser.driver.execute_async_script(
+        "const done = arguments[0];"
+        "(function look() { 'unpacked' in document.body.dataset ? done() : setTimeout(look, 20); })()"
+    )
+
+
+def test_a_page_of_94_layers_of_512_experts_is_used(
+    chromium: Browser, large_page: Path, large: Statistics
+) -> None:
+    assert large_page.stat().st_size < 3_000_000
+    chromium.open(large_page, 1280, 900)
+    ready(chromium)
+    assert chromium.complaints() == []
+    assert chromium.run("return document.getElementsByTagName('*').length") < 8000
+    printed = subject_of(large).views
+    metrics = chromium.run("return JSON.parse(document.getElementById('data').textContent).metrics")
+    assert "reap" in metrics
+
+    # The map: one stop of the Tab key, a cell for every expert, blank where the plan drops it.
+    chromium.choose("map-view", 2)
+    chromium.choose("map-metric", metrics.index("reap"))
+    alpha = chromium.run(
+        "const c = document.querySelector('#map canvas');"
+        "return [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data].filter((_, i) => i % 4 === 3)"
+    )
+    kept = plan_of(large, "reap", 64, ["law"]).layers
+    assert {i for i, a in enumerate(alpha) if a} == {512 * n + e for n, row in enumerate(kept) for e in row}
+    chromium.choose("map-plan", 1)
+    chromium.run("document.querySelector('#map canvas').focus()")
+    for key in ("end", "down", "left"):
+        chromium.press(KEYS[key])
+    view = printed[2]
+    words = chromium.run("return document.getElementById('map-readout').innerText")
+    assert "Layer 1, expert 510 on law" in words
+    result = re.search(r"reap\s+([\d.]+) \((\d+)", words)
+    assert result is not None
+    assert float(result[1]) == pytest.approx(
+        view.scores["reap"][1, 510], abs=0.005 * view.scores["reap"][1].max()
+    )
+    assert int(result[2]) == view.ranks("reap")[1, 510]
+    # Its colour is the score's share of the layer's largest.
+    colour, palette = chromium.run(
+        "const c = document.querySelector('#map canvas'), rects = [...document.querySelectorAll('.scale rect')];"
+        "return [[...c.getContext('2d').getImageData(510, 1, 1, 1).data].slice(0, 3),"
+        "rects.map((r) => getComputedStyle(r).fill.match(/\\d+/g).map(Number))]"
+    )
+    assert abs(palette.index(colour) - 23 * view.relative("reap")[1, 510]) <= 0.7
+    # Larger cells scroll, and the cell in focus comes into view.
+    chromium.choose("map-zoom", 3)
+    chromium.press(KEYS["home"])
+    chromium.press(KEYS["end"])
+    box, cursor = chromium.run(
+        "return ['.scroll', '.cursor'].map((s) => { const m = document.getElementById('map');"
+        "const b = (s === '.scroll' ? m.parentElement : m.querySelector(s)).getBoundingClientRect();"
+        "return [b.left, b.right]; })"
+    )
+    assert box[0] <= cursor[0] < cursor[1] <= box[1]
+    assert chromium.run(OVERFLOW) == 0
+
+    # The table: sorted over all pages.
+    chromium.choose("table-view", 2)
+    focus_heading(chromium, "experts", "reap")
+    chromium.press(ENTER)
+    pages = [column(chromium, "experts", name) for name in ("Layer", "Expert")]
+    chromium.run("document.getElementById('experts-next').click()")
+    pages = [
+        a + column(chromium, "experts", name) for a, name in zip(pages, ("Layer", "Expert"), strict=True)
+    ]
+    got = [view.scores["reap"][int(n), int(e)] for n, e in zip(*pages, strict=True)]
+    assert len(set(zip(*pages, strict=True))) == 80
+    top = sorted(view.scores["reap"].ravel(), reverse=True)[:80]
+    assert got == pytest.approx(top, abs=0.005 * top[0])
+    assert (
+        chromium.run("return document.getElementById('experts-count').textContent")
+        == "rows 41 to 80 of 48,128"
+    )
+    assert chromium.complaints() == []
+
+
+def test_domains_share_experts_layer_by_layer(chromium: Browser, page: Path, statistics: Statistics) -> None:
+    chromium.open(page, 1280, 900)
+    chromium.choose("overlap-metric", 1)
+    chromium.choose("overlap-n", 5)
+    domains = subject_of(statistics).views[1:]
+    best = [[set(row[:5].tolist()) for row in v.orders["gate"]] for v in domains]
+    counts = [[sum(e in rows[n] for rows in best) for e in range(32)] for n in range(24)]
+    for least in (4, 3):
+        chromium.choose("shared-least", least)
+        heading = "In all 4" if least == 4 else "In 3 or more"
+        shared = column(chromium, "shared", heading)
+        assert [int(x) for x in shared] == [sum(c >= least for c in row) for row in counts]
+        assert column(chromium, "shared", "In one") == [str(row.count(1)) for row in counts]
+        assert column(chromium, "shared", "In none") == [str(row.count(0)) for row in counts]
+        listed = column(chromium, "shared", heading.replace("In", "Experts in"))
+        assert [[int(e) for e in x.split()] for x in listed] == [
+            [e for e in range(32) if row[e] >= least] for row in counts
+        ]
+    lone = column(chromium, "shared", "Experts in one")[0]
+    for part in filter(None, lone.split(" and ")[0].split("; ")):
+        name, experts = part.split(": ")
+        of = [v.domain for v in domains].index(name)
+        assert all(int(e) in best[of][0] and counts[0][int(e)] == 1 for e in experts.split())
+    chromium.choose("overlap-a", 2)
+    chromium.choose("overlap-b", 4)
+    titles = chromium.run(
+        "return [...document.querySelectorAll('#overlap-layers title')].map((t) => t.textContent)"
+    )
+    pairs = [t for t in titles if t.startswith("code and maths, layer ")]
+    assert pairs
+    for title in pairs:
+        layer, share = re.fullmatch(r"code and maths, layer (\d+): (\d+) %", title).groups()  # type: ignore[union-attr]
+        assert int(share) == 20 * len(best[1][int(layer)] & best[3][int(layer)])
+    assert chromium.complaints() == []
+
+
+def test_forty_domains_fit_phone_and_paper(chromium: Browser, page_file: Path) -> None:
+    statistics = made_up(6, 32, [f"domain number {i}" for i in range(40)])
+    page_file.write_text(build_report(statistics, [("p", plan_of(statistics, "reap", 8))]))
+    chromium.open(page_file, 320, 800)
+    ready(chromium)
+    assert chromium.run(OVERFLOW) == 0
+    chromium.choose("coverage-compare", 1)
+    chromium.choose("coverage-view", 7)
+    # One domain stands out; the others are grey.
+    legend = "return [...document.querySelectorAll('#coverage-legend li')].map((l) => l.textContent.trim())"
+    assert chromium.run(legend) == ["all domains", sorted(statistics.data)[6]]
+    assert chromium.run("return document.querySelectorAll('#coverage .muted').length") == 2 * 39
+    chromium.run("dispatchEvent(new Event('beforeprint'))")
+    chromium.command("Emulation.setEmulatedMedia", media="print")
+    chromium.size(718, 1000)
+    right = chromium.run("return document.getElementById('overlap').getBoundingClientRect().right")
+    assert right <= 718
+    assert chromium.complaints() == []
+
+
+def test_rankings_have_a_page_without_scores(chromium: Browser, page_file: Path) -> None:
+    names = [f"published:{name}" for name in RANKINGS]
+    page_file.write_text(build_report(names))
+    chromium.open(page_file, 800, 900)
+    assert chromium.complaints() == []
+    orders = {name: load_ranking(name).layers for name in names}
+    chromium.choose("overlap-n", 8)
+    cells = chromium.run(
+        "return [...document.querySelectorAll('#overlap tbody tr')]"
+        ".map((r) => [...r.cells].slice(1).map((c) => c.textContent))"
+    )
+    for a, row in zip(names, cells, strict=True):
+        for b, cell in zip(names, row, strict=True):
+            both = [len({*x[:8]} & {*y[:8]}) for x, y in zip(orders[a], orders[b], strict=True)]
+            assert abs(float(cell) - 100 * sum(both) / (8 * 24)) <= 0.51
+    law = orders["published:law"]
+    assert column(chromium, "experts", "law")[:32] == [str(law[0].index(e) + 1) for e in range(32)]
+    chromium.choose("map-view", RANKINGS.index("law"))
+    labels = chromium.run(CELL, "aria-label")
+    assert re.match(rf"layer 0, expert {law[0][0]}: ranking 1st of 32", labels[law[0][0]])
+    assert chromium.run("return document.getElementById('coverage-section')") is None

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from moe_surgery.errors import InvalidInputError, PlanMismatchError
-from moe_surgery.report.content import content
+from moe_surgery.report.content import content, packed
 from moe_surgery.report.curves import MEASURES, Line, lines, ranked_for_domain
-from moe_surgery.report.figures import check_plan, coverage, overlap, plan_coverage, views
+from moe_surgery.report.figures import check_plan, common, coverage, plan_coverage, subject_of
+from moe_surgery.report.fit import Detail
 from moe_surgery.report.palette import (
     DARK,
     LIGHT,
@@ -25,6 +26,7 @@ from moe_surgery.selection.metrics import METRICS
 from moe_surgery.selection.plan import Plan
 from moe_surgery.selection.statistics import Statistics
 from tests.report.inputs import evaluation_of, made_up, plan_of
+from tests.report.unpack import bits_of, orders_of, scores_of, shares_of
 
 DOMAINS = ("code", "law", "prose")
 
@@ -60,7 +62,7 @@ def best(statistics: Statistics, metric: str, domain: str | None, layer: int) ->
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_orders_overlap_and_coverage_are_what_loops_find(statistics: Statistics, metric: str) -> None:
-    printed = views(statistics)
+    printed = subject_of(statistics).views
     assert [v.domain for v in printed] == [None, *DOMAINS]
     for view in printed:
         orders = [best(statistics, metric, view.domain, layer) for layer in range(3)]
@@ -79,63 +81,74 @@ def test_orders_overlap_and_coverage_are_what_loops_find(statistics: Statistics,
                     for e in range(8)
                 ]
                 stored.append([sum(total[e] for e in order[:n]) / sum(total) for n in range(1, 9)])
-            mean, worst = coverage(view.orders[metric], view.carried(kind))
+            mean, worst = coverage(view.orders[metric], view.shares[kind])
             np.testing.assert_allclose(mean, np.mean(stored, axis=0), rtol=1e-12)
             np.testing.assert_allclose(worst, np.min(stored, axis=0), rtol=1e-12)
             assert mean[-1] == pytest.approx(1)
-    for a in printed:
-        for b in printed:
-            common = [
-                sum(
-                    len(set(best(statistics, metric, a.domain, i)[:n]) & set(best(statistics, metric, b.domain, i)[:n]))
-                    for i in range(3)
-                )
-                for n in range(1, 9)
-            ]  # fmt: skip
-            assert overlap(a.orders[metric], b.orders[metric]).tolist() == common
+    for n in range(1, 9):
+        pairs = common(printed, metric, n)
+        for i, a in enumerate(printed):
+            for j, b in enumerate(printed):
+                sets = [
+                    set(best(statistics, metric, a.domain, x)[:n])
+                    & set(best(statistics, metric, b.domain, x)[:n])
+                    for x in range(3)
+                ]
+                assert pairs[i, j] == sum(map(len, sets))
 
 
 def test_a_domain_is_not_mixed_with_its_answers() -> None:
     statistics = made_up(2, 4, ["law", "law:answer"])
-    _, law, _ = views(statistics)
+    _, law, _ = subject_of(statistics).views
     assert law.scores["frequency"].tolist() == [s.count.tolist() for s in statistics.data["law"]]
 
 
 def test_a_plan_carries_what_its_experts_carry(statistics: Statistics) -> None:
     plan = Plan("gpt_oss", 8, ((0, 1), (5,), (2, 3, 4)))
-    for view in views(statistics):
+    for view in subject_of(statistics).views:
         shares = []
         for layer, kept in enumerate(plan.layers):
             gate = sum(s[layer].gate for d, s in statistics.data.items() if view.domain in (None, d))
             shares.append(sum(float(gate[e]) for e in kept) / float(gate.sum()))
-        assert plan_coverage(plan, view.carried("weight")) == pytest.approx((np.mean(shares), min(shares)))
+        assert plan_coverage(plan, view.shares["weight"]) == pytest.approx((np.mean(shares), min(shares)))
 
 
 def test_a_layer_without_routes_carries_nothing() -> None:
     statistics = made_up(2, 4, ["x"])
     layer = statistics.data["x"][1]
     layer.count[:], layer.gate[:] = 0, 0
-    [view] = views(statistics)
-    assert view.carried("routes")[1].tolist() == [0] * 4
-    mean, worst = coverage(view.orders["frequency"], view.carried("weight"))
+    [view] = subject_of(statistics).views
+    assert view.shares["routes"][1].tolist() == [0] * 4
+    mean, worst = coverage(view.orders["frequency"], view.shares["weight"])
     assert (mean[-1], worst[-1]) == (0.5, 0)
 
 
-def test_the_embedded_numbers_are_the_figures_to_five_digits(statistics: Statistics) -> None:
-    plan, evaluation = plan_of(statistics, "reap", 3, ["law"]), evaluation_of(statistics)
-    data = content(statistics, views(statistics), [("p", plan)], [("e", evaluation)])
-    for m, metric in enumerate(METRICS):
-        for v, view in enumerate(views(statistics)):
-            np.testing.assert_allclose(data["scores"][m][v], view.scores[metric].ravel(), rtol=6e-5)
-            assert data["ranks"][m][v] == view.ranks(metric).ravel().tolist()
+@pytest.mark.parametrize(("levels", "listed"), [(None, 8), (4095, 8), (255, 8), (255, 6), (255, 1)])
+def test_the_page_carries_the_orders_and_the_scores(
+    statistics: Statistics, levels: int | None, listed: int
+) -> None:
+    subject = subject_of(statistics)
+    metrics = ("gate", "reap")
+    detail = Detail(metrics, levels, listed)
+    data, plan = packed(subject, detail), plan_of(statistics, "reap", 3, ["law"])
+    for m, metric in enumerate(metrics):
+        for v, view in enumerate(subject.views):
+            orders = orders_of(data["orders"][m][v], 3, 8, listed)
+            assert orders == view.orders[metric][:, :listed].tolist()
+            for row, order, true in zip(
+                scores_of(data["scores"][m][v], orders, 8, levels), orders, view.scores[metric], strict=True
+            ):
+                error = 1e-6 if levels is None else 1 / levels
+                np.testing.assert_allclose(row, true[order], rtol=0, atol=error * true.max())
             for kind in ("weight", "routes"):
-                expected = coverage(view.orders[metric], view.carried(kind))
-                np.testing.assert_allclose(data["coverage"][kind][m][v], expected, rtol=6e-5)
-        pairs = [(a, b) for b in range(4) for a in range(b)]
-        for (a, b), result in zip(pairs, data["overlap"][m], strict=True):
-            one, other = views(statistics)[a], views(statistics)[b]
-            assert result == overlap(one.orders[metric], other.orders[metric]).tolist()
-    assert data["plans"][0]["kept"] == [list(kept) for kept in plan.layers]
+                expected = np.concatenate(coverage(view.orders[metric], view.shares[kind]))
+                np.testing.assert_allclose(shares_of(data["coverage"][kind][m][v]), expected, atol=1e-5)
+    assert (data["peak"] is None) is (levels is not None)
+    [described] = content(subject, detail, [("p", plan)], [])["plans"]
+    flags = bits_of(described["kept"])
+    assert [[e for e in range(8) if flags[8 * n + e] == "1"] for n in range(3)] == [
+        list(kept) for kept in plan.layers
+    ]
 
 
 def test_lines_group_models_by_method_and_domains_and_pool_seeds(statistics: Statistics) -> None:
@@ -193,20 +206,21 @@ def test_lines_stand_out_from_their_page() -> None:
 
 def test_statistics_that_cannot_be_shown_are_refused() -> None:
     with pytest.raises(InvalidInputError, match="have no domain"):
-        views(Statistics("gpt_oss", "a", 4, 8, 2))
+        subject_of(Statistics("gpt_oss", "a", 4, 8, 2))
     damaged = made_up(2, 4, ["x"])
     damaged.data["x"][1].norm[2] = np.nan
     with pytest.raises(InvalidInputError, match="ean_sum is not finite"):
-        views(damaged)
+        subject_of(damaged)
 
 
 def test_a_plan_of_another_checkpoint_is_refused(statistics: Statistics) -> None:
-    check_plan(plan_of(statistics, "reap", 2), statistics, "p.json")
+    subject = subject_of(statistics)
+    check_plan(plan_of(statistics, "reap", 2), subject, "p.json")
     with pytest.raises(
         PlanMismatchError, match=r"p\.json: is for gpt_oss with 2 layers of 8 experts.*3 layers of 8"
     ):
-        check_plan(Plan("gpt_oss", 8, ((0,), (1,))), statistics, "p.json")
+        check_plan(Plan("gpt_oss", 8, ((0,), (1,))), subject, "p.json")
     other = made_up(3, 8, DOMAINS)
     other.identity = "0" * 32
     with pytest.raises(PlanMismatchError, match=r"p\.json: belongs to checkpoint 0{32}"):
-        check_plan(plan_of(other, "reap", 2), statistics, "p.json")
+        check_plan(plan_of(other, "reap", 2), subject, "p.json")

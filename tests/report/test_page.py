@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from dataclasses import replace
@@ -10,11 +11,16 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from moe_surgery.errors import InvalidInputError, PlanMismatchError
+from moe_surgery.errors import InvalidInputError, PlanMismatchError, UsageError
+from moe_surgery.report.content import packed
+from moe_surgery.report.figures import subject_of
+from moe_surgery.report.fit import Detail, fit, packed_size
 from moe_surgery.report.markup import display_name, embedded_json, number, tag, text
 from moe_surgery.report.page import build_report
+from moe_surgery.selection.metrics import METRICS
 from moe_surgery.selection.statistics import Statistics
 from tests.report.inputs import evaluation_of, made_up, plan_of
+from tests.report.unpack import orders_of
 
 HOSTILE = (
     "</script><script>alert(1)</script>",
@@ -66,8 +72,15 @@ class Page(HTMLParser):
 
     @property
     def data(self) -> dict:  # type: ignore[type-arg]
-        [results] = [body for name, attributes, body in self.raw if attributes.get("id") == "data"]
-        return json.loads(results)
+        return self._json("data")
+
+    @property
+    def packed(self) -> dict:  # type: ignore[type-arg]
+        return self._json("packed")
+
+    def _json(self, name: str) -> dict:  # type: ignore[type-arg]
+        [result] = [body for _, attributes, body in self.raw if attributes.get("id") == name]
+        return json.loads(result)
 
 
 def full_page(statistics: Statistics, title: str | None = None) -> str:
@@ -97,7 +110,7 @@ def test_the_page_loads_nothing_and_forbids_it() -> None:
             assert (attributes[key] or "").startswith("#")
         assert not [k for k in attributes if k.startswith("on") or k == "style"]
     for _, attributes, body in parsed.raw:
-        if attributes.get("id") != "data":
+        if attributes.get("id") not in ("data", "packed"):
             allowed = body.replace("http://www.w3.org/2000/svg", "")  # a name, which nothing loads
             assert not re.search(
                 r"https?:|//[a-z]|@import|url\(|fetch\(|XMLHttp|innerHTML|eval\(|outerHTML", allowed
@@ -121,7 +134,7 @@ def test_names_from_files_stay_names(name: str) -> None:
     page = build_report(statistics, [(name, plan)], [(name, replace(evaluation, models=models))], title=name)
     parsed = Page(page)
     assert {t for t, _ in parsed.elements} == {t for t, _ in honest.elements}
-    assert [t for t, _ in parsed.elements].count("script") == 2
+    assert [t for t, _ in parsed.elements].count("script") == 3
     assert {k for _, a in parsed.elements for k in a} == {k for _, a in honest.elements for k in a}
     assert {view["name"] for view in parsed.data["views"][1:]} == {display_name(name), "b"}
     assert parsed.data["plans"][0]["name"] == display_name(name)
@@ -173,12 +186,58 @@ def test_without_script_the_first_view_and_the_tables_are_there() -> None:
     assert page.count('<tr><th scope="row">random-') == 4 * 3
 
 
-def test_a_full_size_page_stays_small() -> None:
-    statistics = made_up(24, 32, [f"domain {i}" for i in range(8)])
-    page = full_page(statistics).encode()
-    assert len(page) < 5_000_000
-    # Data once: the seven metrics, their ranks, and little else.
-    assert len(page) < 1_500_000
+@pytest.mark.parametrize(
+    ("layers", "experts", "domains"),
+    [(24, 32, 8), (24, 32, 40), (48, 128, 8), (61, 256, 4), (94, 512, 1)],
+)
+def test_a_page_stays_below_3_mb_and_uses_what_it_may(layers: int, experts: int, domains: int) -> None:
+    statistics = made_up(layers, experts, [f"domain {i}" for i in range(domains)], top_k=8)
+    page = build_report(statistics, [("plan.json", plan_of(statistics, "reap", experts // 4))])
+    assert len(page.encode()) < 3_000_000
+    data = Page(page).data
+    if data["levels"] is None:
+        assert data["metrics"] == list(METRICS)
+    elif data["metrics"] != list(METRICS):  # what was left out would not have fitted
+        assert len(page) * (len(data["metrics"]) + 1) / len(data["metrics"]) > 2_900_000
+    assert ('class="notice"' in page) is (data["levels"] is not None)
+
+
+def test_what_is_left_out_is_a_matter_of_size_and_wish() -> None:
+    subject = subject_of(made_up(4, 64, [f"domain {i}" for i in range(6)]))
+    full = Detail(subject.metrics, None, 64)
+    sizes = []
+    for available in (packed_size(subject, full), 150_000, 50_000, 15_000, 0):
+        detail = fit(subject, available)
+        size = len(embedded_json(packed(subject, detail)))
+        assert size <= packed_size(subject, detail) + 200
+        assert packed_size(subject, detail) <= max(available, 15_000)
+        sizes.append(packed_size(subject, detail))
+    assert sizes == sorted(sizes, reverse=True)
+    assert fit(subject, packed_size(subject, full)) == full
+    assert fit(subject, 0) == Detail(("frequency",), 255, 16)
+    # The most important first, in the usual order on the page.
+    wanted = ("ean_ca", "gate")
+    assert fit(subject, 0, wanted).metrics == ("ean_ca",)
+    assert fit(subject, 10**9, wanted).metrics == ("gate", "ean_ca")
+    words = Detail(("frequency",), 255, 16).words(subject)
+    assert (
+        "this page has frequency, not gate, ean_sum, ean_mean, weighted_ean, reap, ean_ca, lists the" in words
+    )
+    assert "the best 16 of 64 experts in each layer, and rounds scores to 0.4 %" in words
+    assert full.words(subject) == ""
+
+
+def test_metrics_and_domains_are_chosen() -> None:
+    statistics = made_up(2, 8, ["code", "law", "prose"])
+    data = Page(build_report(statistics, metrics=["reap", "gate"], domains=["law", "code"])).data
+    assert data["metrics"] == ["gate", "reap"]
+    assert [v["name"] for v in data["views"]] == ["all domains", "code", "law"]
+    with pytest.raises(UsageError, match=r"`metrics` speed: the source has frequency, gate"):
+        build_report(statistics, metrics=["speed"])
+    with pytest.raises(InvalidInputError, match="domain 'poetry' is not in these statistics"):
+        build_report(statistics, domains=["poetry"])
+    with pytest.raises(UsageError, match="41 domains: a report shows at most 40; choose with `domains`"):
+        build_report(made_up(1, 4, [f"d{i}" for i in range(41)]))
 
 
 def test_what_is_of_another_checkpoint_is_refused() -> None:
@@ -228,4 +287,7 @@ def test_any_size_of_model_has_a_page(layers: int, experts: int) -> None:
     page = build_report(
         statistics, [("p", plan_of(statistics, "reap", 1))], [("e", evaluation_of(statistics))]
     )
-    assert len(Page(page).data["scores"][0][0]) == layers * experts
+    packed = Page(page).packed
+    assert len(base64.b64decode(packed["scores"][0][0])) == 4 * layers * experts
+    orders = orders_of(packed["orders"][0][0], layers, experts, experts)
+    assert all(sorted(row) == list(range(experts)) for row in orders)

@@ -20,7 +20,7 @@ function draw(name, attributes, ...content) {
 
 // Four significant digits, with thousands separators.
 function figure(v) {
-  if (v === null || v === undefined) return "\u2013";
+  if (v === null || v === undefined || Number.isNaN(v)) return "\u2013";
   const size = Math.abs(v);
   if (size !== 0 && (size >= 1e7 || size < 1e-3)) return v.toExponential(2).replace("e+", "e");
   return size === 0 ? "0" : size >= 1000 ? Math.round(v).toLocaleString("en") : v.toPrecision(4);
@@ -28,7 +28,7 @@ function figure(v) {
 
 // A count, or a mean of counts.
 const whole = (v) => (Number.isInteger(v) ? v.toLocaleString("en") : figure(v));
-const score = (metric, v) => (D.metrics[metric] === "frequency" ? whole(v) : figure(v));
+const score = (metric, v) => (D.metrics[metric] === "frequency" && D.counts ? whole(v) : figure(v));
 
 const percent = (v, digits) => (v === null ? "\u2013" : (100 * v).toFixed(digits === undefined ? 1 : digits) + " %");
 const STEPS = 24;

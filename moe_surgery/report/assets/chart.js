@@ -1,5 +1,7 @@
 // Line charts, drawn for the available width so that text keeps its size on a phone.
 const COLOURS = 8;
+// More lines are hard to tell apart.
+const FEW = 8;
 const DASHES = ["", "7 3", "2 2.5", "9 3 2 3"];
 const MARKERS = [
   "M-3.6 0a3.6 3.6 0 1 0 7.2 0a3.6 3.6 0 1 0 -7.2 0z", "M-3.2 -3.2h6.4v6.4h-6.4z", "M0 -4.2L4 3H-4z",
@@ -14,7 +16,7 @@ const styleOf = (index) => ({
 function markerAt(index, x, y, title) {
   const s = styleOf(index);
   const e = draw("path", { class: "mark " + s.colour, d: s.marker, transform: `translate(${x.toFixed(1)} ${y.toFixed(1)})` });
-  if (title) e.append(draw("title", null, title));
+  if (title) e.append(draw("title", null, typeof title === "function" ? title() : title));
   return e;
 }
 
@@ -55,7 +57,7 @@ function wholeTicks(low, high) {
 }
 
 // c: {title, xLabel, yLabel, x: [from, to], y: [from, to], log, percent, level: {name, y}, at, marks,
-// series: [{name, index, points: [{x, y, low, high, title}]}]}
+// series: [{name, index, muted, points: [{x, y, low, high, title: text or function}]}]}
 function lineChart(c, width) {
   const height = Math.round(Math.min(320, Math.max(230, width * 0.6)));
   const top = 12, right = 16, bottom = 44, left = 56;
@@ -89,9 +91,12 @@ function lineChart(c, width) {
       const band = [...s.points.map((p) => pair(p.x, p.high)), ...s.points.map((p) => pair(p.x, p.low)).reverse()];
       svg.append(draw("path", { class: "band " + style.colour, d: "M" + band.join("L") + "z" }));
     }
-    if (s.points.length > 1)
-      svg.append(draw("path", { class: "line " + style.colour, "stroke-dasharray": style.dash,
-        d: "M" + s.points.map((p) => pair(p.x, p.y)).join("L") }));
+    if (s.points.length > 1) {
+      const thin = Math.max(1, Math.floor(s.points.length / 128));  // not more points than the eye can see
+      svg.append(draw("path", { class: "line " + (s.muted ? "muted" : style.colour), "stroke-dasharray": s.muted ? null : style.dash,
+        d: "M" + s.points.filter((_, i) => i % thin === 0 || i === s.points.length - 1).map((p) => pair(p.x, p.y)).join("L") }));
+    }
+    if (s.muted) continue;
     const every = Math.max(1, Math.floor(s.points.length / 8));
     s.points.forEach((p, i) => {
       if (i % every === s.index % every) svg.append(markerAt(s.index, atX(p.x), atY(p.y), p.title));
@@ -114,6 +119,6 @@ let printing = false;
 function showPanels(id, charts) {
   const box = byId(id);
   const available = printing ? 700 : box.clientWidth || 640;
-  const width = printing ? 340 : Math.floor(available >= 870 && charts.length > 1 ? (available - 28) / 2 : available);
+  const width = printing ? (charts.length > 1 ? 340 : 690) : Math.floor(available >= 870 && charts.length > 1 ? (available - 28) / 2 : available);
   box.replaceChildren(...charts.map((c) => make("div", { class: "panel" }, make("h3", null, c.title, ", ", make("span", { class: "unit" }, c.yLabel)), lineChart(c, width))));
 }

@@ -1,64 +1,49 @@
-// The heat map: a grid of focusable cells, one of which is in the page's tab order at a time.
-const map = { svg: byId("map"), cells: [], cursor: null, layer: 0, expert: 0, focused: false };
-
-function keptSets(plan) {
-  const p = D.plans[plan];
-  return p ? p.kept.map((row) => new Set(row)) : null;
-}
-
-const cellOf = (layer, expert) => map.cells[layer][expert];
+// The heat map: one stop of the Tab key, in which the arrow keys move from cell to cell.
+const map = { surface: null, layer: 0, expert: 0, focused: false };
+const MAP_HINT = "Hover over a cell, or focus the map and use the arrow keys.";
 const planShown = () => (byId("map-plan") ? chosen("map-plan") : -1);
 
 function startMap() {
-  map.svg.setAttribute("role", "grid");
-  map.svg.setAttribute("aria-rowcount", D.layers);
-  map.svg.setAttribute("aria-colcount", D.experts);
-  map.cursor = map.svg.querySelector(".cursor");
-  map.cursor.setAttribute("role", "presentation");
-  map.svg.querySelectorAll("text").forEach((t) => t.setAttribute("aria-hidden", "true"));
-  map.svg.querySelectorAll("g").forEach((row, layer) => {
-    row.setAttribute("role", "row");
-    map.cells.push([...row.children]);
-    map.cells[layer].forEach((cell, expert) => {
-      cell.setAttribute("role", "gridcell");
-      cell.setAttribute("tabindex", layer || expert ? "-1" : "0");
-      cell.dataset.at = layer + "," + expert;
-    });
-  });
+  const drawing = byId("map");
+  map.surface = drawing.localName === "svg" ? svgSurface(drawing) : canvasSurface(drawing);
+  const { element } = map.surface, at = (event) => map.surface.at(event);
   byId("map-readout").hidden = false;
-  map.svg.addEventListener("keydown", moveInMap);
-  const at = (event) => (event.target.dataset && event.target.dataset.at ? event.target.dataset.at.split(",").map(Number) : null);
-  map.svg.addEventListener("pointerover", (event) => at(event) && showReadout(...at(event)));
-  map.svg.addEventListener("pointerleave", () => map.focused ? showReadout(map.layer, map.expert) : hideCursor());
-  map.svg.addEventListener("pointerdown", (event) => at(event) && focusCell(...at(event)));
+  element.addEventListener("keydown", moveInMap);
+  element.addEventListener("pointermove", (event) => at(event) && showReadout(...at(event)));
+  element.addEventListener("pointerover", (event) => at(event) && showReadout(...at(event)));
+  element.addEventListener("pointerleave", () => map.focused ? showReadout(map.layer, map.expert) : map.surface.hide());
+  element.addEventListener("pointerdown", (event) => at(event) && focusCell(...at(event)));
   // On the box: listening for focus would make the drawing itself a stop of the Tab key.
-  map.svg.parentElement.addEventListener("focusin", (event) => {
-    if (!at(event)) return;
+  drawing.parentElement.addEventListener("focusin", (event) => {
+    if (event.target !== element && !at(event)) return;
     map.focused = true;
-    rove(...at(event));
+    if (event.target !== element) rove(...at(event));
     showReadout(map.layer, map.expert);
   });
-  map.svg.parentElement.addEventListener("focusout", () => { map.focused = false; hideCursor(); });
+  drawing.parentElement.addEventListener("focusout", () => { map.focused = false; map.surface.hide(); });
   onChange(["map-view", "map-metric", "map-plan", "map-scale"], paintMap);
+  onChange(["map-zoom"], layMap);
+  byId("lists").addEventListener("toggle", listOrders);
+  map.surface.lay();
   paintMap();
 }
 
-const hideCursor = () => map.cursor.setAttribute("visibility", "hidden");
+// After the page's width or the size of cells has changed.
+function layMap() {
+  map.surface.lay();
+  if (map.focused) map.surface.place(map.layer, map.expert);
+}
 
 function rove(layer, expert) {
-  cellOf(map.layer, map.expert).setAttribute("tabindex", "-1");
   map.layer = layer;
   map.expert = expert;
-  cellOf(layer, expert).setAttribute("tabindex", "0");
+  map.surface.rove(layer, expert);
 }
 
 function focusCell(layer, expert) {
   rove(layer, expert);
-  cellOf(layer, expert).focus({ preventScroll: true });
-  const scroll = map.svg.parentElement, cell = cellOf(layer, expert).getBoundingClientRect(), box = scroll.getBoundingClientRect();
-  if (cell.left < box.left + 44) scroll.scrollLeft -= box.left + 44 - cell.left;
-  if (cell.right > box.right - 8) scroll.scrollLeft += cell.right - box.right + 8;
-  if (cell.top < 0 || cell.bottom > innerHeight) cellOf(layer, expert).scrollIntoView({ block: "nearest" });
+  map.surface.focus(layer, expert);
+  showReadout(layer, expert);
 }
 
 function moveInMap(event) {
@@ -79,51 +64,72 @@ function moveInMap(event) {
   focusCell(Math.min(Math.max(layer, 0), D.layers - 1), Math.min(Math.max(expert, 0), D.experts - 1));
 }
 
-// The numbers of one cell under the map.
-function showReadout(layer, expert) {
-  const cell = cellOf(layer, expert), view = chosen("map-view"), metric = chosen("map-metric");
-  map.cursor.setAttribute("x", cell.x.baseVal.value - 1);
-  map.cursor.setAttribute("y", cell.y.baseVal.value - 1);
-  map.cursor.setAttribute("visibility", "visible");
-  const i = layer * D.experts + expert, kept = keptSets(planShown());
-  const state = kept ? (kept[layer].has(expert) ? ", kept by " : ", not kept by ") + D.plans[planShown()].name : "";
-  const list = make("dl", null, ...D.metrics.map((m, k) => make("div", k === metric ? { class: "chosen" } : null,
-    make("dt", null, m), make("dd", null, score(k, D.scores[k][view][i]) + " (" + ordinal(D.ranks[k][view][i]) + ")"))));
-  byId("map-readout").replaceChildren(
-    make("p", null, make("b", null, `Layer ${layer}, expert ${expert}`), ` on ${D.views[view].name}${state}`), list);
-}
-
 function ordinal(n) {
   const tens = n % 100;
   return n + (tens >= 11 && tens <= 13 ? "th" : ["th", "st", "nd", "rd"][n % 10] || "th");
 }
 
+const placed = (rank) => (rank ? ordinal(rank) : "after " + ordinal(D.listed));
+
+// Score and rank of cell i, as far as they are known.
+function scored(metric, view, i) {
+  const rank = placed(ranksOf(metric, view)[i]);
+  return D.measured ? `${score(metric, scoresOf(metric, view)[i])} (${rank})` : rank;
+}
+
+// The numbers of one cell under the map.
+function showReadout(layer, expert) {
+  const view = chosen("map-view"), metric = chosen("map-metric"), i = layer * D.experts + expert;
+  map.surface.place(layer, expert);
+  const kept = keptIn(planShown());
+  const state = kept ? (kept[i] ? ", kept by " : ", not kept by ") + D.plans[planShown()].name : "";
+  const values = D.measured
+    ? D.metrics.map((m, k) => [m, scored(k, view, i), k === metric])
+    : D.views.map((v, k) => [v.name, scored(0, k, i), k === view]);
+  const list = make("dl", null, ...values.map(([name, value, now]) => make("div", now ? { class: "chosen" } : null,
+    make("dt", null, name), make("dd", null, value))));
+  byId("map-readout").replaceChildren(
+    make("p", null, make("b", null, `Layer ${layer}, expert ${expert}`), ` on ${D.views[view].name}${state}`), list);
+}
+
 function paintMap() {
-  const view = chosen("map-view"), metric = chosen("map-metric"), plan = planShown();
-  const scores = D.scores[metric][view], ranks = D.ranks[metric][view], kept = keptSets(plan), name = D.metrics[metric];
+  const view = chosen("map-view"), metric = chosen("map-metric"), name = D.metrics[metric];
+  const scores = scoresOf(metric, view), ranks = ranksOf(metric, view), kept = keptIn(planShown());
   const all = chosen("map-scale") === 1;
-  const top = all ? Math.max(...scores) : 0;
-  const dots = [];
-  map.cells.forEach((row, layer) => {
-    const from = layer * D.experts;
-    const most = all ? top : Math.max(...scores.slice(from, from + D.experts));
-    row.forEach((cell, expert) => {
-      const value = scores[from + expert], stays = kept && kept[layer].has(expert);
-      cell.setAttribute("class", "q" + step(most > 0 ? value / most : 0));
-      cell.setAttribute("aria-label", `layer ${layer}, expert ${expert}: ${name} ${score(metric, value)}, ` +
-        `${ordinal(ranks[from + expert])} of ${D.experts}` + (kept ? (stays ? ", kept" : ", not kept") : ""));
-      if (stays) dots.push(`M${cell.x.baseVal.value + cell.width.baseVal.value / 2} ${cell.y.baseVal.value + cell.height.baseVal.value / 2}h0`);
-    });
+  const largest = new Float64Array(D.layers);
+  for (let i = 0; i < CELLS; i++) {
+    const layer = Math.floor(i / D.experts);
+    if (scores[i] > largest[layer]) largest[layer] = scores[i];
+  }
+  const top = largest.reduce((a, b) => Math.max(a, b), 0);
+  const shades = new Uint8Array(CELLS);
+  for (let i = 0; i < CELLS; i++) {
+    const most = all ? top : largest[Math.floor(i / D.experts)];
+    shades[i] = step(most > 0 && scores[i] > 0 ? scores[i] / most : 0);
+  }
+  map.surface.paint({
+    shades,
+    kept,
+    label: `Heat map: ${name} of ${D.experts} experts in ${D.layers} layers, ${D.views[view].name}`,
+    describe: (i) => `layer ${Math.floor(i / D.experts)}, expert ${i % D.experts}: ${name} ` +
+      (D.measured ? score(metric, scores[i]) + ", " : "") + `${placed(ranks[i])} of ${D.experts}` +
+      (kept ? (kept[i] ? ", kept" : ", not kept") : ""),
   });
-  map.svg.querySelectorAll(".rim, .dot").forEach((p) => p.setAttribute("d", dots.join("")));
-  map.svg.setAttribute("aria-label", `Heat map: ${name} of ${D.experts} experts in ${D.layers} layers, ${D.views[view].name}`);
-  byId("scale-high").textContent = all ? score(metric, top) : "largest of the layer";
+  if (D.measured) byId("scale-high").textContent = all ? score(metric, top) : "largest of the layer";
   if (byId("map-key")) byId("map-key").hidden = !kept;
-  byId("orders").tBodies[0].replaceChildren(...map.cells.map((_, layer) => {
-    const order = new Array(D.experts);
-    for (let e = 0; e < D.experts; e++) order[ranks[layer * D.experts + e] - 1] = e;
-    return make("tr", null, make("th", { scope: "row" }, String(layer)), make("td", null, order.join(" ")));
-  }));
+  listOrders();
   if (map.focused) showReadout(map.layer, map.expert);
-  else byId("map-readout").replaceChildren(make("p", null, "Hover over a cell, or focus the map and use the arrow keys."));
+  else byId("map-readout").replaceChildren(make("p", null, MAP_HINT));
+}
+
+// The experts of each layer, best first, under the map.
+function listOrders() {
+  if (CELLS > 5000 && !byId("lists").open) return;
+  const orders = ordersOf(chosen("map-metric"), chosen("map-view"));
+  const count = printing && CELLS > 5000 ? Math.min(32, D.listed) : D.listed;  // not dozens of sheets of paper
+  const { tBodies, tHead } = byId("orders");
+  tHead.rows[0].cells[1].textContent = "Experts, best first" + (count < D.experts ? ` (the first ${count})` : "");
+  tBodies[0].replaceChildren(...Array.from({ length: D.layers }, (_, layer) =>
+    make("tr", null, make("th", { scope: "row" }, String(layer)),
+      make("td", null, orders.subarray(layer * D.listed, layer * D.listed + count).join(" ")))));
 }

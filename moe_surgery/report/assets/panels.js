@@ -1,44 +1,29 @@
-// Overlap, coverage and evaluation, redrawn when a control changes.
-function pairOf(a, b) {
-  const [low, high] = a < b ? [a, b] : [b, a];
-  return (high * (high - 1)) / 2 + low;
-}
-
-function showOverlap() {
-  const metric = chosen("overlap-metric"), n = chosen("overlap-n");
-  byId("overlap-n-value").textContent = n;
-  [...byId("overlap").tBodies[0].rows].forEach((row, a) => {
-    D.views.forEach((_, b) => {
-      const share = a === b ? 1 : D.overlap[metric][pairOf(a, b)][n - 1] / (n * D.layers);
-      row.cells[b + 1].className = "q" + step(share);
-      row.cells[b + 1].textContent = (100 * share).toFixed(0);
-    });
-  });
-  byId("overlap-caption").textContent = `Percent. The best ${n} of ${D.experts} experts by ${D.metrics[metric]}; ` +
-    `random choice would give ${((100 * n) / D.experts).toFixed(0)}.`;
-}
-
+// Coverage and evaluation, redrawn when a control changes.
 function showCoverage() {
   const domains = chosen("coverage-compare") === 1;
   const view = chosen("coverage-view"), metric = chosen("coverage-metric"), n = chosen("coverage-n");
-  const kind = chosen("coverage-kind") === 1 ? "routes" : "weight";
+  const kind = D.kinds[chosen("coverage-kind")];
+  const crowded = domains && D.views.length > FEW;  // then the chosen domain stands out among grey lines
   byId("coverage-n-value").textContent = n;
-  byId("coverage-view").closest("label").hidden = domains;
+  if (byId("coverage-view")) byId("coverage-view").closest("label").hidden = domains && !crowded;
   if (byId("coverage-metric")) byId("coverage-metric").closest("label").hidden = !domains;
   const lines = domains
-    ? D.views.map((v, i) => ({ name: v.name, index: i, both: D.coverage[kind][metric][i] }))
-    : D.metrics.map((m, i) => ({ name: m, index: i, both: D.coverage[kind][i][view] }));
+    ? D.views.map((v, i) => ({ name: v.name, index: i, muted: crowded && i !== view && !v.all, both: coverageOf(kind, metric, i) }))
+    : D.metrics.map((m, i) => ({ name: m, index: i, both: coverageOf(kind, i, view) }));
+  const drawn = crowded ? [...lines.filter((l) => l.muted), ...lines.filter((l) => !l.muted).map((l, index) => ({ ...l, index }))] : lines;
+  const every = Math.max(1, Math.floor(D.experts / 128));  // not more points than the eye can see
+  const sampled = Array.from({ length: D.experts }, (_, i) => i).filter((i) => i % every === 0 || i === D.experts - 1);
   const chart = (title, which) => ({
     title, xLabel: "experts kept in each layer", yLabel: "share of " + (kind === "weight" ? "routing weight" : "routes"),
     x: [1, D.experts], y: [0, 1], percent: true, at: n,
     marks: domains ? [] : D.plans.map((p) => ({ name: p.name, x: p.experts, y: p.coverage[kind][view][which] })),
-    series: lines.map((l) => ({ name: l.name, index: l.index, points: l.both[which].map((y, i) => (
-      { x: i + 1, y, title: `${l.name}, ${i + 1} experts: ${percent(y)}` })) })),
+    series: drawn.map((l) => ({ name: l.name, index: l.index, muted: l.muted, points: sampled.map((i) => (
+      { x: i + 1, y: l.both[which][i], title: () => `${l.name}, ${i + 1} experts: ${percent(l.both[which][i])}` })) })),
   });
   showPanels("coverage", [chart("Mean over layers", 0), chart("Worst layer", 1)]);
-  byId("coverage-legend").replaceChildren(legend(lines));
+  byId("coverage-legend").replaceChildren(legend(drawn.filter((l) => !l.muted)), ...(crowded ? ["Grey: the other domains."] : []));
   const fewest = (values, share) => {
-    const at = values.findIndex((v) => v >= share - 1e-9);
+    const at = values.findIndex((v) => v >= share - 1e-5);
     return at < 0 ? "\u2013" : String(at + 1);
   };
   const shares = [0.8, 0.9, 0.95, 0.99];
@@ -58,8 +43,6 @@ const MEASURES = [
   ["agreement", "Same most likely token", "share of tokens"],
   ["rerouted", "Rerouted to another expert", "mean over layers"],
 ];
-// More lines are hard to tell apart.
-const FEW = 8;
 const shownEvaluation = () => D.evaluations[chosen("evaluation-file")];
 
 function startEvaluation() {
@@ -82,7 +65,7 @@ function showEvaluation() {
   const e = shownEvaluation(), domain = chosen("evaluation-domain"), set = chosen("evaluation-set");
   const own = e.own[domain].length ? e.own[domain] : null;
   const wanted = set === 0 ? null : set === 1 ? own : [set - 2];
-    // Colours are numbered among the lines shown, so that a few lines never look alike.
+  // Colours are numbered among the lines shown, so that a few lines never look alike.
   const lines = e.lines.filter((l) => l.set === null || wanted === null || wanted.includes(l.set)).map((l, index) => ({ ...l, index }));
   const charts = MEASURES.map(([measure, title, yLabel]) => {
     const share = measure === "agreement" || measure === "rerouted";
