@@ -36,6 +36,8 @@ STAGES = {
     "profile": "profiling",
     "search": "searching",
     "evaluate": "evaluating",
+    "generate": "generating",
+    "trace": "tracing",
 }
 Advance = Callable[[int], None]
 
