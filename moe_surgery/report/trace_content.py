@@ -82,9 +82,12 @@ def inline_html(piece: str) -> Html:
     return Html(escape(inline_text(piece)))
 
 
-def running_text(piece: str) -> Html:
-    """A token in the running text: as `inline_html`, with line breaks after their symbols."""
-    return Html(inline_html(piece).replace(SYMBOLS["\n"], SYMBOLS["\n"] + "\n"))
+def running_text(piece: str) -> tuple[Html, str]:
+    """A token in the running text: as `inline_html`, with line breaks after their symbols; and the last line
+    break, if the token ends with one, to be put after the token's element."""
+    broken = inline_html(piece).replace(SYMBOLS["\n"], SYMBOLS["\n"] + "\n")
+    words = broken.removesuffix("\n")
+    return Html(words), broken[len(words) :]
 
 
 def _character(character: str) -> str:

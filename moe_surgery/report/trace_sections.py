@@ -88,7 +88,8 @@ def text_section(trace: Trace, tokens: int) -> Html:
         extra = " made" if i >= trace.prompt_tokens else ""
         name = f"{classes[i]}{extra}".strip()
         attribute = f' class="{name}"' if name else ""
-        spans.append(f'<span role="option" id="t{i}"{attribute}>{running_text(trace.texts[i])}</span>')
+        words, line_break = running_text(trace.texts[i])
+        spans.append(f'<span role="option" id="t{i}"{attribute}>{words}</span>{line_break}')
     text = tag(
         "div", Html("".join(spans)), id="text", class_="tokens", role="listbox", tabindex="0",
         aria_label="Tokens", aria_describedby="keys",
@@ -102,7 +103,7 @@ def text_section(trace: Trace, tokens: int) -> Html:
         tag(
             "p",
             "Arrow keys, Page Up and Down, Home and End move between tokens; n and p go to the next and previous "
-            "token of the picked expert, or with weight lost.",
+            "token of the expert, or with a value above 0.",
             id="keys",
             class_="hint",
             hidden="",
@@ -175,11 +176,16 @@ def compare_section(trace: Trace, tokens: int) -> Html:
         tag("h3", "KL divergence by routing weight lost"),
         scroll(table(bucket_head, bucket_rows, class_="plain numbers", id="buckets"), "KL by weight lost"),
     ]
-    for name, plan, share in zip(shown, plans, lost, strict=True):
-        parts += [
+    tops = [
+        tag(
+            "div",
             tag("h3", f"Largest KL with {name}"),
             scroll(_top_tokens(trace, plan, share, tokens), f"Tokens of largest KL with {name}"),
-        ]
+            class_="panel",
+        )
+        for name, plan, share in zip(shown, plans, lost, strict=True)
+    ]
+    parts.append(tag("div", *tops, class_="panels wide"))
     words = (
         "KL(full || plan) of the next token, in nats, after each token. A token also suffers from what earlier tokens "
         "lost: attention reads their hidden states."
@@ -198,7 +204,7 @@ def _top_tokens(trace: Trace, plan: ModelTrace, lost: np.ndarray, tokens: int) -
                 tag("span", tag("span", before, class_="before"), link, class_="snippet"),
                 f"{plan.kl[i]:.4f}",
                 _percent(lost[:, i].mean()),
-                inline_html(trace.texts[i + 1]) if i + 1 < len(trace.tokens) else "\u2013",
+                tag("code", inline_html(trace.texts[i + 1])) if i + 1 < len(trace.tokens) else "\u2013",
                 _prediction(full, i),
                 _prediction(plan, i),
             )

@@ -16,9 +16,9 @@ function inNextLine(t, down) {
   return best;
 }
 
-// The next token (or the one before) that the picked expert, or a loss, marks.
+// The next token (or the one before) with a value; of the same strongest expert where experts are shown.
 function nextMarked(by) {
-  const marked = (t) => (painted.values ? painted.values[t] > 0 : painted.plain[t] !== "");
+  const marked = (t) => (painted.values ? painted.values[t] > 0 : painted.labels[t] === painted.labels[picked]);
   for (let t = picked + by; t >= 0 && t < T; t += by) if (marked(t)) return t;
   return picked;
 }
@@ -65,6 +65,7 @@ function listen() {
   addEventListener("beforeprint", () => {
     document.querySelectorAll("details:not([open])").forEach((d) => { d.open = true; opened.push(d); });
     printing = true;
+    write(0, T);
     showToken();
   });
   addEventListener("afterprint", () => {
@@ -87,6 +88,7 @@ async function start() {
     byId("b").value = D.models.length > 2 ? 2 : 1;
     picked = D.models[1].kl.indexOf(Math.max(...D.models[1].kl));
   }
+  byId("expert").options[0].value = "-1";
   fillExperts();
   listen();
   paint();

@@ -1,8 +1,10 @@
-// The text, coloured: a class, a height and a label per token. Only tokens that change are written to.
+// The text, coloured: a class, a height and a label per token. The tokens in view are written first, the others
+// in pieces afterwards, so that a choice shows at once however long the text is.
 const [EXPERT, KL, LOST, AGREEMENT] = [0, 1, 2, 3];
 const STYLED = 8;  // experts with a colour of their own
 const spans = [...byId("text").children];
-const painted = { classes: spans.map((s) => s.className), heights: [], labels: [], values: [] };
+const PIECE = 400;
+const painted = { written: spans.map((s) => s.className), classes: [], heights: [], labels: [], values: null, timer: 0 };
 const compared = D.models.length > 1;
 const mode = () => (compared ? chosen("mode") : EXPERT);
 const plan = () => (compared ? chosen("plan") + 1 : full);
@@ -18,7 +20,7 @@ function fillExperts() {
   const listed = [make("option", { value: -1 }, "strongest of each token")];
   chosenBy.forEach((n, e) => { if (n || String(e) === before) listed.push(make("option", { value: e }, `${e} (${n} tokens)`)); });
   byId("expert").replaceChildren(...listed);
-  byId("expert").value = before === "" || !listed.some((o) => o.value === before) ? "-1" : before;
+  byId("expert").value = !listed.some((o) => o.value === before) ? "-1" : before;
 }
 
 function showControls() {
@@ -81,16 +83,44 @@ function byStrongest() {
 
 function paint() {
   showControls();
-  const next = coloured(), numbers = byId("numbers").checked;
-  for (let t = 0; t < T; t++) {
-    const name = next.classes[t] + (t >= D.promptTokens ? " made" : "") + (t === picked ? " on" : "");
-    if (name !== painted.classes[t]) spans[t].className = painted.classes[t] = name;
-    if (numbers) { if (spans[t].dataset.n !== next.labels[t]) spans[t].dataset.n = next.labels[t]; }
-  }
-  byId("text").classList.toggle("numbered", numbers);
-  Object.assign(painted, { heights: next.heights, labels: next.labels, values: next.values, plain: next.classes });
+  const next = coloured();
+  const { classes, heights, labels, values } = next;
+  Object.assign(painted, { classes, heights, labels, values });
+  const [from, to] = inView();
+  byId("text").classList.toggle("numbered", byId("numbers").checked);
+  write(from, to);
   showKey(next.key);
   drawStrip();
+  clearTimeout(painted.timer);
+  const rest = (t) => {
+    write(t, t + PIECE);
+    painted.timer = t + PIECE < T ? setTimeout(rest, 0, t + PIECE) : 0;
+  };
+  painted.timer = setTimeout(rest, 60, 0);
+}
+
+function write(from, to) {
+  const numbers = byId("numbers").checked;
+  for (let t = Math.max(0, from); t < Math.min(T, to); t++) {
+    const name = painted.classes[t] + (t >= D.promptTokens ? " made" : "") + (t === picked ? " on" : "");
+    if (name !== painted.written[t]) spans[t].className = painted.written[t] = name;
+    if (numbers && spans[t].dataset.n !== painted.labels[t]) spans[t].dataset.n = painted.labels[t];
+  }
+}
+
+// The tokens in the box's view, first and last, and a line on each side.
+function inView() {
+  const box = byId("text"), low = box.scrollTop - 60, high = box.scrollTop + box.clientHeight + 60;
+  const top = box.offsetTop;
+  const firstBelow = (y) => {
+    let a = 0, b = T;
+    while (a < b) {
+      const middle = (a + b) >> 1;
+      if (spans[middle].offsetTop - top < y) a = middle + 1; else b = middle;
+    }
+    return a;
+  };
+  return [firstBelow(low), firstBelow(high)];
 }
 
 function showKey(key) {
@@ -110,7 +140,7 @@ function showKey(key) {
 // The whole text in one line, a bar per token; as many paths as there are colours.
 function drawStrip() {
   const paths = new Map();
-  painted.plain.forEach((c, t) => {
+  painted.classes.forEach((c, t) => {
     if (!painted.heights[t]) return;
     const h = (40 * painted.heights[t]).toFixed(1);
     paths.set(c, (paths.get(c) || "") + `M${t} 40v-${h}h1v${h}z`);

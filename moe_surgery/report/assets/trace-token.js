@@ -1,15 +1,13 @@
 // One token: what the models predict after it, and its path through the layers.
-let picked = 0;
+let picked = 0, tableTimer = 0;
 
 function pickToken(t, scroll) {
   const before = picked;
   picked = Math.min(Math.max(t, 0), T - 1);
-  for (const i of new Set([before, picked])) {
-    const on = i === picked;
-    spans[i].classList.toggle("on", on);
-    painted.classes[i] = spans[i].className;
-    if (on) spans[i].setAttribute("aria-selected", "true"); else spans[i].removeAttribute("aria-selected");
-  }
+  spans[before].removeAttribute("aria-selected");
+  spans[picked].setAttribute("aria-selected", "true");
+  write(before, before + 1);
+  write(picked, picked + 1);
   byId("text").setAttribute("aria-activedescendant", "t" + picked);
   if (scroll) spans[picked].scrollIntoView({ block: "nearest", behavior: "instant" });
   markStrip();
@@ -18,7 +16,7 @@ function pickToken(t, scroll) {
 
 function showToken() {
   const lines = [make("p", { class: "name" }, make("b", null, D.texts[picked]), ` token ${picked}, id ${D.ids[picked]}`)];
-  const head = ["Next token", "predicts", "loss", ...(compared ? ["KL"] : [])];
+  const head = ["Model", "Predicts next", "Loss", ...(compared ? ["KL"] : [])];
   const rows = D.models.map((m) => make("tr", null, make("th", { scope: "row" }, m.name),
     make("td", null, make("code", null, D.words[m.predicted[picked]]), ` ${percent(m.probability[picked], 0)}`),
     make("td", null, picked < m.loss.length ? figure(m.loss[picked]) : "\u2013"),
@@ -27,8 +25,11 @@ function showToken() {
     make("thead", null, make("tr", null, ...head.map((h) => make("th", { scope: "col" }, h)))), make("tbody", null, ...rows)));
   if (picked + 1 < D.texts.length)
     lines.push(make("p", { class: "hint" }, "In the text follows ", make("code", null, D.texts[picked + 1]), "."));
-  byId("token").replaceChildren(...lines, make("h3", null, "Path through the layers"), pathKey(), pathFigure(), pathTable());
+  const table = byId("path") || make("table", { class: "plain path-table", id: "path" });
+  byId("token").replaceChildren(...lines, make("h3", null, "Path through the layers"), pathKey(), pathFigure(), table);
   byId("readout").textContent = readout();
+  clearTimeout(tableTimer);
+  if (printing) showTable(); else tableTimer = setTimeout(showTable, 20);
 }
 
 function readout() {
@@ -59,7 +60,7 @@ const CROSS = (r, x, y) => `M${(x || 0) - r} ${y || 0}h${2 * r}M${x || 0} ${(y |
 // Experts across, layers down; a line joins the strongest of each layer.
 function pathFigure() {
   const width = Math.max(220, Math.min((printing ? 340 : byId("token").clientWidth || 360) - 4, 520));
-  const row = L <= 16 ? 16 : L <= 32 ? 12 : L <= 64 ? 8 : 6, left = 26, top = 18, right = 10;
+  const row = L <= 8 ? 24 : L <= 16 ? 16 : L <= 32 ? 12 : L <= 64 ? 8 : 6, left = 26, top = 18, right = 10;
   const x = (e) => left + 8 + (E > 1 ? (e * (width - left - right - 8)) / (E - 1) : 0), y = (l) => top + (l + 0.5) * row;
   const parts = { at: "", lost: "", fresh: "" };
   let line = "";
@@ -85,10 +86,11 @@ function wholeMarks(count, n) {
   return Array.from({ length: Math.ceil(count / size) }, (_, i) => i * size);
 }
 
-function pathTable() {
-  const chip = (l, x) => make("button", { type: "button", tabindex: "-1", "data-at": l + "," + x.expert,
-    class: "chip q" + step(x.weight) + (x.lost ? " lost" : "") + (x.fresh ? " fresh" : ""),
-    title: `layer ${l}, expert ${x.expert}: ${percent(x.weight)}${x.lost ? ", removed by the plan" : ""}${x.fresh ? ", only with the plan" : ""}` },
+// After the rest: it is long, and a key held down need not draw it for every token.
+function showTable() {
+  // For the mouse; keys have the lists of layers and experts.
+  const chip = (l, x) => make("span", { "data-at": l + "," + x.expert,
+    class: "chip q" + step(x.weight) + (x.lost ? " lost" : "") + (x.fresh ? " fresh" : "") },
     make(x.lost ? "s" : "b", null, String(x.expert)), " " + whole100(x.weight));
   const rows = [];
   for (let l = 0; l < L; l++) {
@@ -97,6 +99,6 @@ function pathTable() {
       ...(compared ? [make("td", null, ...after.map((x) => chip(l, x)))] : [])));
   }
   const head = ["Layer", "Experts, weight in percent", ...(compared ? ["With " + D.models[plan()].name] : [])];
-  return make("table", { class: "plain path-table", id: "path" },
+  byId("path").replaceChildren(
     make("thead", null, make("tr", null, ...head.map((h) => make("th", { scope: "col" }, h)))), make("tbody", null, ...rows));
 }
