@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from moe_surgery.progress import Progress
     from moe_surgery.quality.evaluate import evaluate
     from moe_surgery.quality.job import profile
-    from moe_surgery.quality.search import search
     from moe_surgery.quality.routing_trace import Trace
+    from moe_surgery.quality.search import search
     from moe_surgery.quality.text_files import TextFile
     from moe_surgery.quality.trace import trace
     from moe_surgery.runtime.generate import generate, stream

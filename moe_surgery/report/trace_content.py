@@ -61,9 +61,7 @@ def _model(
         "routes": pack_routes(model, tokens, levels),
         "kl": [number(float(x), 4) for x in model.kl[:tokens]],
         "loss": [number(float(x), 4) for x in model.loss[:tokens]],
-        "predicted": [
-            words.setdefault(inline_text(t), len(words)) for t in model.predicted_texts[:tokens]
-        ],
+        "predicted": [words.setdefault(inline_text(t), len(words)) for t in model.predicted_texts[:tokens]],
         "probability": [number(float(x), 3) for x in model.probability[:tokens]],
     }
 

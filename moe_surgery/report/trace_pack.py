@@ -50,7 +50,8 @@ def _packed(values: Bytes, levels: int) -> Bytes:
     if levels > 15:
         return values
     values = np.append(values, np.zeros(len(values) % 2, np.uint8))
-    return values[::2] | values[1::2] << 4
+    packed: Bytes = values[::2] | (values[1::2] << 4).astype(np.uint8)
+    return packed
 
 
 def _escaped(gaps: npt.NDArray[np.int64]) -> Bytes:

@@ -25,13 +25,13 @@ def build_trace_page(trace: Trace, title: str | None = None) -> str:
     """
     total = tokens = len(trace.tokens)
     for levels in LEVELS:
-        page = _page(trace, title, tokens, levels)
-        if len(page) <= PAGE_BYTES:
+        page, size = _page(trace, title, tokens, levels)
+        if size <= PAGE_BYTES:
             return page
     while tokens > 1:
-        tokens = max(1, min(tokens - 1, int(0.97 * tokens * PAGE_BYTES / len(page))))
-        page = _page(trace, title, tokens, LEVELS[-1])
-        if len(page) <= PAGE_BYTES:
+        tokens = max(1, min(tokens - 1, int(0.97 * tokens * PAGE_BYTES / size)))
+        page, size = _page(trace, title, tokens, LEVELS[-1])
+        if size <= PAGE_BYTES:
             return page
     raise InvalidInputError(
         f"a page of {total} tokens through {len(trace.models)} models of {trace.layers} layers would exceed "
@@ -39,10 +39,12 @@ def build_trace_page(trace: Trace, title: str | None = None) -> str:
     )
 
 
-def _page(trace: Trace, title: str | None, tokens: int, levels: int) -> str:
+def _page(trace: Trace, title: str | None, tokens: int, levels: int) -> tuple[str, int]:
+    """The page with the first `tokens` tokens, and its size in bytes."""
     heading = title or f"Experts of {trace.model_type}, token by token"
     sections = [text_section(trace, tokens)]
     if len(trace.models) > 1:
         sections.append(compare_section(trace, tokens))
     header = trace_header(heading, trace, tokens, levels)
-    return document(heading, header, sections, trace_content(trace, tokens, levels), STYLES, SCRIPTS)
+    page = document(heading, header, sections, trace_content(trace, tokens, levels), STYLES, SCRIPTS)
+    return page, len(page.encode())

@@ -39,7 +39,9 @@ def trace_header(heading: str, trace: Trace, tokens: int, levels: int) -> Html:
         (f"Plan {name}", f"{min_to_max([len(k) for k in m.kept])} experts per layer; {_method(trace, m)}")
         for name, m in zip(names(trace)[1:], trace.models[1:], strict=True)
     ]
-    computed = "; ".join(f"{key} {trace.settings[key]}" for key in ("backend", "device", "dtype") if key in trace.settings)
+    computed = "; ".join(
+        f"{key} {trace.settings[key]}" for key in ("backend", "device", "dtype") if key in trace.settings
+    )
     lines += [("Computed by", computed)] if computed else []
     lines += [("Weights", f"rounded to {levels + 1} levels; exact ones: --json")]
     lines += [("Made by", f"moe-surgery {__version__}")]
@@ -159,7 +161,8 @@ def compare_section(trace: Trace, tokens: int) -> Html:
         )
         for name, plan, share in zip(shown, plans, lost, strict=True)
     ]
-    head = ("Plan", "Experts per layer", "Mean KL", "Largest KL", "Same top-1", "Tokens that lose an expert", "Routing weight lost")  # fmt: skip
+    head = ("Plan", "Experts per layer", "Mean KL", "Largest KL", "Same top-1")
+    head += ("Tokens that lose an expert", "Routing weight lost")
     buckets = [by_weight_lost(share, plan.kl) for share, plan in zip(lost, plans, strict=True)]
     bucket_head = ["Weight lost (mean of layers)"]
     for name in shown:
@@ -190,7 +193,9 @@ def compare_section(trace: Trace, tokens: int) -> Html:
         "KL(full || plan) of the next token, in nats, after each token. A token also suffers from what earlier tokens "
         "lost: attention reads their hidden states."
     )
-    return section("compare", "What the plan changes" if len(plans) == 1 else "What the plans change", words, *parts)
+    return section(
+        "compare", "What the plan changes" if len(plans) == 1 else "What the plans change", words, *parts
+    )
 
 
 def _top_tokens(trace: Trace, plan: ModelTrace, lost: np.ndarray, tokens: int) -> Html:
@@ -214,8 +219,10 @@ def _top_tokens(trace: Trace, plan: ModelTrace, lost: np.ndarray, tokens: int) -
 
 
 def _prediction(model: ModelTrace, i: int) -> Html:
-    return tag("span", tag("code", inline_html(model.predicted_texts[i])), f" {_percent(model.probability[i])}")
+    return tag(
+        "span", tag("code", inline_html(model.predicted_texts[i])), f" {_percent(model.probability[i])}"
+    )
 
 
-def _percent(share: float) -> str:
+def _percent(share: float | np.floating) -> str:
     return f"{100 * float(share):.1f} %"

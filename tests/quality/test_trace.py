@@ -79,7 +79,9 @@ def test_predictions_and_divergence_are_those_of_transformers(traced: Trace, see
         log_p = log_softmax(result.logits)
         kl = (np.exp(full) * (full - log_p)).sum(axis=1)
         np.testing.assert_allclose(model.kl, kl, rtol=2e-4, atol=2e-5)
-        np.testing.assert_allclose(model.loss, -log_p[np.arange(len(following)), following], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(
+            model.loss, -log_p[np.arange(len(following)), following], rtol=1e-4, atol=1e-4
+        )
         assert list(model.predicted) == log_p.argmax(axis=1).tolist()
         np.testing.assert_allclose(model.probability, np.exp(log_p.max(axis=1)), rtol=1e-3)
     assert traced.models[0].kl.max() == 0

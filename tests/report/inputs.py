@@ -137,4 +137,6 @@ def made_up_trace(
     models = (model("full", experts), *(model(name, kept) for name, kept in plans))
     ids = tuple(int(i) for i in rng.integers(0, 50_000, tokens))
     prompt = max(1, tokens * 3 // 4)
-    return Trace("gpt_oss", "example", "f" * 32, experts, top_k, ids, texts, prompt, models, {"dtype": "float32"})
+    return Trace(
+        "gpt_oss", "example", "f" * 32, experts, top_k, ids, texts, prompt, models, {"dtype": "float32"}
+    )

@@ -92,9 +92,11 @@ function paint() {
   showKey(next.key);
   drawStrip();
   clearTimeout(painted.timer);
+  byId("text").setAttribute("aria-busy", "true");
   const rest = (t) => {
     write(t, t + PIECE);
-    painted.timer = t + PIECE < T ? setTimeout(rest, 0, t + PIECE) : 0;
+    if (t + PIECE < T) painted.timer = setTimeout(rest, 0, t + PIECE);
+    else byId("text").removeAttribute("aria-busy");
   };
   painted.timer = setTimeout(rest, 60, 0);
 }

@@ -28,6 +28,7 @@ function showToken() {
   const table = byId("path") || make("table", { class: "plain path-table", id: "path" });
   byId("token").replaceChildren(...lines, make("h3", null, "Path through the layers"), pathKey(), pathFigure(), table);
   byId("readout").textContent = readout();
+  byId("token").setAttribute("aria-busy", "true");
   clearTimeout(tableTimer);
   if (printing) showTable(); else tableTimer = setTimeout(showTable, 20);
 }
@@ -99,6 +100,7 @@ function showTable() {
       ...(compared ? [make("td", null, ...after.map((x) => chip(l, x)))] : [])));
   }
   const head = ["Layer", "Experts, weight in percent", ...(compared ? ["With " + D.models[plan()].name] : [])];
+  byId("token").removeAttribute("aria-busy");
   byId("path").replaceChildren(
     make("thead", null, make("tr", null, ...head.map((h) => make("th", { scope: "col" }, h)))), make("tbody", null, ...rows));
 }
