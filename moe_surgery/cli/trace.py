@@ -63,7 +63,7 @@ def command(
     """Show which experts each token of a text is routed to.
 
     The text goes through the model one layer at a time. The page shows it coloured by expert: pick a layer and an
-    expert to see where it fires, or a token to see its experts and their weights in every layer.
+    expert to see where it fires, or one token to see its experts and their weights in every layer.
 
     With --plan the same tokens also go through the model restricted to the plan's experts. The page then shows
     which tokens lose experts, and how far the next token's distribution moves there: KL(full || plan) in nats.

@@ -161,7 +161,7 @@ def compare_section(trace: Trace, tokens: int) -> Html:
         )
         for name, plan, share in zip(shown, plans, lost, strict=True)
     ]
-    head = ("Plan", "Experts per layer", "Mean KL", "Largest KL", "Same top-1")
+    head: tuple[str, ...] = ("Plan", "Experts per layer", "Mean KL", "Largest KL", "Same top-1")
     head += ("Tokens that lose an expert", "Routing weight lost")
     buckets = [by_weight_lost(share, plan.kl) for share, plan in zip(lost, plans, strict=True)]
     bucket_head = ["Weight lost (mean of layers)"]
