@@ -19,6 +19,8 @@ __all__ = ["compare_section", "text_section", "trace_header"]
 
 TOP_TOKENS = 20
 CONTEXT_TOKENS = 6
+# Lines are in blocks of at least as many tokens: a browser lays out a changed block, not the whole text.
+PARAGRAPH_TOKENS = 100
 EXPERT_STYLES = len(SERIES_LIGHT)
 
 
@@ -85,15 +87,19 @@ def text_section(trace: Trace, tokens: int) -> Html:
         Html('<label class="check"><input type="checkbox" id="numbers"><span>Numbers</span></label>'),
     ]
     classes, legend = _first_colours(trace, tokens)
-    spans = []
+    paragraphs: list[Html] = []
+    spans: list[str] = []
     for i in range(tokens):
         extra = " made" if i >= trace.prompt_tokens else ""
         name = f"{classes[i]}{extra}".strip()
         attribute = f' class="{name}"' if name else ""
-        words, line_break = running_text(trace.texts[i])
-        spans.append(f'<span role="option" id="t{i}"{attribute}>{words}</span>{line_break}')
+        shown_text, line_break = running_text(trace.texts[i])
+        spans.append(f'<span role="option" id="t{i}"{attribute}>{shown_text}</span>{line_break}')
+        if (line_break and len(spans) >= PARAGRAPH_TOKENS) or i == tokens - 1:
+            paragraphs.append(tag("div", Html("".join(spans)), role="none"))
+            spans = []
     text = tag(
-        "div", Html("".join(spans)), id="text", class_="tokens", role="listbox", tabindex="0",
+        "div", *paragraphs, id="text", class_="tokens", role="listbox", tabindex="0",
         aria_label="Tokens", aria_describedby="keys",
     )  # fmt: skip
     reading = tag(

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.made_up_trace import made_up_trace
 from moe_surgery.quality.evaluation import Evaluation
 from moe_surgery.quality.routing_trace import Trace
 from moe_surgery.report.trace_page import build_trace_page
 from moe_surgery.selection.plan import Plan, plan_random
 from moe_surgery.selection.statistics import Statistics
 from tests.report.browser import MISSING, Browser, browser
-from tests.report.inputs import made_up_trace, plan_of
+from tests.report.inputs import plan_of
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.made_up_trace import made_up_trace
 from moe_surgery.quality.routing_trace import ModelTrace, Trace
 from moe_surgery.report.trace_figures import agreement, weight_lost
 from moe_surgery.report.trace_page import build_trace_page
 from tests.report.browser import Browser
-from tests.report.inputs import made_up_trace
 from tests.report.test_browser import CONTRAST, HOSTILE, KEYS, OVERFLOW, TAB
 
 LAYERS, EXPERTS, TOKENS, TOP_K = 6, 16, 120, 4
@@ -22,7 +22,7 @@ const done = arguments[arguments.length - 1], text = document.getElementById("te
 const look = () => (text.dataset.ready && !document.querySelector("[aria-busy]") ? done() : setTimeout(look, 5));
 look();
 """
-CLASSES = "return [...document.getElementById('text').children].map((s) => s.className)"
+CLASSES = "return [...document.querySelectorAll('#text span')].map((s) => s.className)"
 CHIPS = """
 return [...document.querySelectorAll("#path tbody tr")].map((row) => [...row.cells].slice(1).map((cell) =>
   [...cell.children].map((chip) => [chip.dataset.at, chip.textContent, chip.className])));
@@ -41,7 +41,7 @@ def settled(browser: Browser) -> Browser:
 def colours(browser: Browser) -> list[str]:
     """The colour class of every token."""
     settled(browser)
-    return [" ".join(w for w in c.split() if w not in ("made", "on")) for c in browser.run(CLASSES)]
+    return [" ".join(w for w in c.split() if w not in ("made", "on", "n")) for c in browser.run(CLASSES)]
 
 
 def shade(share: float) -> str:
@@ -108,7 +108,7 @@ def test_the_text_is_coloured_by_the_strongest_expert(page: Browser, trace: Trac
     ]
     page.choose("numbers", True)
     settled(page)
-    assert page.run("return [...document.getElementById('text').children].map((s) => s.dataset.n)") == [
+    assert page.run("return [...document.querySelectorAll('#text span')].map((s) => s.dataset.n)") == [
         str(e) for e in strongest
     ]
     page.run("document.querySelector('#experts button').click()")

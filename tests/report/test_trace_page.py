@@ -10,13 +10,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from benchmarks.made_up_trace import made_up_trace
 from moe_surgery.errors import InvalidInputError
 from moe_surgery.quality.routing_trace import ModelTrace, Trace
 from moe_surgery.report.markup import display_name
 from moe_surgery.report.trace_figures import BUCKETS, agreement, by_weight_lost, weight_lost
 from moe_surgery.report.trace_pack import LEVELS, pack_routes
 from moe_surgery.report.trace_page import PAGE_BYTES, build_trace_page
-from tests.report.inputs import made_up_trace
 from tests.report.test_page import HOSTILE, LOADING, Page
 
 PLANS = (("law-8.json", 8), ("code-2.json", 2))
@@ -143,8 +143,11 @@ def test_texts_and_names_stay_words(name: str) -> None:
 
 def test_without_script_the_text_and_the_tables_are_there() -> None:
     trace = made_up_trace(2, 16, 40, 4, PLANS)
-    parsed = Page(build_trace_page(trace, "Two <plans>"))
+    page = build_trace_page(trace, "Two <plans>")
+    parsed = Page(page)
     assert tokens_of(parsed) == 40
+    assert "Each token is routed to a few experts in every layer." in parsed.words
+    assert "<h1>Two &lt;plans&gt;</h1>" in page
     shades = [a.get("class", "") or "" for _, a in parsed.elements if a.get("role") == "option"]
     kl = trace.models[1].kl
     assert shades[int(kl.argmax())].split()[0] == "q23"

@@ -2,7 +2,7 @@
 // in pieces afterwards, so that a choice shows at once however long the text is.
 const [EXPERT, KL, LOST, AGREEMENT] = [0, 1, 2, 3];
 const STYLED = 8;  // experts with a colour of their own
-const spans = [...byId("text").children];
+const spans = [...byId("text").querySelectorAll("span")];
 const PIECE = 400;
 const painted = { written: spans.map((s) => s.className), classes: [], heights: [], labels: [], values: null, timer: 0 };
 const compared = D.models.length > 1;
@@ -87,7 +87,6 @@ function paint() {
   const { classes, heights, labels, values } = next;
   Object.assign(painted, { classes, heights, labels, values });
   const [from, to] = inView();
-  byId("text").classList.toggle("numbered", byId("numbers").checked);
   write(from, to);
   showKey(next.key);
   drawStrip();
@@ -104,7 +103,7 @@ function paint() {
 function write(from, to) {
   const numbers = byId("numbers").checked;
   for (let t = Math.max(0, from); t < Math.min(T, to); t++) {
-    const name = painted.classes[t] + (t >= D.promptTokens ? " made" : "") + (t === picked ? " on" : "");
+    const name = painted.classes[t] + (t >= D.promptTokens ? " made" : "") + (t === picked ? " on" : "") + (numbers ? " n" : "");
     if (name !== painted.written[t]) spans[t].className = painted.written[t] = name;
     if (numbers && spans[t].dataset.n !== painted.labels[t]) spans[t].dataset.n = painted.labels[t];
   }

@@ -60,7 +60,7 @@ const CROSS = (r, x, y) => `M${(x || 0) - r} ${y || 0}h${2 * r}M${x || 0} ${(y |
 
 // Experts across, layers down; a line joins the strongest of each layer.
 function pathFigure() {
-  const width = Math.max(220, Math.min((printing ? 340 : byId("token").clientWidth || 360) - 4, 520));
+  const width = Math.max(220, Math.min((printing ? 340 : byId("token").clientWidth || 360) - 32, 520));
   const row = L <= 8 ? 24 : L <= 16 ? 16 : L <= 32 ? 12 : L <= 64 ? 8 : 6, left = 26, top = 18, right = 10;
   const x = (e) => left + 8 + (E > 1 ? (e * (width - left - right - 8)) / (E - 1) : 0), y = (l) => top + (l + 0.5) * row;
   const parts = { at: "", lost: "", fresh: "" };
