@@ -4,7 +4,7 @@ const [EXPERT, KL, LOST, AGREEMENT] = [0, 1, 2, 3];
 const STYLED = 8;  // experts with a colour of their own
 const spans = [...byId("text").querySelectorAll("span")];
 const PIECE = 400;
-const painted = { written: spans.map((s) => s.className), classes: [], heights: [], labels: [], values: null, timer: 0 };
+const painted = { written: spans.map((s) => s.className), classes: [], heights: [], labels: [], values: null };
 const compared = D.models.length > 1;
 const mode = () => (compared ? chosen("mode") : EXPERT);
 const plan = () => (compared ? chosen("plan") + 1 : full);
@@ -90,14 +90,20 @@ function paint() {
   write(from, to);
   showKey(next.key);
   drawStrip();
-  clearTimeout(painted.timer);
   byId("text").setAttribute("aria-busy", "true");
   const rest = (t) => {
     write(t, t + PIECE);
-    if (t + PIECE < T) painted.timer = setTimeout(rest, 0, t + PIECE);
+    if (t + PIECE < T) afterFrame("text", () => rest(t + PIECE));
     else byId("text").removeAttribute("aria-busy");
   };
-  painted.timer = setTimeout(rest, 60, 0);
+  afterFrame("text", () => rest(0));
+}
+
+// Do `act` once what is there so far has been shown; a later call of the same name replaces it.
+const pending = {};
+function afterFrame(name, act) {
+  const call = pending[name] = {};
+  requestAnimationFrame(() => setTimeout(() => { if (pending[name] === call) act(); }, 0));
 }
 
 function write(from, to) {

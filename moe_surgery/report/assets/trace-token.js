@@ -1,5 +1,9 @@
 // One token: what the models predict after it, and its path through the layers.
-let picked = 0, tableTimer = 0;
+let picked = 0;
+// Of the picked token: what models predict, the figure and the table of its path. Each is redrawn only if it changes.
+const parts = { head: make("div"), figure: make("div"), table: make("table", { class: "plain path-table", id: "path" }) };
+const drawn = { figure: "", table: "" };
+byId("token").append(parts.head, make("h3", null, "Path through the layers"), parts.figure, parts.table);
 
 function pickToken(t, scroll) {
   const before = picked;
@@ -25,12 +29,14 @@ function showToken() {
     make("thead", null, make("tr", null, ...head.map((h) => make("th", { scope: "col" }, h)))), make("tbody", null, ...rows)));
   if (picked + 1 < D.texts.length)
     lines.push(make("p", { class: "hint" }, "In the text follows ", make("code", null, D.texts[picked + 1]), "."));
-  const table = byId("path") || make("table", { class: "plain path-table", id: "path" });
-  byId("token").replaceChildren(...lines, make("h3", null, "Path through the layers"), pathKey(), pathFigure(), table);
+  parts.head.replaceChildren(...lines);
   byId("readout").textContent = readout();
+  const path = `${picked} ${plan()}`, size = `${path} ${printing} ${innerWidth}`;
+  if (drawn.figure !== size) parts.figure.replaceChildren(pathKey(), pathFigure());
+  drawn.figure = size;
+  if (drawn.table === path) return markLayer();
   byId("token").setAttribute("aria-busy", "true");
-  clearTimeout(tableTimer);
-  if (printing) showTable(); else tableTimer = setTimeout(showTable, 20);
+  if (printing) showTable(); else afterFrame("table", showTable);
 }
 
 function readout() {
@@ -63,13 +69,13 @@ function pathFigure() {
   const width = Math.max(220, Math.min((printing ? 340 : byId("token").clientWidth || 360) - 32, 520));
   const row = L <= 8 ? 24 : L <= 16 ? 16 : L <= 32 ? 12 : L <= 64 ? 8 : 6, left = 26, top = 18, right = 10;
   const x = (e) => left + 8 + (E > 1 ? (e * (width - left - right - 8)) / (E - 1) : 0), y = (l) => top + (l + 0.5) * row;
-  const parts = { at: "", lost: "", fresh: "" };
+  const marked = { at: "", lost: "", fresh: "" };
   let line = "";
   for (let l = 0; l < L; l++) {
     const { ours, after } = inLayer(l);
     line += `${l ? "L" : "M"}${x(ours[0].expert).toFixed(1)} ${y(l)}`;
-    for (const o of ours) parts[o.lost ? "lost" : "at"] += CIRCLE(1 + 0.5 * row * Math.sqrt(o.weight), Number(x(o.expert).toFixed(1)), y(l));
-    for (const a of after) if (a.fresh) parts.fresh += CROSS(0.6 + 0.4 * row * Math.sqrt(a.weight), Number(x(a.expert).toFixed(1)), y(l));
+    for (const o of ours) marked[o.lost ? "lost" : "at"] += CIRCLE(1 + 0.5 * row * Math.sqrt(o.weight), Number(x(o.expert).toFixed(1)), y(l));
+    for (const a of after) if (a.fresh) marked.fresh += CROSS(0.6 + 0.4 * row * Math.sqrt(a.weight), Number(x(a.expert).toFixed(1)), y(l));
   }
   const every = L <= 32 ? 4 : 8, marks = wholeMarks(E, 4), height = top + L * row + 4;
   return draw("svg", { class: "path", role: "img", width, height, viewBox: `0 0 ${width} ${height}`,
@@ -77,7 +83,7 @@ function pathFigure() {
     ...marks.map((e) => draw("text", { x: x(e), y: 10, "text-anchor": "middle" }, String(e))),
     ...marks.map((e) => draw("path", { class: "grid", d: `M${x(e)} ${top}V${height}` })),
     ...Array.from({ length: Math.ceil(L / every) }, (_, i) => draw("text", { x: left - 4, y: y(i * every) + 4, "text-anchor": "end" }, String(i * every))),
-    draw("path", { class: "way", d: line }), ...Object.entries(parts).map(([c, d]) => draw("path", { class: c, d })));
+    draw("path", { class: "way", d: line }), ...Object.entries(marked).map(([c, d]) => draw("path", { class: c, d })));
 }
 
 // About `n` expert numbers from 0 on, multiples of a power of two.
@@ -96,11 +102,18 @@ function showTable() {
   const rows = [];
   for (let l = 0; l < L; l++) {
     const { ours, after } = inLayer(l);
-    rows.push(make("tr", l === layer() ? { class: "here" } : null, make("th", { scope: "row" }, String(l)), make("td", null, ...ours.map((x) => chip(l, x))),
+    rows.push(make("tr", null, make("th", { scope: "row" }, String(l)), make("td", null, ...ours.map((x) => chip(l, x))),
       ...(compared ? [make("td", null, ...after.map((x) => chip(l, x)))] : [])));
   }
   const head = ["Layer", "Experts, weight in percent", ...(compared ? ["With " + D.models[plan()].name] : [])];
-  byId("token").removeAttribute("aria-busy");
-  byId("path").replaceChildren(
+  parts.table.replaceChildren(
     make("thead", null, make("tr", null, ...head.map((h) => make("th", { scope: "col" }, h)))), make("tbody", null, ...rows));
+  drawn.table = `${picked} ${plan()}`;
+  byId("token").removeAttribute("aria-busy");
+  markLayer();
+}
+
+function markLayer() {
+  const rows = parts.table.tBodies.length ? parts.table.tBodies[0].rows : [];
+  for (let l = 0; l < rows.length; l++) rows[l].classList.toggle("here", l === layer());
 }
