@@ -1,7 +1,7 @@
 // One token: what the models predict after it, and its path through the layers.
 let picked = 0;
 // Of the picked token: what models predict, the figure and the table of its path. Each is redrawn only if it changes.
-const parts = { head: make("div"), figure: make("div"), table: make("table", { class: "plain path-table", id: "path" }) };
+const parts = { head: make("div"), figure: make("div", { class: "path-figure" }), table: make("table", { class: "plain path-table", id: "path" }) };
 const drawn = { figure: "", table: "" };
 byId("token").append(parts.head, make("h3", null, "Path through the layers"), parts.figure, parts.table);
 
@@ -77,7 +77,7 @@ function pathFigure() {
     for (const o of ours) marked[o.lost ? "lost" : "at"] += CIRCLE(1 + 0.5 * row * Math.sqrt(o.weight), Number(x(o.expert).toFixed(1)), y(l));
     for (const a of after) if (a.fresh) marked.fresh += CROSS(0.6 + 0.4 * row * Math.sqrt(a.weight), Number(x(a.expert).toFixed(1)), y(l));
   }
-  const every = L <= 32 ? 4 : 8, marks = wholeMarks(E, 4), height = top + L * row + 4;
+  const every = L <= 8 ? 1 : L <= 32 ? 4 : 8, marks = wholeMarks(E, 4), height = top + L * row + 4;
   return draw("svg", { class: "path", role: "img", width, height, viewBox: `0 0 ${width} ${height}`,
     "aria-label": `Experts of token ${picked} by layer; the table below has the numbers` },
     ...marks.map((e) => draw("text", { x: x(e), y: 10, "text-anchor": "middle" }, String(e))),
