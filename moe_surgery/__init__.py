@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     from moe_surgery.progress import Progress
     from moe_surgery.quality.evaluate import evaluate
     from moe_surgery.quality.job import profile
+    from moe_surgery.quality.routing_trace import Trace
     from moe_surgery.quality.search import search
     from moe_surgery.quality.text_files import TextFile
+    from moe_surgery.quality.trace import trace
     from moe_surgery.runtime.generate import generate, stream
     from moe_surgery.runtime.load import load_model
     from moe_surgery.runtime.speculation.speculate import speculate
@@ -47,6 +49,7 @@ __all__ = [
     "Sampling",
     "Statistics",
     "TextFile",
+    "Trace",
     "__version__",
     "evaluate",
     "export_gguf",
@@ -68,6 +71,7 @@ __all__ = [
     "search",
     "speculate",
     "stream",
+    "trace",
     "verify",
     "view",
     "write_card",
@@ -82,6 +86,7 @@ _HOMES = {
     "Sampling": ("moe_surgery.runtime.sampling", "Sampling"),
     "Statistics": ("moe_surgery.selection.statistics", "Statistics"),
     "TextFile": ("moe_surgery.quality.text_files", "TextFile"),
+    "Trace": ("moe_surgery.quality.routing_trace", "Trace"),
     "identify_model": ("moe_surgery.families", "identify_model"),
     "evaluate": ("moe_surgery.quality.evaluate", "evaluate"),
     "export_gguf": ("moe_surgery.pipeline.exporting", "export_gguf"),
@@ -102,6 +107,7 @@ _HOMES = {
     "search": ("moe_surgery.quality.search", "search"),
     "speculate": ("moe_surgery.runtime.speculation.speculate", "speculate"),
     "stream": ("moe_surgery.runtime.generate", "stream"),
+    "trace": ("moe_surgery.quality.trace", "trace"),
     "verify": ("moe_surgery.surgery.verify", "verify_checkpoint"),
     "view": ("moe_surgery.runtime.view", "view"),
     "write_card": ("moe_surgery.card.write", "write_card"),

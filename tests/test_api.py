@@ -261,7 +261,7 @@ def test_format_and_bounds_mean_the_same_to_all_three(sentences: Path, tmp_path:
 def test_every_long_job_reports_progress_in_one_shape(sentences: Path, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     pytest.importorskip("tokenizers")
-    from moe_surgery import evaluate, profile, search, verify
+    from moe_surgery import evaluate, profile, search, trace, verify
 
     law = sentences / "law.txt"
     jobs: dict[tuple[str, str], Callable[[Any], object]] = {
@@ -271,6 +271,7 @@ def test_every_long_job_reports_progress_in_one_shape(sentences: Path, tmp_path:
         ("profile", "tokens x layers"): lambda p: profile(TINY, law, tmp_path / "s", progress=p),
         ("search", "layers"): lambda p: search(TINY, law, tmp_path / "r", progress=p),
         ("evaluate", "tokens"): lambda p: evaluate(TINY, law, plans=[("p", PLAN)], progress=p),
+        ("trace", "tokens x layers"): lambda p: trace(TINY, "a", plans=[("p", PLAN)], progress=p),
     }
     for (stage, unit), job in jobs.items():
         reports: list[Progress] = []

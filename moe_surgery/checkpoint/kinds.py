@@ -47,13 +47,14 @@ class Kind(NamedTuple):
     use: str
 
 
-PLAN: Final = Kind("a plan", "pass it to --plan of prune, export, evaluate, generate or report")
+PLAN: Final = Kind("a plan", "pass it to --plan of prune, export, evaluate, generate, trace or report")
 RANKING: Final = Kind("a ranking", "make a plan of it with moe-surgery plan RANKING --experts N")
 STATISTICS: Final = Kind("a statistics file", "use it with moe-surgery rank, plan, report or stats")
 PUBLISHED_STATISTICS: Final = Kind(
     "published statistics of experts", "use them with moe-surgery rank or report"
 )
 EVALUATION: Final = Kind("an evaluation", "pass it to --evaluation of moe-surgery report or card")
+TRACE: Final = Kind("a trace", "no command reads it; moe-surgery trace writes its page with -o")
 MANIFEST: Final = Kind("the manifest of a pruned checkpoint", "pass its folder to verify or card")
 MAPPING: Final = Kind("the expert mapping of a pruned checkpoint", "pass its folder")
 BENCH: Final = Kind("the result of a benchmark", "no command reads it")
@@ -70,7 +71,7 @@ PAGE: Final = Kind("an HTML page", "open it in a browser")
 PICKLE: Final = Kind("a PyTorch file (pickle)", "convert the checkpoint to safetensors")
 
 NOT_TEXTS: Final = frozenset(
-    {PLAN, RANKING, STATISTICS, PUBLISHED_STATISTICS, EVALUATION, MANIFEST, MAPPING, BENCH, INSPECTION}
+    {PLAN, RANKING, STATISTICS, PUBLISHED_STATISTICS, EVALUATION, TRACE, MANIFEST, MAPPING, BENCH, INSPECTION}
     | {REMARK, PARTIAL, INDEX, CHECKPOINT, WEIGHTS, GGUF, PICKLE}
 )
 """Kinds that are never texts to run a model on."""
@@ -80,6 +81,7 @@ _FORMATS: Final = {
     "ranking": RANKING,
     "statistics": STATISTICS,
     "evaluation": EVALUATION,
+    "trace": TRACE,
     "manifest": MANIFEST,
 }
 # A JSON object with all of these keys is of that kind; the first match wins.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +10,16 @@ from typing import TYPE_CHECKING, TypedDict
 import click
 
 from moe_surgery.cli import drafts
-from moe_surgery.cli.options import common, compute, needs_torch, router_top_k, terminal_of, torch_dtype
+from moe_surgery.cli.options import (
+    common,
+    compute,
+    needs_torch,
+    prompt_options,
+    read_stdin,
+    router_top_k,
+    terminal_of,
+    torch_dtype,
+)
 from moe_surgery.cli.reply import ReplyView
 from moe_surgery.cli.terminal import Terminal, size
 from moe_surgery.errors import UsageError
@@ -34,8 +42,7 @@ class Settings(TypedDict):
 
 @click.command("generate")
 @click.argument("ckpt")
-@click.option("--prompt", help="Text to continue; default: stdin.")
-@click.option("--chat", help="Message to answer, using the checkpoint's chat template.")
+@prompt_options
 @click.option(
     "--reasoning",
     type=click.Choice(["show", "hide"]),
@@ -147,7 +154,7 @@ def command(
     rendered = prompt if chat is None else _chat_prompt(text, ckpt, chat, reasoning_effort)
     if chat is None and reasoning_effort is not None:
         raise UsageError("--reasoning-effort needs --chat")
-    tokens = text.encode(rendered if rendered is not None else _stdin())
+    tokens = text.encode(rendered if rendered is not None else read_stdin())
     if not tokens:
         raise UsageError("the prompt is empty; pass --prompt TEXT, --chat TEXT, or text on stdin")
     model = _load(ckpt, device, dtype, plan_file, backend, top_k)
@@ -175,13 +182,6 @@ def _chat_prompt(text: Text, ckpt: str, chat: str, effort: str | None) -> str:
     if effort is not None and not text.reads("reasoning_effort"):
         raise UsageError(f"--reasoning-effort {effort}: the chat template of {ckpt} does not support it")
     return text.chat([{"role": "user", "content": chat}], variables=variables)
-
-
-def _stdin() -> str:
-    try:
-        return sys.stdin.read()
-    except UnicodeDecodeError as error:
-        raise UsageError(f"stdin: not UTF-8 at byte {error.start}") from None
 
 
 def _load(

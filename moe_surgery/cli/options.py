@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from importlib.util import find_spec
@@ -34,7 +35,9 @@ __all__ = [
     "ignore_unlisted",
     "needs_torch",
     "optional_text_options",
+    "prompt_options",
     "ranked",
+    "read_stdin",
     "router_top_k",
     "terminal_of",
     "text_options",
@@ -168,6 +171,24 @@ def batch_tokens_option(command: Command) -> Command:
         type=int,
         help="Tokens per batch; weights are read once per batch; default: 8192.",
     )(command)
+
+
+def prompt_options(command: Command) -> Command:
+    """--prompt and --chat, for commands that run one text; without either they read it with `read_stdin`."""
+    for option in (
+        click.option("--chat", help="Message to answer, using the checkpoint's chat template."),
+        click.option("--prompt", help="Text to start from; default: stdin."),
+    ):
+        command = option(command)
+    return command
+
+
+def read_stdin() -> str:
+    """All of stdin. Raises UsageError where it is not UTF-8."""
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"stdin: not UTF-8 at byte {error.start}") from None
 
 
 def ranked(command: Command) -> Command:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     "--generate",
     metavar="N",
     type=int,
-    help="Have the model answer each conversation first, in at most N tokens, and profile the answers too.",
+    help="Generate up to N tokens first: the model answers each conversation, and the answers are profiled too.",
 )
 @click.option(
     "--sequential",

@@ -35,6 +35,8 @@ STAGES = {
     "profile": "profiling",
     "search": "searching",
     "evaluate": "evaluating",
+    "generate": "generating",
+    "trace": "tracing",
 }
 Advance = Callable[[int], None]
 

@@ -166,7 +166,7 @@ def evaluate_passages(
                 if len(counts[i]) == number:
                     counts[i].append((layer.router.weight.shape[0], layer.top_k))
                 apply_attention(computing, number, layer, state)
-                ids = apply_experts(computing, layer, state)
+                ids, _ = apply_experts(computing, layer, state)
                 if reference is None:
                     reference = ids
                 if candidate.kept is not None:

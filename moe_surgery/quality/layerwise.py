@@ -50,13 +50,15 @@ def choose_experts(
 
 
 @torch.inference_mode()
-def apply_experts(model: CausalLM, layer: Layer, states: HiddenStates) -> Tensor:
-    """Add the output of the experts to `states`; the ids chosen, int64 [tokens, top_k] on the CPU."""
+def apply_experts(model: CausalLM, layer: Layer, states: HiddenStates) -> tuple[Tensor, Tensor]:
+    """Add the output of the experts to `states`; the router's choice on the CPU, ids int64 [tokens, top_k]
+    and weights [tokens, top_k]."""
     chosen = []
     for where in states.pieces():
-        states[where], ids = moe_block(model.backend, model.config, layer, states[where])
-        chosen.append(ids.cpu())
-    return torch.cat(chosen)
+        states[where], ids, weights = moe_block(model.backend, model.config, layer, states[where])
+        chosen.append((ids.cpu(), weights.cpu()))
+    ids, weights = (torch.cat(parts) for parts in zip(*chosen, strict=True))
+    return ids, weights
 
 
 @torch.inference_mode()

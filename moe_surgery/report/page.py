@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Sequence
-from importlib.resources import files
 
 import numpy as np
 
 from moe_surgery.errors import InvalidInputError, PlanMismatchError, UsageError
 from moe_surgery.quality.evaluation import Evaluation, load_evaluation
 from moe_surgery.report.content import content, packed
+from moe_surgery.report.document import document
 from moe_surgery.report.figures import Subject, check_identity, check_plan
 from moe_surgery.report.fit import PAGE_LIMIT, Detail, fit
 from moe_surgery.report.heading import header
-from moe_surgery.report.markup import Html, embedded_json, tag
-from moe_surgery.report.palette import (
-    DARK,
-    LIGHT,
-    SERIES_DARK,
-    SERIES_LIGHT,
-    ink_on,
-    sequential,
-)
+from moe_surgery.report.markup import Html, embedded_json
 from moe_surgery.report.sections import (
     coverage_section,
     evaluation_section,
@@ -75,23 +65,23 @@ def build_report(
         f"Experts of {subject.model_type}" if subject.model_type else f"Experts in {subject.source}"
     )
 
-    def frame(detail: Detail) -> tuple[str, str]:
-        return _frame(heading, subject, detail, plans, evaluations)
+    def page(detail: Detail, data: Html) -> str:
+        return _page(heading, subject, detail, data, plans, evaluations)
 
     least = fit(subject, 0, metrics)
-    detail = fit(subject, PAGE_LIMIT - sum(map(len, frame(least))), metrics)
-    before, after = frame(detail)
-    return f"{before}{embedded_json(packed(subject, detail))}{after}"
+    detail = fit(subject, PAGE_LIMIT - len(page(least, Html(""))), metrics)
+    return page(detail, Html(embedded_json(packed(subject, detail))))
 
 
-def _frame(
+def _page(
     heading: str,
     subject: Subject,
     detail: Detail,
+    packed_data: Html,
     plans: Sequence[tuple[str, Plan]],
     evaluations: Sequence[tuple[str, Evaluation]],
-) -> tuple[str, str]:
-    """The page before and after its packed data."""
+) -> str:
+    """The page with its packed data."""
     data = content(subject, detail, plans, evaluations)
     sections = [map_section(subject, detail, plans)]
     if len(subject.views) > 1:
@@ -101,30 +91,8 @@ def _frame(
     if evaluations:
         sections.append(evaluation_section(evaluations))
     sections.append(experts_section(detail))
-    style = _asset("report.css") + _colours()
-    script = '(function(){"use strict";\n' + "\n".join(map(_asset, SCRIPTS)) + "})();\n"
-    # Blocks all network access, and any style or script but these.
-    policy = (
-        f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
-        "base-uri 'none'; form-action 'none'"
-    )
-    before = [
-        Html('<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'),
-        Html(f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'),
-        Html('<meta name="viewport" content="width=device-width, initial-scale=1">\n'),
-        Html(
-            '<meta name="color-scheme" content="light dark">\n<meta name="referrer" content="no-referrer">\n'
-        ),
-        tag("title", heading),
-        Html(f"\n<style>{style}</style>\n</head>\n<body>\n"),
-        header(heading, subject, detail, plans, evaluations),
-        Html("\n<main>\n"),
-        Html("\n".join(sections)),
-        Html("\n</main>\n"),
-        Html(f'<script type="application/json" id="data">{embedded_json(data)}</script>\n'),
-        Html('<script type="application/json" id="packed">'),
-    ]
-    return "".join(before), f"</script>\n<script>{script}</script>\n</body>\n</html>\n"
+    head = header(heading, subject, detail, plans, evaluations)
+    return document(heading, head, sections, data, ("report.css",), SCRIPTS, packed=packed_data)
 
 
 def read_inputs(
@@ -163,28 +131,3 @@ def read_inputs(
         if missing := [d for m in evaluation.models for d in m.domains if d not in evaluation.domains]:
             raise InvalidInputError(f"{name}: domain {missing[0]!r} has no figures of the full model")
     return subject, named_plans, named_evaluations
-
-
-def _asset(name: str) -> str:
-    return (files("moe_surgery.report") / "assets" / name).read_text(encoding="utf-8")
-
-
-def _digest(inline: str) -> str:
-    """The hash of an inline element in a Content-Security-Policy."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()
-
-
-def _colours() -> str:
-    """Rules for the palette and the lines, on white (and paper) and on a dark screen."""
-
-    def rules(background: str, steps: list[str], series: Sequence[str]) -> str:
-        lines = [f":root{{--back:{background}}}"]
-        lines += [f".q{i}{{fill:{c};background:{c};color:{ink_on(c)}}}" for i, c in enumerate(steps)]
-        lines += [f".s{i}{{stroke:{c}}}.mark.s{i},.band.s{i}{{fill:{c}}}" for i, c in enumerate(series)]
-        return "\n".join(lines)
-
-    dark = rules(DARK, sequential(True), SERIES_DARK)
-    return (
-        f"\n{rules(LIGHT, sequential(False), SERIES_LIGHT)}\n"
-        f"@media screen and (prefers-color-scheme: dark){{\n{dark}\n}}\n"
-    )

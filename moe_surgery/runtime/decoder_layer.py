@@ -59,11 +59,13 @@ def attention_block(
     return x + backend.linear(attend(q, k, v), *layer.o.pair)
 
 
-def moe_block(backend: Backend, config: ModelConfig, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
-    """x + the weighted outputs of the experts chosen for norm(x), for x [..., hidden]; and which those were,
-    int64 [tokens, top_k]."""
+def moe_block(
+    backend: Backend, config: ModelConfig, layer: Layer, x: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x + the weighted outputs of the experts chosen for norm(x), for x [..., hidden]; and `Backend.route`'s
+    choice, ids int64 and weights [tokens, top_k]."""
     h, ids, weights = route(backend, config, layer, x.view(-1, x.shape[-1]))
-    return x + backend.experts(h, ids, weights, layer.experts).view(x.shape), ids
+    return x + backend.experts(h, ids, weights, layer.experts).view(x.shape), ids, weights
 
 
 def route(backend: Backend, config: ModelConfig, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

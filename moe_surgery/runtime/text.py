@@ -16,6 +16,8 @@ from moe_surgery.runtime.harmony import Harmony, Markers, Reply
 from moe_surgery.runtime.text_stream import TextStream
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
     from moe_surgery.runtime.chat_template import ChatTemplate
 
 __all__ = ["Text", "TextStream"]
@@ -69,6 +71,17 @@ class Text:
     def decode(self, tokens: Sequence[int]) -> str:
         """Text without special tokens."""
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def pieces(self, tokens: Sequence[int]) -> list[str]:
+        """The text that each token adds to those before it, special tokens written out.
+
+        Empty for a token that ends within a character; the token that completes it has the character.
+        """
+        stream = TextStream(_Verbatim(self._tokenizer))
+        added = [stream.push(token) for token in tokens]
+        if added:
+            added[-1] += stream.flush()
+        return added
 
     def parser(self, prompt: Sequence[int]) -> Harmony:
         """A parser of the tokens generated after `prompt` into reasoning, answer and tool calls."""
@@ -192,6 +205,16 @@ class Text:
             return {}
         value = parse_json(raw, where=printable_path(self._folder / name), allow_floats=True)
         return value if isinstance(value, dict) else {}
+
+
+class _Verbatim:
+    """A tokenizer as `TextStream` uses it, with special tokens written out."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=False))
 
 
 def _source(folder: Folder, name: str) -> str:

@@ -28,6 +28,7 @@ KINDS = {
     "stats.safetensors": ("a statistics file", "moe-surgery rank, plan, report or stats"),
     "outcome.json": ("published statistics of experts", "moe-surgery rank"),
     "evaluation.json": ("an evaluation", "--evaluation of moe-surgery report or card"),
+    "trace.json": ("a trace", "no command reads it"),
     "pruned/surgery.json": ("the manifest of a pruned checkpoint", "pass its folder"),
     "pruned/expert_mapping.json": ("the expert mapping of a pruned checkpoint", "pass its folder"),
     "bench.json": ("the result of a benchmark", "no command reads it"),
@@ -52,6 +53,7 @@ ARGUMENTS: dict[str, tuple[str, str, set[str], int]] = {
     "generate --plan": ("generate example:tiny --prompt a --plan {file}", "a plan", PLANS, 3),
     "generate --draft-plan": ("generate example:tiny --prompt a --draft-plan {file}", "a plan", PLANS, 3),
     "evaluate --plan": ("evaluate example:tiny --texts {in}/texts.txt --plan {file}", "a plan", PLANS, 3),
+    "trace --plan": ("trace example:tiny --prompt a -o {new}/t.html --plan {file}", "a plan", PLANS, 3),
     "profile --sequential": (
         "profile example:tiny --texts {in}/texts.txt -o {new}/s --sequential {file}",
         "a plan",
@@ -108,6 +110,7 @@ ARGUMENTS: dict[str, tuple[str, str, set[str], int]] = {
     "prune a plan": ("prune {file} {new}/out --plan {in}/plan.json", "a checkpoint", CHECKPOINTS, 2),
     "export": ("export {file} {new}/out.gguf", "a checkpoint", CHECKPOINTS, 2),
     "generate": ("generate {file} --prompt a", "a checkpoint", CHECKPOINTS, 2),
+    "trace": ("trace {file} --prompt a -o {new}/t.html", "a checkpoint", CHECKPOINTS, 2),
     "generate --draft": ("generate example:tiny --prompt a --draft {file}", "a checkpoint", CHECKPOINTS, 2),
     "evaluate": (
         "evaluate example:tiny {file} --texts {in}/texts.txt",
@@ -154,6 +157,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run("prune", TINY, "{in}/pruned", "--plan", "{in}/plan.json")
     texts = ("--texts", "{in}/texts.txt")
     run("evaluate", TINY, "--plan", "{in}/plan.json", *texts, "-o", "{in}/evaluation.json")
+    (folder / "trace.json").write_text(run("trace", TINY, "--prompt", "a", "--json"))
     run("export", TINY, "{in}/tiny.gguf")
     run("report", "{in}/tiny.stats", "-o", "{in}/report.html")
     (folder / "inspect.json").write_text(run("inspect", TINY, "--json"))
@@ -255,6 +259,7 @@ WRITERS = {
     "profile": "profile example:tiny --texts {in}/texts.txt -o {out}",
     "search": "search example:tiny --texts {in}/texts.txt -o {out}",
     "evaluate": "evaluate example:tiny --plan {in}/plan.json --texts {in}/texts.txt -o {out}",
+    "trace": "trace example:tiny --prompt a -o {out}",
     "report": "report {in}/tiny.stats -o {out}",
     "report --png": "report {in}/tiny.stats -o r.html --png {out}",
     "card": "card {in}/pruned -o {out}",

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.made_up_trace import made_up_trace
 from moe_surgery.quality.evaluation import Evaluation
+from moe_surgery.quality.routing_trace import Trace
+from moe_surgery.report.trace_page import build_trace_page
 from moe_surgery.selection.plan import Plan, plan_random
 from moe_surgery.selection.statistics import Statistics
 from tests.report.browser import MISSING, Browser, browser
@@ -50,6 +53,17 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         pytest.skip(f"needs a browser: {MISSING}")
     with browser(tmp_path_factory.mktemp("profile")) as started:
         yield started
+
+
+@pytest.fixture(scope="session")
+def large_trace() -> Trace:
+    """The largest size that the trace page is made for, and a text of 400 tokens."""
+    return made_up_trace(94, 512, 400)
+
+
+@pytest.fixture(scope="session")
+def large_page(large_trace: Trace) -> str:
+    return build_trace_page(large_trace)
 
 
 @pytest.fixture

@@ -58,6 +58,6 @@ def test_a_layer_is_the_one_of_transformers(model: CausalLM, states: list[torch.
 
     # It is the sum of its parts, and the block names the experts that the router chose.
     between = attention_block(backend, config, layer, states[number], cos, sin, attend)
-    after, ids = moe_block(backend, config, layer, between)
+    after, ids, _ = moe_block(backend, config, layer, between)
     assert torch.equal(ids, route(backend, config, layer, between[0])[1])
     assert number == SMALL.layers - 1 or torch.equal(after, x)

@@ -19,10 +19,12 @@ Kept = Sequence[Sequence[int] | None]
 
 @dataclass(frozen=True)
 class Seen:
-    """Of one text: logits float64 [tokens, vocabulary], and per layer the routes [tokens][slots]."""
+    """Of one text: logits float64 [tokens, vocabulary], and per layer the routes [tokens][slots] and their
+    weights."""
 
     logits: np.ndarray
     routes: list[list[list[int]]]
+    weights: list[list[list[float]]]
 
 
 class Routed:
@@ -52,10 +54,10 @@ class Routed:
 
     def see(self, tokens: Tokens) -> Seen:
         """One text by itself."""
-        routes: list[list[list[int]]] = []
+        seen: list[list[torch.Tensor]] = []
         handles = [
             layer.mlp.experts.register_forward_hook(
-                lambda _m, args, kwargs, _o: routes.append([*args, *kwargs.values()][1].tolist()),
+                lambda _m, args, kwargs, _o: seen.append([*args, *kwargs.values()][1:3]),
                 with_kwargs=True,
             )
             for layer in self.layers
@@ -64,7 +66,8 @@ class Routed:
             logits = self.model(torch.tensor([list(tokens)]), use_cache=False).logits[0]
         for handle in handles:
             handle.remove()
-        return Seen(logits.double().numpy(), routes)
+        routes, weights = ([layer[i].tolist() for layer in seen] for i in (0, 1))
+        return Seen(logits.double().numpy(), routes, weights)
 
     def statistics(self, sequences: Sequence[Tokens], layer: int | None = None) -> list[ExpertStatistics]:
         """What every expert did on a left-padded batch, of all layers or of one."""
