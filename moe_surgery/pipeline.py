@@ -239,7 +239,7 @@ def export_gguf(
             model,
             find_tokenizer(opened, model) if tokenizer else None,
             plan=chosen,
-            name=name or default_name(opened.path),
+            name=name or default_name(opened.files),
             store=store,
         )
         log.info("reading %.2f GB, a tokenizer of %d tokens", program.bytes_read / 1e9, program.tokens)

@@ -49,7 +49,7 @@ def write_gguf(
                 if progress:
                     progress(chunk.nbytes)
 
-            write_layout(program, producer.fill, file, consume)
+            write_layout(program, producer, file, consume)
             checkpoint.check_unchanged()
         except BaseException:
             file.discard()

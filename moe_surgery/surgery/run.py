@@ -14,6 +14,7 @@ from moe_surgery.checkpoint.staging import Staging
 from moe_surgery.checkpoint.writer import copy_file, remove_leftover, write_file
 from moe_surgery.engine.output import OnBytes, check_space
 from moe_surgery.engine.run import FolderRun
+from moe_surgery.errors import NetworkError
 from moe_surgery.formats.encode_report import EncodeReport
 from moe_surgery.surgery.manifest import FileRecord, manifest_bytes, shard_record
 from moe_surgery.surgery.names import MANIFEST_NAME
@@ -49,8 +50,8 @@ def run_program(
 ) -> Outcome:
     """Write `program` to the new folder `out`. `progress` is called with bytes of shards processed.
 
-    `out` must have passed `check_output`. An interrupted run leaves its partial folder,
-    and the next one resumes after the finished shards; on any other error nothing is left.
+    `out` must have passed `check_output`. An interrupted run, and one whose source can no longer be reached,
+    leaves its partial folder, and the next one resumes after the finished shards; on any other error nothing is left.
 
     Raises DiskFullError before the first byte if the output does not fit, and when space runs out
     during the run; OutputError, InvalidInputError for files that cannot be written or read.
@@ -61,6 +62,8 @@ def run_program(
         try:
             job = _Run(program, checkpoint, staging, ops, progress or (lambda _: None))
             return job.execute(overwrite, ignore_free_space)
+        except NetworkError:
+            raise
         except Exception:
             staging.discard()
             raise

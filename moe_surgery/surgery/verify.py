@@ -18,9 +18,15 @@ from moe_surgery.checkpoint.source import ByteSource, Folder
 from moe_surgery.checkpoint.text import printable
 from moe_surgery.engine.chunks import Chunk, chunks_of, plain_chunks
 from moe_surgery.engine.digest import FileDigest, digest_chunks
+from moe_surgery.engine.producer import produce
 from moe_surgery.engine.spans import Copy, Span
-from moe_surgery.engine.stream import stream
-from moe_surgery.errors import MoeSurgeryError, OutputError, PlanMismatchError, VerificationError
+from moe_surgery.errors import (
+    MoeSurgeryError,
+    NetworkError,
+    OutputError,
+    PlanMismatchError,
+    VerificationError,
+)
 from moe_surgery.families import FAMILIES, Family, ModelSpec, identify_model
 from moe_surgery.progress import Counter, OnProgress
 from moe_surgery.surgery.compiler import compile_program
@@ -130,6 +136,8 @@ class _Verifier:
     def _attempt(self, check: Callable[[], None]) -> None:
         try:
             check()
+        except NetworkError:
+            raise
         except MoeSurgeryError as error:
             if str(error) not in self._problems:
                 self._problems.append(str(error))
@@ -300,7 +308,7 @@ class _Verifier:
             self._advance(len(buffer))
 
         with LocalFile(path, self._ops) as file:
-            stream(chunks_of(expected), producer.fill, consume)
+            produce(expected, producer, consume)
         for tensor in different:
             self._problems.append(
                 f"{printable_path(path)}: tensor '{printable(tensor)}': differs from the kept experts of "
