@@ -209,8 +209,8 @@ class HttpSource(ByteSource):
         whole = (begin, end) == (0, self.size)
         if reply.status == 200 and not whole:
             raise OutputError(
-                f"{self.where}: the server {_host(self._location)} does not support range requests; download "
-                "the model first (hf download) and use it from the cache"
+                f"{self.where}: the server {_host(self._location)} does not support range requests; download the "
+                "whole model first, with hf download, which puts it into the cache"
             )
         if reply.status not in (200, 206):
             raise NetworkError(f"{self.where}: cannot be read: {_refusal(reply.status)}")

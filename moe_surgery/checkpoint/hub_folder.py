@@ -100,7 +100,7 @@ class HubFolder(Folder):
         return other
 
     def open(self, name: str) -> ByteSource:
-        path = posixpath.normpath(posixpath.join(self._inside, name))
+        path = self._path(name)
         where = printable(f"{self._hub.repository}@{self.commit}/{path}")
         if path not in self._files:
             kind = "a folder, not a file" if self.folder(name) else "not in the repository"
@@ -109,12 +109,19 @@ class HubFolder(Folder):
             return LocalFile(cached, self._ops)
         return HttpSource(where, partial(self._locate, path, where), self._connections, self.traffic)
 
-    def is_cached(self, name: str) -> bool:
-        """Whether the file `name` is read from the local cache."""
-        return self._cached(posixpath.normpath(posixpath.join(self._inside, name))) is not None
+    def nbytes(self, name: str) -> int:
+        return self._files[self._path(name)].size
+
+    def bytes_to_fetch(self, name: str) -> int:
+        path = self._path(name)
+        return self._files[path].size if self._cached(path) is None else 0
 
     def close(self) -> None:
         self._connections.close()
+
+    def _path(self, name: str) -> str:
+        """The path in the repository of the file `name` of this folder."""
+        return posixpath.normpath(posixpath.join(self._inside, name))
 
     def _cached(self, path: str) -> Path | None:
         from huggingface_hub import try_to_load_from_cache

@@ -12,7 +12,7 @@ from moe_surgery.checkpoint.hub import is_hub_id
 from moe_surgery.checkpoint.kinds import STATISTICS, WEIGHTS, kind_of, wrong_kind
 from moe_surgery.errors import OutputError, UsageError
 
-__all__ = ["EXAMPLES", "check_is_path", "resolve"]
+__all__ = ["EXAMPLES", "check_is_path", "download_command", "model_to_fetch", "resolve"]
 
 EXAMPLES = {"tiny": "tiny-gpt-oss"}
 _EXAMPLES_FOLDER = Path(__file__).parent.parent / "examples"
@@ -97,7 +97,7 @@ def _example(name: str) -> Path:
     return _EXAMPLES_FOLDER / EXAMPLES[name]
 
 
-def _download(repository: str, revision: str) -> str:
+def download_command(repository: str, revision: str) -> str:
     """The command that fetches what is read here: not the copies of the same weights in other formats."""
     at = f" --revision {revision}" if revision else ""
     return f"hf download {repository}{at}" + "".join(f' --exclude "{pattern}"' for pattern in _NOT_READ)
@@ -109,7 +109,7 @@ def _from_hub_cache(hub_id: str) -> Path:
         return snapshot
     raise OutputError(
         f"{hub_id}: no such folder, and not in the local hub cache; "
-        f"download it first: {_download(repository, revision)}"
+        f"download it first: {download_command(repository, revision)}"
     )
 
 

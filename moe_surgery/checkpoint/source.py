@@ -126,6 +126,15 @@ class Folder(ABC):
         """Whether there is a regular file `name` (or a link to one)."""
         return self.listing().get(name, False)
 
+    def nbytes(self, name: str) -> int:
+        """Bytes of the file `name`; raises as `open`."""
+        with self.open(name) as source:
+            return source.size
+
+    def bytes_to_fetch(self, name: str) -> int:
+        """Bytes that reading the whole file `name` takes from a network: its size, or 0 where it is on this machine."""
+        return 0
+
     def folder(self, name: str) -> Folder | None:
         """The folder `name` inside this one, or the one above for ".."; None where there is none."""
         return None
