@@ -18,7 +18,9 @@ from moe_surgery.engine.spans import Span
 __all__ = ["MappedRegions"]
 
 READ_REGIONS: Final = 4
-"""Regions read from sources without a mapping that are kept: those of two experts, since chunks go by them in order."""
+READ_BYTES: Final = 32 << 20
+"""Regions read from sources without a mapping that are kept: the last four (two experts' blocks and scales, since
+chunks go through experts in order), more of them while they are small."""
 
 
 class MappedRegions:
@@ -53,7 +55,7 @@ class MappedRegions:
             first = reading is None
             if reading is None:
                 reading = self._read[span] = Future()
-                while len(self._read) > READ_REGIONS:
+                while len(self._read) > READ_REGIONS and sum(s.nbytes for s in self._read) > READ_BYTES:
                     self._read.popitem(last=False)
             self._read.move_to_end(span)
         if first:

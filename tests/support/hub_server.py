@@ -14,6 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import pytest
+
 MODEL = "owner/model"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_secret"
@@ -61,8 +63,8 @@ class HubServer:
         self.sent: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._digests: dict[Path, tuple[int, str]] = {}
-        self._hub = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self, "hub"))
-        self._storage = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self, "storage"))
+        self._hub = _Server(("127.0.0.1", 0), _handler(self, "hub"))
+        self._storage = _Server(("127.0.0.1", 0), _handler(self, "storage"))
         self.url = f"http://localhost:{self._hub.server_address[1]}"
         self.storage_url = f"http://127.0.0.1:{self._storage.server_address[1]}"
         self._threads = [
@@ -75,6 +77,17 @@ class HubServer:
     def environment(self, cache: Path) -> dict[str, str]:
         """For a process that is to use this hub, with its cache in `cache`."""
         return {"HF_ENDPOINT": self.url, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN}
+
+    def use(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The same for this process, in which huggingface_hub has read its environment already."""
+        from huggingface_hub import constants
+
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, self.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "ENDPOINT", self.url)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
 
     @property
     def total(self) -> int:
@@ -125,6 +138,11 @@ def serving(folder: Path) -> Iterator[HubServer]:
         server.close()
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Clients that go away are expected."""
+
+
 def _handler(server: HubServer, host: str) -> type[BaseHTTPRequestHandler]:
     return type("Handler", (_Handler,), {"hub": server, "host": host})
 
@@ -148,7 +166,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve(self) -> None:
         path = unquote(urlsplit(self.path).path).lstrip("/")
         if self.host == "storage":
-            self._file(self._request(path.partition("/")[2]), {"ETag": f'"storage-{path.partition("/")[0]}"'})
+            request = self._request(path.partition("/")[2])
+            self._file(request, {"ETag": f'"{self.hub.digest(request.path)[:32]}"'})
         elif path.startswith("api/models/"):
             self._api(path.removeprefix("api/models/"))
         else:
@@ -240,6 +259,7 @@ class _Handler(BaseHTTPRequestHandler):
             file.seek(begin)
             while begin < end:
                 block = file.read(min(1 << 20, end - begin))
+                self.hub.count(request, len(block))  # before the client can have them
                 try:
                     self.wfile.write(block)
                     self.wfile.flush()
@@ -247,7 +267,6 @@ class _Handler(BaseHTTPRequestHandler):
                     self.close_connection = True
                     return
                 begin += len(block)
-                self.hub.count(request, len(block))
 
     def _answer(self, status: int, headers: dict[str, str], body: bytes = b"") -> None:
         self.send_response(status)
