@@ -15,13 +15,14 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from moe_surgery.errors import NetworkError
 
-__all__ = ["Connections", "Headers", "Reply", "transport_errors"]
+__all__ = ["REDIRECTS", "Connections", "Headers", "Pending", "Reply", "transport_errors"]
 
 Headers = Mapping[str, str]
 MOST_REDIRECTS: Final = 5
@@ -37,6 +38,15 @@ class Reply(ABC):
     @abstractmethod
     def read_into(self, buffer: memoryview) -> int:
         """Fill the start of `buffer` with the next bytes of the body; returns how many, 0 at its end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A request that was sent, over a connection that waits for the answer."""
+
+    scheme: str
+    host: str
+    connection: http.client.HTTPConnection
 
 
 class Connections:
@@ -71,6 +81,34 @@ class Connections:
             url = target
         raise NetworkError(f"{urlsplit(url).netloc}: more than {MOST_REDIRECTS} redirects")
 
+    def send(self, url: str, headers: Headers) -> Pending | None:
+        """Request `url` without waiting for the answer; None where that cannot be done. Raises as `get`."""
+        parts = urlsplit(url)
+        if self._cancelled.is_set() or not self._goes_direct(parts.scheme, parts.netloc):
+            return None
+        connection, _ = self._take(parts.scheme, parts.netloc)
+        try:
+            connection.request("GET", _target(url), headers=dict(headers))
+        except BaseException:
+            self._put_back(parts.scheme, parts.netloc, connection, reusable=False)
+            raise
+        return Pending(parts.scheme, parts.netloc, connection)
+
+    @contextmanager
+    def answer(self, pending: Pending) -> Iterator[Reply]:
+        """The answer to what was sent; a redirect is not followed. Raises as `get`."""
+        try:
+            response = pending.connection.getresponse()
+        except BaseException:
+            self.give_up(pending)
+            raise
+        with self._replying(pending.scheme, pending.host, pending.connection, response) as reply:
+            yield reply
+
+    def give_up(self, pending: Pending) -> None:
+        """Drop a request whose answer is not wanted any more."""
+        self._put_back(pending.scheme, pending.host, pending.connection, reusable=False)
+
     def wait(self, seconds: float) -> None:
         """Sleep; raises NetworkError at once after `cancel`."""
         if self._cancelled.wait(seconds):
@@ -101,33 +139,46 @@ class Connections:
         if self._cancelled.is_set():
             raise NetworkError("the request was cancelled")
         parts = urlsplit(url)
-        origin = parts.scheme, parts.netloc
-        if origin not in self._is_direct:
-            self._is_direct[origin] = _is_direct(*origin)
-        if self._is_direct[origin]:
+        if self._goes_direct(parts.scheme, parts.netloc):
             return self._direct(url, headers)
         return _by_the_hubs_client(url, headers, self._timeout)
+
+    def _goes_direct(self, scheme: str, host: str) -> bool:
+        origin = scheme, host
+        if origin not in self._is_direct:
+            self._is_direct[origin] = _is_direct(scheme, host)
+        return self._is_direct[origin]
 
     @contextmanager
     def _direct(self, url: str, headers: Headers) -> Iterator[Reply]:
         parts = urlsplit(url)
         connection, response = self._respond(parts.scheme, parts.netloc, url, headers)
+        with self._replying(parts.scheme, parts.netloc, connection, response) as reply:
+            yield reply
+
+    @contextmanager
+    def _replying(
+        self,
+        scheme: str,
+        host: str,
+        connection: http.client.HTTPConnection,
+        response: http.client.HTTPResponse,
+    ) -> Iterator[Reply]:
         try:
             yield _DirectReply(response)
         finally:
             read_to_its_end = response.isclosed()
             response.close()
-            self._put_back(parts.scheme, parts.netloc, connection, reusable=read_to_its_end)
+            self._put_back(scheme, host, connection, reusable=read_to_its_end)
 
     def _respond(
         self, scheme: str, host: str, url: str, headers: Headers
     ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
         """Send the request; again over a new connection if the server had closed an idle one."""
-        target = urlsplit(url)._replace(scheme="", netloc="", fragment="").geturl() or "/"
         while True:
             connection, idle = self._take(scheme, host)
             try:
-                connection.request("GET", target, headers=dict(headers))
+                connection.request("GET", _target(url), headers=dict(headers))
                 return connection, connection.getresponse()
             except BaseException as error:
                 self._put_back(scheme, host, connection, reusable=False)
@@ -178,6 +229,11 @@ def check_no_downgrade(url: str, target: str) -> None:
         raise NetworkError(
             f"{urlsplit(url).netloc}: redirects to an address without TLS, which is not followed"
         )
+
+
+def _target(url: str) -> str:
+    """What follows the host in `url`."""
+    return urlsplit(url)._replace(scheme="", netloc="", fragment="").geturl() or "/"
 
 
 class _DirectReply(Reply):

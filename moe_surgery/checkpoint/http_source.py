@@ -7,11 +7,19 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
 
-from moe_surgery.checkpoint.http_connections import Connections, Headers, Reply, transport_errors
+from moe_surgery.checkpoint.http_connections import (
+    REDIRECTS,
+    Connections,
+    Headers,
+    Pending,
+    Reply,
+    transport_errors,
+)
 from moe_surgery.checkpoint.retries import TRANSIENT, Retries, delay_asked_for
 from moe_surgery.checkpoint.source import ByteSource
 from moe_surgery.errors import InvalidInputError, NetworkError, OutputError
@@ -91,6 +99,7 @@ class HttpSource(ByteSource):
         self._storage_etag: str | None = None
         self._credit = 0
         self._closed = False
+        self._expected: dict[tuple[int, int], Pending] = {}
 
     @property
     def stamp(self) -> RemoteStamp:
@@ -115,6 +124,21 @@ class HttpSource(ByteSource):
             for future in [pool.submit(self._fetch, request) for request in requests]:
                 future.result()
 
+    def expect(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Send the request for a single range; `read_many` takes the answer."""
+        if len(ranges) != 1 or self._closed:
+            return
+        begin, nbytes = ranges[0]
+        span = (begin, begin + nbytes)
+        if not nbytes or begin < START_BYTES or span in self._expected:
+            return
+        try:
+            pending = self._connections.send(self._location.url, self._headers(*span))
+        except transport_errors():
+            return  # the read tries again, and says what is wrong
+        if pending is not None:
+            self._expected[span] = pending
+
     def cancel(self) -> None:
         self._connections.cancel()
 
@@ -124,6 +148,11 @@ class HttpSource(ByteSource):
 
     def close(self) -> None:
         self._closed = True
+        while self._expected:
+            self._connections.give_up(self._expected.popitem()[1])
+
+    def _headers(self, begin: int, end: int) -> Headers:
+        return {**self._location.headers, "Range": f"bytes={begin}-{end - 1}"}
 
     def _beyond_start(self, offset: int, buffer: memoryview) -> Iterator[Piece]:
         """Fill what lies in the start of the file, which is fetched once; yields the piece that does not."""
@@ -157,10 +186,12 @@ class HttpSource(ByteSource):
         errors = transport_errors()
         while not sink.is_full:
             location = self._location
-            headers = {**location.headers, "Range": f"bytes={sink.position}-{sink.end - 1}"}
             self._traffic.add(1, 0)
+            sent = self._expected.pop((sink.position, sink.end), None)
             try:
-                with self._connections.get(location.url, headers) as reply:
+                with self._answer(sent, sink.position, sink.end) as reply:
+                    if sent and reply.status in REDIRECTS:
+                        continue
                     if reply.status in TRANSIENT:
                         problem, delay = _refusal(reply.status), delay_asked_for(reply.headers)
                     elif reply.status in _EXPIRED and relocated is not location:
@@ -173,11 +204,19 @@ class HttpSource(ByteSource):
             except errors as error:
                 if isinstance(error, OutputError):
                     raise
+                if sent:
+                    continue  # the connection may have been closed before the request reached the server
                 problem, delay = f"the connection failed: {describe(error)}", None
             if problem is None:
                 relocated = self._relocate(location)
             else:
                 retries.failed(problem, delay)
+
+    def _answer(self, sent: Pending | None, begin: int, end: int) -> AbstractContextManager[Reply]:
+        """The answer to a request for [begin, end), which may have been sent ahead."""
+        if sent is not None:
+            return self._connections.answer(sent)
+        return self._connections.get(self._location.url, self._headers(begin, end))
 
     def _receive(self, reply: Reply, sink: _Sink, retries: Retries) -> bool:
         """Whether the body ended before `sink` was full."""

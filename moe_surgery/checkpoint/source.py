@@ -49,6 +49,9 @@ class ByteSource(ABC):
         for offset, buffer in wanted:
             self.read_into(offset, buffer)
 
+    def expect(self, ranges: Sequence[tuple[int, int]]) -> None:  # noqa: B027
+        """Say that the ranges (offset, bytes) will soon be read by one `read_many`, so that they can be asked for."""
+
     def cancel(self) -> None:  # noqa: B027
         """End reads that wait, in other threads, with an error."""
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Protocol
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Final, Protocol
 
 from moe_surgery.checkpoint.shard import Shard
 from moe_surgery.engine.chunks import Chunk, FileLayout, PartSlice, chunks_of
@@ -12,6 +13,10 @@ from moe_surgery.engine.stream import Stage, stream
 from moe_surgery.formats.encode_report import EncodeReport
 
 __all__ = ["Converter", "Producer", "produce"]
+
+
+EXPECTED_CHUNKS: Final = 6
+"""Chunks whose bytes are asked for before there is a buffer for them; what arrives waits in the socket."""
 
 
 class Converter(Protocol):
@@ -45,6 +50,15 @@ class Producer:
         for shard in self._shards.values():
             shard.source.cancel()
 
+    def expect(self, chunk: Chunk) -> None:
+        """Say that `chunk` will soon be filled."""
+        ranges: dict[str, list[tuple[int, int]]] = {}
+        for span, _ in _copies_merged(chunk.slices):
+            if span is not None:
+                ranges.setdefault(span.shard, []).append((span.offset, span.nbytes))
+        for name, wanted in ranges.items():
+            self._shards[name].source.expect(wanted)
+
     def report(self) -> EncodeReport:
         """What conversion to MXFP4 lost."""
         return EncodeReport() if self._converter is None else self._converter.report()
@@ -68,7 +82,19 @@ class Producer:
 
 def produce(layout: FileLayout, producer: Producer, consume: Stage, write: Stage | None = None) -> None:
     """Stream the bytes of `layout`, made by `producer`, through `consume` and `write`; see `stream`."""
-    stream(chunks_of(layout), producer.fill, consume, write, workers=producer.workers, abort=producer.cancel)
+    chunks = chunks_of(layout) if producer.workers is None else _announced(chunks_of(layout), producer)
+    stream(chunks, producer.fill, consume, write, workers=producer.workers, abort=producer.cancel)
+
+
+def _announced(chunks: Iterable[Chunk], producer: Producer) -> Iterator[Chunk]:
+    """`chunks`, of which the producer learns in advance."""
+    waiting: deque[Chunk] = deque()
+    for chunk in chunks:
+        producer.expect(chunk)
+        waiting.append(chunk)
+        if len(waiting) > EXPECTED_CHUNKS:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def _copies_merged(slices: tuple[PartSlice, ...]) -> Iterator[tuple[Span | None, PartSlice]]:
