@@ -124,8 +124,12 @@ def _snapshot(repository: str, revision: str) -> Path | None:
             f"{repository}{at}: no such folder; to look in the hub cache install huggingface_hub "
             "(pip install 'moe-surgery[hub]')"
         ) from None
+    # Any pattern: without one, a snapshot that lacks only files that are not read here would be refused.
     try:
-        return Path(snapshot_download(repository, revision=revision or None, local_files_only=True))
+        folder = snapshot_download(
+            repository, revision=revision or None, allow_patterns=["config.json"], local_files_only=True
+        )
+        return Path(folder)
     except (LocalEntryNotFoundError, HFValidationError):
         return None
 

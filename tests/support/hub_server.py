@@ -216,6 +216,9 @@ class _Handler(BaseHTTPRequestHandler):
         return False
 
     def _api(self, path: str) -> None:
+        if "/tree/" in path:
+            self._tree(path)
+            return
         model, _, revision = path.partition("/revision/")
         request = self._request(path)
         if (answer := self.hub.fault(request)) is not None and answer.status is not None:
@@ -232,6 +235,17 @@ class _Handler(BaseHTTPRequestHandler):
             siblings.append(entry)
         body = json.dumps({"id": model, "sha": self.hub.commit, "siblings": siblings}).encode()
         self._answer(200, {"Content-Type": "application/json"}, body)
+
+    def _tree(self, path: str) -> None:
+        self._request(path)
+        entries = []
+        for name in self.hub.files():
+            digest, size = self.hub.digest(name), (self.hub.folder / name).stat().st_size
+            entry: dict[str, object] = {"type": "file", "path": name, "size": size, "oid": digest[:40]}
+            if name.endswith(LARGE):
+                entry["lfs"] = {"oid": digest, "size": size, "pointerSize": 134}
+            entries.append(entry)
+        self._answer(200, {"Content-Type": "application/json"}, json.dumps(entries).encode())
 
     def _resolve(self, path: str) -> None:
         model, _, rest = path.partition("/resolve/")

@@ -342,6 +342,26 @@ def test_a_folder_and_the_cache_win_over_the_hub(
     assert hub.requests == []
 
 
+@pytest.mark.parametrize("lacking", ["README.md", "model-00002-of-00003.safetensors"])
+def test_what_huggingface_hub_downloaded_is_used(
+    hub: HubServer, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, lacking: str
+) -> None:
+    """All weights: offline too. All but a shard: only that shard is fetched."""
+    from huggingface_hub import snapshot_download
+
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    snapshot_download(MODEL, ignore_patterns=[lacking], max_workers=1)
+    hub.forget()
+    ended = done(call(capsys, "prune", MODEL, tmp_path / "out", "--keep", "1,2,6,11"))
+    if lacking == "README.md":
+        assert hub.requests == []
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        assert done(call(capsys, "inspect", MODEL)).out
+    else:
+        assert set(hub.sent) == {lacking}
+        assert ended.err.startswith("fetching ")
+
+
 def test_running_a_model_names_the_download_that_it_needs(hub: HubServer, capsys: Capture) -> None:
     pytest.importorskip("torch")
     from moe_surgery.errors import OutputError
