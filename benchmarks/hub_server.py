@@ -47,6 +47,11 @@ class Link:
             time.sleep(wait)
 
 
+class Server(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Clients that go away are expected."""
+
+
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
@@ -115,7 +120,7 @@ def _etag(path: Path) -> str:
 @click.option("--latency", default=0.0, help="Seconds before each answer.")
 def main(folder: Path, rate: float, latency: float) -> None:
     handler = type("Serving", (Handler,), {"folder": folder, "link": Link(rate, latency)})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server = Server(("127.0.0.1", 0), handler)
     click.echo(f"http://127.0.0.1:{server.server_address[1]}")
     server.serve_forever()
 

@@ -29,7 +29,7 @@ __all__ = ["HttpSource", "Location", "RemoteStamp", "Traffic", "merged"]
 START_BYTES: Final = 32 << 10
 """Fetched at the first read of the start of a file: small files and most headers whole, in one request."""
 
-REQUESTS_IN_FLIGHT: Final = 5
+REQUESTS_IN_FLIGHT: Final = 4
 """Of one source: each fills a chunk of the output, so more would not fit 64 MiB of memory."""
 
 LARGEST_GAP: Final = 256 << 10
