@@ -202,8 +202,6 @@ class HttpSource(ByteSource):
                             return
                         problem, delay = "the connection was cut", None
             except errors as error:
-                if isinstance(error, OutputError):
-                    raise
                 if sent:
                     continue  # the connection may have been closed before the request reached the server
                 problem, delay = f"the connection failed: {describe(error)}", None

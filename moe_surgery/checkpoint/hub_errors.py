@@ -9,7 +9,7 @@ from typing import TypeVar
 from moe_surgery.checkpoint.http_connections import transport_errors
 from moe_surgery.checkpoint.http_source import describe
 from moe_surgery.checkpoint.retries import TRANSIENT, Retries, delay_asked_for
-from moe_surgery.errors import NetworkError, OutputError
+from moe_surgery.errors import OutputError
 
 __all__ = ["requesting"]
 
@@ -59,6 +59,4 @@ def requesting(
                 raise OutputError(f"{where}: {problem}") from None
             retries.failed(problem, delay_asked_for(headers))
         except transport_errors() as error:
-            if isinstance(error, NetworkError):
-                raise
             retries.failed(f"{endpoint} cannot be reached: {describe(error)}")

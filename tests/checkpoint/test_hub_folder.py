@@ -195,6 +195,43 @@ def test_a_proxy_or_a_programs_own_client_is_used(hub: HubServer, monkeypatch: p
     assert hub.sent[SHARD] == PART[1] - PART[0]
 
 
+def test_the_answer_to_a_request_sent_ahead_is_read(hub: HubServer) -> None:
+    folder = folder_of()
+    with folder.open(SHARD) as source:
+        source.expect([(PART[0], PART[1] - PART[0])])
+        read(source)
+        source.expect([(0, 10_000)])  # comes with the start of the file
+        source.expect([(800_000, 10), (900_000, 10)])  # may become one request
+        source.expect([(1_000_000, 1_000_000)])  # never read
+    folder.close()
+    ranges = [request.range for request in hub.requests if request.host == "storage"]
+    assert ranges[0] == PART
+    assert set(ranges[1:]) <= {(1_000_000, 2_000_000)}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [Answer(503, {"Retry-After": "0"}), Answer(403), Answer(302, {"Location": "/x"}), Answer(cut=5000)],
+)
+def test_a_request_sent_ahead_may_fail(hub: HubServer, answer: Answer) -> None:
+    with folder_of().open(SHARD) as source:
+        hub.fault = first(1, answer)
+        source.expect([(PART[0], PART[1] - PART[0])])
+        read(source)
+    assert hub.sent[SHARD] == PART[1] - PART[0]
+
+
+def test_a_connection_that_closes_after_a_request_was_sent_ahead_is_replaced(hub: HubServer) -> None:
+    with folder_of().open(SHARD) as source:
+        hub.fault = lambda request: Answer(503) if request.host == "storage" else None
+        source.expect([(PART[0], PART[1] - PART[0])])
+        while not any(request.host == "storage" for request in hub.requests):
+            time.sleep(0.001)
+        hub.fault = lambda request: None
+        hub.hang_up()
+        read(source)
+
+
 # --- faults that pass
 
 

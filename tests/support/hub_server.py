@@ -101,6 +101,11 @@ class HubServer:
         self.requests.clear()
         self.sent.clear()
 
+    def hang_up(self) -> None:
+        """End every connection."""
+        for server in (self._hub, self._storage):
+            server.hang_up()
+
     def close(self) -> None:
         for server in (self._hub, self._storage):
             server.shutdown()
