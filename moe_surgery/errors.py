@@ -15,6 +15,7 @@ __all__ = [
     "DiskFullError",
     "InvalidInputError",
     "MoeSurgeryError",
+    "NetworkError",
     "OutputError",
     "PlanMismatchError",
     "UsageError",
@@ -75,6 +76,13 @@ class DiskFullError(OutputError):
     """The output does not fit the free space of its file system, a quota or a size limit."""
 
     exit_code = 6
+
+
+class NetworkError(OutputError):
+    """A server that cannot be reached, refuses, or fails after several attempts.
+
+    A run that was writing keeps its finished files; the same call resumes it.
+    """
 
 
 class VerificationError(MoeSurgeryError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from moe_surgery.checkpoint.files import printable_path
 from moe_surgery.checkpoint.index import MAX_INDEX_BYTES, Index, parse_index
 from moe_surgery.checkpoint.local_file import LocalFolder
 from moe_surgery.checkpoint.other_formats import other_format_hint
-from moe_surgery.checkpoint.resolve import resolve
+from moe_surgery.checkpoint.resolve import model_to_fetch, resolve
 from moe_surgery.checkpoint.shard import Shard
 from moe_surgery.checkpoint.source import Folder, read_small
 from moe_surgery.checkpoint.strict_json import parse_json
@@ -84,7 +85,7 @@ class Checkpoint:
         ignore_unlisted: bool = False,
         ops: FileOps | None = None,
     ) -> Checkpoint:
-        """Open a folder, one .safetensors file, `example:tiny`, or a hub id in the local hub cache.
+        """Open a folder, one .safetensors file, `example:tiny`, or a model on the hub (see `open_folder`).
 
         With a `Folder`, config.json, the index and shards are read through it.
 
@@ -100,7 +101,8 @@ class Checkpoint:
         names = [only] if only is not None else _shard_names(folder, listing, index, ignore_unlisted)
         notes = () if only is not None else _notes(folder, listing, names, index)
         with ExitStack() as stack:
-            shards = {n: stack.enter_context(Shard(n, files.open(n))) for n in names}
+            stack.callback(files.close)
+            shards = _open_shards(files, names, stack)
             tensors = _collect(folder, shards, index, ignore_unlisted)
             stack.pop_all()
         return cls(files, config, shards, tensors, _side_files(listing), index, notes)
@@ -128,6 +130,7 @@ class Checkpoint:
     def close(self) -> None:
         for shard in self.shards.values():
             shard.close()
+        self.files.close()
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -137,14 +140,42 @@ class Checkpoint:
 
 
 def open_folder(checkpoint: str | os.PathLike[str] | Folder) -> Folder:
-    """The files of a checkpoint by whatever `Checkpoint.open` takes; raises as `resolve`."""
+    """The files of a checkpoint by whatever `Checkpoint.open` takes.
+
+    A path that exists wins, then a complete model in the hub's cache, then the hub itself, unless HF_HUB_OFFLINE
+    is set. Raises as `resolve` and `HubFolder`.
+    """
     return checkpoint if isinstance(checkpoint, Folder) else _resolve_folder(checkpoint, None)[0]
 
 
 def _resolve_folder(name: str | os.PathLike[str], ops: FileOps | None) -> tuple[Folder, str | None]:
     """The folder, and the file in it if `name` is that of one file."""
+    if (model := model_to_fetch(name)) is not None:
+        from moe_surgery.checkpoint.hub_folder import HubFolder
+
+        return HubFolder(*model, ops=ops), None
     path = resolve(name)
     return (LocalFolder(path, ops), None) if path.is_dir() else (LocalFolder(path.parent, ops), path.name)
+
+
+def _open_shards(files: Folder, names: list[str], stack: ExitStack) -> dict[str, Shard]:
+    """The shards `names`, each closed with `stack`."""
+
+    def open_shard(name: str) -> Shard:
+        return Shard(name, files.open(name))
+
+    if files.concurrent_opens == 1:
+        return {name: stack.enter_context(open_shard(name)) for name in names}
+    with ThreadPoolExecutor(files.concurrent_opens, "open") as pool:
+        opening = {name: pool.submit(open_shard, name) for name in names}
+        try:
+            return {name: stack.enter_context(future.result()) for name, future in opening.items()}
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            for future in opening.values():
+                if future.done() and not future.cancelled() and future.exception() is None:
+                    future.result().close()
+            raise
 
 
 def _read_config(files: Folder, listing: Mapping[str, bool]) -> dict[str, object]:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.checkpoint.files import open_regular, printable_path
+from moe_surgery.checkpoint.hub import snapshot_of
 from moe_surgery.checkpoint.source import ByteSource, Folder
 from moe_surgery.errors import InvalidInputError, OutputError
 
@@ -138,6 +139,15 @@ class LocalFolder(Folder):
     def __init__(self, path: Path, ops: FileOps | None = None) -> None:
         self.path = path
         self._ops = ops or FileOps()
+
+    @property
+    def on_disk(self) -> Path:
+        return self.path
+
+    @property
+    def hub_model(self) -> tuple[str, str] | None:
+        hub_id, revision = snapshot_of(self.path)
+        return (hub_id, revision) if hub_id else None
 
     def listing(self) -> Mapping[str, bool]:
         try:

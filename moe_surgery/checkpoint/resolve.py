@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
 
 from moe_surgery.checkpoint.files import printable_path
+from moe_surgery.checkpoint.hub import is_hub_id
 from moe_surgery.checkpoint.kinds import STATISTICS, WEIGHTS, kind_of, wrong_kind
 from moe_surgery.errors import OutputError, UsageError
 
-__all__ = ["EXAMPLES", "check_is_path", "resolve"]
+__all__ = ["EXAMPLES", "check_is_path", "download_command", "model_to_fetch", "resolve"]
 
 EXAMPLES = {"tiny": "tiny-gpt-oss"}
 _EXAMPLES_FOLDER = Path(__file__).parent.parent / "examples"
@@ -23,7 +25,7 @@ def resolve(name: str | os.PathLike[str]) -> Path:
     """The folder or .safetensors file that `name` means.
 
     `name` is a path, `example:tiny` (the embedded checkpoint), or a hub id `owner/model[@revision]`
-    whose snapshot lies in the local hub cache; nothing is downloaded. A path that exists wins.
+    whose snapshot lies in the local hub cache; nothing is fetched. A path that exists wins.
 
     Raises UsageError for an unknown example or an empty name, OutputError where nothing is found.
     """
@@ -46,9 +48,32 @@ def resolve(name: str | os.PathLike[str]) -> Path:
                 "pass the checkpoint's folder"
             )
         return path
-    if _HUB_ID.fullmatch(text) and not text.startswith("."):
+    if _is_hub_name(text):
         return _from_hub_cache(text)
     raise OutputError(f"{printable_path(path)}: no such checkpoint folder or file")
+
+
+def model_to_fetch(name: str | os.PathLike[str]) -> tuple[str, str | None] | None:
+    """Repository and revision if `name` is a hub id to be read from the hub; None where `resolve` decides.
+
+    That is so for a path that exists, a model that is complete in the cache, and offline (HF_HUB_OFFLINE).
+    """
+    text = os.fspath(name)
+    if not _is_hub_name(text) or Path(text).exists():
+        return None
+    repository, _, revision = text.partition("@")
+    if not is_hub_id(repository):
+        return None
+    snapshot = _snapshot(repository, revision)
+    if snapshot is not None and _is_complete(snapshot):
+        return None
+    from huggingface_hub import constants
+
+    return None if constants.HF_HUB_OFFLINE else (repository, revision or None)
+
+
+def _is_hub_name(text: str) -> bool:
+    return _HUB_ID.fullmatch(text) is not None and not text.startswith(".")
 
 
 def check_is_path(out: str | os.PathLike[str]) -> None:
@@ -72,7 +97,7 @@ def _example(name: str) -> Path:
     return _EXAMPLES_FOLDER / EXAMPLES[name]
 
 
-def _download(repository: str, revision: str) -> str:
+def download_command(repository: str, revision: str) -> str:
     """The command that fetches what is read here: not the copies of the same weights in other formats."""
     at = f" --revision {revision}" if revision else ""
     return f"hf download {repository}{at}" + "".join(f' --exclude "{pattern}"' for pattern in _NOT_READ)
@@ -80,18 +105,44 @@ def _download(repository: str, revision: str) -> str:
 
 def _from_hub_cache(hub_id: str) -> Path:
     repository, _, revision = hub_id.partition("@")
+    if (snapshot := _snapshot(repository, revision)) is not None:
+        return snapshot
+    raise OutputError(
+        f"{hub_id}: no such folder, and not in the local hub cache; "
+        f"download it first: {download_command(repository, revision)}"
+    )
+
+
+def _snapshot(repository: str, revision: str) -> Path | None:
+    """The folder of a model in the local hub cache, which need not be complete; None where it is not there."""
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
     except ImportError:
+        at = f"@{revision}" if revision else ""
         raise OutputError(
-            f"{hub_id}: no such folder; to look in the hub cache install huggingface_hub "
+            f"{repository}{at}: no such folder; to look in the hub cache install huggingface_hub "
             "(pip install 'moe-surgery[hub]')"
         ) from None
+    # Any pattern: without one, a snapshot that lacks only files that are not read here would be refused.
     try:
-        return Path(snapshot_download(repository, revision=revision or None, local_files_only=True))
+        folder = snapshot_download(
+            repository, revision=revision or None, allow_patterns=["config.json"], local_files_only=True
+        )
+        return Path(folder)
     except (LocalEntryNotFoundError, HFValidationError):
-        raise OutputError(
-            f"{hub_id}: no such folder, and not in the local hub cache; "
-            f"download it first: {_download(repository, revision)}"
-        ) from None
+        return None
+
+
+def _is_complete(snapshot: Path) -> bool:
+    """Whether config.json and all weights are in the folder `snapshot`, as far as the files in it say."""
+    index = snapshot / "model.safetensors.index.json"
+    if not (snapshot / "config.json").is_file():
+        return False
+    if not index.is_file():
+        return (snapshot / "model.safetensors").is_file()
+    try:
+        shards = set(json.loads(index.read_bytes())["weight_map"].values())
+        return all((snapshot / shard).is_file() for shard in shards)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):
+        return True  # malformed: opening it says so

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 from moe_surgery.checkpoint.header import Header, read_header
 from moe_surgery.checkpoint.source import ByteSource
@@ -49,6 +49,10 @@ class Shard:
     def read_into(self, offset: int, buffer: memoryview, *, cache: bool = False) -> None:
         """Fill `buffer` from file position `offset`; see `ByteSource.read_into`."""
         self.source.read_into(offset, buffer, cache=cache)
+
+    def read_many(self, wanted: Sequence[tuple[int, memoryview]]) -> None:
+        """Fill several buffers; see `ByteSource.read_many`."""
+        self.source.read_many(wanted)
 
     def drop_cache(self, offset: int, nbytes: int) -> None:
         """Drop what was cached by reads with `cache`."""

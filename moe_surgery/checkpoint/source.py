@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import mmap
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 
 from moe_surgery.errors import InvalidInputError
@@ -26,6 +26,9 @@ class ByteSource(ABC):
     size: int
     """Bytes, when it was opened."""
 
+    concurrent_reads: int | None = None
+    """Reads in flight at which it is fastest, where that is more than a local file needs."""
+
     @property
     @abstractmethod
     def stamp(self) -> Hashable:
@@ -37,6 +40,20 @@ class ByteSource(ABC):
 
         Raises InvalidInputError if the file is too short, OutputError if it cannot be read.
         """
+
+    def read_many(self, wanted: Sequence[tuple[int, memoryview]]) -> None:
+        """Fill each buffer with the bytes from its offset. A remote source reads those close together at once.
+
+        Raises as `read_into`.
+        """
+        for offset, buffer in wanted:
+            self.read_into(offset, buffer)
+
+    def expect(self, ranges: Sequence[tuple[int, int]]) -> None:  # noqa: B027
+        """Say that the ranges (offset, bytes) will soon be read by one `read_many`, so that they can be asked for."""
+
+    def cancel(self) -> None:  # noqa: B027
+        """End reads that wait, in other threads, with an error."""
 
     @abstractmethod
     def check_unchanged(self) -> None:
@@ -91,6 +108,9 @@ class Folder(ABC):
     path: Path
     """The folder, as shown in messages; it need not exist on this machine."""
 
+    concurrent_opens: int = 1
+    """Files that are opened at a time when many are."""
+
     def __str__(self) -> str:
         return str(self.path)
 
@@ -109,9 +129,31 @@ class Folder(ABC):
         """Whether there is a regular file `name` (or a link to one)."""
         return self.listing().get(name, False)
 
+    def nbytes(self, name: str) -> int:
+        """Bytes of the file `name`; raises as `open`."""
+        with self.open(name) as source:
+            return source.size
+
+    def bytes_to_fetch(self, name: str) -> int:
+        """Bytes that reading the whole file `name` takes from a network: its size, or 0 where it is on this machine."""
+        return 0
+
     def folder(self, name: str) -> Folder | None:
         """The folder `name` inside this one, or the one above for ".."; None where there is none."""
         return None
+
+    @property
+    def on_disk(self) -> Path | None:
+        """The folder on this machine, None where it is elsewhere."""
+        return None
+
+    @property
+    def hub_model(self) -> tuple[str, str] | None:
+        """The id on the hub and the commit of the model whose files these are, where that is known."""
+        return None
+
+    def close(self) -> None:  # noqa: B027
+        """Release what is kept for the next file, such as open connections; the folder can still be used."""
 
 
 def read_small(source: ByteSource, *, limit: int, what: str) -> bytes:

@@ -58,7 +58,9 @@ def cli() -> None:
     """Remove experts from mixture-of-experts checkpoints without loading the model.
 
     CKPT is a folder, a .safetensors file, example:tiny (a bundled model for trying things out), or a
-    hub id such as openai/gpt-oss-20b that is in the local hub cache.
+    model on the hub such as openai/gpt-oss-20b, with @REVISION if not the latest. A path that exists
+    wins, then the local hub cache, then the hub, from which only what a command needs is fetched;
+    HF_HUB_OFFLINE=1 forbids that.
 
     \b
     moe-surgery inspect openai/gpt-oss-20b

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from moe_surgery.cli.options import OUTPUT, common, router_top_k, terminal_of, write_options
-from moe_surgery.cli.terminal import Terminal, count, size
+from moe_surgery.cli.terminal import Terminal, count, fetch_text, size
 
 if TYPE_CHECKING:
     from moe_surgery.pipeline.exporting import ExportResult
@@ -85,6 +85,7 @@ def command(
             ignore_free_space=ignore_free_space,
             ignore_unlisted=ignore_unlisted,
             progress=progress,
+            on_fetch=terminal.fetching,
         )
     seconds = time.perf_counter() - start
     if terminal.json:
@@ -102,6 +103,7 @@ def _as_dict(result: ExportResult, seconds: float) -> dict[str, object]:
         "output": str(result.out),
         "seconds": seconds,
         **result.program.as_dict(),
+        "bytes_to_fetch": result.fetch.nbytes if result.fetch else 0,
         "written": done is not None,
         "notes": result.notes,
         "conversion": {**asdict(done), "relative_error": done.relative_error} if done and converted else None,
@@ -119,6 +121,8 @@ def _print(terminal: Terminal, result: ExportResult, seconds: float) -> None:
     if conversion is None:
         kinds = ", ".join(f"{kind} {size(nbytes)}" for kind, nbytes in program.bytes_by_type().items())
         terminal.result(f"{kinds}, header {size(len(program.header))}")
+        if result.fetch:
+            terminal.result(f"to fetch: {fetch_text(result.fetch)}")
     elif conversion.blocks:
         terminal.say(
             f"MXFP4: {conversion.inexact_blocks:,} of {conversion.blocks:,} blocks inexact, "

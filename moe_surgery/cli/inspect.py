@@ -25,9 +25,9 @@ MAX_LISTED_SHARDS = 4
 def command(context: click.Context, ckpt: str, all_sizes: bool, ignore_unlisted: bool) -> None:
     """Show a checkpoint, and its size with fewer experts.
 
-    Reads headers only, so it is instant at any size. The table shows the parameters that remain with n
-    experts per layer, and the bytes they take in MXFP4, in BF16 and in the checkpoint's own format.
-    --json has every n.
+    Reads headers only, so it is instant at any size, and fetches little of a model on the hub. The table
+    shows the parameters that remain with n experts per layer, and the bytes they take in MXFP4, in BF16
+    and in the checkpoint's own format. --json has every n.
 
     \b
     moe-surgery inspect example:tiny

@@ -19,7 +19,7 @@ from moe_surgery.cli.options import (
     terminal_of,
     write_options,
 )
-from moe_surgery.cli.terminal import Terminal, count, size
+from moe_surgery.cli.terminal import Terminal, count, fetch_text, size
 from moe_surgery.errors import UsageError
 from moe_surgery.formats.expert_format import EXPERT_DTYPES
 
@@ -83,7 +83,8 @@ def command(
 
     CKPT is only read, never loaded: bytes go straight from its files to OUT, in less than 100 MB of memory
     at any size (300 MB if --store converts). OUT appears complete or not at all. Stop it at any time;
-    the same command resumes where it stopped.
+    the same command resumes where it stopped. Of a model on the hub that is not in the local cache, only the
+    bytes of the kept experts are fetched.
 
     Choose experts with exactly one of --plan, --ranking and --keep. `--keep all` keeps them all, to change
     only the format (--store) or the experts per token (--top-k).
@@ -116,6 +117,7 @@ def command(
             card=card,
             base_model=base_model,
             progress=progress,
+            on_fetch=terminal.fetching,
         )
     seconds = time.perf_counter() - start
     if terminal.json:
@@ -167,6 +169,7 @@ def _as_dict(result: PruneResult, seconds: float) -> dict[str, object]:
         "output": str(result.out),
         "seconds": seconds,
         **result.program.as_dict(),
+        "bytes_to_fetch": result.fetch.nbytes if result.fetch else 0,
         "outcome": asdict(result.outcome) if result.outcome else None,
         "notes": result.notes,
         "stale_partial_folders": [str(p) for p in result.stale],
@@ -178,6 +181,8 @@ def _print_program(terminal: Terminal, result: PruneResult) -> None:
     rows = [[s.name, str(len(s.tensors)), size(s.bytes_read), size(s.nbytes)] for s in program.shards]
     rows.append(["total", "", size(program.bytes_read), size(program.nbytes)])
     terminal.table(f"would write {result.out}", ["shard", "tensors", "read", "written"], rows)
+    if result.fetch:
+        terminal.result(f"to fetch: {fetch_text(result.fetch)}")
     terminal.result("other files: " + ", ".join([*program.texts, *program.copies, "surgery.json"]))
 
 

@@ -20,9 +20,10 @@ from moe_surgery.errors import CheckpointWarning
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from moe_surgery.engine.fetch import Fetch
     from moe_surgery.progress import OnProgress, Progress
 
-__all__ = ["Terminal", "count", "size"]
+__all__ = ["Terminal", "count", "fetch_text", "size"]
 
 PLAIN_PROGRESS_SECONDS = 10.0
 PIPE_WIDTH = 200
@@ -120,6 +121,10 @@ class Terminal:
         if text not in self._notes:
             self._notes.add(text)
             self.say(f"note: {with_options(text, self.command)}")
+
+    def fetching(self, fetch: Fetch) -> None:
+        """Say what is about to be fetched."""
+        self.say(f"fetching {fetch_text(fetch)}")
 
     @contextmanager
     def notes(self) -> Iterator[None]:
@@ -268,6 +273,11 @@ def size(nbytes: float) -> str:
         if nbytes >= factor:
             return f"{nbytes / factor:.2f} {unit}"
     return f"{nbytes:.0f} B"
+
+
+def fetch_text(fetch: Fetch) -> str:
+    """6.13 GB of the 13.76 GB of owner/name@commit."""
+    return f"{size(fetch.nbytes)} of the {size(fetch.total)} of {fetch.name}"
 
 
 def count(number: float) -> str:

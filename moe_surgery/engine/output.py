@@ -8,9 +8,10 @@ from pathlib import Path
 from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.checkpoint.files import printable_path
 from moe_surgery.checkpoint.writer import OutputFile, output_failure
-from moe_surgery.engine.chunks import Chunk, FileLayout, chunks_of
+from moe_surgery.engine.chunks import Chunk, FileLayout
+from moe_surgery.engine.producer import Producer, produce
 from moe_surgery.engine.reflink import Range, unshared
-from moe_surgery.engine.stream import Stage, stream
+from moe_surgery.engine.stream import Stage
 from moe_surgery.errors import DiskFullError, OutputError
 
 __all__ = ["OnBytes", "check_space", "publish", "write_layout"]
@@ -35,13 +36,13 @@ def check_space(needed: int, out: Path, folder: Path, ops: FileOps) -> None:
 
 def write_layout(
     layout: FileLayout,
-    fill: Stage,
+    producer: Producer,
     file: OutputFile,
     consume: Stage,
     *,
     shared: Sequence[Range] = (),
 ) -> None:
-    """Stream the bytes of `layout`, made by `fill`, through `consume` to `file`.
+    """Stream the bytes of `layout`, made by `producer`, through `consume` to `file`.
 
     `shared` ranges, sorted and disjoint, are already in the file and not written. On any error the file stays
     unpublished; the caller discards it.
@@ -51,7 +52,7 @@ def write_layout(
         for begin, end in unshared(chunk, shared):
             file.write(buffer[begin - chunk.offset : end - chunk.offset], begin)
 
-    stream(chunks_of(layout), fill, consume, write)
+    produce(layout, producer, consume, write)
 
 
 def publish(file: OutputFile, ops: FileOps, *, replace: bool = True) -> None:

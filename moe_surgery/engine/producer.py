@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Protocol
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Final, Protocol
 
 from moe_surgery.checkpoint.shard import Shard
-from moe_surgery.engine.chunks import Chunk, FileLayout, PartSlice
+from moe_surgery.engine.chunks import Chunk, FileLayout, PartSlice, chunks_of
 from moe_surgery.engine.spans import Copy, Span
+from moe_surgery.engine.stream import Stage, stream
 from moe_surgery.formats.encode_report import EncodeReport
 
-__all__ = ["Converter", "Producer"]
+__all__ = ["Converter", "Producer", "produce"]
+
+
+EXPECTED_CHUNKS: Final = 6
+"""Chunks whose bytes are asked for before there is a buffer for them; what arrives waits in the socket."""
 
 
 class Converter(Protocol):
@@ -36,6 +42,22 @@ class Producer:
         self._header = layout.header
         self._shards = sources
         self._converter = converter
+        self.workers = max((s.source.concurrent_reads or 0 for s in sources.values()), default=0) or None
+        """Chunks to fill at a time, where the sources have a preference."""
+
+    def cancel(self) -> None:
+        """End calls of `fill` that wait for bytes, in other threads, with an error."""
+        for shard in self._shards.values():
+            shard.source.cancel()
+
+    def expect(self, chunk: Chunk) -> None:
+        """Say that `chunk` will soon be filled."""
+        ranges: dict[str, list[tuple[int, int]]] = {}
+        for span, _ in _copies_merged(chunk.slices):
+            if span is not None:
+                ranges.setdefault(span.shard, []).append((span.offset, span.nbytes))
+        for name, wanted in ranges.items():
+            self._shards[name].source.expect(wanted)
 
     def report(self) -> EncodeReport:
         """What conversion to MXFP4 lost."""
@@ -43,16 +65,36 @@ class Producer:
 
     def fill(self, chunk: Chunk, buffer: memoryview) -> None:
         """Write the chunk's bytes to `buffer`. Raises InvalidInputError or OutputError."""
+        wanted: dict[str, list[tuple[int, memoryview]]] = {}
         for span, piece in _copies_merged(chunk.slices):
             if span is not None:
                 target = buffer[piece.position : piece.position + span.nbytes]
-                self._shards[span.shard].read_into(span.offset, target)
+                wanted.setdefault(span.shard, []).append((span.offset, target))
             elif piece.part is None:
                 piece.of(buffer)[:] = self._header[piece.start : piece.start + piece.nbytes]
             elif self._converter is None:
                 raise TypeError(f"{type(piece.part).__name__} is not a copy, and there is no converter")
             else:
                 self._converter.fill(piece, piece.of(buffer))
+        for name, pieces in wanted.items():
+            self._shards[name].read_many(pieces)
+
+
+def produce(layout: FileLayout, producer: Producer, consume: Stage, write: Stage | None = None) -> None:
+    """Stream the bytes of `layout`, made by `producer`, through `consume` and `write`; see `stream`."""
+    chunks = chunks_of(layout) if producer.workers is None else _announced(chunks_of(layout), producer)
+    stream(chunks, producer.fill, consume, write, workers=producer.workers, abort=producer.cancel)
+
+
+def _announced(chunks: Iterable[Chunk], producer: Producer) -> Iterator[Chunk]:
+    """`chunks`, of which the producer learns in advance."""
+    waiting: deque[Chunk] = deque()
+    for chunk in chunks:
+        producer.expect(chunk)
+        waiting.append(chunk)
+        if len(waiting) > EXPECTED_CHUNKS:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def _copies_merged(slices: tuple[PartSlice, ...]) -> Iterator[tuple[Span | None, PartSlice]]:

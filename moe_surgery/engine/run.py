@@ -108,7 +108,7 @@ class FolderRun:
                 digest.update(chunk, buffer)
                 self._progress(chunk.nbytes)
 
-            write_layout(layout, producer.fill, file, consume, shared=shared)
+            write_layout(layout, producer, file, consume, shared=shared)
         except BaseException:
             file.discard()
             raise

@@ -30,13 +30,15 @@ def stream(
     write: Stage | None = None,
     *,
     workers: int | None = None,
+    abort: Callable[[], None] | None = None,
 ) -> None:
     """Run every chunk through `fill`, `consume` and `write`, all three overlapped.
 
     `fill(chunk, buffer)` runs in `workers` threads (default: one a core, 4 to 8), several chunks
     at a time; `consume` in the caller's thread, in the order of `chunks`; `write` in one separate
     thread, in order. A chunk's buffer is page-aligned and is reused after `write`. Memory is a
-    fixed number of buffers of `CHUNK_BYTES`. The first error stops all stages and is raised.
+    fixed number of buffers of `CHUNK_BYTES`. The first error stops all stages and is raised; `abort`, if
+    given, is called before to end the fills under way.
     """
     count = workers or max(FEWEST_WORKERS, min(MOST_WORKERS, os.cpu_count() or 1))
     free: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()
@@ -67,6 +69,8 @@ def stream(
         if writer is not None:
             writer.close()
     except BaseException:
+        if abort is not None:
+            abort()
         pool.shutdown(wait=True, cancel_futures=True)
         if writer is not None:
             writer.abandon()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
 from moe_surgery.checkpoint.checkpoint import Checkpoint, TensorRef
-from moe_surgery.checkpoint.hub import snapshot_of
+from moe_surgery.checkpoint.source import Folder
 from moe_surgery.engine.spans import Copy, Span, coalesce
 from moe_surgery.errors import InvalidInputError, PlanMismatchError, UsageError
 from moe_surgery.export.ggml import BLOCK_VALUES
@@ -87,12 +86,11 @@ def compile_gguf(
     )
 
 
-def default_name(path: Path) -> str:
-    """The default model name for `path`: the folder's name, or the model's for a snapshot in the hub cache."""
-    hub_id, _ = snapshot_of(path)
-    if hub_id:
-        return hub_id.rpartition("/")[2]
-    real = path.resolve()
+def default_name(files: Folder) -> str:
+    """The default model name for the checkpoint in `files`: the folder's name, or that of the hub's model."""
+    if files.hub_model is not None:
+        return files.hub_model[0].rpartition("/")[2]
+    real = files.path.resolve()
     return real.parent.name if real.name == "original" else real.name
 
 

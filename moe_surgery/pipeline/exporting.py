@@ -9,6 +9,7 @@ from pathlib import Path
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.checkpoint.source import Folder
+from moe_surgery.engine.fetch import Fetch, OnFetch, to_fetch
 from moe_surgery.export.compiler import compile_gguf, default_name
 from moe_surgery.export.program import GgufProgram
 from moe_surgery.export.run import write_gguf
@@ -28,12 +29,14 @@ log = logging.getLogger("moe_surgery")
 @dataclass(frozen=True, slots=True)
 class ExportResult:
     """The result of `export_gguf`. `conversion` is the loss of conversion to MXFP4; None for a dry run. `notes`
-    say what was ignored in the source."""
+    say what was ignored in the source; `fetch` is what the whole job takes from the network, None for a checkpoint
+    on this machine."""
 
     out: Path
     program: GgufProgram
     conversion: EncodeReport | None
     notes: tuple[str, ...] = ()
+    fetch: Fetch | None = None
 
 
 def export_gguf(
@@ -51,6 +54,7 @@ def export_gguf(
     ignore_unlisted: bool = False,
     families: tuple[Family, ...] = FAMILIES,
     progress: OnProgress | None = None,
+    on_fetch: OnFetch | None = None,
     ops: FileOps | None = None,
 ) -> ExportResult:
     """Write `checkpoint`, with `plan` applied to it if given, as the GGUF file `out` for llama.cpp.
@@ -59,7 +63,7 @@ def export_gguf(
     experts a token, up to the experts that are kept. Weights keep their format and bits, norms and biases
     become F32; `store` "mxfp4" converts experts. `name` is the model's name in the file (default: from the path).
     `tokenizer` False leaves tokenizer and chat template out. `families` are the model families to
-    recognise. `progress` is called with each `Progress`, in bytes of the file.
+    recognise. `progress` is called with each `Progress`, in bytes of the file; `on_fetch` as in `prune`.
 
     `out` appears whole or not at all, and the source is only ever read. Raises UsageError,
     InvalidInputError, PlanMismatchError, OutputError or DiskFullError, each with one line that says
@@ -77,10 +81,11 @@ def export_gguf(
             model,
             find_tokenizer(opened, model) if tokenizer else None,
             plan=chosen,
-            name=name or default_name(opened.path),
+            name=name or default_name(opened.files),
             store=store,
         )
         log.info("reading %.2f GB, a tokenizer of %d tokens", program.bytes_read / 1e9, program.tokens)
+        fetch = to_fetch([program], [], opened)
         conversion = None
         if not dry_run:
             conversion = write_gguf(
@@ -90,6 +95,7 @@ def export_gguf(
                 overwrite=overwrite,
                 ignore_free_space=ignore_free_space,
                 progress=Counter(progress, "export", program.nbytes, "bytes").advance,
+                on_fetch=on_fetch,
                 ops=ops,
             )
-    return ExportResult(target, program, conversion, model.notes)
+    return ExportResult(target, program, conversion, model.notes, fetch)

@@ -12,6 +12,7 @@ from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.checkpoint.source import Folder
 from moe_surgery.checkpoint.staging import stale_partials
+from moe_surgery.engine.fetch import Fetch, OnFetch, to_fetch
 from moe_surgery.families import FAMILIES, Family, identify_model
 from moe_surgery.pipeline.planning import PlanMaker
 from moe_surgery.progress import Counter, OnProgress
@@ -35,13 +36,15 @@ log = logging.getLogger("moe_surgery")
 @dataclass(frozen=True, slots=True)
 class PruneResult:
     """The result of `prune`. `outcome` is None for a dry run; `notes` say what was ignored in the source and
-    which limits of serving engines apply; `stale` are partial folders of other jobs, left untouched."""
+    which limits of serving engines apply; `stale` are partial folders of other jobs, left untouched. `fetch` is
+    what the whole job takes from the network, None for a checkpoint on this machine."""
 
     out: Path
     program: Program
     outcome: Outcome | None
     notes: tuple[str, ...]
     stale: tuple[Path, ...]
+    fetch: Fetch | None = None
 
 
 def prune(
@@ -60,11 +63,13 @@ def prune(
     base_model: str | None = None,
     families: tuple[Family, ...] = FAMILIES,
     progress: OnProgress | None = None,
+    on_fetch: OnFetch | None = None,
     ops: FileOps | None = None,
 ) -> PruneResult:
     """Write the experts of `checkpoint` that `plan` keeps as the new checkpoint folder `out`.
 
-    `checkpoint` is a path, or a `Folder` of another source of bytes. `plan` is a `Plan`, the path of a
+    `checkpoint` is a path, a model on the hub (`owner/name` or `owner/name@revision`), or a `Folder` of another
+    source of bytes. `plan` is a `Plan`, the path of a
     plan file, or a function that makes a plan for the model; `top_k` replaces its number of experts a token,
     and may be more than the source's, up to the experts kept. `store`: "keep" copies expert weights
     unchanged; "bf16", "mxfp4", "f16" and "f32" convert them, each value
@@ -73,12 +78,13 @@ def prune(
     `card` writes a model card as README.md (a README.md of the source always becomes
     README.source.md); `base_model` is the source's id on the hub, where its path and files do not name it.
     `dry_run` stops before anything is written. `progress` is called with each `Progress`, in bytes of
-    shards (written, or checked again after an interrupted run). `families` are the model families to
+    shards (written, or checked again after an interrupted run), `on_fetch` with what a model on the hub is about
+    to cost in bytes over the network. `families` are the model families to
     recognise. `ops` is the table of system calls.
 
     `out` appears whole or not at all, and the source is only ever read. Raises UsageError,
     InvalidInputError, PlanMismatchError, OutputError or DiskFullError, each with one line that says
-    what to do. After an interruption (KeyboardInterrupt or a kill) the same call resumes.
+    what to do. After an interruption (KeyboardInterrupt, a kill, or a NetworkError) the same call resumes.
     """
     with Checkpoint.open(checkpoint, ignore_unlisted=ignore_unlisted, ops=ops) as opened:
         model = identify_model(opened, families)
@@ -94,6 +100,7 @@ def prune(
             program = with_card(program, model, readme)
         target = check_output(opened, out, overwrite=overwrite)
         log.info("reading %.2f GB from %d shards", program.bytes_read / 1e9, len(program.sources))
+        fetch = to_fetch(program.shards, program.copies.values(), opened)
         outcome = None
         if not dry_run:
             from moe_surgery.surgery.run import run_program
@@ -105,6 +112,7 @@ def prune(
                 overwrite=overwrite,
                 ignore_free_space=ignore_free_space,
                 progress=Counter(progress, "prune", program.nbytes, "bytes").advance,
+                on_fetch=on_fetch,
                 ops=ops,
             )
     notes = [
@@ -117,4 +125,4 @@ def prune(
             expert_format=program.expert_format,
         ),
     ]
-    return PruneResult(target, program, outcome, tuple(notes), tuple(stale_partials(target)))
+    return PruneResult(target, program, outcome, tuple(notes), tuple(stale_partials(target)), fetch)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from moe_surgery.checkpoint.checkpoint import Checkpoint, TensorRef
-from moe_surgery.errors import UsageError
+from moe_surgery.checkpoint.resolve import download_command
+from moe_surgery.errors import OutputError, UsageError
 from moe_surgery.families import FAMILIES, Family, ModelSpec, ModelTensor, identify_model
 from moe_surgery.families.base import LayerNames, ProjectionNames
 from moe_surgery.families.model_config import ModelConfig
@@ -71,7 +72,7 @@ def load_model(
     one_layer: bool = False,
     families: tuple[Family, ...] = FAMILIES,
 ) -> CausalLM:
-    """Load a checkpoint (folder, file, example or cached hub id) to run it.
+    """Load a checkpoint (folder, file, example or hub id in the local cache) to run it.
 
     On the CPU weights are views of the mapped files: loading reads only headers. To other devices they are
     copied tensor by tensor, so host memory stays bounded. MXFP4 experts stay packed
@@ -95,6 +96,7 @@ def load_model(
     chosen_backend = select_backend(torch_device, backend)
     compute_dtype = chosen_backend.dtype if dtype is None else dtype
     with Checkpoint.open(path) as checkpoint:
+        _check_on_disk(checkpoint)
         spec = identify_model(checkpoint, families)
         if plan is not None:
             plan.check_fits(spec.model_type, spec.experts, spec.layers, str(path))
@@ -105,6 +107,16 @@ def load_model(
             check_memory(torch_device, spec)
         return _assemble(
             checkpoint, spec, plan, top_k, torch_device, compute_dtype, chosen_backend, one_layer
+        )
+
+
+def _check_on_disk(checkpoint: Checkpoint) -> None:
+    """Raise OutputError where weights would have to be fetched from the hub."""
+    files = checkpoint.files
+    if files.hub_model is not None and any(map(files.bytes_to_fetch, checkpoint.shards)):
+        raise OutputError(
+            f"{files}: is on the hub, and running a model needs its weights on this machine; download it first: "
+            + download_command(*files.hub_model)
         )
 
 

@@ -12,8 +12,8 @@ from moe_surgery.checkpoint.header import Header
 from moe_surgery.checkpoint.local_file import LocalFile
 from moe_surgery.checkpoint.source import Folder
 from moe_surgery.checkpoint.text import printable
-from moe_surgery.engine.chunks import Chunk, chunks_of
-from moe_surgery.engine.stream import stream
+from moe_surgery.engine.chunks import Chunk
+from moe_surgery.engine.producer import produce
 from moe_surgery.errors import PlanMismatchError, VerificationError
 from moe_surgery.families import Family, ModelSpec, identify_model
 from moe_surgery.surgery.compiler import compile_program
@@ -97,7 +97,7 @@ def _compare(
         findings.advance(len(buffer))
 
     with LocalFile(path) as file:
-        stream(chunks_of(expected), producer.fill, consume)
+        produce(expected, producer, consume)
     for tensor in different:
         findings.problems.append(
             f"{printable_path(path)}: tensor '{printable(tensor)}': differs from the kept experts of "

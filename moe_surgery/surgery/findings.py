@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from moe_surgery.errors import MoeSurgeryError
+from moe_surgery.errors import MoeSurgeryError, NetworkError
 
 __all__ = ["Findings"]
 
@@ -19,9 +19,11 @@ class Findings:
         self._progress = progress
 
     def attempt(self, check: Callable[[], None]) -> None:
-        """Run `check`; an error of this package becomes a problem."""
+        """Run `check`; an error of this package becomes a problem, but for one of the network."""
         try:
             check()
+        except NetworkError:
+            raise
         except MoeSurgeryError as error:
             self.failed(error)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from moe_surgery.checkpoint.checkpoint import Checkpoint
+from moe_surgery.checkpoint.checkpoint import CONFIG_NAME, Checkpoint
 from moe_surgery.checkpoint.files import printable_path
 from moe_surgery.checkpoint.resolve import check_is_path
 from moe_surgery.errors import OutputError, UsageError
@@ -72,9 +72,11 @@ def _check_writable(folder: Path) -> None:
 
 def _source_folders(checkpoint: Checkpoint) -> set[Path]:
     """The source's folder and, where its files are links (the hub cache), the folders of their targets."""
-    shards = (s.source.path for s in checkpoint.shards.values())
-    files = [checkpoint.config_path, *(path for path in shards if path is not None)]
-    return {checkpoint.path.resolve()} | {f.resolve().parent for f in files}
+    folder = checkpoint.files.on_disk
+    paths = [None if folder is None else folder / CONFIG_NAME]
+    paths += [shard.source.path for shard in checkpoint.shards.values()]
+    folders = {path.resolve().parent for path in paths if path is not None}
+    return folders if folder is None else folders | {folder.resolve()}
 
 
 def _check_separate(target: Path, source: Path) -> None:

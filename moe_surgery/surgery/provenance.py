@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from moe_surgery.checkpoint.checkpoint import Checkpoint
-from moe_surgery.checkpoint.hub import is_hub_id, snapshot_of
+from moe_surgery.checkpoint.hub import is_hub_id
 from moe_surgery.errors import UsageError
 from moe_surgery.families.identity import identity
 from moe_surgery.families.model_spec import ModelSpec
@@ -24,9 +24,10 @@ def origin_of(
     """The manifest's entry on the source, apart from its files; without local paths.
 
     `name` and `identity` of the checkpoint, its `expert_storage` and `top_k`; where known
-    `base_model`, an id on the hub, `base_model_from` ("option", "cache", "config" or "card") and, for
-    a snapshot in the hub's cache, `revision`. `base_model` is the user's choice, `card_base_model` that of
-    the source's model card. Raises UsageError for a `base_model` that is not an id.
+    `base_model`, an id on the hub, `base_model_from` ("option", "cache", "config" or "card") and, for a model
+    read from the hub's cache or from the hub itself ("cache" for both), its commit as `revision`. `base_model` is
+    the user's choice, `card_base_model` that of the source's model card. Raises UsageError for a `base_model` that
+    is not an id.
     """
     origin: dict[str, object] = {
         "name": _name(checkpoint, model),
@@ -34,14 +35,14 @@ def origin_of(
         "expert_storage": model.expert_format.name,
         "top_k": model.top_k,
     }
-    cached, revision = snapshot_of(checkpoint.path)
+    hub_id, revision = checkpoint.files.hub_model or (None, "")
     named = checkpoint.config.get("_name_or_path")
-    if cached:
-        origin["name"] = cached.rpartition("/")[2]
+    if hub_id:
+        origin["name"] = hub_id.rpartition("/")[2]
     if base_model is not None:
         origin |= {"base_model": checked_base_model(base_model), "base_model_from": "option"}
-    elif cached:
-        origin |= {"base_model": cached, "base_model_from": "cache", "revision": revision}
+    elif hub_id:
+        origin |= {"base_model": hub_id, "base_model_from": "cache", "revision": revision}
     elif isinstance(named, str) and "/" in named and is_hub_id(named):
         origin |= {"base_model": named, "base_model_from": "config"}
     elif card_base_model:

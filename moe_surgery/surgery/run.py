@@ -12,8 +12,10 @@ from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.checkpoint.staging import Staging
 from moe_surgery.checkpoint.writer import copy_file, remove_leftover, write_file
+from moe_surgery.engine.fetch import OnFetch, to_fetch
 from moe_surgery.engine.output import OnBytes, check_space
 from moe_surgery.engine.run import FolderRun
+from moe_surgery.errors import NetworkError
 from moe_surgery.formats.encode_report import EncodeReport
 from moe_surgery.surgery.manifest import FileRecord, manifest_bytes, shard_record
 from moe_surgery.surgery.names import MANIFEST_NAME
@@ -45,12 +47,14 @@ def run_program(
     overwrite: bool = False,
     ignore_free_space: bool = False,
     progress: OnBytes | None = None,
+    on_fetch: OnFetch | None = None,
     ops: FileOps | None = None,
 ) -> Outcome:
-    """Write `program` to the new folder `out`. `progress` is called with bytes of shards processed.
+    """Write `program` to the new folder `out`. `progress` is called with bytes of shards processed,
+    `on_fetch` with what is left to be fetched over a network, before it is.
 
-    `out` must have passed `check_output`. An interrupted run leaves its partial folder,
-    and the next one resumes after the finished shards; on any other error nothing is left.
+    `out` must have passed `check_output`. An interrupted run, and one whose source can no longer be reached,
+    leaves its partial folder, and the next one resumes after the finished shards; on any other error nothing is left.
 
     Raises DiskFullError before the first byte if the output does not fit, and when space runs out
     during the run; OutputError, InvalidInputError for files that cannot be written or read.
@@ -60,7 +64,9 @@ def run_program(
     with Staging(out, program.digest(salt), ops) as staging:
         try:
             job = _Run(program, checkpoint, staging, ops, progress or (lambda _: None))
-            return job.execute(overwrite, ignore_free_space)
+            return job.execute(overwrite, ignore_free_space, on_fetch)
+        except NetworkError:
+            raise
         except Exception:
             staging.discard()
             raise
@@ -76,13 +82,16 @@ class _Run:
         self._ops = ops
         self._shards = FolderRun(staging, checkpoint.shards, ops, progress)
 
-    def execute(self, overwrite: bool, ignore_free_space: bool) -> Outcome:
+    def execute(self, overwrite: bool, ignore_free_space: bool, on_fetch: OnFetch | None) -> Outcome:
         shards = self._program.shards
         finished = self._shards.resume(shards)
         resumed = [s for s in shards if s.name in finished]
         todo = [s for s in shards if s.name not in finished]
         if not ignore_free_space:
             self._check_space(sum(s.nbytes for s in todo))
+        fetch = to_fetch(todo, self._program.copies.values(), self._checkpoint) if on_fetch else None
+        if on_fetch and fetch:
+            on_fetch(fetch)
         finished |= self._shards.write(todo, producer_of)
         conversion = _conversion(f.report for f in finished.values())
         records = {s.name: shard_record(s, finished[s.name]) for s in (*resumed, *todo)}
@@ -100,8 +109,7 @@ class _Run:
     def _check_space(self, shard_bytes: int) -> None:
         small = sum(map(len, self._program.texts.values()))
         for name in self._program.copies.values():
-            with self._checkpoint.files.open(name) as source:
-                small += source.size
+            small += self._checkpoint.files.nbytes(name)
         check_space(shard_bytes + small, self._staging.out, self._staging.folder, self._ops)
 
     def _write_small_files(

@@ -6,7 +6,7 @@ import os
 import random
 import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +26,12 @@ CONTENT = random.Random(3).randbytes(100_001)
 
 @dataclass(frozen=True)
 class Case:
-    """A kind of source: `open` opens `CONTENT`, `change` replaces it."""
+    """A kind of source: `open` opens `CONTENT`, `change` replaces it; `notices` if a later read is then refused."""
 
     open: Callable[[], ByteSource]
     change: Callable[[bytes], None]
+    notices: bool = False
+    close: Callable[[], None] = lambda: None
 
 
 def local(folder: Path) -> Case:
@@ -57,10 +59,29 @@ def memory(_: Path) -> Case:
     return Case(lambda: MemorySource("memory:file.bin", file), change)
 
 
-@pytest.fixture(params=[local, short_reads, memory], ids=lambda make: make.__name__)
-def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
+def over_http(folder: Path) -> Case:
+    """In the storage to which the hub redirects."""
+    pytest.importorskip("huggingface_hub")
+    from moe_surgery.checkpoint.hub_folder import HubFolder
+
+    from ..support.hub_server import MODEL, HubServer
+
+    name = "file.bin.safetensors"
+    (folder / name).write_bytes(CONTENT)
+    server = HubServer(folder)
+
+    def change(content: bytes) -> None:
+        (folder / name).write_bytes(content)
+        os.utime(folder / name, ns=(7, 7))
+
+    return Case(lambda: HubFolder(MODEL, endpoint=server.url).open(name), change, True, server.close)
+
+
+@pytest.fixture(params=[local, short_reads, memory, over_http], ids=lambda make: make.__name__)
+def case(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Case]:
     case: Case = request.param(tmp_path)
-    return case
+    yield case
+    case.close()
 
 
 @pytest.mark.parametrize(
@@ -87,7 +108,7 @@ def test_reads_leave_the_bytes_beside_the_buffer(case: Case) -> None:
 def test_size_and_name_are_those_of_the_file(case: Case) -> None:
     with case.open() as source:
         assert source.size == len(CONTENT)
-        assert source.where.endswith("file.bin")
+        assert "/file.bin" in source.where or source.where.endswith(":file.bin")
         assert source.where.isprintable()
 
 
@@ -129,6 +150,10 @@ def test_a_file_that_is_cut_is_an_error_not_a_crash(case: Case) -> None:
     with case.open() as source:
         source.region(0, len(CONTENT))
         case.change(CONTENT[:1000])
+        if case.notices:
+            with pytest.raises(InvalidInputError, match=f"{re.escape(source.where)}: changed while"):
+                source.read(0, 1000)
+            return
         assert source.read(0, 1000) == CONTENT[:1000]
         with pytest.raises(InvalidInputError, match="ends before byte 1001"):
             source.read(0, 1001)
@@ -175,7 +200,8 @@ def test_header_of_a_file_that_shrinks_after_it_was_opened_is_refused(case: Case
     case.change(header + b"abcd")
     with case.open() as source:
         case.change(header[:20])
-        with pytest.raises(InvalidInputError, match=f"{re.escape(source.where)}: ends before byte"):
+        problem = "changed while" if case.notices else "ends before byte"
+        with pytest.raises(InvalidInputError, match=f"{re.escape(source.where)}: {problem}"):
             read_header(source)
     with case.open() as source, pytest.raises(InvalidInputError, match="does not fit a file of 20 bytes"):
         read_header(source)

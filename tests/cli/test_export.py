@@ -40,6 +40,7 @@ def test_json(tmp_path: Path, capsys: Capture) -> None:
         "tensors": 79,
         "bytes_read": result["bytes_read"],
         "bytes_written": TINY_BYTES,
+        "bytes_to_fetch": 0,
         "pre_tokenizer": "gpt-2",
         "tokens": 2048,
         "chat_template": True,

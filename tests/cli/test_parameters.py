@@ -25,7 +25,8 @@ COMMANDS_ARE_MEANT = {
     "checkpoint/kinds.py": "which command takes a kind of file",
     "checkpoint/resolve.py": "the hub's own command that downloads",
     "demo.py": "the commands that it shows",
-    "report/page.py": "names of CSS variables",
+    "report/document.py": "names of CSS variables",
+    "report/trace_sections.py": "where the exact figures are",
 }
 """Strings outside cli/ that hold options all the same."""
 

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("tokenizers")
 
-from moe_surgery.pipeline import inspect
+from moe_surgery.pipeline.planning import inspect
 from moe_surgery.selection.plan import Plan, plan_random
 from tests.support.command import call
 

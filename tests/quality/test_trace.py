@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 
 from moe_surgery import Progress, load_model, plan_random, trace  # noqa: E402
 from moe_surgery.errors import PlanMismatchError, UsageError  # noqa: E402
-from moe_surgery.pipeline import inspect  # noqa: E402
+from moe_surgery.pipeline.planning import inspect  # noqa: E402
 from moe_surgery.quality.routing_trace import ModelTrace, Trace  # noqa: E402
 from moe_surgery.runtime.generate import generate  # noqa: E402
 from moe_surgery.runtime.text import Text  # noqa: E402
