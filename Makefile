@@ -6,6 +6,7 @@
 # make aot    compile every GPU kernel for six architectures and compare with the checked-in table
 # make dist   build the source distribution and the wheel into dist/, check them and try them in empty environments
 # make bench  full-size surgery beside cp (needs root, 45 GB and some ten minutes)
+# make pictures  the pictures in README.md again (needs chromium)
 # make gpu    every GPU test and benchmark with the torch and triton that PYTHON has (no set-up, no network)
 
 PYTHON ?= python3
@@ -25,10 +26,11 @@ CORE_FLAGS := -std=c++17 -ffp-contract=off -pthread -Icsrc
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 WORK ?= $(or $(TMPDIR),/var/tmp)/moe-surgery-bench
 
-.PHONY: demo test lint sanitize arm aot dist bench gpu clean
+.PHONY: demo test lint sanitize arm aot dist bench pictures gpu clean
 
 demo: $(SETUP)
-	$(BIN)/moe-surgery demo
+	rm -rf build/demo
+	$(BIN)/moe-surgery demo --output build/demo
 
 test: $(SETUP)
 	$(BIN)/python -m pytest $(PARALLEL)
@@ -69,6 +71,11 @@ dist: $(SETUP)
 
 bench: $(SETUP)
 	$(BIN)/python -m benchmarks.surgery_budgets --work $(WORK)
+
+# README's pictures, from the results that are there and a run of the demo.
+pictures: $(SETUP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[report]'
+	$(BIN)/python -m benchmarks.pictures
 
 gpu:
 	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m benchmarks.gpu

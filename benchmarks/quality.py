@@ -1,8 +1,9 @@
 """Which experts to keep: every metric, ours and random plans on held-out texts of several domains.
 
-    python -m benchmarks.quality --texts FOLDER [--checkpoint example:tiny]
+    python -m benchmarks.quality [--texts FOLDER] [--checkpoint example:tiny]
 
-FOLDER holds one .jsonl file of {"text": ...} lines a domain. Experts are chosen on the first half of
+FOLDER holds one .jsonl file of {"text": ...} lines a domain; without it texts of the embedded model's domains are
+generated. Experts are chosen on the first half of
 each domain's documents and measured on the second half, against the full model: mean KL divergence
 (nats a token). "own" plans are chosen on the
 domain they are measured on, "general" ones on the first halves of all domains together.
@@ -21,6 +22,7 @@ import click
 import torch
 
 from benchmarks.publish import RESULTS, begin, heading, load, publish, table
+from benchmarks.skill_texts import write_texts
 from moe_surgery import inspect
 from moe_surgery.quality.corpus import text_files
 from moe_surgery.quality.evaluate import evaluate
@@ -226,8 +228,6 @@ def main(texts: Path | None, checkpoint: str, max_tokens: int, redraw: bool, out
         publish("quality", report, page(report), out)
         draw(report, out / "quality.png")
         return
-    if texts is None:
-        raise click.UsageError("--texts FOLDER is missing")
     torch.set_num_threads(1)  # so small a model only loses by more
     with tempfile.TemporaryDirectory() as folder:
         report = {
@@ -236,7 +236,7 @@ def main(texts: Path | None, checkpoint: str, max_tokens: int, redraw: bool, out
                 f"measured on at most {max_tokens} tokens of the second; bold: the least of its column.",
                 Path(folder),
             ),
-            **measure(checkpoint, texts, max_tokens, Path(folder)),
+            **measure(checkpoint, texts or write_texts(Path(folder) / "texts"), max_tokens, Path(folder)),
         }
     publish("quality", report, page(report), out)
     draw(report, out / "quality.png")

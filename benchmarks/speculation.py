@@ -1,8 +1,9 @@
 """Speculative decoding on held-out texts, every way a pruned draft can be had: exactness and acceptance.
 
-    python -m benchmarks.speculation --texts FOLDER [--checkpoint example:tiny] [--work FOLDER] [--only law]
+    python -m benchmarks.speculation [--texts FOLDER] [--checkpoint example:tiny] [--work FOLDER] [--only facts]
 
-FOLDER holds <domain>.jsonl files with a line {"text": ...} each. The last 20 texts of a domain give its
+FOLDER holds <domain>.jsonl files with a line {"text": ...} each; without it texts of the embedded model's domains
+are generated. The last 20 texts of a domain give its
 prompts (the first 32 tokens; nothing of them is kept), the others its ranking (sum of router weights).
 Greedy, float32, batches of a domain's 20 prompts whose sequences accept different numbers.
 
@@ -25,6 +26,7 @@ import click
 import torch
 
 from benchmarks.publish import RESULTS, begin, heading, load, publish, table
+from benchmarks.skill_texts import write_texts
 from moe_surgery import Plan, load_model, prune
 from moe_surgery.quality.corpus import Passage, open_corpus, text_files
 from moe_surgery.quality.profile import profile_passages
@@ -240,12 +242,12 @@ def plot(report: dict, file: Path) -> None:
 
 
 @click.command(help=__doc__)
-@click.option("--texts", required=True, type=click.Path(path_type=Path, exists=True))
+@click.option("--texts", type=click.Path(path_type=Path, exists=True))
 @click.option("--checkpoint", default="example:tiny", show_default=True)
 @click.option("--work", type=click.Path(path_type=Path), help="For pruned drafts; default: temporary.")
 @click.option("--only", multiple=True, help="This domain only; repeat for more.")
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS, show_default=True)
-def main(texts: Path, checkpoint: str, work: Path | None, only: tuple[str, ...], out: Path) -> None:
+def main(texts: Path | None, checkpoint: str, work: Path | None, only: tuple[str, ...], out: Path) -> None:
     torch.set_num_threads(1)
     start = time.perf_counter()
     target = load_model(checkpoint, dtype=torch.float32)
@@ -265,7 +267,8 @@ def main(texts: Path, checkpoint: str, work: Path | None, only: tuple[str, ...],
     with tempfile.TemporaryDirectory() as temporary:
         folder = work or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        for domain in make_domains(target, checkpoint, texts, only):
+        source = texts or write_texts(Path(temporary) / "texts")
+        for domain in make_domains(target, checkpoint, source, only):
             runs = [*beside(target, domain), *product(target, checkpoint, domain, folder)]
             exactness, rows = summary(domain.name, runs)
             report["exactness"].append(exactness)

@@ -2,167 +2,208 @@
 
 from __future__ import annotations
 
-import random
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moe_surgery.errors import OutputError
+from moe_surgery.examples.skills import DOMAINS, Question, documents, draw_questions
 from moe_surgery.pipeline.planning import inspect
 from moe_surgery.pipeline.pruning import prune
-from moe_surgery.selection.plan import plan_from_ranking, plan_random
-from moe_surgery.selection.ranking import Ranking
+from moe_surgery.selection.plan import Plan, plan_from_ranking, plan_random
 from moe_surgery.surgery.verify import verify_checkpoint
 
-__all__ = ["DemoRow", "run_demo"]
+if TYPE_CHECKING:
+    from moe_surgery.runtime.model import CausalLM
+    from moe_surgery.selection.statistics import Statistics
+
+__all__ = ["DemoResult", "DemoRow", "Example", "run_demo"]
 
 SOURCE = "example:tiny"
-# Experts kept, their format, and how they are chosen.
-JOBS = (
-    (16, "mxfp4", "chosen"),
-    (8, "mxfp4", "chosen"),
-    (4, "mxfp4", "chosen"),
-    (8, "bf16", "chosen"),
-    (8, "mxfp4", "random"),
-)
+KEPT = 8
 METRIC = "weighted_ean"
-PROMPT = "Question: What is 7 + 5?\nAnswer:"
-NEW_TOKENS = 48
-TEXT_CHARACTERS = 1500
-PROSE = (
-    "A checkpoint is a long row of numbers with a table of contents. To make it smaller, you do not have to "
-    "understand every number: it is enough to know which of them belong to an expert that is never asked. "
-    "Those are left out, the others move together, and the table of contents is written again. What remains "
-    "answers as before where its experts were needed, and worse where they were not."
-)
+RANDOM_SEED = 0
+DOCUMENTS = 12
+QUESTIONS = 50
+EXAMPLES = ("arithmetic", "python", "facts")
+RATE_TOKENS = 48
+STATISTICS, REPORT = "tiny.stats", "report.html"
 
 
 @dataclass(frozen=True, slots=True)
 class DemoRow:
-    """One model of the demo's table. Rates and losses (nats per token, by text) need torch."""
+    """One model of the demo's table.
+
+    `domain` is the one that its experts were chosen for: None for the full model and for random experts.
+    Accuracies (shares of held-out questions answered right, by domain) and the decode rate need torch.
+    """
 
     name: str
+    domain: str | None
     experts: int
-    top_k: int
-    parameters: int
     nbytes: int
     verified: bool
     tokens_per_second: float | None = None
-    losses: dict[str, float] = field(default_factory=dict)
-    sample: str | None = None
+    accuracy: dict[str, float] = field(default_factory=dict)
 
 
-def run_demo(output: Path | None, say: Callable[[str], None]) -> list[DemoRow]:
-    """Profile the embedded checkpoint, prune it to several sizes, verify each against its source, run it.
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A question, its answer, and what each model (by name) answers."""
 
-    Models go to the new folder `output`, or to a temporary one. `say` is called with each step. The first
-    row is the full model. Without torch nothing is profiled or generated, and all experts are chosen at
-    random. Raises OutputError if `output` exists.
+    domain: str
+    question: str
+    answer: str
+    replies: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class DemoResult:
+    """The models, example questions, and the report page where a folder was given."""
+
+    rows: list[DemoRow]
+    examples: list[Example]
+    report: Path | None
+
+
+def run_demo(output: Path | None, say: Callable[[str], None], *, questions: int = QUESTIONS) -> DemoResult:
+    """Prune the embedded checkpoint to 8 of 32 experts for each of its domains, and ask every model questions.
+
+    Experts are profiled on generated texts of each domain, plans made, models pruned and verified against
+    the source. Each model is asked the same `questions` held-out ones of every domain, as are the full model
+    and one with random experts. Models, texts, statistics and a report page go to the new folder `output`;
+    without it only the figures are kept. `say` is called with each step. Without torch nothing is profiled or
+    asked, and one model with random experts is made. Raises OutputError if `output` exists.
     """
     full = inspect(SOURCE)
     runs = find_spec("torch") is not None and find_spec("tokenizers") is not None
     if not runs:
-        say("torch or tokenizers is not installed: models are pruned and verified, but not run")
+        say("torch or tokenizers is not installed: a model is pruned and verified, but not run")
     with ExitStack() as stack:
         folder = output or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if output is not None:
             try:
-                output.mkdir()
+                output.mkdir(parents=True)
             except OSError as error:
                 raise OutputError(f"{output}: cannot create: {error.strerror}") from error
-        first = DemoRow("full", full.experts, full.top_k, full.parameters, full.nbytes, True)
-        rows = [_run(first, SOURCE, say) if runs else first]
-        ranking = _ranking(folder, say) if runs else None
-        for experts, dtype, choice in JOBS:
-            chosen = ranking is not None and choice == "chosen"
-            name = f"tiny-{experts}-{dtype if choice == 'chosen' else choice}"
-            method = f"best by {METRIC}" if chosen else "random"
-            say(f"prune {SOURCE} {name}: {experts} of {full.experts} experts, {method}, {dtype}")
-            plan = plan_random(experts, 0, full)
-            if chosen:
-                assert ranking is not None
-                plan = plan_from_ranking(ranking, experts)
-            program = prune(SOURCE, folder / name, plan, store=dtype).program
-            say(f"verify {name} --source {SOURCE}")
-            verification = verify_checkpoint(folder / name, source=SOURCE)
-            nbytes = sum(t.nbytes for s in program.shards for t in s.tensors)
-            row = DemoRow(name, experts, program.top_k, program.parameters, nbytes, verification.ok)
-            rows.append(_run(row, folder / name, say) if runs else row)
-    return rows
-
-
-def demo_texts() -> dict[str, str]:
-    """Generated arithmetic, code of Python's standard library, and a few sentences."""
-    import textwrap
-
-    return {
-        "arithmetic": arithmetic(random.Random(0), TEXT_CHARACTERS),
-        "code": Path(textwrap.__file__).read_text()[:TEXT_CHARACTERS],
-        "prose": PROSE,
-    }
+        plans: dict[str, Plan] = {}
+        report = None
+        if runs:
+            statistics = _profile(folder, say)
+            plans = {domain: _plan(statistics, domain) for domain in DOMAINS}
+            report = _report(statistics, plans, folder, say) if output is not None else None
+        plans["random"] = plan_random(KEPT, RANDOM_SEED, full)
+        paths: dict[str, str | Path] = {"full": SOURCE}
+        rows = [DemoRow("full", None, full.experts, full.nbytes, verified=True)]
+        for name, plan in plans.items():
+            row = _prune(name, plan, folder, say)
+            rows.append(row)
+            paths[row.name] = folder / row.name
+        if not runs:
+            return DemoResult(rows, [], None)
+        return DemoResult(*_ask(rows, paths, questions, say), report)
 
 
 def profile_texts() -> dict[str, str]:
-    """Texts of the first two kinds to choose experts by, other than those of `demo_texts`."""
-    import shlex
-
-    return {
-        "arithmetic": arithmetic(random.Random(1), 4 * TEXT_CHARACTERS),
-        "code": Path(shlex.__file__).read_text()[: 4 * TEXT_CHARACTERS],
-    }
+    """The text of each domain that its experts are chosen by; none of the questions asked is in it."""
+    return {domain: "\n".join(documents(domain, DOCUMENTS, seed=1)) for domain in DOMAINS}
 
 
-def arithmetic(rng: random.Random, characters: int) -> str:
-    """Small sums with their answers, at least `characters` long."""
-    lines = ""
-    while len(lines) < characters:
-        a, b = rng.randint(2, 99), rng.randint(2, 99)
-        sign, result = rng.choice((("+", a + b), ("-", a - b), ("*", a * b)))
-        lines += f"Question: What is {a} {sign} {b}?\nAnswer: {a} {sign} {b} = {result}.\n"
-    return lines
+def asked_questions(count: int) -> dict[str, list[Question]]:
+    """The questions that every model is asked."""
+    return {domain: draw_questions(domain, count, seed=1, held_out=True) for domain in DOMAINS}
 
 
-def _ranking(folder: Path, say: Callable[[str], None]) -> Ranking:
-    """Experts of the bundled model ranked on `profile_texts`."""
-    from moe_surgery.quality.corpus import text_files
+def _profile(folder: Path, say: Callable[[str], None]) -> Statistics:
     from moe_surgery.quality.job import profile
+
+    texts: dict[str, list[Path]] = {}
+    for name, text in profile_texts().items():
+        file = folder / f"{name}.txt"
+        file.write_text(text)
+        texts[name] = [file]
+    options = " ".join(f"--domain {name}={name}.txt" for name in texts)
+    say(f"profile {SOURCE} {options} -o {STATISTICS}")
+    return profile(SOURCE, texts, folder / STATISTICS).statistics
+
+
+def _plan(statistics: Statistics, domain: str) -> Plan:
     from moe_surgery.selection.rank import rank
 
-    paths = []
-    for name, text in profile_texts().items():
-        paths.append(folder / f"{name}.txt")
-        paths[-1].write_text(text)
-    say(f"profile {SOURCE} --texts arithmetic.txt --texts code.txt -o tiny.stats")
-    profiled = profile(SOURCE, text_files(paths), folder / "tiny.stats")
-    say(f"rank tiny.stats --metric {METRIC}")
-    return rank(profiled.statistics, METRIC)
+    return plan_from_ranking(rank(statistics, METRIC, domains=[domain]), KEPT)
 
 
-def _run(row: DemoRow, path: str | Path, say: Callable[[str], None]) -> DemoRow:
-    """`row` with tokens per second, losses and a sample of the model in `path`."""
+def _report(
+    statistics: Statistics, plans: Mapping[str, Plan], folder: Path, say: Callable[[str], None]
+) -> Path:
+    """The report page of the statistics, with the plans that come from them."""
+    from moe_surgery.checkpoint.fileops import FileOps
+    from moe_surgery.checkpoint.writer import write_file
+    from moe_surgery.report.page import build_report
+
+    path = folder / REPORT
+    say(f"report {STATISTICS} -o {REPORT}")
+    named = [(f"{domain}-{KEPT}", plan) for domain, plan in plans.items()]
+    write_file(
+        path, build_report(statistics, named, [], "What the bundled model's experts do").encode(), FileOps()
+    )
+    return path
+
+
+def _prune(name: str, plan: Plan, folder: Path, say: Callable[[str], None]) -> DemoRow:
+    domain = None if name == "random" else name
+    name = f"{name}-{KEPT}"
+    say(f"prune {SOURCE} {name}: {f'best experts for {domain}' if domain else 'random experts'}")
+    program = prune(SOURCE, folder / name, plan).program
+    verification = verify_checkpoint(folder / name, source=SOURCE)
+    nbytes = sum(t.nbytes for s in program.shards for t in s.tensors)
+    return DemoRow(name, domain, KEPT, nbytes, verification.ok)
+
+
+def _ask(
+    rows: list[DemoRow], paths: Mapping[str, str | Path], count: int, say: Callable[[str], None]
+) -> tuple[list[DemoRow], list[Example]]:
+    """`rows` with accuracies and decode rates, and the first question of some domains with its answers."""
     from dataclasses import replace
 
     import torch
 
-    from moe_surgery.quality.loss import cross_entropy
-    from moe_surgery.runtime.generate import generate
+    from moe_surgery.quality.exact_match import answer_line, exact_match
     from moe_surgery.runtime.load import load_model
     from moe_surgery.runtime.text import Text
-    from moe_surgery.runtime.usage import Stopwatch
 
     torch.set_num_threads(1)  # more only slow down so small a model
-    say(f"generate {row.name} --prompt {PROMPT!r}")
-    model, text, watch = load_model(path), Text(path), Stopwatch()
-    generated = generate(
-        model,
-        [text.encode(PROMPT)],
-        max_new_tokens=NEW_TOKENS,
-        stop_tokens=(),
-        callback=lambda _: watch.step(),
-    )
-    losses = {name: cross_entropy(model, text.encode(t)) for name, t in demo_texts().items()}
-    sample = text.decode(generated.tokens[0]).split("\n")[0].strip()
-    return replace(row, tokens_per_second=watch.decode_rate(), losses=losses, sample=sample)
+    asked = asked_questions(count)
+    text = Text(SOURCE)
+    replies: dict[str, dict[str, list[str]]] = {}
+    asked_rows = []
+    for row in rows:
+        say(f"ask {row.name}: {count} questions of each of {len(asked)} domains")
+        model = load_model(paths[row.name])
+        lines = {d: answer_line(model, text, [q.prompt for q in asked[d]]) for d in asked}
+        accuracy = {d: exact_match(lines[d], [q.answer for q in asked[d]]) for d in asked}
+        rate = _decode_rate(model, text.encode(asked["arithmetic"][0].prompt))
+        replies[row.name] = lines
+        asked_rows.append(replace(row, accuracy=accuracy, tokens_per_second=rate))
+    shown = {row.domain: row.name for row in rows if row.domain}
+    examples = []
+    for domain in EXAMPLES:
+        models = ("full", shown[domain], rows[-1].name)
+        question = asked[domain][0]
+        answers = {name: replies[name][domain][0] for name in models}
+        examples.append(Example(domain, question.text, question.answer, answers))
+    return asked_rows, examples
+
+
+def _decode_rate(model: CausalLM, prompt: list[int]) -> float | None:
+    """Tokens per second after the first, for one sequence."""
+    from moe_surgery.runtime.generate import generate
+    from moe_surgery.runtime.usage import Stopwatch
+
+    watch = Stopwatch()
+    generate(model, [prompt], max_new_tokens=RATE_TOKENS, stop_tokens=(), callback=lambda _: watch.step())
+    return watch.decode_rate()

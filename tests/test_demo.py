@@ -1,8 +1,7 @@
-"""The demo does the main job and what it shows makes sense."""
+"""The demo does the main job, and what it shows makes sense."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
@@ -10,75 +9,72 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("tokenizers")
 
-from moe_surgery import inspect
-from moe_surgery.demo import JOBS, SOURCE, DemoRow, arithmetic, demo_texts, run_demo
+from moe_surgery import inspect, verify
+from moe_surgery.demo import KEPT, SOURCE, DemoResult, asked_questions, profile_texts, run_demo
 from moe_surgery.errors import OutputError
+from moe_surgery.examples.skills import DOMAINS
 from tests.support.command import call
+
+COUNT = 20
 
 
 @pytest.fixture(scope="module")
-def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[DemoRow], list[str], Path]:
+def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[DemoResult, list[str], Path]:
     recorded: list[str] = []
     out = tmp_path_factory.mktemp("demo") / "models"
-    return run_demo(out, recorded.append), recorded, out
+    return run_demo(out, recorded.append, questions=COUNT), recorded, out
 
 
-Shown = tuple[list[DemoRow], list[str], Path]
+Shown = tuple[DemoResult, list[str], Path]
 
 
-def test_there_is_a_row_for_the_full_model_and_one_for_each_job(shown: Shown) -> None:
-    rows, recorded, out = shown
-    assert [(row.name, row.experts) for row in rows] == [
-        ("full", 32),
-        ("tiny-16-mxfp4", 16),
-        ("tiny-8-mxfp4", 8),
-        ("tiny-4-mxfp4", 4),
-        ("tiny-8-bf16", 8),
-        ("tiny-8-random", 8),
-    ]
-    assert all(row.verified for row in rows)
-    assert len(recorded) == 3 + 3 * len(JOBS)
-    for row in rows:
-        results = inspect(SOURCE if row.name == "full" else out / row.name)
-        assert (row.experts, row.top_k) == (results.experts, results.top_k)
-        assert (row.parameters, row.nbytes) == (results.parameters, results.nbytes)
-
-
-def test_every_model_generates_and_has_a_finite_loss_on_every_text(shown: Shown) -> None:
-    rows, _, _ = shown
-    for row in rows:
-        assert set(row.losses) == set(demo_texts())
-        assert all(math.isfinite(loss) and loss > 0 for loss in row.losses.values())
+def test_there_is_a_row_for_the_full_model_each_domain_and_random_experts(shown: Shown) -> None:
+    result, recorded, out = shown
+    names = ["full", *(f"{domain}-{KEPT}" for domain in DOMAINS), f"random-{KEPT}"]
+    assert [row.name for row in result.rows] == names
+    assert [row.domain for row in result.rows] == [None, *DOMAINS, None]
+    for row in result.rows:
+        inspection = inspect(SOURCE if row.name == "full" else out / row.name)
+        assert (row.experts, row.nbytes) == (inspection.experts, inspection.nbytes)
+        assert row.verified
         assert row.tokens_per_second
-        assert row.sample is not None
+        assert any(row.name in line for line in recorded)
+    assert verify(out / names[1], source=SOURCE).ok
 
 
-def test_the_full_model_knows_arithmetic_best(shown: Shown) -> None:
-    full, *pruned = (row.losses["arithmetic"] for row in shown[0])
-    assert full < min(pruned)
-    assert full < math.log(2048) / 2  # far from guessing
+def test_the_full_model_answers_and_a_domains_own_experts_keep_that(shown: Shown) -> None:
+    full, *pruned, random = shown[0].rows
+    for row in pruned:
+        assert row.domain is not None
+        own = row.accuracy[row.domain]
+        assert full.accuracy[row.domain] >= 0.9
+        assert own >= 0.85
+        assert own >= random.accuracy[row.domain] + 0.5
+        others = [row.accuracy[d] for d in DOMAINS if d != row.domain]
+        assert sum(others) / len(others) < own / 2
 
 
-def test_chosen_experts_keep_more_than_random_ones_of_the_texts_they_were_chosen_for(shown: Shown) -> None:
-    losses = {row.name: row.losses for row in shown[0]}
-    assert losses["tiny-16-mxfp4"]["code"] < losses["tiny-8-random"]["code"]
-    assert losses["tiny-8-mxfp4"]["arithmetic"] < losses["tiny-8-random"]["arithmetic"] / 2
+def test_examples_hold_what_the_models_answered(shown: Shown) -> None:
+    result, _, _ = shown
+    assert len(result.examples) == 3
+    for example in result.examples:
+        assert list(example.replies) == ["full", f"{example.domain}-{KEPT}", f"random-{KEPT}"]
+        assert "\n" not in "".join(example.replies.values())
+    assert any(example.replies["full"] == example.answer for example in result.examples)
 
 
-def test_expert_dtype_hardly_changes_the_loss(shown: Shown) -> None:
-    losses = {row.name: row.losses for row in shown[0]}
-    assert losses["tiny-8-bf16"] == pytest.approx(losses["tiny-8-mxfp4"], rel=0.01)
+def test_the_report_page_is_written_where_it_is_said(shown: Shown) -> None:
+    result, _, out = shown
+    assert result.report == out / "report.html"
+    page = result.report.read_text()
+    assert all(domain in page for domain in DOMAINS)
 
 
-def test_the_sums_of_the_text_are_right() -> None:
-    import random
-
-    text = arithmetic(random.Random(1), 2000)
-    assert len(text) >= 2000
-    for question, answer in zip(*[iter(text.splitlines())] * 2, strict=True):
-        sum_, result = answer.removeprefix("Answer: ").removesuffix(".").split(" = ")
-        assert question == f"Question: What is {sum_}?"
-        assert eval(sum_) == int(result)
+def test_no_question_asked_was_profiled() -> None:
+    texts = profile_texts()
+    for domain, asked in asked_questions(COUNT).items():
+        if domain != "facts":
+            assert not [q.text for q in asked if q.text in texts[domain]]
 
 
 def test_a_folder_that_exists_is_left_alone(tmp_path: Path) -> None:
@@ -87,23 +83,10 @@ def test_a_folder_that_exists_is_left_alone(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_prints_the_rows_as_json(
-    capsys: pytest.CaptureFixture[str], shown: Shown, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("moe_surgery.demo.JOBS", JOBS[2:3])
-    ended = call(capsys, "demo", "--json")
+def test_the_command_prints_the_rows_as_json(capsys: pytest.CaptureFixture[str], shown: Shown) -> None:
+    ended = call(capsys, "demo", "--json", "--questions", "5")
     assert ended.code == 0
-    full, pruned = ended.json()
-    by_name = {row.name: row for row in shown[0]}
-    for row in (full, pruned):
-        assert row["losses"] == pytest.approx(by_name[row["name"]].losses, rel=0.01)
-
-
-def test_the_command_shows_a_table_and_samples(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("moe_surgery.demo.JOBS", JOBS[2:3])
-    ended = call(capsys, "demo", "-q")
-    assert (ended.code, ended.err) == (0, "")
-    assert "arithmetic" in ended.out
-    assert ended.out.count("tiny-4-mxfp4") == 2  # its row and its sample
+    printed = ended.json()
+    assert [row["name"] for row in printed["models"]] == [row.name for row in shown[0].rows]
+    assert printed["report"] is None
+    assert [example["question"] for example in printed["examples"]] == [e.question for e in shown[0].examples]

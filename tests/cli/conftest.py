@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from moe_surgery.demo import arithmetic
 from tests.support.checkpoints import write_checkpoint
+from tests.support.sums import arithmetic
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from moe_surgery import Checkpoint, load_plan
+from moe_surgery.examples.skills import DOMAINS
 from tests.support.checkpoints import (
     Shape,
     assert_same_tensors,
@@ -236,12 +237,12 @@ def test_verify_tells_sound_from_broken(tmp_path: Path, capsys: Capture) -> None
 
 def test_demo_keeps_its_models_in_the_folder_given(tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "models"
-    shown = done(call(capsys, "demo", "--output", out))
-    assert shown.out.count("yes") == 6
+    shown = done(call(capsys, "demo", "--output", out, "--questions", "2"))
+    assert shown.out.count("yes") == 7
     folders = [entry for entry in out.iterdir() if entry.is_dir()]
-    assert len(folders) == 5
+    assert len(folders) == 6
     kept = {entry.name for entry in out.iterdir()} - {folder.name for folder in folders}
-    assert kept == {"arithmetic.txt", "code.txt", "tiny.stats"}
+    assert kept == {*(f"{domain}.txt" for domain in DOMAINS), "tiny.stats", "report.html"}
     with Checkpoint.open(TINY) as source:
         for folder in folders:
             assert folder.name in shown.out

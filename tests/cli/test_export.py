@@ -12,7 +12,7 @@ from tests.support.checkpoints import write_checkpoint
 from tests.support.command import call
 
 Capture = pytest.CaptureFixture[str]
-TINY_BYTES = 7_759_136
+TINY_BYTES = 7_760_896
 
 
 def test_the_embedded_model(tmp_path: Path, capsys: Capture) -> None:

@@ -22,7 +22,7 @@ from tests.support.harmony import TEMPLATE, write_scripted
 Capture = pytest.CaptureFixture[str]
 START = "{% for m in messages %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endfor %}<|start|>assistant"
 OPENED = START + "<|channel|>analysis<|message|>H"
-THOUGHT, SAID = "k, 2日🙂", "fo \x1b[31mur"
+THOUGHT, SAID = "k,2日🙂", "fo \x1b[31mur"
 SCRIPT = f"{THOUGHT}<|end|><|start|>assistant<|channel|>final<|message|>{SAID}<|return|>"
 ESCAPED = SAID.replace("\x1b", "\\x1b")
 

@@ -26,10 +26,10 @@ import torch  # noqa: E402
 from benchmarks.make_tokenizer import make_tokenizer  # noqa: E402
 from moe_surgery import export_gguf, load_model, plan_random, prune  # noqa: E402
 from moe_surgery.checkpoint.resolve import resolve  # noqa: E402
-from moe_surgery.demo import arithmetic  # noqa: E402
 from moe_surgery.runtime.text import Text  # noqa: E402
 from tests.support import oracle  # noqa: E402
 from tests.support.checkpoints import Shape, write_checkpoint  # noqa: E402
+from tests.support.sums import arithmetic  # noqa: E402
 
 COUNTS = (32, 31, 8, 3, 1)
 TOKENS = 200  # more than three windows

@@ -38,9 +38,13 @@ def edited(folder: Path, edit: Callable[[Json], object], name: str = "tokenizer.
 def test_the_embedded_models_tokenizer() -> None:
     library = pytest.importorskip("tokenizers").Tokenizer.from_file(str(TINY / "tokenizer.json"))
     got = read_tokenizer(LocalFolder(TINY), CONFIG, 2048)
-    assert [t.decode() for t in got.tokens] == [library.id_to_token(i) for i in range(2048)]
+    size = library.get_vocab_size()
+    unused = [f"[PAD{i}]" for i in range(size, 2048)]
+    assert unused  # as in llama.cpp's converter
+    assert [t.decode() for t in got.tokens] == [library.id_to_token(i) for i in range(size)] + unused
     added = library.get_added_tokens_decoder()
-    assert got.kinds == [CONTROL if i in added else NORMAL for i in range(2048)]
+    assert got.kinds[:size] == [CONTROL if i in added else NORMAL for i in range(size)]
+    assert got.kinds[size:] == [UNUSED] * len(unused)
     merges = json.loads((TINY / "tokenizer.json").read_text())["model"]["merges"]
     assert [m.decode().split(" ") for m in got.merges] == merges
     assert got.pre_tokenizer == "gpt-2"

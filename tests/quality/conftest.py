@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from moe_surgery.checkpoint.resolve import resolve
-from moe_surgery.demo import arithmetic
+from tests.support.sums import arithmetic
 
 if TYPE_CHECKING:
     from moe_surgery.quality.job import ProfileResult

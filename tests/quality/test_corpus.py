@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 pytest.importorskip("torch")
 
 from moe_surgery.checkpoint.resolve import resolve
-from moe_surgery.demo import arithmetic
 from moe_surgery.errors import InvalidInputError, MoeSurgeryError, OutputError, UsageError
 from moe_surgery.quality import text_files as module
 from moe_surgery.quality.corpus import Corpus, Passage, batches, open_corpus, text_files
 from moe_surgery.runtime.text import Text
 from tests.quality.conftest import SENTENCES, conversation, write_lines
+from tests.support.sums import arithmetic
 
 CONVERSATIONS = {
     "one answer": [("user", "What is 3 + 4?"), ("assistant", "7")],

@@ -16,7 +16,6 @@ pytest.importorskip("transformers")
 
 from moe_surgery import load_model, load_plan, load_ranking  # noqa: E402
 from moe_surgery.checkpoint.resolve import resolve  # noqa: E402
-from moe_surgery.demo import arithmetic  # noqa: E402
 from moe_surgery.progress import Progress  # noqa: E402
 from moe_surgery.quality.corpus import Passage, text_files  # noqa: E402
 from moe_surgery.quality.greedy_elimination import eliminate, greedy_elimination  # noqa: E402
@@ -24,6 +23,7 @@ from moe_surgery.quality.search import search  # noqa: E402
 from moe_surgery.runtime.text import Text  # noqa: E402
 from tests.support import oracle  # noqa: E402
 from tests.support.command import call  # noqa: E402
+from tests.support.sums import arithmetic  # noqa: E402
 
 TINY = "example:tiny"
 

@@ -11,7 +11,6 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from moe_surgery.demo import arithmetic  # noqa: E402
 from moe_surgery.quality import hidden_states as states  # noqa: E402
 from moe_surgery.quality import layerwise  # noqa: E402
 from moe_surgery.quality.corpus import Passage  # noqa: E402
@@ -22,6 +21,7 @@ from moe_surgery.selection.metrics import METRICS, score  # noqa: E402
 from moe_surgery.selection.plan import Plan  # noqa: E402
 from moe_surgery.selection.statistics import ExpertStatistics  # noqa: E402
 from tests.support.routed import Routed, assert_same  # noqa: E402
+from tests.support.sums import arithmetic  # noqa: E402
 
 PROSE = "Experts that are never asked are left out of the file. " * 6
 

@@ -20,7 +20,7 @@ from tests.report.inputs import plan_of
 
 @dataclass(frozen=True)
 class Real:
-    """The embedded checkpoint's statistics on the demo's texts, plans from them, and what those cost."""
+    """The embedded checkpoint's statistics on generated texts, plans from them, and what those cost."""
 
     statistics: Statistics
     plans: list[tuple[str, Plan]]
@@ -31,15 +31,15 @@ class Real:
 def real(tmp_path_factory: pytest.TempPathFactory) -> Real:
     torch = pytest.importorskip("torch")
     pytest.importorskip("tokenizers")
-    from moe_surgery.demo import demo_texts
+    from moe_surgery.examples.skills import documents
     from moe_surgery.pipeline.planning import inspect
     from moe_surgery.quality.corpus import text_files
     from moe_surgery.quality.evaluate import evaluate
     from moe_surgery.quality.job import profile
 
     folder = tmp_path_factory.mktemp("texts")
-    for name, words in demo_texts().items():
-        (folder / f"{name}.txt").write_text(words)
+    for name, domain in (("arithmetic", "arithmetic"), ("code", "python"), ("prose", "facts")):
+        (folder / f"{name}.txt").write_text("\n".join(documents(domain, 4, seed=0)))
     files = text_files(sorted(folder.iterdir()))
     done = profile("example:tiny", files, folder / "tiny.stats", dtype=torch.float32)
     drawn = [(f"random-8-{s}.json", plan_random(8, s, inspect("example:tiny"))) for s in range(2)]

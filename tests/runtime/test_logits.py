@@ -22,12 +22,12 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from moe_surgery import load_model, plan_random, prune  # noqa: E402
-from moe_surgery.demo import arithmetic  # noqa: E402
 from moe_surgery.runtime.model import MAX_PREFILL_TOKENS  # noqa: E402
 from moe_surgery.runtime.text import Text  # noqa: E402
 from tests.runtime.models import write_lively  # noqa: E402
 from tests.support import oracle  # noqa: E402
 from tests.support.checkpoints import LAYOUTS, Shape  # noqa: E402
+from tests.support.sums import arithmetic  # noqa: E402
 
 COUNTS = (32, 31, 5, 1)
 TOP_K, WINDOW, ORIGINAL_LENGTH = 4, 64, 512
