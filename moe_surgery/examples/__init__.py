@@ -1,0 +1,1 @@
+"""The bundled model, and what it can do."""
