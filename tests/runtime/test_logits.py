@@ -31,10 +31,10 @@ from tests.support.sums import arithmetic  # noqa: E402
 
 COUNTS = (32, 31, 5, 1)
 TOP_K, WINDOW, ORIGINAL_LENGTH = 4, 64, 512
-# Of float32 logits, whose largest are about 24: the first is 1e-5 of that. The native backend rounds activations to 16 bits of a block's largest, which now and then
-# sends a token to another expert where the router hardly prefers one, and tokens after it see that: it is held
-# by the median token, and by norm over all inputs together.
-TOLERANCE = {"reference": 2e-4, "native": 2e-3}
+# Of float32 logits, whose largest are about 24. The native backend rounds activations to 16 bits of a block's
+# largest, which now and then sends a token to another expert where the router hardly prefers one, and tokens after
+# it see that: it is held by the median token, and by norm over all inputs together.
+TOLERANCE = {"reference": 4e-4, "native": 2e-3}
 NORM_TOLERANCE = {"reference": 1e-5, "native": 3.3e-3}
 NO_WORSE = 1.2
 
