@@ -1,4 +1,5 @@
-"""The embedded model's domains as texts: a .jsonl file of {"text": ...} lines for each.
+"""The embedded model's domains as texts: a .jsonl file of {"text": ...} lines for each, 40 generated documents of
+questions with their answers and running text. `quality` and `speculation` use the same where no texts are given.
 
 python -m benchmarks.skill_texts FOLDER
 """

@@ -20,7 +20,7 @@ from moe_surgery.checkpoint.resolve import resolve
 from tests.support import oracle
 
 TOKENS = torch.randint(0, 2048, (1, 70), generator=torch.Generator().manual_seed(0))
-MEDIAN_BOUND = 2e-2
+MEDIAN_BOUND = 3e-2
 """Of the median token: products with MXFP4 weights round, and where experts nearly tie another one is chosen."""
 
 

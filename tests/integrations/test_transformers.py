@@ -23,7 +23,7 @@ from tests.support.checkpoints import Shape, write_checkpoint  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("integrations")
 
-TOLERANCE = 2e-3  # of logits: the native backend rounds activations to 16 bits of a block's largest
+TOLERANCE = 1e-2  # of logits up to 24: the native backend rounds activations to 16 bits of a block's largest
 TOKENS = torch.randint(0, 2048, (2, 70), generator=torch.Generator().manual_seed(0))
 
 
