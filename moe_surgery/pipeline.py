@@ -13,7 +13,8 @@ from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.checkpoint.source import Folder
 from moe_surgery.checkpoint.staging import stale_partials
 from moe_surgery.errors import PlanMismatchError
-from moe_surgery.families import FAMILIES, Family, identify_model
+from moe_surgery.families import FAMILIES, AnyFamily, identify_model
+from moe_surgery.families.base import Family
 from moe_surgery.families.identity import identity
 from moe_surgery.families.model_spec import ModelSpec
 from moe_surgery.progress import Counter, OnProgress
@@ -21,10 +22,12 @@ from moe_surgery.selection.arguments import PathLike
 from moe_surgery.selection.plan import Plan, as_plan, check_top_k, plan_keeping
 from moe_surgery.surgery.compiler import DEFAULT_SHARD_SIZE, compile_program
 from moe_surgery.surgery.inspect import Inspection, inspect_checkpoint
+from moe_surgery.surgery.mtp import mtp_notes
 from moe_surgery.surgery.names import SOURCE_README_NAME
 from moe_surgery.surgery.preflight import check_output, check_output_file
 from moe_surgery.surgery.program import Program
 from moe_surgery.surgery.provenance import origin_of
+from moe_surgery.surgery.routing import check_routing
 from moe_surgery.surgery.serving import serving_notes
 
 if TYPE_CHECKING:
@@ -74,7 +77,7 @@ def inspect(
     checkpoint: PathLike | Folder,
     *,
     ignore_unlisted: bool = False,
-    families: tuple[Family, ...] = FAMILIES,
+    families: tuple[AnyFamily, ...] = FAMILIES,
 ) -> Inspection:
     """Family, sizes and bytes of `checkpoint`, and its sizes with n = 1..E experts kept.
 
@@ -85,7 +88,7 @@ def inspect(
         return inspect_checkpoint(opened, identify_model(opened, families))
 
 
-def make_plan(checkpoint: PathLike, choose: PlanMaker, *, families: tuple[Family, ...] = FAMILIES) -> Plan:
+def make_plan(checkpoint: PathLike, choose: PlanMaker, *, families: tuple[AnyFamily, ...] = FAMILIES) -> Plan:
     """The plan that `choose` makes for the model in `checkpoint`, checked against it.
 
     Raises PlanMismatchError where it does not fit, and any error of opening the checkpoint.
@@ -93,7 +96,9 @@ def make_plan(checkpoint: PathLike, choose: PlanMaker, *, families: tuple[Family
     with Checkpoint.open(checkpoint) as opened:
         model = identify_model(opened, families)
     plan = choose(model)
-    plan.check_fits(model.model_type, model.experts, model.layers, str(checkpoint))
+    plan.check_fits(model.model_type, model.experts, model.layers, str(checkpoint), model.layer_numbers)
+    if plan.uniform_experts is not None:
+        check_routing(model, plan, min(plan.top_k or model.top_k, plan.uniform_experts))
     return plan
 
 
@@ -101,7 +106,7 @@ def check_statistics(
     checkpoint: PathLike,
     statistics: Statistics | PathLike,
     *,
-    families: tuple[Family, ...] = FAMILIES,
+    families: tuple[AnyFamily, ...] = FAMILIES,
 ) -> None:
     """Raise PlanMismatchError unless `statistics` (or those in the file of that path) are of `checkpoint`."""
     from moe_surgery.selection.statistics import as_statistics
@@ -130,7 +135,8 @@ def prune(
     ignore_unlisted: bool = False,
     card: bool = True,
     base_model: str | None = None,
-    families: tuple[Family, ...] = FAMILIES,
+    mtp: str | None = None,
+    families: tuple[AnyFamily, ...] = FAMILIES,
     progress: OnProgress | None = None,
     ops: FileOps | None = None,
 ) -> PruneResult:
@@ -141,7 +147,9 @@ def prune(
     and may be more than the source's, up to the experts kept. `store`: "keep" copies expert weights
     unchanged; "bf16", "mxfp4", "f16" and "f32" convert them, each value
     rounded once to the nearest (see `moe_surgery.formats.convert`), and one too large for the format is
-    refused. Other tensors keep their dtype. `max_shard_size` in bytes of tensors.
+    refused. Other tensors keep their dtype. `max_shard_size` in bytes of tensors. `mtp`: "keep" (default) cuts
+    layers for multi-token prediction to as many experts as the others, those with the largest router rows
+    where the plan lists none; "drop" leaves these layers out.
     `card` writes a model card as README.md (a README.md of the source always becomes
     README.source.md); `base_model` is the source's id on the hub, where its path and files do not name it.
     `dry_run` stops before anything is written. `progress` is called with each `Progress`, in bytes of
@@ -159,7 +167,7 @@ def prune(
     with Checkpoint.open(checkpoint, ignore_unlisted=ignore_unlisted, ops=ops) as opened:
         model = identify_model(opened, families)
         chosen = (plan(model) if callable(plan) else as_plan(plan)).with_top_k(top_k)
-        program = compile_program(opened, model, chosen, store=store, max_shard_size=max_shard_size)
+        program = compile_program(opened, model, chosen, store=store, max_shard_size=max_shard_size, mtp=mtp)
         copied = program.copies.get(SOURCE_README_NAME)
         readme = read_readme(None if copied is None else opened.files.open(copied))
         origin = origin_of(opened, model, base_model=base_model, card_base_model=readme.base_model)
@@ -183,12 +191,14 @@ def prune(
             )
     notes = [
         *model.notes,
+        *mtp_notes(model, program.plan),
         *serving_notes(
             chosen.uniform_experts or 0,
             program.top_k,
             model.top_k,
             chosen.top_k,
             expert_format=program.expert_format,
+            gpt_oss=isinstance(model.family, Family),
         ),
     ]
     return PruneResult(target, program, outcome, tuple(notes), tuple(stale_partials(target)))
@@ -207,7 +217,7 @@ def export_gguf(
     overwrite: bool = False,
     ignore_free_space: bool = False,
     ignore_unlisted: bool = False,
-    families: tuple[Family, ...] = FAMILIES,
+    families: tuple[AnyFamily, ...] = FAMILIES,
     progress: OnProgress | None = None,
     ops: FileOps | None = None,
 ) -> ExportResult:

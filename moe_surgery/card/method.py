@@ -131,7 +131,7 @@ def plan_section(plan: Plan) -> str:
         return files
     if len(set(plan.layers)) == 1:
         return f"Every layer keeps the source's experts {ranges(plan.layers[0])}. {files}"
-    rows = [[str(layer), ranges(kept)] for layer, kept in enumerate(plan.layers)]
+    rows = [[str(layer), ranges(kept)] for layer, kept in zip(plan.numbers, plan.layers, strict=True)]
     body = table(["layer", "source experts"], rows, left=2)
     return f"<details>\n<summary>Kept experts of each layer</summary>\n\n{body}\n\n</details>\n\n{files}"
 

@@ -57,6 +57,12 @@ if TYPE_CHECKING:
 @click.option(
     "--card/--no-card", default=True, show_default=True, help="Write a model card as OUT's README.md."
 )
+@click.option(
+    "--mtp",
+    type=click.Choice(["keep", "drop"]),
+    help="Layers for multi-token prediction: keep (default) cuts them to as many experts, those with the largest "
+    "router rows unless the plan lists them; drop leaves these layers out.",
+)
 @base_model_option
 @common
 @click.pass_context
@@ -78,10 +84,11 @@ def command(
     ignore_unlisted: bool,
     card: bool,
     base_model: str | None,
+    mtp: str | None,
 ) -> None:
     """Write a smaller checkpoint with only some of the experts.
 
-    CKPT is only read, never loaded: bytes go straight from its files to OUT, in less than 100 MB of memory
+    CKPT, a checkpoint of any supported family (docs/families.md), is only read, never loaded: bytes go straight from its files to OUT, in less than 100 MB of memory
     at any size (300 MB if --store converts). OUT appears complete or not at all. Stop it at any time;
     the same command resumes where it stopped.
 
@@ -115,6 +122,7 @@ def command(
             ignore_unlisted=ignore_unlisted,
             card=card,
             base_model=base_model,
+            mtp=mtp,
             progress=progress,
         )
     seconds = time.perf_counter() - start

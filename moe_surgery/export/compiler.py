@@ -58,7 +58,7 @@ def compile_gguf(
     """
     if store not in STORES:
         raise UsageError(f"`store` {store}: choose one of {', '.join(STORES)}")
-    gguf = model.family.gguf
+    gguf = model.described.gguf
     if gguf is None:
         raise UsageError(f"{checkpoint.path}: {model.model_type} models cannot be exported as GGUF")
     config = ModelConfig.of(model)
@@ -135,7 +135,7 @@ def _metadata(
 def _tensors(
     model: ModelSpec, gguf: GgufArchitecture, layers: Sequence[Sequence[int]], target: ExpertFormat
 ) -> Iterator[GgufTensor]:
-    weights = model.family.weights
+    weights = model.described.weights
     patterns = gguf.names(weights)
     names = {
         pattern.format(layer=layer): [n.format(layer=layer) for n in targets]

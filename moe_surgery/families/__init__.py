@@ -6,27 +6,45 @@ import warnings
 
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.errors import CheckpointWarning, InvalidInputError
-from moe_surgery.families.base import Family, Role
+from moe_surgery.families.base import AnyFamily, CatalogFamily, Family, Role
+from moe_surgery.families.catalog import CATALOG
+from moe_surgery.families.catalog_spec import build_catalog_spec, find_catalog_family
+from moe_surgery.families.described import build_model_spec
 from moe_surgery.families.gpt_oss import GPT_OSS
-from moe_surgery.families.model_spec import ModelSpec, ModelTensor, build_model_spec
-from moe_surgery.families.unsupported import unsupported_reason
+from moe_surgery.families.model_spec import ModelSpec, ModelTensor
+from moe_surgery.families.unsupported import supported_types, unsupported_reason
 
-__all__ = ["FAMILIES", "Family", "ModelSpec", "ModelTensor", "Role", "identify_model"]
+__all__ = [
+    "FAMILIES",
+    "AnyFamily",
+    "CatalogFamily",
+    "Family",
+    "ModelSpec",
+    "ModelTensor",
+    "Role",
+    "identify_model",
+]
 
-FAMILIES: tuple[Family, ...] = (GPT_OSS,)
+FAMILIES: tuple[AnyFamily, ...] = (GPT_OSS, *CATALOG)
 
 
-def identify_model(checkpoint: Checkpoint, families: tuple[Family, ...] = FAMILIES) -> ModelSpec:
-    """The `ModelSpec` of `checkpoint`, every tensor's presence, shape and dtype checked.
+def identify_model(checkpoint: Checkpoint, families: tuple[AnyFamily, ...] = FAMILIES) -> ModelSpec:
+    """The `ModelSpec` of `checkpoint`, its tensors checked against its family.
 
     `families` are the model families to recognise. Each note is also a CheckpointWarning. Raises
     InvalidInputError where the model type is unknown or config and tensors disagree; a checkpoint of
     another family, class, layout or quantisation is reported as such.
     """
+    catalogued = find_catalog_family(checkpoint, families)
+    described = tuple(f for f in families if isinstance(f, Family))
     try:
-        model = build_model_spec(checkpoint, families)
+        if catalogued is not None:
+            model = build_catalog_spec(checkpoint, catalogued)
+        else:
+            model = build_model_spec(checkpoint, described, supported_types(families))
     except InvalidInputError as error:
-        if (reason := unsupported_reason(checkpoint, families)) is None:
+        reason = None if catalogued is not None else unsupported_reason(checkpoint, families)
+        if reason is None:
             raise
         raise InvalidInputError(reason) from error
     for note in model.notes:

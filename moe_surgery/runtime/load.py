@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_surgery.checkpoint.checkpoint import Checkpoint, TensorRef
 from moe_surgery.errors import UsageError
-from moe_surgery.families import FAMILIES, Family, ModelSpec, ModelTensor, identify_model
+from moe_surgery.families import FAMILIES, AnyFamily, ModelSpec, ModelTensor, identify_model
 from moe_surgery.families.base import LayerNames, ProjectionNames
 from moe_surgery.families.model_config import ModelConfig
 from moe_surgery.kernels import Backend, select_backend
@@ -69,7 +69,7 @@ def load_model(
     *,
     top_k: int | None = None,
     one_layer: bool = False,
-    families: tuple[Family, ...] = FAMILIES,
+    families: tuple[AnyFamily, ...] = FAMILIES,
 ) -> CausalLM:
     """Load a checkpoint (folder, file, example or cached hub id) to run it.
 
@@ -96,6 +96,7 @@ def load_model(
     compute_dtype = chosen_backend.dtype if dtype is None else dtype
     with Checkpoint.open(path) as checkpoint:
         spec = identify_model(checkpoint, families)
+        spec.require_description()
         if plan is not None:
             plan.check_fits(spec.model_type, spec.experts, spec.layers, str(path))
             plan = plan.with_top_k(top_k)
@@ -121,7 +122,7 @@ def _assemble(
     config = ModelConfig.of(spec)
     shards = MappedShards(checkpoint)
     tensors = {t.name: t for t in spec.tensors}
-    names = spec.family.weights
+    names = spec.described.weights
 
     def fetch(ref: TensorRef) -> Tensor:
         mapped = shards.tensor(ref)

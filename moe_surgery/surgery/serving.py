@@ -19,14 +19,15 @@ def serving_notes(
     plan_top_k: int | None = None,
     *,
     expert_format: ExpertFormat = MXFP4,
+    gpt_oss: bool = True,
 ) -> list[str]:
     """One line for each limit that applies to the checkpoint.
 
     `plan_top_k` is the top-k that the plan sets, None for the source's; `expert_format` is that of the
-    checkpoint.
+    checkpoint. `gpt_oss` is whether it is a gpt-oss model, some of whose kernels have further limits.
     """
     notes = []
-    if top_k & (top_k - 1):
+    if gpt_oss and top_k & (top_k - 1):
         notes.append(
             f"top-k {top_k} is not a power of two: vLLM's gpt-oss kernels do not compile for it "
             "(vLLM issue 46406); transformers and llama.cpp support it"
@@ -55,7 +56,7 @@ def serving_notes(
             f"no fused router supports {experts} experts: vLLM and SGLang route slower, and llama.cpp falls back "
             "silently to its unfused top-k (llama.cpp issue 25267)"
         )
-    if not expert_format.packed:
+    if gpt_oss and not expert_format.packed:
         notes.append(
             f"mlx-lm does not load gpt-oss experts stored as {expert_format.label} (tried with 0.32.2): "
             "store them as MXFP4 for it"

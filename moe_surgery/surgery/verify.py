@@ -21,7 +21,7 @@ from moe_surgery.engine.digest import FileDigest, digest_chunks
 from moe_surgery.engine.spans import Copy, Span
 from moe_surgery.engine.stream import stream
 from moe_surgery.errors import MoeSurgeryError, OutputError, PlanMismatchError, VerificationError
-from moe_surgery.families import FAMILIES, Family, ModelSpec, identify_model
+from moe_surgery.families import FAMILIES, AnyFamily, ModelSpec, identify_model
 from moe_surgery.progress import Counter, OnProgress
 from moe_surgery.surgery.compiler import compile_program
 from moe_surgery.surgery.manifest import FileRecord, Manifest, load_manifest
@@ -61,7 +61,7 @@ def verify_checkpoint(
     source: str | os.PathLike[str] | Folder | None = None,
     structure_only: bool = False,
     weights_only: bool = False,
-    families: tuple[Family, ...] = FAMILIES,
+    families: tuple[AnyFamily, ...] = FAMILIES,
     progress: OnProgress | None = None,
 ) -> Verification:
     """Check the checkpoint folder `out`; reports every problem, not only the first.
@@ -86,7 +86,9 @@ def verify_checkpoint(
 
 
 class _Verifier:
-    def __init__(self, folder: Path, families: tuple[Family, ...], progress: Callable[[int], None]) -> None:
+    def __init__(
+        self, folder: Path, families: tuple[AnyFamily, ...], progress: Callable[[int], None]
+    ) -> None:
         self._folder = folder
         self._families = families
         self._progress = progress
