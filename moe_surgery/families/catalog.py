@@ -26,7 +26,8 @@ _QWEN = CatalogFamily("qwen3_moe", "Qwen3-MoE", SOFTMAX)
 _MIXTRAL = CatalogFamily(
     "mixtral", "Mixtral", SOFTMAX, router=_BLOCK + "gate.weight", experts=_BLOCK + "experts."
 )
-_DEEPSEEK = CatalogFamily("deepseek_v3", "DeepSeek-V3", SIGMOID_BIAS, slices=_GATE_BIAS)
+# A group's score is the sum of its two best experts, also where all experts are one group.
+_DEEPSEEK = CatalogFamily("deepseek_v3", "DeepSeek-V3", SIGMOID_BIAS, slices=_GATE_BIAS, minimum=2)
 _GRANITE = CatalogFamily(
     "granitemoe",
     "Granite-MoE",

@@ -88,9 +88,7 @@ def ignored_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> tuple[set[s
     ]
 
 
-def _recognise(
-    checkpoint: Checkpoint, families: tuple[Family, ...], supported: str
-) -> tuple[Family, Layout]:
+def _recognise(checkpoint: Checkpoint, families: tuple[Family, ...], supported: str) -> tuple[Family, Layout]:
     model_type = checkpoint.config.get("model_type")
     for family in families:
         if model_type is not None and model_type != family.model_type:

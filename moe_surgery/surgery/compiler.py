@@ -231,18 +231,25 @@ def _packed(groups: list[Group], limit: int) -> list[list[Group]]:
 
 
 def _shard(name: str, groups: list[Group]) -> OutputShard:
-    # Widest dtype first, as in safetensors' own writer, so that every tensor is aligned.
-    ordered = [t for group in sorted(groups, key=_width) for t in group]
-    if not _aligned(ordered):
-        ordered = sorted(ordered, key=lambda t: -DTYPE_BITS[t.dtype])
+    ordered = _ordered(groups)
     entries = [(t.name, t.dtype, t.shape) for t in ordered]
     header = build_header(entries, metadata={"format": "pt"}, pad_to=BLOCK, residue=_reflink_residue(ordered))
     return OutputShard(name, header, tuple(ordered))
 
 
-def _width(group: Group) -> int:
-    """Single tensors by dtype, widest first, then groups in order."""
-    return 0 if len(group) > 1 else -DTYPE_BITS[group[0].dtype]
+def _ordered(groups: list[Group]) -> list[OutputTensor]:
+    """The tensors with groups adjacent, or else widest dtype first, so that every tensor is aligned.
+
+    Single tensors are ordered by dtype as safetensors' own writer does, before the groups, or after them where
+    they would leave those unaligned.
+    """
+    single = sorted((g for g in groups if len(g) == 1), key=lambda g: -DTYPE_BITS[g[0].dtype])
+    several = [g for g in groups if len(g) > 1]
+    for order in ((single, several), (several, single)):
+        tensors = [t for part in order for group in part for t in group]
+        if _aligned(tensors):
+            return tensors
+    return sorted(tensors, key=lambda t: -DTYPE_BITS[t.dtype])
 
 
 def _aligned(tensors: list[OutputTensor]) -> bool:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from moe_surgery.errors import PlanMismatchError
+import warnings
+
+from moe_surgery.errors import CheckpointWarning, PlanMismatchError
 from moe_surgery.families.model_spec import ModelSpec
 from moe_surgery.selection.plan import Plan
 
-__all__ = ["check_routing", "nearest_count", "problem_of_count"]
+__all__ = ["check_routing", "nearest_count", "problem_of_count", "rounded_count"]
 
 
 def problem_of_count(model: ModelSpec, kept: int, top_k: int) -> str | None:
     """Why a layer of `model` cannot keep `kept` experts, None where it can."""
     if kept < model.minimum:
-        least = "2" if model.minimum == 2 else str(model.minimum)
-        return f"{model.family.title} needs at least {least} experts in a layer"
+        return f"{model.family.title} needs at least {model.minimum} experts in a layer"
     return None if model.grouping is None else model.grouping.problem_of_count(kept, top_k)
 
 
@@ -23,13 +24,25 @@ def nearest_count(model: ModelSpec, kept: int, top_k: int | None = None) -> int:
     The smaller of two as near; `kept` itself where it is one.
     """
     wanted = model.top_k if top_k is None else top_k
-    counts = (n for n in range(1, model.experts + 1) if problem_of_count(model, n, min(wanted, n)) is None)
+    counts = (n for n in range(1, model.experts + 1) if problem_of_count(model, n, wanted) is None)
     return min(counts, key=lambda n: (abs(n - kept), n), default=kept)
+
+
+def rounded_count(model: ModelSpec, kept: int) -> int:
+    """`kept`, or the nearest number that the router of `model` can choose from, with a CheckpointWarning."""
+    if not 1 <= kept <= model.experts or (problem := problem_of_count(model, kept, model.top_k)) is None:
+        return kept
+    near = nearest_count(model, kept)
+    warnings.warn(f"keeping {near} experts instead of {kept}: {problem}", CheckpointWarning, stacklevel=2)
+    return near
 
 
 def check_routing(model: ModelSpec, plan: Plan, top_k: int) -> None:
     """Raise PlanMismatchError unless the pruned router chooses as the full one does among the kept experts."""
     kept = len(plan.layers[0])
+    unchanged = tuple(range(model.experts))
+    if all(row == unchanged for row in (*plan.layers, *(plan.mtp_layers or ()))):
+        return
     if (problem := problem_of_count(model, kept, top_k)) is not None:
         near = nearest_count(model, kept, top_k)
         raise PlanMismatchError(f"{problem}; keep {near} experts, the nearest number that works")

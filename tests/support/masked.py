@@ -19,6 +19,13 @@ TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k"
 _LAYER = ".layers."
 
 
+def auto_class(config: Any) -> Any:
+    """The auto class for the language model of `config`, with its other parts if it has some."""
+    nested = config.get_text_config() is not config
+    causal = AutoModelForCausalLM._model_mapping
+    return AutoModelForImageTextToText if nested or type(config) not in causal else AutoModelForCausalLM
+
+
 def load(folder: Path, *, top_k: int | None = None) -> torch.nn.Module:
     """The model in `folder` in float32; nothing may be missing from the files, or left over."""
     config = AutoConfig.from_pretrained(folder)
@@ -26,8 +33,7 @@ def load(folder: Path, *, top_k: int | None = None) -> torch.nn.Module:
     for key in TOP_K if top_k is not None else ():
         if getattr(text, key, None) is not None:
             setattr(text, key, top_k)
-    kind = AutoModelForImageTextToText if text is not config else AutoModelForCausalLM
-    model, info = kind.from_pretrained(
+    model, info = auto_class(config).from_pretrained(
         folder,
         config=config,
         dtype=torch.float32,

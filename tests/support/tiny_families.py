@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from tests.support.masked import auto_class
 
 HIDDEN = 32
 VOCABULARY = 64
@@ -83,8 +84,7 @@ def save(family: TinyFamily, folder: Path) -> Path:
     settings = dict(family.settings)
     config = cls(**{family.nested: settings}, **family.others) if family.nested else cls(**settings)
     torch.manual_seed(0)
-    auto = AutoModelForImageTextToText if family.nested else AutoModelForCausalLM
-    model = auto.from_config(config, dtype=torch.float32)
+    model = auto_class(config).from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, value in [*model.named_parameters(), *model.named_buffers()]:
             last = name.rpartition(".")[2]
@@ -164,7 +164,7 @@ FAMILIES: tuple[TinyFamily, ...] = (
     _family(
         "deepseek_v2", "n_routed_experts", **_MLA, **_GROUPS, first_k_dense_replace=1, n_shared_experts=1
     ),
-    _family("deepseek_v3", "n_routed_experts", **_MLA, **_GROUPS, first_k_dense_replace=1),
+    _family("deepseek_v3", "n_routed_experts", counts=(2, 4, 5), **_MLA, **_GROUPS, first_k_dense_replace=1),
     _family(
         "deepseek_v3",
         "n_routed_experts",
@@ -192,6 +192,7 @@ FAMILIES: tuple[TinyFamily, ...] = (
     _family(
         "deepseek_v32",
         "n_routed_experts",
+        counts=(2, 4, 5),
         **_MLA,
         **_GROUPS,
         first_k_dense_replace=1,
@@ -202,6 +203,7 @@ FAMILIES: tuple[TinyFamily, ...] = (
     _family(
         "glm_moe_dsa",
         "n_routed_experts",
+        counts=(2, 4, 5),
         **_MLA,
         **_GROUPS,
         index_n_heads=2,
@@ -210,11 +212,13 @@ FAMILIES: tuple[TinyFamily, ...] = (
         mlp_layer_types=["dense", "sparse", "sparse"],
     ),
     _family("kimi_linear", "num_experts", "num_experts_per_token", quick=False, **_MLA),
-    _family("glm4_moe", "n_routed_experts", **_GROUPS, first_k_dense_replace=1),
+    _family("glm4_moe", "n_routed_experts", counts=(2, 4, 5), **_GROUPS, first_k_dense_replace=1),
     _family(
         "glm4_moe_lite", "n_routed_experts", **_MLA, **_GROUPS, mlp_layer_types=["dense", "sparse", "sparse"]
     ),
-    _family("dots1", "n_routed_experts", **_GROUPS, first_k_dense_replace=1, n_shared_experts=1),
+    _family(
+        "dots1", "n_routed_experts", counts=(2, 4, 5), **_GROUPS, first_k_dense_replace=1, n_shared_experts=1
+    ),
     _family("mimo_v2_flash", "n_routed_experts", quick=False, **_GROUPS),
     _family("granitemoe", "num_local_experts"),
     _family("granitemoeshared", "num_local_experts", shared_intermediate_size=16),
@@ -238,7 +242,7 @@ FAMILIES: tuple[TinyFamily, ...] = (
     _family("ernie4_5_moe", "moe_num_experts", "moe_k", moe_layer_start_index=1, moe_layer_end_index=2),
     _family("hunyuan_v1_moe", "num_experts", "moe_topk"),
     _family("hy_v3", "num_experts", mlp_layer_types=["dense", "sparse", "sparse"]),
-    _family("bailing_hybrid", "num_experts", first_k_dense_replace=1),
+    _family("bailing_hybrid", "num_experts", first_k_dense_replace=1, n_group=1, topk_group=1),
     _family(
         "jamba",
         "num_experts",
