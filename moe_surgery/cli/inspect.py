@@ -103,5 +103,5 @@ def _sizes(terminal: Terminal, inspection: Inspection, all_sizes: bool) -> None:
     terminal.result("")
     terminal.table("experts kept in each layer", ["n", "parameters", "active", *labels], rows)
     for memory, fits in inspection.fits.items():
-        most = ", ".join(f"{n or 'none'} in {name.upper()}" for name, n in fits.items())
+        most = ", ".join(f"{n or 'none'} in {label}" for label, n in zip(labels, fits.values(), strict=True))
         terminal.result(f"most experts whose weights fit {memory} GB: {most}")

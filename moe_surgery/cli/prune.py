@@ -88,9 +88,9 @@ def command(
 ) -> None:
     """Write a smaller checkpoint with only some of the experts.
 
-    CKPT, a checkpoint of any supported family (docs/families.md), is only read, never loaded: bytes go straight from its files to OUT, in less than 100 MB of memory
-    at any size (300 MB if --store converts). OUT appears complete or not at all. Stop it at any time;
-    the same command resumes where it stopped.
+    CKPT, a checkpoint of any supported family (docs/families.md), is only read, never loaded: bytes go straight
+    from its files to OUT, in less than 100 MB of memory at any size (300 MB if --store converts). OUT appears
+    complete or not at all. Stop it at any time; the same command resumes where it stopped.
 
     Choose experts with exactly one of --plan, --ranking and --keep. `--keep all` keeps them all, to change
     only the format (--store) or the experts per token (--top-k).

@@ -90,7 +90,7 @@ def _like(family: CatalogFamily, **titles: str) -> tuple[CatalogFamily, ...]:
 # Several entries of one model type are spellings of it; the first one whose router is in the checkpoint counts.
 CATALOG: Final[tuple[CatalogFamily, ...]] = (
     _MIXTRAL,
-    replace(_MIXTRAL, model_type="phimoe", title="Phi-3.5-MoE", routing="sparsemixer"),
+    replace(_MIXTRAL, model_type="phimoe", title="Phi-3.5-MoE", routing="sparsemixer", minimum=2),
     replace(
         _MIXTRAL,
         model_type="minimax_m2",
@@ -100,9 +100,7 @@ CATALOG: Final[tuple[CatalogFamily, ...]] = (
     ),
     _MINIMAX_M3,
     replace(_MINIMAX_M3, model_type="minimax_m3_vl_text"),
-    *_like(
-        replace(_DEEPSEEK, title="MiniMax-M3"), minimax_m3_vl="MiniMax-M3", minimax_m3_vl_text="MiniMax-M3"
-    ),
+    *_like(replace(_DEEPSEEK, minimum=1), minimax_m3_vl="MiniMax-M3", minimax_m3_vl_text="MiniMax-M3"),
     _QWEN,
     *_like(
         _QWEN,
@@ -135,6 +133,7 @@ CATALOG: Final[tuple[CatalogFamily, ...]] = (
         _MIXTRAL,
         model_type="kimi_linear",
         title="Kimi-Linear",
+        minimum=2,
         routing=SIGMOID_BIAS,
         slices={_BLOCK + "gate.e_score_correction_bias": 0},
     ),
@@ -159,7 +158,9 @@ CATALOG: Final[tuple[CatalogFamily, ...]] = (
     CatalogFamily("hunyuan_v1_moe", "Hunyuan-A13B", SOFTMAX, router="mlp.gate.wg.weight"),
     _HUNYUAN3,
     replace(_HUNYUAN3, model_type="afmoe", title="AFMoE"),
-    CatalogFamily("bailing_hybrid", "Ling/Ring 2", SIGMOID_BIAS, slices={"mlp.gate.expert_bias": 0}),
+    CatalogFamily(
+        "bailing_hybrid", "Ling/Ring 2", SIGMOID_BIAS, slices={"mlp.gate.expert_bias": 0}, minimum=2
+    ),
     CatalogFamily(
         "jamba",
         "Jamba",
@@ -183,6 +184,7 @@ CATALOG: Final[tuple[CatalogFamily, ...]] = (
         router="mixer.gate.weight",
         experts="mixer.experts.",
         slices={"mixer.gate.e_score_correction_bias": 0},
+        minimum=2,
         layers=("backbone.layers.", "model.layers."),
     ),
     CatalogFamily("laguna", "Laguna", SIGMOID_BIAS, slices={"mlp.experts.e_score_correction_bias": 0}),
@@ -193,6 +195,7 @@ CATALOG: Final[tuple[CatalogFamily, ...]] = (
         router="mlp.router.classifier.weight",
         slices={"mlp.router.e_score_correction_bias": 0},
         tail_key="zero_expert_num",
+        minimum=2,
     ),
     _INKLING,
     *_like(_INKLING, inkling_mm_model="Inkling"),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Final
 
 from moe_surgery.checkpoint.checkpoint import Checkpoint, TensorRef
@@ -203,7 +204,7 @@ def _sorted_by_layer(
         )
     with_experts = [x for x in layers.values() if x.router or x.numbered or x.stacked or x.slices or x.table]
     with_experts.sort(key=lambda x: (x.mtp, x.number))
-    for one, other in zip(with_experts, with_experts[1:], strict=False):
+    for one, other in pairwise(with_experts):
         if (one.mtp, one.number) == (other.mtp, other.number):
             raise InvalidInputError(
                 f"{printable_path(checkpoint.path)}: {one.prefix} and {other.prefix} both hold experts: two models in "

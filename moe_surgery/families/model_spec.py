@@ -74,8 +74,8 @@ class ModelSpec:
 
     `expert_format` is that of all expert weights. `notes` say what is ignored in the checkpoint, and what is
     read differently than one might expect. `moe_layers` are the model's numbers of its MoE layers
-    (empty: all, from 0), `mtp_layers` the names of those MoE layers that predict further tokens. `grouping` is None where
-    any choice of experts is valid. `minimum` is the fewest experts that a
+    (empty: all, from 0), `mtp_layers` the names of those MoE layers that predict further tokens.
+    `grouping` is None where any choice of experts is valid. `minimum` is the fewest experts that a
     layer may keep.
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 from moe_surgery.checkpoint.text import describe_value
 from moe_surgery.errors import InvalidInputError
@@ -50,7 +51,7 @@ def layer_numbers(value: object, layers: int, where: str) -> tuple[int, ...]:
         not isinstance(value, list)
         or len(value) != layers
         or any(type(n) is not int or n < 0 for n in value)
-        or any(b <= a for a, b in zip(value, value[1:], strict=False))
+        or any(b <= a for a, b in pairwise(value))
     ):
         raise InvalidInputError(f"{where}: expected {layers} ascending layer numbers")
     return () if value == list(range(layers)) else tuple(value)

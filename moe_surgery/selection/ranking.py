@@ -70,7 +70,8 @@ class Ranking:
 def load_ranking(path: str | os.PathLike[str]) -> Ranking:
     """Read a ranking file: ours, or layers by name, `{"layer_0": [31, 9, ...], ...}` or `{"0": [...], ...}`.
 
-    Layers by name come in one JSON object or as JSONL, an object a line, in any order, numbered as the model numbers them. `published:NAME` is one
+    Layers by name come in one JSON object or as JSONL, an object a line, in any order, numbered as the
+    model numbers them. `published:NAME` is one
     of the eight rankings published for gpt-oss-20b, which ship with the package.
 
     Raises InvalidInputError for an unknown version, or a layer that is not a full order of experts;

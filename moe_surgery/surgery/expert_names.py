@@ -10,7 +10,6 @@ from typing import Final
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.checkpoint.source import read_small
 from moe_surgery.checkpoint.strict_json import parse_json
-from moe_surgery.errors import InvalidInputError
 from moe_surgery.families.base import CatalogFamily
 from moe_surgery.families.model_spec import ModelSpec
 from moe_surgery.selection.plan import Plan

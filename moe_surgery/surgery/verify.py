@@ -253,9 +253,8 @@ class _Verifier:
             tensors = {t.name: t for s in program.shards for t in s.tensors}
             with Checkpoint.open(self._folder) as output:
                 for name, shard in output.shards.items():
-                    self._attempt(
-                        lambda n=name, h=shard.header: self._compare(n, h, tensors, checkpoint)  # type: ignore[misc]
-                    )
+                    header = read_header(shard.source)
+                    self._attempt(lambda n=name, h=header: self._compare(n, h, tensors, checkpoint))  # type: ignore[misc]
             checkpoint.check_unchanged()
 
     def _check_shape(self, model: ModelSpec, checkpoint: Checkpoint, manifest: Manifest) -> None:

@@ -66,18 +66,19 @@ def router_weights(model: torch.nn.Module, rows: int) -> dict[int, torch.Tensor]
     found = {}
     for layer, name, value in _of_layers(model):
         called = ("gate", "router", "wg", "classifier")
-        if name.endswith("weight") and value.ndim == 2 and value.shape[0] == rows:
-            if any(part in called for part in name.split(".")):
-                assert layer not in found, name
-                found[layer] = value
+        matrix = name.endswith("weight") and value.ndim == 2 and value.shape[0] == rows
+        if matrix and any(part in called for part in name.split(".")):
+            assert layer not in found, name
+            found[layer] = value
     return found
 
 
-def biases(model: torch.nn.Module, rows: int) -> Iterator[tuple[int, torch.Tensor]]:
+def biases(model: torch.nn.Module, rows: tuple[int, ...]) -> Iterator[tuple[int, torch.Tensor]]:
     """The selection biases of MoE layers, whatever they are called."""
     for layer, name, value in _of_layers(model):
         last = name.rpartition(".")[2]
-        if last in ("e_score_correction_bias", "expert_bias", "router_bias") and value.shape[-1] == rows:
+        if last in ("e_score_correction_bias", "expert_bias", "router_bias"):
+            assert value.shape[-1] in rows, name
             yield layer, value
 
 
@@ -93,7 +94,7 @@ def restricted(
         mask = torch.zeros(experts + tail)
         mask[[e for e in range(experts) if e not in kept[layer]]] = -torch.inf
         masks[weight.data_ptr()] = mask
-    for layer, bias in biases(model, experts + tail):
+    for layer, bias in biases(model, (experts, experts + tail)):
         dropped = [e for e in range(experts) if e not in kept[layer]]
         with torch.no_grad():
             bias[..., dropped] = -torch.inf
@@ -110,3 +111,8 @@ def restricted(
     with mock.patch.object(torch.nn.functional, "linear", masked):
         yield
     assert used == set(masks), "a router does not call linear"
+
+
+def tables(model: torch.nn.Module) -> dict[int, torch.Tensor]:
+    """The tables of expert numbers by token (DeepSeek-V4), by layer."""
+    return {layer: value for layer, name, value in _of_layers(model) if name.endswith("tid2eid")}

@@ -141,7 +141,7 @@ _VISION = {
 
 FAMILIES: tuple[TinyFamily, ...] = (
     _family("mixtral", "num_local_experts"),
-    _family("phimoe", "num_local_experts"),
+    _family("phimoe", "num_local_experts", counts=(2, 4, 5)),
     _family(
         "minimax_m2",
         "num_local_experts",
@@ -211,15 +211,20 @@ FAMILIES: tuple[TinyFamily, ...] = (
         index_topk=16,
         mlp_layer_types=["dense", "sparse", "sparse"],
     ),
-    _family("kimi_linear", "num_experts", "num_experts_per_token", quick=False, **_MLA),
+    _family("kimi_linear", "num_experts", "num_experts_per_token", counts=(2, 4, 5), quick=False, **_MLA),
     _family("glm4_moe", "n_routed_experts", counts=(2, 4, 5), **_GROUPS, first_k_dense_replace=1),
     _family(
-        "glm4_moe_lite", "n_routed_experts", **_MLA, **_GROUPS, mlp_layer_types=["dense", "sparse", "sparse"]
+        "glm4_moe_lite",
+        "n_routed_experts",
+        counts=(2, 4, 5),
+        **_MLA,
+        **_GROUPS,
+        mlp_layer_types=["dense", "sparse", "sparse"],
     ),
     _family(
         "dots1", "n_routed_experts", counts=(2, 4, 5), **_GROUPS, first_k_dense_replace=1, n_shared_experts=1
     ),
-    _family("mimo_v2_flash", "n_routed_experts", quick=False, **_GROUPS),
+    _family("mimo_v2_flash", "n_routed_experts", counts=(2, 4, 5), quick=False, **_GROUPS),
     _family("granitemoe", "num_local_experts"),
     _family("granitemoeshared", "num_local_experts", shared_intermediate_size=16),
     _family(
@@ -242,7 +247,9 @@ FAMILIES: tuple[TinyFamily, ...] = (
     _family("ernie4_5_moe", "moe_num_experts", "moe_k", moe_layer_start_index=1, moe_layer_end_index=2),
     _family("hunyuan_v1_moe", "num_experts", "moe_topk"),
     _family("hy_v3", "num_experts", mlp_layer_types=["dense", "sparse", "sparse"]),
-    _family("bailing_hybrid", "num_experts", first_k_dense_replace=1, n_group=1, topk_group=1),
+    _family(
+        "bailing_hybrid", "num_experts", counts=(2, 4, 5), first_k_dense_replace=1, n_group=1, topk_group=1
+    ),
     _family(
         "jamba",
         "num_experts",
@@ -264,6 +271,7 @@ FAMILIES: tuple[TinyFamily, ...] = (
     _family(
         "nemotron_h",
         "n_routed_experts",
+        counts=(2, 4, 5),
         **_GROUPS,
         layers_block_type=["mamba", "moe", "attention", "moe"],
         num_hidden_layers=4,
@@ -280,6 +288,7 @@ FAMILIES: tuple[TinyFamily, ...] = (
         "longcat_flash",
         "n_routed_experts",
         "moe_topk",
+        counts=(2, 4, 5),
         **_MLA,
         tail=3,
         zero_expert_num=3,
@@ -297,8 +306,21 @@ FAMILIES: tuple[TinyFamily, ...] = (
         hidden_size_per_layer_input=0,
         num_kv_shared_layers=0,
     ),
-    _family("mistral4", "n_routed_experts", **_MLA, **_GROUPS, first_k_dense_replace=0),
-    _family("deepseek_v4", "n_routed_experts", quick=False),
+    _family(
+        "mistral4",
+        "n_routed_experts",
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        **_MLA,
+        **_GROUPS,
+        first_k_dense_replace=0,
+    ),
+    _family(
+        "deepseek_v4",
+        "n_routed_experts",
+        mlp_layer_types=["hash_moe", "moe", "moe"],
+        counts=(2, 4, 5),
+        quick=False,
+    ),
     _family("qwen4_exp_text", "num_experts", quick=False),
     _family("minimax_m3_vl_text", "num_local_experts", quick=False),
 )
