@@ -199,6 +199,7 @@ def prune(
             chosen.top_k,
             expert_format=program.expert_format,
             gpt_oss=isinstance(model.family, Family),
+            model_type=model.model_type,
         ),
     ]
     return PruneResult(target, program, outcome, tuple(notes), tuple(stale_partials(target)))

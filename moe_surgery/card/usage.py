@@ -82,6 +82,7 @@ def _notes(facts: Facts) -> list[str]:
         facts.plan.top_k,
         expert_format=facts.expert_format,
         gpt_oss=facts.gpt_oss,
+        model_type=facts.model_type,
     )
     if not notes:
         return []

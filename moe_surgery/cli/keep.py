@@ -53,11 +53,11 @@ def keeping(kept: list[int] | str) -> Callable[[ModelSpec], Plan]:
 def first_of(ranking: Ranking, experts: int, order: str) -> Callable[[ModelSpec], Plan]:
     """The first `experts` of each layer of a ranking, or the nearest number that the model's router allows."""
     from moe_surgery.selection.plan import plan_from_ranking
-    from moe_surgery.surgery.routing import rounded_count
+    from moe_surgery.surgery.routing import offered_count
 
     return lambda model: plan_from_ranking(
         ranking,
-        rounded_count(model, experts),
+        offered_count(model, experts),
         model_type=model.model_type,
         order=order,
         grouping=model.grouping,
@@ -67,6 +67,6 @@ def first_of(ranking: Ranking, experts: int, order: str) -> Callable[[ModelSpec]
 def random_of(experts: int, seed: int) -> Callable[[ModelSpec], Plan]:
     """Random experts of each layer: `experts`, or the nearest number that the model's router allows."""
     from moe_surgery.selection.plan import plan_random
-    from moe_surgery.surgery.routing import rounded_count
+    from moe_surgery.surgery.routing import offered_count
 
-    return lambda model: plan_random(rounded_count(model, experts), seed, model, grouping=model.grouping)
+    return lambda model: plan_random(offered_count(model, experts), seed, model, grouping=model.grouping)

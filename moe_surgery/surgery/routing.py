@@ -5,10 +5,12 @@ from __future__ import annotations
 import warnings
 
 from moe_surgery.errors import CheckpointWarning, PlanMismatchError
+from moe_surgery.families.base import CatalogFamily
 from moe_surgery.families.model_spec import ModelSpec
 from moe_surgery.selection.plan import Plan
+from moe_surgery.surgery.serving import fast_counts
 
-__all__ = ["check_routing", "nearest_count", "problem_of_count", "rounded_count"]
+__all__ = ["check_routing", "nearest_count", "offered_count", "problem_of_count", "rounded_count"]
 
 
 def problem_of_count(model: ModelSpec, kept: int, top_k: int) -> str | None:
@@ -35,6 +37,28 @@ def rounded_count(model: ModelSpec, kept: int) -> int:
     near = nearest_count(model, kept)
     warnings.warn(f"keeping {near} experts instead of {kept}: {problem}", CheckpointWarning, stacklevel=2)
     return near
+
+
+def offered_count(model: ModelSpec, kept: int) -> int:
+    """`rounded_count`, with a CheckpointWarning that names counts next to it which are served faster.
+
+    Only for families of the catalogue.
+    """
+    count = rounded_count(model, kept)
+    if isinstance(model.family, CatalogFamily) and 1 <= count <= model.experts:
+        near = [
+            n
+            for n in fast_counts(model.model_type, count, model.experts)
+            if problem_of_count(model, n, model.top_k) is None
+        ]
+        if near:
+            warnings.warn(
+                f"serving engines have no fused router for {count} experts; the nearest with one: "
+                + " and ".join(map(str, near)),
+                CheckpointWarning,
+                stacklevel=2,
+            )
+    return count
 
 
 def check_routing(model: ModelSpec, plan: Plan, top_k: int) -> None:

@@ -309,7 +309,13 @@ FAMILIES: tuple[TinyFamily, ...] = (
     _family(
         "mistral4",
         "n_routed_experts",
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 0.5,
+            "original_max_position_embeddings": 64,
+            "llama_4_scaling_beta": 0.1,
+        },
         **_MLA,
         **_GROUPS,
         first_k_dense_replace=0,
