@@ -113,6 +113,7 @@ CATALOG: Final[tuple[CatalogFamily, ...]] = (
         qwen3_vl_moe="Qwen3-VL-MoE",
         qwen3_vl_moe_text="Qwen3-VL-MoE",
         olmoe="OLMoE",
+        flex_olmo="FlexOlmo",
     ),
     replace(_QWEN, model_type="deepseek_v2", title="DeepSeek-V2", group_minimum=1),
     _DEEPSEEK,
@@ -128,6 +129,7 @@ CATALOG: Final[tuple[CatalogFamily, ...]] = (
         glm4v_moe_text="GLM-4.5V",
         dots1="dots.llm1",
         mimo_v2_flash="MiMo-V2-Flash",
+        solar_open="Solar-Open",
     ),
     replace(
         _MIXTRAL,
@@ -203,7 +205,7 @@ CATALOG: Final[tuple[CatalogFamily, ...]] = (
     *_like(_GEMMA4, gemma4_text="Gemma-4"),
     _STEP,
     *_like(_STEP, step3p7_text="Step-3.5/3.7", step3p5="Step-3.5/3.7"),
-    replace(_QWEN, model_type="mistral4", title="Mistral-4", group_minimum=1),
+    replace(_QWEN, model_type="mistral4", title="Mistral-4", minimum=2),
 )
 
 UNTESTED: Final[Mapping[str, str]] = MappingProxyType(
@@ -212,8 +214,6 @@ UNTESTED: Final[Mapping[str, str]] = MappingProxyType(
         "qwen3_omni_moe_thinker": "it is part of a model with two pools of experts",
         "kimi_k3": "its tensor names are only known from reports",
         "mistral_large4": "its tensor names are only known from reports",
-        "solar_open": "its tensor names are only known from transformers' source",
-        "flex_olmo": "its tensor names are only known from transformers' source",
         "bailing_moe_v2": "its names and routing come from code on the hub that was not run here",
         "ernie4_5_vl_moe": "it has two pools of experts (text and vision) behind one router",
     }

@@ -50,7 +50,8 @@ class TinyFamily:
 
     `nested` is the key of the text configuration in a multimodal one, with the `others`. `stacked` checkpoints hold
     the experts of a layer in one tensor, as published, where transformers saves them apart. `tail` is the number
-    of the router's rows after those of experts. `quick` ones are part of the default suite.
+    of the router's rows after those of experts; `published` replaces part of the names that transformers saves.
+    `quick` ones are part of the default suite.
     """
 
     model_type: str
@@ -61,6 +62,7 @@ class TinyFamily:
     others: Mapping[str, Any] = field(default_factory=dict)
     stacked: bool = False
     tail: int = 0
+    published: tuple[str, str] = ("", "")
     quick: bool = True
     variant: str = ""
 
@@ -70,12 +72,12 @@ class TinyFamily:
 
 
 def _family(
-    model_type: str, count_key: str, top_k_key: str = "num_experts_per_tok", **settings: Any
+    name: str, count_key: str, top_k_key: str = "num_experts_per_tok", /, **settings: Any
 ) -> TinyFamily:
-    fields = ("counts", "nested", "others", "experts", "stacked", "tail", "quick", "variant")
+    fields = ("counts", "nested", "others", "experts", "stacked", "tail", "published", "quick", "variant")
     named = {k: settings.pop(k) for k in fields if k in settings}
     experts = named.get("experts", 8)
-    return TinyFamily(model_type, {**_COMMON, count_key: experts, top_k_key: 2, **settings}, **named)
+    return TinyFamily(name, {**_COMMON, count_key: experts, top_k_key: 2, **settings}, **named)
 
 
 def save(family: TinyFamily, folder: Path) -> Path:
@@ -101,6 +103,10 @@ def save(family: TinyFamily, folder: Path) -> Path:
     model.save_pretrained(folder)
     if family.stacked:
         stack_experts(folder)
+    if family.published[0]:
+        file = folder / "model.safetensors"
+        renamed = {n.replace(*family.published): t for n, t in load_file(file).items()}
+        save_file(renamed, file, metadata={"format": "pt"})
     return folder
 
 
@@ -137,6 +143,14 @@ _VISION = {
     "out_hidden_size": HIDDEN,
     "num_position_embeddings": 16,
     "deepstack_visual_indexes": [],
+}
+
+_TOWER = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "patch_size": 14,
 }
 
 FAMILIES: tuple[TinyFamily, ...] = (
@@ -309,6 +323,7 @@ FAMILIES: tuple[TinyFamily, ...] = (
     _family(
         "mistral4",
         "n_routed_experts",
+        counts=(2, 4, 5),
         rope_parameters={
             "rope_type": "default",
             "rope_theta": 1e4,
@@ -329,4 +344,76 @@ FAMILIES: tuple[TinyFamily, ...] = (
     ),
     _family("qwen4_exp_text", "num_experts", quick=False),
     _family("minimax_m3_vl_text", "num_local_experts", quick=False),
+    _family(
+        "kimi_k25",
+        "n_routed_experts",
+        counts=(2, 4, 5),
+        nested="text_config",
+        others={"vision_config": _TOWER, "projection_hidden_size": 16},
+        published=("language_model.model.blocks.", "language_model.model.layers."),
+        model_type="deepseek_v3",
+        first_k_dense_replace=1,
+        **_MLA,
+        **_GROUPS,
+    ),
+    _family(
+        "glm4v_moe",
+        "n_routed_experts",
+        counts=(2, 4, 5),
+        nested="text_config",
+        others={"vision_config": _VISION},
+        first_k_dense_replace=1,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "mrope_section": [1, 1, 2],
+            "partial_rotary_factor": 1.0,
+        },
+        **_GROUPS,
+    ),
+    _family(
+        "llama4",
+        "num_local_experts",
+        nested="text_config",
+        others={
+            "vision_config": {
+                **_TOWER,
+                "vision_output_dim": 16,
+                "projector_input_dim": 16,
+                "projector_output_dim": 16,
+                "image_size": 28,
+            }
+        },
+        intermediate_size_mlp=32,
+        interleave_moe_layer_step=1,
+    ),
+    _family(
+        "gemma4",
+        "num_experts",
+        "top_k_experts",
+        nested="text_config",
+        others={
+            "vision_config": {
+                **_TOWER,
+                "head_dim": 8,
+                "num_key_value_heads": 2,
+                "position_embedding_size": 16,
+            }
+        },
+        enable_moe_block=True,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+        hidden_size_per_layer_input=0,
+        num_kv_shared_layers=0,
+    ),
+    _family(
+        "step3p7",
+        "n_routed_experts",
+        nested="text_config",
+        others={"vision_config": {**_TOWER, "image_size": 28}},
+        share_expert_dim=16,
+        sliding_window=32,
+        mlp_layer_types=["dense", "sparse", "sparse"],
+    ),
+    _family("solar_open", "n_routed_experts", counts=(2, 4, 5), **_GROUPS),
+    _family("flex_olmo", "num_experts"),
 )
