@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from tests.support.masked import load, logits, restricted, tables  # noqa: E402
-from tests.support.tiny_families import FAMILIES, TinyFamily, save  # noqa: E402
+from tests.support.tiny_families import FAMILIES, TinyFamily, save, unpacked  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("transformers")
 
@@ -59,7 +59,7 @@ def check(family: TinyFamily, source: Path, out: Path, count: int) -> None:
     prune(source, out, plan, card=False)
     assert verify(out, source=source).problems == ()
     kept: dict[int, Sequence[int]] = dict(zip(plan.numbers, plan.layers, strict=True))
-    full, small = load(source, top_k=min(2, count)), load(out)
+    full, small = load(unpacked(source), top_k=min(2, count)), load(unpacked(out))
     for layer, table in tables(full).items():
         adopt_table(table, tables(small)[layer], kept[layer])
     with restricted(full, kept, family.experts, family.tail):
@@ -67,7 +67,7 @@ def check(family: TinyFamily, source: Path, out: Path, count: int) -> None:
     got = logits(small, TOKENS)
     assert (got - expected).abs().max() <= TOLERANCE * expected.abs().max()
     if count < family.experts:
-        assert (logits(load(source), TOKENS) - expected).abs().max() > 1e-3 * expected.abs().max()
+        assert (logits(load(unpacked(source)), TOKENS) - expected).abs().max() > 1e-3 * expected.abs().max()
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f.quick], ids=lambda f: f.name)

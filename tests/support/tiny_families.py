@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -51,7 +52,7 @@ class TinyFamily:
     `nested` is the key of the text configuration in a multimodal one, with the `others`. `stacked` checkpoints hold
     the experts of a layer in one tensor, as published, where transformers saves them apart. `tail` is the number
     of the router's rows after those of experts; `published` replaces part of the names that transformers saves.
-    `quick` ones are part of the default suite.
+    `quantised`: "fp8" or "int4", the matrices of a layer but the router's. `quick` ones are part of the default suite.
     """
 
     model_type: str
@@ -63,6 +64,7 @@ class TinyFamily:
     stacked: bool = False
     tail: int = 0
     published: tuple[str, str] = ("", "")
+    quantised: str = ""
     quick: bool = True
     variant: str = ""
 
@@ -74,7 +76,18 @@ class TinyFamily:
 def _family(
     name: str, count_key: str, top_k_key: str = "num_experts_per_tok", /, **settings: Any
 ) -> TinyFamily:
-    fields = ("counts", "nested", "others", "experts", "stacked", "tail", "published", "quick", "variant")
+    fields = (
+        "counts",
+        "nested",
+        "others",
+        "experts",
+        "stacked",
+        "tail",
+        "published",
+        "quantised",
+        "quick",
+        "variant",
+    )
     named = {k: settings.pop(k) for k in fields if k in settings}
     experts = named.get("experts", 8)
     return TinyFamily(name, {**_COMMON, count_key: experts, top_k_key: 2, **settings}, **named)
@@ -103,11 +116,91 @@ def save(family: TinyFamily, folder: Path) -> Path:
     model.save_pretrained(folder)
     if family.stacked:
         stack_experts(folder)
+    if family.quantised:
+        quantise(folder, family.quantised)
     if family.published[0]:
         file = folder / "model.safetensors"
         renamed = {n.replace(*family.published): t for n, t in load_file(file).items()}
         save_file(renamed, file, metadata={"format": "pt"})
     return folder
+
+
+def quantise(folder: Path, kind: str) -> None:
+    """Rewrite a one-file checkpoint as published in FP8 (blocks of 16 x 16) or INT4 (packed, groups of 16)."""
+    file, settings = folder / "model.safetensors", folder / "config.json"
+    tensors = load_file(file)
+    for name in [n for n in tensors if n.endswith("_proj.weight") and tensors[n].ndim == 2]:
+        weight, stem = tensors.pop(name), name.removesuffix(".weight")
+        if kind == "fp8":
+            rows, columns = weight.shape
+            blocks = weight.reshape(rows // 16, 16, columns // 16, 16)
+            scales = blocks.abs().amax((1, 3)) / 448
+            codes = (blocks / scales[:, None, :, None]).reshape(rows, columns)
+            tensors[name] = codes.to(torch.float8_e4m3fn)
+            tensors[f"{stem}.weight_scale_inv"] = scales
+        else:
+            groups = weight.reshape(weight.shape[0], -1, 16)
+            scales = groups.abs().amax(-1) / 7
+            codes = (groups / scales[..., None]).round().clamp(-8, 7).reshape(weight.shape).int() + 8
+            shifts = torch.arange(0, 32, 4)
+            packed = (codes.reshape(weight.shape[0], -1, 8).long() << shifts).sum(-1)
+            tensors[f"{stem}.weight_packed"] = (packed - (packed >= 2**31) * 2**32).int()
+            tensors[f"{stem}.weight_scale"] = scales
+            tensors[f"{stem}.weight_shape"] = torch.tensor(weight.shape)
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads(settings.read_text())
+    config["quantization_config"] = QUANTISATION[kind]
+    settings.write_text(json.dumps(config))
+
+
+def unpacked(folder: Path) -> Path:
+    """`folder`, or for INT4 a copy of it with float weights, which transformers loads without another package."""
+    config = json.loads((folder / "config.json").read_text())
+    if config.get("quantization_config", {}).get("quant_method") != "compressed-tensors":
+        return folder
+    del config["quantization_config"]
+    tensors = load_file(folder / "model.safetensors")
+    for name in [n for n in tensors if n.endswith(".weight_packed")]:
+        stem = name.removesuffix("_packed")
+        packed, scales = tensors.pop(name), tensors.pop(f"{stem}_scale")
+        shape = tensors.pop(f"{stem}_shape").tolist()
+        codes = (packed.long()[..., None] >> torch.arange(0, 32, 4)) & 15
+        weight = (codes.reshape(shape[0], -1, 16) - 8) * scales[..., None]
+        tensors[stem] = weight.reshape(shape)
+    copy = folder.with_name(f"{folder.name}-floats")
+    copy.mkdir(exist_ok=True)
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy
+
+
+QUANTISATION: dict[str, dict[str, Any]] = {
+    "fp8": {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [16, 16],
+        "dequantize": True,
+        "modules_to_not_convert": ["lm_head", "model.embed_tokens"],
+    },
+    "int4": {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {
+                    "num_bits": 4,
+                    "type": "int",
+                    "symmetric": True,
+                    "strategy": "group",
+                    "group_size": 16,
+                },
+            }
+        },
+        "ignore": ["lm_head", "re:.*mlp\\.gate$"],
+        "quantization_status": "compressed",
+    },
+}
 
 
 def stack_experts(folder: Path) -> None:
@@ -413,6 +506,26 @@ FAMILIES: tuple[TinyFamily, ...] = (
         share_expert_dim=16,
         sliding_window=32,
         mlp_layer_types=["dense", "sparse", "sparse"],
+    ),
+    _family("qwen3_moe", "num_experts", variant="fp8", quantised="fp8", norm_topk_prob=True),
+    _family(
+        "glm4_moe",
+        "n_routed_experts",
+        variant="fp8",
+        quantised="fp8",
+        counts=(2, 4, 5),
+        **_GROUPS,
+        first_k_dense_replace=1,
+    ),
+    _family(
+        "deepseek_v3",
+        "n_routed_experts",
+        variant="int4",
+        quantised="int4",
+        counts=(2, 4, 5),
+        **_MLA,
+        **_GROUPS,
+        first_k_dense_replace=1,
     ),
     _family("solar_open", "n_routed_experts", counts=(2, 4, 5), **_GROUPS),
     _family("flex_olmo", "num_experts"),

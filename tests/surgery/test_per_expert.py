@@ -25,6 +25,7 @@ from tests.support.per_expert import (
     deepseek,
     pruned,
     read,
+    rows,
     write,
 )
 
@@ -233,3 +234,53 @@ def test_inspect_names_layers_and_formats(tmp_path: Path) -> None:
     out = tmp_path / "out"
     prune(source, out, lambda m: plan_keeping([0, 2], m))
     assert inspect(out).nbytes == found.sizes[1].nbytes(found.expert_format)
+
+
+def test_layouts_and_prefixes_may_be_mixed(tmp_path: Path) -> None:
+    """As Qwen3.5 has it: main layers stacked, those for multi-token prediction apart and with another prefix."""
+    separate = {n: v for n, v in deepseek(mtp=True).items() if "e_score" not in n and "shared" not in n}
+    tensors = {n.replace(MTP, "mtp.layers.0."): v for n, v in separate.items() if n.startswith(MTP)}
+    tensors |= {"mtp.fc.weight": separate["model.norm.weight"]}
+    tensors |= {n: v for n, v in separate.items() if ".experts." not in n and not n.startswith(MTP)}
+    expected = dict(tensors)
+    for layer, kept in KEPT.items():
+        for part in ("gate_proj", "up_proj", "down_proj"):
+            stem = f"model.layers.{layer}.mlp.experts."
+            experts = [separate[f"{stem}{e}.{part}.weight"] for e in range(EXPERTS)]
+            dtype, shape, _ = experts[0]
+            tensors[stem + part] = (dtype, (EXPERTS, *shape), b"".join(e[2] for e in experts))
+            expected[stem + part] = (dtype, (3, *shape), b"".join(experts[e][2] for e in kept))
+        name = f"model.layers.{layer}.mlp.gate.weight"
+        expected[name] = rows(tensors[name], kept)
+    text = {
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": LAYERS,
+        "mtp_num_hidden_layers": 1,
+    }
+    source = write(tmp_path / "in", tensors, {"model_type": "qwen3_5_moe", "text_config": text}, shards=3)
+    assert inspect(source).layout == "mixed"
+    plan = Plan(
+        "qwen3_5_moe", EXPERTS, PLAN.layers, layer_numbers=PLAN.layer_numbers, mtp_layers=((5, 0, 2),)
+    )
+    prune(source, tmp_path / "kept", plan)
+    for name in [n for n in expected if n.startswith("mtp.layers.0.mlp.")]:
+        value = expected.pop(name)
+        if ".gate." in name:
+            expected[name] = rows(value, (5, 0, 2))
+            continue
+        parts = name.split(".")
+        if int(parts[5]) in (5, 0, 2):
+            expected[".".join([*parts[:5], "#" + str((5, 0, 2).index(int(parts[5]))), *parts[6:]])] = value
+    assert read(tmp_path / "kept") == {n.replace("#", ""): v for n, v in expected.items()}
+    prune(source, tmp_path / "dropped", plan, mtp="drop")
+    assert read(tmp_path / "dropped") == {n: v for n, v in expected.items() if not n.startswith("mtp.")}
+    changed = {
+        "num_experts": 3,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": LAYERS,
+        "mtp_num_hidden_layers": 0,
+    }
+    assert settings(tmp_path / "dropped")["text_config"] == changed
+    for out in ("kept", "dropped"):
+        assert verify(tmp_path / out, source=source).problems == ()
