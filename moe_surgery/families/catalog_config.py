@@ -16,6 +16,7 @@ __all__ = [
     "count_in",
     "hidden_layers",
     "holders",
+    "mtp_layers",
     "optional_count",
     "with_counts",
 ]
@@ -79,13 +80,26 @@ def optional_count(config: Mapping[str, object], keys: tuple[str, ...], where: s
 
 
 def hidden_layers(config: Mapping[str, object], where: str) -> int:
-    """The number of layers without those for multi-token prediction. Raises InvalidInputError."""
-    for _, holder in reversed(list(holders(config))):
-        for key in LAYER_LISTS:
-            kinds = holder.get(key)
-            if isinstance(kinds, (list, str)) and kinds:
-                return len(kinds)
-    return count_in(config, LAYER_KEYS, where)[1]
+    """The number of layers without those for multi-token prediction; the smaller of two keys.
+
+    (LongCat-Flash counts its layers, and its attention blocks, of which a layer has two.)
+    Raises InvalidInputError where no key has it.
+    """
+    found = []
+    for _, holder in holders(config):
+        found += [len(v) for v in map(holder.get, LAYER_LISTS) if isinstance(v, (list, str)) and v]
+    if not found:
+        counts = (optional_count(config, (key,), where) for key in LAYER_KEYS)
+        found = [count[1] for count in counts if count is not None]
+    if not found:
+        raise InvalidInputError(f"{where}: {LAYER_KEYS[0]} is missing; add it")
+    return min(found)
+
+
+def mtp_layers(config: Mapping[str, object]) -> int:
+    """The number of layers for multi-token prediction that any key counts."""
+    values = (holder.get(key) for _, holder in holders(config) for key in MTP_KEYS)
+    return max((v for v in values if type(v) is int), default=0)
 
 
 def with_counts(config: Mapping[str, object], counts: Mapping[tuple[str, ...], int]) -> dict[str, object]:

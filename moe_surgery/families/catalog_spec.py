@@ -18,10 +18,12 @@ from moe_surgery.families.catalog import UNTESTED
 from moe_surgery.families.catalog_config import (
     COUNT_KEYS,
     GROUP_KEYS,
+    MTP_KEYS,
     TOP_K_KEYS,
     count_in,
     hidden_layers,
     holders,
+    mtp_layers,
     optional_count,
 )
 from moe_surgery.families.grouping import Grouping
@@ -180,6 +182,7 @@ def _sorted_by_layer(
     whole: list[ModelTensor] = []
     layers: dict[str, _Layer] = {}
     seen: set[int] = set()
+    further = mtp_layers(checkpoint.config)
     for name, ref in checkpoint.tensors.items():
         match = name_of_layer.match(name)
         if match is None:
@@ -188,6 +191,12 @@ def _sorted_by_layer(
             continue
         prefix, number = match[0], int(match[2])
         mtp = match[1] in family.mtp or number >= count
+        if mtp and match[1] not in family.mtp and number >= count + further:
+            raise InvalidInputError(
+                f"{checkpoint.where(name)}: is in layer {number}, but config.json counts {count} layers and "
+                f"{further} for multi-token prediction ({MTP_KEYS[0]}); correct the keys, or take the config.json "
+                "that belongs to these shards"
+            )
         if not mtp:
             seen.add(number)
         rest = name[len(prefix) :]

@@ -128,6 +128,11 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         {"n_group": 3, "topk_group": None},
         "n_group is 3, but topk_group is missing",
     ),
+    "fewer layers": (
+        {"num_hidden_layers": 3},
+        "is in layer 3, but config.json counts 3 layers and 0 for multi-token prediction",
+    ),
+    "no number of layers": ({"num_hidden_layers": None}, "num_hidden_layers is missing; add it"),
     "more layers": ({"num_hidden_layers": 6}, "layer 4 has no tensors"),
     "an untested model type": ({"model_type": "ernie4_5_vl_moe"}, "is not supported yet: it has two pools"),
 }

@@ -15,7 +15,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from tests.support.masked import load, logits, restricted, tables  # noqa: E402
-from tests.support.tiny_families import FAMILIES, TinyFamily, save, unpacked  # noqa: E402
+from tests.support.tiny_checkpoints import save, unpacked  # noqa: E402
+from tests.support.tiny_families import FAMILIES, TinyFamily  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("transformers")
 
