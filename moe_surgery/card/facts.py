@@ -72,6 +72,11 @@ class Facts:
         return self.this.experts
 
     @property
+    def layer_name(self) -> str:
+        """What `layers` counts: gpt-oss has experts in every layer."""
+        return "layer" if self.gpt_oss else "MoE layer"
+
+    @property
     def whole(self) -> bool:
         """Whether no expert was removed."""
         return self.this.experts == self.source.experts

@@ -60,8 +60,8 @@ if TYPE_CHECKING:
 @click.option(
     "--mtp",
     type=click.Choice(["keep", "drop"]),
-    help="Layers for multi-token prediction: keep (default) cuts them to as many experts, those with the largest "
-    "router rows unless the plan lists them; drop leaves these layers out.",
+    help="Layers for multi-token prediction: cut to as many experts as the others, those with the largest router rows "
+    "unless the plan lists them (keep), or left out (drop); default: keep.",
 )
 @base_model_option
 @common

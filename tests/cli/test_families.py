@@ -87,3 +87,18 @@ def test_nor_are_they_loaded(source: Path) -> None:
 
     with pytest.raises(InvalidInputError, match="support gpt-oss only"):
         load_model(source)
+
+
+def test_the_card_counts_moe_layers_and_says_what_became_of_mtp_layers(
+    source: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    for options, expected in (
+        ((), "those with the largest router rows"),
+        (("--mtp", "drop"), "were left out."),
+    ):
+        out = tmp_path / f"out{len(options)}"
+        assert call(capsys, "prune", source, out, "--keep", "0,1,6,7", *options).code == 0
+        card = call(capsys, "card", out).out
+        assert card == (out / "README.md").read_text()
+        assert "each of its 3 MoE layers keeps 4 of 12 experts" in card
+        assert expected in card
