@@ -105,19 +105,21 @@ def _largest(
 def _rows(checkpoint: Checkpoint, router: TensorRef, experts: int) -> Iterator[array[float]]:
     """The rows of a router's weight as floats, one at a time. Raises UsageError for other dtypes."""
     source = checkpoint.shards[router.shard].source
-    for expert in range(experts):
-        row = router.rows(expert, 1)
-        raw = source.read(row.offset, row.nbytes)
+    if router.dtype not in ("BF16", "F16", "F32"):
+        raise UsageError(
+            f"{checkpoint.where(router.name)}: cannot rank experts by rows of {router.dtype}; pass `mtp` drop, or "
+            "a plan that lists the experts (mtp_layers)"
+        )
+    rows = router.rows(0, experts)
+    values = source.read(rows.offset, rows.nbytes)  # at once: each read is a request to a model on the hub
+    step = rows.nbytes // experts
+    for start in range(0, rows.nbytes, step):
+        raw = values[start : start + step]
         if router.dtype == "BF16":
             wide = bytearray(2 * len(raw))
             wide[2::4], wide[3::4] = raw[0::2], raw[1::2]
             yield array("f", bytes(wide))
-        elif router.dtype == "F32":
-            yield array("f", raw)
         elif router.dtype == "F16":
             yield array("f", struct.unpack(f"<{len(raw) // 2}e", raw))
         else:
-            raise UsageError(
-                f"{checkpoint.where(router.name)}: cannot rank experts by rows of {router.dtype}; pass `mtp` drop, or "
-                "a plan that lists the experts (mtp_layers)"
-            )
+            yield array("f", raw)
