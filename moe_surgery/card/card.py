@@ -142,8 +142,9 @@ def _summary(facts: Facts) -> str:
         first = f"{_source(facts)} with all of its experts, rewritten by moe-surgery."
     else:
         first = (
-            f"A pruned version of {_source(facts)}: each of its {counted(facts.layers, 'layer')} keeps {facts.kept} of "
-            f"{counted(facts.source.experts, 'expert')}; the others are removed from the weights and from the router."
+            f"A pruned version of {_source(facts)}: each of its {counted(facts.layers, facts.layer_name)} keeps "
+            f"{facts.kept} of {counted(facts.source.experts, 'expert')}; the others are removed from the "
+            "weights and from the router."
         )
     here, source = facts.expert_format, facts.source.expert_format
     if source is not None and here.can_represent(source) and facts.converted:
@@ -199,7 +200,7 @@ def _numbers(facts: Facts) -> str:
     rows = [
         of(str, "experts per layer", "experts"),
         of(str, "experts per token (top-k)", "top_k"),
-        row("layers", str, facts.layers, facts.layers),
+        row(f"{facts.layer_name}s", str, facts.layers, facts.layers),
         of(count, "parameters", "parameters"),
         of(count, "active parameters", "active_parameters"),
         of(_bits, "expert weights", "expert_format"),

@@ -15,9 +15,9 @@ from moe_surgery.checkpoint.files import printable_path
 from moe_surgery.checkpoint.hub import is_hub_id
 from moe_surgery.checkpoint.local_file import LocalFile
 from moe_surgery.errors import VerificationError
-from moe_surgery.families.base import Role
+from moe_surgery.families.base import Family, Role
 from moe_surgery.families.model_spec import ModelSpec
-from moe_surgery.formats.expert_format import BF16, FORMATS, ExpertFormat
+from moe_surgery.formats.expert_format import AS_STORED, BF16, FORMATS, ExpertFormat
 from moe_surgery.selection.plan import Plan
 from moe_surgery.surgery.manifest import Manifest
 from moe_surgery.surgery.names import MANIFEST_NAME, SOURCE_README_NAME
@@ -65,10 +65,16 @@ class Facts:
     has_template: bool
     tool: str
     license_given: bool = False
+    gpt_oss: bool = True
 
     @property
     def kept(self) -> int:
         return self.this.experts
+
+    @property
+    def layer_name(self) -> str:
+        """What `layers` counts: gpt-oss has experts in every layer."""
+        return "layer" if self.gpt_oss else "MoE layer"
 
     @property
     def whole(self) -> bool:
@@ -111,7 +117,7 @@ class Facts:
 def facts_of_program(program: Program, model: ModelSpec, readme: SourceCard) -> Facts:
     """The facts of what `program` will write; `model` describes its source, `readme` is the source's card."""
     return _facts(
-        model,
+        model.without_mtp() if program.plan.mtp_layers == () else model,
         program.plan,
         program.top_k,
         program.expert_format,
@@ -183,12 +189,20 @@ def _facts(
         top_k_of_source,
         model.parameters(experts),
         None if top_k_of_source is None else active(experts, top_k_of_source),
-        FORMATS.get(source_format) if isinstance(source_format, str) else None,
+        expert_format
+        if source_format == expert_format.name
+        else FORMATS.get(source_format)
+        if isinstance(source_format, str)
+        else None,
         source_bytes,
     )
     others = [t for t in model.tensors if t.role is not Role.EXPERT_WEIGHT]
-    other = sum(t.nbytes // model.experts * kept if t.has_experts else t.nbytes for t in others)
-    weights = sum(t.parameters // model.experts * kept for t in model.tensors if t.role is Role.EXPERT_WEIGHT)
+    other = sum(t.share(t.nbytes, model.experts, kept) for t in others)
+    in_experts = [t for t in model.tensors if t.role is Role.EXPERT_WEIGHT]
+    weights = sum(t.share(t.parameters, model.experts, kept) for t in in_experts)
+    if expert_format.name == AS_STORED.name:  # copied, whatever they are
+        other += sum(t.share(t.nbytes, model.experts, kept) for t in in_experts)
+        weights = 0
     return Facts(
         plan,
         model.model_type,
@@ -205,4 +219,5 @@ def _facts(
         "tokenizer.json" in names or "tokenizer.model" in names,
         "chat_template.jinja" in names,
         tool,
+        gpt_oss=isinstance(model.family, Family),
     )

@@ -39,6 +39,13 @@ def method_section(facts: Facts) -> str:
         parts.append("Experts with outlier activations (REAP's rule) were kept whatever their score.")
     if provenance.get("order") == "ranking":
         parts.append("They are numbered best first instead of in the source's order.")
+    if facts.plan.mtp_layers is not None:
+        parts.append(
+            "Layers for multi-token prediction have as many experts (`mtp_layers` in the plan): unless they were "
+            "given, those with the largest router rows, as nothing is measured on these layers."
+            if facts.plan.mtp_layers
+            else "Layers for multi-token prediction were left out."
+        )
     rest = [
         f"- {code(key)}: {code(value)}"
         for key, value in list(provenance.items())[:MAX_ROWS]
@@ -131,7 +138,7 @@ def plan_section(plan: Plan) -> str:
         return files
     if len(set(plan.layers)) == 1:
         return f"Every layer keeps the source's experts {ranges(plan.layers[0])}. {files}"
-    rows = [[str(layer), ranges(kept)] for layer, kept in enumerate(plan.layers)]
+    rows = [[str(layer), ranges(kept)] for layer, kept in zip(plan.numbers, plan.layers, strict=True)]
     body = table(["layer", "source experts"], rows, left=2)
     return f"<details>\n<summary>Kept experts of each layer</summary>\n\n{body}\n\n</details>\n\n{files}"
 

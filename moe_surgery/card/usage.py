@@ -46,13 +46,15 @@ def usage_section(facts: Facts) -> str:
         "With vLLM, on a GPU (not tested by moe-surgery):",
         fenced(f"vllm serve {PATH}", "sh"),
         *_notes(facts),
-        "With moe-surgery (tested on the CPU):",
-        fenced(generate, "sh"),
     ]
+    if facts.gpt_oss:
+        parts += ["With moe-surgery (tested on the CPU):", fenced(generate, "sh")]
     return "\n\n".join(parts)
 
 
 def _memory(facts: Facts) -> str:
+    if not facts.gpt_oss:
+        return f"The weights take {size(facts.tensor_bytes)}; programs that unpack quantised ones need more memory."
     if not facts.expert_format.packed:
         return f"The weights take {size(facts.tensor_bytes)} of memory on any device. {_TESTED}"
     return (
@@ -74,7 +76,13 @@ def _notes(facts: Facts) -> list[str]:
     assert this.top_k is not None
     source_top_k = this.top_k if source.top_k is None else source.top_k
     notes = serving_notes(
-        facts.kept, this.top_k, source_top_k, facts.plan.top_k, expert_format=facts.expert_format
+        facts.kept,
+        this.top_k,
+        source_top_k,
+        facts.plan.top_k,
+        expert_format=facts.expert_format,
+        gpt_oss=facts.gpt_oss,
+        model_type=facts.model_type,
     )
     if not notes:
         return []

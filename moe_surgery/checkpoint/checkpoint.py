@@ -105,6 +105,8 @@ class Checkpoint:
             shards = _open_shards(files, names, stack)
             tensors = _collect(folder, shards, index, ignore_unlisted)
             stack.pop_all()
+        if index is not None:
+            index = replace(index, weight_map={})  # `tensors` says the same
         return cls(files, config, shards, tensors, _side_files(listing), index, notes)
 
     @property
@@ -261,9 +263,10 @@ def _collect(
 
 
 def _refs(shards: Mapping[str, Shard]) -> Iterator[TensorRef]:
+    """The tensors of all shards, whose headers let go of them: many names take much memory."""
     for name, shard in shards.items():
         start = shard.header.data_start
-        for info in shard.header.tensors.values():
+        for info in shard.take_tensors():
             yield TensorRef(info.name, name, info.dtype, info.shape, start + info.begin, info.nbytes)
 
 

@@ -13,6 +13,7 @@ whose non-zero dimensions overflow, rank, names and counts beyond the constants 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -217,9 +218,11 @@ def _validate(root: object, data_size: int, where: str) -> tuple[dict[str, Tenso
     if len(root) > MAX_TENSORS:
         raise InvalidInputError(f"{where}: {len(root)} tensors are over the limit of {MAX_TENSORS}")
     infos = []
-    for name, entry in root.items():
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
+    while root:  # from the end, so that entries are freed as they are read
+        name, entry = root.popitem()
         try:
-            infos.append(_tensor_info(name, entry))
+            infos.append(_tensor_info(name, entry, shapes))
         except InvalidInputError as error:
             raise InvalidInputError(f"{where}: tensor '{printable(name)}': {error}") from None
     infos.sort(key=lambda info: (info.begin, info.end, info.name))
@@ -238,7 +241,8 @@ def _metadata(value: object, where: str) -> dict[str, str]:
     return value
 
 
-def _tensor_info(name: str, entry: object) -> TensorInfo:
+def _tensor_info(name: str, entry: object, shapes: dict[tuple[int, ...], tuple[int, ...]]) -> TensorInfo:
+    """One tensor; equal `shapes` become one object, as do dtypes."""
     check_name(name)
     if not isinstance(entry, dict):
         raise InvalidInputError(f"entry must be an object, got {describe_value(entry)}")
@@ -265,7 +269,7 @@ def _tensor_info(name: str, entry: object) -> TensorInfo:
         raise InvalidInputError(
             f"{dtype} of shape {list(shape)} takes {nbytes} bytes, data_offsets give {end - begin}"
         )
-    return TensorInfo(name, dtype, shape, begin, end)
+    return TensorInfo(name, sys.intern(dtype), shapes.setdefault(shape, shape), begin, end)
 
 
 def _integers(values: object, field: str) -> tuple[int, ...]:

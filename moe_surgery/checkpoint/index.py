@@ -106,14 +106,16 @@ def _weight_map(value: object, where: str, file: str) -> dict[str, str]:
         raise InvalidInputError(f"{where}: weight_map must be an object, got {describe_value(value)}")
     if len(value) > MAX_TENSORS:
         raise InvalidInputError(f"{where}: {len(value)} tensors are over the limit of {MAX_TENSORS}")
-    shards: dict[str, None] = {}
+    shards: dict[str, str] = {}
     for tensor, shard in value.items():
         try:
             check_name(tensor)
         except InvalidInputError as error:
             raise InvalidInputError(f"{where}: tensor '{printable(tensor)}': {error}") from None
         if not isinstance(shard, str) or shard not in shards:
-            shards[safe_shard_name(shard, file=file)] = None
+            safe = safe_shard_name(shard, file=file)
+            shards[safe] = safe
+        value[tensor] = shards[shard]  # one object for each shard
     _check_distinct_files(shards, where)
     return value
 

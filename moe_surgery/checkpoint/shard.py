@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 
-from moe_surgery.checkpoint.header import Header, read_header
+from moe_surgery.checkpoint.header import Header, TensorInfo, read_header
 from moe_surgery.checkpoint.source import ByteSource
 
 __all__ = ["Shard"]
@@ -22,6 +23,12 @@ class Shard:
         except BaseException:
             source.close()
             raise
+
+    def take_tensors(self) -> list[TensorInfo]:
+        """The header's tensors, which it no longer holds afterwards."""
+        tensors = list(self.header.tensors.values())
+        self.header = replace(self.header, tensors={})
+        return tensors
 
     @property
     def where(self) -> str:

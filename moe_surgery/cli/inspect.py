@@ -27,7 +27,8 @@ def command(context: click.Context, ckpt: str, all_sizes: bool, ignore_unlisted:
 
     Reads headers only, so it is instant at any size, and fetches little of a model on the hub. The table
     shows the parameters that remain with n experts per layer, and the bytes they take in MXFP4, in BF16
-    and in the checkpoint's own format. --json has every n.
+    and in the checkpoint's own format (only in that one for models other than gpt-oss, whose experts are
+    not converted). --json has every n.
 
     \b
     moe-surgery inspect example:tiny
@@ -50,8 +51,7 @@ def _summary(terminal: Terminal, inspection: Inspection) -> None:
     lines = {
         "checkpoint": inspection.path,
         "family": f"{inspection.family} ({inspection.model_type}, {inspection.layout} layout)",
-        "experts": f"{inspection.experts} in each of {inspection.layers} layers, top-{inspection.top_k}, "
-        f"stored as {inspection.expert_format.label}",
+        "experts": _experts(inspection),
         "parameters": f"{count(inspection.parameters)} total, {count(inspection.active_parameters)} active, "
         f"{count(inspection.parameters_per_expert)} per expert",
         "bytes": f"{size(inspection.nbytes)} in {inspection.tensors} tensors: "
@@ -61,6 +61,22 @@ def _summary(terminal: Terminal, inspection: Inspection) -> None:
     }
     for name, text in lines.items():
         terminal.result(f"{name:<11} {text}")
+
+
+def _experts(inspection: Inspection) -> str:
+    """The experts of the MoE layers, and which other layers there are."""
+    groups = inspection.groups
+    text = f"{inspection.experts} in each of {inspection.layers} layers, top-{inspection.top_k}, " + (
+        f"from {groups[1]} of {groups[0]} groups, " if groups else ""
+    )
+    text += f"stored as {inspection.expert_format.label}"
+    others = []
+    if inspection.dense_layers:
+        count = inspection.dense_layers
+        others.append(f"{count} layer{' is' if count == 1 else 's are'} dense")
+    if inspection.mtp_layers:
+        others.append(f"{', '.join(inspection.mtp_layers)} for multi-token prediction besides")
+    return "; ".join([text, *others])
 
 
 def _shards(shards: dict[str, int]) -> str:
@@ -87,5 +103,5 @@ def _sizes(terminal: Terminal, inspection: Inspection, all_sizes: bool) -> None:
     terminal.result("")
     terminal.table("experts kept in each layer", ["n", "parameters", "active", *labels], rows)
     for memory, fits in inspection.fits.items():
-        most = ", ".join(f"{n or 'none'} in {name.upper()}" for name, n in fits.items())
+        most = ", ".join(f"{n or 'none'} in {label}" for label, n in zip(labels, fits.values(), strict=True))
         terminal.result(f"most experts whose weights fit {memory} GB: {most}")

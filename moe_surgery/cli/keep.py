@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from moe_surgery.selection.plan import Plan
     from moe_surgery.selection.ranking import Ranking
 
-__all__ = ["first_of", "keep_options", "keeping"]
+__all__ = ["first_of", "keep_options", "keeping", "random_of"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -51,7 +51,22 @@ def keeping(kept: list[int] | str) -> Callable[[ModelSpec], Plan]:
 
 
 def first_of(ranking: Ranking, experts: int, order: str) -> Callable[[ModelSpec], Plan]:
-    """The first `experts` of each layer of a ranking."""
+    """The first `experts` of each layer of a ranking, or the nearest number that the model's router allows."""
     from moe_surgery.selection.plan import plan_from_ranking
+    from moe_surgery.surgery.routing import offered_count
 
-    return lambda model: plan_from_ranking(ranking, experts, model_type=model.model_type, order=order)
+    return lambda model: plan_from_ranking(
+        ranking,
+        offered_count(model, experts),
+        model_type=model.model_type,
+        order=order,
+        grouping=model.grouping,
+    )
+
+
+def random_of(experts: int, seed: int) -> Callable[[ModelSpec], Plan]:
+    """Random experts of each layer: `experts`, or the nearest number that the model's router allows."""
+    from moe_surgery.selection.plan import plan_random
+    from moe_surgery.surgery.routing import offered_count
+
+    return lambda model: plan_random(offered_count(model, experts), seed, model, grouping=model.grouping)

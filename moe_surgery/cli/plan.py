@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moe_surgery.cli.keep import first_of, keep_options, keeping
+from moe_surgery.cli.keep import first_of, keep_options, keeping, random_of
 from moe_surgery.cli.options import (
     COUNT,
     OUTPUT,
@@ -107,7 +107,9 @@ def command(
     --target-size and --target-params.
 
     CKPT is the checkpoint to plan for. --keep, --random and the --target options need it; a ranking is
-    checked against it. The plan is a small JSON file for `prune`, `export`, `evaluate` and `generate`.
+    checked against it. The plan is a small JSON file for `prune`, `export`, `evaluate` and `generate`. Where a
+    model's router chooses from groups of experts, each group keeps the same number of them: N becomes the
+    nearest number that allows it, and the best of each group stay.
 
     \b
     moe-surgery plan published:law --experts 8 -o law-8.json
@@ -167,7 +169,6 @@ def _fixed(
 ) -> Plan:
     """A plan that needs no ranking."""
     from moe_surgery.pipeline.planning import make_plan
-    from moe_surgery.selection.plan import plan_random
 
     if kept is not None:
         if _given(amount):
@@ -175,7 +176,7 @@ def _fixed(
         return make_plan(_needed(ckpt, "--keep"), keeping(kept))
     assert at_random
     count, details = _count(amount, None, None, _needed(ckpt, "--random"))
-    plan = make_plan(_needed(ckpt, "--random"), lambda model: plan_random(count, seed or 0, model))
+    plan = make_plan(_needed(ckpt, "--random"), random_of(count, seed or 0))
     return replace(plan, provenance={**plan.provenance, **details})
 
 

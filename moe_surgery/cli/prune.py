@@ -57,6 +57,12 @@ if TYPE_CHECKING:
 @click.option(
     "--card/--no-card", default=True, show_default=True, help="Write a model card as OUT's README.md."
 )
+@click.option(
+    "--mtp",
+    type=click.Choice(["keep", "drop"]),
+    help="Layers for multi-token prediction: cut to as many experts as the others, those with the largest router rows "
+    "unless the plan lists them (keep), or left out (drop); default: keep.",
+)
 @base_model_option
 @common
 @click.pass_context
@@ -78,13 +84,14 @@ def command(
     ignore_unlisted: bool,
     card: bool,
     base_model: str | None,
+    mtp: str | None,
 ) -> None:
     """Write a smaller checkpoint with only some of the experts.
 
-    CKPT is only read, never loaded: bytes go straight from its files to OUT, in less than 100 MB of memory
-    at any size (300 MB if --store converts). OUT appears complete or not at all. Stop it at any time;
-    the same command resumes where it stopped. Of a model on the hub that is not in the local cache, only the
-    bytes of the kept experts are fetched.
+    CKPT, a checkpoint of any supported family (docs/families.md), is only read, never loaded: bytes go straight
+    from its files to OUT, in less than 100 MB of memory at any size (300 MB if --store converts). OUT appears
+    complete or not at all. Stop it at any time; the same command resumes where it stopped. Of a model on the
+    hub that is not in the local cache, only the bytes of the kept experts are fetched.
 
     Choose experts with exactly one of --plan, --ranking and --keep. `--keep all` keeps them all, to change
     only the format (--store) or the experts per token (--top-k).
@@ -116,6 +123,7 @@ def command(
             ignore_unlisted=ignore_unlisted,
             card=card,
             base_model=base_model,
+            mtp=mtp,
             progress=progress,
             on_fetch=terminal.fetching,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Final
 
 import xxhash
 
@@ -13,18 +14,35 @@ from moe_surgery.engine.stream import stream
 __all__ = ["FileDigest", "digest_chunks", "digest_file"]
 
 
+_EMPTY: Final = xxhash.xxh3_128().hexdigest()
+
+
 class FileDigest:
-    """xxh3_128 of a file and of each of its `tensors`, updated with the chunks in order."""
+    """xxh3_128 of a file and of each of its `tensors`, updated with the chunks in order.
+
+    Tensors follow one another, so only the state of one is held at a time.
+    """
 
     def __init__(self, tensors: int = 0) -> None:
         self._whole = xxhash.xxh3_128()
-        self._tensors = [xxhash.xxh3_128() for _ in range(tensors)]
+        self._tensors = [_EMPTY] * tensors
+        self._state = xxhash.xxh3_128()
+        self._current = -1
 
     def update(self, chunk: Chunk, buffer: memoryview) -> None:
         self._whole.update(buffer)
         for piece in chunk.slices:
-            if piece.tensor >= 0:
-                self._tensors[piece.tensor].update(piece.of(buffer))
+            if piece.tensor < 0:
+                continue
+            if piece.tensor != self._current:
+                self._finish()
+                self._current = piece.tensor
+            self._state.update(piece.of(buffer))
+
+    def _finish(self) -> None:
+        if self._current >= 0:
+            self._tensors[self._current] = self._state.hexdigest()
+            self._state.reset()
 
     @property
     def whole(self) -> str:
@@ -34,7 +52,10 @@ class FileDigest:
     @property
     def tensors(self) -> list[str]:
         """The digests of the tensors, in the order of the file."""
-        return [state.hexdigest() for state in self._tensors]
+        digests = list(self._tensors)
+        if self._current >= 0:
+            digests[self._current] = self._state.hexdigest()
+        return digests
 
 
 def digest_file(source: ByteSource, layout: FileLayout, progress: Callable[[int], None]) -> FileDigest | None:

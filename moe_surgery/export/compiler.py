@@ -58,9 +58,10 @@ def compile_gguf(
     """
     if store not in STORES:
         raise UsageError(f"`store` {store}: choose one of {', '.join(STORES)}")
-    if model.family.gguf is None:
+    described = model.described
+    if described.gguf is None:
         raise UsageError(f"{checkpoint.path}: {model.model_type} models cannot be exported as GGUF")
-    gguf = model.family.gguf()
+    gguf = described.gguf()
     config = ModelConfig.of(model)
     if (problem := gguf.unsupported(model, config)) is not None:
         raise InvalidInputError(f"config.json: {problem}; this model cannot be exported to GGUF")
@@ -134,7 +135,7 @@ def _metadata(
 def _tensors(
     model: ModelSpec, gguf: GgufArchitecture, layers: Sequence[Sequence[int]], target: ExpertFormat
 ) -> Iterator[GgufTensor]:
-    weights = model.family.weights
+    weights = model.described.weights
     patterns = gguf.names(weights)
     names = {
         pattern.format(layer=layer): [n.format(layer=layer) for n in targets]

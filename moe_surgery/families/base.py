@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from moe_surgery.families.model_spec import ModelSpec
 
 __all__ = [
+    "AnyFamily",
+    "CatalogFamily",
     "ConfigKey",
     "Family",
     "LayerNames",
@@ -39,6 +41,9 @@ class Role(Enum):
     EXPERT_WEIGHT = "expert weight"
     EXPERT_BIAS = "expert bias"
     UNEMBEDDING = "unembedding"
+    SHARED_EXPERT = "shared expert"
+    ROUTING_TABLE = "routing table"
+    OTHER = "other"
 
     @property
     def has_experts(self) -> bool:
@@ -181,3 +186,40 @@ class Family:
         """The config key that ties the unembedding to the embedding; None if there is none."""
         tensor = next(t for t in self.tensors if t.role is Role.UNEMBEDDING)
         return tensor.present_if[0].removeprefix("!") if tensor.present_if else None
+
+
+LAYERS = ("model.layers.", "model.language_model.layers.", "language_model.model.layers.")
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogFamily:
+    """A family that is pruned but not run: which tensors count experts, by name. All others are copied whole.
+
+    Names are those within a layer, whose number follows one of `layers`, or of `mtp` for layers that predict
+    further tokens; those may also be numbered after the others. A layer with the tensor `router` is an MoE
+    layer. Experts lie under `experts`, each under its number or stacked along axis 0; `stacked` are prefixes of
+    stacked tensors elsewhere. `slices` are further tensors with one entry an expert, and their axis; `whole`
+    are those beside the router that have none. `tail_key` is the config key for rows of the router after
+    those of the experts, which stay. `table` is a tensor whose values are expert numbers. With groups,
+    `group_minimum` is the number of experts that a group's score needs. `minimum` is the fewest experts with
+    which the model is still an MoE. `routing` says how a token's experts are chosen.
+    """
+
+    model_type: str
+    title: str
+    routing: str
+    router: str = "mlp.gate.weight"
+    experts: str = "mlp.experts."
+    stacked: tuple[str, ...] = ()
+    slices: Mapping[str, int] = field(default_factory=dict)
+    whole: tuple[str, ...] = ()
+    layers: tuple[str, ...] = LAYERS
+    mtp: tuple[str, ...] = ("mtp.layers.",)
+    tail_key: str | None = None
+    table: str | None = None
+    group_minimum: int = 2
+    minimum: int = 1
+
+
+AnyFamily = Family | CatalogFamily
+"""A family with a full description, or one of the catalogue."""

@@ -59,7 +59,7 @@ class ModelConfig:
 
         Raises InvalidInputError naming the key.
         """
-        return model.family.read_config(model)
+        return model.described.read_config(model)
 
 
 def token_ids(value: object) -> tuple[int, ...]:

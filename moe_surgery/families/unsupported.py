@@ -9,9 +9,9 @@ from typing import Final
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.checkpoint.files import printable_path
 from moe_surgery.checkpoint.text import describe_value, printable
-from moe_surgery.families.base import Family
+from moe_surgery.families.base import AnyFamily, Family
 
-__all__ = ["unsupported_reason"]
+__all__ = ["supported_types", "unsupported_reason"]
 
 UNQUANTISED: Final = "use the checkpoint it was made from, or save it dequantised"
 
@@ -47,11 +47,18 @@ _FAMILIES: Final = (
 )
 
 
-def unsupported_reason(checkpoint: Checkpoint, families: tuple[Family, ...]) -> str | None:
+def supported_types(families: tuple[AnyFamily, ...]) -> str:
+    """The model types of `families` for a message; those of the catalogue only counted."""
+    described = [f.model_type for f in families if isinstance(f, Family)]
+    others = len({f.model_type for f in families} - set(described))
+    return ", ".join(described) + (f" and {others} others (docs/families.md)" if others else "")
+
+
+def unsupported_reason(checkpoint: Checkpoint, families: tuple[AnyFamily, ...]) -> str | None:
     """One line that says what `checkpoint` is and what to do; None where it is not recognised."""
     config, names = checkpoint.config, checkpoint.tensors
     model_type = config.get("model_type")
-    family = next((f for f in families if f.model_type == model_type), None)
+    family = next((f for f in families if isinstance(f, Family) and f.model_type == model_type), None)
     classes = _architectures(config)
     if family is None and (model_type is not None or classes):
         return _another_family(checkpoint, model_type, classes, families)
@@ -59,7 +66,7 @@ def unsupported_reason(checkpoint: Checkpoint, families: tuple[Family, ...]) -> 
         match = _first(names, _FAMILIES)
         return match and (
             f"{checkpoint.where(match[0])}: belongs to {match[1]} checkpoint; "
-            f"supported model_type: {', '.join(f.model_type for f in families)}"
+            f"supported model_type: {supported_types(families)}"
         )
     return (
         _quantised(checkpoint)
@@ -70,9 +77,9 @@ def unsupported_reason(checkpoint: Checkpoint, families: tuple[Family, ...]) -> 
 
 
 def _another_family(
-    checkpoint: Checkpoint, model_type: object, classes: list[str], families: tuple[Family, ...]
+    checkpoint: Checkpoint, model_type: object, classes: list[str], families: tuple[AnyFamily, ...]
 ) -> str:
-    where, supported = printable_path(checkpoint.config_path), ", ".join(f.model_type for f in families)
+    where, supported = printable_path(checkpoint.config_path), supported_types(families)
     class_name = printable(classes[0]) if classes else ""
     if isinstance(model_type, str) and model_type:
         named = f"is a {printable(model_type)} checkpoint" + (f" ({class_name})" if class_name else "")

@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 from moe_surgery.errors import InvalidInputError
 
 __all__ = [
+    "AS_STORED",
     "BF16",
     "EXPERT_DTYPES",
     "F16",
@@ -93,12 +94,17 @@ F32: Final = ExpertFormat("f32", "F32", "F32", 1, 4, 24, (-126, 127))
 FORMATS: Final[Mapping[str, ExpertFormat]] = MappingProxyType({f.name: f for f in (BF16, MXFP4, F16, F32)})
 """Every format by its name."""
 
+AS_STORED: Final = ExpertFormat("stored", "as in the source", "", 1, 0, 0, (0, 0))
+"""Experts that are only copied, in whatever format: `nbytes` is not known from the number of weights."""
+
 EXPERT_DTYPES: Final = ("keep", *FORMATS)
 """What `store` may be: a format, or "keep" for the source's."""
 
 
 def format_by_name(name: str) -> ExpertFormat:
     """The format called `name`. Raises InvalidInputError for an unknown one."""
+    if name == AS_STORED.name:
+        return AS_STORED
     if name not in FORMATS:
         raise InvalidInputError(
             f"expert weights as {name[:40]!r}: unknown format; known: {', '.join(FORMATS)}"

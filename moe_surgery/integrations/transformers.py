@@ -177,7 +177,7 @@ def replace_experts(model: nn.Module, checkpoint: str | os.PathLike[str]) -> nn.
         config: Any = model.config
         limit = float(getattr(config, "swiglu_limit", 7.0))
         alpha = float(getattr(config, "swiglu_alpha", 1.702))
-        names = spec.family.weights.layer
+        names = spec.described.weights.layer
         projections = (  # as transformers names them, and the names of their tensors
             ("gate_up_proj", names.gate_up, names.gate_up_bias),
             ("down_proj", names.down, names.down_bias),

@@ -14,7 +14,7 @@ from moe_surgery.export.compiler import compile_gguf, default_name
 from moe_surgery.export.program import GgufProgram
 from moe_surgery.export.run import write_gguf
 from moe_surgery.export.tokenizer import find_tokenizer
-from moe_surgery.families import FAMILIES, Family, identify_model
+from moe_surgery.families import FAMILIES, AnyFamily, identify_model
 from moe_surgery.formats.encode_report import EncodeReport
 from moe_surgery.progress import Counter, OnProgress
 from moe_surgery.selection.arguments import PathLike
@@ -52,7 +52,7 @@ def export_gguf(
     overwrite: bool = False,
     ignore_free_space: bool = False,
     ignore_unlisted: bool = False,
-    families: tuple[Family, ...] = FAMILIES,
+    families: tuple[AnyFamily, ...] = FAMILIES,
     progress: OnProgress | None = None,
     on_fetch: OnFetch | None = None,
     ops: FileOps | None = None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.checkpoint.source import Folder
 from moe_surgery.errors import PlanMismatchError
-from moe_surgery.families import FAMILIES, Family, identify_model
+from moe_surgery.families import FAMILIES, AnyFamily, identify_model
 from moe_surgery.families.identity import identity
 from moe_surgery.families.model_spec import ModelSpec
 from moe_surgery.selection.arguments import PathLike
@@ -27,7 +27,7 @@ def inspect(
     checkpoint: PathLike | Folder,
     *,
     ignore_unlisted: bool = False,
-    families: tuple[Family, ...] = FAMILIES,
+    families: tuple[AnyFamily, ...] = FAMILIES,
 ) -> Inspection:
     """Family, sizes and bytes of `checkpoint`, and its sizes with n = 1..E experts kept.
 
@@ -40,15 +40,19 @@ def inspect(
         return inspect_checkpoint(opened, identify_model(opened, families))
 
 
-def make_plan(checkpoint: PathLike, choose: PlanMaker, *, families: tuple[Family, ...] = FAMILIES) -> Plan:
+def make_plan(checkpoint: PathLike, choose: PlanMaker, *, families: tuple[AnyFamily, ...] = FAMILIES) -> Plan:
     """The plan that `choose` makes for the model in `checkpoint`, checked against it.
 
     Raises PlanMismatchError where it does not fit, and any error of opening the checkpoint.
     """
+    from moe_surgery.surgery.routing import check_routing
+
     with Checkpoint.open(checkpoint) as opened:
         model = identify_model(opened, families)
     plan = choose(model)
-    plan.check_fits(model.model_type, model.experts, model.layers, str(checkpoint))
+    plan.check_fits(model.model_type, model.experts, model.layers, str(checkpoint), model.layer_numbers)
+    if plan.uniform_experts is not None:
+        check_routing(model, plan, min(plan.top_k or model.top_k, plan.uniform_experts))
     return plan
 
 
@@ -56,7 +60,7 @@ def check_statistics(
     checkpoint: PathLike,
     statistics: Statistics | PathLike,
     *,
-    families: tuple[Family, ...] = FAMILIES,
+    families: tuple[AnyFamily, ...] = FAMILIES,
 ) -> None:
     """Raise PlanMismatchError unless `statistics` (or those in the file of that path) are of `checkpoint`."""
     from moe_surgery.selection.statistics import as_statistics

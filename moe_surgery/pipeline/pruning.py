@@ -13,12 +13,14 @@ from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.checkpoint.source import Folder
 from moe_surgery.checkpoint.staging import stale_partials
 from moe_surgery.engine.fetch import Fetch, OnFetch, to_fetch
-from moe_surgery.families import FAMILIES, Family, identify_model
+from moe_surgery.families import FAMILIES, AnyFamily, identify_model
+from moe_surgery.families.base import Family
 from moe_surgery.pipeline.planning import PlanMaker
 from moe_surgery.progress import Counter, OnProgress
 from moe_surgery.selection.arguments import PathLike
 from moe_surgery.selection.plan import Plan, as_plan
 from moe_surgery.surgery.compiler import DEFAULT_SHARD_SIZE, compile_program
+from moe_surgery.surgery.mtp import mtp_notes
 from moe_surgery.surgery.names import SOURCE_README_NAME
 from moe_surgery.surgery.preflight import check_output
 from moe_surgery.surgery.program import Program
@@ -61,7 +63,8 @@ def prune(
     ignore_unlisted: bool = False,
     card: bool = True,
     base_model: str | None = None,
-    families: tuple[Family, ...] = FAMILIES,
+    mtp: str | None = None,
+    families: tuple[AnyFamily, ...] = FAMILIES,
     progress: OnProgress | None = None,
     on_fetch: OnFetch | None = None,
     ops: FileOps | None = None,
@@ -74,7 +77,9 @@ def prune(
     and may be more than the source's, up to the experts kept. `store`: "keep" copies expert weights
     unchanged; "bf16", "mxfp4", "f16" and "f32" convert them, each value
     rounded once to the nearest (see `moe_surgery.formats.convert`), and one too large for the format is
-    refused. Other tensors keep their dtype. `max_shard_size` in bytes of tensors.
+    refused. Other tensors keep their dtype. `max_shard_size` in bytes of tensors. `mtp`: "keep" (default) cuts
+    layers for multi-token prediction to as many experts as the others, those with the largest router rows
+    where the plan lists none; "drop" leaves these layers out.
     `card` writes a model card as README.md (a README.md of the source always becomes
     README.source.md); `base_model` is the source's id on the hub, where its path and files do not name it.
     `dry_run` stops before anything is written. `progress` is called with each `Progress`, in bytes of
@@ -89,7 +94,7 @@ def prune(
     with Checkpoint.open(checkpoint, ignore_unlisted=ignore_unlisted, ops=ops) as opened:
         model = identify_model(opened, families)
         chosen = (plan(model) if callable(plan) else as_plan(plan)).with_top_k(top_k)
-        program = compile_program(opened, model, chosen, store=store, max_shard_size=max_shard_size)
+        program = compile_program(opened, model, chosen, store=store, max_shard_size=max_shard_size, mtp=mtp)
         copied = program.copies.get(SOURCE_README_NAME)
         readme = read_readme(None if copied is None else opened.files.open(copied))
         origin = origin_of(opened, model, base_model=base_model, card_base_model=readme.base_model)
@@ -117,12 +122,15 @@ def prune(
             )
     notes = [
         *model.notes,
+        *mtp_notes(model, program.plan),
         *serving_notes(
             chosen.uniform_experts or 0,
             program.top_k,
             model.top_k,
             chosen.top_k,
             expert_format=program.expert_format,
+            gpt_oss=isinstance(model.family, Family),
+            model_type=model.model_type,
         ),
     ]
     return PruneResult(target, program, outcome, tuple(notes), tuple(stale_partials(target)), fetch)

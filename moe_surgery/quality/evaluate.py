@@ -89,6 +89,7 @@ def evaluate(
     named_plans = load_pairs(plans, Plan, load_plan)
     with Checkpoint.open(checkpoint) as opened:
         spec = families.identify_model(opened)
+        spec.require_description()
         source_identity = identity(opened, spec)
     model = load_model(checkpoint, device, dtype, backend=backend, one_layer=True)
     candidates = []

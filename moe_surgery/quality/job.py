@@ -84,6 +84,7 @@ def profile(
     out = Path(output)
     with Checkpoint.open(checkpoint) as opened:
         spec = families.identify_model(opened)
+        spec.require_description()
         source_identity = identity(opened, spec)
     if sequential is not None:
         sequential = as_plan(sequential)

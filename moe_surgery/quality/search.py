@@ -58,6 +58,7 @@ def search(
     check_writable(out, partial)
     with Checkpoint.open(checkpoint) as opened:
         spec = families.identify_model(opened)
+        spec.require_description()
         source_identity = identity(opened, spec)
     model = load_model(checkpoint, device, dtype, backend=backend, one_layer=True)
     files = as_text_files(texts, format)

@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_surgery.checkpoint.checkpoint import Checkpoint, TensorRef
 from moe_surgery.checkpoint.resolve import download_command
 from moe_surgery.errors import OutputError, UsageError
-from moe_surgery.families import FAMILIES, Family, ModelSpec, ModelTensor, identify_model
+from moe_surgery.families import FAMILIES, AnyFamily, ModelSpec, ModelTensor, identify_model
 from moe_surgery.families.base import LayerNames, ProjectionNames
 from moe_surgery.families.model_config import ModelConfig
 from moe_surgery.kernels import Backend, select_backend
@@ -70,7 +70,7 @@ def load_model(
     *,
     top_k: int | None = None,
     one_layer: bool = False,
-    families: tuple[Family, ...] = FAMILIES,
+    families: tuple[AnyFamily, ...] = FAMILIES,
 ) -> CausalLM:
     """Load a checkpoint (folder, file, example or hub id in the local cache) to run it.
 
@@ -98,6 +98,7 @@ def load_model(
     with Checkpoint.open(path) as checkpoint:
         _check_on_disk(checkpoint)
         spec = identify_model(checkpoint, families)
+        spec.require_description()
         if plan is not None:
             plan.check_fits(spec.model_type, spec.experts, spec.layers, str(path))
             plan = plan.with_top_k(top_k)
@@ -133,7 +134,7 @@ def _assemble(
     config = ModelConfig.of(spec)
     shards = MappedShards(checkpoint)
     tensors = {t.name: t for t in spec.tensors}
-    names = spec.family.weights
+    names = spec.described.weights
 
     def fetch(ref: TensorRef) -> Tensor:
         mapped = shards.tensor(ref)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 from moe_surgery.checkpoint.text import describe_value
 from moe_surgery.errors import InvalidInputError
 
-__all__ = ["integer_rows", "is_integer", "number_rows", "optional_text", "positive"]
+__all__ = ["integer_rows", "is_integer", "layer_numbers", "number_rows", "optional_text", "positive"]
 
 MAX_ROWS = 10_000
 MAX_COLUMNS = 65_536
@@ -40,6 +41,20 @@ def integer_rows(value: object, where: str) -> list[tuple[int, ...]]:
             raise InvalidInputError(f"{where}: layer {number} holds something that is not an expert number")
         rows.append(tuple(row))
     return rows
+
+
+def layer_numbers(value: object, layers: int, where: str) -> tuple[int, ...]:
+    """`value` as the ascending numbers of `layers` layers; empty where it is None or they are 0, 1, ..."""
+    if value is None:
+        return ()
+    if (
+        not isinstance(value, list)
+        or len(value) != layers
+        or any(type(n) is not int or n < 0 for n in value)
+        or any(b <= a for a, b in pairwise(value))
+    ):
+        raise InvalidInputError(f"{where}: expected {layers} ascending layer numbers")
+    return () if value == list(range(layers)) else tuple(value)
 
 
 def number_rows(value: object, where: str) -> tuple[tuple[float, ...], ...]:

@@ -14,9 +14,10 @@ from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.checkpoint.text import describe_value
 from moe_surgery.errors import InvalidInputError, PlanMismatchError, UsageError
 from moe_surgery.selection.arguments import PathLike, load_if_path
-from moe_surgery.selection.fields import integer_rows, is_integer, optional_text, positive
+from moe_surgery.selection.fields import integer_rows, is_integer, layer_numbers, optional_text, positive
 
 if TYPE_CHECKING:
+    from moe_surgery.families.grouping import Grouping
     from moe_surgery.selection.ranking import Ranking
 
 __all__ = [
@@ -36,11 +37,15 @@ MAX_BYTES = 100_000_000
 ORDERS = ("ascending", "ranking")
 _KEYS = frozenset(
     {"format", "version", "model_type", "num_source_experts", "num_layers", "top_k", "layers", "provenance"}
+    | {"layer_numbers", "mtp_layers"}
 )
 
 
 class HasExperts(Protocol):
-    """What a plan needs to know about a model: a `ModelSpec`, or the result of `inspect`."""
+    """What a plan needs to know about a model: a `ModelSpec`, or the result of `inspect`.
+
+    Where it has `layer_numbers`, they number the MoE layers.
+    """
 
     @property
     def model_type(self) -> str: ...
@@ -55,7 +60,9 @@ class Plan:
     """`layers[i]` lists the kept source experts of layer i in output order, at least one.
 
     `top_k` None means the model's; it is min(top_k, kept) in any case. `extra` holds
-    unknown keys of the file; they are written back.
+    unknown keys of the file; they are written back. `layer_numbers` are the model's numbers of its MoE layers
+    where they are not 0, 1, ...; `mtp_layers` lists the kept experts of layers for multi-token prediction, () where
+    they are dropped, None where that is left to `prune`.
     """
 
     model_type: str
@@ -64,10 +71,17 @@ class Plan:
     top_k: int | None = None
     provenance: Mapping[str, object] = field(default_factory=dict)
     extra: Mapping[str, object] = field(default_factory=dict)
+    layer_numbers: tuple[int, ...] = ()
+    mtp_layers: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The layers as the model numbers them."""
+        return self.layer_numbers or tuple(range(self.num_layers))
 
     @property
     def uniform_experts(self) -> int | None:
@@ -96,6 +110,8 @@ class Plan:
             "num_layers": self.num_layers,
             "top_k": self.top_k,
             "layers": [list(kept) for kept in self.layers],
+            **({"layer_numbers": list(self.layer_numbers)} if self.layer_numbers else {}),
+            **({"mtp_layers": [list(r) for r in self.mtp_layers]} if self.mtp_layers is not None else {}),
             "provenance": dict(self.provenance),
             **self.extra,
         }
@@ -111,13 +127,28 @@ class Plan:
         """Whether the plan is for a model of this type and size."""
         return (self.model_type, self.num_source_experts, self.num_layers) == (model_type, experts, layers)
 
-    def check_fits(self, model_type: str, experts: int, layers: int, checkpoint: str) -> None:
-        """Raise PlanMismatchError unless the plan is for a model of this type and size; `checkpoint` names it."""
+    def check_fits(
+        self,
+        model_type: str,
+        experts: int,
+        layers: int,
+        checkpoint: str,
+        numbers: tuple[int, ...] | None = None,
+    ) -> None:
+        """Raise PlanMismatchError unless the plan is for a model of this type and size; `checkpoint` names it.
+
+        `numbers` are the model's numbers of its MoE layers (default: from 0).
+        """
         if not self.fits(model_type, experts, layers):
             raise PlanMismatchError(
                 f"the plan is for {self.model_type} with {self.num_layers} layers of {self.num_source_experts} "
                 f"experts, but {checkpoint} is {model_type} with {layers} layers of {experts}; make a plan for this "
                 "checkpoint"
+            )
+        if self.numbers != (tuple(range(layers)) if numbers is None else numbers):
+            raise PlanMismatchError(
+                f"the plan is for layers {_shown(self.numbers)}, but the MoE layers of {checkpoint} are "
+                f"{_shown(numbers or tuple(range(layers)))}; number them as the model does"
             )
 
 
@@ -161,6 +192,10 @@ def plan_from_dict(root: Mapping[str, object], where: str) -> Plan:
     if model_type is None:
         raise InvalidInputError(f"{where}: model_type is missing")
     provenance = root.get("provenance", {})
+    mtp = root.get("mtp_layers")
+    mtp_layers = None if mtp is None else () if mtp == [] else integer_rows(mtp, f"{where}: mtp_layers")
+    for number, kept in enumerate(mtp_layers or ()):
+        check_kept(kept, experts, f"{where}: mtp_layers {number}", InvalidInputError)
     return Plan(
         model_type,
         experts,
@@ -168,7 +203,22 @@ def plan_from_dict(root: Mapping[str, object], where: str) -> Plan:
         None if top_k is None else positive(top_k, f"{where}: top_k"),
         provenance if isinstance(provenance, dict) else {},
         {k: v for k, v in root.items() if k not in _KEYS},
+        layer_numbers(root.get("layer_numbers"), len(layers), f"{where}: layer_numbers"),
+        None if mtp_layers is None else tuple(mtp_layers),
     )
+
+
+def _shown(numbers: Sequence[int]) -> str:
+    """Numbers for a message: as a range where they are one, else the first few."""
+    if len(numbers) > 1 and list(numbers) == list(range(numbers[0], numbers[-1] + 1)):
+        return f"{numbers[0]} to {numbers[-1]}"
+    return ", ".join(map(str, numbers[:6])) + (", ..." if len(numbers) > 6 else "")
+
+
+def numbers_of(model: HasExperts) -> tuple[int, ...]:
+    """The `layer_numbers` of a plan for `model`: empty where its MoE layers are 0, 1, ..."""
+    numbers = tuple(getattr(model, "layer_numbers", ()))
+    return () if numbers == tuple(range(len(numbers))) else numbers
 
 
 def check_kept(
@@ -200,9 +250,16 @@ def check_top_k(top_k: int, experts: int, whose: str, parameter: str = "top_k") 
 
 
 def plan_from_ranking(
-    ranking: Ranking | PathLike, experts: int, *, model_type: str | None = None, order: str = "ascending"
+    ranking: Ranking | PathLike,
+    experts: int,
+    *,
+    model_type: str | None = None,
+    order: str = "ascending",
+    grouping: Grouping | None = None,
 ) -> Plan:
     """Keep the first `experts` of every layer of `ranking`, a `Ranking` or what `load_ranking` takes.
+
+    With a `grouping`, those of each group, group after group.
 
     `model_type` is required if the ranking has none, and must agree if it has one. `order`:
     "ascending" (by source number) or "ranking" (best first, as in the published models).
@@ -218,14 +275,14 @@ def plan_from_ranking(
     source_type = ranking.model_type or model_type
     if source_type is None:
         raise UsageError("the ranking does not say which model it is for; pass `model_type`")
-    layers = tuple(
-        tuple(sorted(r[:experts]) if order == "ascending" else r[:experts]) for r in ranking.layers
-    )
+    best = [r[:experts] if grouping is None else grouping.best(r, experts) for r in ranking.layers]
+    layers = tuple(tuple(sorted(r)) if order == "ascending" else r for r in best)
     return Plan(
         source_type,
         ranking.num_experts,
         layers,
         provenance={"method": "ranking", **ranking.provenance, "experts": experts, "order": order},
+        layer_numbers=ranking.layer_numbers,
     )
 
 
@@ -237,12 +294,19 @@ def plan_keeping(kept: Sequence[int] | None, model: HasExperts) -> Plan:
     chosen = tuple(range(model.experts)) if kept is None else tuple(kept)
     check_kept(chosen, model.experts, "`kept`", UsageError)
     provenance = {"method": "keep", "experts": len(chosen), "kept": list(chosen)}
-    return Plan(model.model_type, model.experts, (chosen,) * model.layers, provenance=provenance)
+    return Plan(
+        model.model_type,
+        model.experts,
+        (chosen,) * model.layers,
+        provenance=provenance,
+        layer_numbers=numbers_of(model),
+    )
 
 
-def plan_random(count: int, seed: int, model: HasExperts) -> Plan:
+def plan_random(count: int, seed: int, model: HasExperts, *, grouping: Grouping | None = None) -> Plan:
     """Keep `count` experts in each layer of `model`, drawn without replacement, ascending.
 
+    With a `grouping`, the same number of each group: of a random order the first ones of each.
     Layer i draws from numpy's PCG64 seeded with [seed, i], so each layer's draw is independent of the others.
     Raises UsageError for a count or seed out of range.
     """
@@ -252,13 +316,15 @@ def plan_random(count: int, seed: int, model: HasExperts) -> Plan:
     check_count(count, experts)
     if seed < 0:
         raise UsageError(f"`seed` {seed}: must not be negative")
-    drawn = (
-        np.random.Generator(np.random.PCG64([seed, layer])).choice(experts, count, replace=False)
-        for layer in range(model.layers)
-    )
+    generators = (np.random.Generator(np.random.PCG64([seed, layer])) for layer in range(model.layers))
+    if grouping is None:
+        drawn = [g.choice(experts, count, replace=False).tolist() for g in generators]
+    else:
+        drawn = [list(grouping.best(g.permutation(experts).tolist(), count)) for g in generators]
     return Plan(
         model.model_type,
         experts,
         tuple(tuple(sorted(int(e) for e in row)) for row in drawn),
         provenance={"method": "random", "experts": count, "seed": seed, "generator": "PCG64([seed, layer])"},
+        layer_numbers=numbers_of(model),
     )

@@ -18,6 +18,7 @@ from moe_surgery.selection.fields import (
     MAX_ROWS,
     integer_rows,
     is_integer,
+    layer_numbers,
     number_rows,
     optional_text,
     positive,
@@ -37,7 +38,8 @@ class Ranking:
     """`layers[i]` orders all experts of layer i, best first.
 
     `model_type` is None where the file has none. `scores`, if present, are the values ranked by,
-    in expert order. `provenance` says how the ranking was made.
+    in expert order. `provenance` says how the ranking was made. `layer_numbers` are the model's numbers
+    of its MoE layers where they are not 0, 1, ...
     """
 
     num_experts: int
@@ -45,6 +47,7 @@ class Ranking:
     model_type: str | None = None
     scores: tuple[tuple[float, ...], ...] | None = None
     provenance: Mapping[str, object] = field(default_factory=dict)
+    layer_numbers: tuple[int, ...] = ()
 
     def to_json(self) -> str:
         """The ranking as moe-surgery's file format (version 1)."""
@@ -55,6 +58,7 @@ class Ranking:
                 "model_type": self.model_type,
                 "num_experts": self.num_experts,
                 "layers": self.layers,
+                **({"layer_numbers": self.layer_numbers} if self.layer_numbers else {}),
                 "scores": self.scores,
                 "provenance": dict(self.provenance),
             },
@@ -66,7 +70,8 @@ class Ranking:
 def load_ranking(path: str | os.PathLike[str]) -> Ranking:
     """Read a ranking file: ours, or layers by name, `{"layer_0": [31, 9, ...], ...}` or `{"0": [...], ...}`.
 
-    Layers by name come in one JSON object or as JSONL, an object a line, in any order. `published:NAME` is one
+    Layers by name come in one JSON object or as JSONL, an object a line, in any order, numbered as the
+    model numbers them. `published:NAME` is one
     of the eight rankings published for gpt-oss-20b, which ship with the package.
 
     Raises InvalidInputError for an unknown version, or a layer that is not a full order of experts;
@@ -127,6 +132,7 @@ def _parse_native(root: Mapping[str, object], where: str) -> Ranking:
         optional_text(root.get("model_type"), f"{where}: model_type"),
         scores,
         provenance if isinstance(provenance, dict) else {},
+        layer_numbers(root.get("layer_numbers"), len(layers), f"{where}: layer_numbers"),
     )
 
 
@@ -149,11 +155,18 @@ def _by_layer(objects: Sequence[tuple[str, Mapping[str, object]]], where: str, n
             if int(match[1]) in numbers:
                 raise InvalidInputError(f"{inside}: layer {match[1]} is listed twice")
             numbers[int(match[1])] = value
-    if sorted(numbers) != list(range(len(numbers))):
+    ordered = sorted(numbers)
+    # Models whose first layer has experts have them in all; others count from their first MoE layer.
+    if ordered[0] == 0 and ordered[-1] != len(ordered) - 1:
         missing = next(i for i in range(len(numbers)) if i not in numbers)
         raise InvalidInputError(f"{where}: layer {missing} is missing among {len(numbers)} layers")
-    layers = integer_rows([numbers[i] for i in range(len(numbers))], where)
-    return Ranking(len(layers[0]), _checked(layers, len(layers[0]), where), provenance={"ranking": name})
+    layers = integer_rows([numbers[i] for i in ordered], where)
+    return Ranking(
+        len(layers[0]),
+        _checked(layers, len(layers[0]), where),
+        provenance={"ranking": name},
+        layer_numbers=layer_numbers(ordered, len(ordered), where),
+    )
 
 
 def _checked(layers: Sequence[tuple[int, ...]], experts: int, where: str) -> tuple[tuple[int, ...], ...]:

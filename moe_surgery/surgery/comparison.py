@@ -8,14 +8,14 @@ from pathlib import Path
 
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.checkpoint.files import printable_path
-from moe_surgery.checkpoint.header import Header
+from moe_surgery.checkpoint.header import Header, read_header
 from moe_surgery.checkpoint.local_file import LocalFile
 from moe_surgery.checkpoint.source import Folder
 from moe_surgery.checkpoint.text import printable
 from moe_surgery.engine.chunks import Chunk
 from moe_surgery.engine.producer import produce
 from moe_surgery.errors import PlanMismatchError, VerificationError
-from moe_surgery.families import Family, ModelSpec, identify_model
+from moe_surgery.families import AnyFamily, ModelSpec, identify_model
 from moe_surgery.surgery.compiler import compile_program
 from moe_surgery.surgery.findings import Findings
 from moe_surgery.surgery.manifest import Manifest
@@ -30,7 +30,7 @@ def compare_with_source(
     folder: Path,
     source: str | os.PathLike[str] | Folder,
     manifest: Manifest,
-    families: tuple[Family, ...],
+    families: tuple[AnyFamily, ...],
     findings: Findings,
 ) -> None:
     """Add to `findings` every tensor in `folder` that differs from the manifest's plan applied to `source`.
@@ -45,8 +45,9 @@ def compare_with_source(
         tensors = {t.name: t for s in program.shards for t in s.tensors}
         with Checkpoint.open(folder) as output:
             for name, shard in output.shards.items():
+                header = read_header(shard.source)
                 findings.attempt(
-                    lambda n=name, h=shard.header: _compare(folder / n, h, tensors, checkpoint, findings)  # type: ignore[misc]
+                    lambda n=name, h=header: _compare(folder / n, h, tensors, checkpoint, findings)  # type: ignore[misc]
                 )
         checkpoint.check_unchanged()
 

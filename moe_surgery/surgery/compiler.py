@@ -13,11 +13,14 @@ from moe_surgery.checkpoint.header import build_header
 from moe_surgery.checkpoint.index import build_index
 from moe_surgery.engine.spans import Copy, Span, coalesce
 from moe_surgery.errors import PlanMismatchError, UsageError
-from moe_surgery.families.base import Role
+from moe_surgery.families.base import CatalogFamily, Role
 from moe_surgery.families.model_spec import ModelSpec, ModelTensor
 from moe_surgery.formats.expert_format import EXPERT_DTYPES, ExpertFormat, format_by_name
 from moe_surgery.selection.plan import Plan
+from moe_surgery.surgery.by_name import expert_groups, whole_groups
 from moe_surgery.surgery.config import output_config
+from moe_surgery.surgery.expert_names import quantization_files
+from moe_surgery.surgery.mtp import choose_mtp
 from moe_surgery.surgery.names import MANIFEST_NAME, MAPPING_NAME, README_NAME, SOURCE_README_NAME
 from moe_surgery.surgery.program import (
     Cast,
@@ -28,6 +31,7 @@ from moe_surgery.surgery.program import (
     Program,
     SourceFile,
 )
+from moe_surgery.surgery.routing import check_routing
 
 __all__ = ["compile_program"]
 
@@ -46,21 +50,29 @@ def compile_program(
     *,
     store: str = "keep",
     max_shard_size: int = DEFAULT_SHARD_SIZE,
+    mtp: str | None = None,
 ) -> Program:
     """The program that writes `plan` applied to `checkpoint`.
 
     `store`: "keep" copies expert weights unchanged; "bf16", "mxfp4", "f16" and "f32" convert
     them from other formats. `max_shard_size` bounds the tensor bytes of a shard; a larger tensor gets a
-    separate shard.
+    separate shard. `mtp`: "keep" (default) cuts layers for multi-token prediction to the same number of experts
+    (`mtp.choose_mtp` says which), "drop" leaves those layers out.
 
     Raises UsageError for an unknown format or size, PlanMismatchError for a plan of another model or
     one whose layers keep different numbers of experts.
     """
-    if store not in EXPERT_DTYPES:
+    if store not in (*EXPERT_DTYPES, model.expert_format.name):
         raise UsageError(f"`store` {store}: choose one of {', '.join(EXPERT_DTYPES)}")
     if max_shard_size < 1:
         raise UsageError(f"`max_shard_size` {max_shard_size}: must be at least one byte")
-    plan.check_fits(model.family.model_type, model.experts, model.layers, str(checkpoint.path))
+    by_name = isinstance(model.family, CatalogFamily)
+    if by_name and store not in ("keep", model.expert_format.name):
+        raise UsageError(
+            f"`store` {store}: experts of {model.family.title} are copied as they are stored; conversions support "
+            "gpt-oss only"
+        )
+    plan.check_fits(model.model_type, model.experts, model.layers, str(checkpoint.path), model.layer_numbers)
     kept = plan.uniform_experts
     if kept is None:
         counts = sorted({len(row) for row in plan.layers})
@@ -70,15 +82,21 @@ def compile_program(
             f"{model.model_type} model has one number for all layers; keep the same number in every layer, or use "
             "the plan with generate or evaluate, which write no checkpoint"
         )
-    target = model.expert_format if store == "keep" else format_by_name(store)
+    target = model.expert_format if store == "keep" or by_name else format_by_name(store)
     top_k = min(plan.top_k or model.top_k, kept)
-    dense: list[Group] = [(t,) for t in _outputs(model, plan, target, dense=True)]
-    experts = list(_paired(_outputs(model, plan, target, dense=False)))
+    plan = choose_mtp(checkpoint, model, plan, top_k, mtp)
+    check_routing(model, plan, top_k)
+    if by_name:
+        dense, experts = list(whole_groups(model, plan)), list(expert_groups(model, plan))
+    else:
+        dense = [(t,) for t in _outputs(model, plan, target, dense=True)]
+        experts = list(_paired(_outputs(model, plan, target, dense=False)))
     shards = _shards(dense, experts, max_shard_size)
     texts = {
-        CONFIG_NAME: _json(output_config(model, kept, top_k, target)),
-        MAPPING_NAME: _json(expert_mapping(plan)),
+        CONFIG_NAME: _json(output_config(model, plan, kept, top_k, target)),
+        MAPPING_NAME: _json(expert_mapping(plan, model.mtp_layers)),
     }
+    texts |= quantization_files(checkpoint, model, plan)
     if len(shards) > 1:
         weight_map = {t.name: s.name for s in shards for t in s.tensors}
         texts[INDEX_NAME] = build_index(weight_map, sum(t.nbytes for s in shards for t in s.tensors))
@@ -91,16 +109,20 @@ def compile_program(
         shards,
         texts,
         _side_files(checkpoint, model, set(texts)),
-        model.parameters(kept),
+        (model.without_mtp() if plan.mtp_layers == () else model).parameters(kept),
         top_k,
     )
 
 
-def expert_mapping(plan: Plan) -> dict[str, dict[str, int]]:
-    """Source expert -> output expert per layer, in the format of the published pruned models."""
-    return {
-        str(layer): {str(old): new for new, old in enumerate(kept)} for layer, kept in enumerate(plan.layers)
-    }
+def expert_mapping(plan: Plan, mtp_layers: Sequence[str] = ()) -> dict[str, dict[str, int]]:
+    """Source expert -> output expert per layer, in the format of the published pruned models.
+
+    Layers have the model's numbers; those for multi-token prediction their names.
+    """
+    rows = {str(number): kept for number, kept in zip(plan.numbers, plan.layers, strict=True)}
+    if plan.mtp_layers:
+        rows |= dict(zip(mtp_layers, plan.mtp_layers, strict=True))
+    return {layer: {str(old): new for new, old in enumerate(kept)} for layer, kept in rows.items()}
 
 
 def _outputs(model: ModelSpec, plan: Plan, target: ExpertFormat, *, dense: bool) -> Iterator[OutputTensor]:
@@ -179,7 +201,10 @@ def _paired(tensors: Iterator[OutputTensor]) -> Iterator[Group]:
 
 
 def _shards(dense: list[Group], experts: list[Group], limit: int) -> tuple[OutputShard, ...]:
-    """One shard if everything fits, else separate shards for dense and for expert tensors, dense ones first."""
+    """One shard if everything fits, else separate shards for dense and for expert tensors, dense ones first.
+
+    The tensors of a group stay adjacent where alignment allows it.
+    """
     everything = [*dense, *experts]
     whole = _packed(everything, limit)
     packed = whole if len(whole) == 1 else [*_packed(dense, limit), *_packed(experts, limit)]
@@ -188,29 +213,53 @@ def _shards(dense: list[Group], experts: list[Group], limit: int) -> tuple[Outpu
         if len(packed) == 1
         else [f"model-{i:05d}-of-{len(packed):05d}.safetensors" for i in range(1, len(packed) + 1)]
     )
-    return tuple(_shard(name, tensors) for name, tensors in zip(names, packed, strict=True))
+    return tuple(_shard(name, groups) for name, groups in zip(names, packed, strict=True))
 
 
-def _packed(groups: list[Group], limit: int) -> list[list[OutputTensor]]:
+def _packed(groups: list[Group], limit: int) -> list[list[Group]]:
     """Groups in order, packed greedily into runs of at most `limit` bytes."""
-    runs: list[list[OutputTensor]] = []
+    runs: list[list[Group]] = []
     filled = limit + 1
     for group in groups:
         size = sum(t.nbytes for t in group)
         if filled + size > limit:
             runs.append([])
             filled = 0
-        runs[-1].extend(group)
+        runs[-1].append(group)
         filled += size
     return runs
 
 
-def _shard(name: str, tensors: list[OutputTensor]) -> OutputShard:
-    # Widest dtype first, as in safetensors' own writer, so that every tensor is aligned.
-    ordered = sorted(tensors, key=lambda t: -DTYPE_BITS[t.dtype])
+def _shard(name: str, groups: list[Group]) -> OutputShard:
+    ordered = _ordered(groups)
     entries = [(t.name, t.dtype, t.shape) for t in ordered]
     header = build_header(entries, metadata={"format": "pt"}, pad_to=BLOCK, residue=_reflink_residue(ordered))
     return OutputShard(name, header, tuple(ordered))
+
+
+def _ordered(groups: list[Group]) -> list[OutputTensor]:
+    """The tensors with groups adjacent, or else widest dtype first, so that every tensor is aligned.
+
+    Single tensors are ordered by dtype as safetensors' own writer does, before the groups, or after them where
+    they would leave those unaligned.
+    """
+    single = sorted((g for g in groups if len(g) == 1), key=lambda g: -DTYPE_BITS[g[0].dtype])
+    several = [g for g in groups if len(g) > 1]
+    for order in ((single, several), (several, single)):
+        tensors = [t for part in order for group in part for t in group]
+        if _aligned(tensors):
+            return tensors
+    return sorted(tensors, key=lambda t: -DTYPE_BITS[t.dtype])
+
+
+def _aligned(tensors: list[OutputTensor]) -> bool:
+    """Whether each tensor begins at a multiple of its element's size."""
+    position = 0
+    for tensor in tensors:
+        if position * 8 % DTYPE_BITS[tensor.dtype]:
+            return False
+        position += tensor.nbytes
+    return True
 
 
 def _reflink_residue(tensors: list[OutputTensor]) -> int:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from moe_surgery.families.base import Role
+from moe_surgery.families.base import CatalogFamily, Role
+from moe_surgery.families.catalog_config import COUNT_KEYS, MTP_KEYS, TOP_K_KEYS, with_counts
 from moe_surgery.families.model_spec import ModelSpec
 from moe_surgery.formats.expert_format import ExpertFormat
+from moe_surgery.selection.plan import Plan
+from moe_surgery.surgery.expert_names import renumbered
 
 __all__ = ["output_config"]
 
@@ -12,14 +15,24 @@ QUANTIZATION = "quantization_config"
 
 
 def output_config(
-    model: ModelSpec, experts: int, top_k: int, expert_format: ExpertFormat
+    model: ModelSpec, plan: Plan, experts: int, top_k: int, expert_format: ExpertFormat
 ) -> dict[str, object]:
     """The configuration of `model` with `experts` experts, `top_k` of them active, stored as `expert_format`.
+
+    Of a catalogue family only counts change, under all their names and in every place, and expert numbers
+    in names of tensors.
 
     Keys keep their order. Every spelling of the two counts that the source uses is updated, and one
     that transformers reads is added if there is none; "quantization_config" is removed for a dense format
     and added for MXFP4; the key that ties the embeddings is false if the unembedding is stored.
     """
+    if isinstance(model.family, CatalogFamily):
+        counts = {COUNT_KEYS: experts, TOP_K_KEYS: top_k}
+        if plan.mtp_layers == ():
+            counts[MTP_KEYS] = 0
+        config = renumbered(with_counts(model.config, counts), model, plan)
+        assert isinstance(config, dict)
+        return config
     source = dict(model.config)
     config = model.layout.hub_config(source) if model.layout.hub_config else source
     dimensions = model.family.dimensions

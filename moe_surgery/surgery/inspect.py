@@ -8,9 +8,9 @@ from pathlib import Path
 
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.errors import UsageError
-from moe_surgery.families.base import Role
+from moe_surgery.families.base import CatalogFamily, Role
 from moe_surgery.families.model_spec import ModelSpec
-from moe_surgery.formats.expert_format import BF16, MXFP4, ExpertFormat
+from moe_surgery.formats.expert_format import AS_STORED, BF16, MXFP4, ExpertFormat
 
 __all__ = ["MEMORY_SIZES_GB", "Inspection", "Size", "inspect_checkpoint"]
 
@@ -23,15 +23,20 @@ _PARTS = {
     Role.ROUTER: "router",
     Role.EXPERT_WEIGHT: "experts",
     Role.EXPERT_BIAS: "experts",
+    Role.SHARED_EXPERT: "shared experts",
+    Role.ROUTING_TABLE: "router",
+    Role.OTHER: "other",
 }
+MTP = "multi-token prediction"
+ROUTING = "softmax over the chosen experts"
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
     """The model with `experts` kept in every layer: its weights, and the bytes of its tensors.
 
-    `expert_weights` counts the parameters in expert weights, whose bytes depend on their format;
-    `other_bytes` are the bytes of everything else.
+    `expert_weights` counts the parameters in expert weights whose bytes depend on their format;
+    `other_bytes` are the bytes of everything else, and of experts that are only copied.
     """
 
     experts: int
@@ -56,7 +61,9 @@ class Size:
 @dataclass(frozen=True, slots=True)
 class Inspection:
     """A checkpoint in numbers. `dtypes` and `parts` are bytes by dtype and by part of the model; `notes`
-    say what is ignored in the checkpoint, and how its config.json is read."""
+    say what is ignored in the checkpoint, and how its config.json is read. `layers` counts MoE layers, numbered
+    `layer_numbers` in the model; `mtp_layers` are the names of further ones for multi-token prediction, `groups` the
+    groups of experts that the router chooses from and how many of them a token uses, None without groups."""
 
     path: str
     family: str
@@ -76,6 +83,12 @@ class Inspection:
     shards: dict[str, int]
     sizes: tuple[Size, ...]
     notes: tuple[str, ...] = ()
+    layer_numbers: tuple[int, ...] = ()
+    dense_layers: int = 0
+    mtp_layers: tuple[str, ...] = ()
+    groups: tuple[int, int] | None = None
+    routing: str = ""
+    convertible: bool = True
 
     @property
     def fits(self) -> dict[int, dict[str, int | None]]:
@@ -90,7 +103,9 @@ class Inspection:
 
     @property
     def formats(self) -> tuple[ExpertFormat, ...]:
-        """The formats in which sizes are given: MXFP4, BF16, and the checkpoint's."""
+        """The formats in which sizes are given: MXFP4, BF16 and the checkpoint's, or the last where it is copied."""
+        if not self.convertible:
+            return (self.expert_format,)
         return tuple(dict.fromkeys((MXFP4, BF16, self.expert_format)))
 
     def largest(self, nbytes: int | None, parameters: int | None, expert_format: ExpertFormat) -> int:
@@ -125,6 +140,7 @@ class Inspection:
             for s in self.sizes
         ]
         values: dict[str, object] = {f.name: getattr(self, f.name) for f in fields(self)}
+        del values["convertible"]
         values |= {"expert_format": self.expert_format.name, "sizes": sizes, "fits": self.fits}
         return {"expert_storage" if key == "expert_format" else key: value for key, value in values.items()}
 
@@ -154,17 +170,23 @@ def inspect_checkpoint(checkpoint: Checkpoint, model: ModelSpec) -> Inspection:
         shards={name: shard.nbytes for name, shard in sorted(checkpoint.shards.items())},
         sizes=sizes,
         notes=model.notes,
+        layer_numbers=model.layer_numbers,
+        dense_layers=model.dimensions.get("hidden_layers", model.layers) - model.layers,
+        mtp_layers=model.mtp_layers,
+        groups=None if model.grouping is None else (model.grouping.groups, model.grouping.used),
+        routing=model.family.routing if isinstance(model.family, CatalogFamily) else ROUTING,
+        convertible=not isinstance(model.family, CatalogFamily),
     )
 
 
 def _size(model: ModelSpec, experts: int) -> Size:
     other = weights = 0
+    copied = AS_STORED._replace(label=model.expert_format.label)
     for tensor in model.tensors:
-        kept = tensor.parameters // model.experts * experts if tensor.has_experts else tensor.parameters
-        if tensor.role is Role.EXPERT_WEIGHT:
-            weights += kept
+        if tensor.role is Role.EXPERT_WEIGHT and model.expert_format != copied:
+            weights += tensor.share(tensor.parameters, model.experts, experts)
         else:
-            other += kept * tensor.nbytes // tensor.parameters
+            other += tensor.share(tensor.nbytes, model.experts, experts)
     return Size(experts, model.parameters(experts), model.active_parameters(experts), weights, other)
 
 
@@ -172,5 +194,5 @@ def _parts(model: ModelSpec) -> dict[str, int]:
     """Stored bytes by part, largest first."""
     parts: Counter[str] = Counter()
     for tensor in model.tensors:
-        parts[_PARTS[tensor.role]] += tensor.nbytes
+        parts[MTP if tensor.mtp else _PARTS[tensor.role]] += tensor.nbytes
     return dict(parts.most_common())

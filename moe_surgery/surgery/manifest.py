@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -104,7 +104,7 @@ def manifest_bytes(
         "expert_storage": program.expert_format.name,
         "conversion": conversion,
         "plan": program.plan.as_dict(),
-        "files": {name: asdict(record) for name, record in sorted(files.items())},
+        "files": dict(sorted(files.items())),
     }
     return _sealed(document)
 
@@ -120,9 +120,23 @@ def with_file(raw: bytes, name: str, content: bytes) -> bytes:
 
 
 def _sealed(document: Mapping[str, object]) -> bytes:
-    body = json.dumps(document, indent=1, ensure_ascii=False)
-    blank = f'{{\n "digest": "{_BLANK}",' + body[1:] + "\n"
-    return blank.replace(_BLANK, xxhash.xxh3_128_hexdigest(blank.encode()), 1).encode()
+    """The document as JSON, encoded piece by piece: a manifest of many tensors is large."""
+    text = bytearray(f'{{\n "digest": "{_BLANK}",'.encode())
+    start = text.index(_BLANK.encode())
+    pieces = json.JSONEncoder(indent=1, ensure_ascii=False, default=_fields).iterencode(document)
+    assert next(pieces)[0] == "{"
+    for piece in pieces:
+        text += piece.encode()
+    text += b"\n"
+    text[start : start + len(_BLANK)] = xxhash.xxh3_128_hexdigest(text).encode()
+    return bytes(text)
+
+
+def _fields(record: object) -> dict[str, object]:
+    """A record as the encoder writes it."""
+    if not isinstance(record, (FileRecord, TensorRecord)):
+        raise TypeError(f"{type(record).__name__} is not part of a manifest")
+    return {f.name: getattr(record, f.name) for f in fields(record)}
 
 
 def is_ours(folder: Path) -> bool:

@@ -25,6 +25,7 @@ __all__ = [
     "OutputTensor",
     "Part",
     "Program",
+    "Remap",
     "SourceFile",
 ]
 
@@ -90,7 +91,30 @@ class Encode:
         return 0 if self.scales else self.values.nbytes
 
 
-Part = Copy | Decode | Cast | Encode
+@dataclass(frozen=True, slots=True)
+class Remap:
+    """A table of expert numbers, rows of `columns` integers of `itemsize` bytes, in the numbers of `kept`.
+
+    An entry of a dropped expert becomes one of a kept expert that its row does not have.
+    """
+
+    values: Span
+    columns: int
+    itemsize: int
+    kept: tuple[int, ...]
+    experts: int
+    tensor: str
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes
+
+    @property
+    def bytes_read(self) -> int:
+        return self.values.nbytes
+
+
+Part = Copy | Decode | Cast | Encode | Remap
 
 
 @dataclass(frozen=True, slots=True)

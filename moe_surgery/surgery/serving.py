@@ -4,12 +4,31 @@ from __future__ import annotations
 
 from moe_surgery.formats.expert_format import MXFP4, ExpertFormat
 
-__all__ = ["serving_notes"]
+__all__ = ["fast_counts", "serving_notes"]
 
 # Expert counts for which vLLM and SGLang build their fused routers (vLLM issues 50982 and 51521,
 # SGLang issues 5461 and 6946); other counts take an unfused path or fail.
 FUSED_ROUTER_COUNTS = frozenset({1, 2, 4, 8, 16, 32, 64, 128, 256, 384, 512})
 PARALLEL_SIZES = (2, 4, 8)
+# vLLM's router of DeepSeek-V4 refuses other counts (vLLM issue 50982).
+ONLY_COUNTS = {
+    "deepseek_v4": frozenset({1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 576}),
+}
+
+
+def fast_counts(model_type: str, experts: int, most: int) -> tuple[int, ...]:
+    """The numbers of experts next to `experts`, below and above, that serving engines have fused routers for.
+
+    Empty where `experts` is one; none is above `most`, the model's number.
+    """
+    counts = ONLY_COUNTS.get(model_type, FUSED_ROUTER_COUNTS)
+    if experts in counts or experts == most:
+        return ()
+    below, above = (
+        max((n for n in counts if n < experts), default=0),
+        min((n for n in counts if n > experts), default=0),
+    )
+    return tuple(n for n in (below, above) if 0 < n <= most)
 
 
 def serving_notes(
@@ -19,14 +38,16 @@ def serving_notes(
     plan_top_k: int | None = None,
     *,
     expert_format: ExpertFormat = MXFP4,
+    gpt_oss: bool = True,
+    model_type: str = "gpt_oss",
 ) -> list[str]:
     """One line for each limit that applies to the checkpoint.
 
     `plan_top_k` is the top-k that the plan sets, None for the source's; `expert_format` is that of the
-    checkpoint.
+    checkpoint. `gpt_oss` is whether it is a gpt-oss model, some of whose kernels have further limits.
     """
     notes = []
-    if top_k & (top_k - 1):
+    if gpt_oss and top_k & (top_k - 1):
         notes.append(
             f"top-k {top_k} is not a power of two: vLLM's gpt-oss kernels do not compile for it "
             "(vLLM issue 46406); transformers and llama.cpp support it"
@@ -50,12 +71,18 @@ def serving_notes(
             f"{some} not divide by {sizes}: expert-parallel serving over that many devices "
             "refuses it (vLLM issue 52435); one device or tensor parallelism works"
         )
-    if experts not in FUSED_ROUTER_COUNTS:
+    if model_type in ONLY_COUNTS:
+        if experts not in ONLY_COUNTS[model_type]:
+            notes.append(
+                f"vLLM refuses {model_type} with {experts} experts (vLLM issue 50982); it takes "
+                + ", ".join(map(str, sorted(ONLY_COUNTS[model_type])))
+            )
+    elif experts not in FUSED_ROUTER_COUNTS:
         notes.append(
             f"no fused router supports {experts} experts: vLLM and SGLang route slower, and llama.cpp falls back "
             "silently to its unfused top-k (llama.cpp issue 25267)"
         )
-    if not expert_format.packed:
+    if gpt_oss and not expert_format.packed:
         notes.append(
             f"mlx-lm does not load gpt-oss experts stored as {expert_format.label} (tried with 0.32.2): "
             "store them as MXFP4 for it"

@@ -19,7 +19,7 @@ from moe_surgery.checkpoint.text import printable
 from moe_surgery.engine.chunks import chunks_of_sizes, plain_chunks
 from moe_surgery.engine.digest import FileDigest, digest_chunks
 from moe_surgery.errors import MoeSurgeryError, OutputError
-from moe_surgery.families import FAMILIES, Family, identify_model
+from moe_surgery.families import FAMILIES, AnyFamily, identify_model
 from moe_surgery.progress import Counter, OnProgress
 from moe_surgery.surgery.findings import Findings
 from moe_surgery.surgery.manifest import FileRecord, Manifest, load_manifest
@@ -57,7 +57,7 @@ def verify_checkpoint(
     source: str | os.PathLike[str] | Folder | None = None,
     structure_only: bool = False,
     weights_only: bool = False,
-    families: tuple[Family, ...] = FAMILIES,
+    families: tuple[AnyFamily, ...] = FAMILIES,
     progress: OnProgress | None = None,
 ) -> Verification:
     """Check the checkpoint folder `out`; reports every problem, not only the first.
@@ -82,7 +82,9 @@ def verify_checkpoint(
 
 
 class _Verifier:
-    def __init__(self, folder: Path, families: tuple[Family, ...], progress: Callable[[int], None]) -> None:
+    def __init__(
+        self, folder: Path, families: tuple[AnyFamily, ...], progress: Callable[[int], None]
+    ) -> None:
         self._folder = folder
         self._families = families
         self._findings = Findings(progress)

@@ -98,10 +98,10 @@ def test_a_missing_template_is_a_note(tmp_path: Path, capsys: Capture) -> None:
 
 
 def test_another_family_is_one_line(tmp_path: Path, capsys: Capture) -> None:
-    source = write_checkpoint(tmp_path / "in", edit_config=lambda c: c.update(model_type="mixtral"))
+    source = write_checkpoint(tmp_path / "in", edit_config=lambda c: c.update(model_type="dbrx"))
     done = call(capsys, "export", source, tmp_path / "out.gguf")
     assert done.code == 3
-    assert "is a mixtral checkpoint (GptOssForCausalLM); supported model_type: gpt_oss" in done.error
+    assert "is a dbrx checkpoint (GptOssForCausalLM); supported model_type: gpt_oss" in done.error
 
 
 def test_an_existing_file_is_one_line(tmp_path: Path, capsys: Capture) -> None:

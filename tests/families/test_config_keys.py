@@ -29,8 +29,8 @@ Config = dict[str, object]
 
 CONFIGS: Mapping[str, tuple[Callable[[Config], object], str]] = {
     "another model": (
-        lambda c: c.update(model_type="mixtral"),
-        "is a mixtral checkpoint (GptOssForCausalLM); supported model_type: gpt_oss",
+        lambda c: c.update(model_type="dbrx"),
+        "is a dbrx checkpoint (GptOssForCausalLM); supported model_type: gpt_oss",
     ),
     "a model type over two lines": (
         lambda c: c.update(model_type="a\n\x1b[31mb"),

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_surgery import Ranking, load_ranking, plan_from_ranking
+from moe_surgery import Ranking, load_plan, load_ranking, plan_from_ranking
 from moe_surgery.errors import InvalidInputError, OutputError, PlanMismatchError, UsageError
 
 PUBLISHED = {
@@ -120,7 +120,6 @@ MALFORMED = {
     "a number that is not plain": ({"layer_0": [0], "layer_01": [0]}, "key 'layer_01' is not a layer"),
     "digits of another script": ({"layer_\u0660": [0]}, "is not a layer"),
     "a negative layer": ({"layer_-1": [0]}, "key 'layer_-1' is not a layer"),
-    "no layer 0": ({"layer_1": [0, 1]}, "layer 0 is missing among 1 layers"),
     "a layer missing": ({"layer_0": [0], "layer_2": [0]}, "layer 1 is missing among 2 layers"),
     "a layer twice": ('{"layer_0": [0, 1], "layer_0": [1, 0]}', "ranking.json"),
     "a layer twice, by name and number": ({"layer_0": [0, 1], "0": [1, 0]}, "layer 0 is listed twice"),
@@ -224,3 +223,16 @@ def test_the_model_type_comes_from_the_ranking_or_the_caller_and_they_must_agree
         plan_from_ranking(ranked(), 2)
     with pytest.raises(PlanMismatchError, match="the ranking is for mixtral, not for gpt_oss"):
         plan_from_ranking(ranked("mixtral"), 2, model_type="gpt_oss")
+
+
+def test_layers_that_do_not_begin_at_0_keep_their_numbers(tmp_path: Path) -> None:
+    ranking = load_ranking(write(tmp_path, {"layer_5": [1, 0], "layer_3": [0, 1]}))
+    assert (ranking.layer_numbers, ranking.layers) == ((3, 5), ((0, 1), (1, 0)))
+    plan = plan_from_ranking(ranking, 1, model_type="deepseek_v3")
+    assert (plan.layer_numbers, plan.numbers, plan.layers) == ((3, 5), (3, 5), ((0,), (1,)))
+    again = tmp_path / "plan.json"
+    again.write_text(plan.to_json())
+    assert load_plan(again) == plan
+    native = tmp_path / "native.json"
+    native.write_text(ranking.to_json())
+    assert load_ranking(native).layer_numbers == (3, 5)

@@ -19,6 +19,7 @@ from moe_surgery.pipeline.pruning import PruneResult, prune
 from moe_surgery.progress import Progress
 from moe_surgery.selection.plan import plan_keeping
 
+from ..support import per_expert
 from ..support.checkpoints import Shape, write_checkpoint
 from ..support.command import (
     PATIENCE,
@@ -54,10 +55,13 @@ class Job:
 
 def make_job(folder: Path, shape: Shape, shards: int, shard_size: str) -> Job:
     source = write_checkpoint(folder / "source", shape, shards=shards)
-    options = ("--keep", "0-11", "--max-shard-size", shard_size)
-    begin = time.monotonic()
-    assert run("prune", source, folder / "expected", *options).code == 0
-    job = Job(source, options, contents(folder / "expected"), time.monotonic() - begin)
+    return finished_job(source, "--keep", "0-11", "--max-shard-size", shard_size)
+
+
+def finished_job(source: Path, *options: str) -> Job:
+    begin, out = time.monotonic(), source.with_name("expected")
+    assert run("prune", source, out, *options).code == 0
+    job = Job(source, options, contents(out), time.monotonic() - begin)
     assert job.shards > 20
     return job
 
@@ -74,6 +78,15 @@ def small_job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     """9 MB."""
     shape = Shape(4, 16, 4, 256, 256, 8, 2, 32, 2048)
     return make_job(tmp_path_factory.mktemp("small"), shape, 6, "250kB")
+
+
+@pytest.fixture(scope="module")
+def per_expert_job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """A model that stores each expert separately, 2 MB in small shards."""
+    folder = tmp_path_factory.mktemp("per-expert")
+    tensors = per_expert.deepseek("int4 packed", mtp=True, experts=16)
+    source = per_expert.write(folder / "source", tensors, per_expert.config(mtp=True, experts=16), shards=5)
+    return finished_job(source, "--keep", "0-11", "--max-shard-size", "10kB")
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +167,11 @@ def test_large_run_killed_at_twenty_random_moments(large_job: Job, tmp_path: Pat
     assert any(0 < count < large_job.shards for count in kept)
 
 
-def test_run_killed_again_and_again_gets_done(small_job: Job, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["small_job", "per_expert_job"])
+def test_run_killed_again_and_again_gets_done(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    small_job: Job = request.getfixturevalue(name)
     out = tmp_path / "out"
     done = 0
     for _ in range(3):

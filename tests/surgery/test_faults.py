@@ -16,6 +16,7 @@ from moe_surgery.pipeline.pruning import prune
 from moe_surgery.progress import Progress
 from moe_surgery.selection.plan import plan_keeping
 
+from ..support import per_expert
 from ..support.checkpoints import Shape, write_checkpoint
 from ..support.command import assert_sound, contents, siblings, untouched
 from ..support.faults import KINDS, FaultyOps, ShortOps, each_failure, open_files
@@ -23,15 +24,23 @@ from ..support.faults import KINDS, FaultyOps, ShortOps, each_failure, open_file
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-@pytest.fixture(scope="module", params=["keep", "bf16", "mxfp4"])
+@pytest.fixture(scope="module", params=["keep", "bf16", "mxfp4", "per expert"])
 def dtype(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory, dtype: str) -> Path:
-    layout = "bf16" if dtype == "mxfp4" else "mxfp4"
-    return write_checkpoint(tmp_path_factory.mktemp("model") / "source", layout=layout, shards=2)
+    return written(tmp_path_factory.mktemp("model") / "source", dtype)
+
+
+def written(folder: Path, dtype: str) -> Path:
+    """The source for `dtype` in two shards; "per expert" is a model that stores each expert separately."""
+    if dtype == "per expert":
+        return per_expert.write(
+            folder, per_expert.deepseek("fp8 block", mtp=True), per_expert.config(mtp=True), shards=2
+        )
+    return write_checkpoint(folder, layout="bf16" if dtype == "mxfp4" else "mxfp4", shards=2)
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +52,9 @@ def expected(source: Path, dtype: str) -> dict[str, bytes]:
 
 def pruned(source: Path, out: Path, dtype: str, ops: FileOps | None = None) -> None:
     """Prune to three or so shards."""
-    size = 60_000 if dtype == "bf16" else 25_000
-    prune(source, out, lambda m: plan_keeping([0, 1, 3], m), store=dtype, max_shard_size=size, ops=ops)
+    store = "keep" if dtype == "per expert" else dtype
+    size = 60_000 if dtype == "bf16" else 40_000 if dtype == "per expert" else 25_000
+    prune(source, out, lambda m: plan_keeping([0, 1, 3], m), store=store, max_shard_size=size, ops=ops)
 
 
 def attempt(source: Path, out: Path, dtype: str, ops: FileOps) -> MoeSurgeryError | None:
@@ -159,10 +169,9 @@ MEDDLERS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("how", MEDDLERS)
-@pytest.mark.parametrize("dtype", ["keep", "bf16", "mxfp4"])
+@pytest.mark.parametrize("dtype", ["keep", "bf16", "mxfp4", "per expert"])
 def test_source_that_changes_during_the_run_is_refused(tmp_path: Path, how: str, dtype: str) -> None:
-    layout = "bf16" if dtype == "mxfp4" else "mxfp4"
-    source = write_checkpoint(tmp_path / "source", layout=layout, shards=2)
+    source = written(tmp_path / "source", dtype)
     shard = source / "model-00002-of-00002.safetensors"
     error = attempt(source, tmp_path / "out", dtype, Meddling(lambda: MEDDLERS[how](shard)))
     assert not (tmp_path / "out").exists()

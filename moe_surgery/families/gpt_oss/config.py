@@ -34,7 +34,7 @@ def read_config(model: ModelSpec) -> ModelConfig:
 
     Raises InvalidInputError naming the key.
     """
-    config, dims = _Config(model.hub_config, model.family.config_keys), model.dimensions
+    config, dims = _Config(model.hub_config, model.described.config_keys), model.dimensions
     if dims["heads"] % dims["kv_heads"]:
         raise InvalidInputError(
             f"config.json: {dims['heads']} attention heads are not a multiple of {dims['kv_heads']} key-value heads"

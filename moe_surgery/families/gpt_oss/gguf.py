@@ -63,7 +63,7 @@ def unsupported(model: ModelSpec, config: ModelConfig) -> str | None:
             [w is None for w in config.sliding_windows] != full
         ),
         "attention_bias is false, but llama.cpp needs the biases": (
-            model.family.weights.layer.o.bias.format(layer=0) not in {t.name for t in model.tensors}
+            model.described.weights.layer.o.bias.format(layer=0) not in {t.name for t in model.tensors}
         ),
         "attention_factor is not YaRN's default, which llama.cpp hard-codes": (
             not math.isclose(config.rope_parameters.attention_factor, factor, rel_tol=1e-6)
