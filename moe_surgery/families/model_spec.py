@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
+from typing import TYPE_CHECKING
 
 from moe_surgery.checkpoint.checkpoint import TensorRef
 from moe_surgery.errors import InvalidInputError
 from moe_surgery.families.base import AnyFamily, Family, Layout, Role
-from moe_surgery.families.grouping import Grouping
 from moe_surgery.formats.expert_format import ExpertFormat
+
+if TYPE_CHECKING:
+    from moe_surgery.families.grouping import Grouping
 
 __all__ = ["EXPERT", "ModelSpec", "ModelTensor"]
 

@@ -17,9 +17,7 @@ from moe_surgery.families.base import CatalogFamily, Role
 from moe_surgery.families.model_spec import ModelSpec, ModelTensor
 from moe_surgery.formats.expert_format import EXPERT_DTYPES, ExpertFormat, format_by_name
 from moe_surgery.selection.plan import Plan
-from moe_surgery.surgery.by_name import expert_groups, whole_groups
 from moe_surgery.surgery.config import output_config
-from moe_surgery.surgery.expert_names import quantization_files
 from moe_surgery.surgery.mtp import choose_mtp
 from moe_surgery.surgery.names import MANIFEST_NAME, MAPPING_NAME, README_NAME, SOURCE_README_NAME
 from moe_surgery.surgery.program import (
@@ -86,7 +84,12 @@ def compile_program(
     top_k = min(plan.top_k or model.top_k, kept)
     plan = choose_mtp(checkpoint, model, plan, top_k, mtp)
     check_routing(model, plan, top_k)
+    quantization: dict[str, bytes] = {}
     if by_name:
+        from moe_surgery.surgery.by_name import expert_groups, whole_groups
+        from moe_surgery.surgery.expert_names import quantization_files
+
+        quantization = quantization_files(checkpoint, model, plan)
         dense, experts = list(whole_groups(model, plan)), list(expert_groups(model, plan))
     else:
         dense = [(t,) for t in _outputs(model, plan, target, dense=True)]
@@ -95,8 +98,8 @@ def compile_program(
     texts = {
         CONFIG_NAME: _json(output_config(model, plan, kept, top_k, target)),
         MAPPING_NAME: _json(expert_mapping(plan, model.mtp_layers)),
+        **quantization,
     }
-    texts |= quantization_files(checkpoint, model, plan)
     if len(shards) > 1:
         weight_map = {t.name: s.name for s in shards for t in s.tensors}
         texts[INDEX_NAME] = build_index(weight_map, sum(t.nbytes for s in shards for t in s.tensors))

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from moe_surgery.families.base import CatalogFamily, Role
-from moe_surgery.families.catalog_config import COUNT_KEYS, MTP_KEYS, TOP_K_KEYS, with_counts
 from moe_surgery.families.model_spec import ModelSpec
 from moe_surgery.formats.expert_format import ExpertFormat
 from moe_surgery.selection.plan import Plan
-from moe_surgery.surgery.expert_names import renumbered
 
 __all__ = ["output_config"]
 
@@ -27,6 +25,9 @@ def output_config(
     and added for MXFP4; the key that ties the embeddings is false if the unembedding is stored.
     """
     if isinstance(model.family, CatalogFamily):
+        from moe_surgery.families.catalog_config import COUNT_KEYS, MTP_KEYS, TOP_K_KEYS, with_counts
+        from moe_surgery.surgery.expert_names import renumbered
+
         counts = {COUNT_KEYS: experts, TOP_K_KEYS: top_k}
         if plan.mtp_layers == ():
             counts[MTP_KEYS] = 0

@@ -77,7 +77,8 @@ def test_what_only_moves_bytes_does_without_numpy(tmp_path: Path) -> None:
 
 
 FAMILY = "moe_surgery.families"
-# What a family has for running and exporting, and for messages about checkpoints that none fits.
+# What a family has for running and exporting, for messages about checkpoints that none fits, and what only
+# families known by tensor names need.
 LATE = {
     f"{FAMILY}.gguf_architecture",
     f"{FAMILY}.gpt_oss.config",
@@ -85,6 +86,12 @@ LATE = {
     f"{FAMILY}.gpt_oss.original",
     f"{FAMILY}.model_config",
     f"{FAMILY}.unsupported",
+    f"{FAMILY}.catalog_config",
+    f"{FAMILY}.catalog_spec",
+    f"{FAMILY}.grouping",
+    f"{FAMILY}.stored_weights",
+    "moe_surgery.surgery.by_name",
+    "moe_surgery.surgery.expert_names",
 }
 EXPORTING = {
     f"{FAMILY}.{name}" for name in ("gguf_architecture", "gpt_oss.config", "gpt_oss.gguf", "model_config")
