@@ -13,9 +13,8 @@ from moe_surgery import inspect, verify
 from moe_surgery.demo import KEPT, SOURCE, DemoResult, asked_questions, profile_texts, run_demo
 from moe_surgery.errors import OutputError
 from moe_surgery.examples.skills import DOMAINS
-from tests.support.command import call
 
-COUNT = 20
+COUNT = 10
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +80,3 @@ def test_a_folder_that_exists_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="cannot create: File exists"):
         run_demo(tmp_path, lambda _: None)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_command_prints_the_rows_as_json(capsys: pytest.CaptureFixture[str], shown: Shown) -> None:
-    ended = call(capsys, "demo", "--json", "--questions", "5")
-    assert ended.code == 0
-    printed = ended.json()
-    assert [row["name"] for row in printed["models"]] == [row.name for row in shown[0].rows]
-    assert printed["report"] is None
-    assert [example["question"] for example in printed["examples"]] == [e.question for e in shown[0].examples]

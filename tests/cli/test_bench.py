@@ -117,7 +117,11 @@ LONG = {
 
 
 # One of each kind of result; all share the code that stops them.
-INTERRUPTED = [("decode", "table"), ("speculate", "json"), ("kernels", "json"), ("surgery", "table")]
+INTERRUPTED = [
+    ("decode", "table"),
+    ("kernels", "json"),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (("speculate", "json"), ("surgery", "table"))),
+]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")

@@ -249,6 +249,14 @@ def test_demo_keeps_its_models_in_the_folder_given(tmp_path: Path, capsys: Captu
             assert_sound(folder, source.path)
 
 
+def test_the_demo_as_json(capsys: Capture) -> None:
+    printed = done(call(capsys, "demo", "--json", "--questions", "1")).json()
+    assert [row["domain"] for row in printed["models"]] == [None, *DOMAINS, None]
+    assert all(set(row["accuracy"].values()) <= {0.0, 1.0} for row in printed["models"])
+    assert len(printed["examples"]) == 3
+    assert printed["report"] is None
+
+
 def test_doctor_tells_versions_instruction_sets_and_devices(capsys: Capture) -> None:
     result = done(call(capsys, "doctor", "--json")).json()
     assert set(result) == {"versions", "machine", "MXFP4 conversion", "devices", "backends"}
