@@ -1,5 +1,6 @@
 # make demo   set up and run the main job on the embedded tiny checkpoint
 # make test   set up and run the suite, with the native kernels and without them
+# make interpret  the GPU kernels' values in Triton's interpreter, on the CPU
 # make lint   format, style, types, and the order of packages
 # make sanitize  the C++ core and the tests of its kernels under AddressSanitizer and UBSan
 # make arm    the C++ core for aarch64, tested under qemu; skipped where either is missing
@@ -26,7 +27,7 @@ CORE_FLAGS := -std=c++17 -ffp-contract=off -pthread -Icsrc
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 WORK ?= $(or $(TMPDIR),/var/tmp)/moe-surgery-bench
 
-.PHONY: demo test lint sanitize arm aot dist bench pictures gpu clean
+.PHONY: demo test interpret lint sanitize arm aot dist bench pictures gpu clean
 
 demo: $(SETUP)
 	rm -rf build/demo
@@ -35,6 +36,9 @@ demo: $(SETUP)
 test: $(SETUP)
 	$(BIN)/python -m pytest $(PARALLEL)
 	MOE_SURGERY_NATIVE=0 $(BIN)/python -m pytest $(PARALLEL) $(CONVERTING) --ignore tests/formats/test_native.py
+
+interpret: $(SETUP)
+	$(BIN)/python -m pytest -n auto -m "interpreter and not slow" tests/kernels/triton tests/kernels/triton_decode
 
 lint: $(SETUP)
 	$(BIN)/ruff format --check .

@@ -12,7 +12,7 @@ import pytest
 from tests.support.interpreted import needs_interpreter, run_interpreted
 
 FILES = sorted(Path(__file__).parent.glob("device_*.py"))
-pytestmark = needs_interpreter
+pytestmark = [*needs_interpreter, pytest.mark.interpreter]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
