@@ -26,7 +26,7 @@ class Retries:
     """The failures in a row of one read. Delays in seconds: 0.25, doubled each time, up to 30, a half of it random."""
 
     def __init__(self, where: str, wait: Callable[[float], None], *, most: int = 8) -> None:
-        """`where` begins the error; `wait` sleeps; after `most` failures in a row there is no further attempt."""
+        """Errors begin with `where`; `wait` sleeps; after `most` failures in a row it gives up."""
         self._where = where
         self._wait = wait
         self._most = most
