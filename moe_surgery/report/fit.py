@@ -20,8 +20,8 @@ PRIORITY = ("frequency", "reap", "gate", "weighted_ean", "ean_mean", "ean_sum", 
 
 @dataclass(frozen=True, slots=True)
 class Detail:
-    """What a page carries: `metrics` for every domain; in each layer the best `listed` experts; scores in so many
-    `levels` (None: as they are)."""
+    """What a page carries: `metrics` for every domain, the best `listed` experts of each layer, and scores rounded to
+    `levels` levels (None: not rounded)."""
 
     metrics: tuple[str, ...]
     levels: int | None
