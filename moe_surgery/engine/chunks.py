@@ -6,11 +6,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Final, NamedTuple, Protocol
 
+from moe_surgery.engine.spans import Span
+
 __all__ = [
     "CHUNK_BYTES",
     "Chunk",
     "FileLayout",
-    "HasSize",
+    "FilePart",
     "PartSlice",
     "TensorLayout",
     "chunks_of",
@@ -24,18 +26,23 @@ __all__ = [
 CHUNK_BYTES: Final = 2 << 20
 
 
-class HasSize(Protocol):
+class FilePart(Protocol):
     """A part of an output file."""
 
     @property
     def nbytes(self) -> int: ...
+
+    @property
+    def spans_read(self) -> tuple[Span, ...]:
+        """The source bytes that it is made of; none where they are read for another part."""
+        ...
 
 
 class TensorLayout(Protocol):
     """One tensor of an output file; its parts are contiguous."""
 
     @property
-    def parts(self) -> Sequence[HasSize]: ...
+    def parts(self) -> Sequence[FilePart]: ...
 
 
 class FileLayout(Protocol):
@@ -59,7 +66,7 @@ class PartSlice(NamedTuple):
     """
 
     tensor: int
-    part: HasSize | None
+    part: FilePart | None
     start: int
     position: int
     nbytes: int
@@ -77,7 +84,7 @@ class Chunk(NamedTuple):
     slices: tuple[PartSlice, ...]
 
 
-def parts_of(layout: FileLayout) -> Iterator[tuple[int, HasSize | None, int]]:
+def parts_of(layout: FileLayout) -> Iterator[tuple[int, FilePart | None, int]]:
     """(tensor, part, bytes) in the order of the file; the header is part None of tensor -1."""
     yield -1, None, len(layout.header)
     for i, tensor in enumerate(layout.tensors):
@@ -96,7 +103,7 @@ def chunks_of_sizes(header: int, tensors: Iterable[int]) -> Iterator[Chunk]:
     return _chunks(((tensor, None, nbytes) for tensor, nbytes in sizes), CHUNK_BYTES)
 
 
-def _chunks(parts: Iterable[tuple[int, HasSize | None, int]], chunk_bytes: int) -> Iterator[Chunk]:
+def _chunks(parts: Iterable[tuple[int, FilePart | None, int]], chunk_bytes: int) -> Iterator[Chunk]:
     offset, filled = 0, 0
     slices: list[PartSlice] = []
     for tensor, part, total in parts:

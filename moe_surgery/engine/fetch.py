@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from moe_surgery.checkpoint.checkpoint import Checkpoint
-from moe_surgery.engine.chunks import FileLayout, HasSize
-from moe_surgery.engine.spans import Copy, Span
+from moe_surgery.engine.chunks import FileLayout
 
 __all__ = ["Fetch", "OnFetch", "to_fetch"]
 
@@ -34,16 +33,7 @@ def to_fetch(layouts: Iterable[FileLayout], copies: Iterable[str], checkpoint: C
     remote = {name for name in checkpoint.shards if files.bytes_to_fetch(name)}
     nbytes = sum(files.bytes_to_fetch(name) for name in copies)
     for part in (part for layout in layouts for tensor in layout.tensors for part in tensor.parts):
-        nbytes += sum(span.nbytes for span in _read_by(part) if span.shard in remote)
+        nbytes += sum(span.nbytes for span in part.spans_read if span.shard in remote)
     if not nbytes:
         return None
     return Fetch(str(files), nbytes, sum(shard.nbytes for shard in checkpoint.shards.values()))
-
-
-def _read_by(part: HasSize) -> list[Span]:
-    """The source bytes that a part is made of; none for one that is computed along with another."""
-    if not getattr(part, "bytes_read", 0):
-        return []
-    names = part._fields if isinstance(part, Copy) else [field.name for field in fields(part)]  # type: ignore[arg-type]
-    values = [getattr(part, name) for name in names]
-    return [value for value in values if isinstance(value, Span)]

@@ -32,8 +32,8 @@ class Copy(NamedTuple):
         return self.span.nbytes
 
     @property
-    def bytes_read(self) -> int:
-        return self.span.nbytes
+    def spans_read(self) -> tuple[Span, ...]:
+        return (self.span,)
 
 
 def coalesce(spans: Iterable[Span]) -> Iterator[Span]:

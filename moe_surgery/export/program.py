@@ -17,7 +17,7 @@ class Pad:
     """Zeros up to the next aligned position."""
 
     nbytes: int
-    bytes_read = 0
+    spans_read = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +34,8 @@ class Widen:
         return self.span.nbytes // (4 if self.dtype == "F32" else 2) // self.step * 4
 
     @property
-    def bytes_read(self) -> int:
-        return self.span.nbytes
+    def spans_read(self) -> tuple[Span, ...]:
+        return (self.span,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +58,8 @@ class Pack:
         return self.rows // self.step * self.row_bytes
 
     @property
-    def bytes_read(self) -> int:
-        return self.blocks.nbytes + self.scales.nbytes
+    def spans_read(self) -> tuple[Span, ...]:
+        return (self.blocks, self.scales)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +82,8 @@ class Transpose:
         return self.rows // self.step * self.row_bytes
 
     @property
-    def bytes_read(self) -> int:
-        return self.values.nbytes
+    def spans_read(self) -> tuple[Span, ...]:
+        return (self.values,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +107,8 @@ class Quantise:
         return self.rows // self.step * self.row_bytes
 
     @property
-    def bytes_read(self) -> int:
-        return self.values.nbytes
+    def spans_read(self) -> tuple[Span, ...]:
+        return (self.values,)
 
 
 GgufPart = Copy | Pad | Widen | Pack | Transpose | Quantise
@@ -150,7 +150,7 @@ class GgufProgram:
     @property
     def bytes_read(self) -> int:
         """Bytes read from the source shards; weights that are split in two count twice."""
-        return sum(p.bytes_read for t in self.tensors for p in t.parts)
+        return sum(span.nbytes for t in self.tensors for p in t.parts for span in p.spans_read)
 
     def bytes_by_type(self) -> dict[str, int]:
         """Bytes of tensors by their type in the file, without padding."""

@@ -46,8 +46,8 @@ class Decode:
         return self.target.nbytes(self.rows * self.columns)
 
     @property
-    def bytes_read(self) -> int:
-        return self.blocks.nbytes + self.scales.nbytes
+    def spans_read(self) -> tuple[Span, ...]:
+        return (self.blocks, self.scales)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +64,8 @@ class Cast:
         return self.values.nbytes // self.source.block_bytes * self.target.block_bytes
 
     @property
-    def bytes_read(self) -> int:
-        return self.values.nbytes
+    def spans_read(self) -> tuple[Span, ...]:
+        return (self.values,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +87,8 @@ class Encode:
         return self.rows * self.columns // 32 * (1 if self.scales else 16)
 
     @property
-    def bytes_read(self) -> int:
-        return 0 if self.scales else self.values.nbytes
+    def spans_read(self) -> tuple[Span, ...]:
+        return () if self.scales else (self.values,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +110,8 @@ class Remap:
         return self.values.nbytes
 
     @property
-    def bytes_read(self) -> int:
-        return self.values.nbytes
+    def spans_read(self) -> tuple[Span, ...]:
+        return (self.values,)
 
 
 Part = Copy | Decode | Cast | Encode | Remap
@@ -145,7 +145,7 @@ class OutputShard:
 
     @property
     def bytes_read(self) -> int:
-        return sum(p.bytes_read for t in self.tensors for p in t.parts)
+        return sum(span.nbytes for t in self.tensors for p in t.parts for span in p.spans_read)
 
 
 @dataclass(frozen=True, slots=True)
