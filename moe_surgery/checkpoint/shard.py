@@ -1,34 +1,25 @@
-"""One safetensors file, open for reading: its header, and its bytes from any source."""
+"""A file of weights, open for reading: its header, and its bytes from any source."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from moe_surgery.checkpoint.header import Header, TensorInfo, read_header
 from moe_surgery.checkpoint.source import ByteSource
 
-__all__ = ["Shard"]
+__all__ = ["OpenFile", "Shard"]
+
+Opened = TypeVar("Opened", bound="OpenFile")
 
 
-class Shard:
-    """A safetensors file over `source`, which it closes. Close it, or use it as a context manager."""
+class OpenFile:
+    """A file of weights, open for reading over `source`, which it closes. Close it, or use it as a context manager."""
 
     def __init__(self, name: str, source: ByteSource) -> None:
-        """Read and validate the header. Raises InvalidInputError (malformed) or OutputError (cannot be read)."""
         self.name = name
         self.source = source
-        try:
-            self.header: Header = read_header(source)
-        except BaseException:
-            source.close()
-            raise
-
-    def take_tensors(self) -> list[TensorInfo]:
-        """The header's tensors, which it no longer holds afterwards."""
-        tensors = list(self.header.tensors.values())
-        self.header = replace(self.header, tensors={})
-        return tensors
 
     @property
     def where(self) -> str:
@@ -47,7 +38,7 @@ class Shard:
     def close(self) -> None:
         self.source.close()
 
-    def __enter__(self) -> Shard:
+    def __enter__(self: Opened) -> Opened:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -84,3 +75,22 @@ class Shard:
     def check_unchanged(self) -> None:
         """Raise InvalidInputError if the file was replaced or written to since it was opened."""
         self.source.check_unchanged()
+
+
+class Shard(OpenFile):
+    """A safetensors file."""
+
+    def __init__(self, name: str, source: ByteSource) -> None:
+        """Read and validate the header. Raises InvalidInputError (malformed) or OutputError (cannot be read)."""
+        super().__init__(name, source)
+        try:
+            self.header: Header = read_header(source)
+        except BaseException:
+            source.close()
+            raise
+
+    def take_tensors(self) -> list[TensorInfo]:
+        """The header's tensors, which it no longer holds afterwards."""
+        tensors = list(self.header.tensors.values())
+        self.header = replace(self.header, tensors={})
+        return tensors

@@ -7,11 +7,12 @@ from types import MappingProxyType
 from typing import Final
 
 from moe_surgery.checkpoint.checkpoint import Checkpoint, TensorRef
+from moe_surgery.checkpoint.gguf.block_types import BY_NAME, BlockType
+from moe_surgery.checkpoint.gguf.writer import Metadata, TensorEntry, header, padding
 from moe_surgery.checkpoint.source import Folder
 from moe_surgery.engine.spans import Copy, Span, coalesce
 from moe_surgery.errors import InvalidInputError, PlanMismatchError, UsageError
 from moe_surgery.export.ggml import BLOCK_VALUES
-from moe_surgery.export.gguf import Metadata, TensorEntry, TensorType, header, padding
 from moe_surgery.export.program import (
     GgufPart,
     GgufProgram,
@@ -74,7 +75,7 @@ def compile_gguf(
         add_tokenizer(metadata, tokenizer)
     tensors = tuple(_tensors(model, gguf, layers, target))
     return GgufProgram(
-        header(metadata, (t.entry for t in tensors)),
+        header(metadata, [t.entry for t in tensors]),
         tensors,
         name,
         target,
@@ -172,10 +173,10 @@ def _tensor(
         spans = list(coalesce(map(_span, refs)))
         dtype = tensor.stored.dtype
         if len(shape) == 1 or tensor.role in _FLOAT32:
-            kind = TensorType.F32
+            kind = BY_NAME["F32"]
             parts = tuple(Widen(s, dtype, first, step) for s in spans)
         else:
-            kind = TensorType[dtype]
+            kind = BY_NAME[dtype]
             parts = tuple(map(Copy, spans))
     nbytes = sum(p.nbytes for p in parts)
     if gap := padding(nbytes):
@@ -185,23 +186,21 @@ def _tensor(
 
 def _expert_weight(
     tensor: ModelTensor, kept: Sequence[int], target: ExpertFormat, first: int, step: int
-) -> tuple[TensorType, tuple[GgufPart, ...]]:
+) -> tuple[BlockType, tuple[GgufPart, ...]]:
     stored, scales, source = tensor.stored, tensor.scales, tensor.format
     assert source is not None
     _, rows, columns = tensor.shape
     values = [_span(stored.rows(e, 1)) for e in kept]
     if scales is not None:
         pairs = zip(values, (_span(scales.rows(e, 1)) for e in kept), strict=True)
-        return TensorType.MXFP4, tuple(Pack(b, s, rows, columns, first, step) for b, s in pairs)
+        return BY_NAME["MXFP4"], tuple(Pack(b, s, rows, columns, first, step) for b, s in pairs)
     if not target.packed:
-        return TensorType[target.dtype], tuple(
-            Transpose(v, rows, columns, first, step, source) for v in values
-        )
+        return BY_NAME[target.dtype], tuple(Transpose(v, rows, columns, first, step, source) for v in values)
     if not target.fits_columns(columns):
         raise UsageError(
             f"`store` mxfp4: tensor {tensor.name!r} has {columns} columns, not a multiple of {BLOCK_VALUES}"
         )
-    return TensorType.MXFP4, tuple(
+    return BY_NAME["MXFP4"], tuple(
         Quantise(v, rows, columns, first, step, stored.name, source) for v in values
     )
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moe_surgery.checkpoint.gguf.writer import TensorEntry
 from moe_surgery.engine.spans import Copy, Span
 from moe_surgery.export.ggml import BLOCK_BYTES, BLOCK_VALUES
-from moe_surgery.export.gguf import TensorEntry
 from moe_surgery.formats.expert_format import ExpertFormat
 
 __all__ = ["GgufPart", "GgufProgram", "GgufTensor", "Pack", "Pad", "Quantise", "Transpose", "Widen"]

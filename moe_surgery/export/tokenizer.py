@@ -14,11 +14,11 @@ from typing import Final, NoReturn
 
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.checkpoint.files import printable_path
+from moe_surgery.checkpoint.gguf.writer import Metadata
 from moe_surgery.checkpoint.source import Folder, read_optional
 from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.checkpoint.text import describe_value
 from moe_surgery.errors import InvalidInputError, OutputError
-from moe_surgery.export.gguf import Metadata
 from moe_surgery.export.json_walk import STRING, JsonWalk
 from moe_surgery.families.model_spec import ModelSpec
 

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_surgery.export.gguf import ALIGNMENT, Metadata, TensorEntry, TensorType, header, padding
+from moe_surgery.checkpoint.gguf.block_types import BLOCK_TYPES, BY_NAME
+from moe_surgery.checkpoint.gguf.writer import ALIGNMENT, Metadata, TensorEntry, header, padding
 from tests.export.reading import gguf, read
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -20,9 +21,12 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("gguf") / "file.gguf"
 
 
-def test_numbers_of_types_are_those_of_ggml() -> None:
-    for kind in TensorType:
-        assert int(gguf.GGMLQuantizationType[kind.name]) == kind
+def test_types_are_those_of_the_gguf_package() -> None:
+    known = [t for t in gguf.GGMLQuantizationType if t.value in BLOCK_TYPES]
+    assert len(known) > 30
+    for kind in known:
+        ours = BLOCK_TYPES[kind.value]
+        assert (ours.name, (ours.block_values, ours.block_bytes)) == (kind.name, gguf.GGML_QUANT_SIZES[kind])
 
 
 @given(
@@ -52,7 +56,7 @@ def test_metadata_and_table_come_back(
     metadata.f32("a.real", real)
     metadata.flag("a.flag", flag)
     metadata.text("a.text", text)
-    entries = [TensorEntry(f"t{i}", TensorType.F32, s, 4 * s[0] * s[1]) for i, s in enumerate(shapes)]
+    entries = [TensorEntry(f"t{i}", BY_NAME["F32"], s, 4 * s[0] * s[1]) for i, s in enumerate(shapes)]
     data = [np.full(s, i + 0.5, np.float32) for i, s in enumerate(shapes)]
     raw = header(metadata, entries)
     assert len(raw) % ALIGNMENT == 0

@@ -1,0 +1,1 @@
+"""GGUF files: their types, header, split sets, and how headers are written."""
