@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from moe_surgery.quality.search import search
     from moe_surgery.quality.text_files import TextFile
     from moe_surgery.quality.trace import trace
+    from moe_surgery.repairing import repair
     from moe_surgery.runtime.generate import generate, stream
     from moe_surgery.runtime.load import load_model
     from moe_surgery.runtime.speculation.speculate import speculate
@@ -68,6 +69,7 @@ __all__ = [
     "profile",
     "prune",
     "rank",
+    "repair",
     "search",
     "speculate",
     "stream",
@@ -104,6 +106,7 @@ _HOMES = {
     "profile": ("moe_surgery.quality.job", "profile"),
     "prune": ("moe_surgery.pipeline.pruning", "prune"),
     "rank": ("moe_surgery.selection.rank", "rank"),
+    "repair": ("moe_surgery.repairing", "repair"),
     "search": ("moe_surgery.quality.search", "search"),
     "speculate": ("moe_surgery.runtime.speculation.speculate", "speculate"),
     "stream": ("moe_surgery.runtime.generate", "stream"),

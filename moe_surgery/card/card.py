@@ -15,6 +15,7 @@ from moe_surgery import families
 from moe_surgery.card.facts import Facts, facts_of_checkpoint, facts_of_program
 from moe_surgery.card.method import method_section, plan_section, reproduce
 from moe_surgery.card.quality import quality_section
+from moe_surgery.card.repair import repair_section
 from moe_surgery.card.source_card import SourceCard
 from moe_surgery.card.text import code, count, counted, fenced, heading, scalar, size, table
 from moe_surgery.card.usage import limits_section, usage_section
@@ -99,6 +100,7 @@ def _card(facts: Facts, evaluation: Evaluation | None) -> str:
         ("Numbers", _numbers(facts)),
         ("How the experts were chosen", method_section(facts)),
         ("Kept experts", plan_section(facts.plan)),
+        *([("Repair", repair_section(facts))] if facts.repair else []),
         ("Evaluation", quality_section(evaluation, facts)),
         ("Limits", limits_section(facts, evaluation is not None)),
         ("Usage", usage_section(facts)),
@@ -147,18 +149,24 @@ def _summary(facts: Facts) -> str:
             "weights and from the router."
         )
     here, source = facts.expert_format, facts.source.expert_format
+    trained = "small tensors were repaired (see below)" if facts.repair else "nothing was trained"
     if source is not None and here.can_represent(source) and facts.converted:
         way = f"from {source.label} to {here.label}"
-        second = f"Expert weights were converted {way}, which is lossless; nothing was trained."
+        second = f"Expert weights were converted {way}, which is lossless; {trained}."
     elif source is not None and facts.converted and here.packed:
         second = (
             f"Expert weights were converted from {source.label} to MXFP4 (`conversion` in `surgery.json` has the "
-            "error); nothing was trained."
+            f"error); {trained}."
         )
     elif source is not None and facts.converted:
         second = (
-            f"Expert weights were rounded from {source.label} to {here.label}, to nearest (ties to even); nothing was "
-            "trained."
+            f"Expert weights were rounded from {source.label} to {here.label}, to nearest (ties to even); "
+            f"{trained}."
+        )
+    elif facts.repair:
+        second = (
+            "The weights of the kept experts are those of the source, byte for byte; small tensors around them were "
+            "repaired (see below)."
         )
     elif source is None:
         second = "Nothing was trained."

@@ -46,7 +46,7 @@ class Facts:
     """`tensor_bytes` is the size of all tensors, `bf16_bytes` with expert weights in BF16; `dense_dtypes` are
     the dtypes of the other weights.
 
-    `terms` are files with terms of use, `origin` is the manifest's, `card` the source's.
+    `terms` are files with terms of use, `origin` and `repair` are the manifest's, `card` the source's.
     """
 
     plan: Plan
@@ -66,6 +66,7 @@ class Facts:
     tool: str
     license_given: bool = False
     gpt_oss: bool = True
+    repair: Mapping[str, object] | None = None
 
     @property
     def kept(self) -> int:
@@ -127,6 +128,7 @@ def facts_of_program(program: Program, model: ModelSpec, readme: SourceCard) -> 
         program.copies,
         readme,
         f"moe-surgery {__version__}",
+        program.repair,
     )
 
 
@@ -159,6 +161,7 @@ def facts_of_checkpoint(folder: Path, checkpoint: Checkpoint, model: ModelSpec, 
         manifest.files,
         read_readme(readme),
         manifest.tool,
+        manifest.repair,
     )
 
 
@@ -173,6 +176,7 @@ def _facts(
     files: Iterable[str],
     card: SourceCard,
     tool: str,
+    repair: Mapping[str, object] | None,
 ) -> Facts:
     """`model` is of the source or of the result: for the same number of experts they agree."""
     kept, experts = len(plan.layers[0]), plan.num_source_experts
@@ -220,4 +224,5 @@ def _facts(
         "chat_template.jinja" in names,
         tool,
         gpt_oss=isinstance(model.family, Family),
+        repair=repair or None,
     )

@@ -9,7 +9,7 @@ from moe_surgery.card.text import code, counted, fenced, ranges, table
 from moe_surgery.selection.plan import Plan
 from moe_surgery.selection.shipped import is_shipped
 
-__all__ = ["METHODS", "SOURCE", "method_section", "plan_section", "reproduce"]
+__all__ = ["METHODS", "SOURCE", "method_section", "plan_section", "reproduce", "text_rows"]
 
 METHODS: Mapping[str, str] = {
     "frequency": "how often the router chose it",
@@ -109,13 +109,9 @@ def _data(provenance: Mapping[str, object]) -> Iterator[str]:
         name = other.get("ranking") or other.get("method")
         yield f"That ranking is interleaved with a second one ({code(name)}), position by position."
     if isinstance(texts, Mapping) and texts:
-        rows = []
-        for domain, entries in list(texts.items())[:MAX_ROWS]:
-            valid = [e for e in entries if isinstance(e, Mapping)] if isinstance(entries, list) else []
-            tokens = [e["tokens"] for e in valid if isinstance(e.get("tokens"), int)]
-            names = ", ".join(code(e.get("name")) for e in valid[:3]) + (", ..." if len(valid) > 3 else "")
-            rows.append([code(domain), str(len(valid)), f"{sum(tokens):,}" if tokens else "", names])
-        yield ("Measured on these texts:\n\n" + table(["domain", "texts", "tokens", "names"], rows))
+        yield (
+            "Measured on these texts:\n\n" + table(["domain", "texts", "tokens", "names"], text_rows(texts))
+        )
     elif isinstance(provenance.get("domains"), list):
         shown = ", ".join(code(d) for d in provenance["domains"][:MAX_ROWS])  # type: ignore[index]
         yield f"Domains: {shown}."
@@ -129,6 +125,17 @@ def _data(provenance: Mapping[str, object]) -> Iterator[str]:
         and not _from_published(provenance)
     ):
         yield "The texts behind the choice are not recorded."
+
+
+def text_rows(texts: Mapping[str, object]) -> list[list[str]]:
+    """Domain, number of texts, tokens and names, for files recorded by domain."""
+    rows = []
+    for domain, entries in list(texts.items())[:MAX_ROWS]:
+        valid = [e for e in entries if isinstance(e, Mapping)] if isinstance(entries, list) else []
+        tokens = [e["tokens"] for e in valid if isinstance(e.get("tokens"), int)]
+        names = ", ".join(code(e.get("name")) for e in valid[:3]) + (", ..." if len(valid) > 3 else "")
+        rows.append([code(domain), str(len(valid)), f"{sum(tokens):,}" if tokens else "", names])
+    return rows
 
 
 def plan_section(plan: Plan) -> str:
@@ -155,7 +162,8 @@ def reproduce(facts: Facts) -> str:
         'python3 -c \'import json; print(json.dumps(json.load(open("surgery.json"))["plan"]))\' > plan.json',
         f"moe-surgery prune {source} OUT --plan plan.json{dtype}",
     ]
-    text = "With the plan in `surgery.json` the source gives the same tensors, byte for byte:\n\n" + fenced(
+    same = "the same tensors but for the repaired ones" if facts.repair else "the same tensors"
+    text = f"With the plan in `surgery.json` the source gives {same}, byte for byte:\n\n" + fenced(
         "\n".join(commands), "sh"
     )
     seed, kept = facts.plan.provenance.get("seed"), len(facts.plan.layers[0])

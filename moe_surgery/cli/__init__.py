@@ -25,6 +25,7 @@ COMMANDS = (
     "report",
     "trace",
     "prune",
+    "repair",
     "verify",
     "card",
     "export",

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 )
 @router_top_k
 @text_options
-@click.option("--answers-only", is_flag=True, help="Evaluate only the answers of conversations.")
+@click.option("--answers-only", is_flag=True, help="Count only the answers of conversations.")
 @batch_tokens_option
 @click.option("-o", "--output", type=OUTPUT, help="Write all figures here, for `report` and `card`.")
 @compute

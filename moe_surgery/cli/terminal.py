@@ -38,6 +38,8 @@ STAGES = {
     "evaluate": "evaluating",
     "generate": "generating",
     "trace": "tracing",
+    "targets": "running the full model",
+    "repair": "repairing",
 }
 Advance = Callable[[int], None]
 
@@ -52,6 +54,7 @@ class Terminal:
         self.after_interrupt = ""
         self.command: click.Command | None = None
         self._notes: set[str] = set()
+        self._standing = ""
 
     def say(self, text: str) -> None:
         """A line on stderr, unless -q."""
@@ -172,6 +175,7 @@ class Terminal:
                     title = STAGES[progress.stage]
                     advance = stack.enter_context(self.progress(title, progress.total, progress.unit))
                     last = None
+                self._standing = f", {progress.note}" if progress.note else ""
                 advance(progress.done - (last.done if last else 0))
                 last = progress
 
@@ -186,7 +190,7 @@ class Terminal:
         elif sys.stderr.isatty():
             yield from self._bar(title, total, unit)
         else:
-            yield _plain(title, total, unit, self.say)
+            yield _plain(title, total, unit, lambda text: self.say(text + self._standing))
 
     def _bar(self, title: str, total: int, unit: str) -> Iterator[Advance]:
         from rich.progress import (
@@ -204,10 +208,15 @@ class Terminal:
             if unit == "bytes"
             else (MofNCompleteColumn(), TextColumn(unit, markup=False))
         )
-        columns = (TextColumn(title, markup=False), BarColumn(), *amount, TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            *amount,
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=_console(sys.stderr), transient=True) as bar:
             task = bar.add_task(title, total=total)
-            yield lambda nbytes: bar.update(task, advance=nbytes)
+            yield lambda nbytes: bar.update(task, advance=nbytes, description=title + self._standing)
 
 
 def _safe(text: str) -> str:

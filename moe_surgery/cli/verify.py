@@ -14,7 +14,9 @@ from moe_surgery.errors import VerificationError
 @click.command("verify")
 @click.argument("ckpt")
 @click.option(
-    "--source", metavar="CKPT", help="Also compare every kept expert with this checkpoint, byte for byte."
+    "--source",
+    metavar="CKPT",
+    help="Checkpoint that this one was pruned from; every kept expert is compared with it, byte for byte.",
 )
 @click.option(
     "--structure-only", is_flag=True, help="Check headers, index, config and sizes only, no digests."

@@ -1,4 +1,4 @@
-"""Fills chunks: copies by positional reads, everything else by a converter."""
+"""Fills chunks: copies by positional reads, literal bytes, everything else by a converter."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Final, Protocol
 
 from moe_surgery.checkpoint.shard import Shard
 from moe_surgery.engine.chunks import Chunk, FileLayout, PartSlice, chunks_of
-from moe_surgery.engine.spans import Copy, Span
+from moe_surgery.engine.spans import Copy, Literal, Span
 from moe_surgery.engine.stream import Stage, stream
 from moe_surgery.formats.encode_report import EncodeReport
 
@@ -38,7 +38,7 @@ class Producer:
     def __init__(
         self, layout: FileLayout, sources: Mapping[str, Shard], converter: Converter | None = None
     ) -> None:
-        """`converter` None: every part is a `Copy`."""
+        """`converter` None: every part is a `Copy` or a `Literal`."""
         self._header = layout.header
         self._shards = sources
         self._converter = converter
@@ -72,6 +72,8 @@ class Producer:
                 wanted.setdefault(span.shard, []).append((span.offset, target))
             elif piece.part is None:
                 piece.of(buffer)[:] = self._header[piece.start : piece.start + piece.nbytes]
+            elif isinstance(piece.part, Literal):
+                piece.of(buffer)[:] = piece.part.content[piece.start : piece.start + piece.nbytes]
             elif self._converter is None:
                 raise TypeError(f"{type(piece.part).__name__} is not a copy, and there is no converter")
             else:

@@ -113,7 +113,7 @@ class ModelSpec:
             return self.family
         raise InvalidInputError(
             f"{self.family.title} ({self.model_type}) checkpoints can be inspected, planned for, pruned and verified; "
-            "profile, search, evaluate, generate, export and conversions support gpt-oss only"
+            "profile, search, evaluate, repair, generate, export and conversions support gpt-oss only"
         )
 
     def require_description(self) -> None:

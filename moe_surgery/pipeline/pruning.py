@@ -25,6 +25,7 @@ from moe_surgery.surgery.names import SOURCE_README_NAME
 from moe_surgery.surgery.preflight import check_output
 from moe_surgery.surgery.program import Program
 from moe_surgery.surgery.provenance import origin_of
+from moe_surgery.surgery.repaired import Repair, with_repair
 from moe_surgery.surgery.serving import serving_notes
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def prune(
     card: bool = True,
     base_model: str | None = None,
     mtp: str | None = None,
+    repair: Repair | None = None,
     families: tuple[AnyFamily, ...] = FAMILIES,
     progress: OnProgress | None = None,
     on_fetch: OnFetch | None = None,
@@ -79,7 +81,8 @@ def prune(
     rounded once to the nearest (see `moe_surgery.formats.convert`), and one too large for the format is
     refused. Other tensors keep their dtype. `max_shard_size` in bytes of tensors. `mtp`: "keep" (default) cuts
     layers for multi-token prediction to as many experts as the others, those with the largest router rows
-    where the plan lists none; "drop" leaves these layers out.
+    where the plan lists none; "drop" leaves these layers out. `repair` holds new values of small tensors, as
+    `moe_surgery.repair` finds them.
     `card` writes a model card as README.md (a README.md of the source always becomes
     README.source.md); `base_model` is the source's id on the hub, where its path and files do not name it.
     `dry_run` stops before anything is written. `progress` is called with each `Progress`, in bytes of
@@ -99,6 +102,8 @@ def prune(
         readme = read_readme(None if copied is None else opened.files.open(copied))
         origin = origin_of(opened, model, base_model=base_model, card_base_model=readme.base_model)
         program = replace(program, origin=origin)
+        if repair is not None:
+            program = with_repair(program, model, repair)
         if card:
             from moe_surgery.card.card import with_card
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from moe_surgery.checkpoint.files import printable_path, read_small_file
 from moe_surgery.checkpoint.resolve import resolve
@@ -15,7 +15,7 @@ from moe_surgery.runtime.view import view_layer
 from moe_surgery.surgery.manifest import is_ours, load_manifest
 from moe_surgery.surgery.names import MANIFEST_NAME, MAPPING_NAME
 
-__all__ = ["Candidate", "pruned_candidate"]
+__all__ = ["Candidate", "pruned_candidate", "source_experts"]
 
 MAX_MAPPING_BYTES = 100_000_000
 
@@ -57,7 +57,7 @@ def pruned_candidate(path: str, other: CausalLM, full: CausalLM) -> Candidate:
             f"{path}: has {a.num_hidden_layers} layers, hidden size {a.hidden_size}, vocabulary {a.vocab_size}; "
             f"the full model has {b.num_hidden_layers}, {b.hidden_size}, {b.vocab_size}"
         )
-    kept, provenance = _origin(resolve(path), a.num_hidden_layers, b.num_local_experts)
+    kept, provenance = source_experts(path, a.num_hidden_layers, b.num_local_experts)
     if kept is not None and any(len(row) != a.num_local_experts for row in kept):
         raise InvalidInputError(
             f"{path}: its manifest or {MAPPING_NAME} does not list its {a.num_local_experts} experts"
@@ -65,15 +65,18 @@ def pruned_candidate(path: str, other: CausalLM, full: CausalLM) -> Candidate:
     return Candidate(path, kept, model=other, provenance=provenance)
 
 
-def _origin(
-    path: Path, layers: int, experts: int
+def source_experts(
+    checkpoint: str | os.PathLike[str], layers: int, experts: int
 ) -> tuple[tuple[tuple[int, ...], ...] | None, dict[str, object]]:
-    """Source experts by layer and provenance, from our manifest or a published model's mapping."""
+    """Source experts by layer and provenance of a checkpoint pruned from a model of that size, from our manifest or a
+    published model's mapping; None for experts where there is neither, or it is of another model."""
+    path = resolve(checkpoint)
     folder = path if path.is_dir() else path.parent
     if is_ours(folder):
-        plan = load_manifest(folder / MANIFEST_NAME).plan
+        manifest = load_manifest(folder / MANIFEST_NAME)
+        plan = manifest.plan
         fits = (plan.num_layers, plan.num_source_experts) == (layers, experts)
-        return (plan.layers if fits else None), dict(plan.provenance)
+        return (plan.layers if fits else None), manifest.provenance
     mapping = folder / MAPPING_NAME
     if not mapping.is_file():
         return None, {}

@@ -13,7 +13,7 @@ from moe_surgery.quality.hidden_states import HiddenStates
 from moe_surgery.runtime.decoder_layer import Attend, attention_block, moe_block, route
 from moe_surgery.runtime.model import SCORE_BYTES, CausalLM
 
-__all__ = ["apply_attention", "apply_experts", "choose_experts", "embed", "logits_of"]
+__all__ = ["apply_attention", "apply_experts", "attend_within", "choose_experts", "embed", "logits_of"]
 
 
 @torch.inference_mode()
@@ -34,7 +34,7 @@ def apply_attention(model: CausalLM, number: int, layer: Layer, states: HiddenSt
         start, stop = states.starts[first], states.starts[last]
         lengths = states.lengths[first:last]
         positions = torch.cat([torch.arange(n, device=states.device) for n in lengths])
-        attend = _attend_within(backend, lengths, layer.sinks, window)
+        attend = attend_within(backend, lengths, layer.sinks, window)
         cos, sin = model.rope(positions, backend)
         states[start:stop] = attention_block(
             backend, model.config, layer, states[start:stop], cos, sin, attend
@@ -67,7 +67,7 @@ def logits_of(model: CausalLM, x: Tensor) -> Tensor:
     return model.lm_head(x)
 
 
-def _attend_within(backend: Backend, lengths: Sequence[int], sinks: Tensor, window: int | None) -> Attend:
+def attend_within(backend: Backend, lengths: Sequence[int], sinks: Tensor, window: int | None) -> Attend:
     """Attention of each passage to itself, for passages of `lengths` tokens one after another."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from moe_surgery.surgery.manifest import Manifest
 from moe_surgery.surgery.names import MANIFEST_NAME
 from moe_surgery.surgery.producer import producer_of
 from moe_surgery.surgery.program import OutputShard, OutputTensor
+from moe_surgery.surgery.repaired import REPAIRED_ROLES
 
 __all__ = ["compare_with_source"]
 
@@ -35,6 +36,7 @@ def compare_with_source(
 ) -> None:
     """Add to `findings` every tensor in `folder` that differs from the manifest's plan applied to `source`.
 
+    Those that the manifest lists as repaired may differ, where a repair may change them.
     Raises PlanMismatchError where `source` is a model of another shape, and any error of opening it.
     """
     with Checkpoint.open(source) as checkpoint:
@@ -43,11 +45,12 @@ def compare_with_source(
         _check_shards(checkpoint, manifest, findings)
         program = compile_program(checkpoint, model, manifest.plan, store=manifest.expert_format.name)
         tensors = {t.name: t for s in program.shards for t in s.tensors}
+        repaired = _repaired(folder, model, manifest, findings)
         with Checkpoint.open(folder) as output:
             for name, shard in output.shards.items():
                 header = read_header(shard.source)
                 findings.attempt(
-                    lambda n=name, h=header: _compare(folder / n, h, tensors, checkpoint, findings)  # type: ignore[misc]
+                    lambda n=name, h=header: _compare(folder / n, h, tensors, checkpoint, repaired, findings)  # type: ignore[misc]
                 )
         checkpoint.check_unchanged()
 
@@ -73,8 +76,33 @@ def _check_shards(checkpoint: Checkpoint, manifest: Manifest, findings: Findings
         )
 
 
+def _repaired(folder: Path, model: ModelSpec, manifest: Manifest, findings: Findings) -> frozenset[str]:
+    """The tensors that may differ from the source, and a note on them; a problem for one that no repair changes."""
+    names = manifest.repaired
+    if not names:
+        return frozenset()
+    roles = {tensor.name: tensor.role for tensor in model.tensors}
+    allowed = frozenset(n for n in names if roles.get(n) in REPAIRED_ROLES)
+    for name in names:
+        if name not in allowed:
+            findings.problems.append(
+                f"{printable_path(folder / MANIFEST_NAME)}: lists tensor '{printable(name)}' as repaired, which is no "
+                "router, bias of experts or norm"
+            )
+    findings.notes.append(
+        f"{printable_path(folder)}: {len(names)} repaired tensors (routers, biases of experts, norms) were compared "
+        "with the manifest only, all others with the source as well"
+    )
+    return allowed
+
+
 def _compare(
-    path: Path, header: Header, tensors: Mapping[str, OutputTensor], source: Checkpoint, findings: Findings
+    path: Path,
+    header: Header,
+    tensors: Mapping[str, OutputTensor],
+    source: Checkpoint,
+    repaired: frozenset[str],
+    findings: Findings,
 ) -> None:
     """Produce the shard again from the source and compare it with the bytes on disk."""
     for info in header.tensors.values():
@@ -99,7 +127,7 @@ def _compare(
 
     with LocalFile(path) as file:
         produce(expected, producer, consume)
-    for tensor in different:
+    for tensor in (name for name in different if name not in repaired):
         findings.problems.append(
             f"{printable_path(path)}: tensor '{printable(tensor)}': differs from the kept experts of "
             f"{printable_path(source.path)}"

@@ -31,6 +31,7 @@ __all__ = [
     "is_ours",
     "load_manifest",
     "manifest_bytes",
+    "provenance_of",
     "shard_record",
     "with_file",
 ]
@@ -65,7 +66,8 @@ class FileRecord:
 class Manifest:
     """The parsed manifest. `expert_format` is that of the output.
 
-    `origin` holds the unchecked entries on the source, apart from its files.
+    `origin` holds the unchecked entries on the source, apart from its files; `repair` those on repaired tensors,
+    None where there are none.
     """
 
     plan: Plan
@@ -74,6 +76,27 @@ class Manifest:
     files: Mapping[str, FileRecord]
     tool: str
     origin: Mapping[str, object] = field(default_factory=dict)
+    repair: Mapping[str, object] | None = None
+
+    @property
+    def repaired(self) -> tuple[str, ...]:
+        """The tensors that differ from the source."""
+        names = (self.repair or {}).get("tensors")
+        return tuple(n for n in names if isinstance(n, str)) if isinstance(names, list) else ()
+
+    @property
+    def provenance(self) -> dict[str, object]:
+        """See `provenance_of`."""
+        return provenance_of(self.plan, self.repair)
+
+
+def provenance_of(plan: Plan, repair: Mapping[str, object] | None) -> dict[str, object]:
+    """The plan's provenance, for a repaired checkpoint with a digest of its repair: models that differ in either are
+    different ones."""
+    if not repair:
+        return dict(plan.provenance)
+    content = json.dumps(repair, sort_keys=True).encode()
+    return {**plan.provenance, "repair": xxhash.xxh3_128_hexdigest(content)}
 
 
 def shard_record(shard: OutputShard, written: WrittenFile) -> FileRecord:
@@ -104,6 +127,7 @@ def manifest_bytes(
         "expert_storage": program.expert_format.name,
         "conversion": conversion,
         "plan": program.plan.as_dict(),
+        **({"repair": program.repair} if program.repair else {}),
         "files": dict(sorted(files.items())),
     }
     return _sealed(document)
@@ -205,6 +229,7 @@ def _parsed(root: Mapping[str, object], where: str) -> Manifest:
         files,
         f"{_get(tool, 'name', str)} {_get(tool, 'version', str)}",
         {key: value for key, value in origin.items() if key not in ("layout", "files")},
+        _get(root, "repair", dict) if "repair" in root else None,
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from moe_surgery.checkpoint.shard import Shard
 from moe_surgery.engine.producer import Producer
-from moe_surgery.engine.spans import Copy
+from moe_surgery.engine.spans import Copy, Literal
 from moe_surgery.surgery.program import OutputShard, Remap
 from moe_surgery.surgery.routing_table import RoutingTables
 
@@ -15,7 +15,7 @@ __all__ = ["producer_of"]
 
 def producer_of(shard: OutputShard, sources: Mapping[str, Shard]) -> Producer:
     """The producer of `shard`. Copies do not need numpy, which is a third of the memory of such a job."""
-    kinds = {type(part) for tensor in shard.tensors for part in tensor.parts}
+    kinds = {type(part) for tensor in shard.tensors for part in tensor.parts} - {Literal}
     if kinds <= {Copy}:
         return Producer(shard, sources)
     if kinds <= {Copy, Remap}:

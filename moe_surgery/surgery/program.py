@@ -1,8 +1,8 @@
 """A `Program`: everything that surgery writes, as pure data.
 
-An output shard is a header and a list of tensors, a tensor a list of parts, and a part either copies
-source bytes or converts one expert's weights. A program can be printed, compared, resumed by its
-digest, executed (`run`) and compared with its result (`verify`).
+An output shard is a header and a list of tensors, a tensor a list of parts, and a part copies source bytes,
+converts one expert's weights, or holds new bytes of a small tensor. A program can be printed, compared, resumed by
+its digest, executed (`run`) and compared with its result (`verify`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 
 import xxhash
 
-from moe_surgery.engine.spans import Copy, Span
+from moe_surgery.engine.spans import Copy, Literal, Span
 from moe_surgery.formats.expert_format import ExpertFormat
 from moe_surgery.selection.plan import Plan
 
@@ -114,7 +114,7 @@ class Remap:
         return (self.values,)
 
 
-Part = Copy | Decode | Cast | Encode | Remap
+Part = Copy | Decode | Cast | Encode | Remap | Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +163,7 @@ class Program:
 
     `texts` are small files with their content, `copies` maps output names of side files to names in the
     source's folder (`Folder.open`). `expert_format` is that of the output, `origin` the manifest's
-    entries on the source, apart from its files.
+    entries on the source, apart from its files, `repair` its entry on repaired tensors, if any.
     """
 
     plan: Plan
@@ -176,6 +176,7 @@ class Program:
     parameters: int
     top_k: int
     origin: Mapping[str, object] = field(default_factory=dict)
+    repair: Mapping[str, object] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -200,6 +201,8 @@ class Program:
             state.update(repr((name, content)).encode())
         state.update(repr(sorted(self.copies.items())).encode())
         state.update(json.dumps([self.plan.as_dict(), dict(self.origin)], sort_keys=True).encode())
+        if self.repair is not None:
+            state.update(json.dumps(self.repair, sort_keys=True).encode())
         return state.hexdigest()
 
     def as_dict(self) -> dict[str, object]:

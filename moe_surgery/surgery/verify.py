@@ -36,6 +36,7 @@ class Verification:
 
     `notes` are not problems, such as files that the manifest does not list. `side_files` are the files
     next to the shards that were edited, damaged or removed; `weights_ok` is True if nothing else is wrong.
+    `repaired` are the tensors that the manifest lists as repaired: unlike all others they differ from the source.
     """
 
     problems: tuple[str, ...]
@@ -45,6 +46,7 @@ class Verification:
     bytes_read: int
     side_files: tuple[str, ...] = ()
     weights_ok: bool = True
+    repaired: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -64,7 +66,7 @@ def verify_checkpoint(
 
     Always: headers, index, and config against tensor shapes. Unless `structure_only`: the digest of
     every file and tensor against the manifest. With `source`: every output byte against the manifest's plan
-    applied to the source. With `weights_only` an edited or missing file next to
+    applied to the source, apart from tensors that were repaired. With `weights_only` an edited or missing file next to
     the shards (README.md, config.json, tokenizer) is a note, not a problem; config and index must still
     agree with the shards. Damage that the source had before the surgery cannot be detected. `families` are the model
     families to recognise; `progress` is called with each `Progress`, in bytes.
@@ -122,6 +124,7 @@ class _Verifier:
             self._findings.bytes_read,
             tuple(self._side_file_problems),
             sound,
+            manifest.repaired if manifest else (),
         )
 
     def _manifest(self, *, needed: bool) -> Manifest | None:

@@ -63,9 +63,10 @@ def test_the_model_is_the_first_argument_of_every_command_that_reads_one() -> No
 
 
 def test_an_option_takes_a_checkpoint_only_beside_the_model() -> None:
-    """The source to compare with, and the draft."""
+    """The source, and the draft."""
     second = {(" ".join(p), n) for p in PATHS for n, o in options(p).items() if o.metavar == "CKPT"}
-    assert second == {("verify", "--source"), ("generate", "--draft"), ("bench speculate", "--draft")}
+    sources = {("verify", "--source"), ("repair", "--source")}
+    assert second == sources | {("generate", "--draft"), ("bench speculate", "--draft")}
 
 
 def meaning(help_text: str) -> str:
