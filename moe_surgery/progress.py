@@ -14,8 +14,8 @@ class Progress:
 
     Stages and their units: "prune", "export" and "verify" in bytes, "answer" in prompts, "profile" in
     "tokens x layers", "search" in layers, "evaluate", "generate" and "targets" in tokens, "trace" in
-    "tokens x layers", "repair" in steps. Work of an interrupted run that is resumed counts as done. `done` never
-    decreases within a stage. `note` says how the result stands.
+    "tokens x layers", "first step" in plans, "repair" in steps. Work of an interrupted run that is resumed counts as
+    done. `done` never decreases within a stage. `note` says how the result stands.
     """
 
     stage: str

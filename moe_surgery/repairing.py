@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,9 +45,10 @@ class RepairResult:
     """The new checkpoint. `tensors` were repaired: none where that did not help, and the checkpoint is the one that
     `prune` writes. `held_out` and `measured` are KL divergences by domain before and after (what was tried, where
     nothing was repaired); `kl` lists those on held-out texts before, after the first step, and during the second, of
-    which `steps` were done."""
+    which `steps` were done. `plan` is the one that was taken."""
 
     out: Path
+    plan: Plan
     tensors: tuple[str, ...]
     held_out: dict[str, Gain]
     measured: dict[str, Gain]
@@ -63,7 +66,7 @@ def repair(
     texts: Texts,
     output: PathLike,
     *,
-    plan: Plan | PathLike | None = None,
+    plan: Plan | PathLike | Sequence[Plan | PathLike] | None = None,
     source: PathLike | None = None,
     measure: Texts = (),
     norms: bool = False,
@@ -85,12 +88,13 @@ def repair(
 ) -> RepairResult:
     """Prune `checkpoint` by `plan` and train small tensors of the result to follow the full model on `texts`.
 
-    Or, with `source`: `checkpoint` is pruned from that one, and its plan and storage format are taken. Weights of
+    Of several plans that one is taken whose held-out divergence is least after the first step. Or, with `source`:
+    `checkpoint` is pruned from that one, and its plan and storage format are taken. Weights of
     experts and of attention stay byte for byte; routers, biases of the experts' down projections and, with `norms`,
     norm weights change. First each layer's error on the texts goes into the biases, then `steps` of Adam on batches of
     `batch_tokens` tokens lower the KL divergence from the full model's next-token distributions; `learning_rate` is
     relative to a tensor's values. A share `held_out` of each domain's texts is not trained on: it decides which state
-    is best, stops after `patience` of ten measurements without a better one, and whether the repair helps at all. If
+    is best, stops after `patience` of twenty measurements without a better one, and whether the repair helps at all. If
     not, the checkpoint is written as `prune` writes it, and a warning says so. `measure` are texts of other domains on
     which the divergence is measured before and after.
 
@@ -102,7 +106,8 @@ def repair(
     gives the same bytes as one that was not interrupted. Raises UsageError, InvalidInputError (a family that is not
     run, texts that cannot be read), PlanMismatchError, OutputError.
     """
-    if (plan is None) == (source is None):
+    plans = _listed(plan)
+    if (not plans) == (source is None):
         raise UsageError("what to keep: pass a `plan`, or the `source` that the checkpoint was pruned from")
     if not 0 < held_out < 1:
         raise UsageError(f"`held_out` {held_out}: must be above 0 and below 1")
@@ -112,15 +117,17 @@ def repair(
         spec = families.identify_model(opened)
         spec.require_description()
         source_identity = identity(opened, spec)
-    chosen, store = (as_plan(plan), "keep") if plan is not None else _plan_of(checkpoint, spec, full_path)
+    store = "keep"
+    if source is not None:
+        pruned_plan, store = _plan_of(checkpoint, spec, full_path)
+        plans = [pruned_plan]
     out = Path(output)
-    prune(
-        full_path, out, chosen, store=store, overwrite=overwrite, dry_run=True
-    )  # refuses what cannot be written
+    for each in plans:  # refuses what cannot be written
+        prune(full_path, out, each, store=store, overwrite=overwrite, dry_run=True)
     files = (out.with_name(f".{out.name}.targets"), out.with_name(f".{out.name}.repair"))
     check_writable(*files)
     full = load_model(full_path, device, dtype, backend=backend)
-    student = Student(full, chosen, spec.described.weights, norms=norms)
+    students = [Student(full, each, spec.described.weights, norms=norms) for each in plans]
     text = Text(full_path)
     context = default_context(full_path, context)
     corpus = open_corpus(as_text_files(texts, format), text, context=context, max_tokens=max_tokens)
@@ -144,15 +151,23 @@ def repair(
     read = [corpus.texts, others.texts if others else {}]
     formats = [f.format for c in (corpus, others) if c for f in c.files]
     job = job_digest(
-        [source_identity, chosen.as_dict(), read, formats, recorded, torch.get_num_threads(), __version__]
+        [
+            source_identity,
+            [each.as_dict() for each in plans],
+            read,
+            formats,
+            recorded,
+            torch.get_num_threads(),
+            __version__,
+        ]
     )
-    result = repair_tensors(full, student, train, held, measured, settings, files, job, progress)
-    del full, student
+    result = repair_tensors(full, students, train, held, measured, settings, files, job, progress)
+    del full, students
     record = {"texts": corpus.texts, **_figures(result), "settings": recorded}
     pruned = prune(
         full_path,
         out,
-        chosen,
+        plans[result.chosen],
         store=store,
         overwrite=overwrite,
         repair=Repair({n: _bytes(t) for n, t in result.tensors.items()}, record) if result.tensors else None,
@@ -169,6 +184,7 @@ def repair(
         )
     return RepairResult(
         pruned.out,
+        plans[result.chosen],
         tuple(result.tensors),
         dict(result.held_out),
         dict(result.measured),
@@ -176,6 +192,15 @@ def repair(
         tuple(result.kl),
         pruned,
     )
+
+
+def _listed(plan: Plan | PathLike | Sequence[Plan | PathLike] | None) -> list[Plan]:
+    """One plan, several, or none."""
+    if plan is None:
+        return []
+    if isinstance(plan, (Plan, str, os.PathLike)):
+        return [as_plan(plan)]
+    return [as_plan(each) for each in plan]
 
 
 def _plan_of(pruned: PathLike, full: ModelSpec, source: PathLike) -> tuple[Plan, str]:

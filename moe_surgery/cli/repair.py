@@ -24,7 +24,13 @@ if TYPE_CHECKING:
 
 @click.command("repair")
 @click.argument("ckpt")
-@click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Plan file; its experts are kept.")
+@click.option(
+    "--plan",
+    "plan_files",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Plan file; its experts are kept; repeat for more, of which the best after the first step is repaired.",
+)
 @click.option(
     "--source",
     metavar="CKPT",
@@ -40,7 +46,7 @@ if TYPE_CHECKING:
     help="Text file of another domain, to measure before and after; not trained on; repeat for more.",
 )
 @click.option("--norms", is_flag=True, help="Repair norm weights as well.")
-@click.option("--steps", type=int, help="Training steps; default: 200.")
+@click.option("--steps", type=int, help="Training steps; default: 100.")
 @click.option(
     "--learning-rate", type=float, help="Learning rate, relative to a tensor's values; default: 0.02."
 )
@@ -59,7 +65,7 @@ if TYPE_CHECKING:
 def command(
     context_: click.Context,
     ckpt: str,
-    plan_file: Path | None,
+    plan_files: tuple[Path, ...],
     source: str | None,
     texts: tuple[Path, ...],
     domains: tuple[str, ...],
@@ -115,7 +121,7 @@ def command(
             ckpt,
             text_files(texts, domains, format),
             output,
-            plan=plan_file,
+            plan=plan_files or None,
             source=source,
             measure=text_files(measure, format=format) if measure else (),
             norms=norms,

@@ -39,6 +39,7 @@ STAGES = {
     "generate": "generating",
     "trace": "tracing",
     "targets": "running the full model",
+    "first step": "comparing plans",
     "repair": "repairing",
 }
 Advance = Callable[[int], None]

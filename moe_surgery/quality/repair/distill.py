@@ -21,7 +21,7 @@ __all__ = ["ROUNDING", "Distillation", "distill", "helps", "mean_kl", "step_size
 
 BETAS, EPSILON = (0.9, 0.99), 1e-10
 WARM_UP = 5
-MEASUREMENTS = 10
+MEASUREMENTS = 20
 LEAST_GAIN = 0.01
 ROUNDING = 1e-6
 """Nats per token."""
@@ -34,10 +34,10 @@ class Distillation:
     better one. `seed` draws the order of the passages.
     """
 
-    steps: int = 200
+    steps: int = 100
     batch_tokens: int = 1024
     learning_rate: float = 0.02
-    patience: int = 4
+    patience: int = 6
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -41,18 +41,20 @@ class Gain:
 class RepairedTensors:
     """`tensors` in the checkpoint's dtypes, empty where the repair does not help. `held_out` and `measured` are the
     figures by domain, those of the tensors that were tried; `steps` of the second step were done, of which `kl` lists
-    the divergence on held-out texts: before the repair, after the first step, and from then on."""
+    the divergence on held-out texts: before the repair, after the first step, and from then on. `chosen` is the plan
+    that these figures are of."""
 
     tensors: Mapping[str, Tensor]
     held_out: Mapping[str, Gain]
     measured: Mapping[str, Gain]
     steps: int
     kl: Sequence[float]
+    chosen: int
 
 
 def repair_tensors(
     full: CausalLM,
-    student: Student,
+    students: Sequence[Student],
     train: Sequence[Sample],
     held: Sequence[Sample],
     measured: Sequence[Sample],
@@ -61,7 +63,8 @@ def repair_tensors(
     job: str,
     progress: OnProgress | None,
 ) -> RepairedTensors:
-    """Repair the student's tensors on `train`, choosing by `held`; `measured` is only measured.
+    """Repair a student's tensors on `train`, choosing by `held`; `measured` is only measured. Of several `students`
+    that one is repaired whose divergence on `held` is least after the first step.
 
     `files` keep the full model's distributions and the state; the same `job` resumes from them.
     """
@@ -81,13 +84,20 @@ def repair_tensors(
         tokens_done += tokens
         report(Progress("targets", tokens_done, total, "tokens"))
 
-    originals, sizes = student.tensors.clones(), step_sizes(student.tensors, settings.learning_rate)
     advance(0)
     targets = compute_targets(full, everything, targets_file, job, progress=advance)
     state = load_state(state_file, job)
+    fresh = [(s.tensors.clones(), step_sizes(s.tensors, settings.learning_rate)) for s in students]
     if state is None:
-        state = _first_step(full, student, train, held, targets, settings)
+        tried = []
+        for number, student in enumerate(students):
+            report(Progress("first step", number, len(students), "plans"))
+            tried.append(_first_step(full, student, train, held, targets, settings))
+        report(Progress("first step", len(students), len(students), "plans"))
+        chosen = min(range(len(tried)), key=lambda n: tried[n].best_kl)
+        state = replace(tried[chosen], chosen=chosen)
         save_state(state, state_file, job)
+    student, (originals, sizes) = students[state.chosen], fresh[state.chosen]
 
     def after_step(state: RepairState) -> None:
         report(Progress("repair", state.step, settings.steps, "steps", _note(state)))
@@ -109,6 +119,7 @@ def repair_tensors(
         _gains(measured, elsewhere, elsewhere_after),
         state.step,
         tuple(state.kl),
+        state.chosen,
     )
 
 

@@ -19,11 +19,12 @@ __all__ = ["RepairState", "load_state", "save_state"]
 class RepairState:
     """After `step` steps: values by group ("value", "mean", "square", "best") and tensor name.
 
-    `kl` is the divergence on held-out texts at each measurement, from that before the repair on, `best_kl` the least
-    of them, `waited` the measurements since. `done`: no step is left.
+    `chosen` is the plan that is repaired. `kl` is the divergence on held-out texts at each measurement, from that
+    before the repair on, `best_kl` the least of them, `waited` the measurements since. `done`: no step is left.
     """
 
     step: int = 0
+    chosen: int = 0
     kl: list[float] = field(default_factory=list)
     best_kl: float = float("inf")
     waited: int = 0
@@ -45,7 +46,7 @@ def save_state(state: RepairState, file: Path, job: str) -> None:
 
 
 def _fields(state: RepairState) -> Mapping[str, object]:
-    return {f: getattr(state, f) for f in ("step", "kl", "best_kl", "waited", "done")}
+    return {f: getattr(state, f) for f in ("step", "chosen", "kl", "best_kl", "waited", "done")}
 
 
 def load_state(file: Path, job: str) -> RepairState | None:

@@ -8,12 +8,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("tokenizers")
 
-from moe_surgery import Plan, evaluate, load_model, make_card, prune, repair, verify  # noqa: E402
+from moe_surgery import Plan, evaluate, export_gguf, load_model, make_card, prune, repair, verify  # noqa: E402
 from moe_surgery.checkpoint.checkpoint import Checkpoint  # noqa: E402
 from moe_surgery.checkpoint.resolve import resolve  # noqa: E402
 from moe_surgery.errors import InvalidInputError, PlanMismatchError, UsageError  # noqa: E402
@@ -200,6 +201,13 @@ def test_a_pruned_checkpoint_is_repaired_by_its_source(
         repair(TINY, files["facts"], tmp_path / "no", source=TINY)
 
 
+def test_of_several_plans_the_best_is_repaired(files: dict[str, Path], tmp_path: Path) -> None:
+    good = Plan("gpt_oss", 32, (tuple(range(31)),) * 4)
+    result = run(files, tmp_path / "out", plan=[PLAN, good], steps=0)
+    assert result.plan == good
+    assert json.loads((tmp_path / "out" / "surgery.json").read_text())["plan"] == good.as_dict()
+
+
 def test_the_runtime_computes_with_the_repaired_tensors(repaired: RepairResult) -> None:
     pytest.importorskip("transformers")
     from tests.support import oracle
@@ -210,6 +218,36 @@ def test_the_runtime_computes_with_the_repaired_tensors(repaired: RepairResult) 
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4 * float(theirs.abs().max()))
     unrepaired = load_model(TINY, dtype=torch.float32, plan=PLAN, backend="reference")(tokens)
     assert float((ours - unrepaired).abs().max()) > 0.01 * float(theirs.abs().max())
+
+
+def test_an_export_has_the_repaired_values(repaired: RepairResult, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    export_gguf(repaired.out, tmp_path / "model.gguf")
+    exported = {t.name: t.data for t in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    tensors = load_tensors(repaired.out)
+    for theirs, ours in (
+        ("ffn_gate_inp.weight", "mlp.router.weight"),
+        ("ffn_gate_inp.bias", "mlp.router.bias"),
+        ("ffn_down_exps.bias", "mlp.experts.down_proj_bias"),
+        ("attn_norm.weight", "input_layernorm.weight"),
+    ):
+        bits = tensors[f"model.layers.2.{ours}"].astype(np.uint32) << 16
+        assert (exported[f"blk.2.{theirs}"] == bits.view(np.float32)).all(), ours
+
+
+def test_llama_cpp_computes_with_the_repaired_tensors(repaired: RepairResult, tmp_path: Path) -> None:
+    """Within its rounding: activations to 8 bits in front of MXFP4 weights."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    export_gguf(repaired.out, tmp_path / "model.gguf")
+    tokens = Text(TINY).encode(documents("facts", 1, 9)[0])[:60]
+    llama = llama_cpp.Llama(
+        str(tmp_path / "model.gguf"), n_ctx=512, n_batch=512, n_threads=1, logits_all=True, verbose=False
+    )
+    llama.eval(tokens)
+    theirs = torch.from_numpy(llama.scores[: len(tokens)].copy())
+    ours = load_model(repaired.out, dtype=torch.float32)(torch.tensor([tokens]))[0]
+    errors = (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)
+    assert float(errors.median()) < 5e-2
 
 
 def test_what_cannot_be_repaired_is_refused(files: dict[str, Path], tmp_path: Path) -> None:
