@@ -30,9 +30,10 @@ from moe_surgery.selection.ranking import Ranking
 
 CHECKPOINT = "example:tiny"
 NAME = "repair"
-DOCUMENTS, OTHERS = 40, 4
+DOCUMENTS, OTHERS = 24, 2
 """Documents of a domain, and of each other domain to measure on."""
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 32, 20
+BATCH_TOKENS = 256
 
 Row = dict[str, Any]
 
@@ -162,13 +163,11 @@ def page(report: Mapping[str, Any]) -> list[str]:
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--kept", default="8,16,4,24", show_default=True)
 @click.option("--norms/--no-norms", default=True, show_default=True)
-@click.option("--steps", type=int)
+@click.option("--steps", default=40, show_default=True)
 @click.option("--resume", is_flag=True, help="Keep the results that are there, and measure what is missing.")
 @click.option("--redraw", is_flag=True, help="Write the page again from the results that are there.")
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS, show_default=True)
-def main(
-    seeds: int, kept: str, norms: bool, steps: int | None, resume: bool, redraw: bool, out: Path
-) -> None:
+def main(seeds: int, kept: str, norms: bool, steps: int, resume: bool, redraw: bool, out: Path) -> None:
     earlier = load(NAME, out) if resume or redraw else None
     if redraw:
         if earlier is None:
@@ -176,13 +175,13 @@ def main(
         publish(NAME, earlier, page(earlier), out)
         return
     torch.set_num_threads(1)  # more only slow down so small a model
-    options: dict[str, Any] = {"norms": norms, **({} if steps is None else {"steps": steps})}
-    flags = " ".join([*(["--norms"] if norms else []), *([] if steps is None else [f"--steps {steps}"])])
+    options: dict[str, Any] = {"norms": norms, "steps": steps, "batch_tokens": BATCH_TOKENS}
+    flags = " ".join([*(["--norms"] if norms else []), f"--steps {steps} --batch-tokens {BATCH_TOKENS}"])
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
         how = (
             f"python -m benchmarks.repair: {CHECKPOINT}, {DOCUMENTS // 2} generated documents of a domain to choose by "
-            f"`search` and to repair on{f' ({flags})' if flags else ''}, {DOCUMENTS // 2} others to measure on, and "
+            f"`search` and to repair on ({flags}), {DOCUMENTS // 2} others to measure on, and "
             f"{OTHERS} of each other domain."
         )
         rows: list[Row] = earlier["rows"] if earlier else []

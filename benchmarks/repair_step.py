@@ -147,7 +147,8 @@ def page(report: dict[str, Any]) -> list[str]:
         *table(["", "seconds", "memory"], rows),
         "",
         f"Projected for {TOKENS:,} tokens, a fifth of them held out: {hours(targets)} for the full model's "
-        f"distributions, {hours(training)} to train on all once, {hours(measuring)} for each measurement (up to twenty a run).",
+        f"distributions, {hours(training)} to train on all once, {hours(measuring)} for each measurement "
+        "(up to twenty a run).",
     ]
 
 
