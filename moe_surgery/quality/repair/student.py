@@ -18,7 +18,7 @@ from moe_surgery.kernels.differentiable import DifferentiableBackend
 from moe_surgery.quality.layerwise import attend_within
 from moe_surgery.quality.repair.parameters import SmallTensors
 from moe_surgery.quality.repair.samples import Sample, token_batches
-from moe_surgery.quality.repair.targets import LOGIT_BYTES, Targets, divergence, predicting_rows
+from moe_surgery.quality.repair.targets import Targets, divergence, predicting_rows
 from moe_surgery.runtime.decoder_layer import decoder_layer
 from moe_surgery.runtime.model import CausalLM
 from moe_surgery.runtime.view import view
@@ -26,6 +26,8 @@ from moe_surgery.selection.plan import Plan
 
 __all__ = ["Student"]
 
+LOGIT_BYTES = 256 << 20
+"""Logits of as many rows at a time: the vocabulary's table is cast to float32 twice for each."""
 KEPT_GRAPH_BYTES = 256 << 20
 """Graphs of all layers that are kept; where they are larger, a layer is computed again for its gradient."""
 
