@@ -176,7 +176,9 @@ def main(seeds: int, kept: str, norms: bool, steps: int, resume: bool, redraw: b
         return
     torch.set_num_threads(1)  # more only slow down so small a model
     options: dict[str, Any] = {"norms": norms, "steps": steps, "batch_tokens": BATCH_TOKENS}
-    flags = " ".join([*(["--norms"] if norms else []), f"--steps {steps} --batch-tokens {BATCH_TOKENS}"])
+    flags = " ".join(
+        [*(["--norms"] if norms else []), f"--train-steps {steps} --batch-tokens {BATCH_TOKENS}"]
+    )
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
         how = (

@@ -137,6 +137,8 @@ def repair(
             "the texts have no token to predict"
             + (" in an answer of a conversation (`answers_only`)" if answers_only else "; give longer ones")
         )
+    if corpus.split:
+        log.warning("%d texts are longer than %d tokens and were split", corpus.split, corpus.context)
     others = _measured(measure, format, text, context, max_tokens)
     measured = as_samples(others, answers_only) if others is not None else []
     recorded = {

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 @click.argument("ckpt")
 @click.option(
     "--plan",
-    "plan_files",
     type=click.Path(path_type=Path),
     multiple=True,
     help="Plan file; its experts are kept; repeat for more, of which the best after the first step is repaired.",
@@ -46,7 +45,7 @@ if TYPE_CHECKING:
     help="Text file of another domain, to measure before and after; not trained on; repeat for more.",
 )
 @click.option("--norms", is_flag=True, help="Repair norm weights as well.")
-@click.option("--steps", type=int, help="Training steps; default: 100.")
+@click.option("--train-steps", "steps", type=int, help="Training steps; default: 100.")
 @click.option(
     "--learning-rate", type=float, help="Learning rate, relative to a tensor's values; default: 0.02."
 )
@@ -63,9 +62,9 @@ if TYPE_CHECKING:
 @common
 @click.pass_context
 def command(
-    context_: click.Context,
+    click_context: click.Context,
     ckpt: str,
-    plan_files: tuple[Path, ...],
+    plan: tuple[Path, ...],
     source: str | None,
     texts: tuple[Path, ...],
     domains: tuple[str, ...],
@@ -96,7 +95,7 @@ def command(
     CKPT is the full checkpoint, with --plan, or one that is already pruned, with --source.
 
     \b
-    moe-surgery repair tiny-8 --source example:tiny --texts notes.txt --steps 10 -o tiny-8-repaired
+    moe-surgery repair tiny-8 --source example:tiny --texts notes.txt --train-steps 10 -o tiny-8-repaired
     moe-surgery repair openai/gpt-oss-20b --plan law-8.json --texts law.jsonl --max-tokens 50000 -o law-8
     moe-surgery repair law-8/ --source openai/gpt-oss-20b --texts law.jsonl --measure code.jsonl -o law-8-repaired
 
@@ -107,7 +106,7 @@ def command(
     from moe_surgery.quality.corpus import text_files
     from moe_surgery.repairing import repair
 
-    terminal = terminal_of(context_)
+    terminal = terminal_of(click_context)
     given = {
         "steps": steps,
         "learning_rate": learning_rate,
@@ -121,7 +120,7 @@ def command(
             ckpt,
             text_files(texts, domains, format),
             output,
-            plan=plan_files or None,
+            plan=plan or None,
             source=source,
             measure=text_files(measure, format=format) if measure else (),
             norms=norms,

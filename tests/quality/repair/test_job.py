@@ -276,7 +276,18 @@ def test_other_families_are_refused(files: dict[str, Path], tmp_path: Path) -> N
 def test_the_command_prints_figures_and_json(files: dict[str, Path], tmp_path: Path, capsys: Capture) -> None:
     plan = tmp_path / "plan.json"
     plan.write_text(PLAN.to_json())
-    arguments = ["repair", TINY, "--plan", plan, "--texts", files["facts"], "--steps", 2, "--max-tokens", 200]
+    arguments = [
+        "repair",
+        TINY,
+        "--plan",
+        plan,
+        "--texts",
+        files["facts"],
+        "--train-steps",
+        2,
+        "--max-tokens",
+        200,
+    ]
     ended = call(capsys, *arguments, "--measure", files["other"], "-o", tmp_path / "a")
     assert ended.code == 0, ended.err
     assert "held out" in ended.out
