@@ -67,15 +67,16 @@ class Texts:
 
 def measure(seed: int, kept: int, domain: str, texts: Texts, folder: Path, options: Mapping[str, Any]) -> Row:
     """KL divergences before and after: `own` on the second half of the domain, `others` the mean of the others."""
-    others = {name: [texts.few[name]] for name in DOMAINS if name != domain}
+    others: dict[str, list[Path]] = {name: [texts.few[name]] for name in DOMAINS if name != domain}
     plan = plan_from_ranking(texts.ranking(domain), kept)
+    measured: Any = {domain: [texts.second[domain]], **others}
     start = time.perf_counter()
     result = repair(
         CHECKPOINT,
         {domain: [texts.first[domain]]},
         folder / f"{domain}-{kept}-{seed}",
         plan=plan,
-        measure={domain: [texts.second[domain]], **others},
+        measure=measured,
         seed=seed,
         **options,
     )
