@@ -2,8 +2,8 @@
 
     python -m benchmarks.repair [--seeds 3] [--kept 4,8,16,24] [--resume]
 
-Each seed draws documents of every domain; experts are chosen by `search` and repaired on the first half of a domain's,
-and measured on the second half, of which neither saw anything, and on documents of the other domains. Results are
+Each seed draws documents of every domain; experts are chosen by `search` and repaired on the first ones of a domain,
+and measured on the last, of which neither saw anything, and on documents of the other domains. Results are
 published after each size of a seed; with --resume those that are there stay.
 """
 
@@ -30,10 +30,11 @@ from moe_surgery.selection.ranking import Ranking
 
 CHECKPOINT = "example:tiny"
 NAME = "repair"
-DOCUMENTS, OTHERS = 24, 2
-"""Documents of a domain, and of each other domain to measure on."""
+FIRST, SECOND, OTHERS = 30, 12, 2
+"""Documents of a domain to choose and repair on, to measure on, and of each other domain to measure on."""
+SEARCH_TOKENS = 2500
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 32, 20
-BATCH_TOKENS = 256
+BATCH_TOKENS = 512
 
 Row = dict[str, Any]
 
@@ -49,10 +50,12 @@ class Texts:
     def __init__(self, seed: int, folder: Path) -> None:
         self.first, self.second, self.few = {}, {}, {}
         for domain in DOMAINS:
-            drawn, half = documents(domain, DOCUMENTS, seed=200 + seed), DOCUMENTS // 2
-            self.first[domain] = write_jsonl(folder / f"{domain}-{seed}-first.jsonl", drawn[:half])
-            self.second[domain] = write_jsonl(folder / f"{domain}-{seed}-second.jsonl", drawn[half:])
-            self.few[domain] = write_jsonl(folder / f"{domain}-{seed}-few.jsonl", drawn[half : half + OTHERS])
+            drawn = documents(domain, FIRST + SECOND, seed=200 + seed)
+            self.first[domain] = write_jsonl(folder / f"{domain}-{seed}-first.jsonl", drawn[:FIRST])
+            self.second[domain] = write_jsonl(folder / f"{domain}-{seed}-second.jsonl", drawn[FIRST:])
+            self.few[domain] = write_jsonl(
+                folder / f"{domain}-{seed}-few.jsonl", drawn[FIRST : FIRST + OTHERS]
+            )
         self.full, self.text = load_model(CHECKPOINT), Text(CHECKPOINT)
         self._rankings: dict[str, Ranking] = {}
         self._folder = folder
@@ -60,7 +63,7 @@ class Texts:
     def ranking(self, domain: str) -> Ranking:
         if domain not in self._rankings:
             file = self._folder / f"{self.first[domain].stem}.ranking.json"
-            search(CHECKPOINT, self.first[domain], file)
+            search(CHECKPOINT, self.first[domain], file, max_tokens=SEARCH_TOKENS)
             self._rankings[domain] = load_ranking(file)
         return self._rankings[domain]
 
@@ -164,7 +167,7 @@ def page(report: Mapping[str, Any]) -> list[str]:
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--kept", default="8,16,4,24", show_default=True)
 @click.option("--norms/--no-norms", default=True, show_default=True)
-@click.option("--steps", default=40, show_default=True)
+@click.option("--steps", default=60, show_default=True)
 @click.option("--resume", is_flag=True, help="Keep the results that are there, and measure what is missing.")
 @click.option("--redraw", is_flag=True, help="Write the page again from the results that are there.")
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS, show_default=True)
@@ -183,9 +186,9 @@ def main(seeds: int, kept: str, norms: bool, steps: int, resume: bool, redraw: b
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
         how = (
-            f"python -m benchmarks.repair: {CHECKPOINT}, {DOCUMENTS // 2} generated documents of a domain to choose by "
-            f"`search` and to repair on ({flags}), {DOCUMENTS // 2} others to measure on, and "
-            f"{OTHERS} of each other domain."
+            f"python -m benchmarks.repair: {CHECKPOINT}, {FIRST} generated documents of a domain to choose by "
+            f"`search` (the first {SEARCH_TOKENS} tokens) and to repair on ({flags}), {SECOND} others to measure on, "
+            f"and {OTHERS} of each other domain."
         )
         rows: list[Row] = earlier["rows"] if earlier else []
         done = {(row["kept"], row["domain"], row["seed"]) for row in rows}

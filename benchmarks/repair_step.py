@@ -82,7 +82,7 @@ def measure(checkpoint: Path, kept: int, batch: int, context: int, steps: int, w
     targets_seconds, targets_bytes = timed(lambda: compute_targets(full, samples, file, "benchmark"))
     targets = compute_targets(full, samples, file, "benchmark")
     pruned = Student(full, plan, WEIGHTS, norms=True)
-    sizes = step_sizes(pruned.tensors, 0.02)
+    sizes = step_sizes(pruned.tensors, 0.01)
     pruned.tensors.require_grad()
     adam = torch.optim.Adam([{"params": [v], "lr": sizes[n]} for n, v in pruned.tensors.values.items()])
 

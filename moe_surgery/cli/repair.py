@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 @click.option("--norms", is_flag=True, help="Repair norm weights as well.")
 @click.option("--train-steps", "steps", type=int, help="Training steps; default: 100.")
 @click.option(
-    "--learning-rate", type=float, help="Learning rate, relative to a tensor's values; default: 0.02."
+    "--learning-rate", type=float, help="Learning rate, relative to a tensor's values; default: 0.01."
 )
 @click.option("--batch-tokens", type=int, help="Tokens per batch; default: 1024.")
 @click.option(

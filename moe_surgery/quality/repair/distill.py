@@ -36,7 +36,7 @@ class Distillation:
 
     steps: int = 100
     batch_tokens: int = 1024
-    learning_rate: float = 0.02
+    learning_rate: float = 0.01
     patience: int = 6
     seed: int = 0
 
