@@ -142,7 +142,7 @@ def page(report: dict[str, Any]) -> list[str]:
         *heading("A step of repair at full size", report),
         "",
         f"{r['kept']} of 32 experts, passages of {r['context']} tokens, {r['threads']} threads; "
-        f"{r['trained_bytes'] / 1e6:.1f} MB of small tensors in float32. Memory without mapped files.",
+        f"{r['trained_bytes'] / 1e6:.2f} MB of small tensors in float32. Memory without mapped files.",
         "",
         *table(["", "seconds", "memory"], rows),
         "",
