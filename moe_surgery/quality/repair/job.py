@@ -182,5 +182,6 @@ def _gains(samples: Sequence[Sample], before: Tensor | None, after: Tensor | Non
         assert after is not None
         mine = [i for i, s in enumerate(samples) if s.domain == domain]
         tokens = sum(samples[i].count for i in mine)
-        gains[domain] = Gain(tokens, float(before[mine].sum()) / tokens, float(after[mine].sum()) / tokens)
+        kl = [max(0.0, float(sums[mine].sum()) / tokens) for sums in (before, after)]  # float32 rounds
+        gains[domain] = Gain(tokens, *kl)
     return gains

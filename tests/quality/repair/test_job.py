@@ -175,12 +175,25 @@ def test_a_repair_that_does_not_help_leaves_what_prune_writes(
 ) -> None:
     whole = Plan("gpt_oss", 32, (tuple(range(32)),) * 4)
     with caplog.at_level(logging.WARNING, "moe_surgery"):
-        result = run(files, tmp_path / "tried", plan=whole, steps=1)
+        result = run(files, tmp_path / "tried", plan=whole, steps=1, dtype=torch.float32, backend="reference")
     assert not result.repaired
-    assert "does not lower the divergence on held-out texts" in caplog.text
+    assert "nothing to repair" in caplog.text
     prune(TINY, tmp_path / "pruned", whole)
     for file in (tmp_path / "pruned").iterdir():
         assert (tmp_path / "tried" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_a_repair_that_is_tried_in_vain_says_so(
+    files: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where texts are too few for the gain to show."""
+    monkeypatch.setattr("moe_surgery.quality.repair.distill.LEAST_GAIN", 1.0)
+    with caplog.at_level(logging.WARNING, "moe_surgery"):
+        result = run(files, tmp_path / "tried", steps=1)
+    assert not result.repaired
+    assert result.kl[-1] < result.kl[0]
+    assert "does not lower the divergence on held-out texts" in caplog.text
+    assert "repair" not in json.loads((tmp_path / "tried" / "surgery.json").read_text())
 
 
 def test_a_pruned_checkpoint_is_repaired_by_its_source(
