@@ -95,7 +95,6 @@ def measure(seed: int, kept: int, domain: str, texts: Texts, folder: Path, optio
         "own": pair(result.measured[domain], result.repaired),
         "acceptance": [acceptance(texts, draft, domain) for draft in drafts],
         "others": [mean(v) for v in zip(*(pair(g, result.repaired) for g in elsewhere), strict=True)],
-        "seconds": seconds,
     }
     click.echo(f"{kept} {domain} {seed}: own {row['own']}, others {row['others']}, {seconds:.0f} s", err=True)
     return row
@@ -112,6 +111,11 @@ def acceptance(texts: Texts, draft: CausalLM, domain: str) -> float:
 def pair(gain: Gain, repaired: bool) -> list[float]:
     """Before and after; what was tried and not kept changes nothing."""
     return [gain.before, gain.after if repaired else gain.before]
+
+
+def figure(kl: float) -> str:
+    """With three digits; what float32 rounds away as 0."""
+    return f"{kl:.3g}" if kl > 1e-6 else "0"
 
 
 def gain_of(rows: Sequence[Row], where: str = "own") -> str:
@@ -138,7 +142,7 @@ def page(report: Mapping[str, Any]) -> list[str]:
         there, then = (mean(row["others"][i] for row in mine) for i in (0, 1))
         worse = sum(row["own"][1] > row["own"][0] for row in mine)
         counts = f"{sum(row['repaired'] for row in mine)} of {len(mine)}"
-        shown = [f"{before:.4g}", f"{after:.4g}", gain_of(mine), counts, worse, f"{there:.3f}", f"{then:.3f}"]
+        shown = [figure(before), figure(after), gain_of(mine), counts, worse, f"{there:.3f}", f"{then:.3f}"]
         accepted = [f"{mean(row['acceptance'][i] for row in mine):.1%}" for i in (0, 1)]
         summary.append([kept, *shown, gain_of(mine, "others"), *accepted])
     columns = ["experts kept", "search", "repaired", "change", "repaired in", "worse in"]
@@ -152,15 +156,14 @@ def page(report: Mapping[str, Any]) -> list[str]:
             if not mine:
                 continue
             before, after = (mean(row["own"][i] for row in mine) for i in (0, 1))
-            each = ", ".join(f"{row['own'][0]:.3g} to {row['own'][1]:.3g}" for row in mine)
+            each = ", ".join(f"{figure(row['own'][0])} to {figure(row['own'][1])}" for row in mine)
             there, then = (mean(row["others"][i] for row in mine) for i in (0, 1))
-            cells.append([domain, f"{before:.4g}", f"{after:.4g}", gain_of(mine), each])
+            cells.append([domain, figure(before), figure(after), gain_of(mine), each])
             cells[-1] += [f"{there:.3f}", f"{then:.3f}"]
         lines += table(
             ["domain", "search", "repaired", "change", "each seed", "others before", "others after"], cells
         )
-    seconds = [row["seconds"] for row in rows]
-    return [*lines, "", f"A repair took {min(seconds):.0f} to {max(seconds):.0f} seconds on one thread."]
+    return lines
 
 
 @click.command(help=__doc__)
