@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Final, Protocol
 
-from moe_surgery.checkpoint.shard import Shard
+from moe_surgery.checkpoint.shard import OpenFile
 from moe_surgery.engine.chunks import Chunk, FileLayout, PartSlice, chunks_of
 from moe_surgery.engine.spans import Copy, Span
 from moe_surgery.engine.stream import Stage, stream
@@ -36,7 +36,7 @@ class Producer:
     """Fills the chunks of one output file from source shards. `fill` may run in several threads, in any order."""
 
     def __init__(
-        self, layout: FileLayout, sources: Mapping[str, Shard], converter: Converter | None = None
+        self, layout: FileLayout, sources: Mapping[str, OpenFile], converter: Converter | None = None
     ) -> None:
         """`converter` None: every part is a `Copy`."""
         self._header = layout.header

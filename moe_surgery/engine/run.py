@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 
 from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.checkpoint.local_file import LocalFile
-from moe_surgery.checkpoint.shard import Shard
+from moe_surgery.checkpoint.shard import OpenFile
 from moe_surgery.checkpoint.staging import Staging
 from moe_surgery.checkpoint.writer import OutputFile, remove_leftover
 from moe_surgery.engine.chunks import Chunk, FileLayout
@@ -45,7 +45,7 @@ class FolderRun:
     """Writes files to a `Staging` folder. `bytes_shared` counts reflinked bytes."""
 
     def __init__(
-        self, staging: Staging, sources: Mapping[str, Shard], ops: FileOps, progress: OnBytes
+        self, staging: Staging, sources: Mapping[str, OpenFile], ops: FileOps, progress: OnBytes
     ) -> None:
         self.bytes_shared = 0
         self._staging = staging
@@ -75,7 +75,7 @@ class FolderRun:
         return finished
 
     def write(
-        self, layouts: Iterable[Layout], producer_of: Callable[[Layout, Mapping[str, Shard]], Producer]
+        self, layouts: Iterable[Layout], producer_of: Callable[[Layout, Mapping[str, OpenFile]], Producer]
     ) -> dict[str, WrittenFile]:
         """Write the files in order; each is flushed and journalled while the next is written."""
         written: dict[str, WrittenFile] = {}

@@ -50,7 +50,14 @@ def make_plan(checkpoint: PathLike, choose: PlanMaker, *, families: tuple[AnyFam
     with Checkpoint.open(checkpoint) as opened:
         model = identify_model(opened, families)
     plan = choose(model)
-    plan.check_fits(model.model_type, model.experts, model.layers, str(checkpoint), model.layer_numbers)
+    plan.check_fits(
+        model.model_type,
+        model.experts,
+        model.layers,
+        str(checkpoint),
+        model.layer_numbers,
+        also=model.model_types,
+    )
     if plan.uniform_experts is not None:
         check_routing(model, plan, min(plan.top_k or model.top_k, plan.uniform_experts))
     return plan
