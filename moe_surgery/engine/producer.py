@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import dropwhile
 from typing import Final, Protocol
 
 from moe_surgery.checkpoint.shard import OpenFile
@@ -80,9 +81,18 @@ class Producer:
             self._shards[name].read_many(pieces)
 
 
-def produce(layout: FileLayout, producer: Producer, consume: Stage, write: Stage | None = None) -> None:
-    """Stream the bytes of `layout`, made by `producer`, through `consume` and `write`; see `stream`."""
-    chunks = chunks_of(layout) if producer.workers is None else _announced(chunks_of(layout), producer)
+def produce(
+    layout: FileLayout, producer: Producer, consume: Stage, write: Stage | None = None, *, start: int = 0
+) -> None:
+    """Stream the bytes of `layout`, made by `producer`, through `consume` and `write`; see `stream`.
+
+    Chunks before the file position `start` are left out.
+    """
+    chunks: Iterator[Chunk] = chunks_of(layout)
+    if start:
+        chunks = dropwhile(lambda chunk: chunk.offset < start, chunks)
+    if producer.workers is not None:
+        chunks = _announced(chunks, producer)
     stream(chunks, producer.fill, consume, write, workers=producer.workers, abort=producer.cancel)
 
 
