@@ -31,7 +31,13 @@ MAX_KEY_BYTES: Final = (1 << 16) - 1
 """By docs/gguf.md; llama.cpp does not check it."""
 MAX_ENTRIES, MAX_TENSORS = 1 << 16, 1 << 18
 """Ours: they bound the memory that a header takes."""
-_FIRST_WINDOW, _LARGEST_WINDOW = 256 << 10, 4 << 20
+_LOOKALIKES: Final = (
+    (b"version https://git-lfs", "a Git LFS pointer: fetch the file itself with `git lfs pull`"),
+    (b"<!doctype html", "an HTML page: the download failed or needs a login"),
+    (b"<html", "an HTML page: the download failed or needs a login"),
+    (b"tjgg", "a GGML file of 2023, which llama.cpp no longer reads: convert the model again"),
+)
+_FIRST_WINDOW, _LARGEST_WINDOW = 256 << 10, 2 << 20
 _LEAST_KEY_VALUE: Final = 8 + 1 + 4 + 1
 _LEAST_TENSOR: Final = 8 + 4 + 4 + 8
 
@@ -136,7 +142,7 @@ class _Reader:
         self._source = source
         self._window_bytes = _FIRST_WINDOW
         self._start = start  # of the window
-        self._window = b""
+        self._window = bytearray()
         self._position = start
         self._reading = reading  # what errors begin with
 
@@ -169,7 +175,9 @@ class _Reader:
     def _preamble(self) -> tuple[int, int, int]:
         magic = self.take(4)
         if magic != MAGIC:
-            raise self._error("does not begin with GGUF")
+            start = bytes(self._window[:32]).lower()
+            hint = next((f": this is {what}" for begin, what in _LOOKALIKES if start.startswith(begin)), "")
+            raise self._error(f"does not begin with GGUF{hint}")
         version = self._number("I")
         if version and version & 0xFFFF == 0:
             raise self._error(
@@ -332,7 +340,7 @@ class _Reader:
             self._fill(nbytes)
         at = self._position - self._start
         self._position += nbytes
-        return self._window[at : at + nbytes]
+        return bytes(self._window[at : at + nbytes])
 
     def _number(self, code: str) -> int:
         (value,) = struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}")))
@@ -347,9 +355,11 @@ class _Reader:
         """Move the window to the current position, with at least `nbytes` in it."""
         if self._position + nbytes > self._source.size:
             raise self._cut_off(nbytes)
+        self._window = bytearray()  # two would take twice the memory
         wanted = max(nbytes, self._window_bytes)
-        self._window = self._source.read(self._position, min(wanted, self._source.size - self._position))
-        self._start = self._position
+        window = bytearray(min(wanted, self._source.size - self._position))
+        self._source.read_into(self._position, memoryview(window), cache=True)
+        self._start, self._window = self._position, window
         self._window_bytes = min(2 * self._window_bytes, _LARGEST_WINDOW)  # fewer requests to the hub
 
     def _check_length(self, length: int, what: str, limit: int = MAX_ITEMS) -> None:
