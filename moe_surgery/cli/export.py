@@ -126,8 +126,8 @@ def _print(terminal: Terminal, result: ExportResult, seconds: float) -> None:
     terminal.result(
         f"{'would write ' if conversion is None else ''}{result.out}: {program.experts} experts, "
         f"top-{program.top_k}, {count(program.parameters)} parameters, {size(program.nbytes)} in "
-        f"{len(program.tensors)} tensors ({program.expert_format.label} experts, {program.dense_type} attention and embeddings)"
-        + (f", {seconds:.1f} s" if conversion is not None else "")
+        f"{len(program.tensors)} tensors ({program.expert_format.label} experts, {program.dense_type} attention and "
+        "embeddings)" + (f", {seconds:.1f} s" if conversion is not None else "")
     )
     if conversion is None:
         kinds = ", ".join(f"{kind} {size(nbytes)}" for kind, nbytes in program.bytes_by_type().items())
