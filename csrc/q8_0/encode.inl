@@ -35,9 +35,11 @@ inline std::uint16_t to_f16(std::uint32_t bits) {
 struct Bf16 {
     static constexpr std::ptrdiff_t kBytes = 2;
     static void load(const std::uint8_t* from, std::uint32_t* bits) {
-        std::uint16_t words[kBlockValues];
-        std::memcpy(words, from, sizeof words);
-        for (int i = 0; i < kBlockValues; ++i) bits[i] = static_cast<std::uint32_t>(words[i]) << 16;
+        for (int i = 0; i < kBlockValues; ++i) {
+            std::uint16_t word;
+            std::memcpy(&word, from + kBytes * i, sizeof word);
+            bits[i] = static_cast<std::uint32_t>(word) << 16;
+        }
     }
 };
 
