@@ -1,4 +1,4 @@
-"""Peak memory and time of pruning a GGUF file of 20 GB, beside `cp` of the same bytes.
+"""Peak memory and time of pruning a GGUF file of 20 GB, compared with `cp` of the same bytes.
 
     python -m benchmarks.gguf_budgets --work FOLDER [--rounds 3] [--layers 48]
 
