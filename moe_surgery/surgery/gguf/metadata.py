@@ -108,7 +108,7 @@ def structure_digest(shard: GgufShard) -> str:
 
 
 def source_digest(model: GgufModel, spec: ModelSpec) -> str:
-    """Identifies the files of `model`: xxh3_128 of their structure and of (up to 1 MiB of) the first router's weights."""
+    """Identifies the files of `model`: xxh3_128 of their structure and of the first MiB of a router's weights."""
     digest = xxhash.xxh3_128()
     for shard in model.shards.values():
         digest.update(structure_digest(shard).encode())
