@@ -242,8 +242,9 @@ def _collect(
 ) -> dict[str, TensorRef]:
     """All tensors by name; each must be in exactly one shard, the one that the index names."""
     tensors: dict[str, TensorRef] = {}
+    files = {name: printable_path(folder / name) for name in shards}
     for ref in _refs(shards):
-        file = printable_path(folder / ref.shard)
+        file = files[ref.shard]
         if index is not None and (listed := index.weight_map.get(ref.name)) != ref.shard:
             if listed is None and ignore_unlisted:
                 continue
