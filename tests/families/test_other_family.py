@@ -190,19 +190,22 @@ def test_it_is_evaluated_and_gets_a_card(with_text: tuple[Source, Source], texts
     for source in with_text:
         out = pruned(source)
         assert make_card(out.path, families=source.families) == (out.path / "README.md").read_text()
-        plan = make_plan(source.path, lambda m: plan_keeping(KEPT, m), families=source.families)
+        plans = [
+            ("cut", make_plan(source.path, lambda m: plan_keeping(KEPT, m), families=source.families)),
+            ("worse", make_plan(source.path, lambda m: plan_keeping([2], m), families=source.families)),
+        ]
         evaluation = evaluate(
-            source.path, texts, plans=[("cut", plan)], pruned=[out.path], families=source.families, **ON_CPU
+            source.path, texts, plans=plans, pruned=[out.path], families=source.families, **ON_CPU
         )
         results.append([(m.kind, m.experts, m.top_k, m.domains) for m in evaluation.models])
         card = make_card(out.path, evaluation=evaluation, families=source.families)
-        assert f"{evaluation.models[2].overall.kl:.4f}" in card
-        assert f"\n- {json.dumps(plan.model_type)}" in card or f"\n- {plan.model_type}" in card
+        assert f"{evaluation.models[3].overall.perplexity:,.2f}" in card
+        assert plans[0][1].model_type in card
     assert results[0] == results[1]
-    full, view, checkpoint = results[0]
+    full, view, worse, checkpoint = results[0]
     assert view[1:] == checkpoint[1:]
-    assert full[3]["sums"].kl == 0 < view[3]["sums"].kl
-    assert sum(view[3]["sums"].rerouted) > 0
+    assert full[3]["sums"].kl == 0 < worse[3]["sums"].kl
+    assert sum(worse[3]["sums"].rerouted) > 0
 
 
 def test_it_is_traced(with_text: tuple[Source, Source]) -> None:
