@@ -202,7 +202,7 @@ def ranked(command: Command) -> Command:
         click.option(
             "--protect-super-experts",
             is_flag=True,
-            help="Rank experts with outlier activations first, whatever their score (REAP's rule).",
+            help="Rank experts with outlier activations first, regardless of their score (REAP's rule).",
         ),
         click.option(
             "--domain",

@@ -53,7 +53,7 @@ def command(
     """Run texts through a model and record what each expert does.
 
     All tokens of a batch go through layer 0, then its weights are released and layer 1 is mapped: memory
-    holds one layer, whatever the model's size. The statistics (how often an expert is chosen, its
+    holds one layer, however large the model is. The statistics (how often an expert is chosen, its
     routing weights, the norms of its outputs) are kept per domain; any metric can rank them later
     without another run. Texts like those the model will serve, in its chat format, work best: pass
     conversations, or have it answer your prompts with --generate.

@@ -38,9 +38,9 @@ def command(
     Metrics score experts one by one. `search` looks for the n that together reproduce each
     layer's output best: it drops experts one at a time, always the one whose loss changes the layer's
     output least, and routes its tokens to those that remain. The ranking serves every size: `plan` keeps
-    its first N. At the same size it preserves more of the model than any metric (see
-    benchmarks/results/quality.md) but costs more: every token goes through every expert, 8 times the
-    expert work of `profile` for 32 experts with top-4.
+    its first N. Whether it preserves more than a metric depends on the model: compare plans of both with
+    `evaluate`. It costs more: every token goes through every expert, 8 times the expert work of `profile`
+    for 32 experts with top-4.
 
     \b
     moe-surgery search example:tiny --texts notes.txt --max-tokens 200 -o tiny-ranking.json
