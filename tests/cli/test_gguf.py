@@ -37,8 +37,8 @@ def test_inspect(source: Path, capsys: Capture) -> None:
         "experts     8 in each of 2 layers, top-2, from 1 of 2 groups, stored as Q8_0; 1 layer is dense; blk.3 for "
         "multi-token prediction besides" in lines
     )
-    assert "architecture deepseek2" in lines
-    assert "imatrix      file im.gguf" in lines
+    assert "llama.cpp   architecture deepseek2, routing by softmax" in lines
+    assert "imatrix     file im.gguf" in lines
     assert any(line.split()[:1] == ["5"] and line.endswith("not possible ") for line in lines)
     assert "not possible" not in next(line for line in lines if line.split()[:1] == ["4"])
 
