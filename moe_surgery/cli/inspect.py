@@ -89,7 +89,7 @@ def _gguf_summary(terminal: Terminal, inspection: GgufInspection) -> None:
         for part, by_type in inspection.types.items()
     )
     lines = {
-        "llama.cpp": f"architecture {inspection.architecture}, routing by {inspection.routing}",
+        "llama.cpp": f"architecture {inspection.architecture}, routing: {inspection.routing}",
         "types": types,
         "per expert": f"{size(inspection.bytes_per_expert)} over all layers",
     }
