@@ -118,6 +118,25 @@ def test_bf16_experts_give_what_mxfp4_ones_give(texts: dict[str, list[int]], tmp
         assert median <= MEDIAN_BOUND
 
 
+def test_q8_0_matrices_give_what_bf16_ones_give(texts: dict[str, list[int]], tmp_path: Path) -> None:
+    """Within llama.cpp's own error, which is that of the BF16 file."""
+    reference = oracle.load_model(resolve("example:tiny"))
+    files = {dense: tmp_path / f"{dense}.gguf" for dense in ("keep", "q8_0")}
+    for dense, path in files.items():
+        export_gguf("example:tiny", path, dense=dense)
+    for tokens in texts.values():
+        logits = {}
+        for dense, path in files.items():
+            llama = load(path, logits_all=True)
+            llama.eval(tokens)
+            logits[dense] = torch.from_numpy(np.array(llama.scores[: len(tokens)]))
+        expected = oracle.logits_of(reference, torch.tensor([tokens]))[0]
+        for got, wanted in ((logits["q8_0"], expected), (logits["q8_0"], logits["keep"])):
+            error, median = relative(got, wanted)
+            assert median <= MEDIAN_BOUND
+            assert error <= BOUND
+
+
 def test_a_file_without_tokenizer_runs_on_token_numbers(texts: dict[str, list[int]], tmp_path: Path) -> None:
     export_gguf("example:tiny", tmp_path / "with.gguf")
     export_gguf("example:tiny", tmp_path / "without.gguf", tokenizer=False)
