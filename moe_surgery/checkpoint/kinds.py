@@ -66,7 +66,9 @@ INDEX: Final = Kind("the shard index of a checkpoint", "pass its folder")
 ADAPTER: Final = Kind("the configuration of a PEFT adapter", "merge the adapter into its model first")
 CHECKPOINT: Final = Kind("a checkpoint folder", "pass it where help says CKPT")
 WEIGHTS: Final = Kind("a safetensors file of weights", "pass it where help says CKPT")
-GGUF: Final = Kind("a GGUF file", "llama.cpp runs it; pass the checkpoint it was made from")
+GGUF: Final = Kind(
+    "a GGUF file", "inspect, plan, prune and verify take it; elsewhere pass the checkpoint it was made from"
+)
 PAGE: Final = Kind("an HTML page", "open it in a browser")
 PICKLE: Final = Kind("a PyTorch file (pickle)", "convert the checkpoint to safetensors")
 
@@ -195,7 +197,7 @@ def _of_safetensors(fd: int, size: int, length: int) -> Kind | None:
 
 
 def _of_json(fd: int, size: int, head: bytes) -> Kind | None:
-    """A JSON object, or JSON lines, of which the first is looked at."""
+    """A JSON object, or JSON lines, of which the first is read."""
     line, newline, rest = head.partition(b"\n")
     if newline and rest.lstrip()[:1] == b"{":
         root = _object(line)
