@@ -7,6 +7,7 @@ activations to 8 bits.
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import json
 import random
@@ -29,6 +30,7 @@ from benchmarks.make_tokenizer import make_tokenizer  # noqa: E402
 from moe_surgery import export_gguf, load_model, plan_random, prune  # noqa: E402
 from moe_surgery.checkpoint.resolve import resolve  # noqa: E402
 from moe_surgery.runtime.text import Text  # noqa: E402
+from tests.export.reading import digest, read  # noqa: E402
 from tests.support import oracle  # noqa: E402
 from tests.support.checkpoints import Shape, write_checkpoint  # noqa: E402
 from tests.support.sums import arithmetic  # noqa: E402
@@ -149,6 +151,19 @@ def test_q8_0_matrices_give_what_bf16_ones_give(texts: dict[str, list[int]], tmp
         for changed, bound in zip(relative(logits["q8_0"], logits["keep"]), own, strict=True):
             assert 0 < changed <= 1.25 * bound
         assert relative(logits["q8_0"], oracle.logits_of(reference, ids)[0])[1] <= 2 * MEDIAN_BOUND
+
+
+def test_llama_quantize_writes_the_same_q8_0_file(tmp_path: Path) -> None:
+    """Tensors and metadata of its MXFP4_MOE, made from the export with BF16 matrices."""
+    export_gguf("example:tiny", tmp_path / "bf16.gguf", name="same")
+    export_gguf("example:tiny", tmp_path / "q8_0.gguf", name="same", dense="q8_0")
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype, options.nthread = llama_cpp.LLAMA_FTYPE_MOSTLY_MXFP4_MOE, 1
+    paths = [str(tmp_path / name).encode() for name in ("bf16.gguf", "theirs.gguf")]
+    assert llama_cpp.llama_model_quantize(*paths, ctypes.byref(options)) == 0
+    ours, theirs = read(tmp_path / "q8_0.gguf"), read(tmp_path / "theirs.gguf")
+    assert digest(ours) == digest(theirs)
+    assert ours.metadata == theirs.metadata
 
 
 def test_a_file_without_tokenizer_runs_on_token_numbers(texts: dict[str, list[int]], tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ VERSIONS: Final = (2, 3)
 DEFAULT_ALIGNMENT: Final = 32
 ALIGNMENT_KEY: Final = "general.alignment"
 LEAST_ALIGNMENT: Final = 16
-"""llama.cpp aborts on less, because it maps tensors where they lie in the file."""
+"""llama.cpp maps tensors where they lie, and aborts where the first is not at a multiple of 32 of the file."""
 MAX_NAME_BYTES: Final = 63
 MAX_DIMENSIONS: Final = 4
 MAX_ELEMENTS: Final = 1 << 62

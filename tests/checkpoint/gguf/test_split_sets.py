@@ -10,8 +10,10 @@ import pytest
 
 from moe_surgery.checkpoint.gguf.model_file import GgufModel
 from moe_surgery.checkpoint.local_file import LocalFolder
+from moe_surgery.checkpoint.source import Folder
 from moe_surgery.errors import InvalidInputError, MoeSurgeryError, OutputError
 from tests.support.gguf_bytes import STRING, U8, file, i32, kv, tensor, text, u16, u32
+from tests.support.sources import MemoryFolder
 
 ARCH = kv("general.architecture", STRING, text("gpt-oss"))
 NAMES = ("a", "b", "c", "d", "e")
@@ -70,12 +72,19 @@ def test_a_set_is_one_model(tmp_path: Path, split: tuple[int, ...], alignment: i
     for number, count in enumerate(split):
         parts.append(shard(rest[:count], number, len(split), alignment=alignment))
         rest = rest[count:]
-    with opened(tmp_path, write(tmp_path, parts)) as model:
+    name = write(tmp_path, parts)
+    for folder in (LocalFolder(tmp_path), MemoryFolder(tmp_path)):
+        assert_whole(folder, name, parts)
+
+
+def assert_whole(folder: Folder, name: str, parts: Sequence[bytes]) -> None:
+    split = len(parts)
+    with GgufModel.open(folder, name) as model:
         assert tuple(model.tensors) == NAMES
-        assert len(model.shards) == len(split)
+        assert len(model.shards) == split
         assert model.nbytes == sum(map(len, parts))
         assert model.value("general.architecture") == "gpt-oss"
-        assert model.value("split.count") == len(split)
+        assert model.value("split.count") == split
         assert model.value("no.such.key") is None
         for one in model.tensors.values():
             source = model.shards[one.shard].source
