@@ -7,13 +7,14 @@ from typing import Final
 
 from moe_surgery.checkpoint.files import printable_path
 from moe_surgery.checkpoint.gguf.model_file import SPLIT_NAME, GgufModel, GgufTensor
-from moe_surgery.checkpoint.gguf.writer import TensorEntry, padding, preamble, tensor_table
+from moe_surgery.checkpoint.gguf.writer import Metadata, TensorEntry, padding, preamble, tensor_table
 from moe_surgery.engine.spans import Span
 from moe_surgery.errors import PlanMismatchError, UsageError
 from moe_surgery.families.base import Role
 from moe_surgery.families.model_spec import ModelSpec, ModelTensor
 from moe_surgery.selection.plan import Plan
 from moe_surgery.surgery.gguf.metadata import (
+    OWN,
     alignment_key,
     bytes_of,
     edited_metadata,
@@ -37,6 +38,8 @@ from moe_surgery.surgery.routing import check_routing
 __all__ = ["SUFFIX", "compile_gguf_prune"]
 
 SUFFIX: Final = ".gguf"
+DATA_ALIGNMENT: Final = 32
+PADDING_KEY: Final = OWN + "padding"
 MOST_EXPERTS: Final = 1024
 """llama.cpp aborts on more."""
 MOST_FILES: Final = 99_999
@@ -174,11 +177,24 @@ def _file(
     name: str, keys: list[GgufPart], count: int, tensors: Sequence[GgufOutputTensor], alignment: int
 ) -> GgufOutputFile:
     table = tensor_table([TensorEntry(t.name, t.type, t.shape, t.nbytes) for t in tensors], alignment)
-    start = preamble(len(tensors), count)
-    used = len(start) + sum(part.nbytes for part in keys) + len(table)
+    used = len(preamble(0, 0)) + sum(part.nbytes for part in keys) + len(table)
+    if (filler := _filler(used, alignment)) is not None:
+        keys, count, used = [*keys, filler], count + 1, used + filler.nbytes
     gap = padding(used, alignment)
     head = (*keys, Literal(table), *((Pad(gap),) if gap else ()))
-    return GgufOutputFile(name, start, Head(head), tuple(tensors))
+    return GgufOutputFile(name, preamble(len(tensors), count), Head(head), tuple(tensors))
+
+
+def _filler(used: int, alignment: int) -> Literal | None:
+    """A key that moves the data of a file aligned to 16 to a multiple of 32, without which llama.cpp aborts."""
+    if (used + padding(used, alignment)) % DATA_ALIGNMENT == 0:
+        return None
+    empty = Metadata()
+    empty.text(PADDING_KEY, "")
+    length = padding(used + len(empty.packed), DATA_ALIGNMENT)
+    filled = Metadata()
+    filled.text(PADDING_KEY, "-" * length)
+    return Literal(bytes(filled.packed))
 
 
 def _origin(model: GgufModel, spec: ModelSpec, digest: str) -> dict[str, object]:

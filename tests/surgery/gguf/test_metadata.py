@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from moe_surgery import prune
+from moe_surgery.checkpoint.gguf.model_file import GgufModel
+from moe_surgery.checkpoint.local_file import LocalFolder
 from moe_surgery.errors import PlanMismatchError
 from moe_surgery.surgery.verify import verify_checkpoint
 from moe_surgery.version import __version__
@@ -173,3 +175,20 @@ def test_the_digest_of_the_source_depends_on_its_weights_and_structure(tmp_path:
         pruned(source, tmp_path / f"out{number}.gguf", HALF)
         digests.add(read(tmp_path / f"out{number}.gguf")[0]["moe_surgery.source.digest"].raw)
     assert len(digests) == 3
+
+
+def test_data_begin_where_llama_cpp_takes_them(tmp_path: Path) -> None:
+    """llama.cpp aborts where tensor data do not begin at a multiple of 32, whatever the alignment of the file."""
+    starts = set()
+    for extra in range(0, 33, 8):
+        model = TinyMoe(keys={"general.alignment": ("u32", 16), "general.name": ("str", "n" * extra)})
+        source = write(tmp_path / f"{extra}.gguf", model.entries(), model.tensors(), alignment=16)
+        out = tmp_path / f"out-{extra}.gguf"
+        pruned(source, out, HALF)
+        with GgufModel.open(LocalFolder(tmp_path), out.name) as opened:
+            start = next(iter(opened.shards.values())).header.data_start
+            assert opened.alignment == 16
+        assert start % 32 == 0
+        starts.add(start)
+        assert verify_checkpoint(out, source=source).ok
+    assert len(starts) > 1
