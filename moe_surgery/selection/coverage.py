@@ -22,10 +22,14 @@ def coverage(
     """Share of the routing weight (sum of g) of the first n experts: [layers, experts], n = column + 1.
 
     `orders` ranks each layer's experts; by default they are ordered by that weight. Raises
-    InvalidInputError where a layer has no routed tokens.
+    InvalidInputError where a layer has no routed tokens, or the routing weights are not known.
     """
     shares = []
     for number, layer in enumerate(layers):
+        if layer.gate is None:
+            raise InvalidInputError(
+                "these statistics have no routing weights, only counts; `profile` measures them"
+            )
         ranked = order(layer.gate) if orders is None else orders[number]
         carried = np.cumsum(layer.gate[list(ranked)])
         if not carried[-1] > 0:
