@@ -105,6 +105,8 @@ def write_tiny_gguf(
     row = ARCHITECTURES[architecture]
     if merged and not row.merges:
         raise ValueError(f"{architecture} has no merged gate and up")
+    if split > 1 and alignment:
+        raise ValueError("the gguf package states the alignment in the first file of a set only")
     kinds = [types] if isinstance(types, str) else list(types)
     hidden = hidden or max(64, *(BY_NAME[name].block_values for name in (*kinds, dense)))
     words = dimensions(hidden, experts)
