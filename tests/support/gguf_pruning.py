@@ -1,0 +1,56 @@
+"""What tests of pruned GGUF files share: which experts to keep, and how far two runs are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from moe_surgery import plan_keeping, prune
+from moe_surgery.selection.plan import HasExperts, Plan
+from tests.support.gguf_architectures import ARCHITECTURES, Architecture
+
+__all__ = ["Kept", "distance", "draw", "moe_blocks", "plan_of", "prune_to"]
+
+Kept = Mapping[int, Sequence[int]]
+"""Block -> experts, in the order of the output."""
+
+
+def moe_blocks(row: Architecture, mtp: int | None = None) -> tuple[list[int], list[int]]:
+    """Numbers of the blocks with experts in a tiny file: those of the trunk, and those after it."""
+    trunk = row.leading_dense + 2
+    return list(range(row.leading_dense, trunk)), list(
+        range(trunk, trunk + (row.mtp or 0 if mtp is None else mtp))
+    )
+
+
+def draw(architecture: str, count: int, seed: int, *, experts: int = 8, shuffle: bool = False) -> Kept:
+    """`count` experts for each block of the trunk, drawn anew, as many of every group; ascending by default."""
+    row = ARCHITECTURES[architecture]
+    groups = row.groups or 1
+    size = experts // groups
+    kept = {}
+    for block in moe_blocks(row)[0]:
+        generator = np.random.default_rng([seed, block])
+        rows = [group * size + generator.permutation(size)[: count // groups] for group in range(groups)]
+        kept[block] = [int(e) for part in rows for e in (part if shuffle else np.sort(part))]
+    return kept
+
+
+def plan_of(kept: Kept, model: HasExperts, mtp: Sequence[Sequence[int]] | None = None) -> Plan:
+    layers = tuple(tuple(kept[block]) for block in sorted(kept))
+    return replace(
+        plan_keeping(None, model), layers=layers, mtp_layers=None if mtp is None else tuple(map(tuple, mtp))
+    )
+
+
+def prune_to(source: Path, out: Path, kept: Kept, **options: object) -> Path:
+    prune(source, out, lambda model: plan_of(kept, model), **options)  # type: ignore[arg-type]
+    return out
+
+
+def distance(left: np.ndarray, right: np.ndarray) -> float:
+    """Root mean square of the difference, in float64."""
+    return float(np.sqrt(np.mean(np.square(left.astype(np.float64) - right.astype(np.float64)))))

@@ -1,0 +1,62 @@
+"""Cuts experts out of a GGUF file by brute force: numpy indexing, and the gguf package on both sides.
+
+The yardstick for `prune`. It knows nothing of our own reader, naming rules or type table: a tensor of a block
+has an expert axis where its name contains one of a few words, and then it is the first one of numpy.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from gguf import GGUFReader, GGUFWriter
+
+__all__ = ["brute_force_slices", "slice_gguf"]
+
+_EXPERTS = re.compile(r"blk\.(\d+)\.(ffn_\w*_exps\.\w+|ffn_gate_inp\.(weight|bias)|exp_probs_b(\.bias)?)")
+
+
+def brute_force_slices(source: Path, kept: Mapping[int, Sequence[int]]) -> dict[str, np.ndarray]:
+    """Every tensor as uint8 [rows, bytes of a row], of those in blocks of `kept` only these experts."""
+    result = {}
+    for tensor in GGUFReader(source).tensors:
+        data = np.ascontiguousarray(tensor.data)
+        match = _EXPERTS.fullmatch(tensor.name)
+        if match and int(match[1]) in kept:
+            data = data[list(kept[int(match[1])])]
+        result[tensor.name] = (
+            np.atleast_1d(data).view(np.uint8).reshape(-1, data[..., :].shape[-1] * data.itemsize)
+        )
+    return result
+
+
+def slice_gguf(source: Path, target: Path, kept: Mapping[int, Sequence[int]]) -> None:
+    """Write a file that llama.cpp loads: `brute_force_slices`, and the counts of the metadata."""
+    reader = GGUFReader(source)
+    architecture = str(reader.fields["general.architecture"].contents())
+    writer = GGUFWriter(target, architecture)
+    count = len(next(iter(kept.values())))
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture":
+            continue
+        value = field.contents()
+        if name == f"{architecture}.expert_count":
+            value = count
+        elif name == f"{architecture}.expert_used_count":
+            value = min(value, count)
+        writer.add_key_value(
+            name, value, field.types[0], sub_type=field.types[-1] if len(field.types) > 1 else None
+        )
+    slices = brute_force_slices(source, kept)
+    for tensor in reader.tensors:
+        shape = [int(n) for n in tensor.shape[::-1]]
+        data = slices[tensor.name]
+        if _EXPERTS.fullmatch(tensor.name) and int(tensor.name.split(".")[1]) in kept:
+            shape[0] = count
+        writer.add_tensor(tensor.name, data.view(np.int8), raw_shape=shape, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
