@@ -5,13 +5,14 @@ from __future__ import annotations
 import xxhash
 
 from moe_surgery.checkpoint.checkpoint import Checkpoint
+from moe_surgery.checkpoint.gguf.model_file import GgufModel
 from moe_surgery.families.base import Role
 from moe_surgery.families.model_spec import ModelSpec
 
 __all__ = ["identity"]
 
 
-def identity(checkpoint: Checkpoint, model: ModelSpec) -> str:
+def identity(checkpoint: Checkpoint | GgufModel, model: ModelSpec) -> str:
     """A digest (xxh3_128) over the names, dtypes and shapes of all tensors and the bytes of the routers.
 
     Routers are small and are what statistics and plans depend on: differently trained checkpoints

@@ -9,9 +9,18 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_surgery.errors import UsageError
-from moe_surgery.selection.statistics import ExpertStatistics
+from moe_surgery.selection.statistics import PROFILED, ExpertStatistics
 
-__all__ = ["METRICS", "NEEDS", "check_metric", "metrics_from", "order", "score", "super_experts"]
+__all__ = [
+    "METRICS",
+    "NEEDS",
+    "PROFILED_METRICS",
+    "check_metric",
+    "metrics_from",
+    "order",
+    "score",
+    "super_experts",
+]
 
 Floats = npt.NDArray[np.float64]
 
@@ -59,6 +68,10 @@ NEEDS: Mapping[str, str] = MappingProxyType(
 def metrics_from(known: Sequence[str]) -> tuple[str, ...]:
     """The metrics that the statistics `known` allow."""
     return tuple(metric for metric in METRICS if NEEDS[metric] in known)
+
+
+PROFILED_METRICS = metrics_from(PROFILED)
+"""Those that statistics of `profile` allow."""
 
 
 def check_metric(metric: str, known: Sequence[str]) -> None:

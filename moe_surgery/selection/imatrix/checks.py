@@ -96,8 +96,8 @@ def _check_counts(where: str, block: Block, first: Entry, weights: Weights, *, s
     if abs(total - expected) > allowed:
         raise PlanMismatchError(
             f"{where}: {total:,} tokens in all experts, but {weights.spec.top_k} experts for each of "
-            f"{int(dense.counts[0]):,} tokens make {expected:,}; the matrix is of a model with another number of experts "
-            "per token, or was made with some other number"
+            f"{int(dense.counts[0]):,} tokens make {expected:,}; the matrix is of a model with another number of "
+            "experts per token, or was made with another number"
         )
 
 
@@ -110,7 +110,7 @@ def _check_sums(where: str, block: Block, first: Entry, weights: Weights) -> Non
     off = _off(total, expected)
     if off > SUMS_TOLERANCE:
         raise PlanMismatchError(
-            f"{where}: the experts' inputs add up to something else than {weights.spec.top_k} times the router's (off by "
+            f"{where}: the experts' inputs do not add up to {weights.spec.top_k} times the router's (off by "
             f"{off:.2%}); the matrix is of another model"
         )
 
@@ -125,8 +125,8 @@ def _check_norm(where: str, block: Block, first: Entry, weights: Weights) -> Non
     expected = float(first.counts.sum()) * norm.size
     if abs(total / expected - 1) > NORM_TOLERANCE:
         raise PlanMismatchError(
-            f"{where}: inputs divided by the weight of the norm before them have a mean square of {total / expected:.4g}, "
-            f"not 1; the matrix is of another model than {weights.where}"
+            f"{where}: inputs divided by the weight of the norm before them have a mean square of "
+            f"{total / expected:.4g}, not 1; the matrix is of another model than {weights.where}"
         )
 
 

@@ -60,7 +60,9 @@ def solve_counts(matrix: Imatrix, model: Routed, chunk_size: int = DEFAULT_CHUNK
     for number, block in blocks.items():
         lacking = _lacking(block)
         if lacking:
-            notes.append(f"{matrix.where}: block {number} has no entry of {lacking}, so its counts cannot be solved for")
+            notes.append(
+                f"{matrix.where}: block {number} has no entry of {lacking}, so its counts cannot be solved for"
+            )
             continue
         solved, residual = _solve_block(matrix.where, block, model, chunk_size)
         residuals[number] = residual
@@ -109,9 +111,9 @@ def _solve_block(
     first = stored[next(name for name in EXPERT_INPUTS if name in stored)]
     if first.shape[1] != dense.sums.size:
         raise InvalidInputError(
-            f"{where}: the experts of block {block.number} have {first.shape[1]:,} inputs, the router {dense.sums.size:,}: "
-            "counts cannot be solved for where they read different tensors; make a matrix in the form of GGUF with "
-            "llama-imatrix, which stores counts"
+            f"{where}: the experts of block {block.number} have {first.shape[1]:,} inputs, the router "
+            f"{dense.sums.size:,}: counts cannot be solved for where they read different tensors; make a matrix in "
+            "the form of GGUF with llama-imatrix, which stores counts"
         )
     raw = first.sum(axis=0), dense.sums[0].astype(np.float64)
     if _proportional(*raw, model.top_k):
@@ -119,9 +121,7 @@ def _solve_block(
     means = {name: rows / block.entries[name].calls for name, rows in stored.items()}
     # Writers fill in exactly `calls` for an expert that no token chose.
     unused = np.logical_and.reduce([(rows == 1.0).all(axis=1) for rows in means.values()])
-    shares, residual = _shares(
-        means[next(iter(means))], dense.sums[0] / dense.calls, model.top_k, ~unused
-    )
+    shares, residual = _shares(means[next(iter(means))], dense.sums[0] / dense.calls, model.top_k, ~unused)
     if not residual <= MAX_RESIDUAL:
         raise InvalidInputError(
             f"{where}: block {block.number}: the experts' inputs do not add up to {model.top_k} times the router's "
@@ -136,9 +136,7 @@ def _solve_block(
     return solved, residual
 
 
-def _shares(
-    means: Floats, dense: Floats, top_k: int, used: npt.NDArray[np.bool_]
-) -> tuple[Floats, float]:
+def _shares(means: Floats, dense: Floats, top_k: int, used: npt.NDArray[np.bool_]) -> tuple[Floats, float]:
     """The share of tokens that chose each expert, float64 [E], and the residual: means [E, inputs], dense [inputs]."""
     seen = dense > 0
     equations = (means[used][:, seen] / dense[seen]).T

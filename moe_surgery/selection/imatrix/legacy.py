@@ -72,7 +72,7 @@ class _Reader:
         length = self.integer(f"the name of {what}")
         if not 0 <= length <= limit:
             raise InvalidInputError(
-                f"{self._where}: {what} has a name of {length:,} bytes: the file is not an importance matrix, or damaged"
+                f"{self._where}: {what} has a name of {length:,} bytes: it is no importance matrix, or damaged"
             )
         raw = self.take(length, f"the name of {what}").tobytes()
         try:
@@ -105,5 +105,7 @@ class _Reader:
         chunks = self.integer("the number of chunks")
         dataset = self.text(MAX_DATASET_BYTES, "the texts") if self.left else ""
         if self.left:
-            raise InvalidInputError(f"{self._where}: has {self.left:,} bytes after its last entry; it is damaged")
+            raise InvalidInputError(
+                f"{self._where}: has {self.left:,} bytes after its last entry; it is damaged"
+            )
         return max(chunks, 0), printable(dataset)

@@ -116,9 +116,7 @@ def add(matrices: Sequence[Imatrix]) -> Imatrix:
             if lacking := sorted(most - part.keys()):
                 notes.append(f"{matrix.where}: {block} lacks {lacking[0]}, so this block is not added")
         for name in most:
-            having = [
-                (m, p[name]) for m, p in zip(matrices, parts, strict=True) if p.keys() >= most
-            ]
+            having = [(m, p[name]) for m, p in zip(matrices, parts, strict=True) if p.keys() >= most]
             entries[name] = _sum(name, having)
     return replace(
         first,
@@ -127,9 +125,7 @@ def add(matrices: Sequence[Imatrix]) -> Imatrix:
         datasets=tuple(dict.fromkeys(d for matrix in matrices for d in matrix.datasets)),
         chunks=sum(matrix.chunks for matrix in matrices),
         digest="+".join(sorted(matrix.digest for matrix in matrices)),
-        residuals={
-            n: max(m.residuals.get(n, 0.0) for m in matrices) for m in matrices for n in m.residuals
-        },
+        residuals={n: max(m.residuals.get(n, 0.0) for m in matrices) for m in matrices for n in m.residuals},
         notes=tuple(notes),
     )
 

@@ -77,9 +77,7 @@ def _of_gguf(model: GgufModel, where: str, digest: str) -> Imatrix:
     )
 
 
-def _entry(
-    model: GgufModel, name: str, data: Mapping[str, npt.NDArray[np.uint8]], where: str
-) -> Entry:
+def _entry(model: GgufModel, name: str, data: Mapping[str, npt.NDArray[np.uint8]], where: str) -> Entry:
     def values(suffix: str) -> tuple[GgufTensor, npt.NDArray[np.float32]]:
         tensor = model.tensors.get(name + suffix)
         if tensor is None:
@@ -132,7 +130,9 @@ def _digest(source: ByteSource) -> str:
 
 
 def _texts(value: object) -> tuple[str, ...]:
-    return tuple(printable(text) for text in value if isinstance(text, str)) if isinstance(value, list) else ()
+    return (
+        tuple(printable(text) for text in value if isinstance(text, str)) if isinstance(value, list) else ()
+    )
 
 
 def _number(value: object) -> int:

@@ -70,7 +70,9 @@ def statistics_from_imatrix(
             else f"{matrix.where}: has no experts; it is of a dense model, or was made with an old llama.cpp"
         )
     if missing:
-        log.warning("no data for layer %s: the first experts of these layers are kept", ", ".join(map(str, missing)))
+        log.warning(
+            "no data for layer %s: the first experts of these layers are kept", ", ".join(map(str, missing))
+        )
     for note in matrix.notes:
         log.warning("%s", note)
     any_block = next(iter(blocks.values()))
@@ -207,8 +209,8 @@ def _top_k(matrix: Imatrix, blocks: dict[int, Block]) -> int:
         total, tokens = int(entry.counts.sum()), int(dense.counts[0])
         if not tokens or total % tokens:
             raise InvalidInputError(
-                f"{matrix.where}: block {block.number}: {total:,} tokens in all experts are no multiple of the router's "
-                f"{tokens:,}; the matrix is damaged"
+                f"{matrix.where}: block {block.number}: {total:,} tokens in all experts are no multiple of the "
+                f"router's {tokens:,}; the matrix is damaged"
             )
         return total // tokens
     raise UsageError(f"{matrix.where}: does not say how many experts a token chooses; pass `model`")

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from moe_surgery.checkpoint.gguf.block_types import BlockType
 from moe_surgery.checkpoint.gguf.model_file import GgufModel, GgufTensor
 from moe_surgery.families.base import Family
+from moe_surgery.families.gguf import architecture_of
 from moe_surgery.families.model_spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -29,16 +30,6 @@ Floats = npt.NDArray[np.float64]
 _PLAIN: Final = {"F32": np.float32, "F16": np.float16, "F64": np.float64}
 STRIP_VALUES: Final = 1 << 20
 """Values of a GGUF weight that are dequantised at a time."""
-# The norm before the router, by architecture; ffn_norm for all others that are listed nowhere.
-_NORMS: Final = {
-    "gpt-oss": "post_attention_norm.weight",
-    "glm4moe": "post_attention_norm.weight",
-    "qwen3next": "post_attention_norm.weight",
-    "qwen35moe": "post_attention_norm.weight",
-    "dbrx": "attn_output_norm.weight",
-    "arctic": "ffn_norm_exps.weight",
-    "cohere2moe": "attn_norm.weight",
-}
 # Their routers do not read what the norm gives, or experts read something else than the router.
 ROUTER_READS_OTHERS: Final = frozenset({"llama4", "smallthinker", "kimi-k3", "nemotron_h_moe", "gemma4"})
 
@@ -93,7 +84,7 @@ class GgufWeights(Weights):
     def norm(self, layer: int) -> Floats | None:
         if not self.same_inputs:
             return None
-        name = _NORMS.get(self._architecture, "ffn_norm.weight")
+        name = architecture_of(self._architecture).norm
         tensor = self._model.tensors.get(f"blk.{layer}.{name}")
         if tensor is None or tensor.type.name not in _PLAIN or len(tensor.shape) != 1:
             return None
@@ -234,5 +225,7 @@ class CheckpointWeights(Weights):
 
 
 def _dense(raw: npt.NDArray[np.uint8], dtype: str) -> Floats:
-    values: Any = _bf16(raw.view(np.uint16)) if dtype == "BF16" else raw.view(_PLAIN[dtype]).astype(np.float64)
+    values: Any = (
+        _bf16(raw.view(np.uint16)) if dtype == "BF16" else raw.view(_PLAIN[dtype]).astype(np.float64)
+    )
     return np.asarray(values)

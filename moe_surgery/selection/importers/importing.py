@@ -21,12 +21,13 @@ from moe_surgery.selection.imatrix.models import open_weights
 from moe_surgery.selection.imatrix.statistics import statistics_from_imatrix
 from moe_surgery.selection.imatrix.weights import Weights
 from moe_surgery.selection.importers.arrays import counts_from_npy
+from moe_surgery.selection.importers.formats import FORMATS
 from moe_surgery.selection.importers.sglang import counts_from_sglang
 from moe_surgery.selection.importers.table import CountTable, for_layers
 from moe_surgery.selection.importers.text import counts_from_csv, counts_from_json, counts_from_jsonl
 from moe_surgery.selection.statistics import ExpertStatistics, Statistics
 
-__all__ = ["FORMATS", "import_statistics"]
+__all__ = ["import_statistics"]
 
 log = logging.getLogger("moe_surgery")
 MAX_BYTES = 4 << 30
@@ -41,7 +42,6 @@ _COUNTS: Mapping[str, Read] = MappingProxyType(
         "sglang": counts_from_sglang,
     }
 )
-FORMATS = ("imatrix", *_COUNTS)
 _SUFFIXES = {
     ".json": "json",
     ".jsonl": "jsonl",
@@ -172,10 +172,12 @@ def _from_counts(
     if len(missing) == len(numbers) or (missing and not allow_missing):
         raise InvalidInputError(
             f"{tables[0].where}: has no tokens in layer {', '.join(map(str, missing[:6]))}"
-            f"{', ...' if len(missing) > 6 else ''}; pass `allow_missing=True` to keep experts of these layers by number"
+            f"{', ...' if len(missing) > 6 else ''}; pass `allow_missing=True` to keep the first experts there"
         )
     if missing:
-        log.warning("no data for layer %s: the first experts of these layers are kept", ", ".join(map(str, missing)))
+        log.warning(
+            "no data for layer %s: the first experts of these layers are kept", ", ".join(map(str, missing))
+        )
     name = domain or os.path.basename(os.fspath(paths[0])).partition(".")[0] or "counts"
     return Statistics(
         None if weights is None else weights.spec.model_type,

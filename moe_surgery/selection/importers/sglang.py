@@ -28,7 +28,9 @@ def counts_from_sglang(raw: bytes, where: str) -> CountTable:
         content: Any = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
         reason = str(error).partition("\n")[0]
-        raise InvalidInputError(f"{where}: not a .pt file that torch reads without running code: {reason}") from None
+        raise InvalidInputError(
+            f"{where}: not a .pt file that torch reads without running code: {reason}"
+        ) from None
     if not isinstance(content, dict):
         raise InvalidInputError(f"{where}: is no recording of SGLang's expert distribution recorder")
     if "records" in content:

@@ -38,7 +38,9 @@ def counts_from_json(raw: bytes, where: str) -> CountTable:
     if isinstance(root, list):
         return _matrix(root, where)
     if not isinstance(root, dict) or not root:
-        raise InvalidInputError(f"{where}: expected counts by layer and expert, or a list with a list a layer")
+        raise InvalidInputError(
+            f"{where}: expected counts by layer and expert, or a list with a list a layer"
+        )
     return _checked(_by_layer(root, where), where)
 
 
@@ -75,7 +77,9 @@ def counts_from_csv(raw: bytes, where: str) -> CountTable:
     except UnicodeDecodeError as error:
         raise InvalidInputError(f"{where}: not UTF-8 at byte {error.start}") from None
     try:
-        delimiter = ";" if ";" in text.partition("\n")[0] else "\t" if "\t" in text.partition("\n")[0] else ","
+        delimiter = (
+            ";" if ";" in text.partition("\n")[0] else "\t" if "\t" in text.partition("\n")[0] else ","
+        )
         lines = [
             (n, [cell.strip() for cell in line])
             for n, line in enumerate(csv.reader(io.StringIO(text), delimiter=delimiter), 1)
