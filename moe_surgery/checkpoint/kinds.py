@@ -19,6 +19,7 @@ __all__ = [
     "EVALUATION",
     "IMATRIX",
     "MANIFEST",
+    "MAPPING",
     "NOT_TEXTS",
     "PLAN",
     "PUBLISHED_STATISTICS",

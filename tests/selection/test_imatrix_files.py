@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf import GGUFWriter
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_surgery.checkpoint.gguf.model_file import GgufModel
@@ -84,6 +84,7 @@ def test_the_legacy_form_is_solved(tail: bool, tmp_path: Path) -> None:
 
 
 @given(st.integers(0, 10_000), st.integers(3, 20), st.integers(1, 3))
+@settings(max_examples=40)
 def test_counts_are_solved_whatever_the_routes(seed: int, experts: int, top_k: int) -> None:
     norm = {0: np.exp(np.random.default_rng(seed).normal(size=64))}
     matrix = simulate(norm, 8, experts=experts, top_k=top_k, tokens=TOKENS, seed=seed)
@@ -100,23 +101,42 @@ def test_counts_are_solved_whatever_the_routes(seed: int, experts: int, top_k: i
     assert np.abs(counts - matrix[f"blk.0.{GATE}"].counts).max() <= 1
 
 
+def test_experts_that_saw_the_same_token_only_share_it_evenly(tmp_path: Path) -> None:
+    """As those that llama-imatrix sends the token at the start of every chunk to."""
+    matrix = simulate({0: np.ones(HIDDEN)}, FF, experts=6, top_k=2, tokens=TOKENS, unused=2)
+    first = np.random.default_rng(1).normal(size=HIDDEN)
+    first /= np.sqrt((first**2).mean())
+    for name in (GATE, "ffn_up_exps.weight", DOWN):
+        sums = matrix[f"blk.0.{name}"]
+        sums.squares[4:] = 8 * (first**2 if name != DOWN else np.arange(FF) + 1.0)
+        sums.counts[4:] = 8
+    router = matrix[f"blk.0.{ROUTER}"]
+    router.squares += 8 * first**2
+    router.counts += 8
+    path = write_legacy_imatrix(tmp_path / "m.dat", matrix, chunk_size=TOKENS + 8)
+    solved = solve_counts(load_imatrix(path), Routed(6, 2, lambda _: None), TOKENS + 8)
+    np.testing.assert_array_equal(solved.entries[f"blk.0.{GATE}"].counts, matrix[f"blk.0.{GATE}"].counts)
+
+
 def test_every_prefix_of_either_form_is_refused(tmp_path: Path) -> None:
     matrix = made(experts=3)
     for write in (write_gguf_imatrix, write_legacy_imatrix):
         whole = write(tmp_path / "whole", matrix).read_bytes()
         file = tmp_path / "cut"
-        ends = {
-            len(whole) - 4 - 4 - 22,
-            len(whole) - 4 - 22,
-        }  # legacy files without, or with half of, what follows
-        for end in [*range(0, 600), *range(600, len(whole), 97), len(whole) - 1]:
-            if write is write_legacy_imatrix and end in ends:
-                continue
+        # Readable: legacy files without what follows the entries, GGUF without the padding of the last tensor.
+        legacy = write is write_legacy_imatrix
+        readable = (
+            [len(whole) - 8 - 22, len(whole) - 4 - 22] if legacy else range(len(whole) - 28, len(whole))
+        )
+        for end in {*range(0, 600, 3), *range(600, len(whole), 97), len(whole) - 29, len(whole) - 1} - {
+            *readable
+        }:
             file.write_bytes(whole[:end])
             refusal(file)
 
 
 @given(st.data())
+@settings(max_examples=50)
 def test_damage_never_gives_anything_but_an_error_or_numbers(data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
         write = data.draw(st.sampled_from([write_gguf_imatrix, write_legacy_imatrix]))

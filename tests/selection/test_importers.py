@@ -161,7 +161,11 @@ BAD: list[tuple[str, str, str]] = [
     ("c.json", '{"0": [31, 1.5]}', "layer 0: expert 1 is 1.5, not a number of tokens"),
     ("c.json", '{"0": [-1, 2]}', "layer 0: expert 0 is -1, not a number of tokens"),
     ("c.json", '{"0": {"1": true}}', "layer 0: expert 1 is true, not a number"),
-    ("c.json", '{"0": [2, 0, 1], "1": [0, 1, 2]}', "is a ranking, not counts of routed tokens"),
+    (
+        "c.json",
+        '{"0": [2, 0, 1], "1": [0, 1, 2]}',
+        "is a ranking (every layer an order of experts), not counts",
+    ),
     ("c.json", '{"0": {"a": 1}}', "'a' is not an expert number"),
     ("c.json", '{"first": [1]}', "'first' is not a layer"),
     ("c.json", '{"layer_0": [1], "0": [1]}', "layer 0 is listed twice"),

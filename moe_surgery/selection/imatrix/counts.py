@@ -3,7 +3,8 @@
 A router (or shared expert) and the experts of a layer read the same input x. With m_e[j] the mean of x_j^2 over the
 tokens that chose expert e, and m[j] over all tokens, sum_e f_e m_e[j] = k m[j] for every channel j, where f_e is the
 share of tokens that chose e and k how many experts each chooses. These are as many equations as channels, for E
-shares, which are not negative and add up to k.
+shares, which are not negative and add up to k. Where several experts only ever saw the same input, as those that the
+first token of every chunk goes to, only their sum follows; it is split evenly.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ DEFAULT_CHUNK: Final = 512
 MAX_RESIDUAL: Final = 0.01
 _SUM_WEIGHT: Final = 10.0
 _RAW_TOLERANCE: Final = 1e-3
+_RIDGE: Final = 1e-6
+"""Splits tokens evenly over experts that saw the same inputs, whose shares the equations leave open."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,12 +119,18 @@ def _solve_block(
             "the form of GGUF with llama-imatrix, which stores counts"
         )
     raw = first.sum(axis=0), dense.sums[0].astype(np.float64)
-    if _proportional(*raw, model.top_k):
+    if model.top_k < model.experts and _proportional(*raw, model.top_k):
         return _plain_sums(where, block, stored, dense, model, raw)
     means = {name: rows / block.entries[name].calls for name, rows in stored.items()}
     # Writers fill in exactly `calls` for an expert that no token chose.
     unused = np.logical_and.reduce([(rows == 1.0).all(axis=1) for rows in means.values()])
-    shares, residual = _shares(means[next(iter(means))], dense.sums[0] / dense.calls, model.top_k, ~unused)
+    shares, residual = _shares(
+        means[next(iter(means))],
+        dense.sums[0] / dense.calls,
+        model.top_k,
+        ~unused,
+        1 / (dense.calls * chunk_size),
+    )
     if not residual <= MAX_RESIDUAL:
         raise InvalidInputError(
             f"{where}: block {block.number}: the experts' inputs do not add up to {model.top_k} times the router's "
@@ -136,18 +145,21 @@ def _solve_block(
     return solved, residual
 
 
-def _shares(means: Floats, dense: Floats, top_k: int, used: npt.NDArray[np.bool_]) -> tuple[Floats, float]:
-    """The share of tokens that chose each expert, float64 [E], and the residual: means [E, inputs], dense [inputs]."""
+def _shares(
+    means: Floats, dense: Floats, top_k: int, used: npt.NDArray[np.bool_], least: float
+) -> tuple[Floats, float]:
+    """The share of tokens that chose each expert, float64 [E], and the residual: means [E, inputs], dense [inputs].
+
+    Experts that are `used` have a share of at least `least`, that of one token.
+    """
     seen = dense > 0
     equations = (means[used][:, seen] / dense[seen]).T
-    weight = _SUM_WEIGHT * np.sqrt(max(len(equations), 1))
-    a = np.vstack([equations, np.full((1, equations.shape[1]), weight)])
-    b = np.concatenate([np.full(len(equations), float(top_k)), [weight * top_k]])
+    rows, columns = equations.shape
+    size = np.sqrt(max(rows, 1))
+    a = np.vstack([equations, np.full((1, columns), _SUM_WEIGHT * size), _RIDGE * size * np.eye(columns)])
+    b = np.concatenate([np.full(rows, float(top_k)), [_SUM_WEIGHT * size * top_k], np.zeros(columns)])
     shares = np.zeros(len(means))
-    if len(a) < a.shape[1]:
-        a = np.vstack([a, np.zeros((a.shape[1] - len(a), a.shape[1]))])
-        b = np.concatenate([b, np.zeros(len(a) - len(b))])
-    shares[used] = nnls(a, b)
+    shares[used] = nnls(a, b - least * a.sum(axis=1)) + least
     error = equations @ shares[used] - top_k
     residual = float(np.sqrt(np.mean(error * error))) / top_k if error.size else float("inf")
     return shares, residual

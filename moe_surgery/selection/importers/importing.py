@@ -12,7 +12,7 @@ import numpy as np
 import xxhash
 
 from moe_surgery.checkpoint.files import printable_path, read_small_file
-from moe_surgery.checkpoint.kinds import GGUF, IMATRIX, PICKLE, kind_of, wrong_kind
+from moe_surgery.checkpoint.kinds import GGUF, IMATRIX, MAPPING, PICKLE, RANKING, kind_of, wrong_kind
 from moe_surgery.errors import InvalidInputError, UsageError
 from moe_surgery.progress import OnProgress
 from moe_surgery.selection.arguments import PathLike
@@ -132,8 +132,14 @@ def _read(path: PathLike, format: str) -> CountTable:
         table = _COUNTS[format](raw, where)
     except InvalidInputError as error:
         kind = kind_of(path)
-        if kind is None or kind is PICKLE:
+        if kind in (
+            None,
+            PICKLE,
+            RANKING,
+            MAPPING,
+        ):  # the last two look like counts; their reader knows better
             raise
+        assert kind is not None
         raise InvalidInputError(wrong_kind(path, "counts of routed tokens", kind)) from error
     return CountTable(table.where, table.counts, table.numbers, xxhash.xxh3_128_hexdigest(raw))
 

@@ -89,12 +89,12 @@ def for_layers(table: CountTable, numbers: Sequence[int], experts: int, model: s
     for i, number in enumerate(numbers):
         if number in found:
             result[i, :width] = found.pop(number)
-    if other := next((number for number, row in found.items() if row.any()), None):
-        last = max(numbers)
-        if other <= last:  # later ones are for multi-token prediction
-            raise PlanMismatchError(
-                f"{table.where}: counts tokens in layer {other}, where {model} has no experts"
-            )
+    last = max(numbers)  # later ones are for multi-token prediction
+    other = next((number for number, row in found.items() if row.any() and number <= last), None)
+    if other is not None:
+        raise PlanMismatchError(
+            f"{table.where}: counts tokens in layer {other}, where {model} has no experts"
+        )
     return result
 
 
