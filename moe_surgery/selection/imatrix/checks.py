@@ -75,7 +75,7 @@ def check_belongs(matrix: Imatrix, weights: Weights) -> None:
         where = f"{matrix.where}: block {block.number}"
         for name in (*EXPERT_INPUTS, DOWN):
             entry = block.entries.get(name)
-            if first is not None and entry is not None and (entry.counts != first.counts).any():
+            if first is not None and entry is not None and not np.array_equal(_counts(entry), _counts(first)):
                 raise PlanMismatchError(
                     f"{where}: {name} has other counts than the weights beside it; the matrix is damaged"
                 )
@@ -128,6 +128,11 @@ def _check_norm(where: str, block: Block, first: Entry, weights: Weights) -> Non
             f"{where}: inputs divided by the weight of the norm before them have a mean square of "
             f"{total / expected:.4g}, not 1; the matrix is of another model than {weights.where}"
         )
+
+
+def _counts(entry: Entry) -> npt.NDArray[np.int64]:
+    assert entry.counts is not None
+    return entry.counts
 
 
 def _dense_side(block: Block) -> Entry | None:

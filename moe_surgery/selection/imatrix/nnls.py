@@ -24,7 +24,7 @@ def nnls(a: Floats, b: Floats) -> Floats:
     scale[scale == 0] = 1.0
     q, r = np.linalg.qr(a / scale)
     y = q.T @ b
-    size = max(float(np.linalg.norm(y)), np.finfo(np.float64).tiny)
+    size = float(np.linalg.norm(y)) or 1.0
     free = np.ones(a.shape[1], bool)
     fewest, tries = a.shape[1] + 1, _TRIES
     for _ in range(50 * a.shape[1] + 100):

@@ -163,7 +163,8 @@ def _plain(raw: npt.NDArray[np.uint8], kind: BlockType) -> Floats:
 
 
 def _bf16(words: npt.NDArray[np.uint16]) -> Floats:
-    return (words.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
+    wide: npt.NDArray[Any] = words.astype(np.uint32) << np.uint32(16)
+    return np.asarray(wide.view(np.float32), np.float64)
 
 
 class CheckpointWeights(Weights):
@@ -213,7 +214,7 @@ class CheckpointWeights(Weights):
         """The down projection of an expert, float64 [hidden, inputs]."""
         stored = tensor.stored.rows(expert, 1)
         if tensor.scales is None:  # dense weights are stored transposed
-            return _dense(self._read(stored), stored.dtype).reshape(stored.shape[1:]).T
+            return np.asarray(_dense(self._read(stored), stored.dtype).reshape(stored.shape[1:]).T)
         from moe_surgery.formats.mxfp4 import decode
 
         scales = tensor.scales.rows(expert, 1)

@@ -169,17 +169,15 @@ def _checked(rows: dict[int, Row], where: str) -> CountTable:
 def _matrix(rows: Sequence[object], where: str) -> CountTable:
     if not 1 <= len(rows) <= MAX_LAYERS:
         raise InvalidInputError(f"{where}: has {len(rows)} layers; expected 1 to {MAX_LAYERS}")
+    checked: list[list[int]] = []
     for number, row in enumerate(rows):
         if not isinstance(row, list) or not 1 <= len(row) <= MAX_EXPERTS:
             raise InvalidInputError(f"{where}: layer {number} is not a list of counts")
-        if len(row) != len(rows[0]):  # type: ignore[arg-type]
+        if checked and len(row) != len(checked[0]):
             raise InvalidInputError(
-                f"{where}: layer {number} has {len(row)} experts, the first has {len(rows[0])}"  # type: ignore[arg-type]
+                f"{where}: layer {number} has {len(row)} experts, the first has {len(checked[0])}"
             )
-    checked = [
-        [count(value, f"{where}: layer {n}, expert {e}") for e, value in enumerate(row)]  # type: ignore[arg-type]
-        for n, row in enumerate(rows)
-    ]
+        checked.append([count(value, f"{where}: layer {number}, expert {e}") for e, value in enumerate(row)])
     return CountTable(where, whole_numbers(checked, where))
 
 
