@@ -138,9 +138,9 @@ def show_command(context: click.Context, file: Path) -> None:
 )
 @click.option(
     "--energy/--no-energy",
-    default=True,
-    show_default=True,
-    help="Read the expert weights of --model as well, which the metric energy needs.",
+    default=None,
+    help="Read the expert weights of --model as well, which the metric energy needs; default: unless they are on the "
+    "hub.",
 )
 @click.option("--allow-missing", is_flag=True, help="Accept layers without data; their counts are 0.")
 @click.option("-o", "--output", type=OUTPUT, required=True, help="Write the statistics here.")
@@ -154,7 +154,7 @@ def import_command(
     domain: str | None,
     top_k: int | None,
     chunk_size: int,
-    energy: bool,
+    energy: bool | None,
     allow_missing: bool,
     output: Path,
 ) -> None:

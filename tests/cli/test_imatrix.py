@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("gguf")
+gguf = pytest.importorskip("gguf")
 
 from moe_surgery.selection.imatrix import load_imatrix
-from moe_surgery.selection.imatrix.models import open_weights
+from moe_surgery.selection.imatrix.models import open_weights, rank_imatrix
 from moe_surgery.selection.statistics import load_statistics
 from tests.support.command import assert_sound, call, done, refused, siblings
 from tests.support.imatrices import (
@@ -22,6 +22,7 @@ from tests.support.imatrices import (
     write_gguf_imatrix,
     write_legacy_imatrix,
 )
+from tests.support.tiny_ggufs import write_tiny_gguf
 
 Capture = pytest.CaptureFixture[str]
 FORMS = ["im.gguf", "im.dat"]
@@ -118,6 +119,38 @@ def test_a_matrix_of_another_model_is_one_line_and_leaves_nothing(
     assert "mean square of 1.5, not 1" in message
     assert not out.exists()
     assert siblings(out) == []
+
+
+@pytest.mark.parametrize("mtp", ["keep", "drop"])
+def test_a_gguf_model_is_pruned_by_its_matrix_in_one_command(
+    mtp: str, tmp_path: Path, capsys: Capture
+) -> None:
+    """With a block for multi-token prediction, for which no matrix has data."""
+    model, out, cut = (tmp_path / name for name in ("glm.gguf", "out.gguf", "cut.gguf"))
+    write_tiny_gguf(model, "glm4moe", types="Q4_K", mtp=1)
+    with open_weights(model) as (weights, _):
+        norms = {n: weights.norm(n) for n in weights.spec.layer_numbers}
+        shape = weights.shape(f"blk.{max(norms)}.{DOWN}")
+        numbers = weights.spec.layer_numbers
+    assert shape is not None
+    matrix = simulate(norms, shape[1], experts=8, top_k=2, tokens=512)  # type: ignore[arg-type]
+    write_gguf_imatrix(tmp_path / "im.gguf", matrix)
+    options = ["--imatrix", tmp_path / "im.gguf", "--experts", "5", "--mtp", mtp, "--cut-imatrix", cut]
+    ended = done(call(capsys, "prune", model, out, *options, "--manifest"))
+    assert "experts are ranked by energy" in ended.err
+    done(call(capsys, "verify", out, "--source", model))
+    ranking = rank_imatrix(tmp_path / "im.gguf", model, "energy")
+    kept = {n: sorted(row[:5]) for n, row in zip(numbers, ranking.layers, strict=True)}
+    tensors = {t.name: t for t in gguf.GGUFReader(out).tensors}
+    source = {t.name: t for t in gguf.GGUFReader(model).tensors}
+    entries = load_imatrix(cut).entries
+    for number in numbers:
+        name = f"blk.{number}.{DOWN}"
+        np.testing.assert_array_equal(tensors[name].data, source[name].data[kept[number]])
+        np.testing.assert_array_equal(entries[name].counts, matrix[name].counts[kept[number]])  # type: ignore[arg-type]
+        assert entries[name].sums.size == int(np.prod(tensors[name].shape[[0, 2]]))  # as llama-quantize asks
+    done(call(capsys, "plan", model, "--imatrix", tmp_path / "im.gguf", "-n", "5", "-o", tmp_path / "p.json"))
+    assert json.loads((tmp_path / "p.json").read_text())["layers"] == [kept[n] for n in numbers]
 
 
 @pytest.mark.parametrize(

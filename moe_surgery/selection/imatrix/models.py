@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moe_surgery.checkpoint.checkpoint import Checkpoint
-from moe_surgery.checkpoint.gguf.model_file import GgufModel
-from moe_surgery.checkpoint.local_file import LocalFolder
+from moe_surgery.checkpoint.gguf.resolve import is_gguf, open_gguf
 from moe_surgery.errors import UsageError
 from moe_surgery.families import identify_model
 from moe_surgery.families.gguf import identify_gguf
@@ -34,9 +33,8 @@ log = logging.getLogger("moe_surgery")
 @contextmanager
 def open_weights(model: PathLike) -> Iterator[tuple[Weights, str]]:
     """The weights and the identity of `model`, a GGUF file or what `Checkpoint.open` takes. Raises as these."""
-    if os.fspath(model).endswith(".gguf") and Path(model).is_file():
-        file = Path(model)
-        with GgufModel.open(LocalFolder(file.parent), file.name) as opened:
+    if is_gguf(model):
+        with open_gguf(model) as opened:
             spec = identify_gguf(opened)
             yield GgufWeights(spec, opened), identity(opened, spec)
         return
@@ -56,8 +54,9 @@ def rank_imatrix(
 ) -> Ranking:
     """Rank the experts of `model` by the importance matrix of `files`; several are added up.
 
-    `metric` is by default the best that matrix and weights allow: energy, rms_count or frequency; it is in the
-    ranking's provenance, and logged. Other parameters, and errors, as for `statistics_from_imatrix`.
+    `metric` is by default the best that matrix and weights allow: energy (where the model is on this machine),
+    rms_count or frequency; it is in the ranking's provenance, and logged. Other parameters, and errors, as for
+    `statistics_from_imatrix`.
     """
     if metric is not None and metric not in METRICS:
         raise UsageError(f"`metric` {metric}: unknown; known: {', '.join(METRICS)}")
@@ -67,7 +66,7 @@ def rank_imatrix(
             weights,
             identity=name,
             chunk_size=chunk_size,
-            energy=metric is None or NEEDS.get(metric) == "energy",
+            energy=None if metric is None else NEEDS[metric] == "energy",
             allow_missing=allow_missing,
             progress=progress,
         )

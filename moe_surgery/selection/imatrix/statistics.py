@@ -41,7 +41,7 @@ def statistics_from_imatrix(
     identity: str | None = None,
     domain: str | None = None,
     chunk_size: int = DEFAULT_CHUNK,
-    energy: bool = True,
+    energy: bool | None = None,
     allow_missing: bool = False,
     progress: OnProgress | None = None,
 ) -> Statistics:
@@ -50,7 +50,8 @@ def statistics_from_imatrix(
     `weights` are those of the model that it is checked to belong to; `identity` is that model's. Without them, layers,
     experts and experts per token are taken from the matrix, which must then be of GGUF's form. `domain` names
     its texts, by default after the (first) file. `chunk_size`: tokens in a chunk, for legacy files, which do not say.
-    `energy`: read the down projections as well, where they can be read. Layers without data are refused, or have
+    `energy`: read the down projections as well, which may fetch them (True), not (False), or where they are on this
+    machine (None). Layers without data are refused, or have
     counts of zero with `allow_missing`. `progress` is called with each `Progress`, in experts read.
 
     What is left out or assumed is logged as warnings (logger "moe_surgery"). Raises InvalidInputError,
@@ -83,8 +84,8 @@ def statistics_from_imatrix(
     if not with_down:
         log.warning("%s: lacks inputs of down projections, so only counts can be used", matrix.where)
     layers = [_layer(blocks.get(number), experts, with_down) for number in numbers]
-    if energy and with_down:
-        _add_energy(layers, [blocks.get(n) for n in numbers], numbers, weights, progress)
+    if energy is not False and with_down:
+        _add_energy(layers, [blocks.get(n) for n in numbers], numbers, weights, energy is True, progress)
     tokens = max(int(layer.count.sum()) for layer in layers) // top_k
     name = domain or os.path.basename(os.fspath(paths[0])).partition(".")[0] or "imatrix"
     return Statistics(
@@ -181,15 +182,20 @@ def _add_energy(
     blocks: Sequence[Block | None],
     numbers: Sequence[int],
     weights: Weights | None,
+    fetch: bool,
     progress: OnProgress | None,
 ) -> None:
     """Add sum over i of (sum of x_i^2) |column i of the down projection|^2 to every layer, where it can be read."""
-    why = "the model is not given" if weights is None else weights.why_no_energy()
-    if why is not None:
-        if weights is not None:
-            log.warning("no energies: %s; rms_count is the next best metric", why)
+    if weights is None:
         return
-    assert weights is not None
+    why = weights.why_no_energy()
+    if why is None and weights.remote and not fetch:
+        why = (
+            "the weights of experts are on the hub; they are fetched for the metric energy if you ask for it"
+        )
+    if why is not None:
+        log.warning("no energies: %s; rms_count is the next best metric", why)
+        return
     read = Counter(progress, "energy", len(layers) * weights.spec.experts, "experts")
     for layer, block, number in zip(layers, blocks, numbers, strict=True):
         energies = np.zeros(weights.spec.experts)

@@ -38,6 +38,8 @@ class Weights(ABC):
     """The weights of an open model, read as they are asked for."""
 
     where: str
+    remote: bool
+    """Whether reading weights fetches them over a network."""
 
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec
@@ -68,7 +70,7 @@ class GgufWeights(Weights):
     def __init__(self, spec: ModelSpec, model: GgufModel) -> None:
         super().__init__(spec)
         self._model = model
-        self.where = str(model.path)
+        self.where, self.remote = str(model.path), model.files.on_disk is None
         self._architecture = str(model.value("general.architecture"))
 
     @property
@@ -173,7 +175,7 @@ class CheckpointWeights(Weights):
     def __init__(self, spec: ModelSpec, checkpoint: Checkpoint) -> None:
         super().__init__(spec)
         self._checkpoint = checkpoint
-        self.where = str(checkpoint.path)
+        self.where, self.remote = str(checkpoint.path), checkpoint.files.on_disk is None
         self._tensors = {tensor.name: tensor for tensor in spec.tensors}
 
     def shape(self, name: str) -> tuple[int, int] | None:

@@ -64,7 +64,7 @@ def import_statistics(
     domain: str | None = None,
     top_k: int | None = None,
     chunk_size: int = DEFAULT_CHUNK,
-    energy: bool = True,
+    energy: bool | None = None,
     allow_missing: bool = False,
     progress: OnProgress | None = None,
 ) -> Statistics:
