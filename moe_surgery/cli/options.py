@@ -33,6 +33,7 @@ __all__ = [
     "device_option",
     "dtype_name",
     "ignore_unlisted",
+    "metric_option",
     "needs_torch",
     "optional_text_options",
     "prompt_options",
@@ -191,6 +192,15 @@ def read_stdin() -> str:
         raise UsageError(f"stdin: not UTF-8 at byte {error.start}") from None
 
 
+def metric_option(command: Command) -> Command:
+    """--metric, for commands that rank."""
+    return click.option(
+        "--metric",
+        metavar="NAME",
+        help="How to score experts: reap, frequency, gate, ... (all in rank --help).",
+    )(command)
+
+
 def ranked(command: Command) -> Command:
     """--metric, --domain and --protect-super-experts, for commands that rank statistics."""
     for option in (
@@ -206,11 +216,7 @@ def ranked(command: Command) -> Command:
             multiple=True,
             help=f"{DOMAIN_HELP}: use only this one; repeat for more; default: all.",
         ),
-        click.option(
-            "--metric",
-            metavar="NAME",
-            help="How to score experts: reap, frequency, gate, ... (all in rank --help).",
-        ),
+        metric_option,
     ):
         command = option(command)
     return command
