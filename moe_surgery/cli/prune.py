@@ -69,7 +69,7 @@ if TYPE_CHECKING:
 @click.option(
     "--manifest/--no-manifest",
     default=None,
-    help="Write OUT.surgery.json beside a GGUF file, with digests for verify; default: no. A folder always has its "
+    help="Write OUT.surgery.json next to a GGUF file, with digests for verify; default: no. A folder always has "
     "surgery.json.",
 )
 @write_options
@@ -165,7 +165,7 @@ def command(
             card=card,
             base_model=base_model,
             mtp=mtp,
-            manifest=bool(manifest),
+            manifest=manifest,
             progress=progress,
             on_fetch=terminal.fetching,
         )
