@@ -170,7 +170,12 @@ BAD: list[tuple[str, str, str]] = [
     (
         "c.json",
         '{"0": [2, 0, 1], "1": [0, 1, 2]}',
-        "is a ranking (every layer an order of experts), not counts",
+        "is a ranking, not counts of routed tokens; make a plan",
+    ),
+    (
+        "c.json",
+        '{"0": {"7": 0, "3": 1}, "1": {"2": 1, "4": 0}}',
+        "is the expert mapping of a pruned checkpoint, not",
     ),
     ("c.json", '{"0": {"a": 1}}', "'a' is not an expert number"),
     ("c.json", '{"first": [1]}', "'first' is not a layer"),

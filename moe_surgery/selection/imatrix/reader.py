@@ -16,7 +16,7 @@ import xxhash
 
 from moe_surgery.checkpoint.files import printable_path
 from moe_surgery.checkpoint.gguf.model_file import GgufModel, GgufTensor
-from moe_surgery.checkpoint.kinds import IMATRIX, expecting
+from moe_surgery.checkpoint.kinds import GGUF, IMATRIX, expecting
 from moe_surgery.checkpoint.local_file import LocalFile, LocalFolder
 from moe_surgery.checkpoint.source import ByteSource
 from moe_surgery.checkpoint.text import printable
@@ -38,15 +38,18 @@ def load_imatrix(path: PathLike) -> Imatrix:
     Raises InvalidInputError for a malformed file and any other one (a quantised model may be called
     MODEL-imatrix.gguf), OutputError where it cannot be read.
     """
-    file = Path(path)
+    with expecting(path, "an importance matrix", IMATRIX, GGUF):
+        return _load(Path(path))
+
+
+def _load(file: Path) -> Imatrix:
     with LocalFile(file) as source:
         magic = source.read(0, min(4, source.size))
         digest = _digest(source)
         if magic != b"GGUF":
-            with expecting(path, "an importance matrix", IMATRIX):
-                return parse_legacy(_mapped(source), printable_path(path), digest)
+            return parse_legacy(_mapped(source), source.where, digest)
     with GgufModel.open(LocalFolder(file.parent), file.name) as model:
-        return _of_gguf(model, printable_path(path), digest)
+        return _of_gguf(model, printable_path(file), digest)
 
 
 def _of_gguf(model: GgufModel, where: str, digest: str) -> Imatrix:

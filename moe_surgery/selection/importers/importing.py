@@ -24,7 +24,7 @@ from moe_surgery.selection.importers.arrays import counts_from_npy
 from moe_surgery.selection.importers.formats import FORMATS
 from moe_surgery.selection.importers.sglang import counts_from_sglang
 from moe_surgery.selection.importers.table import CountTable, for_layers
-from moe_surgery.selection.importers.text import counts_from_csv, counts_from_json, counts_from_jsonl
+from moe_surgery.selection.importers.text import COUNTS, counts_from_csv, counts_from_json, counts_from_jsonl
 from moe_surgery.selection.statistics import ExpertStatistics, Statistics, merge
 
 __all__ = ["import_statistics"]
@@ -141,7 +141,7 @@ def _format_of(path: PathLike) -> str:
         return "imatrix"
     suffix = Path(path).suffix.lower()
     if kind is not None and kind is not PICKLE and suffix not in (".json", ".jsonl"):
-        raise InvalidInputError(wrong_kind(path, "counts of routed tokens", kind))
+        raise InvalidInputError(wrong_kind(path, COUNTS, kind))
     if suffix not in _SUFFIXES:
         raise UsageError(
             f"{printable_path(path)}: the name does not say what it is; pass `file_format`: {', '.join(FORMATS)}"
@@ -156,15 +156,11 @@ def _read(path: PathLike, file_format: str) -> CountTable:
         table = _COUNTS[file_format](raw, where)
     except InvalidInputError as error:
         kind = kind_of(path)
-        if kind in (
-            None,
-            PICKLE,
-            RANKING,
-            MAPPING,
-        ):  # the last two look like counts; their reader knows better
+        ours = b'"moe-surgery.' in raw[:4096]
+        if kind in (None, PICKLE) or (kind in (RANKING, MAPPING) and not ours):  # which look like counts
             raise
         assert kind is not None
-        raise InvalidInputError(wrong_kind(path, "counts of routed tokens", kind)) from error
+        raise InvalidInputError(wrong_kind(path, COUNTS, kind)) from error
     return CountTable(table.where, table.counts, table.numbers, xxhash.xxh3_128_hexdigest(raw))
 
 

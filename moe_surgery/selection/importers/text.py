@@ -12,6 +12,7 @@ import io
 import re
 from collections.abc import Sequence
 
+from moe_surgery.checkpoint.kinds import MAPPING, RANKING, wrong_kind
 from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.checkpoint.text import printable
 from moe_surgery.errors import InvalidInputError
@@ -29,6 +30,7 @@ __all__ = ["counts_from_csv", "counts_from_json", "counts_from_jsonl"]
 _LAYER = re.compile(r"(?:layer_|layers\.|model\.layers\.|blk\.)?(0|[1-9][0-9]{0,4})", re.ASCII)
 _EXPERT = re.compile(r"(?:expert_)?(0|[1-9][0-9]{0,4})", re.ASCII)
 _COUNT_HEADINGS = ("count", "counts", "tokens")
+COUNTS = "counts of routed tokens"
 Row = dict[int, int] | list[int]
 
 
@@ -159,10 +161,10 @@ def _checked(rows: dict[int, Row], where: str) -> CountTable:
         raise InvalidInputError(f"{where}: has {len(rows)} layers; expected 1 to {MAX_LAYERS}")
     listed = [row for row in rows.values() if isinstance(row, list)]
     if len(listed) == len(rows) and all(sorted(row) == list(range(len(row))) for row in listed):
-        raise InvalidInputError(
-            f"{where}: is a ranking (every layer an order of experts), not counts; make a plan of it with "
-            "moe-surgery plan"
-        )
+        raise InvalidInputError(wrong_kind(where, COUNTS, RANKING))
+    mapped = [row for row in rows.values() if isinstance(row, dict)]
+    if len(mapped) == len(rows) and all(sorted(row.values()) == list(range(len(row))) for row in mapped):
+        raise InvalidInputError(wrong_kind(where, COUNTS, MAPPING))
     return by_number(rows, where)
 
 
