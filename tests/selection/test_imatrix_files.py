@@ -83,6 +83,31 @@ def test_the_legacy_form_is_solved(tail: bool, tmp_path: Path) -> None:
     assert max(solved.residuals.values()) < 1e-5
 
 
+def test_tokens_are_those_of_all_chunks_where_several_make_a_call(tmp_path: Path) -> None:
+    """As in ik_llama.cpp, which evaluates several chunks at once and counts evaluations."""
+    matrix = made()
+    path = write_legacy_imatrix(tmp_path / "m.dat", matrix, chunk_size=TOKENS, chunks=8)
+    solved = solve_counts(load_imatrix(path), Routed(6, 2, lambda _: None), TOKENS // 8)
+    for name in (f"blk.1.{GATE}", f"blk.2.{ROUTER}"):
+        np.testing.assert_array_equal(solved.entries[name].counts, matrix[name].counts)
+        np.testing.assert_allclose(solved.entries[name].sums, matrix[name].squares, rtol=1e-5)
+
+
+def test_a_safetensors_model_of_another_family_is_ranked_by_its_layers(tmp_path: Path) -> None:
+    folder = tmp_path / "qwen"
+    write_tiny_family("qwen3_moe", folder)
+    with open_weights(folder) as (weights, _):
+        numbers, experts, top_k = weights.spec.layer_numbers, weights.spec.experts, weights.spec.top_k
+    matrix = simulate({n: np.ones(HIDDEN) for n in numbers}, FF, experts=experts, top_k=top_k, tokens=TOKENS)
+    ranking = rank_imatrix(write_gguf_imatrix(tmp_path / "m", matrix), folder)
+    assert ranking.provenance["method"] == "rms_count"
+    assert ranking.model_type == "qwen3_moe"
+    other = simulate({n: np.ones(HIDDEN) for n in numbers}, FF, experts=experts + 1, top_k=top_k, tokens=TOKENS)
+    write_gguf_imatrix(tmp_path / "m", other)
+    with pytest.raises(PlanMismatchError, match=f"has {experts + 1} experts, but .* has {experts}"):
+        rank_imatrix(tmp_path / "m", folder)
+
+
 @given(st.integers(0, 10_000), st.integers(3, 20), st.integers(1, 3))
 @settings(max_examples=40)
 def test_counts_are_solved_whatever_the_routes(seed: int, experts: int, top_k: int) -> None:

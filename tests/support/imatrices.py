@@ -139,9 +139,10 @@ def write_legacy_imatrix(
     raw: bool = False,
     tail: bool = True,
     leave_out: Sequence[str] = (),
+    chunks: int | None = None,
 ) -> Path:
     """The legacy form: mean squares times the number of chunks that the entry's largest count makes; `raw`: the sums
-    themselves, as in early 2024."""
+    themselves, as in early 2024; `chunks` is written at the end where it is another number."""
     names = [name for name in matrix if name not in leave_out]
     out = struct.pack("<i", len(names))
     for name in names:
@@ -157,6 +158,6 @@ def write_legacy_imatrix(
     if tail:
         dataset = b"calibration_datav3.txt"
         tokens = max(int(s.counts.max()) for s in matrix.values())
-        out += struct.pack("<ii", tokens // chunk_size, len(dataset)) + dataset
+        out += struct.pack("<ii", chunks or tokens // chunk_size, len(dataset)) + dataset
     path.write_bytes(out)
     return path

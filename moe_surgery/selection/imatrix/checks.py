@@ -75,6 +75,11 @@ def check_belongs(matrix: Imatrix, weights: Weights) -> None:
         where = f"{matrix.where}: block {block.number}"
         for name in (*EXPERT_INPUTS, DOWN):
             entry = block.entries.get(name)
+            if entry is not None and entry.experts != weights.spec.experts:
+                raise PlanMismatchError(
+                    f"{where}: {name} has {entry.experts} experts, but {weights.where} has {weights.spec.experts}; the "
+                    "matrix is of another model, or of this one with other experts"
+                )
             if first is not None and entry is not None and not np.array_equal(_counts(entry), _counts(first)):
                 raise PlanMismatchError(
                     f"{where}: {name} has other counts than the weights beside it; the matrix is damaged"

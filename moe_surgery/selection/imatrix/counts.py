@@ -67,13 +67,13 @@ def solve_counts(matrix: Imatrix, model: Routed, chunk_size: int = DEFAULT_CHUNK
                 f"{matrix.where}: block {number} has no entry of {lacking}, so its counts cannot be solved for"
             )
             continue
-        solved, residual = _solve_block(matrix.where, block, model, chunk_size)
+        solved, residual = _solve_block(matrix, block, model, chunk_size)
         residuals[number] = residual
         entries |= {f"blk.{number}.{name}": entry for name, entry in solved.items()}
     of_experts = (*EXPERT_INPUTS, DOWN)
     for name, entry in matrix.entries.items():
         if name not in entries and not name.endswith(of_experts):
-            entries[name] = _dense(entry, chunk_size)
+            entries[name] = _dense(entry, _tokens(matrix, entry, chunk_size))
     return replace(
         matrix, entries=entries, legacy=False, chunk_size=chunk_size, residuals=residuals, notes=tuple(notes)
     )
@@ -91,15 +91,21 @@ def _dense_side(block: Block) -> Entry | None:
     return next((block.entries[name] for name in DENSE_SIDES if name in block.entries), None)
 
 
-def _dense(entry: Entry, chunk_size: int) -> Entry:
-    tokens = entry.calls * chunk_size
-    return Entry(entry.sums.astype(np.float64) * chunk_size, np.array([tokens], np.int64))
+def _tokens(matrix: Imatrix, entry: Entry, chunk_size: int) -> int:
+    """Tokens that a dense weight saw: all chunks, or where the file does not count them one for each call."""
+    return (matrix.chunks or entry.calls) * chunk_size
+
+
+def _dense(entry: Entry, tokens: int) -> Entry:
+    means = entry.sums.astype(np.float64) / entry.calls
+    return Entry((means * tokens).astype(np.float32), np.array([tokens], np.int64))
 
 
 def _solve_block(
-    where: str, block: Block, model: Routed, chunk_size: int
+    matrix: Imatrix, block: Block, model: Routed, chunk_size: int
 ) -> tuple[Mapping[str, Entry], float]:
     """The entries of a block with sums and counts, and the relative residual of its equations."""
+    where = matrix.where
     dense, inputs = _dense_side(block), block.expert_input
     assert dense is not None
     assert inputs is not None
@@ -121,6 +127,7 @@ def _solve_block(
     raw = first.sum(axis=0), dense.sums[0].astype(np.float64)
     if model.top_k < model.experts and _proportional(*raw, model.top_k):
         return _plain_sums(where, block, stored, dense, model, raw)
+    tokens = _tokens(matrix, dense, chunk_size)
     means = {name: rows / block.entries[name].calls for name, rows in stored.items()}
     # Writers fill in exactly `calls` for an expert that no token chose.
     unused = np.logical_and.reduce([(rows == 1.0).all(axis=1) for rows in means.values()])
@@ -129,7 +136,7 @@ def _solve_block(
         dense.sums[0] / dense.calls,
         model.top_k,
         ~unused,
-        1 / (dense.calls * chunk_size),
+        1 / tokens,
     )
     if not residual <= MAX_RESIDUAL:
         raise InvalidInputError(
@@ -138,10 +145,11 @@ def _solve_block(
             "architecture whose experts read something else; make one in the form of GGUF with llama-imatrix, which "
             "stores counts"
         )
-    tokens = dense.calls * chunk_size
     counts = np.rint(shares * tokens).astype(np.int64)
-    solved = {name: Entry(rows * counts[:, None], counts) for name, rows in means.items()}
-    solved |= {name: _dense(entry, chunk_size) for name, entry in block.entries.items() if name not in names}
+    solved = {
+        name: Entry((rows * counts[:, None]).astype(np.float32), counts) for name, rows in means.items()
+    }
+    solved |= {name: _dense(entry, tokens) for name, entry in block.entries.items() if name not in names}
     return solved, residual
 
 
@@ -194,10 +202,10 @@ def _plain_sums(
         return np.rint((sums / (norm * norm)).sum(axis=-1) / norm.size).astype(np.int64)
 
     counts = tokens(first)
-    solved = {name: Entry(rows, counts) for name, rows in stored.items()}
+    solved = {name: Entry(rows.astype(np.float32), counts) for name, rows in stored.items()}
     count = tokens(dense.sums.astype(np.float64))
     solved |= {
-        name: Entry(entry.sums.astype(np.float64), count)
+        name: Entry(entry.sums, count)
         for name, entry in block.entries.items()
         if name not in stored
     }

@@ -143,7 +143,7 @@ def _sum(name: str, having: Sequence[tuple[Imatrix, Entry]]) -> Entry:
         assert entry.counts is not None
         sums += entry.sums
         counts = counts + entry.counts
-    return Entry(sums, counts)
+    return Entry(sums.astype(np.float32), counts)
 
 
 def _block_of(name: str) -> str:

@@ -27,8 +27,7 @@ BEST = ("energy", "rms_count", "frequency")
 def best_metric(statistics: Statistics) -> str:
     """The metric to rank statistics of an importance matrix by: the first of `BEST` that they allow.
 
-    energy was at least as close to the full model as rms_count, and that as frequency, where it was measured
-    (docs/imatrix.md).
+    Of energy and rms_count either may be closer to the full model (docs/imatrix.md has measurements).
     """
     needs = {"energy": "energy", "rms_count": "down_input", "frequency": "count"}
     return next(metric for metric in BEST if needs[metric] in statistics.known)
