@@ -32,6 +32,7 @@ from tests.support.imatrices import (
     write_gguf_imatrix,
     write_legacy_imatrix,
 )
+from tests.support.tiny_families import FAMILIES
 from tests.support.tiny_ggufs import write_tiny_gguf
 
 HIDDEN, FF, TOKENS = 24, 16, 512
@@ -94,15 +95,19 @@ def test_tokens_are_those_of_all_chunks_where_several_make_a_call(tmp_path: Path
 
 
 def test_a_safetensors_model_of_another_family_is_ranked_by_its_layers(tmp_path: Path) -> None:
-    folder = tmp_path / "qwen"
-    write_tiny_family("qwen3_moe", folder)
+    pytest.importorskip("transformers")
+    from tests.support.tiny_checkpoints import save
+
+    folder = save(next(f for f in FAMILIES if f.model_type == "qwen3_moe"), tmp_path / "qwen")
     with open_weights(folder) as (weights, _):
         numbers, experts, top_k = weights.spec.layer_numbers, weights.spec.experts, weights.spec.top_k
     matrix = simulate({n: np.ones(HIDDEN) for n in numbers}, FF, experts=experts, top_k=top_k, tokens=TOKENS)
     ranking = rank_imatrix(write_gguf_imatrix(tmp_path / "m", matrix), folder)
     assert ranking.provenance["method"] == "rms_count"
     assert ranking.model_type == "qwen3_moe"
-    other = simulate({n: np.ones(HIDDEN) for n in numbers}, FF, experts=experts + 1, top_k=top_k, tokens=TOKENS)
+    other = simulate(
+        {n: np.ones(HIDDEN) for n in numbers}, FF, experts=experts + 1, top_k=top_k, tokens=TOKENS
+    )
     write_gguf_imatrix(tmp_path / "m", other)
     with pytest.raises(PlanMismatchError, match=f"has {experts + 1} experts, but .* has {experts}"):
         rank_imatrix(tmp_path / "m", folder)

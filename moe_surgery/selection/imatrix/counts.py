@@ -204,11 +204,7 @@ def _plain_sums(
     counts = tokens(first)
     solved = {name: Entry(rows.astype(np.float32), counts) for name, rows in stored.items()}
     count = tokens(dense.sums.astype(np.float64))
-    solved |= {
-        name: Entry(entry.sums, count)
-        for name, entry in block.entries.items()
-        if name not in stored
-    }
+    solved |= {name: Entry(entry.sums, count) for name, entry in block.entries.items() if name not in stored}
     total, expected = raw[0].sum(), model.top_k * raw[1].sum()
     return solved, float(abs(total - expected) / expected)
 
