@@ -10,20 +10,12 @@ import numpy as np
 
 from moe_surgery import plan_keeping, prune
 from moe_surgery.selection.plan import HasExperts, Plan
-from tests.support.gguf_architectures import ARCHITECTURES, Architecture
+from tests.support.gguf_architectures import ARCHITECTURES, moe_blocks
 
-__all__ = ["Kept", "distance", "draw", "moe_blocks", "plan_of", "prune_to"]
+__all__ = ["Kept", "distance", "draw", "plan_of", "prune_to"]
 
 Kept = Mapping[int, Sequence[int]]
 """Block -> experts, in the order of the output."""
-
-
-def moe_blocks(row: Architecture, mtp: int | None = None) -> tuple[list[int], list[int]]:
-    """Numbers of the blocks with experts in a tiny file: those of the trunk, and those after it."""
-    trunk = row.leading_dense + 2
-    return list(range(row.leading_dense, trunk)), list(
-        range(trunk, trunk + (row.mtp or 0 if mtp is None else mtp))
-    )
 
 
 def draw(architecture: str, count: int, seed: int, *, experts: int = 8, shuffle: bool = False) -> Kept:
