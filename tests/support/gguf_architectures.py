@@ -7,7 +7,6 @@ from src/models/*.cpp and llama-model.cpp of ggml-org/llama.cpp (0c1e570).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 from tests.support.gguf_parts import (
     BIASED_QKV,
@@ -34,48 +33,12 @@ from tests.support.gguf_parts import (
     SIGMOID,
     V4_BLOCK,
     WIDTH,
-    Shapes,
+    Architecture,
+    moe_blocks,
     with_experts,
 )
 
 __all__ = ["ARCHITECTURES", "Architecture", "moe_blocks"]
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What its blocks consist of.
-
-    `attention` is in every block, `moe` in those with experts, `dense` in the first `leading_dense`.
-    `recurrent` replaces `attention` in the even blocks. `whole` is outside the blocks, beside embedding,
-    final norm and unembedding. Strings among `keys` are dimensions. `experts_are_dense` says that the
-    experts' width is read from `feed_forward_length`.
-    """
-
-    attention: Shapes
-    moe: Shapes
-    keys: Mapping[str, object] = field(default_factory=dict)
-    dense: Shapes = field(default_factory=dict)
-    recurrent: Shapes = field(default_factory=dict)
-    whole: Shapes = field(default_factory=dict)
-    leading_dense: int = 0
-    mtp: int | None = None
-    """Blocks for multi-token prediction in the file by default; None where there are none."""
-    groups: int = 0
-    experts_are_dense: bool = False
-    tied: bool = False
-    pattern: tuple[Shapes, ...] = ()
-    """Every block in full, where they differ more than that."""
-    merges: bool = False
-    """It may have ffn_gate_up_exps instead of the pair."""
-
-
-def moe_blocks(row: Architecture, mtp: int | None = None) -> tuple[list[int], list[int]]:
-    """Numbers of the blocks with experts in a file of the usual length: those of the trunk, and those after it."""
-    if row.pattern:
-        return [n for n, block in enumerate(row.pattern) if "ffn_gate_inp.weight" in block], []
-    trunk = row.leading_dense + 2
-    more = row.mtp or 0 if mtp is None else mtp
-    return list(range(row.leading_dense, trunk)), list(range(trunk, trunk + more))
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {

@@ -1,4 +1,4 @@
-"""Tensors that blocks of architectures have in common, and keys, for `gguf_architectures`.
+"""What `gguf_architectures` is made of: tensors that blocks have in common, keys, and the form of a row.
 
 Shapes are written as ggml writes them, innermost first, in the words of `tiny_ggufs.dimensions`.
 """
@@ -6,6 +6,7 @@ Shapes are written as ggml writes them, innermost first, in the words of `tiny_g
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 Shapes = Mapping[str, str]
 """Name after `blk.N.` (or whole name) -> dimensions."""
@@ -150,3 +151,40 @@ LATENT_MOE = {
 }
 WIDTH: Mapping[str, object] = {"expert_feed_forward_length": "ff"}
 SHARED_WIDTH: Mapping[str, object] = {**WIDTH, "expert_shared_feed_forward_length": "shared"}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What its blocks consist of.
+
+    `attention` is in every block, `moe` in those with experts, `dense` in the first `leading_dense`.
+    `recurrent` replaces `attention` in the even blocks. `whole` is outside the blocks, beside embedding,
+    final norm and unembedding. Strings among `keys` are dimensions. `experts_are_dense` says that the
+    experts' width is read from `feed_forward_length`.
+    """
+
+    attention: Shapes
+    moe: Shapes
+    keys: Mapping[str, object] = field(default_factory=dict)
+    dense: Shapes = field(default_factory=dict)
+    recurrent: Shapes = field(default_factory=dict)
+    whole: Shapes = field(default_factory=dict)
+    leading_dense: int = 0
+    mtp: int | None = None
+    """Blocks for multi-token prediction in the file by default; None where there are none."""
+    groups: int = 0
+    experts_are_dense: bool = False
+    tied: bool = False
+    pattern: tuple[Shapes, ...] = ()
+    """Every block in full, where they differ more than that."""
+    merges: bool = False
+    """It may have ffn_gate_up_exps instead of the pair."""
+
+
+def moe_blocks(row: Architecture, mtp: int | None = None) -> tuple[list[int], list[int]]:
+    """Numbers of the blocks with experts in a file of the usual length: those of the trunk, and those after it."""
+    if row.pattern:
+        return [n for n, block in enumerate(row.pattern) if "ffn_gate_inp.weight" in block], []
+    trunk = row.leading_dense + 2
+    more = row.mtp or 0 if mtp is None else mtp
+    return list(range(row.leading_dense, trunk)), list(range(trunk, trunk + more))
