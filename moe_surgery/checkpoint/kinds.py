@@ -66,7 +66,9 @@ INDEX: Final = Kind("the shard index of a checkpoint", "pass its folder")
 ADAPTER: Final = Kind("the configuration of a PEFT adapter", "merge the adapter into its model first")
 CHECKPOINT: Final = Kind("a checkpoint folder", "pass it where help says CKPT")
 WEIGHTS: Final = Kind("a safetensors file of weights", "pass it where help says CKPT")
-GGUF: Final = Kind("a GGUF file", "llama.cpp runs it; pass the checkpoint it was made from")
+GGUF: Final = Kind(
+    "a GGUF file", "inspect, plan, prune and verify take it; elsewhere pass the checkpoint it was made from"
+)
 PAGE: Final = Kind("an HTML page", "open it in a browser")
 PICKLE: Final = Kind("a PyTorch file (pickle)", "convert the checkpoint to safetensors")
 

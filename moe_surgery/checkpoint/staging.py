@@ -12,7 +12,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -134,6 +134,34 @@ class Staging:
         finally:
             if replaced is not None:
                 shutil.rmtree(replaced, ignore_errors=True)
+
+    def publish_files(self, names: Sequence[str], *, overwrite: bool) -> None:
+        """Move the files `names` next to `out`, the first one last, so that a set is there once its first file is.
+
+        With `overwrite` files of those names are replaced, the first one of a set removed before the others are.
+        Raises OutputError where something else was created under one of the names since.
+        """
+        targets = {name: self.out.with_name(name) for name in names}
+        move = self._ops.rename if overwrite else self._ops.rename_new
+        first, *others = names
+        try:
+            self._ops.fsync_dir(self.folder)
+            if others and overwrite and os.path.lexists(targets[first]):
+                self._ops.unlink(targets[first])
+            for name in others:
+                move(self.folder / name, targets[name])
+            if others:
+                self._ops.fsync_dir(self.out.parent)
+            move(self.folder / first, targets[first])
+            self._ops.fsync_dir(self.out.parent)
+        except FileExistsError as error:
+            where = printable_path(error.filename2 or self.out)
+            raise OutputError(
+                f"{where}: was created by another program during this run; it was not touched"
+            ) from None
+        except OSError as error:
+            raise output_failure(error, self.out, "rename into place") from error
+        self.discard()
 
     def _exchange(self) -> Path:
         """Swap the folder and the output, and back if that was not the one to replace; returns the

@@ -55,13 +55,17 @@ def first_of(ranking: Ranking, experts: int, order: str) -> Callable[[ModelSpec]
     from moe_surgery.selection.plan import plan_from_ranking
     from moe_surgery.surgery.routing import offered_count
 
-    return lambda model: plan_from_ranking(
-        ranking,
-        offered_count(model, experts),
-        model_type=model.model_type,
-        order=order,
-        grouping=model.grouping,
-    )
+    def plan(model: ModelSpec) -> Plan:
+        named = ranking.model_type
+        return plan_from_ranking(
+            ranking,
+            offered_count(model, experts),
+            model_type=named if named in model.model_types else model.model_type,
+            order=order,
+            grouping=model.grouping,
+        )
+
+    return plan
 
 
 def random_of(experts: int, seed: int) -> Callable[[ModelSpec], Plan]:

@@ -48,10 +48,20 @@ if TYPE_CHECKING:
     help="Format of expert weights in the output; mxfp4 is lossless for weights that came from MXFP4.",
 )
 @click.option(
-    "--max-shard-size", type=SIZE, default="5GB", show_default=True, help="Maximum tensor bytes per file."
+    "--max-shard-size",
+    type=SIZE,
+    help="Maximum tensor bytes per file; default: 5GB, and one file for GGUF.",
 )
 @click.option(
-    "--overwrite", is_flag=True, help="Replace existing output; only a checkpoint that moe-surgery wrote."
+    "--overwrite",
+    is_flag=True,
+    help="Replace existing output: a checkpoint that moe-surgery wrote, or any GGUF file.",
+)
+@click.option(
+    "--manifest/--no-manifest",
+    default=None,
+    help="Write OUT.surgery.json beside a GGUF file, with digests for verify; default: no. A folder always has its "
+    "surgery.json.",
 )
 @write_options
 @click.option(
@@ -76,10 +86,11 @@ def command(
     kept: list[int] | str | None,
     top_k: int | None,
     store: str,
-    max_shard_size: int,
+    max_shard_size: int | None,
     order: str,
     dry_run: bool,
     overwrite: bool,
+    manifest: bool | None,
     ignore_free_space: bool,
     ignore_unlisted: bool,
     card: bool,
@@ -96,11 +107,17 @@ def command(
     Choose experts with exactly one of --plan, --ranking and --keep. `--keep all` keeps them all, to change
     only the format (--store) or the experts per token (--top-k).
 
+    A GGUF file becomes a smaller GGUF file, whatever its architecture and quantisation: its bytes are cut as they
+    lie, nothing is dequantised. Pass the first file of a set, or a file on the hub by its path or the end of its name:
+    owner/name:Q4_K_M. OUT ends in .gguf; with --max-shard-size it becomes a set as llama.cpp names them.
+
     \b
     moe-surgery prune example:tiny tiny-8 --keep 0-7
     moe-surgery prune openai/gpt-oss-20b law-8 --ranking published:law --experts 8
     moe-surgery prune example:tiny tiny-16-top-2 --keep 0-15 --top-k 2
     moe-surgery prune some/pruned-bf16-model smaller --keep all --store mxfp4
+    moe-surgery prune Model-Q4_K_M-00001-of-00003.gguf out.gguf --plan plan.json
+    moe-surgery prune unsloth/Qwen3-30B-A3B-GGUF:Q4_K_M out.gguf --ranking ranking.json --experts 64
     """
     from moe_surgery.pipeline.pruning import prune
 
@@ -124,6 +141,7 @@ def command(
             card=card,
             base_model=base_model,
             mtp=mtp,
+            manifest=bool(manifest),
             progress=progress,
             on_fetch=terminal.fetching,
         )
@@ -185,13 +203,16 @@ def _as_dict(result: PruneResult, seconds: float) -> dict[str, object]:
 
 
 def _print_program(terminal: Terminal, result: PruneResult) -> None:
+    from moe_surgery.surgery.program import Program
+
     program = result.program
     rows = [[s.name, str(len(s.tensors)), size(s.bytes_read), size(s.nbytes)] for s in program.shards]
     rows.append(["total", "", size(program.bytes_read), size(program.nbytes)])
     terminal.table(f"would write {result.out}", ["shard", "tensors", "read", "written"], rows)
     if result.fetch:
         terminal.result(f"to fetch: {fetch_text(result.fetch)}")
-    terminal.result("other files: " + ", ".join([*program.texts, *program.copies, "surgery.json"]))
+    if isinstance(program, Program):
+        terminal.result("other files: " + ", ".join([*program.texts, *program.copies, "surgery.json"]))
 
 
 def _print_outcome(terminal: Terminal, result: PruneResult, seconds: float) -> None:

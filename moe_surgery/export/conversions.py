@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_surgery.checkpoint.shard import Shard
+from moe_surgery.checkpoint.shard import OpenFile
 from moe_surgery.engine.chunks import PartSlice
 from moe_surgery.engine.mapped_regions import MappedRegions
 from moe_surgery.engine.spans import Span
@@ -30,7 +30,7 @@ RowPart = Pack | Transpose | Quantise
 class GgufConversions:
     """The converted parts of one GGUF file. `fill` may run in several threads, in any order."""
 
-    def __init__(self, sources: Mapping[str, Shard]) -> None:
+    def __init__(self, sources: Mapping[str, OpenFile]) -> None:
         self._shards = sources
         self._regions = MappedRegions(sources)
         self._scratch = threading.local()

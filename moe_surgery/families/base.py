@@ -21,6 +21,7 @@ __all__ = [
     "CatalogFamily",
     "ConfigKey",
     "Family",
+    "GgufFamily",
     "LayerNames",
     "Layout",
     "ProjectionNames",
@@ -219,6 +220,21 @@ class CatalogFamily:
     table: str | None = None
     group_minimum: int = 2
     minimum: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class GgufFamily:
+    """A model in a GGUF file: which tensors count experts follows from names that all architectures share.
+
+    `architecture` is llama.cpp's name; `model_types` are transformers' for the models with it, `model_type` the
+    first of them. `routing` says how a token's experts are chosen.
+    """
+
+    model_type: str
+    title: str
+    architecture: str
+    routing: str
+    model_types: tuple[str, ...]
 
 
 AnyFamily = Family | CatalogFamily

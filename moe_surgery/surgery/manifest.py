@@ -22,6 +22,7 @@ from moe_surgery.version import __version__
 
 if TYPE_CHECKING:
     from moe_surgery.engine.run import WrittenFile
+    from moe_surgery.surgery.gguf.program import GgufPruneProgram
     from moe_surgery.surgery.program import OutputShard, Program
 
 __all__ = [
@@ -86,7 +87,9 @@ def shard_record(shard: OutputShard, written: WrittenFile) -> FileRecord:
 
 
 def manifest_bytes(
-    program: Program, files: Mapping[str, FileRecord], conversion: Mapping[str, object] | None
+    program: Program | GgufPruneProgram,
+    files: Mapping[str, FileRecord],
+    conversion: Mapping[str, object] | None,
 ) -> bytes:
     """The manifest of a finished output; the same program and bytes give the same manifest.
 

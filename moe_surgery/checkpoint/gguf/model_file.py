@@ -34,6 +34,11 @@ class GgufTensor:
     offset: int
     nbytes: int
 
+    @property
+    def dtype(self) -> str:
+        """The name of the type."""
+        return self.type.name
+
 
 class GgufShard(OpenFile):
     """A GGUF file over `source`, which it closes."""
@@ -109,6 +114,12 @@ class GgufModel:
         """The value of `key`: a number, bool, str or a list of them; None where there is no such key."""
         entry = self.metadata.get(key)
         return None if entry is None else read_value(self.shards[self.name].source, entry)
+
+    def where(self, tensor: str) -> str:
+        """`file: tensor 'name'`, for messages."""
+        found = self.tensors.get(tensor)
+        file = self.files.path / found.shard if found else self.path
+        return f"{printable_path(file)}: tensor '{printable(tensor)}'"
 
     def check_unchanged(self) -> None:
         """Raise InvalidInputError if any file was replaced or written to since it was opened."""
