@@ -15,11 +15,13 @@ from gguf import GGUFReader, GGUFWriter
 
 __all__ = ["brute_force_slices", "slice_gguf"]
 
-_EXPERTS = re.compile(r"blk\.(\d+)\.(ffn_\w*_exps\.\w+|ffn_gate_inp\.(weight|bias)|exp_probs_b(\.bias)?)")
+_EXPERTS = re.compile(
+    r"blk\.(\d+)\.(ffn_(gate|up|down|gate_up)_exps\.\w+|ffn_gate_inp\.(weight|bias)|exp_probs_b(\.bias)?)"
+)
 
 
 def brute_force_slices(source: Path, kept: Mapping[int, Sequence[int]]) -> dict[str, np.ndarray]:
-    """Every tensor as uint8 [rows, bytes of a row], of those in blocks of `kept` only these experts."""
+    """The bytes of every tensor, uint8 [n]; of those that count experts in the blocks of `kept` only these experts."""
     result = {}
     for tensor in GGUFReader(source).tensors:
         data = np.ascontiguousarray(tensor.data)
