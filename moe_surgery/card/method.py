@@ -19,6 +19,8 @@ METHODS: Mapping[str, str] = {
     "weighted_ean": "the sum of its output norms, each times its routing weight",
     "reap": "the mean of its output norms, each times its routing weight, over the tokens that chose it (REAP)",
     "ean_ca": "the norm of its mean output over the tokens that chose it",
+    "rms_count": "how often the router chose it, times the root mean square of its down projection's input",
+    "energy": "the squared norm of its output summed over tokens, as an importance matrix and the weights give it",
 }
 SOURCE = "path/to/the/source"
 MAX_ROWS = 60

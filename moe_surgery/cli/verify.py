@@ -35,12 +35,16 @@ def command(
     damaged weights; they also give exit code 8, unless --weights-only makes them notes. Added files
     (.gitattributes, .git, .cache) are notes; added shards are problems.
 
+    A GGUF file is compared with OUT.surgery.json beside it (prune --manifest), and with --source tensor by tensor and
+    key by key; without either only its structure is checked, and a flipped byte in a weight is not found.
+
     \b
     moe-surgery verify tiny-8 --source example:tiny
     moe-surgery verify law-8
     moe-surgery verify law-8 --source openai/gpt-oss-20b
     moe-surgery verify law-8-with-my-readme --weights-only
     moe-surgery verify some-downloaded-model --structure-only
+    moe-surgery verify out.gguf --source Model-Q4_K_M-00001-of-00003.gguf
     """
     from moe_surgery.checkpoint.files import printable_path
     from moe_surgery.checkpoint.text import printable

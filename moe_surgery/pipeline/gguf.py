@@ -23,7 +23,7 @@ from moe_surgery.selection.plan import Plan, as_plan
 from moe_surgery.surgery.gguf.compiler import compile_gguf_prune
 from moe_surgery.surgery.gguf.run import run_gguf_program
 from moe_surgery.surgery.mtp import mtp_notes
-from moe_surgery.surgery.preflight import check_gguf_output
+from moe_surgery.surgery.preflight import check_gguf_outputs, checked_gguf_path
 from moe_surgery.surgery.serving import llama_cpp_notes
 
 __all__ = ["opened_gguf", "prune_gguf"]
@@ -63,10 +63,12 @@ def prune_gguf(
     """
     with opened_gguf(source, ops) as (model, spec):
         chosen = (plan(spec) if callable(plan) else as_plan(plan)).with_top_k(top_k)
-        target = check_gguf_output(model, out, overwrite=overwrite)
+        target = checked_gguf_path(out)
         program = compile_gguf_prune(
             model, spec, chosen, name=target.name, max_shard_size=max_shard_size, mtp=mtp
         )
+        files = [target.with_name(file.name) for file in program.files]
+        check_gguf_outputs(model, files, overwrite=overwrite)
         log.info("reading %.2f GB from %d files", program.bytes_read / 1e9, len(program.sources))
         fetch = to_fetch(program.files, [], model)
         outcome = None
@@ -94,7 +96,7 @@ def prune_gguf(
         ),
     ]
     return PruneResult(
-        target.with_name(program.files[0].name),
+        files[0],
         program,
         outcome,
         tuple(notes),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from moe_surgery.surgery.names import MANIFEST_NAME
 if TYPE_CHECKING:
     from moe_surgery.checkpoint.gguf.model_file import GgufModel
 
-__all__ = ["check_gguf_output", "check_output", "check_output_file"]
+__all__ = ["check_gguf_outputs", "check_output", "check_output_file", "checked_gguf_path"]
 
 
 def check_output(checkpoint: Checkpoint, out: str | os.PathLike[str], *, overwrite: bool) -> Path:
@@ -41,19 +42,30 @@ def check_output_file(checkpoint: Checkpoint, out: str | os.PathLike[str], *, ov
     return _checked_file(_separate_path(checkpoint, out, "file"), overwrite)
 
 
-def check_gguf_output(model: GgufModel, out: str | os.PathLike[str], *, overwrite: bool) -> Path:
-    """The absolute path of the output file of a GGUF model, which may lie beside its source.
+def checked_gguf_path(out: str | os.PathLike[str]) -> Path:
+    """The absolute path of an output that is to be a GGUF file.
 
-    Raises UsageError where `out` is a file of the source, or not called .gguf; OutputError as `check_output_file`.
+    Raises UsageError for a name that does not end in .gguf, OutputError where its folder does not exist.
     """
     target = _absolute(out, "file")
     if target.suffix != ".gguf":
         raise UsageError(f"{printable_path(target)}: the source is a GGUF file, so name the output OUT.gguf")
-    for shard in model.shards.values():
-        path = shard.source.path
-        if path is not None and target.exists() and os.path.samefile(target, path):
+    return target
+
+
+def check_gguf_outputs(model: GgufModel, targets: Sequence[Path], *, overwrite: bool) -> None:
+    """Check the paths of all files that are made of a GGUF model; they may lie beside it.
+
+    Raises UsageError where one is a file of the source or a folder; OutputError where the first one exists (or, with
+    `overwrite`, is no regular file), or its folder is not writable.
+    """
+    sources = [shard.source.path for shard in model.shards.values()]
+    for target in targets:
+        if target.exists() and any(path is not None and os.path.samefile(target, path) for path in sources):
             raise UsageError(f"{printable_path(target)}: is the source; choose another name")
-    return _checked_file(target, overwrite)
+        if target.is_dir():
+            raise UsageError(f"{printable_path(target)}: is a folder; pass the name of a file")
+    _checked_file(targets[0], overwrite)
 
 
 def _checked_file(target: Path, overwrite: bool) -> Path:

@@ -11,6 +11,7 @@ from moe_surgery.checkpoint.additions import is_addition
 from moe_surgery.checkpoint.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint
 from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.checkpoint.files import printable_path
+from moe_surgery.checkpoint.gguf.resolve import is_gguf
 from moe_surgery.checkpoint.header import Header, read_header
 from moe_surgery.checkpoint.local_file import LocalFile, LocalFolder
 from moe_surgery.checkpoint.resolve import resolve
@@ -18,7 +19,7 @@ from moe_surgery.checkpoint.source import ByteSource, Folder
 from moe_surgery.checkpoint.text import printable
 from moe_surgery.engine.chunks import chunks_of_sizes, plain_chunks
 from moe_surgery.engine.digest import FileDigest, digest_chunks
-from moe_surgery.errors import MoeSurgeryError, OutputError
+from moe_surgery.errors import MoeSurgeryError, OutputError, UsageError
 from moe_surgery.families import FAMILIES, AnyFamily, identify_model
 from moe_surgery.progress import Counter, OnProgress
 from moe_surgery.surgery.findings import Findings
@@ -67,11 +68,18 @@ def verify_checkpoint(
     applied to the source. With `weights_only` an edited or missing file next to
     the shards (README.md, config.json, tokenizer) is a note, not a problem; config and index must still
     agree with the shards. Damage that the source had before the surgery cannot be detected. `families` are the model
-    families to recognise; `progress` is called with each `Progress`, in bytes.
+    families to recognise. `progress` is called with each `Progress`, in bytes.
+    `out` may be a GGUF file; see `gguf.verify.verify_gguf`.
 
     Raises OutputError where `out` is not a folder, or has no manifest and `structure_only` is off,
     and any error of opening `source`.
     """
+    if is_gguf(out):
+        from moe_surgery.surgery.gguf.verify import verify_gguf
+
+        if isinstance(source, Folder):
+            raise UsageError("`source` of a GGUF file must be one too, not a folder")
+        return verify_gguf(out, source=source, structure_only=structure_only, progress=progress)
     folder = resolve(out)
     if not folder.is_dir():
         raise OutputError(f"{printable_path(folder)}: is a file; pass the folder of the checkpoint")

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from moe_surgery.checkpoint.files import is_safetensors
 from moe_surgery.errors import InvalidInputError, OutputError, PlanMismatchError, UsageError
-from moe_surgery.selection.metrics import METRICS, order, score, super_experts
+from moe_surgery.selection.metrics import PROFILED_METRICS, order, score, super_experts
 from moe_surgery.selection.rank import rank
 from moe_surgery.selection.statistics import (
     ExpertStatistics,
@@ -72,7 +72,7 @@ def by_hand(metric: str, chosen: list[tuple[int, float, np.ndarray]], expert: in
     }[metric]
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", PROFILED_METRICS)
 def test_every_metric_is_its_definition(metric: str) -> None:
     chosen = routes(3, 60)
     [scores] = score(metric, [gathered(chosen)])

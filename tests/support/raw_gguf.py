@@ -123,7 +123,8 @@ def read(path: Path) -> tuple[dict[str, Entry], dict[str, Tensor]]:
 
     def skip(kind: int) -> None:
         nonlocal position
-        position += take("Q") if kind == 8 else struct.calcsize(CODES[kind])
+        length = take("Q") if kind == 8 else struct.calcsize(CODES[kind])
+        position += length
 
     def name() -> str:
         nonlocal position

@@ -35,6 +35,7 @@ __all__ = [
     "KEPT_KEY",
     "OWN",
     "SPLIT_KEYS",
+    "TOP_K_KEY",
     "edited_metadata",
     "source_digest",
     "split_keys",
@@ -45,6 +46,7 @@ OWN: Final = "moe_surgery."
 """Begins the keys that a pruned file gains: which experts it has, and of which file."""
 KEPT_KEY: Final = OWN + "kept_experts"
 BLOCKS_KEY: Final = OWN + "blocks"
+TOP_K_KEY: Final = OWN + "plan.top_k"
 SPLIT_KEYS: Final = (SPLIT_NUMBER, SPLIT_COUNT, SPLIT_TENSORS)
 _COUNTED_LABEL: Final = re.compile(r"([0-9]+)(x.+)")
 
@@ -208,6 +210,9 @@ def _own(model: GgufModel, spec: ModelSpec, plan: Plan, digest: str) -> dict[str
     add()
     packed.u32(OWN + "source.expert_count", spec.experts)
     add()
+    if plan.top_k is not None:
+        packed.u32(TOP_K_KEY, plan.top_k)
+        add()
     packed.u32s(BLOCKS_KEY, blocks)
     add()
     packed.u32s(KEPT_KEY, [expert for row in rows for expert in row])

@@ -44,7 +44,7 @@ def run_gguf_program(
     ops: FileOps | None = None,
     segment: int = SEGMENT_BYTES,
 ) -> Outcome:
-    """Write the files of `program` into the folder of `out`, which has passed `check_gguf_output`.
+    """Write the files of `program` into the folder of `out`, whose names have passed `check_gguf_outputs`.
 
     `manifest`: also the file of digests that `verify` reads, beside the first one. `progress` is called with bytes of
     files processed, `on_fetch` with what is left to be fetched over a network, before it is. An interrupted run, and
