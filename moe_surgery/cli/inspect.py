@@ -76,6 +76,8 @@ def _summary(terminal: Terminal, inspection: Inspection) -> None:
 
 
 def _gguf(inspection: Inspection) -> GgufInspection | None:
+    if inspection.layout != "GGUF":
+        return None
     from moe_surgery.surgery.gguf.inspect import GgufInspection
 
     return inspection if isinstance(inspection, GgufInspection) else None

@@ -37,13 +37,14 @@ KINDS = {
     "index.json": ("the shard index of a checkpoint", "pass its folder"),
     "pruned": ("a checkpoint folder", "where help says CKPT"),
     "pruned/model.safetensors": ("a safetensors file of weights", "where help says CKPT"),
-    "tiny.gguf": ("a GGUF file", "llama.cpp"),
+    "tiny.gguf": ("a GGUF file", "inspect, plan, prune and verify take it"),
     "report.html": ("an HTML page", "browser"),
 }
 RANKINGS = {"ranking.json", "published.json", "numbered.json", "numbered.jsonl"}
 PLANS = {"plan.json", "sorted-plan.json"}
 STATS = {"tiny.stats", "stats.safetensors"}
 CHECKPOINTS = {"pruned", "pruned/model.safetensors"}
+MODELS = CHECKPOINTS | {"tiny.gguf"}
 TEXTS = {"pruned/config.json", "report.html"}
 
 # Where it is given -> the command, what belongs there, which files do, and the exit code.
@@ -105,9 +106,9 @@ ARGUMENTS: dict[str, tuple[str, str, set[str], int]] = {
     ),
     "profile --texts": ("profile example:tiny -o {new}/s --texts {file}", "texts", TEXTS, 3),
     "search --texts": ("search example:tiny -o {new}/r --texts {file}", "texts", TEXTS, 3),
-    "inspect": ("inspect {file}", "a checkpoint", CHECKPOINTS, 2),
-    "prune": ("prune {file} {new}/out --keep 0", "a checkpoint", CHECKPOINTS, 2),
-    "prune a plan": ("prune {file} {new}/out --plan {in}/plan.json", "a checkpoint", CHECKPOINTS, 2),
+    "inspect": ("inspect {file}", "a checkpoint", MODELS, 2),
+    "prune": ("prune {file} {new}/out --keep 0", "a checkpoint", MODELS, 2),
+    "prune a plan": ("prune {file} {new}/out --plan {in}/plan.json", "a checkpoint", MODELS, 2),
     "export": ("export {file} {new}/out.gguf", "a checkpoint", CHECKPOINTS, 2),
     "generate": ("generate {file} --prompt a", "a checkpoint", CHECKPOINTS, 2),
     "trace": ("trace {file} --prompt a -o {new}/t.html", "a checkpoint", CHECKPOINTS, 2),
@@ -120,8 +121,8 @@ ARGUMENTS: dict[str, tuple[str, str, set[str], int]] = {
     ),
     "profile": ("profile {file} --texts {in}/texts.txt -o {new}/s", "a checkpoint", CHECKPOINTS, 2),
     "bench surgery": ("bench surgery {file}", "a checkpoint", CHECKPOINTS, 2),
-    "plan CKPT": ("plan --keep 0 {file}", "a checkpoint", CHECKPOINTS, 2),
-    "verify": ("verify {file}", "a checkpoint", CHECKPOINTS, 2),
+    "plan CKPT": ("plan --keep 0 {file}", "a checkpoint", MODELS, 2),
+    "verify": ("verify {file}", "a checkpoint", MODELS, 2),
     "verify --source": ("verify {in}/pruned --source {file}", "a checkpoint", CHECKPOINTS, 2),
     "card": ("card {file}", "a checkpoint", CHECKPOINTS, 2),
 }

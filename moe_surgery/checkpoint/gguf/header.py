@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from moe_surgery.checkpoint.gguf.block_types import BLOCK_TYPES, REFUSED_TYPES, BlockType
@@ -38,6 +38,8 @@ _LOOKALIKES: Final = (
     (b"tjgg", "a GGML file of 2023, which llama.cpp no longer reads: convert the model again"),
 )
 _FIRST_WINDOW, _LARGEST_WINDOW = 256 << 10, 2 << 20
+_SHORT: Final = 512
+"""Bytes of a value that are kept with its place."""
 _LEAST_KEY_VALUE: Final = 8 + 1 + 4 + 1
 _LEAST_TENSOR: Final = 8 + 4 + 4 + 8
 
@@ -71,7 +73,8 @@ class KeyValue:
     """One entry of the metadata: `nbytes` bytes at file position `offset`, of which the value begins at `value`.
 
     `type` is a `ValueType`; `item_type` and `count` are those of an array (-1 and 1 for others). The value
-    begins after the type, that of an array after its item type and length.
+    begins after the type, that of an array after its item type and length. `raw` are the bytes of a short value,
+    where they were at hand when the header was read.
     """
 
     key: str
@@ -81,6 +84,7 @@ class KeyValue:
     nbytes: int
     item_type: int = -1
     count: int = 1
+    raw: bytes | None = field(default=None, compare=False, repr=False)
 
     @property
     def end(self) -> int:
@@ -127,6 +131,7 @@ def read_value(source: ByteSource, entry: KeyValue) -> object:
     Bytes of strings that are not UTF-8 become lone surrogates. Raises as `read_gguf_header`.
     """
     reader = _Reader(source, entry.value, f"key '{printable(entry.key)}'")
+    reader.hold(source.read(entry.value, entry.end - entry.value) if entry.raw is None else entry.raw)
     if entry.type != ValueType.ARRAY:
         return reader.value(entry.type)
     if entry.item_type in _FORMATS:
@@ -146,6 +151,10 @@ class _Reader:
         self._position = start
         self._reading = reading  # what errors begin with
 
+    def hold(self, raw: bytes) -> None:
+        """Take `raw` as what the file holds at the current position."""
+        self._start, self._window = self._position, bytearray(raw)
+
     def header(self) -> GgufHeader:
         version, tensor_count, entry_count = self._preamble()
         metadata: dict[str, KeyValue] = {}
@@ -155,9 +164,7 @@ class _Reader:
             if entry.key in metadata:
                 raise self._error("occurs twice")
             metadata[entry.key] = entry
-        table = self._position
         alignment = self._alignment(metadata)
-        self._position = table
         infos: list[tuple[str, tuple[int, ...], int, int]] = []
         names: set[str] = set()
         for number in range(tensor_count):
@@ -212,7 +219,7 @@ class _Reader:
         if kind != ValueType.ARRAY:
             value = self._position
             self._skip(kind)
-            return KeyValue(key, kind, offset, value, self._position - offset)
+            return KeyValue(key, kind, offset, value, self._position - offset, raw=self._held(value))
         item, count = self._number("I"), self._number("Q")
         if item == ValueType.ARRAY:
             raise self._error("is an array of arrays, which llama.cpp refuses")
@@ -224,7 +231,16 @@ class _Reader:
             self._skip_texts(count)
         else:
             self._advance(count * _SIZES[item])
-        return KeyValue(key, kind, offset, value, self._position - offset, item, count)
+        return KeyValue(key, kind, offset, value, self._position - offset, item, count, self._held(value))
+
+    def _held(self, start: int) -> bytes | None:
+        """The bytes from `start` to the current position, if they are few and all in the window."""
+        begin, end = start - self._start, self._position - self._start
+        return (
+            bytes(self._window[begin:end])
+            if begin >= 0 and end - begin <= _SHORT and end <= len(self._window)
+            else None
+        )
 
     def _skip(self, kind: int) -> None:
         if kind == ValueType.STRING:
@@ -260,8 +276,8 @@ class _Reader:
         self._reading = f"key '{ALIGNMENT_KEY}'"
         if entry.type != ValueType.U32:
             raise self._error(f"is of type {ValueType.NAMES[entry.type]}, llama.cpp needs u32")
-        self._position = entry.value
-        alignment = self._number("I")
+        alignment = read_value(self._source, entry)
+        assert isinstance(alignment, int)
         if alignment < LEAST_ALIGNMENT or alignment & (alignment - 1):
             raise self._error(f"is {alignment}, not a power of two from {LEAST_ALIGNMENT}")
         return alignment

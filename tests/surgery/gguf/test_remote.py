@@ -145,7 +145,7 @@ def test_a_hub_that_goes_away_leaves_what_the_next_run_resumes(hub: HubServer, t
     def fault(request: object) -> Answer | None:
         nonlocal seen
         seen += getattr(request, "method", "") == "GET" and getattr(request, "host", "") == "storage"
-        return Answer(404) if seen > 3 else None
+        return Answer(503, {"Retry-After": "0"}) if seen > 6 else None
 
     hub.fault = fault
     with pytest.raises(NetworkError):
