@@ -10,15 +10,18 @@ from collections.abc import Mapping
 
 from tests.support.gguf_parts import (
     BIASED_QKV,
+    COMPRESSED,
     DELTA_NET,
     DELTA_NET_KEYS,
     DENSE,
     FFN_NORM,
+    FULL_HEADS,
     GATED_QKV,
     GATED_SHARED,
     GRANITE,
     HASH_LAYER,
     HEAD_NORMS,
+    INDEXED,
     LATENT_MOE,
     MAMBA,
     MLA,
@@ -147,7 +150,12 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         tied=True,
     ),
     # Softmax, not renormalised.
-    "olmoe": Architecture({**QKV, **ROW_NORMS, **FFN_NORM}, with_experts(), experts_are_dense=True),
+    "olmoe": Architecture(
+        {**QKV, **FULL_HEADS, "attn_q_norm.weight": "q", "attn_k_norm.weight": "q", **FFN_NORM},
+        with_experts(),
+        {"attention.head_count_kv": "heads"},
+        experts_are_dense=True,
+    ),
     "qwen2moe": Architecture(
         {**QKV, **BIASED_QKV, **FFN_NORM},
         with_experts(GATED_SHARED),
@@ -238,6 +246,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         {**QKV, **FFN_NORM},
         with_experts(SHARED_AS_EXPERT),
         {**WIDTH, "interleave_moe_layer_step": 1},
+        layers=4,  # every fourth is without rotary embedding
     ),
     # A second set of experts, one for each group of neighbours.
     "grovemoe": Architecture(
@@ -294,7 +303,13 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             "post_ffw_norm.weight": "embd",
         },
         with_experts(SELECTION_BIAS, SHARED_AS_EXPERT),
-        {**WIDTH, **SIGMOID, "expert_shared_count": 1},
+        {
+            **WIDTH,
+            **SIGMOID,
+            "expert_shared_count": 1,
+            "attention.sliding_window": 32,
+            "attention.sliding_window_pattern": [True, False, True],
+        },
         DENSE,
         leading_dense=1,
     ),
@@ -362,12 +377,12 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             "attention.value_length": "head",
             "attention.sliding_window": 32,
             "attention.indexer.head_count": 2,
-            "attention.indexer.key_length": 32,
+            "attention.indexer.key_length": 64,
             "attention.indexer.top_k": 64,
             "attention.output_group_count": 2,
             "attention.output_lora_rank": "o_lora",
             "attention.compress_rope_freq_base": 10000.0,
-            "attention.compress_ratios": [0, 0, 0],
+            "attention.compress_ratios": [0, 4, 128],
             "rope.dimension_count": "head/2",
             "hyper_connection.count": 4,
             "hyper_connection.sinkhorn_iterations": 2,
@@ -386,8 +401,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         },
         pattern=(
             {**V4_BLOCK, **HASH_LAYER},
-            {**V4_BLOCK, **SELECTION_BIAS},
-            {**V4_BLOCK, **SELECTION_BIAS},
+            {**V4_BLOCK, **SELECTION_BIAS, **INDEXED},
+            {**V4_BLOCK, **SELECTION_BIAS, **COMPRESSED},
         ),
     ),
 }

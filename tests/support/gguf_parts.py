@@ -18,6 +18,7 @@ QKV = {
     "attn_v.weight": "embd kv",
     "attn_output.weight": "q embd",
 }
+FULL_HEADS = {"attn_k.weight": "embd q", "attn_v.weight": "embd q"}
 FFN_NORM = {"ffn_norm.weight": "embd"}
 POST_NORM = {"post_attention_norm.weight": "embd"}
 HEAD_NORMS = {"attn_q_norm.weight": "head", "attn_k_norm.weight": "head"}
@@ -127,6 +128,24 @@ V4_BLOCK = {
     **FFN_NORM,
     **with_experts(SHARED_AS_EXPERT),
 }
+INDEXED = {
+    "attn_compressor_kv.weight": "embd 2*head",
+    "attn_compressor_gate.weight": "embd 2*head",
+    "attn_compressor_ape.weight": "2*head 4",
+    "attn_compressor_norm.weight": "head",
+    "indexer.proj.weight": "embd 2",
+    "indexer.attn_q_b.weight": "q_lora 128",
+    "indexer_compressor_kv.weight": "embd 128",
+    "indexer_compressor_gate.weight": "embd 128",
+    "indexer_compressor_ape.weight": "128 4",
+    "indexer_compressor_norm.weight": "64",
+}
+COMPRESSED = {
+    "attn_compressor_kv.weight": "embd head",
+    "attn_compressor_gate.weight": "embd head",
+    "attn_compressor_ape.weight": "head 128",
+    "attn_compressor_norm.weight": "head",
+}
 MAMBA = {
     "attn_norm.weight": "embd",
     "ssm_in.weight": "embd 196",
@@ -170,6 +189,8 @@ class Architecture:
     recurrent: Shapes = field(default_factory=dict)
     whole: Shapes = field(default_factory=dict)
     leading_dense: int = 0
+    layers: int = 2
+    """Blocks with experts, if not told otherwise."""
     mtp: int | None = None
     """Blocks for multi-token prediction in the file by default; None where there are none."""
     groups: int = 0
@@ -185,6 +206,6 @@ def moe_blocks(row: Architecture, mtp: int | None = None) -> tuple[list[int], li
     """Numbers of the blocks with experts in a file of the usual length: those of the trunk, and those after it."""
     if row.pattern:
         return [n for n, block in enumerate(row.pattern) if "ffn_gate_inp.weight" in block], []
-    trunk = row.leading_dense + 2
+    trunk = row.leading_dense + row.layers
     more = row.mtp or 0 if mtp is None else mtp
     return list(range(row.leading_dense, trunk)), list(range(trunk, trunk + more))

@@ -114,7 +114,7 @@ def write_tiny_gguf(
     kinds = [types] if isinstance(types, str) else list(types)
     hidden = hidden or max(64, *(BY_NAME[name].block_values for name in (*kinds, dense)))
     words = dimensions(hidden, experts, top_k)
-    trunk = len(row.pattern) or layers or row.leading_dense + 2
+    trunk = len(row.pattern) or layers or row.leading_dense + row.layers
     if mtp is None:
         mtp = row.mtp or 0
     elif mtp and row.mtp is None:
@@ -133,7 +133,7 @@ def write_tiny_gguf(
     for name, shape in names.items():
         sizes = [_evaluate(word, words) for word in shape.split()][::-1]
         kind = "I32" if "tid2eid" in name else "F32"
-        if re.search(r"exps\.weight$", name):
+        if re.search(r"ffn_(gate|up|down|gate_up)_(ch)?exps\.weight$", name):
             kind = kinds[turn % len(kinds)]
             turn += 1
         elif _is_dense_matrix(name, sizes) and sizes[-1] % BY_NAME[dense].block_values == 0:
@@ -180,7 +180,7 @@ def _is_dense_matrix(name: str, shape: Sequence[int]) -> bool:
     return (
         len(shape) > 1
         and name.endswith(".weight")
-        and not re.search("ffn_gate_inp|tid2eid|ssm_conv|hc_", name)
+        and not re.search("ffn_gate_inp|tid2eid|ssm_conv|hc_|_ape", name)
     )
 
 
