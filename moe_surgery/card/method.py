@@ -38,7 +38,7 @@ def method_section(facts: Facts) -> str:
     provenance = facts.plan.provenance
     parts = [_method(facts.plan, provenance), *_data(provenance)]
     if provenance.get("protect_super_experts") is True:
-        parts.append("Experts with outlier activations (REAP's rule) were kept whatever their score.")
+        parts.append("Experts with outlier activations (REAP's rule) were kept regardless of their score.")
     if provenance.get("order") == "ranking":
         parts.append("They are numbered best first instead of in the source's order.")
     if facts.plan.mtp_layers is not None:

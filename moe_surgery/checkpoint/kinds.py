@@ -214,7 +214,7 @@ def _of_safetensors(fd: int, size: int, length: int) -> Kind | None:
 
 
 def _of_json(fd: int, size: int, head: bytes) -> Kind | None:
-    """A JSON object, or JSON lines, of which the first is looked at."""
+    """A JSON object, or JSON lines, of which the first is read."""
     line, newline, rest = head.partition(b"\n")
     if newline and rest.lstrip()[:1] == b"{":
         root = _object(line)

@@ -25,7 +25,7 @@ def resolve(name: str | os.PathLike[str]) -> Path:
     """The folder or .safetensors file that `name` means.
 
     `name` is a path, `example:tiny` (the embedded checkpoint), or a hub id `owner/model[@revision]`
-    whose snapshot lies in the local hub cache; nothing is fetched. A path that exists wins.
+    whose snapshot is in the local hub cache; nothing is fetched. A path that exists wins.
 
     Raises UsageError for an unknown example or an empty name, OutputError where nothing is found.
     """

@@ -51,7 +51,7 @@ def imatrix_options(command: Command) -> Command:
         click.option(
             "--allow-missing",
             is_flag=True,
-            help="With --imatrix: keep experts 0 to N-1 of layers that the matrix has no data for.",
+            help="Accept layers without data: experts 0 to N-1 of layers that are not in --imatrix are kept.",
         ),
         click.option(
             "--imatrix",

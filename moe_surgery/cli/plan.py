@@ -109,7 +109,7 @@ def command(
     written by `profile` or `stats import`, ranked here by --metric. Say how many with exactly one of --experts,
     --coverage, --target-size and --target-params.
 
-    --imatrix ranks by importance matrices of llama.cpp, as they are published beside GGUF models and written by
+    --imatrix ranks by importance matrices of llama.cpp, as they are published with GGUF models and written by
     llama-imatrix (docs/imatrix.md). The default --metric is then energy where the expert weights can be read, else
     rms_count, else frequency.
 

@@ -16,6 +16,7 @@ from moe_surgery.cli.options import (
     base_model_option,
     check_new_output,
     common,
+    metric_option,
     router_top_k,
     terminal_of,
     write_options,
@@ -40,11 +41,7 @@ if TYPE_CHECKING:
     help="Ranking file or published:NAME (see plan); needs --experts.",
 )
 @imatrix_options
-@click.option(
-    "--metric",
-    metavar="NAME",
-    help="With --imatrix: energy, rms_count or frequency; default: the first possible.",
-)
+@metric_option
 @click.option(
     "--cut-imatrix",
     type=OUTPUT,
@@ -72,7 +69,7 @@ if TYPE_CHECKING:
 @click.option(
     "--manifest/--no-manifest",
     default=None,
-    help="Write OUT.surgery.json beside a GGUF file, with digests for verify; default: no. A folder always has its "
+    help="Write OUT.surgery.json next to a GGUF file, with digests for verify; default: no. A folder always has "
     "surgery.json.",
 )
 @write_options
@@ -121,7 +118,8 @@ def command(
     hub that is not in the local cache, only the bytes of the kept experts are fetched.
 
     Choose experts with exactly one of --plan, --ranking, --imatrix and --keep. `--keep all` keeps them all, to change
-    only the format (--store) or the experts per token (--top-k).
+    only the format (--store) or the experts per token (--top-k). --imatrix ranks by importance matrices of llama.cpp;
+    --metric is then energy, rms_count or frequency; default: the first that is possible (see rank).
 
     A GGUF file becomes a smaller GGUF file, whatever its architecture and quantisation: its bytes are cut as they
     lie, nothing is dequantised. Pass the first file of a set, or a file on the hub by its path or the end of its name:
@@ -133,7 +131,7 @@ def command(
     moe-surgery prune openai/gpt-oss-20b general-16 --imatrix imatrix.gguf --experts 16
     moe-surgery prune example:tiny tiny-16-top-2 --keep 0-15 --top-k 2
     moe-surgery prune some/pruned-bf16-model smaller --keep all --store mxfp4
-    moe-surgery prune Model-Q4_K_M-00001-of-00003.gguf out.gguf --plan plan.json
+    moe-surgery prune Model-Q4_K_M-00001-of-00003.gguf out.gguf --imatrix imatrix.gguf --experts 64
     moe-surgery prune unsloth/Qwen3-30B-A3B-GGUF:Q4_K_M out.gguf --ranking ranking.json --experts 64
     """
     from moe_surgery.pipeline.pruning import prune
@@ -167,7 +165,7 @@ def command(
             card=card,
             base_model=base_model,
             mtp=mtp,
-            manifest=bool(manifest),
+            manifest=manifest,
             progress=progress,
             on_fetch=terminal.fetching,
         )

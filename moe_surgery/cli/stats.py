@@ -123,11 +123,17 @@ def show_command(context: click.Context, file: Path) -> None:
     "--model", metavar="CKPT", help="The model that the counts are of: a checkpoint or a GGUF file; checked."
 )
 @click.option(
-    "--format", type=click.Choice(FORMATS), help="What the files are; default: by content and name."
+    "--file-format", type=click.Choice(FORMATS), help="What the files are; default: by content and name."
 )
-@click.option("--domain", metavar="NAME", help="Domain of the texts; default: the first file's name.")
 @click.option(
-    "--top-k", "top_k", type=int, metavar="N", help="Experts per token, for counts without --model."
+    "--domain",
+    "domains",
+    metavar="NAME",
+    multiple=True,
+    help="Domain of the texts: once for all files, which are added up, or once per file; default: the file's name.",
+)
+@click.option(
+    "--model-top-k", type=int, metavar="N", help="Experts per token of the model, for counts without --model."
 )
 @click.option(
     "--chunk-size",
@@ -142,7 +148,7 @@ def show_command(context: click.Context, file: Path) -> None:
     help="Read the expert weights of --model as well, which the metric energy needs; default: unless they are on the "
     "hub.",
 )
-@click.option("--allow-missing", is_flag=True, help="Accept layers without data; their counts are 0.")
+@click.option("--allow-missing", is_flag=True, help="Accept layers without data: their counts are 0.")
 @click.option("-o", "--output", type=OUTPUT, required=True, help="Write the statistics here.")
 @common
 @click.pass_context
@@ -150,9 +156,9 @@ def import_command(
     context: click.Context,
     files: tuple[Path, ...],
     model: str | None,
-    format: str | None,
-    domain: str | None,
-    top_k: int | None,
+    file_format: str | None,
+    domains: tuple[str, ...],
+    model_top_k: int | None,
     chunk_size: int,
     energy: bool | None,
     allow_missing: bool,
@@ -160,7 +166,7 @@ def import_command(
 ) -> None:
     """Make a statistics file from what another program measured.
 
-    FILES are of one kind, and are added up: importance matrices of llama.cpp (GGUF or .dat), recordings of SGLang's
+    FILES are of one kind: importance matrices of llama.cpp (GGUF or .dat), recordings of SGLang's
     expert distribution recorder (.pt, mode stat), or counts of tokens by layer and expert as JSON, JSON lines, CSV or
     NPY. The result has what they support: `rank` offers frequency for counts, rms_count as well for
     importance matrices, and energy with --model. With --model the files are checked to be of that model; .dat
@@ -170,7 +176,7 @@ def import_command(
     moe-surgery stats import imatrix.gguf --model model.gguf -o general.stats
     moe-surgery stats import code.imatrix.gguf maths.imatrix.gguf --model openai/gpt-oss-20b -o both.stats
     moe-surgery stats import expert_distribution_recorder_1.pt --model openai/gpt-oss-20b -o served.stats
-    moe-surgery stats import counts.csv --top-k 4 -o counts.stats
+    moe-surgery stats import counts.csv --model-top-k 4 -o counts.stats
     """
     from moe_surgery.selection.importers.importing import import_statistics
     from moe_surgery.selection.metrics import metrics_from
@@ -182,9 +188,9 @@ def import_command(
         statistics = import_statistics(
             list(files),
             model=model,
-            format=format,
-            domain=domain,
-            top_k=top_k,
+            file_format=file_format,
+            domains=domains,
+            model_top_k=model_top_k,
             chunk_size=chunk_size,
             energy=energy,
             allow_missing=allow_missing,

@@ -35,8 +35,8 @@ def command(
     damaged weights; they also give exit code 8, unless --weights-only makes them notes. Added files
     (.gitattributes, .git, .cache) are notes; added shards are problems.
 
-    A GGUF file is compared with OUT.surgery.json beside it (prune --manifest), and with --source tensor by tensor and
-    key by key; without either only its structure is checked, and a flipped byte in a weight is not found.
+    A GGUF file is compared with OUT.surgery.json next to it (prune --manifest), and with --source tensor by tensor
+    and key by key. Without either only its structure is checked, and a flipped byte in a weight is not found.
 
     \b
     moe-surgery verify tiny-8 --source example:tiny

@@ -17,7 +17,7 @@ __all__ = ["Converter", "Producer", "produce"]
 
 
 EXPECTED_CHUNKS: Final = 6
-"""Chunks whose bytes are asked for before there is a buffer for them; what arrives waits in the socket."""
+"""Chunks whose bytes are requested before there is a buffer for them; answers wait in the socket."""
 
 
 class Converter(Protocol):

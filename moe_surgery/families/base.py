@@ -198,7 +198,7 @@ class CatalogFamily:
 
     Names are those within a layer, whose number follows one of `layers`, or of `mtp` for layers that predict
     further tokens; those may also be numbered after the others. A layer with the tensor `router` is an MoE
-    layer. Experts lie under `experts`, each under its number or stacked along axis 0; `stacked` are prefixes of
+    layer. Experts are stored under `experts`, each under its number or stacked along axis 0; `stacked` are prefixes of
     stacked tensors elsewhere. `slices` are further tensors with one entry an expert, and their axis; `whole`
     are those beside the router that have none. `tail_key` is the config key for rows of the router after
     those of the experts, which stay. `table` is a tensor whose values are expert numbers. With groups,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["EXPERT", "ModelSpec", "ModelTensor"]
 
 EXPERT = "{expert}"
-"""Stands for the expert's number in the name of a tensor that every expert has."""
+"""Replaces the expert's number in the name of a tensor that every expert has."""
 
 
 @dataclass(frozen=True, slots=True)

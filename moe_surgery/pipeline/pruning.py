@@ -67,7 +67,7 @@ def prune(
     card: bool = True,
     base_model: str | None = None,
     mtp: str | None = None,
-    manifest: bool = False,
+    manifest: bool | None = None,
     families: tuple[AnyFamily, ...] = FAMILIES,
     progress: OnProgress | None = None,
     on_fetch: OnFetch | None = None,
@@ -93,7 +93,7 @@ def prune(
 
     A GGUF file (a path, or `owner/name[@revision]:FILE_OR_TAG` on the hub) becomes a GGUF file: `out` ends in
     .gguf and is one file unless `max_shard_size` is given; weights keep their types. `manifest` writes the digests
-    that `verify` compares beside it; a checkpoint folder always has them.
+    that `verify` compares next to it (default: no); a checkpoint folder always has them.
 
     `out` appears whole or not at all, and the source is only ever read. Raises UsageError,
     InvalidInputError, PlanMismatchError, OutputError or DiskFullError, each with one line that says
@@ -114,13 +114,15 @@ def prune(
             max_shard_size=max_shard_size,
             dry_run=dry_run,
             overwrite=overwrite,
-            manifest=manifest,
+            manifest=bool(manifest),
             ignore_free_space=ignore_free_space,
             mtp=mtp,
             progress=progress,
             on_fetch=on_fetch,
             ops=ops,
         )
+    if manifest is False:
+        raise UsageError("`manifest` False: a checkpoint folder always has its manifest, surgery.json")
     shard_size = DEFAULT_SHARD_SIZE if max_shard_size is None else max_shard_size
     with Checkpoint.open(checkpoint, ignore_unlisted=ignore_unlisted, ops=ops) as opened:
         model = identify_model(opened, families)

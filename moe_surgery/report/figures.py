@@ -33,7 +33,7 @@ __all__ = [
 ALL = "all domains"
 CARRIED = ("weight", "routes")
 MOST_DOMAINS = 40
-"""More do not fit a page that stays small and quick."""
+"""More do not fit a small, fast page."""
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]

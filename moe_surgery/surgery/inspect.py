@@ -153,7 +153,7 @@ class Inspection:
 
 def inspect_checkpoint(checkpoint: Checkpoint | GgufModel, model: ModelSpec) -> Inspection:
     """The numbers that `moe-surgery inspect` shows for an open checkpoint."""
-    sizes = tuple(_size(model, n) for n in range(1, model.experts + 1))
+    sizes = _sizes(model)
     dtypes: Counter[str] = Counter()
     shards: Mapping[str, OpenFile] = checkpoint.shards
     tensors: Mapping[str, TensorRef | GgufTensor] = checkpoint.tensors
@@ -187,7 +187,20 @@ def inspect_checkpoint(checkpoint: Checkpoint | GgufModel, model: ModelSpec) -> 
     )
 
 
-def _size(model: ModelSpec, experts: int) -> Size:
+def _sizes(model: ModelSpec) -> tuple[Size, ...]:
+    """The model with n = 1..E experts. Each expert adds the same, which is exact and takes two passes, not E."""
+    none, one = _totals(model, 0), _totals(model, 1)
+    each = model.expert_parameters()
+    sizes = []
+    for n in range(1, model.experts + 1):
+        parameters, weights, other = (a + n * (b - a) for a, b in zip(none, one, strict=True))
+        active = parameters - (n - min(model.top_k, n)) * each
+        sizes.append(Size(n, parameters, active, weights, other))
+    return tuple(sizes)
+
+
+def _totals(model: ModelSpec, experts: int) -> tuple[int, int, int]:
+    """Parameters, those in expert weights whose bytes depend on their format, and the bytes of everything else."""
     other = weights = 0
     copied = AS_STORED._replace(label=model.expert_format.label)
     for tensor in model.tensors:
@@ -195,7 +208,7 @@ def _size(model: ModelSpec, experts: int) -> Size:
             weights += tensor.share(tensor.parameters, model.experts, experts)
         else:
             other += tensor.share(tensor.nbytes, model.experts, experts)
-    return Size(experts, model.parameters(experts), model.active_parameters(experts), weights, other)
+    return model.parameters(experts), weights, other
 
 
 def _parts(model: ModelSpec) -> dict[str, int]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
-
-gguf = pytest.importorskip("gguf")
 
 from moe_surgery.selection.imatrix import load_imatrix
 from moe_surgery.selection.imatrix.models import open_weights, rank_imatrix
@@ -172,7 +171,7 @@ def test_a_gguf_model_is_pruned_by_its_matrix_in_one_command(
         (["prune", "example:tiny", "OUT", "--keep", "0-3", "--experts", "3"], 2, "--experts need each other"),
         (["prune", "example:tiny", "OUT", "--imatrix", "none", "-n", "3"], 5, "none: cannot open"),
         (["stats", "import", "IM.dat", "-o", "S"], 2, "pass --model"),
-        (["stats", "import", "IM", "--top-k", "2", "-o", "S"], 2, "--top-k is for counts alone"),
+        (["stats", "import", "IM", "--model-top-k", "2", "-o", "S"], 2, "--model-top-k is for counts"),
         (["rank", "IM", "--metric", "frequency"], 3, "is an importance matrix, not a statistics file; pass it"),
         (["stats", "show", "IM"], 3, "is an importance matrix, not a statistics file"),
     ],

@@ -92,7 +92,7 @@ def counts_of(statistics: Statistics) -> np.ndarray:
 def test_every_form_gives_the_same_counts(form: str, tmp_path: Path) -> None:
     counts = table()
     file = write(tmp_path, form, counts)
-    result = import_statistics(file, model="example:tiny", domain="code")
+    result = import_statistics(file, model="example:tiny", domains=["code"])
     np.testing.assert_array_equal(counts_of(result), counts)
     assert (result.model_type, result.top_k, result.tokens) == ("gpt_oss", TOP_K, {"code": TOKENS})
     assert metrics_from(result.known) == ("frequency",)
@@ -100,7 +100,7 @@ def test_every_form_gives_the_same_counts(form: str, tmp_path: Path) -> None:
     loaded = load_statistics(tmp_path / "s")
     orders = rank(loaded, "frequency").layers
     assert orders == tuple(tuple(sorted(range(EXPERTS), key=lambda e: (-row[e], e))) for row in counts)
-    alone = import_statistics(file, top_k=TOP_K)
+    alone = import_statistics(file, model_top_k=TOP_K)
     width = EXPERTS - 1 if form == "mindspeed" else EXPERTS  # which does not list those with 0
     np.testing.assert_array_equal(counts_of(alone), counts[:, :width])
     assert (alone.model_type, alone.identity) == (None, None)
@@ -109,13 +109,19 @@ def test_every_form_gives_the_same_counts(form: str, tmp_path: Path) -> None:
 def test_files_add_up_and_the_same_one_does_not(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     first, second = write(tmp_path, "csv", table(0)), write(tmp_path / "b", "csv", table(1))
-    both = import_statistics([first, second], model="example:tiny")
+    both = import_statistics([first, second], model="example:tiny", domains=["x"])
+    assert (both.domains, both.settings["files"]) == (["x"], ["c.csv", "c.csv"])
     np.testing.assert_array_equal(counts_of(both), table(0) + table(1))
     with pytest.raises(InvalidInputError, match="is given twice"):
         import_statistics([first, first], model="example:tiny")
     with pytest.raises(UsageError, match="is csv, another file npy"):
         import_statistics([first, write(tmp_path, "npy", table(0))], model="example:tiny")
-    parts = [import_statistics(f, model="example:tiny", domain="x") for f in (first, second)]
+    apart = import_statistics([first, second], model="example:tiny", domains=["a", "b"])
+    for domain, seed in (("a", 0), ("b", 1)):
+        np.testing.assert_array_equal([layer.count for layer in apart.over([domain])], table(seed))
+    with pytest.raises(UsageError, match="`domains`: 3 names for 2 files"):
+        import_statistics([first, second], model="example:tiny", domains=["a", "b", "c"])
+    parts = [import_statistics(f, model="example:tiny", domains=["x"]) for f in (first, second)]
     np.testing.assert_array_equal(counts_of(merge(parts)), table(0) + table(1))
 
 
@@ -138,7 +144,7 @@ def test_layers_are_the_models_where_the_first_ones_are_dense(tmp_path: Path) ->
     named = {f"model.layers.{n}": row.tolist() for n, row in zip(numbers, counts, strict=True)}
     (tmp_path / "c.json").write_text(json.dumps(named))
     np.testing.assert_array_equal(counts_of(import_statistics(tmp_path / "c.json", model=model)), counts)
-    alone = import_statistics(tmp_path / "c.npy", top_k=top_k)
+    alone = import_statistics(tmp_path / "c.npy", model_top_k=top_k)
     assert alone.layer_numbers == numbers
     every[0, 0] = 1
     np.save(tmp_path / "c.npy", every)
@@ -193,7 +199,7 @@ BAD: list[tuple[str, str, str]] = [
 def test_what_is_malformed_is_one_line(name: str, text: str, match: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(InvalidInputError) as caught:
-        import_statistics(tmp_path / name, top_k=1)
+        import_statistics(tmp_path / name, model_top_k=1)
     assert match in str(caught.value)
     assert str(caught.value).startswith(str(tmp_path / name))
     assert str(caught.value).isprintable()
@@ -213,7 +219,7 @@ def test_what_is_malformed_is_one_line(name: str, text: str, match: str, tmp_pat
 def test_arrays_that_are_not_counts(array: np.ndarray, match: str, tmp_path: Path) -> None:
     np.save(tmp_path / "c.npy", array)
     with pytest.raises(InvalidInputError, match=match):
-        import_statistics(tmp_path / "c.npy", top_k=1)
+        import_statistics(tmp_path / "c.npy", model_top_k=1)
 
 
 def test_recordings_that_are_something_else(tmp_path: Path) -> None:
@@ -223,7 +229,7 @@ def test_recordings_that_are_something_else(tmp_path: Path) -> None:
     def refused(content: Any) -> str:
         torch.save(content, file)
         with pytest.raises(InvalidInputError) as caught:
-            import_statistics(file, top_k=4)
+            import_statistics(file, model_top_k=4)
         return str(caught.value)
 
     assert "mode stat" in refused({"records": [], "last_physical_to_logical_map": torch.zeros(2)})
@@ -232,7 +238,7 @@ def test_recordings_that_are_something_else(tmp_path: Path) -> None:
     assert "without running code" in refused({"logical_count": Path("x")})  # a class that could run code
     file.write_bytes(b"PK\x03\x04 nothing")
     with pytest.raises(InvalidInputError, match=r"not a \.pt file"):
-        import_statistics(file, top_k=4)
+        import_statistics(file, model_top_k=4)
 
 
 def test_counts_of_another_model_and_arguments_that_are_missing(tmp_path: Path) -> None:
@@ -242,12 +248,12 @@ def test_counts_of_another_model_and_arguments_that_are_missing(tmp_path: Path) 
     np.save(tmp_path / "c.npy", table(0, 3))
     with pytest.raises(PlanMismatchError, match=r"has 3 layers, but .* has 4 with experts"):
         import_statistics(tmp_path / "c.npy", model="example:tiny")
-    with pytest.raises(UsageError, match="pass `model` or `top_k`"):
+    with pytest.raises(UsageError, match="pass `model` or `model_top_k`"):
         import_statistics(tmp_path / "c.npy")
-    with pytest.raises(UsageError, match="`top_k` 2: the model chooses 4"):
-        import_statistics(tmp_path / "c.npy", model="example:tiny", top_k=2)
+    with pytest.raises(UsageError, match="`model_top_k` 2: the model chooses 4"):
+        import_statistics(tmp_path / "c.npy", model="example:tiny", model_top_k=2)
     (tmp_path / "c.bin").write_bytes(b"1,2")
-    with pytest.raises(UsageError, match="pass `format`: imatrix, json"):
-        import_statistics(tmp_path / "c.bin", top_k=1)
-    with pytest.raises(UsageError, match="`format` xml: choose one of imatrix, json"):
-        import_statistics(tmp_path / "c.npy", top_k=1, format="xml")
+    with pytest.raises(UsageError, match="pass `file_format`: imatrix, json"):
+        import_statistics(tmp_path / "c.bin", model_top_k=1)
+    with pytest.raises(UsageError, match="`file_format` xml: choose one of imatrix, json"):
+        import_statistics(tmp_path / "c.npy", model_top_k=1, file_format="xml")

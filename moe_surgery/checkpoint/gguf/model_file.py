@@ -20,6 +20,8 @@ from moe_surgery.errors import InvalidInputError, OutputError
 __all__ = ["GgufModel", "GgufShard", "GgufTensor", "split_names"]
 
 SPLIT_NAME: Final = re.compile(r"(?s)(?P<prefix>.*)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf")
+MAX_VALUE_BYTES: Final = 64 << 20
+"""Ours, of a value that is read rather than copied: it bounds memory."""
 SPLIT_NUMBER, SPLIT_COUNT, SPLIT_TENSORS = "split.no", "split.count", "split.tensors.count"
 
 
@@ -114,9 +116,18 @@ class GgufModel:
         return sum(shard.nbytes for shard in self.shards.values())
 
     def value(self, key: str) -> object:
-        """The value of `key`: a number, bool, str or a list of them; None where there is no such key."""
+        """The value of `key`: a number, bool, str or a list of them; None where there is no such key.
+
+        Raises InvalidInputError for one of more than `MAX_VALUE_BYTES`, as `read_value`, and where it cannot be read.
+        """
         entry = self.metadata.get(key)
-        return None if entry is None else read_value(self.shards[self.name].source, entry)
+        if entry is None:
+            return None
+        if entry.nbytes > MAX_VALUE_BYTES:
+            raise InvalidInputError(
+                f"{printable_path(self.path)}: key '{printable(key)}' has {entry.nbytes:,} bytes, more than it can need"
+            )
+        return read_value(self.shards[self.name].source, entry)
 
     def where(self, tensor: str) -> str:
         """`file: tensor 'name'`, for messages."""

@@ -87,7 +87,7 @@ def command(
         terminal,
     )
     rows = surgery_figures(runs)
-    state = "dropped page cache" if cold else "page cache as it was"
+    state = "dropped page cache" if cold else "page cache not dropped"
     if terminal.json:
         terminal.data(
             machine()

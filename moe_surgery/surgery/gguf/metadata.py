@@ -48,6 +48,7 @@ KEPT_KEY: Final = OWN + "kept_experts"
 BLOCKS_KEY: Final = OWN + "blocks"
 TOP_K_KEY: Final = OWN + "plan.top_k"
 SPLIT_KEYS: Final = (SPLIT_NUMBER, SPLIT_COUNT, SPLIT_TENSORS)
+_ROUTER_BYTES: Final = 1 << 20
 _COUNTED_LABEL: Final = re.compile(r"([0-9]+)(x.+)")
 
 Parts = tuple[GgufPart, ...]
@@ -107,12 +108,12 @@ def structure_digest(shard: GgufShard) -> str:
 
 
 def source_digest(model: GgufModel, spec: ModelSpec) -> str:
-    """Identifies the files of `model`: xxh3_128 of their structure and of the first router's weights."""
+    """Identifies the files of `model`: xxh3_128 of their structure and of the first MiB of a router's weights."""
     digest = xxhash.xxh3_128()
     for shard in model.shards.values():
         digest.update(structure_digest(shard).encode())
     router = next(t.stored for t in spec.tensors if t.role is Role.ROUTER)
-    digest.update(model.shards[router.shard].source.read(router.offset, router.nbytes))
+    digest.update(model.shards[router.shard].source.read(router.offset, min(router.nbytes, _ROUTER_BYTES)))
     return digest.hexdigest()
 
 
