@@ -7,164 +7,72 @@ from src/models/*.cpp and llama-model.cpp of ggml-org/llama.cpp (0c1e570).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
-__all__ = ["ARCHITECTURES", "Architecture"]
+from tests.support.gguf_parts import (
+    BIASED_QKV,
+    COMPRESSED,
+    DELTA_NET,
+    DELTA_NET_KEYS,
+    DENSE,
+    FFN_NORM,
+    FULL_HEADS,
+    GATED_QKV,
+    GATED_SHARED,
+    GRANITE,
+    HASH_LAYER,
+    HEAD_NORMS,
+    INDEXED,
+    LATENT_MOE,
+    MAMBA,
+    MLA,
+    MLA_KEYS,
+    POST_NORM,
+    QKV,
+    ROW_NORMS,
+    SELECTION_BIAS,
+    SHARED,
+    SHARED_AS_EXPERT,
+    SHARED_WIDTH,
+    SIGMOID,
+    V4_BLOCK,
+    WIDTH,
+    Architecture,
+    moe_blocks,
+    with_experts,
+)
 
-Shapes = Mapping[str, str]
-"""Name after `blk.N.` (or whole name) -> dimensions."""
+__all__ = ["ARCHITECTURES", "Architecture", "moe_blocks"]
 
-_QKV = {
-    "attn_norm.weight": "embd",
-    "attn_q.weight": "embd q",
-    "attn_k.weight": "embd kv",
-    "attn_v.weight": "embd kv",
-    "attn_output.weight": "q embd",
-}
-_FFN_NORM = {"ffn_norm.weight": "embd"}
-_POST_NORM = {"post_attention_norm.weight": "embd"}
-_HEAD_NORMS = {"attn_q_norm.weight": "head", "attn_k_norm.weight": "head"}
-_ROW_NORMS = {"attn_q_norm.weight": "q", "attn_k_norm.weight": "kv"}
-_BIASED_QKV = {"attn_q.bias": "q", "attn_k.bias": "kv", "attn_v.bias": "kv"}
-_ROUTER = {"ffn_gate_inp.weight": "embd experts"}
-_EXPERTS = {
-    "ffn_gate_exps.weight": "embd ff experts",
-    "ffn_up_exps.weight": "embd ff experts",
-    "ffn_down_exps.weight": "ff embd experts",
-}
-_SELECTION_BIAS = {"exp_probs_b.bias": "experts"}
-_SHARED = {
-    "ffn_gate_shexp.weight": "embd shared",
-    "ffn_up_shexp.weight": "embd shared",
-    "ffn_down_shexp.weight": "shared embd",
-}
-_GATED_SHARED = {"ffn_gate_inp_shexp.weight": "embd", **_SHARED}
-_SHARED_AS_EXPERT = {name: shape.replace("shared", "ff") for name, shape in _SHARED.items()}
-_DENSE = {"ffn_gate.weight": "embd dense", "ffn_up.weight": "embd dense", "ffn_down.weight": "dense embd"}
-_NEXTN = {
-    "nextn.eh_proj.weight": "2*embd embd",
-    "nextn.enorm.weight": "embd",
-    "nextn.hnorm.weight": "embd",
-    "nextn.shared_head_norm.weight": "embd",
-}
-_DELTA_NET = {
-    "attn_norm.weight": "embd",
-    "attn_qkv.weight": "embd 6*state",
-    "attn_gate.weight": "embd 2*state",
-    "ssm_conv1d.weight": "4 6*state",
-    "ssm_dt.bias": "2",
-    "ssm_a": "2",
-    "ssm_norm.weight": "state",
-    "ssm_out.weight": "2*state embd",
-}
-_GATED_QKV = {**_QKV, "attn_q.weight": "embd 2*q"}
-_DELTA_NET_KEYS: Mapping[str, object] = {
-    "full_attention_interval": 2,
-    "ssm.conv_kernel": 4,
-    "ssm.inner_size": "2*state",
-    "ssm.state_size": "state",
-    "ssm.time_step_rank": 2,
-    "ssm.group_count": 2,
-    "expert_feed_forward_length": "ff",
-    "expert_shared_feed_forward_length": "shared",
-}
-_MLA = {
-    "attn_norm.weight": "embd",
-    "attn_q_a.weight": "embd q_lora",
-    "attn_q_a_norm.weight": "q_lora",
-    "attn_q_b.weight": "q_lora heads*mla_key",
-    "attn_kv_a_mqa.weight": "embd kv_lora+rope",
-    "attn_kv_a_norm.weight": "kv_lora",
-    "attn_k_b.weight": "mla_key-rope kv_lora heads",
-    "attn_v_b.weight": "kv_lora mla_value heads",
-    "attn_output.weight": "heads*mla_value embd",
-    **_FFN_NORM,
-}
-_MLA_KEYS: Mapping[str, object] = {
-    "attention.head_count_kv": 1,
-    "attention.q_lora_rank": "q_lora",
-    "attention.kv_lora_rank": "kv_lora",
-    "attention.key_length": "kv_lora+rope",
-    "attention.value_length": "kv_lora",
-    "attention.key_length_mla": "mla_key",
-    "attention.value_length_mla": "mla_value",
-    "rope.dimension_count": "rope",
-}
-_SIGMOID: Mapping[str, object] = {
-    "expert_gating_func": 2,
-    "expert_weights_norm": True,
-    "expert_weights_scale": 1.5,
-}
-_GRANITE: Mapping[str, object] = {
-    "logit_scale": 2.0,
-    "residual_scale": 0.5,
-    "embedding_scale": 2.0,
-    "attention.scale": 0.125,
-}
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What its blocks consist of.
-
-    `attention` is in every block, `moe` in those with experts, `dense` in the first `leading_dense`.
-    `recurrent` replaces `attention` in the even blocks. `whole` is outside the blocks, beside embedding,
-    final norm and unembedding. Strings among `keys` are dimensions. `experts_are_dense` says that the
-    experts' width is read from `feed_forward_length`.
-    """
-
-    attention: Shapes
-    moe: Shapes
-    keys: Mapping[str, object] = field(default_factory=dict)
-    dense: Shapes = field(default_factory=dict)
-    recurrent: Shapes = field(default_factory=dict)
-    whole: Shapes = field(default_factory=dict)
-    leading_dense: int = 0
-    mtp: int | None = None
-    """Blocks for multi-token prediction in the file by default; None where there are none."""
-    groups: int = 0
-    experts_are_dense: bool = False
-    tied: bool = False
-    merges: bool = False
-    """It may have ffn_gate_up_exps instead of the pair."""
-
-
-def _moe(*parts: Shapes) -> Shapes:
-    result = dict(_ROUTER)
-    for part in (*parts, _EXPERTS):
-        result.update(part)
-    return result
-
-
-_WIDTH: Mapping[str, object] = {"expert_feed_forward_length": "ff"}
-_SHARED_WIDTH: Mapping[str, object] = {**_WIDTH, "expert_shared_feed_forward_length": "shared"}
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     # Softmax, the chosen weights renormalised.
-    "qwen3moe": Architecture({**_QKV, **_HEAD_NORMS, **_FFN_NORM}, _moe(), _WIDTH),
-    "llama": Architecture({**_QKV, **_FFN_NORM}, _moe(), experts_are_dense=True),
+    "qwen3moe": Architecture({**QKV, **HEAD_NORMS, **FFN_NORM}, with_experts(), WIDTH),
+    "llama": Architecture({**QKV, **FFN_NORM}, with_experts(), experts_are_dense=True),
     "granitemoe": Architecture(
-        {**_QKV, **_FFN_NORM},
-        _moe(_SHARED),
-        {**_GRANITE, "expert_shared_feed_forward_length": "shared"},
+        {**QKV, **FFN_NORM},
+        with_experts(SHARED),
+        {**GRANITE, "expert_shared_feed_forward_length": "shared"},
         experts_are_dense=True,
         tied=True,
     ),
     "phimoe": Architecture(
         {
-            **_QKV,
-            **_FFN_NORM,
-            **_BIASED_QKV,
+            **QKV,
+            **FFN_NORM,
+            **BIASED_QKV,
             "attn_norm.bias": "embd",
             "attn_output.bias": "embd",
             "ffn_norm.bias": "embd",
         },
-        _moe(),
+        with_experts(),
         experts_are_dense=True,
         whole={"output_norm.bias": "embd", "output.bias": "vocab"},
     ),
     "hunyuan-moe": Architecture(
-        {**_QKV, **_HEAD_NORMS, **_FFN_NORM}, _moe(_SHARED), _SHARED_WIDTH, experts_are_dense=True
+        {**QKV, **HEAD_NORMS, **FFN_NORM},
+        with_experts(SHARED),
+        SHARED_WIDTH,
+        experts_are_dense=True,
     ),
     "dbrx": Architecture(
         {
@@ -173,42 +81,52 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             "attn_output.weight": "q embd",
             "attn_output_norm.weight": "embd",
         },
-        _moe(),
+        with_experts(),
         {"attention.clamp_kqv": 8.0, "attention.layer_norm_epsilon": 1e-5},
         experts_are_dense=True,
     ),
     "grok": Architecture(
-        {**_QKV, **_FFN_NORM, "attn_output_norm.weight": "embd", "layer_output_norm.weight": "embd"},
-        _moe(),
-        {**_WIDTH, "embedding_scale": 1.0, "logit_scale": 1.0, "attention.output_scale": 0.25},
+        {
+            **QKV,
+            **FFN_NORM,
+            "attn_output_norm.weight": "embd",
+            "layer_output_norm.weight": "embd",
+        },
+        with_experts(),
+        {**WIDTH, "embedding_scale": 1.0, "logit_scale": 1.0, "attention.output_scale": 0.25},
     ),
     "qwen3next": Architecture(
-        {**_GATED_QKV, **_HEAD_NORMS, **_POST_NORM},
-        _moe(_GATED_SHARED),
-        _DELTA_NET_KEYS,
-        recurrent={**_DELTA_NET, "ssm_ba.weight": "embd 4", **_POST_NORM},
+        {**GATED_QKV, **HEAD_NORMS, **POST_NORM},
+        with_experts(GATED_SHARED),
+        DELTA_NET_KEYS,
+        recurrent={**DELTA_NET, "ssm_ba.weight": "embd 4", **POST_NORM},
         merges=True,
         mtp=0,
     ),
     "qwen35moe": Architecture(
-        {**_GATED_QKV, **_HEAD_NORMS, **_POST_NORM},
-        _moe(_GATED_SHARED),
-        {**_DELTA_NET_KEYS, "rope.dimension_sections": [2, 2, 2, 0]},
-        recurrent={**_DELTA_NET, "ssm_alpha.weight": "embd 2", "ssm_beta.weight": "embd 2", **_POST_NORM},
+        {**GATED_QKV, **HEAD_NORMS, **POST_NORM},
+        with_experts(GATED_SHARED),
+        {**DELTA_NET_KEYS, "rope.dimension_sections": [2, 2, 2, 0]},
+        recurrent={
+            **DELTA_NET,
+            "ssm_alpha.weight": "embd 2",
+            "ssm_beta.weight": "embd 2",
+            **POST_NORM,
+        },
         merges=True,
         mtp=0,
     ),
     # A dense MLP beside the experts, a scale for each expert.
     "gemma4": Architecture(
         {
-            **_QKV,
-            **_HEAD_NORMS,
-            **_POST_NORM,
-            **_FFN_NORM,
-            **_DENSE,
+            **QKV,
+            **HEAD_NORMS,
+            **POST_NORM,
+            **FFN_NORM,
+            **DENSE,
             "post_ffw_norm.weight": "embd",
         },
-        _moe(
+        with_experts(
             {
                 "ffn_gate_inp.scale": "embd",
                 "pre_ffw_norm_2.weight": "embd",
@@ -218,7 +136,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             }
         ),
         {
-            **_WIDTH,
+            **WIDTH,
             "attention.key_length": "head",
             "attention.value_length": "head",
             "attention.key_length_swa": "head",
@@ -232,25 +150,34 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         tied=True,
     ),
     # Softmax, not renormalised.
-    "olmoe": Architecture({**_QKV, **_ROW_NORMS, **_FFN_NORM}, _moe(), experts_are_dense=True),
-    "qwen2moe": Architecture({**_QKV, **_BIASED_QKV, **_FFN_NORM}, _moe(_GATED_SHARED), _SHARED_WIDTH),
+    "olmoe": Architecture(
+        {**QKV, **FULL_HEADS, "attn_q_norm.weight": "q", "attn_k_norm.weight": "q", **FFN_NORM},
+        with_experts(),
+        {"attention.head_count_kv": "heads"},
+        experts_are_dense=True,
+    ),
+    "qwen2moe": Architecture(
+        {**QKV, **BIASED_QKV, **FFN_NORM},
+        with_experts(GATED_SHARED),
+        SHARED_WIDTH,
+    ),
     "deepseek": Architecture(
-        {**_QKV, **_FFN_NORM},
-        _moe(_SHARED_AS_EXPERT),
-        {**_WIDTH, "expert_shared_count": 1, "expert_weights_scale": 1.0},
-        _DENSE,
+        {**QKV, **FFN_NORM},
+        with_experts(SHARED_AS_EXPERT),
+        {**WIDTH, "expert_shared_count": 1, "expert_weights_scale": 1.0},
+        DENSE,
         leading_dense=1,
     ),
     # Softmax over the chosen ones; biases and sinks.
     "gpt-oss": Architecture(
         {
-            **_QKV,
-            **_BIASED_QKV,
+            **QKV,
+            **BIASED_QKV,
             "attn_output.bias": "embd",
             "attn_sinks.weight": "heads",
-            **_POST_NORM,
+            **POST_NORM,
         },
-        _moe(
+        with_experts(
             {
                 "ffn_gate_inp.bias": "experts",
                 "ffn_gate_exps.bias": "ff experts",
@@ -259,7 +186,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             }
         ),
         {
-            **_WIDTH,
+            **WIDTH,
             "attention.key_length": "head",
             "attention.value_length": "head",
             "attention.sliding_window": 32,
@@ -267,61 +194,64 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
     # A bias for the selection.
     "ernie4_5-moe": Architecture(
-        {**_QKV, **_FFN_NORM},
-        _moe(_SELECTION_BIAS, _SHARED),
-        {**_SHARED_WIDTH, "interleave_moe_layer_step": 1},
-        _DENSE,
+        {**QKV, **FFN_NORM},
+        with_experts(SELECTION_BIAS, SHARED),
+        {**SHARED_WIDTH, "interleave_moe_layer_step": 1},
+        DENSE,
         leading_dense=1,
     ),
     "minimax-m2": Architecture(
-        {**_QKV, **_ROW_NORMS, **_FFN_NORM},
-        _moe(_SELECTION_BIAS),
-        {**_WIDTH, "expert_gating_func": 2},
+        {**QKV, **ROW_NORMS, **FFN_NORM},
+        with_experts(SELECTION_BIAS),
+        {**WIDTH, "expert_gating_func": 2},
         experts_are_dense=True,
     ),
     "glm4moe": Architecture(
-        {**_QKV, **_BIASED_QKV, **_HEAD_NORMS, **_POST_NORM},
-        _moe(_SELECTION_BIAS, _SHARED_AS_EXPERT),
+        {**QKV, **BIASED_QKV, **HEAD_NORMS, **POST_NORM},
+        with_experts(SELECTION_BIAS, SHARED_AS_EXPERT),
         {
-            **_WIDTH,
-            **_SIGMOID,
+            **WIDTH,
+            **SIGMOID,
             "expert_shared_count": 1,
             "expert_group_count": 1,
             "expert_group_used_count": 1,
         },
-        _DENSE,
+        DENSE,
         leading_dense=1,
         mtp=1,
     ),
     "hy_v3": Architecture(
-        {**_QKV, **_HEAD_NORMS, **_FFN_NORM},
-        _moe({"exp_probs_b": "experts"}, _SHARED),
-        {**_SHARED_WIDTH, **_SIGMOID},
-        _DENSE,
+        {**QKV, **HEAD_NORMS, **FFN_NORM},
+        with_experts({"exp_probs_b": "experts"}, SHARED),
+        {**SHARED_WIDTH, **SIGMOID},
+        DENSE,
         leading_dense=1,
         mtp=0,
         merges=True,
     ),
     "deepseek2": Architecture(
-        _MLA,
-        _moe(_SELECTION_BIAS, _SHARED_AS_EXPERT),
-        {**_WIDTH, **_SIGMOID, **_MLA_KEYS, "expert_shared_count": 1},
-        _DENSE,
+        MLA,
+        with_experts(SELECTION_BIAS, SHARED_AS_EXPERT),
+        {**WIDTH, **SIGMOID, **MLA_KEYS, "expert_shared_count": 1},
+        DENSE,
         leading_dense=1,
         groups=2,
         mtp=0,
         merges=True,
     ),
     # Sigmoid without such a bias; the router reads the block's input.
-    "smallthinker": Architecture({**_QKV, **_FFN_NORM}, _moe(), {**_WIDTH, "expert_gating_func": 2}),
+    "smallthinker": Architecture({**QKV, **FFN_NORM}, with_experts(), {**WIDTH, "expert_gating_func": 2}),
     # Sigmoid weights that multiply the experts' inputs.
     "llama4": Architecture(
-        {**_QKV, **_FFN_NORM}, _moe(_SHARED_AS_EXPERT), {**_WIDTH, "interleave_moe_layer_step": 1}
+        {**QKV, **FFN_NORM},
+        with_experts(SHARED_AS_EXPERT),
+        {**WIDTH, "interleave_moe_layer_step": 1},
+        layers=4,  # every fourth is without rotary embedding
     ),
     # A second set of experts, one for each group of neighbours.
     "grovemoe": Architecture(
-        {**_QKV, **_HEAD_NORMS, **_FFN_NORM},
-        _moe(
+        {**QKV, **HEAD_NORMS, **FFN_NORM},
+        with_experts(
             {
                 "ffn_gate_chexps.weight": "embd shared experts/2",
                 "ffn_up_chexps.weight": "embd shared experts/2",
@@ -329,13 +259,150 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             }
         ),
         {
-            **_WIDTH,
+            **WIDTH,
             "expert_chunk_feed_forward_length": "shared",
             "experts_per_group": 2,
             "expert_group_scale": 0.05,
         },
     ),
+    # Groups, and one tensor for queries, keys and values.
+    "bailingmoe2": Architecture(
+        {
+            "attn_norm.weight": "embd",
+            "attn_qkv.weight": "embd q+2*kv",
+            "attn_output.weight": "q embd",
+            **HEAD_NORMS,
+            **FFN_NORM,
+        },
+        with_experts(SELECTION_BIAS, SHARED),
+        {**SHARED_WIDTH, **SIGMOID, "expert_shared_count": 1},
+        DENSE,
+        leading_dense=1,
+        groups=2,
+    ),
+    "dots1": Architecture(
+        {
+            **QKV,
+            "attn_k.weight": "embd q",
+            "attn_v.weight": "embd q",
+            **HEAD_NORMS,
+            **FFN_NORM,
+        },
+        with_experts(SELECTION_BIAS, SHARED_AS_EXPERT),
+        {**WIDTH, **SIGMOID, "expert_shared_count": 1, "attention.head_count_kv": "heads"},
+        DENSE,
+        leading_dense=1,
+    ),
+    "afmoe": Architecture(
+        {
+            **QKV,
+            **HEAD_NORMS,
+            **POST_NORM,
+            **FFN_NORM,
+            "attn_gate.weight": "embd q",
+            "post_ffw_norm.weight": "embd",
+        },
+        with_experts(SELECTION_BIAS, SHARED_AS_EXPERT),
+        {
+            **WIDTH,
+            **SIGMOID,
+            "expert_shared_count": 1,
+            "attention.sliding_window": 32,
+            "attention.sliding_window_pattern": [True, False, True],
+        },
+        DENSE,
+        leading_dense=1,
+    ),
+    "exaone-moe": Architecture(
+        {**QKV, **HEAD_NORMS, **FFN_NORM},
+        with_experts(SELECTION_BIAS, SHARED),
+        {**SHARED_WIDTH, **SIGMOID, "expert_shared_count": 1, "attention.sliding_window": 32},
+        DENSE,
+        leading_dense=1,
+    ),
+    "bailingmoe": Architecture(
+        {**QKV, **FFN_NORM},
+        with_experts(SHARED_AS_EXPERT),
+        {**WIDTH, "expert_shared_count": 1, "expert_weights_scale": 1.0, "expert_weights_norm": True},
+    ),
+    "llada-moe": Architecture({**QKV, **HEAD_NORMS, **FFN_NORM}, with_experts(), WIDTH),
+    "qwen3vlmoe": Architecture(
+        {**QKV, **HEAD_NORMS, **FFN_NORM},
+        with_experts(),
+        {**WIDTH, "rope.dimension_sections": [2, 3, 3, 0]},
+    ),
+    # A dense MLP before the experts, with a norm of their own.
+    "arctic": Architecture(
+        {
+            **QKV,
+            **FFN_NORM,
+            "ffn_gate.weight": "embd embd",
+            "ffn_up.weight": "embd embd",
+            "ffn_down.weight": "embd embd",
+        },
+        with_experts({"ffn_norm_exps.weight": "embd"}),
+        experts_are_dense=True,
+    ),
+    # Experts without gate, on a narrower copy of the hidden state; a top-k for each block.
+    "nemotron_h_moe": Architecture(
+        {},
+        {},
+        {
+            **SHARED_WIDTH,
+            "attention.head_count_kv": [0, 2, 0, 0],
+            "attention.layer_norm_epsilon": 1e-5,
+            "feed_forward_length": [0, 0, "ff", "ff"],
+            "expert_used_count": ["top_k"] * 4,
+            "expert_shared_count": 1,
+            "expert_weights_norm": True,
+            "expert_weights_scale": 1.5,
+            "moe_latent_size": "latent",
+            "ssm.conv_kernel": 4,
+            "ssm.inner_size": 64,
+            "ssm.state_size": 16,
+            "ssm.time_step_rank": 4,
+            "ssm.group_count": 2,
+        },
+        pattern=(MAMBA, QKV, LATENT_MOE, LATENT_MOE),
+    ),
+    # The first block looks its experts up by token.
+    "deepseek4": Architecture(
+        {},
+        {},
+        {
+            **WIDTH,
+            "attention.head_count_kv": 1,
+            "attention.q_lora_rank": "q_lora",
+            "attention.key_length": "head",
+            "attention.value_length": "head",
+            "attention.sliding_window": 32,
+            "attention.indexer.head_count": 2,
+            "attention.indexer.key_length": 64,
+            "attention.indexer.top_k": 64,
+            "attention.output_group_count": 2,
+            "attention.output_lora_rank": "o_lora",
+            "attention.compress_rope_freq_base": 10000.0,
+            "attention.compress_ratios": [0, 4, 128],
+            "rope.dimension_count": "head/2",
+            "hyper_connection.count": 4,
+            "hyper_connection.sinkhorn_iterations": 2,
+            "hyper_connection.epsilon": 1e-6,
+            "hash_layer_count": 1,
+            "swiglu_clamp_exp": 10.0,
+            "expert_gating_func": 4,
+            "expert_shared_count": 1,
+            "expert_weights_norm": True,
+            "expert_weights_scale": 1.5,
+        },
+        whole={
+            "output_hc_fn.weight": "4*embd 4",
+            "output_hc_base.weight": "4",
+            "output_hc_scale.weight": "1",
+        },
+        pattern=(
+            {**V4_BLOCK, **HASH_LAYER},
+            {**V4_BLOCK, **SELECTION_BIAS, **INDEXED},
+            {**V4_BLOCK, **SELECTION_BIAS, **COMPRESSED},
+        ),
+    ),
 }
-
-NEXTN = _NEXTN
-"""What a block for multi-token prediction has beside those of a decoder block."""

@@ -10,24 +10,22 @@ import numpy as np
 
 from moe_surgery import plan_keeping, prune
 from moe_surgery.selection.plan import HasExperts, Plan
-from tests.support.gguf_architectures import ARCHITECTURES, Architecture
+from tests.support.gguf_architectures import ARCHITECTURES, moe_blocks
 
-__all__ = ["Kept", "distance", "draw", "moe_blocks", "plan_of", "prune_to"]
+__all__ = ["Kept", "distance", "draw", "exchanged", "plan_of", "prune_to"]
 
 Kept = Mapping[int, Sequence[int]]
 """Block -> experts, in the order of the output."""
 
 
-def moe_blocks(row: Architecture, mtp: int | None = None) -> tuple[list[int], list[int]]:
-    """Numbers of the blocks with experts in a tiny file: those of the trunk, and those after it."""
-    trunk = row.leading_dense + 2
-    return list(range(row.leading_dense, trunk)), list(
-        range(trunk, trunk + (row.mtp or 0 if mtp is None else mtp))
-    )
+def exchanged(architecture: str) -> Kept:
+    """All 8 experts, neighbours, pairs or both exchanged: orders in which a vector's sum is the same to the bit."""
+    blocks = moe_blocks(ARCHITECTURES[architecture])[0]
+    return {block: [expert ^ (1 + block % 3) for expert in range(8)] for block in blocks}
 
 
-def draw(architecture: str, count: int, seed: int, *, experts: int = 8, shuffle: bool = False) -> Kept:
-    """`count` experts for each block of the trunk, drawn anew, as many of every group; ascending by default."""
+def draw(architecture: str, count: int, seed: int, *, experts: int = 8) -> Kept:
+    """`count` experts for each block of the trunk, drawn anew, as many of every group, ascending."""
     row = ARCHITECTURES[architecture]
     groups = row.groups or 1
     size = experts // groups
@@ -35,7 +33,7 @@ def draw(architecture: str, count: int, seed: int, *, experts: int = 8, shuffle:
     for block in moe_blocks(row)[0]:
         generator = np.random.default_rng([seed, block])
         rows = [group * size + generator.permutation(size)[: count // groups] for group in range(groups)]
-        kept[block] = [int(e) for part in rows for e in (part if shuffle else np.sort(part))]
+        kept[block] = np.sort(np.concatenate(rows)).tolist()
     return kept
 
 

@@ -91,7 +91,7 @@ class Llama:
             return subprocess.Popen(
                 [sys.executable, "-m", "tests.support.llama_worker"],
                 cwd=ROOT,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", "GGML_NO_BACKTRACE": "1"},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

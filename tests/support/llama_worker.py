@@ -162,6 +162,7 @@ class Job:
         callback = llama_cpp.llama_cpp.ggml_backend_sched_eval_callback(self.watch)
         parameters = llama_cpp.llama_context_default_params()
         parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = max(len(tokens), 16)
+        parameters.type_k = parameters.type_v = 0  # float32
         parameters.n_threads = parameters.n_threads_batch = 1
         if self.watch.kept or self.watch.imatrix:
             parameters.cb_eval = callback

@@ -17,7 +17,8 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from gguf import quants as gguf_quants
 
 from moe_surgery.checkpoint.gguf.block_types import BY_NAME
-from tests.support.gguf_architectures import ARCHITECTURES, NEXTN, Architecture
+from tests.support.gguf_architectures import ARCHITECTURES, Architecture
+from tests.support.gguf_parts import NEXTN
 
 __all__ = ["ARCHITECTURES", "LOADABLE_TYPES", "MERGING", "dimensions", "random_tensor", "write_tiny_gguf"]
 
@@ -52,7 +53,7 @@ _SCALES: Mapping[str, tuple[int, ...]] = {
 """Where a block's F16 scales lie."""
 
 
-def dimensions(hidden: int, experts: int) -> dict[str, int]:
+def dimensions(hidden: int, experts: int, top_k: int = 2) -> dict[str, int]:
     """What the words in `gguf_architectures` stand for; no two widths of a matrix are equal."""
     head = hidden // 4
     return {
@@ -60,7 +61,9 @@ def dimensions(hidden: int, experts: int) -> dict[str, int]:
         "ff": 2 * hidden,
         "shared": hidden,
         "dense": 3 * hidden,
+        "latent": hidden,
         "experts": experts,
+        "top_k": top_k,
         "vocab": VOCABULARY,
         "heads": 4,
         "head": head,
@@ -69,6 +72,7 @@ def dimensions(hidden: int, experts: int) -> dict[str, int]:
         "state": 16,
         "q_lora": 48,
         "kv_lora": 64,
+        "o_lora": 16,
         "rope": 16,
         "mla_key": 40,
         "mla_value": 24,
@@ -98,8 +102,8 @@ def write_tiny_gguf(
 
     `types` are taken in turn by the expert weights, in the order of the file; `dense` is the type of other
     matrices. `layers` counts blocks without those of multi-token prediction, `mtp`; the leading dense ones
-    come on top unless it is given. `hidden` is the smallest width that the types allow unless given.
-    `merged` stores gate and up as one tensor, `scales` adds `.scale` and `.input_scale` for each expert.
+    come on top unless it is given (hybrids have a fixed number). `hidden` is by default the smallest width that the
+    types allow. `merged` stores gate and up as one tensor, `scales` adds `.scale` and `.input_scale` for each expert.
     `metadata` holds further keys.
     """
     row = ARCHITECTURES[architecture]
@@ -109,8 +113,8 @@ def write_tiny_gguf(
         raise ValueError("the gguf package states the alignment in the first file of a set only")
     kinds = [types] if isinstance(types, str) else list(types)
     hidden = hidden or max(64, *(BY_NAME[name].block_values for name in (*kinds, dense)))
-    words = dimensions(hidden, experts)
-    trunk = layers or row.leading_dense + 2
+    words = dimensions(hidden, experts, top_k)
+    trunk = len(row.pattern) or layers or row.leading_dense + row.layers
     if mtp is None:
         mtp = row.mtp or 0
     elif mtp and row.mtp is None:
@@ -128,8 +132,8 @@ def write_tiny_gguf(
     turn = 0
     for name, shape in names.items():
         sizes = [_evaluate(word, words) for word in shape.split()][::-1]
-        kind = "F32"
-        if re.search(r"exps\.weight$", name):
+        kind = "I32" if "tid2eid" in name else "F32"
+        if re.search(r"ffn_(gate|up|down|gate_up)_(ch)?exps\.weight$", name):
             kind = kinds[turn % len(kinds)]
             turn += 1
         elif _is_dense_matrix(name, sizes) and sizes[-1] % BY_NAME[dense].block_values == 0:
@@ -153,7 +157,9 @@ def _tensors(row: Architecture, trunk: int, mtp: int, *, merged: bool, scales: b
     for block in range(trunk + mtp):
         plain = not row.recurrent or block % 2 == 1 or block >= trunk
         parts = dict(row.attention if plain else row.recurrent)
-        if block < row.leading_dense:
+        if row.pattern:
+            parts = dict(row.pattern[block])
+        elif block < row.leading_dense:
             parts.update(row.dense)
         else:
             moe = dict(row.moe)
@@ -171,7 +177,11 @@ def _tensors(row: Architecture, trunk: int, mtp: int, *, merged: bool, scales: b
 
 
 def _is_dense_matrix(name: str, shape: Sequence[int]) -> bool:
-    return len(shape) > 1 and name.endswith(".weight") and not re.search("ffn_gate_inp|ssm_conv", name)
+    return (
+        len(shape) > 1
+        and name.endswith(".weight")
+        and not re.search("ffn_gate_inp|tid2eid|ssm_conv|hc_|_ape", name)
+    )
 
 
 def _keys(
@@ -196,7 +206,13 @@ def _keys(
         keys["nextn_predict_layers"] = mtp
     if groups:
         keys |= {"expert_group_count": groups, "expert_group_used_count": max(1, groups // 2)}
-    return {name: _evaluate(v, words) if isinstance(v, str) else v for name, v in keys.items()}
+
+    def resolved(value: object) -> object:
+        if isinstance(value, list):
+            return [resolved(item) for item in value]
+        return _evaluate(value, words) if isinstance(value, str) else value
+
+    return {name: resolved(value) for name, value in keys.items()}
 
 
 def _add_metadata(
@@ -246,6 +262,8 @@ def random_tensor(name: str, shape: Sequence[int], kind: str, seed: int = 0) -> 
     number = block.number
     if number <= max(GGMLQuantizationType):
         try:
+            if kind == "I32":  # for each token distinct experts, of eight
+                return generator.random((shape[0], 8)).argsort(1)[:, : shape[1]].astype("<i4").view(np.uint8)
             values = _values(name, shape, generator)
             if kind in ("F32", "F16"):
                 return values.astype("<f4" if kind == "F32" else "<f2").view(np.uint8)
@@ -263,7 +281,7 @@ def _values(name: str, shape: Sequence[int], generator: np.random.Generator) -> 
         return -0.5 - np.abs(noise)
     if name.endswith(("_scale", "exps.scale")):
         return np.float32(0.5) + generator.random(shape, dtype=np.float32)
-    if ("norm" in name and len(shape) == 1 and name.endswith("weight")) or name.endswith("gate_inp.scale"):
+    if ("norm" in name and name.endswith("weight")) or name.endswith("gate_inp.scale"):
         return 1 + noise / 10
     if name.endswith(".bias") or name.endswith("exp_probs_b"):
         return noise / 10

@@ -95,7 +95,9 @@ _LISTED: Final = (
     _arch("exaone-moe", "EXAONE MoE", "exaone_moe"),
     _arch("gemma4", "Gemma-4", "gemma4", "gemma4_text"),
     _arch("glm-dsa", "GLM-5", "glm_moe_dsa"),
-    _narrow(_post_attention(_arch("glm4moe", "GLM-4.5", "glm4_moe", "glm4v_moe", "glm4v_moe_text"))),
+    _narrow(
+        _post_attention(_arch("glm4moe", "GLM-4.5", "glm4_moe", "glm4v_moe", "glm4v_moe_text", "solar_open"))
+    ),
     _arch("glm5-next", "GLM-5-Next", "glm5_next"),
     _post_attention(_arch("gpt-oss", "gpt-oss", "gpt_oss")),
     _arch("granite_swa", "Granite-MoE"),

@@ -48,6 +48,8 @@ KEPT_KEY: Final = OWN + "kept_experts"
 BLOCKS_KEY: Final = OWN + "blocks"
 TOP_K_KEY: Final = OWN + "plan.top_k"
 SPLIT_KEYS: Final = (SPLIT_NUMBER, SPLIT_COUNT, SPLIT_TENSORS)
+_NOT_PER_BLOCK: Final = (".rope.dimension_sections",)
+"""Ends of keys whose lists may happen to be as long as there are blocks."""
 _ROUTER_BYTES: Final = 1 << 20
 _COUNTED_LABEL: Final = re.compile(r"([0-9]+)(x.+)")
 
@@ -64,9 +66,9 @@ def edited_metadata(
     """
     name = _architecture(spec)
     kept = len(plan.layers[0])
-    changed = _counts(model, spec, name, kept, plan, top_k)
-    if plan.mtp_layers == () and spec.dimensions["mtp_blocks"]:
-        changed |= _without_mtp(model, spec, name)
+    dropped = plan.mtp_layers == () and spec.dimensions["mtp_blocks"] > 0
+    changed = _without_mtp(model, spec, name) if dropped else {}
+    changed |= _counts(model, spec, name, kept, plan, top_k)
     keys: dict[str, Parts] = {}
     for key, entry in model.metadata.items():
         if key in SPLIT_KEYS or key.startswith(OWN):
@@ -137,6 +139,8 @@ def _counts(
         return changed
     values = model.value(key)
     assert isinstance(values, list)
+    if plan.mtp_layers == ():
+        values = values[: spec.dimensions["hidden_layers"]]
     limit = [v if v == 0 else top_k if plan.top_k is not None else min(v, kept) for v in values]
     if limit != values:
         packed = Metadata()
@@ -166,7 +170,9 @@ def _without_mtp(model: GgufModel, spec: ModelSpec, name: str) -> dict[str, Part
     changed = _u32(f"{name}.block_count", left) | _u32(f"{name}.nextn_predict_layers", 0)
     for key, entry in model.metadata.items():
         per_block = entry.type == ValueType.ARRAY and entry.count == left + dropped
-        if per_block and key.startswith(f"{name}.") and entry.item_type != ValueType.STRING:
+        if not key.startswith(f"{name}.") or key.endswith(_NOT_PER_BLOCK):
+            continue
+        if per_block and entry.item_type != ValueType.STRING:
             changed[key] = _shortened(model, entry, left)
     return changed
 

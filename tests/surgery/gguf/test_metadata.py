@@ -9,6 +9,7 @@ import pytest
 
 from moe_surgery import prune
 from moe_surgery.errors import PlanMismatchError
+from moe_surgery.surgery.verify import verify_checkpoint
 from moe_surgery.version import __version__
 from tests.support.raw_gguf import Entry, TinyMoe, entry, read, write
 
@@ -120,6 +121,22 @@ def test_dropped_mtp_blocks_are_no_longer_counted(tmp_path: Path) -> None:
         "deepseek2.attention.head_count_kv": entry("deepseek2.attention.head_count_kv", "[u32]", [1, 2, 3]),
     }
     assert (gone, new) == ([], [])
+
+
+def test_dropped_mtp_blocks_leave_lists_that_are_edited_too(tmp_path: Path) -> None:
+    keys = {
+        "nemotron_h_moe.expert_used_count": ("[u32]", [0, 2, 3, 2]),
+        "nemotron_h_moe.rope.dimension_sections": ("[i32]", [1, 1, 1, 0]),
+    }
+    source = TinyMoe("nemotron_h_moe", keys=keys, dense=1, blocks=4, mtp=1).write(tmp_path / "m.gguf")
+    prune(source, tmp_path / "out.gguf", rows((0, 5)), mtp="drop")
+    after = read(tmp_path / "out.gguf")[0]
+    used, sections = keys
+    assert after[used] == entry(used, "[u32]", [0, 2, 2])
+    assert after[sections] == entry(sections, *keys[sections])
+    assert verify_checkpoint(tmp_path / "out.gguf", source=source).ok
+    prune(source, tmp_path / "same.gguf", rows((0, 5, 6)), mtp="drop")
+    assert read(tmp_path / "same.gguf")[0][used] == entry(used, "[u32]", [0, 2, 3])
 
 
 def test_provenance(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import struct
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,6 +73,26 @@ def test_grouped_routing_and_mtp_blocks(tmp_path: Path) -> None:
     assert sum(e < 4 for e in last) == 2
     router = read(source)[1]["blk.3.ffn_gate_inp.weight"]
     assert router.type == "F32"
+
+
+@pytest.mark.parametrize("kind", ["F32", "BF16", "F16"])
+def test_mtp_blocks_keep_the_largest_router_rows_of_each_group(tmp_path: Path, kind: str) -> None:
+    sizes = [3.0, 9.0, 1.0, 5.0, 2.0, 0.5, 8.0, 4.0]
+    packed = {
+        "F32": lambda x: struct.pack("<f", x),
+        "F16": lambda x: struct.pack("<e", x),
+        "BF16": lambda x: struct.pack("<f", x)[2:],
+    }[kind]
+    model = replace(DEEPSEEK, types={"ffn_gate_inp": kind})
+    tensors = [
+        t._replace(data=b"".join(packed(-size) * 32 for size in sizes))
+        if t.name == "blk.3.ffn_gate_inp.weight"
+        else t
+        for t in model.tensors()
+    ]
+    source = write(tmp_path / "m.gguf", model.entries(), tensors)
+    pruned(source, tmp_path / "out.gguf", (0, 2, 4, 7))
+    assert_pruned(source, tmp_path / "out.gguf", {1: (0, 2, 4, 7), 2: (0, 2, 4, 7), 3: (1, 3, 6, 7)}, 8)
 
 
 def test_mtp_blocks_can_be_dropped(tmp_path: Path) -> None:
