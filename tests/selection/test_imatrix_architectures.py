@@ -1,0 +1,71 @@
+"""Matrices of llama.cpp's own graphs, of every architecture: none is refused for its model, all are for another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moe_surgery.errors import InvalidInputError, PlanMismatchError
+from moe_surgery.selection.imatrix.models import open_weights
+from moe_surgery.selection.imatrix.statistics import statistics_from_imatrix
+from moe_surgery.selection.statistics import Statistics
+from tests.support.imatrices import GATE, Matrix, Sums, write_gguf_imatrix, write_legacy_imatrix
+from tests.support.llama_process import MISSING, Llama
+from tests.support.tiny_ggufs import ARCHITECTURES, write_tiny_gguf
+
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+
+CHUNK, CHUNKS = 200, 2
+UNSOLVABLE = {"llama4", "smallthinker", "nemotron_h_moe", "gemma4"}
+"""Whose experts read something else than the router."""
+
+
+@pytest.fixture(scope="module")
+def llama() -> Iterator[Llama]:
+    with Llama() as llama:
+        yield llama
+
+
+def read(model: Path, matrix: Path) -> Statistics:
+    with open_weights(model) as (weights, identity):
+        return statistics_from_imatrix(matrix, weights, identity=identity, chunk_size=CHUNK)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_matrix_fits_its_model_and_no_other(architecture: str, llama: Llama, tmp_path: Path) -> None:
+    model = write_tiny_gguf(tmp_path / "model.gguf", architecture, types="F16")
+    rng = np.random.default_rng(0)
+    total: Matrix = {}
+    for _ in range(CHUNKS):
+        run = llama.run(model, rng.integers(0, 96, CHUNK).tolist(), imatrix=True)
+        for name, squares in run.squares.items():
+            sums = total.setdefault(name, Sums(np.zeros_like(squares), np.zeros_like(run.counts[name])))
+            sums.squares += squares
+            sums.counts += run.counts[name]
+    exact = read(model, write_gguf_imatrix(tmp_path / "im.gguf", total, chunk_size=CHUNK))
+    assert exact.known == ("count", "down_input", "energy")
+    assert all(layer.count.sum() == CHUNK * CHUNKS * exact.top_k for layer in exact.over())
+
+    legacy = write_legacy_imatrix(tmp_path / "im.dat", total, chunk_size=CHUNK)
+    if architecture in UNSOLVABLE:
+        with pytest.raises(InvalidInputError, match="cannot be solved for in this architecture"):
+            read(model, legacy)
+    else:
+        for a, b in zip(read(model, legacy).over(), exact.over(), strict=True):
+            assert np.abs(a.count - b.count).max() <= 1
+
+    for sums in total.values():  # as if the weight of the norm were another
+        sums.squares *= np.linspace(1, 3, sums.squares.shape[1])
+    write_gguf_imatrix(tmp_path / "other.gguf", total)
+    if architecture not in UNSOLVABLE:
+        with pytest.raises(PlanMismatchError, match="inputs divided by the weight of the norm"):
+            read(model, tmp_path / "other.gguf")
+    first = next((name for name in total if name.endswith(GATE)), None)
+    if first is not None:
+        total[first].squares = total[first].squares[:, :-1]
+        write_gguf_imatrix(tmp_path / "other.gguf", total)
+        with pytest.raises(PlanMismatchError, match="the matrix is of another model"):
+            read(model, tmp_path / "other.gguf")
