@@ -205,6 +205,21 @@ def test_values_that_cannot_be(tmp_path: Path) -> None:
     assert "counts that are not whole" in damaged()
 
 
+def test_tensors_that_other_writers_add_are_ignored_and_halves_of_entries_are_not(tmp_path: Path) -> None:
+    matrix = made()
+    name = f"blk.1.{GATE}"
+    for extra, missing in (
+        ({f"{name}.in_sum": np.zeros(3)}, ()),
+        ({}, (f"{name}.counts",)),
+        ({}, (f"{name}.in_sum2",)),
+    ):
+        path = write_gguf_imatrix(tmp_path / "m", matrix, extra=extra, leave_out=missing)
+        if missing:
+            assert refusal(path) == f"'{name}' has no {missing[0].rpartition('.')[2]}"
+        else:
+            assert load_imatrix(path).entries.keys() == matrix.keys()
+
+
 def test_what_is_not_a_matrix_is_named(tmp_path: Path) -> None:
     model = write_tiny_gguf(tmp_path / "model-imatrix.gguf", "olmoe")
     assert kind_of(model) is GGUF

@@ -108,9 +108,15 @@ class _Writer(GGUFWriter):
 
 
 def write_gguf_imatrix(
-    path: Path, matrix: Matrix, *, datasets: Sequence[str] = ("calibration.txt",), chunk_size: int = 512
+    path: Path,
+    matrix: Matrix,
+    *,
+    datasets: Sequence[str] = ("calibration.txt",),
+    chunk_size: int = 512,
+    extra: Mapping[str, np.ndarray] | None = None,
+    leave_out: Sequence[str] = (),
 ) -> Path:
-    """As llama-imatrix writes it since July 2025."""
+    """As llama-imatrix writes it since July 2025, with `extra` tensors and without those to `leave_out`."""
     writer = _Writer(path, "")
     writer.add_type("imatrix")
     writer.add_array("imatrix.datasets", list(datasets))
@@ -120,10 +126,13 @@ def write_gguf_imatrix(
     for name in sorted(matrix):
         sums = matrix[name]
         dense = len(sums.counts) == 1
-        squares = sums.squares.astype(np.float32)
-        writer.add_tensor(f"{name}.in_sum2", squares[0] if dense else squares)
-        counts = sums.counts.astype(np.float32)
-        writer.add_tensor(f"{name}.counts", counts if dense else counts[:, None])
+        squares, counts = sums.squares.astype(np.float32), sums.counts.astype(np.float32)
+        pair = {"in_sum2": squares[0] if dense else squares, "counts": counts if dense else counts[:, None]}
+        for suffix, values in pair.items():
+            if f"{name}.{suffix}" not in leave_out:
+                writer.add_tensor(f"{name}.{suffix}", values)
+    for name, values in (extra or {}).items():
+        writer.add_tensor(name, values.astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

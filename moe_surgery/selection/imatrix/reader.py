@@ -61,14 +61,12 @@ def _of_gguf(model: GgufModel, where: str, digest: str) -> Imatrix:
             f"{where}: is {what}, not an importance matrix (general.type is {printable(str(kind))}); such a file "
             "comes from llama-imatrix, or lies beside quantised models as imatrix.gguf or imatrix.dat"
         )
-    names = [name.removesuffix(SUMS) for name in model.tensors if name.endswith(SUMS)]
+    # Other tensors, which some writers add, are ignored, as llama.cpp does.
+    names = list(
+        dict.fromkeys(n.removesuffix(s) for n in model.tensors for s in (SUMS, COUNTS) if n.endswith(s))
+    )
     if not names:
         raise InvalidInputError(f"{where}: is an importance matrix without entries")
-    known = {name + suffix for name in names for suffix in (SUMS, COUNTS)}
-    if unknown := [name for name in model.tensors if name not in known]:
-        raise InvalidInputError(
-            f"{where}: tensor '{printable(unknown[0])}' belongs to no entry (NAME{SUMS} with NAME{COUNTS})"
-        )
     data = {name: _mapped(shard.source) for name, shard in model.shards.items()}
     return Imatrix(
         where,
