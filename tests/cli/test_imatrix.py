@@ -80,7 +80,9 @@ def test_prune_needs_one_command(files: Path, made: Matrix, tmp_path: Path, caps
     assert_sound(tmp_path / "out", "example:tiny")
     manifest = json.loads((tmp_path / "out" / "surgery.json").read_text())
     assert manifest["plan"]["layers"] == [best(made, "rms_count", layer, 6) for layer in range(4)]
-    assert "rms_count" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Scores come from importance matrices of llama.cpp: `im.gguf`." in card
+    assert "the highest `rms_count`: how often the router chose it, times" in card
     matrix = load_imatrix(cut)
     for layer in range(4):
         entry = matrix.entries[f"blk.{layer}.{GATE}"]
