@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import struct
 import tempfile
 from contextlib import suppress
@@ -23,6 +24,7 @@ from moe_surgery.selection.imatrix.counts import Routed, solve_counts
 from moe_surgery.selection.imatrix.legacy import parse_legacy
 from moe_surgery.selection.imatrix.models import open_weights, rank_imatrix
 from moe_surgery.selection.imatrix.statistics import statistics_from_imatrix
+from moe_surgery.selection.imatrix.weights import GgufWeights
 from tests.support.imatrices import (
     DOWN,
     GATE,
@@ -32,6 +34,7 @@ from tests.support.imatrices import (
     write_gguf_imatrix,
     write_legacy_imatrix,
 )
+from tests.support.sources import MemoryFolder
 from tests.support.tiny_families import FAMILIES
 from tests.support.tiny_ggufs import write_tiny_gguf
 
@@ -92,6 +95,24 @@ def test_tokens_are_those_of_all_chunks_where_several_make_a_call(tmp_path: Path
     for name in (f"blk.1.{GATE}", f"blk.2.{ROUTER}"):
         np.testing.assert_array_equal(solved.entries[name].counts, matrix[name].counts)
         np.testing.assert_allclose(solved.entries[name].sums, matrix[name].squares, rtol=1e-5)
+
+
+def test_weights_on_the_hub_are_read_only_when_asked_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_tiny_gguf(tmp_path / "model.gguf", "olmoe", types="Q4_0")
+    with GgufModel.open(MemoryFolder(tmp_path), "model.gguf") as model:
+        weights = GgufWeights(identify_gguf(model), model)
+        norms = {n: weights.norm(n) for n in weights.spec.layer_numbers}
+        shape = weights.shape(f"blk.0.{DOWN}")
+        assert shape is not None
+        matrix = simulate(norms, shape[1], experts=8, top_k=2, tokens=64)  # type: ignore[arg-type]
+        write_gguf_imatrix(tmp_path / "im.gguf", matrix)
+        with caplog.at_level(logging.WARNING, "moe_surgery"):
+            unread = statistics_from_imatrix(tmp_path / "im.gguf", weights)
+        assert unread.known == ("count", "down_input")
+        assert "no energies: the weights of experts are on the hub" in caplog.text
+        assert statistics_from_imatrix(tmp_path / "im.gguf", weights, energy=True).known[-1] == "energy"
 
 
 def test_a_safetensors_model_of_another_family_is_ranked_by_its_layers(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def parse_legacy(raw: npt.NDArray[np.uint8], where: str, digest: str) -> Imatrix
             raise InvalidInputError(f"{where}: '{printable(name)}' has two entries")
         entries[name] = entry
     chunks, dataset = reader.tail()
-    return Imatrix(where, entries, (dataset,) if dataset else (), chunks, legacy=True, digest=digest)
+    return Imatrix(where, entries, (dataset,) if dataset else (), chunks, legacy=True, digests=(digest,))
 
 
 class _Reader:

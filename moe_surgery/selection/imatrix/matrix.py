@@ -66,7 +66,7 @@ class Imatrix:
 
     `datasets` are the texts that it was made from, as the file has them, `chunks` how many pieces of `chunk_size`
     tokens they were cut into (0 where the file does not say). `legacy`: counts are still to be solved for.
-    `residuals` are the relative errors of solved counts by layer, `digest` the xxh3_128 of the file or files.
+    `residuals` are the relative errors of solved counts by layer, `digests` the xxh3_128 of each file.
     `notes` say what was left out.
     """
 
@@ -76,7 +76,7 @@ class Imatrix:
     chunks: int = 0
     chunk_size: int = 0
     legacy: bool = False
-    digest: str = ""
+    digests: tuple[str, ...] = ()
     residuals: Mapping[int, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -105,7 +105,7 @@ def add(matrices: Sequence[Imatrix]) -> Imatrix:
     for number, matrix in enumerate(matrices):
         if matrix.legacy:
             raise InvalidInputError(f"{matrix.where}: has no counts; solve for them before adding")
-        if any(matrix.digest == other.digest for other in matrices[:number]):
+        if any(set(matrix.digests) & set(other.digests) for other in matrices[:number]):
             raise InvalidInputError(f"{matrix.where}: is given twice, and would count twice")
     entries: dict[str, Entry] = {}
     notes = [note for matrix in matrices for note in matrix.notes]
@@ -124,7 +124,7 @@ def add(matrices: Sequence[Imatrix]) -> Imatrix:
         entries=entries,
         datasets=tuple(dict.fromkeys(d for matrix in matrices for d in matrix.datasets)),
         chunks=sum(matrix.chunks for matrix in matrices),
-        digest="+".join(sorted(matrix.digest for matrix in matrices)),
+        digests=tuple(digest for matrix in matrices for digest in matrix.digests),
         residuals={n: max(m.residuals.get(n, 0.0) for m in matrices) for m in matrices for n in m.residuals},
         notes=tuple(notes),
     )

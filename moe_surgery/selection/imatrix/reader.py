@@ -74,7 +74,7 @@ def _of_gguf(model: GgufModel, where: str, digest: str) -> Imatrix:
         _texts(model.value("imatrix.datasets")),
         _number(model.value("imatrix.chunk_count")),
         _number(model.value("imatrix.chunk_size")),
-        digest=digest,
+        digests=(digest,),
     )
 
 

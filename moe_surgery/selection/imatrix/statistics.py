@@ -94,7 +94,7 @@ def statistics_from_imatrix(
         0 if inputs is None else inputs.sums.shape[1],
         top_k,
         {name: max(tokens, 1)},
-        {name: [{"name": text, "xxh3_128": matrix.digest} for text in matrix.datasets or (matrix.where,)]},
+        {name: _texts(matrix, paths)},
         {name: layers},
         _settings(matrix, paths),
         () if numbers == tuple(range(len(numbers))) else numbers,
@@ -221,10 +221,19 @@ def _top_k(matrix: Imatrix, blocks: dict[int, Block]) -> int:
     raise UsageError(f"{matrix.where}: does not say how many experts a token chooses; pass `model`")
 
 
+def _texts(matrix: Imatrix, paths: Sequence[PathLike]) -> list[dict[str, object]]:
+    """An entry for each file, named after it, or after the texts of the only one."""
+    names = [os.path.basename(os.fspath(path)) for path in paths]
+    if len(names) == 1 and matrix.datasets:
+        names = [", ".join(matrix.datasets)]
+    return [{"name": name, "xxh3_128": digest} for name, digest in zip(names, matrix.digests, strict=True)]
+
+
 def _settings(matrix: Imatrix, paths: Sequence[PathLike]) -> dict[str, object]:
     return {
         "source": "imatrix",
         "files": [os.path.basename(os.fspath(path)) for path in paths],
+        "datasets": list(matrix.datasets),
         "chunks": matrix.chunks,
         **({"residual": max(matrix.residuals.values())} if matrix.residuals else {}),
     }
