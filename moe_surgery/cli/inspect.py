@@ -89,8 +89,7 @@ def _gguf_summary(terminal: Terminal, inspection: GgufInspection) -> None:
         for part, by_type in inspection.types.items()
     )
     lines = {
-        "architecture": inspection.architecture,
-        "routing": inspection.routing,
+        "llama.cpp": f"architecture {inspection.architecture}, routing: {inspection.routing}",
         "types": types,
         "per expert": f"{size(inspection.bytes_per_expert)} over all layers",
     }
@@ -101,7 +100,7 @@ def _gguf_summary(terminal: Terminal, inspection: GgufInspection) -> None:
             f"{inspection.pruned.get('source.name')}, which has {inspection.pruned.get('source.expert_count')} experts"
         )
     for name, text in lines.items():
-        terminal.result(f"{name:<12} {text}")
+        terminal.result(f"{name:<11} {text}")
 
 
 def _router(inspection: GgufInspection, experts: int) -> str:

@@ -264,6 +264,8 @@ def _print_outcome(terminal: Terminal, result: PruneResult, seconds: float) -> N
         terminal.say(
             f"resumed: kept {len(outcome.shards_resumed)} finished shards ({size(outcome.bytes_resumed)})"
         )
+    elif outcome.bytes_resumed:
+        terminal.say(f"resumed: kept {size(outcome.bytes_resumed)} of an unfinished file")
     if outcome.bytes_shared:
         terminal.say(f"{size(outcome.bytes_shared)} share their disk blocks with the source (reflink)")
     if outcome.conversion:

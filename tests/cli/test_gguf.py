@@ -18,7 +18,11 @@ MODEL = TinyMoe(
     blocks=4,
     dense=1,
     mtp=1,
-    keys={"deepseek2.expert_group_count": ("u32", 2), "deepseek2.expert_group_used_count": ("u32", 1)},
+    keys={
+        "deepseek2.expert_group_count": ("u32", 2),
+        "deepseek2.expert_group_used_count": ("u32", 1),
+        "deepseek2.expert_gating_func": ("u32", 2),
+    },
 )
 RANKING = {f"layer_{n}": [7, 6, 3, 2, 5, 4, 1, 0] for n in (1, 2)}
 
@@ -37,8 +41,8 @@ def test_inspect(source: Path, capsys: Capture) -> None:
         "experts     8 in each of 2 layers, top-2, from 1 of 2 groups, stored as Q8_0; 1 layer is dense; blk.3 for "
         "multi-token prediction besides" in lines
     )
-    assert "architecture deepseek2" in lines
-    assert "imatrix      file im.gguf" in lines
+    assert "llama.cpp   architecture deepseek2, routing: sigmoid" in lines
+    assert "imatrix     file im.gguf" in lines
     assert any(line.split()[:1] == ["5"] and line.endswith("not possible ") for line in lines)
     assert "not possible" not in next(line for line in lines if line.split()[:1] == ["4"])
 

@@ -58,7 +58,8 @@ def finite(rng: np.random.Generator, blocks: int, source: ExpertFormat, largest:
         spread = largest >> 5
         bits = rng.integers(0, largest - spread, (blocks, 1)) + rng.integers(0, spread, (blocks, 32))
     bits = np.where(rng.random(bits.shape) < 0.1, 0, bits) | np.where(rng.random(bits.shape) < 0.5, sign, 0)
-    return bits.astype(dtype).reshape(-1)
+    values: Words = bits.astype(dtype).reshape(-1)
+    return values
 
 
 # Bits of the first value too large: 65520 * 127 in BF16 and F32, infinity in F16.
@@ -85,7 +86,7 @@ def test_halves_are_rounded_away_from_zero(q8_0_isa: str) -> None:
     x = np.zeros((127, 32), np.float32)
     for row in range(127):
         x[row, :3] = 127, row + 0.5, -row - 0.5
-        x[row, 3:5] = np.nextafter(np.float32(row + 0.5), np.float32([0, 200]))
+        x[row, 3:5] = np.nextafter(np.float32(row + 0.5), np.array([0, 200], np.float32))
     for factor in (1, 2.0**-10, 2.0**-40, 2.0**15):
         values = (x * np.float32(factor)).view(np.uint32).reshape(-1)
         check(values, F32, q8_0_isa)

@@ -50,12 +50,13 @@ class GgmlReader:
         self.aborts = 0
 
     def accepts(self, path: Path) -> bool:
-        """False too where it aborts; `aborts` counts these."""
+        """False too where it aborts or crashes; `aborts` counts these."""
         child = self._child = self._child or subprocess.Popen(
             [sys.executable, "-c", CHILD, self._library],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            env={**os.environ, "GGML_NO_BACKTRACE": "1"},  # which a debugger writes among the answers
         )
         assert child.stdin is not None
         assert child.stdout is not None

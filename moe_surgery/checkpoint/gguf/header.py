@@ -25,6 +25,8 @@ LEAST_ALIGNMENT: Final = 16
 """llama.cpp aborts on less, because it maps tensors where they lie in the file."""
 MAX_NAME_BYTES: Final = 63
 MAX_DIMENSIONS: Final = 4
+MAX_ELEMENTS: Final = 1 << 62
+"""From here on llama.cpp refuses some shapes and aborts on others, even where one of the dimensions is 0."""
 MAX_ITEMS: Final = 1 << 30
 """Of a string or an array."""
 MAX_KEY_BYTES: Final = (1 << 16) - 1
@@ -295,11 +297,8 @@ class _Reader:
         if dimensions > MAX_DIMENSIONS:
             raise self._error(f"has {dimensions:,} dimensions; llama.cpp allows {MAX_DIMENSIONS}")
         shape = struct.unpack(f"<{dimensions}Q", self.take(8 * dimensions))
-        elements = 1
-        for size in shape:
-            elements *= size
-            if size >= 1 << 63 or elements >= 1 << 63:
-                raise self._error(f"has more elements than fit 63 bits: {shape}")
+        if math.prod(max(size, 1) for size in shape) >= MAX_ELEMENTS:
+            raise self._error(f"has an impossible shape: {shape}")
         return name, tuple(reversed(shape)), self._number("I"), self._number("Q")
 
     def _placed(

@@ -13,10 +13,9 @@ from typing import Final
 
 __all__ = ["ARCHITECTURES", "Architecture", "architecture_of"]
 
-SOFTMAX: Final = "softmax"
-SIGMOID: Final = "sigmoid with a selection bias"
 GATING: Final[Mapping[int, str]] = MappingProxyType(
     {
+        0: "the architecture's default",
         1: "softmax",
         2: "sigmoid",
         3: "softmax over the chosen experts",

@@ -9,7 +9,7 @@ from moe_surgery.checkpoint.gguf.header import ValueType
 from moe_surgery.checkpoint.gguf.model_file import GgufModel
 from moe_surgery.checkpoint.text import describe_value, printable
 from moe_surgery.errors import InvalidInputError
-from moe_surgery.families.gguf.architectures import GATING, SOFTMAX, Architecture, architecture_of
+from moe_surgery.families.gguf.architectures import GATING, Architecture, architecture_of
 from moe_surgery.families.grouping import Grouping
 
 __all__ = ["Counts", "read_counts"]
@@ -82,7 +82,7 @@ def read_counts(model: GgufModel) -> Counts:
         _grouping(model, name, experts, groups),
         2 if groups == 1 else 1,  # llama.cpp wants more experts than groups
         _u32(model, f"{name}.experts_per_group", 1),
-        GATING.get(gating, SOFTMAX if gating == 0 else f"gating function {gating}"),
+        GATING.get(gating, f"gating function {gating}"),
     )
 
 

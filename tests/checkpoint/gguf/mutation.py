@@ -42,18 +42,10 @@ from .corpus import ACCEPT, CASES, VALID
 
 MAINLINE_TYPES = 100
 """llama.cpp's numbers lie below, ik_llama.cpp's above."""
-INTERESTING = (0, 1, 2, 3, 4, 5, 8, 9, 12, 13, 16, 31, 32, 63, 64, 127, 128, 255, 256, 1 << 16, (1 << 30) - 1)
-INTERESTING += (
-    (1 << 30),
-    (1 << 30) + 1,
-    (1 << 31) - 1,
-    1 << 31,
-    (1 << 32) - 1,
-    1 << 32,
-    (1 << 61),
-    (1 << 62),
-)
-INTERESTING += ((1 << 63) - 1, 1 << 63, (1 << 64) - 32, (1 << 64) - 1)
+SMALL = (0, 1, 2, 3, 4, 5, 8, 9, 12, 13, 16, 31, 32, 63, 64, 127, 128, 255, 256)
+POWERS = (16, 30, 31, 32, 61, 62, 63, 64)
+INTERESTING = [*SMALL, *(n for p in POWERS for n in ((1 << p) - 32, (1 << p) - 1, 1 << p, (1 << p) + 1))]
+"""Numbers around the limits of the format; cut to the width that they are written with."""
 
 
 def seeds() -> list[bytes]:

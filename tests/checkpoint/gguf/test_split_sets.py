@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -175,15 +175,14 @@ def test_llama_cpp_reads_and_refuses_the_same_sets(tmp_path: Path) -> None:
         return True
 
     first, second, third = sorted(path.name for path in tmp_path.glob("tiny-*"))
-    for number, (prepare, passed) in enumerate(
-        [
-            (lambda folder: None, first),
-            (lambda folder: None, second),
-            (lambda folder: (folder / third).unlink(), first),
-            (lambda folder: shutil.copy(folder / second, folder / third), first),
-            (lambda folder: (folder / first).rename(folder / "tiny.gguf"), "tiny.gguf"),
-        ]
-    ):
+    cases: list[tuple[Callable[[Path], object], str]] = [
+        (lambda folder: None, first),
+        (lambda folder: None, second),
+        (lambda folder: (folder / third).unlink(), first),
+        (lambda folder: shutil.copy(folder / second, folder / third), first),
+        (lambda folder: (folder / first).rename(folder / "tiny.gguf"), "tiny.gguf"),
+    ]
+    for number, (prepare, passed) in enumerate(cases):
         folder = tmp_path / str(number)
         folder.mkdir()
         for name in (first, second, third):

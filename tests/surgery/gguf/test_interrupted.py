@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -302,7 +303,7 @@ def test_a_killed_run_resumes(large: Path, expected: bytes, tmp_path: Path, begu
     child = subprocess.Popen([sys.executable, "-c", _CHILD, large, out], cwd=root)
     try:
         while child.poll() is None and _written(out) < begun * CHUNK_BYTES:
-            pass
+            time.sleep(0.0005)
     finally:
         child.send_signal(signal.SIGKILL)
         child.wait(PATIENCE)
