@@ -170,6 +170,47 @@ LATENT_MOE = {
 }
 WIDTH: Mapping[str, object] = {"expert_feed_forward_length": "ff"}
 SHARED_WIDTH: Mapping[str, object] = {**WIDTH, "expert_shared_feed_forward_length": "shared"}
+HYBRID_KEYS: Mapping[str, object] = {
+    **SHARED_WIDTH,
+    "attention.head_count_kv": [0, 2, 0, 0],
+    "attention.layer_norm_epsilon": 1e-5,
+    "feed_forward_length": [0, 0, "ff", "ff"],
+    "expert_used_count": ["top_k"] * 4,
+    "expert_shared_count": 1,
+    "expert_weights_norm": True,
+    "expert_weights_scale": 1.5,
+    "moe_latent_size": "latent",
+    "ssm.conv_kernel": 4,
+    "ssm.inner_size": 64,
+    "ssm.state_size": 16,
+    "ssm.time_step_rank": 4,
+    "ssm.group_count": 2,
+}
+V4_KEYS: Mapping[str, object] = {
+    **WIDTH,
+    "attention.head_count_kv": 1,
+    "attention.q_lora_rank": "q_lora",
+    "attention.key_length": "head",
+    "attention.value_length": "head",
+    "attention.sliding_window": 32,
+    "attention.indexer.head_count": 2,
+    "attention.indexer.key_length": 64,
+    "attention.indexer.top_k": 64,
+    "attention.output_group_count": 2,
+    "attention.output_lora_rank": "o_lora",
+    "attention.compress_rope_freq_base": 10000.0,
+    "attention.compress_ratios": [0, 4, 128],
+    "rope.dimension_count": "head/2",
+    "hyper_connection.count": 4,
+    "hyper_connection.sinkhorn_iterations": 2,
+    "hyper_connection.epsilon": 1e-6,
+    "hash_layer_count": 1,
+    "swiglu_clamp_exp": 10.0,
+    "expert_gating_func": 4,
+    "expert_shared_count": 1,
+    "expert_weights_norm": True,
+    "expert_weights_scale": 1.5,
+}
 
 
 @dataclass(frozen=True)
