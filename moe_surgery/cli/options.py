@@ -35,6 +35,7 @@ __all__ = [
     "device_option",
     "dtype_name",
     "ignore_unlisted",
+    "metric_option",
     "needs_torch",
     "plans_option",
     "ranked",
@@ -196,6 +197,15 @@ def batch_tokens_option(command: Command) -> Command:
     )(command)
 
 
+def metric_option(command: Command) -> Command:
+    """--metric, for commands that rank."""
+    return click.option(
+        "--metric",
+        metavar="NAME",
+        help="How to score experts: reap, frequency, gate, ... (all in rank --help).",
+    )(command)
+
+
 def ranked(command: Command) -> Command:
     """--metric, --domain and --protect-super-experts, for commands that rank statistics."""
     for option in (
@@ -211,11 +221,7 @@ def ranked(command: Command) -> Command:
             multiple=True,
             help=f"{DOMAIN_HELP}: use only this one; repeat for more; default: all.",
         ),
-        click.option(
-            "--metric",
-            metavar="NAME",
-            help="How to score experts: reap, frequency, gate, ... (all in rank --help).",
-        ),
+        metric_option,
     ):
         command = option(command)
     return command

@@ -181,7 +181,7 @@ def _resumed(partial: Path, job: str) -> tuple[Statistics | None, int]:
 def _check_finite(data: Mapping[str, Sequence[ExpertStatistics]], checkpoint: str) -> None:
     for layers in data.values():
         for number, layer in enumerate(layers):
-            if not np.isfinite(layer.gate.sum() + layer.weighted_norm.sum() + layer.norm.sum()):
+            if not all(np.isfinite(layer.of(name).sum()) for name in ("gate", "norm", "weighted_norm")):
                 raise InvalidInputError(
                     f"{checkpoint}: layer {number} gives numbers that are not finite; try a larger `dtype`"
                 )

@@ -46,7 +46,17 @@ def test_dtype_is_what_is_computed_in_and_store_how_weights_are_stored() -> None
     }
 
 
-WITHOUT_A_MODEL = {"stats merge", "stats show", "rank", "plan", "report", "bench kernels", "demo", "doctor"}
+WITHOUT_A_MODEL = {
+    "stats merge",
+    "stats show",
+    "stats import",
+    "rank",
+    "plan",
+    "report",
+    "bench kernels",
+    "demo",
+    "doctor",
+}
 
 
 def arguments(path: tuple[str, ...]) -> list[click.Argument]:
@@ -63,9 +73,14 @@ def test_the_model_is_the_first_argument_of_every_command_that_reads_one() -> No
 
 
 def test_an_option_takes_a_checkpoint_only_beside_the_model() -> None:
-    """The source to compare with, and the draft."""
+    """The source to compare with, the draft, and the model that imported counts are of."""
     second = {(" ".join(p), n) for p in PATHS for n, o in options(p).items() if o.metavar == "CKPT"}
-    assert second == {("verify", "--source"), ("generate", "--draft"), ("bench speculate", "--draft")}
+    assert second == {
+        ("verify", "--source"),
+        ("generate", "--draft"),
+        ("bench speculate", "--draft"),
+        ("stats import", "--model"),
+    }
 
 
 def meaning(help_text: str) -> str:

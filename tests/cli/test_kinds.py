@@ -6,11 +6,13 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch")
 
 from tests.support.command import call, untouched
+from tests.support.imatrices import Sums, write_legacy_imatrix
 
 Capture = pytest.CaptureFixture[str]
 TINY = "example:tiny"
@@ -38,6 +40,7 @@ KINDS = {
     "pruned": ("a checkpoint folder", "where help says CKPT"),
     "pruned/model.safetensors": ("a safetensors file of weights", "where help says CKPT"),
     "tiny.gguf": ("a GGUF file", "inspect, plan, prune and verify take it"),
+    "im.dat": ("an importance matrix", "--imatrix of plan or prune"),
     "report.html": ("an HTML page", "browser"),
 }
 RANKINGS = {"ranking.json", "published.json", "numbered.json", "numbered.jsonl"}
@@ -95,6 +98,19 @@ ARGUMENTS: dict[str, tuple[str, str, set[str], int]] = {
         "plan {file} -n 2 --metric reap",
         "a ranking or a statistics file",
         RANKINGS | STATS,
+        3,
+    ),
+    # A GGUF file that is no matrix is named by its architecture.
+    "plan --imatrix": (
+        "plan example:tiny -n 2 --imatrix {file}",
+        "an importance matrix",
+        {"im.dat", "tiny.gguf"},
+        3,
+    ),
+    "stats import": (
+        "stats import {file} --model-top-k 2 -o {new}/s",
+        "counts of routed tokens",
+        {"im.dat", "tiny.gguf"},
         3,
     ),
     "prune --ranking": ("prune example:tiny {new}/out --ranking {file} -n 2", "a ranking", RANKINGS, 3),
@@ -167,6 +183,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     experts = {"3": {"count_frequency": 0.5}}
     phases = {f"{p}_expert_analytics": {"layer_0": experts} for p in ("think", "answer")}
     (folder / "outcome.json").write_text(json.dumps({"sample_count": 2, **phases}))
+    sums = {"blk.0.ffn_gate_exps.weight": Sums(np.ones((2, 4)), np.ones(2, np.int64))}
+    write_legacy_imatrix(folder / "im.dat", sums)
     index = {"metadata": {"total_size": 1}, "weight_map": {"a": "model.safetensors"}}
     (folder / "index.json").write_text(json.dumps(index, indent=2))
     return folder
