@@ -110,8 +110,8 @@ def command(
     --coverage, --target-size and --target-params.
 
     --imatrix ranks by importance matrices of llama.cpp, as they are published with GGUF models and written by
-    llama-imatrix (docs/imatrix.md). The default --metric is then energy where the expert weights can be read, else
-    rms_count, else frequency.
+    llama-imatrix (docs/imatrix.md). --metric is then rms_count (the default), frequency, or energy, which reads the
+    expert weights as well.
 
     CKPT is the model to plan for. --imatrix, --keep, --random and the --target options need it; a ranking is
     checked against it. The plan is a small JSON file for `prune`, `export`, `evaluate` and `generate`. Where a

@@ -119,7 +119,7 @@ def command(
 
     Choose experts with exactly one of --plan, --ranking, --imatrix and --keep. `--keep all` keeps them all, to change
     only the format (--store) or the experts per token (--top-k). --imatrix ranks by importance matrices of llama.cpp;
-    --metric is then energy, rms_count or frequency; default: the first that is possible (see rank).
+    --metric is then rms_count (the default), frequency or energy (see rank).
 
     A GGUF file becomes a smaller GGUF file, whatever its architecture and quantisation: its bytes are cut as they
     lie, nothing is dequantised. Pass the first file of a set, or a file on the hub by its path or the end of its name:

@@ -68,8 +68,8 @@ def test_a_plan_keeps_the_best_by_the_matrix(
 
 def test_the_default_metric_is_said(files: Path, capsys: Capture) -> None:
     ended = done(call(capsys, "plan", "example:tiny", "--imatrix", files / "im.gguf", "-n", "8"))
-    assert json.loads(ended.out)["provenance"]["method"] == "energy"
-    assert "note: experts are ranked by energy" in ended.err
+    assert json.loads(ended.out)["provenance"]["method"] == "rms_count"
+    assert "note: experts are ranked by rms_count" in ended.err
 
 
 def test_prune_needs_one_command(files: Path, made: Matrix, tmp_path: Path, capsys: Capture) -> None:
@@ -138,9 +138,9 @@ def test_a_gguf_model_is_pruned_by_its_matrix_in_one_command(
     write_gguf_imatrix(tmp_path / "im.gguf", matrix)
     options = ["--imatrix", tmp_path / "im.gguf", "--experts", "5", "--mtp", mtp, "--cut-imatrix", cut]
     ended = done(call(capsys, "prune", model, out, *options, "--manifest"))
-    assert "experts are ranked by energy" in ended.err
+    assert "experts are ranked by rms_count" in ended.err
     done(call(capsys, "verify", out, "--source", model))
-    ranking = rank_imatrix(tmp_path / "im.gguf", model, "energy")
+    ranking = rank_imatrix(tmp_path / "im.gguf", model, "rms_count")
     kept = {n: sorted(row[:5]) for n, row in zip(numbers, ranking.layers, strict=True)}
     tensors = {t.name: t for t in gguf.GGUFReader(out).tensors}
     source = {t.name: t for t in gguf.GGUFReader(model).tensors}
@@ -213,7 +213,8 @@ def test_imported_statistics_go_where_statistics_go(
     plan = tmp_path / "p.json"
     done(call(capsys, "plan", stats, "example:tiny", "--metric", "energy", "-n", "8", "-o", plan))
     ours = json.loads(plan.read_text())["layers"]
-    direct = done(call(capsys, "plan", "example:tiny", "--imatrix", files / "im.gguf", "-n", "8")).json()
+    options = ["--imatrix", files / "im.gguf", "--metric", "energy", "-n", "8"]
+    direct = done(call(capsys, "plan", "example:tiny", *options)).json()
     assert ours == direct["layers"]
     message = refused(call(capsys, "plan", stats, "--metric", "energy", "--coverage", "0.9"), 3)
     assert "these statistics have no routing weights" in message

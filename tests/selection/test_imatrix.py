@@ -146,26 +146,29 @@ def test_energy_is_the_sum_over_channels(model: str, files: Path, measured: Matr
         np.testing.assert_allclose(row, np.sqrt(mean) * sums.counts, rtol=1e-6)
 
 
+@pytest.mark.parametrize("metric", [None, "energy"])
 def test_both_models_give_the_same_ranking_and_say_by_what(
-    files: Path, caplog: pytest.LogCaptureFixture
+    files: Path, metric: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "moe_surgery"):
-        ours = rank_imatrix(files / "imatrix.gguf", "example:tiny")
-    assert "experts are ranked by energy" in caplog.text
-    theirs = rank_imatrix(files / "imatrix.gguf", files / "tiny.gguf")
+        ours = rank_imatrix(files / "imatrix.gguf", "example:tiny", metric)
+    assert ("experts are ranked by rms_count" in caplog.text) == (metric is None)
+    theirs = rank_imatrix(files / "imatrix.gguf", files / "tiny.gguf", metric)
     assert ours.layers == theirs.layers
-    assert (ours.model_type, ours.provenance["method"]) == ("gpt_oss", "energy")
+    assert (ours.model_type, ours.provenance["method"]) == ("gpt_oss", metric or "rms_count")
     assert theirs.model_type == "gpt_oss"
 
 
-def test_without_the_gguf_package_the_next_best_metric_is_used_and_named(
+def test_energies_of_quantised_files_need_the_gguf_package(
     files: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "gguf.quants", None)
-    with caplog.at_level(logging.WARNING, "moe_surgery"):
-        ranking = rank_imatrix(files / "imatrix.gguf", files / "tiny.gguf")
-    assert ranking.provenance["method"] == "rms_count"
-    assert "experts are ranked by rms_count" in caplog.text
+    assert rank_imatrix(files / "imatrix.gguf", files / "tiny.gguf").provenance["method"] == "rms_count"
+    with (
+        caplog.at_level(logging.WARNING, "moe_surgery"),
+        pytest.raises(UsageError, match="`metric` energy: needs energies"),
+    ):
+        rank_imatrix(files / "imatrix.gguf", files / "tiny.gguf", "energy")
     assert "no energies: " in caplog.text
 
 
@@ -177,7 +180,7 @@ def test_statistics_keep_what_they_have_and_say_what_they_have_not(files: Path, 
     assert (after.identity, after.settings) == (result.identity, result.settings)
     for a, b in zip(result.over(), after.over(), strict=True):
         np.testing.assert_array_equal(a.of("energy"), b.of("energy"))
-    assert best_metric(after) == "energy"
+    assert best_metric(after) == "rms_count"
     with pytest.raises(
         UsageError, match=r"`metric` reap: needs norms of .* which these statistics do not have"
     ):

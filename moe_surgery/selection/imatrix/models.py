@@ -54,9 +54,9 @@ def rank_imatrix(
 ) -> Ranking:
     """Rank the experts of `model` by the importance matrix of `files`; several are added up.
 
-    `metric` is by default the best that matrix and weights allow: energy (where the model is on this machine),
-    rms_count or frequency; it is in the ranking's provenance, and logged. Other parameters, and errors, as for
-    `statistics_from_imatrix`.
+    `metric`: rms_count, frequency, or energy, which reads the experts' down projections as well; by default rms_count
+    where the matrix allows it, else frequency. It is in the ranking's provenance, and logged. Other parameters, and
+    errors, as for `statistics_from_imatrix`.
     """
     if metric is not None and metric not in METRICS:
         raise UsageError(f"`metric` {metric}: unknown; known: {', '.join(METRICS)}")
@@ -66,7 +66,7 @@ def rank_imatrix(
             weights,
             identity=name,
             chunk_size=chunk_size,
-            energy=None if metric is None else NEEDS[metric] == "energy",
+            energy=metric is not None and NEEDS[metric] == "energy",
             allow_missing=allow_missing,
             progress=progress,
         )

@@ -21,16 +21,14 @@ from moe_surgery.selection.statistics import ExpertStatistics, Statistics
 __all__ = ["best_metric", "matrix_of", "statistics_from_imatrix"]
 
 log = logging.getLogger("moe_surgery")
-BEST = ("energy", "rms_count", "frequency")
 
 
 def best_metric(statistics: Statistics) -> str:
-    """The metric to rank statistics of an importance matrix by: the first of `BEST` that they allow.
+    """The metric to rank statistics of an importance matrix by: rms_count where they allow it, else frequency.
 
-    Of energy and rms_count either may be closer to the full model (docs/imatrix.md has measurements).
+    Energy, which reads the weights as well, was further from the full model where it was measured (docs/imatrix.md).
     """
-    needs = {"energy": "energy", "rms_count": "down_input", "frequency": "count"}
-    return next(metric for metric in BEST if needs[metric] in statistics.known)
+    return "rms_count" if "down_input" in statistics.known else "frequency"
 
 
 def statistics_from_imatrix(
@@ -193,7 +191,7 @@ def _add_energy(
             "the weights of experts are on the hub; they are fetched for the metric energy if you ask for it"
         )
     if why is not None:
-        log.warning("no energies: %s; rms_count is the next best metric", why)
+        log.warning("no energies: %s", why)
         return
     read = Counter(progress, "energy", len(layers) * weights.spec.experts, "experts")
     for layer, block, number in zip(layers, blocks, numbers, strict=True):
