@@ -25,14 +25,15 @@ def exchanged(architecture: str) -> Kept:
 
 
 def draw(architecture: str, count: int, seed: int, *, experts: int = 8) -> Kept:
-    """`count` experts for each block of the trunk, drawn anew, as many of every group, ascending."""
+    """`count` experts for each block of the trunk, drawn anew, as many of every group if they divide, ascending."""
     row = ARCHITECTURES[architecture]
     groups = row.groups or 1
     size = experts // groups
     kept = {}
     for block in moe_blocks(row)[0]:
         generator = np.random.default_rng([seed, block])
-        rows = [group * size + generator.permutation(size)[: count // groups] for group in range(groups)]
+        shares = [count // groups + (group < count % groups) for group in range(groups)]
+        rows = [group * size + generator.permutation(size)[:share] for group, share in enumerate(shares)]
         kept[block] = np.sort(np.concatenate(rows)).tolist()
     return kept
 

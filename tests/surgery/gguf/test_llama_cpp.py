@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 
+from moe_surgery.errors import PlanMismatchError
 from tests.support.gguf_pruning import Kept, distance, draw, exchanged, prune_to
 from tests.support.gguf_slicer import slice_gguf
 from tests.support.llama_process import MISSING, Llama, LlamaError
@@ -163,6 +164,18 @@ def test_split_files_in_and_out(llama: Llama, tmp_path: Path) -> None:
     assert llama.run(first, TOKENS).logits.tobytes() == expected
 
 
+@pytest.mark.parametrize("alignment", [16, 64, 4096])
+def test_alignment(llama: Llama, tmp_path: Path, alignment: int) -> None:
+    """llama.cpp maps tensors where they lie, and aborts where the first is not at a multiple of 32."""
+    source = write_tiny_gguf(tmp_path / "full.gguf", "qwen3moe", alignment=alignment)
+    kept = draw("qwen3moe", 5, seed=9)
+    one = prune_to(source, tmp_path / "one.gguf", kept)
+    assert ratio(llama, source, one, kept) < BOUND
+    prune_to(source, tmp_path / "parts.gguf", kept, max_shard_size=60_000)
+    first = min(tmp_path.glob("parts-00001-of-*.gguf"))
+    assert llama.run(first, TOKENS).logits.tobytes() == llama.run(one, TOKENS).logits.tobytes()
+
+
 def test_one_expert_alone(llama: Llama, tmp_path: Path) -> None:
     source = write_tiny_gguf(tmp_path / "full.gguf", "llama")
     kept = {0: [3], 1: [6]}
@@ -198,3 +211,18 @@ def test_every_type(llama: Llama, tmp_path: Path, architecture: str) -> None:
             if not found < BOUND:
                 wrong[kind, count] = found
     assert not wrong
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [name for name in PRUNED if name != HASHED])
+def test_every_count(llama: Llama, tmp_path: Path, architecture: str) -> None:
+    """What llama.cpp would abort on is refused before."""
+    source = write_tiny_gguf(tmp_path / "full.gguf", architecture)
+    for count in range(1, 8):
+        kept = draw(architecture, count, seed=count)
+        try:
+            pruned = prune_to(source, tmp_path / "cut.gguf", kept, overwrite=True)
+        except PlanMismatchError:
+            assert count < 4 or ARCHITECTURES[architecture].groups
+        else:
+            assert ratio(llama, source, pruned, kept) < BOUND
