@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.merge_error import best_error as best_error
 from tests.support.checkpoints import Tensors, save_tensors
 from tests.support.floats import as_float64
 
@@ -69,17 +70,3 @@ def assert_rounded(bits: np.ndarray, exact: np.ndarray, ulps: int = 1) -> None:
     assert (as_float64(round_bf16(wide - margin)) <= values).all()
     assert (as_float64(round_bf16(wide + margin)) >= values).all()
     assert np.count_nonzero(bits != round_bf16(exact)) <= 1e-4 * bits.size + 1
-
-
-def best_error(values: np.ndarray) -> float:
-    """The least sum of squared errors of MXFP4 for float64 rows [..., 32 n]: every scale tried for each block."""
-    magnitudes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-    grid = np.concatenate([-magnitudes[::-1], magnitudes])
-    blocks = values.reshape(-1, 32).astype(np.float64)
-    top = np.floor(np.log2(np.abs(blocks).max(initial=1e-30))).astype(int)
-    best = np.full(len(blocks), np.inf)
-    for exponent in range(top - 24, top + 3):
-        step = 2.0**exponent
-        nearest = grid[np.abs(blocks[..., None] / step - grid).argmin(-1)] * step
-        best = np.minimum(best, ((blocks - nearest) ** 2).sum(-1))
-    return float(best.sum())
