@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Final
 
@@ -34,6 +35,10 @@ __all__ = ["MergedWeights"]
 GROUP: Final = mxfp4.BLOCK_VALUES
 STRIP_VALUES: Final = 1 << 18
 """Values merged at a time, which bounds temporary memory: 20 bytes each."""
+
+TILE_LINES: Final = 64
+TILE_PRODUCTS: Final = 1 << 18
+"""Multiplications of a tile of the product: OpenBLAS computes up to this many on one thread."""
 
 Rows = NDArray[np.float32]
 
@@ -127,12 +132,22 @@ class MergedWeights:
         scales = np.empty((last - first, groups), np.uint8)
         try:
             values = np.ascontiguousarray(merged.T).view(np.uint32)
-            report = convert.encode_transposed(values, F32, blocks, scales)
+            if not np.isfinite(merged).all():
+                report = convert.encode_transposed(values, F32, blocks, scales)
+                return blocks, scales, replace(report, update_sq=update_sq)
+            report = mxfp4.encode_transposed(convert.round_to_odd(values, F32), blocks, scales)[2]
         except InvalidInputError as error:
             raise InvalidInputError(
                 f"{self._where(part)}: with the adapter merged, rows from {first}: {error}"
             ) from None
-        return blocks, scales, EncodeReport.total([report, EncodeReport(update_sq=update_sq)])
+        norm_sq = _sum_of_squares(merged)
+        merged -= convert.cast(mxfp4.decode(blocks, scales), BF16, F32).view(np.float32)
+        error_sq = _sum_of_squares(merged)
+        return (
+            blocks,
+            scales,
+            EncodeReport(report.blocks, report.inexact_blocks, error_sq, norm_sq, update_sq),
+        )
 
     def _merged(
         self, part: AddLowRank, stored: Stored, first: int, last: int, across: bool
@@ -143,13 +158,11 @@ class MergedWeights:
         rows, columns = (slice(0, part.rows), lines) if across else (lines, slice(0, part.columns))
         up, down, scale = self._factors(part, rows, columns)
         with np.errstate(invalid="ignore", over="ignore"):
-            if across:
-                added = (down.T @ up.T).astype(np.float32) * scale
-            else:
-                added = (up @ down).astype(np.float32) * scale[:, None]
+            added = _product(down.T, up.T) if across else _product(up, down)
+            added *= scale if across else scale[:, None]
         if not np.isfinite(added).all():
             raise InvalidInputError(f"{self._where(part)}: the adapter's update holds NaN or infinity")
-        update_sq = float(np.einsum("ij,ij->", added, added, dtype=np.float64)) if part.target.packed else 0.0
+        update_sq = _sum_of_squares(added) if part.target.packed else 0.0
         added += stored.lines(first, last)
         return added, update_sq
 
@@ -256,6 +269,26 @@ class Packed:
 
 
 Stored = Dense | Packed
+
+
+def _product(left: NDArray[np.float64], right: NDArray[np.float64]) -> Rows:
+    """left [n, rank] @ right [rank, m] in float64, rounded to float32.
+
+    Tile by tile: a product so small is one thread's in OpenBLAS, whose threads would wait for one another here.
+    """
+    (lines, rank), width = left.shape, right.shape[1]
+    result = np.empty((lines, width), np.float32)
+    step = max(16, TILE_PRODUCTS // (rank * min(lines, TILE_LINES)) // 16 * 16)
+    for top in range(0, lines, TILE_LINES):
+        rows = slice(top, top + TILE_LINES)
+        for begin in range(0, width, step):
+            columns = slice(begin, begin + step)
+            result[rows, columns] = left[rows] @ right[:, columns]
+    return result
+
+
+def _sum_of_squares(values: Rows) -> float:
+    return float(np.einsum("ij,ij->", values, values, dtype=np.float64))
 
 
 def _narrowed(span: Span, first: int, last: int, line: int) -> Span:
