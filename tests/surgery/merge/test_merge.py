@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_surgery import merge_adapter, plan_keeping, prune, verify
+from moe_surgery import Progress, merge_adapter, plan_keeping, prune, verify
 from moe_surgery.errors import MoeSurgeryError
 from tests.support.adapters import (
     EXPERTS,
@@ -287,7 +287,31 @@ def test_numbers_that_may_be_either_need_a_word(tmp_path: Path) -> None:
         merge_adapter(only, tmp_path / "pruned", tmp_path / "nothing", numbering="source")
 
 
-# --- memory
+# --- interruptions and memory
+
+
+def test_an_interrupted_merge_resumes(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "in", SHAPE)
+    lora = write_adapter(tmp_path / "lora", {**stacked_factors(), **dense_factors()}, RANK)
+    other = write_adapter(tmp_path / "other", dense_factors(), RANK)
+
+    def stop(progress: Progress) -> None:
+        if progress.done > 0.9 * progress.total:
+            raise KeyboardInterrupt
+
+    out, clean = tmp_path / "out", tmp_path / "clean"
+    with pytest.raises(KeyboardInterrupt):
+        merge_adapter(lora, source, out, max_shard_size=10_000, progress=stop)
+    assert not out.exists()
+    fresh = merge_adapter(other, source, tmp_path / "another", max_shard_size=10_000).outcome
+    assert fresh is not None
+    assert fresh.shards_resumed == ()
+    resumed = merge_adapter(lora, source, out, max_shard_size=10_000).outcome
+    assert resumed is not None
+    assert resumed.shards_resumed
+    merge_adapter(lora, source, clean, max_shard_size=10_000)
+    for file in clean.iterdir():
+        assert (out / file.name).read_bytes() == file.read_bytes(), file.name
 
 
 def test_memory_does_not_grow_with_the_experts(tmp_path: Path) -> None:
