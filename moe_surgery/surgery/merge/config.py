@@ -78,7 +78,7 @@ Value = TypeVar("Value")
 class LoraConfig:
     """Rank and alpha of each target, from `rank` and `alpha` and patterns of target names (regular expressions).
 
-    `target_parameters` are parameters that PEFT adapts directly; `peft_version` is (major, minor) where recorded.
+    `target_parameters` are parameters that PEFT adapts directly; `peft_version` is (major, minor, patch), if recorded.
     """
 
     rank: int
@@ -88,7 +88,7 @@ class LoraConfig:
     rslora: bool
     target_parameters: tuple[str, ...]
     base_model: str | None
-    peft_version: tuple[int, int] | None
+    peft_version: tuple[int, int, int] | None
 
     def rank_of(self, target: str) -> int:
         """The rank of the update of `target`, such as "model.layers.0.self_attn.q_proj"."""
@@ -181,6 +181,6 @@ def _number(value: object, key: str, where: str) -> float:
     return value
 
 
-def _version(value: object) -> tuple[int, int] | None:
-    match = re.match(r"(\d+)\.(\d+)", value) if isinstance(value, str) else None
-    return (int(match[1]), int(match[2])) if match else None
+def _version(value: object) -> tuple[int, int, int] | None:
+    match = re.match(r"(\d{1,9})\.(\d{1,9})(?:\.(\d{1,9}))?", value) if isinstance(value, str) else None
+    return (int(match[1]), int(match[2]), int(match[3] or 0)) if match else None

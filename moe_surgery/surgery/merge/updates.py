@@ -22,7 +22,7 @@ __all__ = ["RANK_ORDERS", "Changes", "find_changes"]
 
 RANK_ORDERS: Final = ("peft", "expert")
 """What `rank_order` may be: how the columns of a stacked second factor are ordered."""
-_SWAPPED_UNTIL: Final = (0, 19)
+_SWAPPED_UNTIL: Final = (0, 19, 1)
 """PEFT before this took the stored axes of a stacked parameter for its inputs and outputs, whatever they were."""
 
 Key = tuple[str, int | None]
@@ -201,7 +201,7 @@ class _Finder:
             if version is None or version < _SWAPPED_UNTIL or not parameter.oriented:
                 raise self._adapter.error(
                     pair.a,
-                    f"is on a square parameter ({parameter.name}), of which PEFT before 0.19 took the inputs for "
+                    f"is on a square parameter ({parameter.name}), of which PEFT before 0.19.1 took the inputs for "
                     "outputs; its adapter_config.json does not say that a later version (peft_version) saved it",
                 )
             swapped = False

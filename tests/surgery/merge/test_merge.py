@@ -303,10 +303,11 @@ def test_an_interrupted_merge_resumes(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         merge_adapter(lora, source, out, max_shard_size=10_000, progress=stop)
     assert not out.exists()
-    fresh = merge_adapter(other, source, tmp_path / "another", max_shard_size=10_000).outcome
-    assert fresh is not None
-    assert fresh.shards_resumed == ()
-    resumed = merge_adapter(lora, source, out, max_shard_size=10_000).outcome
+    fresh = merge_adapter(other, source, out, max_shard_size=10_000)  # another adapter does not resume it
+    assert fresh.outcome is not None
+    assert fresh.outcome.shards_resumed == ()
+    assert len(fresh.stale) == 1
+    resumed = merge_adapter(lora, source, out, max_shard_size=10_000, overwrite=True).outcome
     assert resumed is not None
     assert resumed.shards_resumed
     merge_adapter(lora, source, clean, max_shard_size=10_000)
