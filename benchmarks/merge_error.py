@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 
 from benchmarks.publish import begin, heading, publish, table
 from moe_surgery import Checkpoint, identify_model, merge_adapter
+from moe_surgery.checkpoint.checkpoint import TensorRef
 from moe_surgery.formats import mxfp4
 from moe_surgery.formats.mxfp4_numpy import bf16_to_float64
 
@@ -51,7 +52,7 @@ def stored(folder: str | Path, name: str) -> np.ndarray:
         model = identify_model(checkpoint)
         tensor = next(t for t in model.tensors if t.name == name)
 
-        def raw(ref):  # type: ignore[no-untyped-def]
+        def raw(ref: TensorRef) -> np.ndarray:
             data = checkpoint.shards[ref.shard].source.read(ref.offset, ref.nbytes)
             return np.frombuffer(data, np.uint8 if ref.dtype == "U8" else np.uint16).reshape(ref.shape)
 
