@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_surgery import inspect, merge_adapter, verify
+from moe_surgery import inspect, make_card, merge_adapter, verify
 from moe_surgery.errors import MoeSurgeryError
 from tests.support.adapters import EXPERTS, factors, write_adapter
 from tests.support.checkpoints import Shape, Tensors, write_checkpoint
@@ -141,3 +141,4 @@ def test_the_manifest_and_the_card_name_the_adapter(tmp_path: Path) -> None:
     )
     assert "moe-surgery merge ADAPTER" in card
     assert "othing was trained" not in card
+    assert make_card(tmp_path / "out") == card
