@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from moe_surgery.runtime.load import load_model
     from moe_surgery.runtime.speculation.speculate import speculate
     from moe_surgery.runtime.view import view
+    from moe_surgery.selection.imatrix.models import rank_imatrix
+    from moe_surgery.selection.importers.importing import import_statistics
     from moe_surgery.selection.plan import Plan, load_plan, plan_from_ranking, plan_keeping, plan_random
     from moe_surgery.selection.rank import rank
     from moe_surgery.selection.ranking import Ranking, load_ranking
@@ -56,6 +58,7 @@ __all__ = [
     "export_gguf",
     "generate",
     "identify_model",
+    "import_statistics",
     "inspect",
     "load_model",
     "load_plan",
@@ -70,6 +73,7 @@ __all__ = [
     "profile",
     "prune",
     "rank",
+    "rank_imatrix",
     "search",
     "speculate",
     "stream",
@@ -93,6 +97,7 @@ _HOMES = {
     "evaluate": ("moe_surgery.quality.evaluate", "evaluate"),
     "export_gguf": ("moe_surgery.pipeline.exporting", "export_gguf"),
     "generate": ("moe_surgery.runtime.generate", "generate"),
+    "import_statistics": ("moe_surgery.selection.importers.importing", "import_statistics"),
     "inspect": ("moe_surgery.pipeline.planning", "inspect"),
     "load_model": ("moe_surgery.runtime.load", "load_model"),
     "load_plan": ("moe_surgery.selection.plan", "load_plan"),
@@ -107,6 +112,7 @@ _HOMES = {
     "profile": ("moe_surgery.quality.job", "profile"),
     "prune": ("moe_surgery.pipeline.pruning", "prune"),
     "rank": ("moe_surgery.selection.rank", "rank"),
+    "rank_imatrix": ("moe_surgery.selection.imatrix.models", "rank_imatrix"),
     "search": ("moe_surgery.quality.search", "search"),
     "speculate": ("moe_surgery.runtime.speculation.speculate", "speculate"),
     "stream": ("moe_surgery.runtime.generate", "stream"),

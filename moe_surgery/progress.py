@@ -13,7 +13,7 @@ class Progress:
     """`done` of `total` units of one stage of a job.
 
     Stages and their units: "prune", "export" and "verify" in bytes, "answer" in prompts, "profile" in
-    "tokens x layers", "search" in layers, "evaluate" and "generate" in tokens, "trace" in
+    "tokens x layers", "search" in layers, "energy" in experts, "evaluate" and "generate" in tokens, "trace" in
     "tokens x layers". Work of an interrupted run that is resumed counts as done. `done` never decreases within a stage.
     """
 

@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_surgery import families
 from moe_surgery.card.facts import Facts, facts_of_checkpoint, facts_of_program
 from moe_surgery.card.method import method_section, plan_section, reproduce
 from moe_surgery.card.quality import quality_section
@@ -23,6 +22,7 @@ from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.checkpoint.files import printable_path
 from moe_surgery.checkpoint.resolve import resolve
 from moe_surgery.errors import OutputError, UsageError
+from moe_surgery.families import FAMILIES, AnyFamily, identify_model
 from moe_surgery.families.model_spec import ModelSpec
 from moe_surgery.formats.expert_format import ExpertFormat
 from moe_surgery.surgery.manifest import load_manifest
@@ -54,12 +54,13 @@ def make_card(
     evaluation: Evaluation | PathLike | None = None,
     base_model: str | None = None,
     license: str | None = None,
+    families: tuple[AnyFamily, ...] = FAMILIES,
 ) -> str:
     """The card of the pruned checkpoint folder `out`, from its manifest and headers.
 
     `evaluation` (or the path of its file) adds its figures; `base_model` (a hub id) and `license` (an
     identifier such as "apache-2.0") override the source's. Without any of them it is the card that
-    `prune` wrote.
+    `prune` wrote. `families` are the model families to recognise.
 
     Raises OutputError if `out` is not a folder or has no manifest, PlanMismatchError for an
     evaluation of another model, UsageError for an invalid base_model or license, and any error of
@@ -87,7 +88,8 @@ def make_card(
         if not is_license(license):
             raise UsageError(f"`license` {license}: is not a licence identifier such as apache-2.0")
     with Checkpoint.open(folder) as checkpoint:
-        facts = facts_of_checkpoint(Path(folder), checkpoint, families.identify_model(checkpoint), manifest)
+        model = identify_model(checkpoint, families)
+        facts = facts_of_checkpoint(Path(folder), checkpoint, model, manifest)
     if license is not None:
         card = replace(facts.card, license=license, license_name=None, license_link=None)
         facts = replace(facts, card=card, license_given=True)

@@ -206,7 +206,7 @@ def _facts(
     other = sum(t.share(t.nbytes, model.experts, kept) for t in others)
     in_experts = [t for t in model.tensors if t.role is Role.EXPERT_WEIGHT]
     weights = sum(t.share(t.parameters, model.experts, kept) for t in in_experts)
-    if expert_format.name == AS_STORED.name:  # copied, whatever they are
+    if expert_format.name == AS_STORED.name:  # copied in their own format
         other += sum(t.share(t.nbytes, model.experts, kept) for t in in_experts)
         weights = 0
     return Facts(

@@ -11,7 +11,7 @@ from moe_surgery.checkpoint.text import printable
 __all__ = ["other_format_hint"]
 
 _SUFFIXES: Final = (
-    ((".gguf",), "a GGUF file; pass the checkpoint it was made from"),
+    ((".gguf",), "a GGUF file; pass that to inspect, plan, prune or verify"),
     (
         (".bin", ".pt", ".pth", ".ckpt"),
         "PyTorch files (pickle); convert them: load with transformers, save with save_pretrained",

@@ -36,6 +36,7 @@ STAGES = {
     "answer": "answering",
     "profile": "profiling",
     "search": "searching",
+    "energy": "reading weights of experts",
     "evaluate": "evaluating",
     "generate": "generating",
     "trace": "tracing",

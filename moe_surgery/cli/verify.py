@@ -41,6 +41,9 @@ def command(
     damaged weights; they also give exit code 8, unless --weights-only makes them notes. Added files
     (.gitattributes, .git, .cache) are notes; added shards are problems.
 
+    A GGUF file is compared with OUT.surgery.json next to it (prune --manifest), and with --source tensor by tensor
+    and key by key. Without either only its structure is checked, and a flipped byte in a weight is not found.
+
     \b
     moe-surgery verify tiny-8 --source example:tiny
     moe-surgery verify law-8
@@ -48,6 +51,7 @@ def command(
     moe-surgery verify law-8-merged --source law-8 --adapter my-adapter
     moe-surgery verify law-8-with-my-readme --weights-only
     moe-surgery verify some-downloaded-model --structure-only
+    moe-surgery verify out.gguf --source Model-Q4_K_M-00001-of-00003.gguf
     """
     from moe_surgery.checkpoint.files import printable_path
     from moe_surgery.checkpoint.text import printable

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from moe_surgery.checkpoint.shard import Shard
+from moe_surgery.checkpoint.shard import OpenFile
 from moe_surgery.engine.chunks import PartSlice
 from moe_surgery.engine.mapped_regions import MappedRegions
 from moe_surgery.errors import InvalidInputError
@@ -27,7 +27,7 @@ GROUP = mxfp4.BLOCK_VALUES
 class Conversions:
     """The converted parts of one output shard. `fill` may run in several threads, in any order."""
 
-    def __init__(self, sources: Mapping[str, Shard]) -> None:
+    def __init__(self, sources: Mapping[str, OpenFile]) -> None:
         self._shards = sources
         self._lock = threading.Lock()
         self._regions = MappedRegions(sources)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from moe_surgery.checkpoint.shard import Shard
+from moe_surgery.checkpoint.shard import OpenFile
 from moe_surgery.engine.producer import Producer
 from moe_surgery.engine.spans import Copy
 from moe_surgery.surgery.program import AddLowRank, OutputShard, Remap
@@ -13,7 +13,7 @@ from moe_surgery.surgery.routing_table import RoutingTables
 __all__ = ["producer_of"]
 
 
-def producer_of(shard: OutputShard, sources: Mapping[str, Shard]) -> Producer:
+def producer_of(shard: OutputShard, sources: Mapping[str, OpenFile]) -> Producer:
     """The producer of `shard`. Copies do not need numpy, which is a third of the memory of such a job."""
     kinds = {type(part) for tensor in shard.tensors for part in tensor.parts}
     if kinds <= {Copy}:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moe_surgery.checkpoint.additions import is_addition
 from moe_surgery.checkpoint.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint
 from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.checkpoint.files import printable_path
+from moe_surgery.checkpoint.gguf.resolve import is_gguf
 from moe_surgery.checkpoint.header import Header, read_header
 from moe_surgery.checkpoint.local_file import LocalFile, LocalFolder
 from moe_surgery.checkpoint.resolve import resolve
@@ -69,13 +70,24 @@ def verify_checkpoint(
     the merge changed. With `weights_only` an edited or missing file next to
     the shards (README.md, config.json, tokenizer) is a note, not a problem; config and index must still
     agree with the shards. Damage that the source had before the surgery cannot be detected. `families` are the model
-    families to recognise; `progress` is called with each `Progress`, in bytes.
+    families to recognise. `progress` is called with each `Progress`, in bytes.
+    `out` may be a GGUF file; see `gguf.verify.verify_gguf`.
 
     Raises OutputError where `out` is not a folder, or has no manifest and `structure_only` is off,
     UsageError for an `adapter` without a `source`, and any error of opening them.
     """
     if adapter is not None and source is None:
         raise UsageError("`adapter` needs `source`: the checkpoint that it was merged into")
+    if is_gguf(out):
+        from moe_surgery.surgery.gguf.verify import verify_gguf
+
+        if isinstance(source, Folder):
+            raise UsageError("`source` of a GGUF file must be one too, not a folder")
+        if adapter is not None:
+            raise UsageError(
+                "`adapter`: adapters are merged into folders of safetensors, not into GGUF files"
+            )
+        return verify_gguf(out, source=source, structure_only=structure_only, progress=progress)
     folder = resolve(out)
     if not folder.is_dir():
         raise OutputError(f"{printable_path(folder)}: is a file; pass the folder of the checkpoint")
@@ -117,6 +129,7 @@ class _Verifier:
         if source is not None and manifest is not None and not self._findings.problems:
             from moe_surgery.surgery.comparison import compare_with_source
 
+            manifest = replace(manifest, files={})  # as large as two headers, and no longer needed
             compare_with_source(
                 self._folder, source, manifest, self._families, self._findings, adapter=adapter
             )

@@ -51,6 +51,7 @@ WITHOUT_A_MODEL = {
     "merge",
     "stats merge",
     "stats show",
+    "stats import",
     "rank",
     "plan",
     "report",
@@ -75,9 +76,14 @@ def test_the_model_is_the_first_argument_of_every_command_that_reads_one() -> No
 
 
 def test_an_option_takes_a_checkpoint_only_beside_the_model() -> None:
-    """The source to compare with, and the draft."""
+    """The source to compare with, the draft, and the model that imported counts are of."""
     second = {(" ".join(p), n) for p in PATHS for n, o in options(p).items() if o.metavar == "CKPT"}
-    assert second == {("verify", "--source"), ("generate", "--draft"), ("bench speculate", "--draft")}
+    assert second == {
+        ("verify", "--source"),
+        ("generate", "--draft"),
+        ("bench speculate", "--draft"),
+        ("stats import", "--model"),
+    }
 
 
 def meaning(help_text: str) -> str:
