@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from moe_surgery.checkpoint.checkpoint import Checkpoint
     from moe_surgery.families import identify_model
     from moe_surgery.pipeline.exporting import export_gguf
+    from moe_surgery.pipeline.merging import merge_adapter
     from moe_surgery.pipeline.planning import inspect, make_plan
     from moe_surgery.pipeline.pruning import prune
     from moe_surgery.progress import Progress
@@ -65,6 +66,7 @@ __all__ = [
     "load_statistics",
     "make_card",
     "make_plan",
+    "merge_adapter",
     "plan_from_ranking",
     "plan_keeping",
     "plan_random",
@@ -103,6 +105,7 @@ _HOMES = {
     "load_statistics": ("moe_surgery.selection.statistics", "load_statistics"),
     "make_card": ("moe_surgery.card.card", "make_card"),
     "make_plan": ("moe_surgery.pipeline.planning", "make_plan"),
+    "merge_adapter": ("moe_surgery.pipeline.merging", "merge_adapter"),
     "plan_from_ranking": ("moe_surgery.selection.plan", "plan_from_ranking"),
     "plan_keeping": ("moe_surgery.selection.plan", "plan_keeping"),
     "plan_random": ("moe_surgery.selection.plan", "plan_random"),

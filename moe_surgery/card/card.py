@@ -7,6 +7,7 @@ card. Everything that comes from other people's files is escaped (`card.text`).
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -116,6 +117,8 @@ def _card(facts: Facts, evaluation: Evaluation | None) -> str:
 
 def _title(facts: Facts) -> str:
     kept = counted(facts.kept, "expert")
+    if facts.adapter is not None:
+        return f"{heading(facts.source_name)} with {heading(str(facts.adapter.get('name')))} merged"
     if facts.whole:
         return f"{heading(facts.source_name)}, all {kept}, {facts.expert_format.label}"
     return f"{heading(facts.source_name)} with {facts.kept} of {counted(facts.source.experts, 'expert')}"
@@ -140,7 +143,11 @@ def _metadata(facts: Facts) -> str:
 
 
 def _summary(facts: Facts) -> str:
-    if facts.whole:
+    trained = "nothing was trained"
+    if facts.adapter is not None:
+        first = f"{_source(facts)} with {_adapter(facts.adapter)} merged into its weights by moe-surgery."
+        trained = "nothing else was trained"
+    elif facts.whole:
         first = f"{_source(facts)} with all of its experts, rewritten by moe-surgery."
     else:
         first = (
@@ -151,22 +158,33 @@ def _summary(facts: Facts) -> str:
     here, source = facts.expert_format, facts.source.expert_format
     if source is not None and here.can_represent(source) and facts.converted:
         way = f"from {source.label} to {here.label}"
-        second = f"Expert weights were converted {way}, which is lossless; nothing was trained."
+        second = f"Expert weights were converted {way}, which is lossless; {trained}."
     elif source is not None and facts.converted and here.packed:
         second = (
             f"Expert weights were converted from {source.label} to MXFP4 (`conversion` in `surgery.json` has the "
-            "error); nothing was trained."
+            f"error); {trained}."
         )
     elif source is not None and facts.converted:
         second = (
-            f"Expert weights were rounded from {source.label} to {here.label}, to nearest (ties to even); nothing was "
-            "trained."
+            f"Expert weights were rounded from {source.label} to {here.label}, to nearest (ties to even); "
+            f"{trained}."
         )
+    elif facts.adapter is not None:
+        second = "All other weights are those of the source, byte for byte."
     elif source is None:
         second = "Nothing was trained."
     else:
         second = "The kept weights are those of the source, byte for byte."
     return f"{first} {second}"
+
+
+def _adapter(adapter: Mapping[str, object]) -> str:
+    """The adapter with its rank, and where it is known the model that it was trained on."""
+    ranks, base = adapter.get("ranks"), adapter.get("base_model")
+    listed = [r for r in ranks if type(r) is int] if isinstance(ranks, list) else []
+    rank = f" of rank {' and '.join(map(str, listed[:4]))}" if listed else ""
+    trained = f", trained on {code(base)}," if isinstance(base, str) else ""
+    return f"the LoRA adapter {code(str(adapter.get('name')))}{rank}{trained}"
 
 
 def _bits(expert_format: ExpertFormat) -> str:

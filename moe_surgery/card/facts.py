@@ -98,6 +98,12 @@ class Facts:
         return value if isinstance(value, str) and value else None
 
     @property
+    def adapter(self) -> Mapping[str, object] | None:
+        """The manifest's entry on the adapter that was merged, None without one."""
+        value = self.origin.get("adapter")
+        return value if isinstance(value, Mapping) else None
+
+    @property
     def base_model(self) -> str | None:
         """Hub id of the published model."""
         name = self.recorded("base_model")

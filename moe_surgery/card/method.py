@@ -162,6 +162,14 @@ def reproduce(facts: Facts) -> str:
         if facts.converted or facts.source.expert_format is None
         else ""
     )
+    if facts.adapter is not None:
+        names = " ".join(
+            f"--{option} {facts.adapter[key]}"
+            for option, key in (("numbering", "numbering"), ("rank-order", "rank_order"))
+            if facts.adapter.get(key) in ("source", "expert")
+        )
+        merge = f"moe-surgery merge ADAPTER {source} OUT{dtype} {names}".rstrip()
+        return "With the adapter the source gives the same tensors, byte for byte:\n\n" + fenced(merge, "sh")
     commands = [
         'python3 -c \'import json; print(json.dumps(json.load(open("surgery.json"))["plan"]))\' > plan.json',
         f"moe-surgery prune {source} OUT --plan plan.json{dtype}",

@@ -11,6 +11,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar, cast
 
+from moe_surgery.checkpoint.additions import ADAPTER_CONFIG
 from moe_surgery.checkpoint.files import open_regular, printable_path
 from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.errors import InvalidInputError, MoeSurgeryError
@@ -65,7 +66,7 @@ PARTIAL: Final = Kind("an unfinished search", "run the same moe-surgery search c
 REMARK: Final = Kind("what rank or search printed with --json", "the ranking is the file written with -o")
 CONFIG: Final = Kind("the config.json of a model", "pass its folder")
 INDEX: Final = Kind("the shard index of a checkpoint", "pass its folder")
-ADAPTER: Final = Kind("the configuration of a PEFT adapter", "merge the adapter into its model first")
+ADAPTER: Final = Kind("a PEFT adapter", "merge it into its model with moe-surgery merge ADAPTER CKPT OUT")
 CHECKPOINT: Final = Kind("a checkpoint folder", "pass it where help says CKPT")
 WEIGHTS: Final = Kind("a safetensors file of weights", "pass it where help says CKPT")
 IMATRIX: Final = Kind(
@@ -79,7 +80,7 @@ PICKLE: Final = Kind("a PyTorch file (pickle)", "convert the checkpoint to safet
 
 NOT_TEXTS: Final = frozenset(
     {PLAN, RANKING, STATISTICS, PUBLISHED_STATISTICS, EVALUATION, TRACE, MANIFEST, MAPPING, BENCH, INSPECTION}
-    | {REMARK, PARTIAL, INDEX, CHECKPOINT, WEIGHTS, GGUF, IMATRIX, PICKLE}
+    | {REMARK, PARTIAL, INDEX, CHECKPOINT, WEIGHTS, GGUF, IMATRIX, PICKLE, ADAPTER}
 )
 """Kinds that are never texts to run a model on."""
 
@@ -117,7 +118,9 @@ def kind_of(path: PathLike) -> Kind | None:
     try:
         target = Path(path)
         if target.is_dir():
-            return CHECKPOINT if _is_checkpoint(target) else None
+            if _is_checkpoint(target):
+                return CHECKPOINT
+            return ADAPTER if (target / ADAPTER_CONFIG).is_file() else None
         fd = open_regular(target)
         try:
             return _of_file(fd, os.fstat(fd).st_size)

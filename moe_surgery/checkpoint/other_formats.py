@@ -31,7 +31,7 @@ def other_format_hint(folder: Path) -> str:
     names = [entry.name for entry in entries]
     if _ADAPTER in names:
         return (
-            "; it holds a PEFT adapter, not a whole model: merge it into its model first (merge_and_unload)"
+            "; it holds a PEFT adapter, not a whole model: merge it with moe-surgery merge ADAPTER CKPT OUT"
         )
     for suffixes, meaning in _SUFFIXES:
         if name := next((n for n in names if n.endswith(suffixes) and n != "training_args.bin"), None):

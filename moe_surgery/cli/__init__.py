@@ -25,6 +25,7 @@ COMMANDS = (
     "report",
     "trace",
     "prune",
+    "merge",
     "verify",
     "card",
     "export",

@@ -30,6 +30,7 @@ PIPE_WIDTH = 200
 COLUMN_GAP = 3
 STAGES = {
     "prune": "pruning",
+    "merge": "merging",
     "export": "exporting",
     "verify": "verifying",
     "answer": "answering",

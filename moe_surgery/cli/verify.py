@@ -16,6 +16,7 @@ from moe_surgery.errors import VerificationError
 @click.option(
     "--source", metavar="CKPT", help="Also compare every kept expert with this checkpoint, byte for byte."
 )
+@click.option("--adapter", metavar="ADAPTER", help="The adapter that was merged; compare its tensors too.")
 @click.option(
     "--structure-only", is_flag=True, help="Check headers, index, config and sizes only, no digests."
 )
@@ -23,7 +24,12 @@ from moe_surgery.errors import VerificationError
 @common
 @click.pass_context
 def command(
-    context: click.Context, ckpt: str, source: str | None, structure_only: bool, weights_only: bool
+    context: click.Context,
+    ckpt: str,
+    source: str | None,
+    adapter: str | None,
+    structure_only: bool,
+    weights_only: bool,
 ) -> None:
     """Check that a checkpoint is complete and undamaged.
 
@@ -42,6 +48,7 @@ def command(
     moe-surgery verify tiny-8 --source example:tiny
     moe-surgery verify law-8
     moe-surgery verify law-8 --source openai/gpt-oss-20b
+    moe-surgery verify law-8-merged --source law-8 --adapter my-adapter
     moe-surgery verify law-8-with-my-readme --weights-only
     moe-surgery verify some-downloaded-model --structure-only
     moe-surgery verify out.gguf --source Model-Q4_K_M-00001-of-00003.gguf
@@ -57,6 +64,7 @@ def command(
         result = verify_checkpoint(
             ckpt,
             source=source,
+            adapter=adapter,
             structure_only=structure_only,
             weights_only=weights_only,
             progress=progress,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from moe_surgery.checkpoint.shard import OpenFile
 from moe_surgery.engine.producer import Producer
 from moe_surgery.engine.spans import Copy
-from moe_surgery.surgery.program import OutputShard, Remap
+from moe_surgery.surgery.program import AddLowRank, OutputShard, Remap
 from moe_surgery.surgery.routing_table import RoutingTables
 
 __all__ = ["producer_of"]
@@ -20,6 +20,10 @@ def producer_of(shard: OutputShard, sources: Mapping[str, OpenFile]) -> Producer
         return Producer(shard, sources)
     if kinds <= {Copy, Remap}:
         return Producer(shard, sources, RoutingTables(sources))
+    if AddLowRank in kinds:
+        from moe_surgery.surgery.merge.merged_weights import MergedWeights
+
+        return Producer(shard, sources, MergedWeights(sources))
     from moe_surgery.surgery.conversions import Conversions
 
     return Producer(shard, sources, Conversions(sources))

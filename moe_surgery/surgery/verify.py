@@ -56,6 +56,7 @@ def verify_checkpoint(
     out: str | os.PathLike[str],
     *,
     source: str | os.PathLike[str] | Folder | None = None,
+    adapter: str | os.PathLike[str] | Folder | None = None,
     structure_only: bool = False,
     weights_only: bool = False,
     families: tuple[AnyFamily, ...] = FAMILIES,
@@ -65,20 +66,27 @@ def verify_checkpoint(
 
     Always: headers, index, and config against tensor shapes. Unless `structure_only`: the digest of
     every file and tensor against the manifest. With `source`: every output byte against the manifest's plan
-    applied to the source. With `weights_only` an edited or missing file next to
+    applied to the source; `adapter` is the one that was merged into it, without which a note says how many tensors
+    the merge changed. With `weights_only` an edited or missing file next to
     the shards (README.md, config.json, tokenizer) is a note, not a problem; config and index must still
     agree with the shards. Damage that the source had before the surgery cannot be detected. `families` are the model
     families to recognise. `progress` is called with each `Progress`, in bytes.
     `out` may be a GGUF file; see `gguf.verify.verify_gguf`.
 
     Raises OutputError where `out` is not a folder, or has no manifest and `structure_only` is off,
-    and any error of opening `source`.
+    UsageError for an `adapter` without a `source`, and any error of opening them.
     """
+    if adapter is not None and source is None:
+        raise UsageError("`adapter` needs `source`: the checkpoint that it was merged into")
     if is_gguf(out):
         from moe_surgery.surgery.gguf.verify import verify_gguf
 
         if isinstance(source, Folder):
             raise UsageError("`source` of a GGUF file must be one too, not a folder")
+        if adapter is not None:
+            raise UsageError(
+                "`adapter`: adapters are merged into folders of safetensors, not into GGUF files"
+            )
         return verify_gguf(out, source=source, structure_only=structure_only, progress=progress)
     folder = resolve(out)
     if not folder.is_dir():
@@ -86,7 +94,7 @@ def verify_checkpoint(
     reads = 0 if structure_only else 2 if source is not None else 1
     total = reads * sum(entry.stat().st_size for entry in os.scandir(folder) if entry.is_file())
     counter = Counter(progress, "verify", total, "bytes")
-    return _Verifier(folder, families, counter.advance).run(source, structure_only, weights_only)
+    return _Verifier(folder, families, counter.advance).run(source, adapter, structure_only, weights_only)
 
 
 class _Verifier:
@@ -101,7 +109,11 @@ class _Verifier:
         self._tensors = 0
 
     def run(
-        self, source: str | os.PathLike[str] | Folder | None, structure_only: bool, weights_only: bool
+        self,
+        source: str | os.PathLike[str] | Folder | None,
+        adapter: str | os.PathLike[str] | Folder | None,
+        structure_only: bool,
+        weights_only: bool,
     ) -> Verification:
         manifest = self._manifest(needed=not structure_only or source is not None)
         self._structure()
@@ -118,7 +130,9 @@ class _Verifier:
             from moe_surgery.surgery.comparison import compare_with_source
 
             manifest = replace(manifest, files={})  # as large as two headers, and no longer needed
-            compare_with_source(self._folder, source, manifest, self._families, self._findings)
+            compare_with_source(
+                self._folder, source, manifest, self._families, self._findings, adapter=adapter
+            )
         sound = not self._findings.problems
         (self._findings.notes if weights_only else self._findings.problems).extend(
             line for line in self._side_file_problems.values() if line not in self._findings.problems
