@@ -99,6 +99,12 @@ class Facts:
         return value if isinstance(value, str) and value else None
 
     @property
+    def adapter(self) -> Mapping[str, object] | None:
+        """The manifest's entry on the adapter that was merged, None without one."""
+        value = self.origin.get("adapter")
+        return value if isinstance(value, Mapping) else None
+
+    @property
     def base_model(self) -> str | None:
         """Hub id of the published model."""
         name = self.recorded("base_model")
@@ -204,7 +210,7 @@ def _facts(
     other = sum(t.share(t.nbytes, model.experts, kept) for t in others)
     in_experts = [t for t in model.tensors if t.role is Role.EXPERT_WEIGHT]
     weights = sum(t.share(t.parameters, model.experts, kept) for t in in_experts)
-    if expert_format.name == AS_STORED.name:  # copied, whatever they are
+    if expert_format.name == AS_STORED.name:  # copied in their own format
         other += sum(t.share(t.nbytes, model.experts, kept) for t in in_experts)
         weights = 0
     return Facts(

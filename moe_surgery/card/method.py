@@ -19,6 +19,12 @@ METHODS: Mapping[str, str] = {
     "weighted_ean": "the sum of its output norms, each times its routing weight",
     "reap": "the mean of its output norms, each times its routing weight, over the tokens that chose it (REAP)",
     "ean_ca": "the norm of its mean output over the tokens that chose it",
+    "rms_count": "how often the router chose it, times the root mean square of its down projection's input",
+    "energy": "the squared norm of its output summed over tokens, as an importance matrix and the weights give it",
+}
+IMPORTED: Mapping[str, str] = {
+    "imatrix": "importance matrices of llama.cpp",
+    "counts": "counts that another program recorded",
 }
 SOURCE = "path/to/the/source"
 MAX_ROWS = 60
@@ -36,7 +42,7 @@ def method_section(facts: Facts) -> str:
     provenance = facts.plan.provenance
     parts = [_method(facts.plan, provenance), *_data(provenance)]
     if provenance.get("protect_super_experts") is True:
-        parts.append("Experts with outlier activations (REAP's rule) were kept whatever their score.")
+        parts.append("Experts with outlier activations (REAP's rule) were kept regardless of their score.")
     if provenance.get("order") == "ranking":
         parts.append("They are numbered best first instead of in the source's order.")
     if facts.plan.mtp_layers is not None:
@@ -104,6 +110,11 @@ def _data(provenance: Mapping[str, object]) -> Iterator[str]:
             f"Based on {counted(len(files), 'file')} of published statistics: {shown}{more} (all are listed in "
             "`surgery.json`)."
         )
+    settings = provenance.get("settings")
+    if isinstance(settings, Mapping) and settings.get("source") in IMPORTED:
+        imported = settings.get("files")
+        shown = ", ".join(code(name) for name in imported[:3]) if isinstance(imported, list) else "files"
+        yield f"Scores come from {IMPORTED[str(settings['source'])]}: {shown}."
     other = provenance.get("interleaved_with")
     if isinstance(other, Mapping):
         name = other.get("ranking") or other.get("method")
@@ -158,6 +169,14 @@ def reproduce(facts: Facts) -> str:
         if facts.converted or facts.source.expert_format is None
         else ""
     )
+    if facts.adapter is not None:
+        names = " ".join(
+            f"--{option} {facts.adapter[key]}"
+            for option, key in (("numbering", "numbering"), ("rank-order", "rank_order"))
+            if facts.adapter.get(key) in ("source", "expert")
+        )
+        merge = f"moe-surgery merge ADAPTER {source} OUT{dtype} {names}".rstrip()
+        return "With the adapter the source gives the same tensors, byte for byte:\n\n" + fenced(merge, "sh")
     commands = [
         'python3 -c \'import json; print(json.dumps(json.load(open("surgery.json"))["plan"]))\' > plan.json',
         f"moe-surgery prune {source} OUT --plan plan.json{dtype}",

@@ -54,7 +54,7 @@ class RemoteStamp:
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """Where the bytes of a file can be had for a while, with the headers to send, and what it was then."""
+    """An address that serves a file's bytes until it expires, the headers to send, and the file's version."""
 
     url: str
     headers: Headers
@@ -155,7 +155,7 @@ class HttpSource(ByteSource):
         return {**self._location.headers, "Range": f"bytes={begin}-{end - 1}"}
 
     def _beyond_start(self, offset: int, buffer: memoryview) -> Iterator[Piece]:
-        """Fill what lies in the start of the file, which is fetched once; yields the piece that does not."""
+        """Fill what is in the start of the file, which is fetched once; yields the piece that is not."""
         if offset < min(START_BYTES, self.size) and self._start is None:
             if offset > 0:
                 yield offset, buffer

@@ -26,6 +26,7 @@ COMMANDS = (
     "trace",
     "prune",
     "repair",
+    "merge",
     "verify",
     "card",
     "export",

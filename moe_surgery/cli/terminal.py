@@ -30,11 +30,13 @@ PIPE_WIDTH = 200
 COLUMN_GAP = 3
 STAGES = {
     "prune": "pruning",
+    "merge": "merging",
     "export": "exporting",
     "verify": "verifying",
     "answer": "answering",
     "profile": "profiling",
     "search": "searching",
+    "energy": "reading weights of experts",
     "evaluate": "evaluating",
     "generate": "generating",
     "trace": "tracing",

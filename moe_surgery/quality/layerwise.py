@@ -28,7 +28,7 @@ def embed(model: CausalLM, passages: Sequence[Sequence[int]]) -> HiddenStates:
 
 @torch.inference_mode()
 def apply_attention(model: CausalLM, number: int, layer: Layer, states: HiddenStates) -> None:
-    """Add the self-attention of layer `number`, a passage seeing itself only, to `states`."""
+    """Add the self-attention of layer `number` to `states`, each passage attending only to itself."""
     backend, window = model.backend, model.config.sliding_windows[number]
     for first, last in states.groups():
         start, stop = states.starts[first], states.starts[last]
@@ -82,7 +82,7 @@ def _attend_passage(
     backend: Backend, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, window: int | None
 ) -> Tensor:
     """One passage: q [tokens, num_heads, head_dim], k and v [tokens, num_kv_heads, head_dim]
-    -> [tokens, num_heads * head_dim]. Queries go through in chunks that bound the scores held at once."""
+    -> [tokens, num_heads * head_dim]. Queries go through in chunks that bound the scores in memory."""
     tokens, heads, _ = q.shape
     q, k, v = (a.transpose(0, 1)[None] for a in (q, k, v))
     positions = torch.arange(tokens, device=q.device)[None]

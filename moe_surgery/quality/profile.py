@@ -122,9 +122,10 @@ def _record(parts: Sequence[ExpertStatistics], expert: int, owner: Tensor, gate:
         in_domain = where == domain
         part = parts[domain]
         part.count[expert] += int(in_domain.sum())
-        part.gate[expert] += weight[in_domain].sum()
-        part.norm[expert] += norms[in_domain].sum()
-        part.weighted_norm[expert] += (weight[in_domain] * norms[in_domain]).sum()
-        part.output[expert] += out64[in_domain].sum(axis=0)
-        part.peak_abs[expert] = max(part.peak_abs[expert], np.abs(out64[in_domain]).max())
-        part.peak[expert] = max(part.peak[expert], out64[in_domain].max())
+        part.of("gate")[expert] += weight[in_domain].sum()
+        part.of("norm")[expert] += norms[in_domain].sum()
+        part.of("weighted_norm")[expert] += (weight[in_domain] * norms[in_domain]).sum()
+        part.of("output")[expert] += out64[in_domain].sum(axis=0)
+        peaks_abs, peaks = part.of("peak_abs"), part.of("peak")
+        peaks_abs[expert] = max(peaks_abs[expert], np.abs(out64[in_domain]).max())
+        peaks[expert] = max(peaks[expert], out64[in_domain].max())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from typing import NamedTuple
 
 import xxhash
 
@@ -18,15 +19,18 @@ from moe_surgery.formats.expert_format import ExpertFormat
 from moe_surgery.selection.plan import Plan
 
 __all__ = [
+    "AddLowRank",
     "Cast",
     "Decode",
     "Encode",
+    "Factor",
     "OutputShard",
     "OutputTensor",
     "Part",
     "Program",
     "Remap",
     "SourceFile",
+    "Update",
 ]
 
 
@@ -114,7 +118,91 @@ class Remap:
         return (self.values,)
 
 
-Part = Copy | Decode | Cast | Encode | Remap | Literal
+class Factor(NamedTuple):
+    """A matrix [rows, columns] within the values of `span`, stored in the dense format `stored_as`.
+
+    Element (i, j) is value `start` + i * `row_step` + j * `column_step`. `picked` lists the rows that are used, in
+    order; empty: all of them.
+    """
+
+    span: Span
+    stored_as: ExpertFormat
+    rows: int
+    columns: int
+    start: int
+    row_step: int
+    column_step: int
+    picked: tuple[int, ...] = ()
+
+    @property
+    def used_rows(self) -> int:
+        return len(self.picked) or self.rows
+
+    @property
+    def transposed(self) -> Factor:
+        assert not self.picked
+        return self._replace(
+            rows=self.columns, columns=self.rows, row_step=self.column_step, column_step=self.row_step
+        )
+
+    def rows_from(self, first: int, rows: int) -> Factor:
+        """Rows [first, first + rows)."""
+        assert not self.picked
+        return self._replace(rows=rows, start=self.start + first * self.row_step)
+
+
+class Update(NamedTuple):
+    """`scale` * up @ down, added to rows `first`, `first` + `step`, ... of a weight.
+
+    `up` is [number of those rows, rank], `down` [rank, columns of the weight]; None stands for ones [rank, columns].
+    """
+
+    up: Factor
+    down: Factor | None
+    scale: float
+    first: int = 0
+    step: int = 1
+
+    @property
+    def rank(self) -> int:
+        return self.up.columns
+
+
+@dataclass(frozen=True, slots=True)
+class AddLowRank:
+    """A weight [rows, columns] with `updates` of disjoint rows added: all of it, or its MXFP4 blocks or scales.
+
+    `values` holds the weight in `source`, with `scales` where that is MXFP4. Dense values are stored as
+    [columns, rows] where `transposed`, before and after. The sum is rounded to `target` once; MXFP4 scales are computed
+    along with the blocks.
+    """
+
+    values: Span
+    scales: Span | None
+    source: ExpertFormat
+    rows: int
+    columns: int
+    transposed: bool
+    updates: tuple[Update, ...]
+    target: ExpertFormat
+    holds_scales: bool
+    tensor: str
+
+    @property
+    def nbytes(self) -> int:
+        if self.target.packed:
+            return self.rows * self.columns // 32 * (1 if self.holds_scales else 16)
+        return self.target.nbytes(self.rows * self.columns)
+
+    @property
+    def spans_read(self) -> tuple[Span, ...]:
+        """Of the checkpoint; the adapter is small, and read for many parts."""
+        if self.holds_scales:
+            return ()
+        return (self.values,) if self.scales is None else (self.values, self.scales)
+
+
+Part = Copy | Decode | Cast | Encode | Remap | AddLowRank | Literal
 
 
 @dataclass(frozen=True, slots=True)
