@@ -215,7 +215,7 @@ def _plan_of(pruned: PathLike, full: ModelSpec, source: PathLike) -> tuple[Plan,
     with Checkpoint.open(pruned) as opened:
         spec = families.identify_model(opened)
         spec.require_description()
-    kept, provenance = source_experts(pruned, spec.layers, full.experts)
+        kept, provenance = source_experts(opened.files, spec.layers, full.experts)
     fits = (spec.model_type, spec.layers) == (full.model_type, full.layers)
     if kept is None or not fits or any(len(row) != spec.experts for row in kept):
         raise PlanMismatchError(

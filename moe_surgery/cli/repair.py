@@ -7,15 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moe_surgery.cli.options import (
-    OUTPUT,
-    common,
-    compute,
-    needs_torch,
-    terminal_of,
-    text_options,
-    torch_dtype,
-)
+from moe_surgery.cli.options import OUTPUT, Compute, common, compute_options, needs_torch, terminal_of
+from moe_surgery.cli.text_options import TextArguments, text_options
 
 if TYPE_CHECKING:
     from moe_surgery.cli.terminal import Terminal
@@ -58,7 +51,7 @@ if TYPE_CHECKING:
 @click.option(
     "--overwrite", is_flag=True, help="Replace existing output; only a checkpoint that moe-surgery wrote."
 )
-@compute
+@compute_options
 @common
 @click.pass_context
 def command(
@@ -66,11 +59,7 @@ def command(
     ckpt: str,
     plan: tuple[Path, ...],
     source: str | None,
-    texts: tuple[Path, ...],
-    domains: tuple[str, ...],
-    format: str | None,
-    max_tokens: int | None,
-    context: int | None,
+    texts: TextArguments,
     answers_only: bool,
     measure: tuple[Path, ...],
     norms: bool,
@@ -81,9 +70,7 @@ def command(
     seed: int | None,
     output: Path,
     overwrite: bool,
-    device: str,
-    dtype: str | None,
-    backend: str | None,
+    compute: Compute,
 ) -> None:
     """Prune, then repair what that broke.
 
@@ -118,20 +105,17 @@ def command(
     with terminal.job() as progress:
         result = repair(
             ckpt,
-            text_files(texts, domains, format),
+            texts.files(),
             output,
             plan=plan or None,
             source=source,
-            measure=text_files(measure, format=format) if measure else (),
+            measure=text_files(measure, format=texts.format) if measure else (),
             norms=norms,
-            context=context,
-            max_tokens=max_tokens,
             answers_only=answers_only,
             overwrite=overwrite,
-            device=device,
-            dtype=torch_dtype(dtype),
-            backend=backend,
             progress=progress,
+            **texts.limits,
+            **compute.arguments(),
             **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
         )
     if terminal.json:

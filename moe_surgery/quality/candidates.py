@@ -14,7 +14,7 @@ from moe_surgery.runtime.view import view_layer
 from moe_surgery.surgery.manifest import find_manifest
 from moe_surgery.surgery.names import MAPPING_NAME
 
-__all__ = ["Candidate", "pruned_candidate"]
+__all__ = ["Candidate", "pruned_candidate", "source_experts"]
 
 MAX_MAPPING_BYTES = 100_000_000
 
@@ -57,7 +57,7 @@ def pruned_candidate(name: str, files: Folder, other: CausalLM, full: CausalLM) 
             f"{name}: has {a.num_hidden_layers} layers, hidden size {a.hidden_size}, vocabulary {a.vocab_size}; "
             f"the full model has {b.num_hidden_layers}, {b.hidden_size}, {b.vocab_size}"
         )
-    kept, provenance = _origin(files, a.num_hidden_layers, b.num_local_experts)
+    kept, provenance = source_experts(files, a.num_hidden_layers, b.num_local_experts)
     if kept is not None and any(len(row) != a.num_local_experts for row in kept):
         raise InvalidInputError(
             f"{name}: its manifest or {MAPPING_NAME} does not list its {a.num_local_experts} experts"
@@ -65,10 +65,13 @@ def pruned_candidate(name: str, files: Folder, other: CausalLM, full: CausalLM) 
     return Candidate(name, kept, model=other, provenance=provenance)
 
 
-def _origin(
+def source_experts(
     files: Folder, layers: int, experts: int
 ) -> tuple[tuple[tuple[int, ...], ...] | None, dict[str, object]]:
-    """Source experts by layer and provenance, from our manifest or a published model's mapping."""
+    """Source experts by layer and provenance of the checkpoint in `files`, pruned from a model of that size.
+
+    From our manifest or a published model's mapping; None for experts where there is neither, or it is of another model.
+    """
     manifest = find_manifest(files)
     if manifest is not None:
         plan = manifest.plan
