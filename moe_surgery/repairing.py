@@ -129,7 +129,7 @@ def repair(
     full = load_model(full_path, device, dtype, backend=backend)
     students = [Student(full, each, spec.described.weights, norms=norms) for each in plans]
     text = Text(full_path)
-    context = default_context(full_path, context)
+    context = default_context(spec, context)
     corpus = open_corpus(as_text_files(texts, format), text, context=context, max_tokens=max_tokens)
     train, held = split_held_out(as_samples(corpus, answers_only), held_out, seed)
     if not train:

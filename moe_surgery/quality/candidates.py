@@ -70,7 +70,8 @@ def source_experts(
 ) -> tuple[tuple[tuple[int, ...], ...] | None, dict[str, object]]:
     """Source experts by layer and provenance of the checkpoint in `files`, pruned from a model of that size.
 
-    From our manifest or a published model's mapping; None for experts where there is neither, or it is of another model.
+    From our manifest or a published model's mapping; None for experts where there is neither, or it is of another
+    model.
     """
     manifest = find_manifest(files)
     if manifest is not None:

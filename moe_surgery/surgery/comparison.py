@@ -71,6 +71,8 @@ def compare_with_source(
             )
         tensors = {t.name: t for s in program.shards for t in s.tensors}
         skipped |= _repaired(folder, model, manifest, findings)
+        del model, program  # with many tensors as large as the rest
+        checkpoint.tensors = {}
         with Checkpoint.open(folder) as output:
             for name, shard in output.shards.items():
                 header = read_header(shard.source)

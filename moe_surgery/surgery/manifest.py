@@ -132,7 +132,7 @@ def manifest_bytes(
         "expert_storage": program.expert_format.name,
         "conversion": conversion,
         "plan": program.plan.as_dict(),
-        **({"repair": program.repair} if program.repair else {}),
+        **({"repair": repair} if (repair := getattr(program, "repair", None)) else {}),
         "files": dict(sorted(files.items())),
     }
     return _sealed(document)

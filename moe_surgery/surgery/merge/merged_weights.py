@@ -18,7 +18,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from moe_surgery.checkpoint.shard import Shard
+from moe_surgery.checkpoint.shard import OpenFile
 from moe_surgery.engine.chunks import PartSlice
 from moe_surgery.engine.mapped_regions import MappedRegions
 from moe_surgery.engine.spans import Span
@@ -46,7 +46,7 @@ Rows = NDArray[np.float32]
 class MergedWeights:
     """The merged and converted parts of one output shard. `fill` may run in several threads, in any order."""
 
-    def __init__(self, sources: Mapping[str, Shard]) -> None:
+    def __init__(self, sources: Mapping[str, OpenFile]) -> None:
         self._shards = sources
         self._conversions = Conversions(sources)
         self._regions = MappedRegions(sources)
