@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("huggingface_hub")
 
 from moe_surgery import inspect
+from moe_surgery.checkpoint import retries
 from moe_surgery.checkpoint.gguf.resolve import is_gguf, open_gguf
 from moe_surgery.engine.fetch import Fetch
 from moe_surgery.errors import NetworkError, OutputError
@@ -139,7 +140,10 @@ def test_files_in_the_cache_are_read_from_there(
         open_gguf(f"{MODEL}:UD-Q2_K")
 
 
-def test_a_hub_that_goes_away_leaves_what_the_next_run_resumes(hub: HubServer, tmp_path: Path) -> None:
+def test_a_hub_that_goes_away_leaves_what_the_next_run_resumes(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retries, "FIRST_DELAY", 0.01)
     seen = 0
 
     def fault(request: object) -> Answer | None:
