@@ -117,11 +117,7 @@ def command(
         _print_outcome(terminal, result, seconds)
     for note in result.notes:
         terminal.note(note)
-    for stale in result.stale:
-        nbytes = sum(f.stat().st_size for f in stale.iterdir() if f.is_file()) if stale.is_dir() else 0
-        terminal.say(
-            f"note: {stale} holds {size(nbytes)} of another, unfinished run; delete it if you do not need it"
-        )
+    terminal.unfinished(result.stale)
 
 
 def _as_dict(result: MergeResult, seconds: float) -> dict[str, object]:

@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -18,6 +18,8 @@ from moe_surgery.cli.parameters import with_options
 from moe_surgery.errors import CheckpointWarning
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.console import Console
 
     from moe_surgery.engine.fetch import Fetch
@@ -127,6 +129,14 @@ class Terminal:
         if text not in self._notes:
             self._notes.add(text)
             self.say(f"note: {with_options(text, self.command)}")
+
+    def unfinished(self, folders: Iterable[Path]) -> None:
+        """Say which partial folders of other runs there are, and how large they are."""
+        for folder in folders:
+            nbytes = sum(f.stat().st_size for f in folder.iterdir() if f.is_file()) if folder.is_dir() else 0
+            self.say(
+                f"note: {folder} holds {size(nbytes)} of another, unfinished run; delete it if you do not need it"
+            )
 
     def fetching(self, fetch: Fetch) -> None:
         """Say what is about to be fetched."""

@@ -55,7 +55,7 @@ class FolderRun:
         *,
         segment: int | None = None,
     ) -> None:
-        """`segment`: flush and journal each file every so many bytes, a multiple of the chunk size, so that a file
+        """`segment`: flush and journal each file after this many bytes, a multiple of the chunk size, so that a file
         is resumed from there. Its bytes are then all written, none reflinked."""
         self.bytes_shared = self.bytes_begun = 0
         self._staging = staging

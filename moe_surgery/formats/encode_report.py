@@ -31,7 +31,7 @@ class EncodeReport:
 
     @property
     def update_error(self) -> float:
-        """sqrt(error_sq / update_sq): 1 and more means that encoding lost what was added; 0 if there is no error."""
+        """sqrt(error_sq / update_sq): 1 or more means that encoding lost what was added; 0 if there is no error."""
         return math.sqrt(self.error_sq / self.update_sq) if self.error_sq and self.update_sq else 0.0
 
     @classmethod

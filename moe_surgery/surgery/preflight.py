@@ -57,7 +57,7 @@ def check_gguf_outputs(model: GgufModel, targets: Sequence[Path], *, overwrite: 
     """Check the paths of all files that are made of a GGUF model; they may lie beside it.
 
     Raises UsageError where one is a file of the source or a folder; OutputError where the first one exists (or, with
-    `overwrite`, is no regular file), or its folder is not writable.
+    `overwrite`, is not a regular file), or its folder is not writable.
     """
     sources = [shard.source.path for shard in model.shards.values()]
     for target in targets:

@@ -36,7 +36,7 @@ def with_repair(program: Program, model: ModelSpec, repair: Repair) -> Program:
     known = {tensor.name for shard in program.shards for tensor in shard.tensors}
     for name in repair.tensors:
         if name not in known or roles.get(name) not in REPAIRED_ROLES:
-            raise UsageError(f"`repair`: {name!r} is no router, bias of experts or norm of this model")
+            raise UsageError(f"`repair`: {name!r} is not a router, expert bias or norm of this model")
     shards = tuple(
         OutputShard(shard.name, shard.header, tuple(_repaired(t, repair.tensors) for t in shard.tensors))
         for shard in program.shards

@@ -239,7 +239,7 @@ def test_recordings_that_are_something_else(tmp_path: Path) -> None:
 
     assert "mode stat" in refused({"records": [], "last_physical_to_logical_map": torch.zeros(2)})
     assert "has no logical_count" in refused({"logical_count": torch.zeros(2, 3, 4)})
-    assert "is no recording" in refused([1])
+    assert "is not a recording" in refused([1])
     assert "without running code" in refused({"logical_count": Path("x")})  # a class that could run code
     file.write_bytes(b"PK\x03\x04 nothing")
     with pytest.raises(InvalidInputError, match=r"not a \.pt file"):

@@ -51,10 +51,10 @@ def test_the_tensors_are_the_given_ones_and_all_others_the_sources(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("model.nothing", b"", "'model.nothing' is no router, bias of experts or norm of this model"),
-        ("lm_head.weight", b"", "'lm_head.weight' is no router, bias of experts or norm of this model"),
-        ("model.layers.0.mlp.experts.down_proj_blocks", b"", "is no router, bias of experts or norm"),
-        ("model.layers.0.self_attn.sinks", b"", "is no router, bias of experts or norm"),
+        ("model.nothing", b"", "'model.nothing' is not a router, expert bias or norm of this model"),
+        ("lm_head.weight", b"", "'lm_head.weight' is not a router, expert bias or norm of this model"),
+        ("model.layers.0.mlp.experts.down_proj_blocks", b"", "is not a router, expert bias or norm"),
+        ("model.layers.0.self_attn.sinks", b"", "is not a router, expert bias or norm"),
         (ROUTER, b"abc", f"'{ROUTER}' has 3 bytes, expected 256"),
     ],
 )

@@ -38,7 +38,7 @@ class Counts:
 def read_counts(model: GgufModel) -> Counts:
     """The counts of `model`.
 
-    Raises InvalidInputError, one line naming the key, for a file that is no model, a model without experts, and
+    Raises InvalidInputError, one line naming the key, for a file that is not a model, a model without experts, and
     values that llama.cpp refuses or aborts on.
     """
     where = printable_path(model.path)
@@ -51,7 +51,7 @@ def read_counts(model: GgufModel) -> Counts:
         )
     name = model.value("general.architecture")
     if not isinstance(name, str) or not name:
-        raise InvalidInputError(f"{where}: has no general.architecture; it is no model for llama.cpp")
+        raise InvalidInputError(f"{where}: has no general.architecture, so llama.cpp cannot run it")
     architecture = architecture_of(name)
     blocks = _u32(model, f"{name}.block_count")
     experts = _u32(model, f"{name}.expert_count", 0)

@@ -112,7 +112,7 @@ def _sorted_by_block(model: GgufModel, counts: Counts) -> tuple[list[ModelTensor
             )
         if is_numbered_expert(rest):
             raise InvalidInputError(
-                f"{model.where(name)}: is one expert in a tensor of its own, as in Mixtral files before April 2024, "
+                f"{model.where(name)}: holds a single expert, as in Mixtral files before April 2024, "
                 "which llama.cpp no longer reads; convert the model again"
             )
         role = expert_role(rest) if found else None

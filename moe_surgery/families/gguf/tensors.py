@@ -81,7 +81,7 @@ def whole_role(name: str) -> Role:
 
 
 def is_numbered_expert(rest: str) -> bool:
-    """Whether this is one expert in a tensor of its own, as in Mixtral files before April 2024."""
+    """Whether this tensor holds a single expert, as in Mixtral files before April 2024."""
     return _NUMBERED.fullmatch(rest) is not None
 
 

@@ -72,7 +72,7 @@ class _Reader:
         length = self.integer(f"the name of {what}")
         if not 0 <= length <= limit:
             raise InvalidInputError(
-                f"{self._where}: {what} has a name of {length:,} bytes: it is no importance matrix, or damaged"
+                f"{self._where}: {what} has a name of {length:,} bytes: it is damaged, or not an importance matrix"
             )
         raw = self.take(length, f"the name of {what}").tobytes()
         try:

@@ -212,7 +212,7 @@ def _top_k(matrix: Imatrix, blocks: dict[int, Block]) -> int:
         total, tokens = int(entry.counts.sum()), int(dense.counts[0])
         if not tokens or total % tokens:
             raise InvalidInputError(
-                f"{matrix.where}: block {block.number}: {total:,} tokens in all experts are no multiple of the "
+                f"{matrix.where}: block {block.number}: {total:,} tokens in all experts are not a multiple of the "
                 f"router's {tokens:,}; the matrix is damaged"
             )
         return total // tokens

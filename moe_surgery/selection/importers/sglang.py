@@ -32,7 +32,7 @@ def counts_from_sglang(raw: bytes, where: str) -> CountTable:
             f"{where}: not a .pt file that torch reads without running code: {reason}"
         ) from None
     if not isinstance(content, dict):
-        raise InvalidInputError(f"{where}: is no recording of SGLang's expert distribution recorder")
+        raise InvalidInputError(f"{where}: is not a recording of SGLang's expert distribution recorder")
     if "records" in content:
         raise InvalidInputError(
             f"{where}: was recorded in the mode per_token or per_pass, with numbers of replicated experts; record "

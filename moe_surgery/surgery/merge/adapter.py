@@ -163,7 +163,7 @@ def _entries(refs: dict[str, TensorRef], where: str) -> tuple[tuple[Pair, ...], 
             what = (
                 "is part of a DoRA adapter"
                 if "magnitude" in name
-                else "is no part of a LoRA adapter known here"
+                else "is not a known part of a LoRA adapter"
             )
             raise InvalidInputError(
                 f"{where}: tensor '{printable(key)}' {what}; merge it with PEFT's merge_and_unload"

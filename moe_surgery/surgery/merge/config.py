@@ -50,7 +50,7 @@ _READ: Final = frozenset(
         "use_rslora",
     }
 )
-# Keys of variants of LoRA, and why each is no plain low-rank update.
+# Keys of variants of LoRA, and why each is not a plain low-rank update.
 _VARIANTS: Final = {
     "use_dora": "DoRA rescales the rows of the merged weight",
     "use_qalora": "QALoRA adapts groups of inputs of a quantised weight",

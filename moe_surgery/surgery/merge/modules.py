@@ -76,7 +76,7 @@ class Modules:
         return next((self._tensors[n] for n in self._spellings(name) if n in self._tensors), None)
 
     def weight(self, module: str) -> ModelTensor | None:
-        """The weight of a module that is no expert, such as "model.layers.0.self_attn.q_proj"."""
+        """The weight of a module outside the experts, such as "model.layers.0.self_attn.q_proj"."""
         return self.tensor(module + ".weight")
 
     def expert(self, module: str) -> ExpertTensor | None:

@@ -171,7 +171,7 @@ class _Finder:
             sizes = f"{parameter.columns} -> {parameter.rows or 'experts'}"
             raise self._adapter.error(
                 pair.a,
-                f"{list(pair.a.shape)} and lora_B {list(pair.b.shape)} are no update of {module}.{parameter.name} "
+                f"{list(pair.a.shape)} and lora_B {list(pair.b.shape)} do not fit {module}.{parameter.name} "
                 f"({sizes}) of rank {rank}; the adapter was made for another model, or its config has another rank",
             )
         if pair.bias is not None:
@@ -311,7 +311,7 @@ class _Finder:
         if (pair.a.shape, pair.b.shape) != expected:
             raise self._adapter.error(
                 pair.a,
-                f"{list(pair.a.shape)} and lora_B {list(pair.b.shape)} are no update of {target} ({shape[1]} -> "
+                f"{list(pair.a.shape)} and lora_B {list(pair.b.shape)} do not fit {target} ({shape[1]} -> "
                 f"{shape[0]}) of rank {rank}; the adapter was made for another model, or its config has another rank",
             )
 

@@ -31,7 +31,7 @@ CASES: dict[str, tuple[Tensors, dict[str, object], str]] = {
     "PiSSA": (GOOD, {"init_lora_weights": "pissa"}, "init_lora_weights is .* also changes the base weights"),
     "rank 0": (GOOD, {"r": 0}, "r is 0, not a rank"),
     "a bad pattern": (GOOD, {"rank_pattern": {"(": 4}}, "rank_pattern: \\( is not a regular expression"),
-    "another rank": (GOOD, {"r": 8}, "are no update of .*q_proj .* of rank 8"),
+    "another rank": (GOOD, {"r": 8}, "do not fit .*q_proj .* of rank 8"),
     "a DoRA tensor": (
         {**GOOD, f"{Q}.lora_magnitude_vector": np.ones(HEADS, np.float32)},
         {},
@@ -40,7 +40,7 @@ CASES: dict[str, tuple[Tensors, dict[str, object], str]] = {
     "half a pair": (without("lora_A"), {}, "lora_B.weight' has no counterpart"),
     "no such module": (factors("model.layers.7.self_attn.q_proj", 4, 64, HEADS), {}, "has no place"),
     "a norm": (factors("model.norm", 4, 64, 64), {}, "which is no matrix"),
-    "another width": (factors(Q, 4, 96, HEADS), {}, "are no update of .*made for another model"),
+    "another width": (factors(Q, 4, 96, HEADS), {}, "do not fit .*made for another model"),
     "another model's experts": (
         factors(EXPERTS.format(0), 4 * 6, SHAPE.intermediate, SHAPE.hidden),
         {"target_parameters": ["experts.down_proj"]},
