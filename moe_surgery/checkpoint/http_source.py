@@ -32,8 +32,11 @@ START_BYTES: Final = 32 << 10
 REQUESTS_IN_FLIGHT: Final = 4
 """Of one source: each fills a chunk of the output, so more would not fit 64 MiB of memory."""
 
+FEWEST_EXPECTED: Final = 4
 MOST_EXPECTED: Final = 32
-"""Requests sent ahead, each over a connection of its own; their answers wait in the sockets."""
+LATENCY_COVERED: Final = 0.002
+"""Requests sent ahead: the fewest, and one more for so many seconds of latency. Each has a connection of its own and
+its answer waits there, so that more than the latency asks for make a fast link slower."""
 
 LARGEST_GAP: Final = 256 << 10
 GAP_SHARE: Final = 200
@@ -139,9 +142,10 @@ class HttpSource(ByteSource):
         if self._closed or wanted in self._planned or any(b < START_BYTES or not n for b, n in wanted):
             return
         self._planned[wanted] = runs = self._plan(wanted)
+        most = min(FEWEST_EXPECTED + int(self._connections.latency / LATENCY_COVERED), MOST_EXPECTED)
         for run in runs:
             span = wanted[run[0]][0], sum(wanted[run[-1]])
-            if len(self._expected) >= MOST_EXPECTED:
+            if len(self._expected) >= most:
                 return
             if span in self._expected:
                 continue
