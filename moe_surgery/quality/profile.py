@@ -11,7 +11,7 @@ from torch import Tensor
 from moe_surgery.kernels.weights import Layer
 from moe_surgery.quality.corpus import Passage
 from moe_surgery.quality.hidden_states import CHUNK_TOKENS, HiddenStates, rows_buffer
-from moe_surgery.quality.layerwise import apply_attention, choose_experts, embed
+from moe_surgery.quality.layerwise import apply_attention, backend_of, choose_experts, embed
 from moe_surgery.runtime.model import CausalLM
 from moe_surgery.runtime.view import view_layer
 from moe_surgery.selection.plan import Plan
@@ -99,7 +99,7 @@ def _measure(
     if pruned is not None:  # the next layer gets the output of the kept experts only
         for where in states.pieces():
             x, ids, weights = choose_experts(model, pruned, states, where)
-            y[where] = model.backend.experts(x, ids, weights, pruned.experts).float().to(y.device)
+            y[where] = backend_of(model).experts(x, ids, weights, pruned.experts).float().to(y.device)
     for where in states.pieces():
         states[where] = states[where] + y[where].to(states.device).to(states.dtype)
     return parts
@@ -107,9 +107,9 @@ def _measure(
 
 def _output(model: CausalLM, layer: Layer, states: HiddenStates, token: Tensor, expert: int) -> Tensor:
     """The output of one expert for some tokens, before its routing weight, [tokens, hidden]."""
-    x = model.backend.rms_norm(states[token], layer.mlp_norm, model.config.rms_norm_eps)
+    x = backend_of(model).rms_norm(states[token], layer.mlp_norm, model.config.rms_norm_eps)
     ids = torch.full((len(token), 1), expert, dtype=torch.int64, device=x.device)
-    return model.backend.experts(x, ids, torch.ones_like(ids, dtype=x.dtype), layer.experts)
+    return backend_of(model).experts(x, ids, torch.ones_like(ids, dtype=x.dtype), layer.experts)
 
 
 def _record(parts: Sequence[ExpertStatistics], expert: int, owner: Tensor, gate: Tensor, out: Tensor) -> None:
