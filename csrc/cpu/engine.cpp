@@ -28,12 +28,15 @@ const Kernels& with_tiles(const char* name, const TileKernels& tiles) {
 std::vector<const Kernels*> find_kernels() {
     using isa::Isa;
     std::vector<const Kernels*> kernels;
+#if defined(__x86_64__)
 #if defined(MOE_SURGERY_TILES)
     if (isa::supported(Isa::amx)) kernels.push_back(&with_tiles("amx", kAmxTiles));
+#endif
+    if (isa::supported(Isa::avx512vnni)) kernels.push_back(&kAvx512VnniKernels);
+#if defined(MOE_SURGERY_TILES)
+    // After VNNI, whose products of integers take half the instructions.
     if (isa::supported(Isa::avx512bf16)) kernels.push_back(&with_tiles("avx512bf16", kAvx512Bf16Tiles));
 #endif
-#if defined(__x86_64__)
-    if (isa::supported(Isa::avx512vnni)) kernels.push_back(&kAvx512VnniKernels);
     if (isa::supported(Isa::avx512)) kernels.push_back(&kAvx512Kernels);
     if (isa::supported(Isa::avx2)) kernels.push_back(&kAvx2Kernels);
 #elif defined(__aarch64__)

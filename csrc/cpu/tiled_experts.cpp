@@ -1,5 +1,7 @@
 // The experts of a layer in tiles: the tokens that chose an expert are split for it, in tiles of their own, and
 // what its first product gives becomes tiles of the second without another layout between them.
+#include <utility>
+
 #include "choices.hpp"
 #include "pool.hpp"
 #include "tiled.hpp"
@@ -10,8 +12,12 @@ namespace {
 // Rows of gate_up that make a block of activations.
 constexpr std::ptrdiff_t kBlockRows = 2 * kTileColumns;
 
-// Tiles of the tokens of one expert that are computed together: tiles first .. last of all, the first of whose
-// tokens is that of pairs[pair].
+// Tiles of tokens, of all experts, that are computed before the next ones: bounds the memory for their activations.
+constexpr std::ptrdiff_t kWaveTiles = 64;
+static_assert(kWaveTiles >= kTokenTilesAtOnce);
+
+// Tiles of the tokens of one expert that are computed together: tiles first .. last of a wave, whose tokens are
+// those of pairs[pair .. pair_end).
 struct Chunk {
     std::ptrdiff_t stored_expert, first, last, pair, pair_end;
 
@@ -19,21 +25,25 @@ struct Chunk {
     std::ptrdiff_t pair_of(std::ptrdiff_t tile) const { return pair + (tile - first) * kTileTokens; }
     std::ptrdiff_t tokens_in(std::ptrdiff_t tile) const { return std::min(kTileTokens, pair_end - pair_of(tile)); }
 };
+using Wave = std::vector<Chunk>;
 
-std::vector<Chunk> chunks_of(const std::vector<Group>& groups, std::ptrdiff_t token_tiles) {
-    std::vector<Chunk> chunks;
-    std::ptrdiff_t before = 0;
+std::vector<Wave> waves_of(const std::vector<Group>& groups, std::ptrdiff_t token_tiles) {
+    std::vector<Wave> waves(1);
     for (const Group& group : groups) {
         const std::ptrdiff_t tiles = tiles_of(group.end - group.begin, kTileTokens);
         for (std::ptrdiff_t i = 0; i < parts_of(tiles, token_tiles); ++i) {
             const Part part = part_of(tiles, token_tiles, i);
-            chunks.push_back({group.stored_expert, before + part.first, before + part.last,
-                              group.begin + part.first * kTileTokens,
-                              std::min(group.end, group.begin + part.last * kTileTokens)});
+            const std::ptrdiff_t count = part.last - part.first;
+            std::ptrdiff_t before = waves.back().empty() ? 0 : waves.back().back().last;
+            if (before + count > kWaveTiles) {
+                waves.emplace_back();
+                before = 0;
+            }
+            waves.back().push_back({group.stored_expert, before, before + count, group.begin + part.first * kTileTokens,
+                                    std::min(group.end, group.begin + part.last * kTileTokens)});
         }
-        before += tiles;
     }
-    return chunks;
+    return waves;
 }
 
 // The weight of one expert: its rows as tiles, and its bias.
@@ -74,19 +84,20 @@ void Engine::tiled_experts(const float* x, const Choices& choices, const ExpertL
     const std::ptrdiff_t up_blocks = tiles_of(columns, kTileColumns), down_blocks = tiles_of(intermediate, kTileColumns);
 
     const Cut cut = cut_for(threads_, kBlockRows, [&](Cut c) {
-        return static_cast<std::ptrdiff_t>(chunks_of(choices.groups, c.token_tiles).size()) * parts_of(hidden, c.rows);
+        return static_cast<std::ptrdiff_t>(waves_of(choices.groups, c.token_tiles).front().size()) * parts_of(hidden, c.rows);
     });
-    const std::vector<Chunk> chunks = chunks_of(choices.groups, cut.token_tiles);
-    const std::ptrdiff_t chunk_count = static_cast<std::ptrdiff_t>(chunks.size()), all_tiles = chunks.back().last;
+    const std::vector<Wave> waves = waves_of(choices.groups, cut.token_tiles);
+    std::ptrdiff_t most_tiles = 0;
+    for (const Wave& wave : waves) most_tiles = std::max(most_tiles, wave.back().last);
     const std::ptrdiff_t up_pieces = parts_of(up.rows, cut.rows), down_pieces = parts_of(hidden, cut.rows);
-    const std::unique_ptr<SplitTile[]> inputs(new SplitTile[static_cast<std::size_t>(all_tiles * up_blocks)]);
-    const std::unique_ptr<SplitTile[]> activations(new SplitTile[static_cast<std::size_t>(all_tiles * down_blocks)]);
+    const std::unique_ptr<SplitTile[]> inputs(new SplitTile[static_cast<std::size_t>(most_tiles * up_blocks)]);
+    const std::unique_ptr<SplitTile[]> activations(new SplitTile[static_cast<std::size_t>(most_tiles * down_blocks)]);
     const SlotOutputs slot_outputs(routing, hidden, y);
     TileScratch scratch(threads_);
 
     const std::ptrdiff_t split_parts = parts_of(up_blocks, kSplitBlocks);
-    const auto split_tokens = [&](std::ptrdiff_t piece, int) {
-        const Chunk& chunk = chunks[static_cast<std::size_t>(piece / split_parts)];
+    const auto split_tokens = [&](const Wave& wave, std::ptrdiff_t piece) {
+        const Chunk& chunk = wave[static_cast<std::size_t>(piece / split_parts)];
         const Part b = part_of(up_blocks, kSplitBlocks, piece % split_parts);
         for (std::ptrdiff_t tile = chunk.first; tile < chunk.last; ++tile) {
             const float* rows[kTileTokens];
@@ -96,8 +107,8 @@ void Engine::tiled_experts(const float* x, const Choices& choices, const ExpertL
             kernels.split(rows, chunk.tokens_in(tile), columns, b.first, b.last, inputs.get() + tile * up_blocks + b.first);
         }
     };
-    const auto compute_gate_up = [&](std::ptrdiff_t piece, int thread) {
-        const Chunk& chunk = chunks[static_cast<std::size_t>(piece / up_pieces)];
+    const auto compute_gate_up = [&](const Wave& wave, std::ptrdiff_t piece, int thread) {
+        const Chunk& chunk = wave[static_cast<std::size_t>(piece / up_pieces)];
         const std::ptrdiff_t first = piece % up_pieces * cut.rows, last = std::min(up.rows, first + cut.rows);
         const ExpertRows weight(up, chunk.stored_expert);
         SumTile* sums = scratch.sums(thread);
@@ -113,8 +124,8 @@ void Engine::tiled_experts(const float* x, const Choices& choices, const ExpertL
             }
         }
     };
-    const auto compute_down = [&](std::ptrdiff_t piece, int thread) {
-        const Chunk& chunk = chunks[static_cast<std::size_t>(piece / down_pieces)];
+    const auto compute_down = [&](const Wave& wave, std::ptrdiff_t piece, int thread) {
+        const Chunk& chunk = wave[static_cast<std::size_t>(piece / down_pieces)];
         const std::ptrdiff_t first = piece % down_pieces * cut.rows, last = std::min(hidden, first + cut.rows);
         const ExpertRows weight(down, chunk.stored_expert);
         SumTile* sums = scratch.sums(thread);
@@ -135,11 +146,15 @@ void Engine::tiled_experts(const float* x, const Choices& choices, const ExpertL
             }
         }
     };
-    const auto sum_slots = [&](std::ptrdiff_t t, int) { slot_outputs.sum(t); };
-    Pool::shared().run(threads_, {{chunk_count * split_parts, split_tokens},
-                                  {chunk_count * up_pieces, compute_gate_up},
-                                  {chunk_count * down_pieces, compute_down},
-                                  {routing.tokens, sum_slots}});
+    std::vector<Phase> phases;
+    for (const Wave& wave : waves) {
+        const std::ptrdiff_t chunks = static_cast<std::ptrdiff_t>(wave.size());
+        phases.push_back({chunks * split_parts, [&](std::ptrdiff_t piece, int) { split_tokens(wave, piece); }});
+        phases.push_back({chunks * up_pieces, [&](std::ptrdiff_t piece, int thread) { compute_gate_up(wave, piece, thread); }});
+        phases.push_back({chunks * down_pieces, [&](std::ptrdiff_t piece, int thread) { compute_down(wave, piece, thread); }});
+    }
+    phases.push_back({routing.tokens, [&](std::ptrdiff_t token, int) { slot_outputs.sum(token); }});
+    Pool::shared().run(threads_, std::move(phases));
 }
 
 }  // namespace moe_surgery::cpu
