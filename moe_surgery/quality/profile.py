@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -114,17 +113,17 @@ def _output(model: CausalLM, layer: Layer, states: HiddenStates, token: Tensor, 
 
 def _record(parts: Sequence[ExpertStatistics], expert: int, owner: Tensor, gate: Tensor, out: Tensor) -> None:
     """Add one expert's tokens to the statistics of the domains they belong to."""
-    out64 = out.cpu().to(torch.float64).numpy()
-    weight = gate.cpu().to(torch.float64).numpy()
-    norms = np.linalg.norm(out64, axis=1)
-    where = owner.numpy()
-    for domain in np.unique(where):
-        in_domain = where == domain
+    out, weight = out.cpu(), gate.cpu().double()
+    norms = torch.linalg.vector_norm(out, dim=1, dtype=torch.float64)
+    for domain in torch.unique(owner).tolist():
+        here = owner == domain
+        rows = out if here.all() else out[here]
+        least, largest = (float(value) for value in rows.aminmax())
         part = parts[domain]
-        part.count[expert] += int(in_domain.sum())
-        part.gate[expert] += weight[in_domain].sum()
-        part.norm[expert] += norms[in_domain].sum()
-        part.weighted_norm[expert] += (weight[in_domain] * norms[in_domain]).sum()
-        part.output[expert] += out64[in_domain].sum(axis=0)
-        part.peak_abs[expert] = max(part.peak_abs[expert], np.abs(out64[in_domain]).max())
-        part.peak[expert] = max(part.peak[expert], out64[in_domain].max())
+        part.count[expert] += len(rows)
+        part.gate[expert] += float(weight[here].sum())
+        part.norm[expert] += float(norms[here].sum())
+        part.weighted_norm[expert] += float((weight[here] * norms[here]).sum())
+        part.output[expert] += rows.sum(dim=0, dtype=torch.float64).numpy()
+        part.peak_abs[expert] = max(part.peak_abs[expert], abs(least), abs(largest))
+        part.peak[expert] = max(part.peak[expert], largest)
