@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import click
 import numpy as np
@@ -131,8 +132,8 @@ def speeds(weight: torch.Tensor, layer: ExpertWeights, tokens: int, rounds: int)
         ]
         for name, backend in paths(threads).items():
             candidates += [
-                Candidate(f"dense, {name}", dense, lambda b=backend: b.linear(x, weight)),
-                Candidate(f"experts, {name}", moe, lambda b=backend: b.experts(x, ids, shares, layer)),
+                Candidate(f"dense, {name}", dense, partial(backend.linear, x, weight)),
+                Candidate(f"experts, {name}", moe, partial(backend.experts, x, ids, shares, layer)),
             ]
         for _ in range(rounds + 1):
             for candidate in candidates:

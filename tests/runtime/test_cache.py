@@ -20,7 +20,7 @@ from moe_surgery.runtime.text import Text  # noqa: E402
 from tests.runtime.conftest import SMALL, WINDOW  # noqa: E402
 
 # The native backend rounds otherwise in long steps; test_invariance.py compares its steps bit for bit.
-TOLERANCE = {"reference": 1e-4, "native": 2e-3}
+TOLERANCE = {"reference": 1e-4, "native": 5e-3}
 LENGTH = 40  # of texts for the small model: its rings go around several times
 
 
