@@ -3,9 +3,10 @@
     python -m benchmarks.accuracy
     python -m benchmarks.accuracy --redraw
 
-Experts are chosen on generated texts (`moe_surgery/examples/skills.py`), once for each domain (own) and once on
-all texts (general), or at random; questions asked are held out of training and of those texts, except facts, which
-every model met. Each of three seeds draws its own texts, questions and random experts.
+Experts are chosen on generated texts (`moe_surgery/examples/skills.py`), once for each domain (own; repaired: the
+same experts, repaired on the same texts) and once on all texts (general), or at random; questions asked are held out
+of training and of those texts, except facts, which every model met. Each of three seeds draws its own texts,
+questions and random experts.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ import click
 import torch
 
 from benchmarks.publish import RESULTS, begin, heading, load, publish, table
-from moe_surgery import load_model, profile
+from moe_surgery import load_model, profile, repair
 from moe_surgery.examples.skills import DOMAINS, documents, draw_questions
 from moe_surgery.quality.exact_match import answer_line, exact_match
+from moe_surgery.runtime.model import CausalLM
 from moe_surgery.runtime.text import Text
 from moe_surgery.runtime.view import view
 from moe_surgery.selection.plan import Plan, plan_from_ranking, plan_random
@@ -32,7 +34,8 @@ CHECKPOINT = "example:tiny"
 METRIC = "weighted_ean"
 SEEDS = (0, 1, 2)
 KEPT = (4, 8, 16, 24, 32)
-WAYS = ("own", "general", "random")
+WAYS = ("own", "repaired", "general", "random")
+REPAIR_STEPS = 60
 DOCUMENTS, QUESTIONS = 20, 100
 NAME = "accuracy"
 
@@ -63,16 +66,27 @@ def measure(work: Path) -> list[Row]:
         for row in rows:
             for domain, questions in asked.items():
                 plan = plan_for(row["way"], row["kept"], domain, statistics, seed)
-                replies = answer_line(view(model, plan), text, [q.prompt for q in questions])
+                asked_model = view(model, plan)
+                if row["way"] == "repaired" and row["kept"] < max(KEPT):
+                    asked_model = repaired_model(plan, domain, seed, work)
+                replies = answer_line(asked_model, text, [q.prompt for q in questions])
                 row["accuracy"][domain].append(exact_match(replies, [q.answer for q in questions]))
         click.echo(f"seed {seed}: asked", err=True)
     return rows
 
 
+def repaired_model(plan: Plan, domain: str, seed: int, work: Path) -> CausalLM:
+    """The domain's own plan repaired on the texts that it was chosen on."""
+    out = work / f"{domain}-{len(plan.layers[0])}-{seed}"
+    texts = {domain: [work / f"{domain}-{seed}.txt"]}
+    repair(CHECKPOINT, texts, out, plan=plan, context=256, norms=True, steps=REPAIR_STEPS, batch_tokens=512)
+    return load_model(out)
+
+
 def plan_for(way: str, kept: int, domain: str, statistics: Any, seed: int) -> Plan:
     if way == "random":
         return plan_random(kept, seed, statistics)
-    return plan_from_ranking(rank(statistics, METRIC, domains=[domain] if way == "own" else None), kept)
+    return plan_from_ranking(rank(statistics, METRIC, domains=None if way == "general" else [domain]), kept)
 
 
 def page(report: Mapping[str, Any]) -> list[str]:
@@ -93,13 +107,15 @@ def draw(report: Mapping[str, Any], file: Path) -> None:
     axes = figure.subplots(1, len(DOMAINS), sharey=True)
     styles = {
         "own": ("chosen for the domain", "#0072b2", "o", "-"),
+        "repaired": ("chosen for the domain, repaired", "#009e73", "^", "-"),
         "general": ("chosen for all domains", "#e69f00", "s", "--"),
         "random": ("drawn at random", "#777777", "x", ":"),
     }
     for axis, domain in zip(axes, DOMAINS, strict=True):
         for way, (label, color, marker, line) in styles.items():
             values = [100 * mean(r["accuracy"][domain]) for r in report["rows"] if r["way"] == way]
-            axis.plot(KEPT, values, label=label, color=color, marker=marker, linestyle=line)
+            if values:
+                axis.plot(KEPT, values, label=label, color=color, marker=marker, linestyle=line)
         axis.set(title=domain, xlabel="experts kept of 32", xticks=KEPT, ylim=(-4, 104))
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("questions answered right, %")

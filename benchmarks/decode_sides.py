@@ -1,4 +1,4 @@
-"""One side of `beside_llama_cpp.py`, in a process of its own: our runtime or llama.cpp, told what to do line by line.
+"""One side of `beside_llama_cpp.py`, in a separate process: our runtime or llama.cpp, driven line by line.
 
     python -m benchmarks.decode_sides ours|llama.cpp|control|bandwidth [CHECKPOINT GGUF] --threads N --logits FILE
 
@@ -118,7 +118,7 @@ def serve(side: str, checkpoint: str, gguf: str, threads: int, logits: str) -> N
     for line in sys.stdin:
         what, number = line.split()
         begin = time.perf_counter()
-        if what == "prompt":  # as a batch of so many
+        if what == "prompt":  # as a batch of that many
             runner.begin(int(number), CONTEXT)
             last = runner.step(prompts(vocabulary, int(number), PROMPT))
             kept.append(last)

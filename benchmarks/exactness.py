@@ -3,7 +3,7 @@
     python -m benchmarks.exactness [--dtype bf16] [--kind view]
 
 `speculation.py` does this in float32 on the reference backend and measures acceptance by domain; here it is
-exactness alone, BF16 unless told otherwise, where steps of one and of several tokens agree only in kernels made
+exactness alone, BF16 by default, where steps of one and of several tokens agree only in kernels made
 so. 100 prompts of 32 tokens, 20 new ones, from docstrings of the running Python's library; drafts that keep
 1, 4, 8, 16 and 31 random experts, as pruned checkpoints and as views, top-k 1, 2 and 4, lengths 1 to 8. All
 prompts go through in one batch whose sequences accept different numbers; plain decoding takes one prompt at a

@@ -3,10 +3,11 @@
     python -m benchmarks.export_gguf --work FOLDER [--rounds 3]
 
 FOLDER needs some 30 GB. It holds, or is given, the full-size checkpoint of `surgery_budgets.py`
-(13.76 GB) and a synthetic tokenizer of gpt-oss's size. Per job and round, alternating and each from a
-dropped page cache until its output is flushed and then removed: `cp --reflink=never` and `sync` of the
-checkpoint's shards, and `moe-surgery export`. A pruned export is compared by bytes a second. Dropping
-the page cache needs root. Results go to benchmarks/results/.
+(13.76 GB) and a synthetic tokenizer of gpt-oss's size. Jobs are all experts and eight of them, with BF16
+and with Q8_0 matrices. Per job and round, alternating and each from a dropped page cache until its output
+is flushed and then removed: `cp --reflink=never` and `sync` of the checkpoint's shards, and `moe-surgery
+export`. An export that writes less is compared by bytes written a second. Dropping the page cache needs
+root. Results go to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -99,6 +100,8 @@ def main(work: Path, rounds: int) -> None:
         "jobs": {
             "32": measure(source, work, rounds, []),
             str(PRUNED_TO): measure(source, work, rounds, ["--plan", plan]),
+            "32, --dense q8_0": measure(source, work, rounds, ["--dense", "q8_0"]),
+            f"{PRUNED_TO}, --dense q8_0": measure(source, work, rounds, ["--plan", plan, "--dense", "q8_0"]),
         },
     }
     publish("export_gguf", report, page(report))

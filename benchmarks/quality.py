@@ -29,14 +29,14 @@ from moe_surgery.quality.evaluate import evaluate
 from moe_surgery.quality.evaluation import ModelResult
 from moe_surgery.quality.job import profile
 from moe_surgery.quality.search import METHOD, search
-from moe_surgery.selection.metrics import METRICS
+from moe_surgery.selection.metrics import PROFILED_METRICS
 from moe_surgery.selection.plan import Plan, plan_from_ranking, plan_random
 from moe_surgery.selection.rank import rank
 from moe_surgery.selection.ranking import Ranking
 
 KEPT = (4, 8, 16, 24)
 SEEDS = range(5)
-METHODS = (*METRICS, METHOD)
+METHODS = (*PROFILED_METRICS, METHOD)
 Row = dict[str, Any]
 
 
@@ -67,7 +67,7 @@ def rankings(
     result = {}
     for scope in (*files, "general"):
         domains = None if scope == "general" else [scope]
-        for metric in METRICS:
+        for metric in PROFILED_METRICS:
             result[scope, metric] = rank(gathered, metric, domains=domains)
         paths = list(first.values()) if scope == "general" else [first[scope]]
         start = time.perf_counter()
@@ -169,7 +169,7 @@ def reading(figures: Figures) -> list[str]:
         lines.append(f"- {method}: the domain's own plan beats the general one in {own}, random in {chance}")
     for kept in KEPT:
         means = {method: figures.mean(kept, "own", method) for method in METHODS}
-        best, ours = min(METRICS, key=lambda metric: means[metric]), means[METHOD]
+        best, ours = min(PROFILED_METRICS, key=lambda metric: means[metric]), means[METHOD]
         lines.append(
             f"- {kept} kept: {METHOD} {ours:.4f}, best metric {best} {means[best]:.4f}, "
             f"ratio {ours / means[best]:.3f}"

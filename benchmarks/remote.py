@@ -3,10 +3,11 @@
     python -m benchmarks.remote --work FOLDER [--rounds 3] [--experts 8]
 
 FOLDER needs some 30 GB. It holds, or is given, the full-size checkpoint of `surgery_budgets.py` (13.76 GB). A
-hub on loopback (`hub_server.py`, sendfile) serves it: as fast as it can, and as a link of 100 MB/s whose
-answers take 50 ms. Per link and round, alternating: curl fetches the bytes that prune needs in six transfers at
-a time, to /dev/null; curl writes them to files on the disk of FOLDER, until `sync`; dd writes as many zeros
-there, past the page cache, until they are flushed; `moe-surgery prune` writes the pruned checkpoint there.
+hub on loopback (`hub_server.py`, sendfile) serves it: as fast as it can, and as links of 500 MB/s whose answers
+take 5 ms and of 100 MB/s and 50 ms. Per link and round, alternating: curl fetches the bytes that prune needs in
+six transfers at a time, to /dev/null; curl writes them to files on the disk of FOLDER, until `sync`; dd writes
+as many zeros there, past the page cache, until they are flushed; `moe-surgery prune` writes the pruned
+checkpoint there.
 Ratios are of prune's bytes a second (all that the server sent) to those of the others in the same round: of the
 slower of curl to /dev/null and dd, which is what server and disk allow, and of curl to files. Memory is the
 whole process's peak resident set. Results go to benchmarks/results/.
@@ -38,7 +39,7 @@ MIB = 1 << 20
 RSS_BUDGET_MIB = 64
 TARGET = 0.9
 TRANSFERS = 6
-LINKS = {"unlimited": (0.0, 0.0), "100 MB/s, 50 ms": (100e6, 0.05)}
+LINKS = {"unlimited": (0.0, 0.0), "500 MB/s, 5 ms": (500e6, 0.005), "100 MB/s, 50 ms": (100e6, 0.05)}
 
 
 @contextmanager

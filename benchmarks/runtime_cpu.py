@@ -3,8 +3,8 @@
     python -m benchmarks.runtime_cpu --work FOLDER [--context 1024]
 
 FOLDER holds, or is given, the full-size checkpoint of `surgery_budgets.py` (13.76 GB) and its pruned
-copy (4.87 GB). Each model runs in a process of its own: load, prefill to fill the context but for 32
-tokens, decode those 32. The pruned one runs once more inside a memory cgroup of 6 GiB. Figures are
+copy (4.87 GB). Each model runs in a separate process: load, prefill to fill the context but for 32
+tokens, decode those 32. The pruned one runs again inside a memory cgroup of 6 GiB. Figures are
 of random weights: speed and memory, not quality. Results go to benchmarks/results/.
 """
 

@@ -3,11 +3,13 @@
 
 #include "cpu/bindings.hpp"
 #include "mxfp4/bindings.hpp"
+#include "q8_0/bindings.hpp"
 
 NB_MODULE(_native, module) {
     module.doc() =
-        "MXFP4 <-> BF16 kernels (see moe_surgery.formats.mxfp4) and CPU kernels of the runtime (see "
-        "moe_surgery.kernels.native).";
+        "MXFP4 <-> BF16 kernels (see moe_surgery.formats.mxfp4), Q8_0 (moe_surgery.formats.q8_0) and CPU kernels "
+        "of the runtime (moe_surgery.kernels.native).";
     moe_surgery::mxfp4::bind(module);
+    moe_surgery::q8_0::bind(module);
     moe_surgery::cpu::bind(module);
 }

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from moe_surgery.checkpoint.checkpoint import Checkpoint
     from moe_surgery.families import identify_model
     from moe_surgery.pipeline.exporting import export_gguf
+    from moe_surgery.pipeline.merging import merge_adapter
     from moe_surgery.pipeline.planning import inspect, make_plan
     from moe_surgery.pipeline.pruning import prune
     from moe_surgery.progress import Progress
@@ -30,10 +31,13 @@ if TYPE_CHECKING:
     from moe_surgery.quality.search import search
     from moe_surgery.quality.text_files import TextFile
     from moe_surgery.quality.trace import trace
+    from moe_surgery.repairing import repair
     from moe_surgery.runtime.generate import generate, stream
     from moe_surgery.runtime.load import load_model
     from moe_surgery.runtime.speculation.speculate import speculate
     from moe_surgery.runtime.view import view
+    from moe_surgery.selection.imatrix.models import rank_imatrix
+    from moe_surgery.selection.importers.importing import import_statistics
     from moe_surgery.selection.plan import Plan, load_plan, plan_from_ranking, plan_keeping, plan_random
     from moe_surgery.selection.rank import rank
     from moe_surgery.selection.ranking import Ranking, load_ranking
@@ -55,6 +59,7 @@ __all__ = [
     "export_gguf",
     "generate",
     "identify_model",
+    "import_statistics",
     "inspect",
     "load_model",
     "load_plan",
@@ -62,12 +67,15 @@ __all__ = [
     "load_statistics",
     "make_card",
     "make_plan",
+    "merge_adapter",
     "plan_from_ranking",
     "plan_keeping",
     "plan_random",
     "profile",
     "prune",
     "rank",
+    "rank_imatrix",
+    "repair",
     "search",
     "speculate",
     "stream",
@@ -91,6 +99,7 @@ _HOMES = {
     "evaluate": ("moe_surgery.quality.evaluate", "evaluate"),
     "export_gguf": ("moe_surgery.pipeline.exporting", "export_gguf"),
     "generate": ("moe_surgery.runtime.generate", "generate"),
+    "import_statistics": ("moe_surgery.selection.importers.importing", "import_statistics"),
     "inspect": ("moe_surgery.pipeline.planning", "inspect"),
     "load_model": ("moe_surgery.runtime.load", "load_model"),
     "load_plan": ("moe_surgery.selection.plan", "load_plan"),
@@ -98,12 +107,15 @@ _HOMES = {
     "load_statistics": ("moe_surgery.selection.statistics", "load_statistics"),
     "make_card": ("moe_surgery.card.card", "make_card"),
     "make_plan": ("moe_surgery.pipeline.planning", "make_plan"),
+    "merge_adapter": ("moe_surgery.pipeline.merging", "merge_adapter"),
     "plan_from_ranking": ("moe_surgery.selection.plan", "plan_from_ranking"),
     "plan_keeping": ("moe_surgery.selection.plan", "plan_keeping"),
     "plan_random": ("moe_surgery.selection.plan", "plan_random"),
     "profile": ("moe_surgery.quality.job", "profile"),
     "prune": ("moe_surgery.pipeline.pruning", "prune"),
     "rank": ("moe_surgery.selection.rank", "rank"),
+    "rank_imatrix": ("moe_surgery.selection.imatrix.models", "rank_imatrix"),
+    "repair": ("moe_surgery.repairing", "repair"),
     "search": ("moe_surgery.quality.search", "search"),
     "speculate": ("moe_surgery.runtime.speculation.speculate", "speculate"),
     "stream": ("moe_surgery.runtime.generate", "stream"),

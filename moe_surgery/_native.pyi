@@ -19,6 +19,10 @@ def decode_transposed(
 def encode_transposed(
     values: NDArray[np.uint16], blocks: NDArray[np.uint8], scales: NDArray[np.uint8], isa: str = ""
 ) -> tuple[int, float, float, tuple[int, int] | None]: ...
+def q8_0_instruction_sets() -> list[str]: ...
+def encode_q8_0(
+    values: NDArray[np.uint16] | NDArray[np.uint32], out: NDArray[np.uint8], isa: str = ""
+) -> int: ...
 
 # The CPU kernels, for moe_surgery.kernels.native alone: tensors are addresses, strides are bytes, nothing
 # is checked. Values are (address or 0, dtype: 0 BF16, 1 F16, 2 F32); (weight, row stride, rows, columns, bias,

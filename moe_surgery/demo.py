@@ -109,7 +109,7 @@ def run_demo(output: Path | None, say: Callable[[str], None], *, questions: int 
 
 
 def profile_texts() -> dict[str, str]:
-    """The text of each domain that its experts are chosen by; none of the questions asked is in it."""
+    """The text of each domain on which its experts are chosen; it has none of the questions asked."""
     return {domain: "\n".join(documents(domain, DOCUMENTS, seed=1)) for domain in DOMAINS}
 
 
@@ -176,7 +176,7 @@ def _ask(
     from moe_surgery.runtime.load import load_model
     from moe_surgery.runtime.text import Text
 
-    torch.set_num_threads(1)  # more only slow down so small a model
+    torch.set_num_threads(1)  # more only slow down a model this small
     asked = asked_questions(count)
     text = Text(SOURCE)
     replies: dict[str, dict[str, list[str]]] = {}

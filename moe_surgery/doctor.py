@@ -1,4 +1,4 @@
-"""What this machine and installation can do, and why not where they cannot."""
+"""What works on this machine with this installation, and why the rest does not."""
 
 from __future__ import annotations
 

@@ -18,7 +18,9 @@ import pytest
 
 import moe_surgery
 from moe_surgery.cli import cli
+from moe_surgery.selection.imatrix.models import open_weights
 from tests.support.command import call
+from tests.support.imatrices import simulate, write_gguf_imatrix, write_legacy_imatrix
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
@@ -67,7 +69,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, shift in (("law.jsonl", 0), ("held-out.jsonl", 1)):
         rows = [json.dumps({"text": f"{n}. {SENTENCES[(n + shift) % 4]}"}) for n in range(12)]
         (folder / name).write_text("\n".join(rows) + "\n")
+    write_matrices(folder)
     return folder
+
+
+def write_matrices(folder: Path) -> None:
+    """imatrix.gguf and more.dat: importance matrices of the bundled model."""
+    with open_weights("example:tiny") as (weights, _):
+        norms = {n: weights.norm(n) for n in weights.spec.layer_numbers}
+        shape = weights.shape("blk.0.ffn_down_exps.weight")
+    assert shape is not None
+    for seed, (name, write) in enumerate(
+        (("imatrix.gguf", write_gguf_imatrix), ("more.dat", write_legacy_imatrix))
+    ):
+        write(folder / name, simulate(norms, shape[1], experts=32, top_k=4, tokens=1024, seed=seed))  # type: ignore[arg-type,operator]
 
 
 @pytest.fixture(autouse=True)

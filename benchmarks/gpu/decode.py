@@ -160,7 +160,7 @@ def describe_step(config: ModelConfig, batch: int, context: int) -> str:
 
 
 def kept(config: ModelConfig, experts: int) -> ModelConfig:
-    """`config` with so many experts."""
+    """`config` with that many experts."""
     return replace(
         config, num_local_experts=experts, num_experts_per_tok=min(config.num_experts_per_tok, experts)
     )

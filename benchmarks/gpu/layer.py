@@ -23,7 +23,7 @@ __all__ = ["EXPERTS", "TOKENS", "bytes_read", "measure_layer"]
 HIDDEN = 2880
 EXPERTS = (4, 8, 16, 31, 32)
 TOKENS = (1, 2, 4, 8, 16, 32, 64)
-# Weights go round in so many copies that a copy has left the second-level cache when its turn comes.
+# Copies of the weights are used in turn, enough of them that each has left the L2 cache by its next turn.
 CACHE_TIMES = 4
 MOST_COPIES = 8
 

@@ -19,7 +19,7 @@ Call = Callable[[Tensor], Tensor]
 
 
 def transformers_layer(experts: ExpertWeights, router: tuple[Tensor, Tensor], top_k: int, name: str) -> Call:
-    """transformers' gpt-oss MoE layer over BF16 weights, which are taken as they lie. ImportError without it."""
+    """transformers' gpt-oss MoE layer over BF16 weights, which are used as stored. ImportError without it."""
     from transformers import GptOssConfig
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS  # noqa: F401 - an old version has none
     from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP

@@ -72,7 +72,7 @@ def _cell(value: object) -> str:
 def earlier(folder: Path, machine: dict[str, object]) -> dict[str, object]:
     """What an earlier run left in `folder`, if it was on the same device with the same versions; else nothing.
 
-    The copy rate may differ from run to run: it is no part of what makes a machine the same.
+    The copy rate may differ from run to run: it does not identify the machine.
     """
     file = folder / "gpu.json"
     if not file.exists():

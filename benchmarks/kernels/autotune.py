@@ -5,7 +5,7 @@
 
 Shapes are gpt-oss-20b's (hidden and intermediate 2880, 32 experts, top-4). Every candidate's output is held
 against that of the present entry, and the present entry against the reference backend, before a time
-counts. Times are medians with the second-level cache flushed between runs, as in a model whose layers
+counts. Times are medians with the L2 cache flushed between runs, as in a model whose layers
 evict each other.
 """
 

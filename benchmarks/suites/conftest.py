@@ -34,7 +34,7 @@ def target(checkpoint: str) -> CausalLM:
 
 @pytest.fixture
 def shown(checkpoint: str, target: CausalLM, experts: int | None) -> CausalLM:
-    """A view of the target with so many experts, drawn at random; None: the target itself."""
+    """A view of the target with that many experts, drawn at random; None: the target itself."""
     from moe_surgery.pipeline.planning import inspect
     from moe_surgery.runtime.view import view
     from moe_surgery.selection.plan import plan_random

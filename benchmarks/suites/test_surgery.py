@@ -17,7 +17,7 @@ ROUNDS = 3
 @pytest.mark.parametrize("dtype", ["keep", "bf16"])
 @pytest.mark.parametrize("experts", [4, 16], ids="{} experts".format)
 def test_prune(benchmark, checkpoint: str, tmp_path: Path, experts: int, dtype: str) -> None:
-    """The page cache stays as it is: the source is read from memory where it lies there."""
+    """The page cache is not dropped: what it has of the source is read from memory."""
     benchmark.group = f"prune, {dtype}"
     model = inspect(checkpoint)
     if experts >= model.experts:

@@ -5,7 +5,7 @@
 // fixed tree; which lane a column belongs to is part of the format below. So a value depends only on its row and
 // its activations: not on the tile, the other tokens of a call, the threads or the instruction set.
 //
-// Weights may lie at any address, and strides count bytes: they are windows into mapped files.
+// Weights may be at any address, and strides count bytes: they are windows into mapped files.
 #pragma once
 
 #include <cstddef>
@@ -92,7 +92,7 @@ constexpr std::ptrdiff_t attention_scratch(std::ptrdiff_t keys) {
 }
 
 // The keys and values that query heads attend to in one key-value head. Key i of `count`, in order of position,
-// lies at keys + slots[i] * key_stride (bytes).
+// is at keys + slots[i] * key_stride (bytes).
 struct KeyRange {
     const std::uint8_t* keys;
     const std::uint8_t* values;

@@ -11,7 +11,7 @@ namespace {
 // with less, rows of the same tile prefetch what their neighbours have already read.
 constexpr std::ptrdiff_t kAhead = 16384;
 
-// Into the second-level cache: the first allows too few requests in flight.
+// Into the L2 cache: L1 allows too few requests in flight.
 inline void prefetch(const std::uint8_t* p) { __builtin_prefetch(p, 0, 2); }
 
 inline std::ptrdiff_t min_of(std::ptrdiff_t a, std::ptrdiff_t b) { return a < b ? a : b; }

@@ -12,7 +12,7 @@ struct Projection {
     Values bias;
 };
 
-// One layer's weights, wherever they are mapped.
+// One layer's weights, as addresses in mapped files.
 struct DecoderLayer {
     Values attention_norm;
     Projection q, k, v, o;

@@ -1,4 +1,4 @@
-// MXFP4 <-> BF16: the interface of the native core. It knows nothing of Python.
+// MXFP4 <-> BF16: the interface of the native core, independent of Python.
 //
 // A block is 32 values: 16 bytes, value 2j in the low nibble of byte j and 2j+1 in the high one, and
 // a scale byte s, the factor 2^(s-127). BF16 values are handled as their 16 bits. All pointers may

@@ -143,7 +143,7 @@ void decode(const PackedView& in, const MatrixSink& out) {
 }
 
 void decode_transposed(const PackedView& in, const MatrixSink& out) {
-    // A few rows at a time, so that the lines they lie in are still cached for the next block.
+    // A few rows at a time, so that their cache lines are still cached for the next block.
     constexpr std::ptrdiff_t kRows = 64;
     for (std::ptrdiff_t first = 0; first < in.rows; first += kRows) {
         const std::ptrdiff_t count = in.rows - first < kRows ? in.rows - first : kRows;

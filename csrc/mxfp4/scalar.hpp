@@ -5,7 +5,7 @@
 
 namespace moe_surgery::mxfp4 {
 
-// Decode one block, whatever its scale, into 32 consecutive values.
+// Decode one block, under any scale, into 32 consecutive values.
 void decode_block_exactly(const std::uint8_t* block, unsigned scale, std::uint8_t* to);
 
 // Decode block `block` of rows [first, first + count) into its 32 rows of the transposed matrix.

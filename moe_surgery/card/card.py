@@ -7,14 +7,15 @@ card. Everything that comes from other people's files is escaped (`card.text`).
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_surgery import families
 from moe_surgery.card.facts import Facts, facts_of_checkpoint, facts_of_program
 from moe_surgery.card.method import method_section, plan_section, reproduce
 from moe_surgery.card.quality import quality_section
+from moe_surgery.card.repair import repair_section
 from moe_surgery.card.source_card import SourceCard
 from moe_surgery.card.text import code, count, counted, fenced, heading, scalar, size, table
 from moe_surgery.card.usage import limits_section, usage_section
@@ -22,6 +23,7 @@ from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.checkpoint.files import printable_path
 from moe_surgery.checkpoint.resolve import resolve
 from moe_surgery.errors import OutputError, UsageError
+from moe_surgery.families import FAMILIES, AnyFamily, identify_model
 from moe_surgery.families.model_spec import ModelSpec
 from moe_surgery.formats.expert_format import ExpertFormat
 from moe_surgery.surgery.manifest import load_manifest
@@ -53,12 +55,13 @@ def make_card(
     evaluation: Evaluation | PathLike | None = None,
     base_model: str | None = None,
     license: str | None = None,
+    families: tuple[AnyFamily, ...] = FAMILIES,
 ) -> str:
     """The card of the pruned checkpoint folder `out`, from its manifest and headers.
 
     `evaluation` (or the path of its file) adds its figures; `base_model` (a hub id) and `license` (an
     identifier such as "apache-2.0") override the source's. Without any of them it is the card that
-    `prune` wrote.
+    `prune` wrote. `families` are the model families to recognise.
 
     Raises OutputError if `out` is not a folder or has no manifest, PlanMismatchError for an
     evaluation of another model, UsageError for an invalid base_model or license, and any error of
@@ -86,7 +89,8 @@ def make_card(
         if not is_license(license):
             raise UsageError(f"`license` {license}: is not a licence identifier such as apache-2.0")
     with Checkpoint.open(folder) as checkpoint:
-        facts = facts_of_checkpoint(Path(folder), checkpoint, families.identify_model(checkpoint), manifest)
+        model = identify_model(checkpoint, families)
+        facts = facts_of_checkpoint(Path(folder), checkpoint, model, manifest)
     if license is not None:
         card = replace(facts.card, license=license, license_name=None, license_link=None)
         facts = replace(facts, card=card, license_given=True)
@@ -99,6 +103,7 @@ def _card(facts: Facts, evaluation: Evaluation | None) -> str:
         ("Numbers", _numbers(facts)),
         ("How the experts were chosen", method_section(facts)),
         ("Kept experts", plan_section(facts.plan)),
+        *([("Repair", repair_section(facts))] if facts.repair else []),
         ("Evaluation", quality_section(evaluation, facts)),
         ("Limits", limits_section(facts, evaluation is not None)),
         ("Usage", usage_section(facts)),
@@ -114,6 +119,8 @@ def _card(facts: Facts, evaluation: Evaluation | None) -> str:
 
 def _title(facts: Facts) -> str:
     kept = counted(facts.kept, "expert")
+    if facts.adapter is not None:
+        return f"{heading(facts.source_name)} with {heading(str(facts.adapter.get('name')))} merged"
     if facts.whole:
         return f"{heading(facts.source_name)}, all {kept}, {facts.expert_format.label}"
     return f"{heading(facts.source_name)} with {facts.kept} of {counted(facts.source.experts, 'expert')}"
@@ -138,7 +145,11 @@ def _metadata(facts: Facts) -> str:
 
 
 def _summary(facts: Facts) -> str:
-    if facts.whole:
+    trained = "nothing was trained"
+    if facts.adapter is not None:
+        first = f"{_source(facts)} with {_adapter(facts.adapter)} merged into its weights by moe-surgery."
+        trained = "nothing else was trained"
+    elif facts.whole:
         first = f"{_source(facts)} with all of its experts, rewritten by moe-surgery."
     else:
         first = (
@@ -147,24 +158,41 @@ def _summary(facts: Facts) -> str:
             "weights and from the router."
         )
     here, source = facts.expert_format, facts.source.expert_format
+    trained = "small tensors were repaired (see below)" if facts.repair else "nothing was trained"
     if source is not None and here.can_represent(source) and facts.converted:
         way = f"from {source.label} to {here.label}"
-        second = f"Expert weights were converted {way}, which is lossless; nothing was trained."
+        second = f"Expert weights were converted {way}, which is lossless; {trained}."
     elif source is not None and facts.converted and here.packed:
         second = (
             f"Expert weights were converted from {source.label} to MXFP4 (`conversion` in `surgery.json` has the "
-            "error); nothing was trained."
+            f"error); {trained}."
         )
     elif source is not None and facts.converted:
         second = (
-            f"Expert weights were rounded from {source.label} to {here.label}, to nearest (ties to even); nothing was "
-            "trained."
+            f"Expert weights were rounded from {source.label} to {here.label}, to nearest (ties to even); "
+            f"{trained}."
         )
+    elif facts.repair:
+        second = (
+            "The weights of the kept experts are those of the source, byte for byte; small tensors around them were "
+            "repaired (see below)."
+        )
+    elif facts.adapter is not None:
+        second = "All other weights are those of the source, byte for byte."
     elif source is None:
         second = "Nothing was trained."
     else:
         second = "The kept weights are those of the source, byte for byte."
     return f"{first} {second}"
+
+
+def _adapter(adapter: Mapping[str, object]) -> str:
+    """The adapter with its rank, and where it is known the model that it was trained on."""
+    ranks, base = adapter.get("ranks"), adapter.get("base_model")
+    listed = [r for r in ranks if type(r) is int] if isinstance(ranks, list) else []
+    rank = f" of rank {' and '.join(map(str, listed[:4]))}" if listed else ""
+    trained = f", trained on {code(base)}," if isinstance(base, str) else ""
+    return f"the LoRA adapter {code(str(adapter.get('name')))}{rank}{trained}"
 
 
 def _bits(expert_format: ExpertFormat) -> str:

@@ -46,7 +46,7 @@ class Facts:
     """`tensor_bytes` is the size of all tensors, `bf16_bytes` with expert weights in BF16; `dense_dtypes` are
     the dtypes of the other weights.
 
-    `terms` are files with terms of use, `origin` is the manifest's, `card` the source's.
+    `terms` are files with terms of use, `origin` and `repair` are the manifest's, `card` the source's.
     """
 
     plan: Plan
@@ -66,6 +66,7 @@ class Facts:
     tool: str
     license_given: bool = False
     gpt_oss: bool = True
+    repair: Mapping[str, object] | None = None
 
     @property
     def kept(self) -> int:
@@ -98,6 +99,12 @@ class Facts:
         return value if isinstance(value, str) and value else None
 
     @property
+    def adapter(self) -> Mapping[str, object] | None:
+        """The manifest's entry on the adapter that was merged, None without one."""
+        value = self.origin.get("adapter")
+        return value if isinstance(value, Mapping) else None
+
+    @property
     def base_model(self) -> str | None:
         """Hub id of the published model."""
         name = self.recorded("base_model")
@@ -127,6 +134,7 @@ def facts_of_program(program: Program, model: ModelSpec, readme: SourceCard) -> 
         program.copies,
         readme,
         f"moe-surgery {__version__}",
+        program.repair,
     )
 
 
@@ -159,6 +167,7 @@ def facts_of_checkpoint(folder: Path, checkpoint: Checkpoint, model: ModelSpec, 
         manifest.files,
         read_readme(readme),
         manifest.tool,
+        manifest.repair,
     )
 
 
@@ -173,6 +182,7 @@ def _facts(
     files: Iterable[str],
     card: SourceCard,
     tool: str,
+    repair: Mapping[str, object] | None,
 ) -> Facts:
     """`model` is of the source or of the result: for the same number of experts they agree."""
     kept, experts = len(plan.layers[0]), plan.num_source_experts
@@ -200,7 +210,7 @@ def _facts(
     other = sum(t.share(t.nbytes, model.experts, kept) for t in others)
     in_experts = [t for t in model.tensors if t.role is Role.EXPERT_WEIGHT]
     weights = sum(t.share(t.parameters, model.experts, kept) for t in in_experts)
-    if expert_format.name == AS_STORED.name:  # copied, whatever they are
+    if expert_format.name == AS_STORED.name:  # copied in their own format
         other += sum(t.share(t.nbytes, model.experts, kept) for t in in_experts)
         weights = 0
     return Facts(
@@ -220,4 +230,5 @@ def _facts(
         "chat_template.jinja" in names,
         tool,
         gpt_oss=isinstance(model.family, Family),
+        repair=repair or None,
     )

@@ -9,7 +9,7 @@ from moe_surgery.card.text import code, counted, fenced, ranges, table
 from moe_surgery.selection.plan import Plan
 from moe_surgery.selection.shipped import is_shipped
 
-__all__ = ["METHODS", "SOURCE", "method_section", "plan_section", "reproduce"]
+__all__ = ["METHODS", "SOURCE", "method_section", "plan_section", "reproduce", "text_rows"]
 
 METHODS: Mapping[str, str] = {
     "frequency": "how often the router chose it",
@@ -19,6 +19,12 @@ METHODS: Mapping[str, str] = {
     "weighted_ean": "the sum of its output norms, each times its routing weight",
     "reap": "the mean of its output norms, each times its routing weight, over the tokens that chose it (REAP)",
     "ean_ca": "the norm of its mean output over the tokens that chose it",
+    "rms_count": "how often the router chose it, times the root mean square of its down projection's input",
+    "energy": "the squared norm of its output summed over tokens, as an importance matrix and the weights give it",
+}
+IMPORTED: Mapping[str, str] = {
+    "imatrix": "importance matrices of llama.cpp",
+    "counts": "counts that another program recorded",
 }
 SOURCE = "path/to/the/source"
 MAX_ROWS = 60
@@ -36,7 +42,7 @@ def method_section(facts: Facts) -> str:
     provenance = facts.plan.provenance
     parts = [_method(facts.plan, provenance), *_data(provenance)]
     if provenance.get("protect_super_experts") is True:
-        parts.append("Experts with outlier activations (REAP's rule) were kept whatever their score.")
+        parts.append("Experts with outlier activations (REAP's rule) were kept regardless of their score.")
     if provenance.get("order") == "ranking":
         parts.append("They are numbered best first instead of in the source's order.")
     if facts.plan.mtp_layers is not None:
@@ -104,18 +110,19 @@ def _data(provenance: Mapping[str, object]) -> Iterator[str]:
             f"Based on {counted(len(files), 'file')} of published statistics: {shown}{more} (all are listed in "
             "`surgery.json`)."
         )
+    settings = provenance.get("settings")
+    if isinstance(settings, Mapping) and settings.get("source") in IMPORTED:
+        imported = settings.get("files")
+        shown = ", ".join(code(name) for name in imported[:3]) if isinstance(imported, list) else "files"
+        yield f"Scores come from {IMPORTED[str(settings['source'])]}: {shown}."
     other = provenance.get("interleaved_with")
     if isinstance(other, Mapping):
         name = other.get("ranking") or other.get("method")
         yield f"That ranking is interleaved with a second one ({code(name)}), position by position."
     if isinstance(texts, Mapping) and texts:
-        rows = []
-        for domain, entries in list(texts.items())[:MAX_ROWS]:
-            valid = [e for e in entries if isinstance(e, Mapping)] if isinstance(entries, list) else []
-            tokens = [e["tokens"] for e in valid if isinstance(e.get("tokens"), int)]
-            names = ", ".join(code(e.get("name")) for e in valid[:3]) + (", ..." if len(valid) > 3 else "")
-            rows.append([code(domain), str(len(valid)), f"{sum(tokens):,}" if tokens else "", names])
-        yield ("Measured on these texts:\n\n" + table(["domain", "texts", "tokens", "names"], rows))
+        yield (
+            "Measured on these texts:\n\n" + table(["domain", "texts", "tokens", "names"], text_rows(texts))
+        )
     elif isinstance(provenance.get("domains"), list):
         shown = ", ".join(code(d) for d in provenance["domains"][:MAX_ROWS])  # type: ignore[index]
         yield f"Domains: {shown}."
@@ -129,6 +136,17 @@ def _data(provenance: Mapping[str, object]) -> Iterator[str]:
         and not _from_published(provenance)
     ):
         yield "The texts behind the choice are not recorded."
+
+
+def text_rows(texts: Mapping[str, object]) -> list[list[str]]:
+    """Domain, number of texts, tokens and names, for files recorded by domain."""
+    rows = []
+    for domain, entries in list(texts.items())[:MAX_ROWS]:
+        valid = [e for e in entries if isinstance(e, Mapping)] if isinstance(entries, list) else []
+        tokens = [e["tokens"] for e in valid if isinstance(e.get("tokens"), int)]
+        names = ", ".join(code(e.get("name")) for e in valid[:3]) + (", ..." if len(valid) > 3 else "")
+        rows.append([code(domain), str(len(valid)), f"{sum(tokens):,}" if tokens else "", names])
+    return rows
 
 
 def plan_section(plan: Plan) -> str:
@@ -151,11 +169,20 @@ def reproduce(facts: Facts) -> str:
         if facts.converted or facts.source.expert_format is None
         else ""
     )
+    if facts.adapter is not None:
+        names = " ".join(
+            f"--{option} {facts.adapter[key]}"
+            for option, key in (("numbering", "numbering"), ("rank-order", "rank_order"))
+            if facts.adapter.get(key) in ("source", "expert")
+        )
+        merge = f"moe-surgery merge ADAPTER {source} OUT{dtype} {names}".rstrip()
+        return "With the adapter the source gives the same tensors, byte for byte:\n\n" + fenced(merge, "sh")
     commands = [
         'python3 -c \'import json; print(json.dumps(json.load(open("surgery.json"))["plan"]))\' > plan.json',
         f"moe-surgery prune {source} OUT --plan plan.json{dtype}",
     ]
-    text = "With the plan in `surgery.json` the source gives the same tensors, byte for byte:\n\n" + fenced(
+    same = "the same tensors but for the repaired ones" if facts.repair else "the same tensors"
+    text = f"With the plan in `surgery.json` the source gives {same}, byte for byte:\n\n" + fenced(
         "\n".join(commands), "sh"
     )
     seed, kept = facts.plan.provenance.get("seed"), len(facts.plan.layers[0])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from moe_surgery.card.facts import Facts
 from moe_surgery.card.text import code, counted, table
 from moe_surgery.errors import PlanMismatchError
+from moe_surgery.surgery.manifest import provenance_of
 
 if TYPE_CHECKING:
     from moe_surgery.quality.evaluation import Evaluation, ModelResult, Quality
@@ -37,7 +38,7 @@ def matching_result(evaluation: Evaluation, facts: Facts) -> ModelResult:
             f"identity {identity}; evaluate against that one"
         )
     experts = (facts.kept,) * facts.layers
-    provenance = _plain(facts.plan.provenance)
+    provenance = _plain(provenance_of(facts.plan, facts.repair))
     matches = [
         m
         for m in evaluation.models

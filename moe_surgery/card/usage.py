@@ -30,6 +30,14 @@ _GENERATE = """\
 output = model.generate(**inputs, max_new_tokens=64)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))"""
 
+_TUNED = (
+    "**Repaired on few texts.** Small tensors were tuned to compensate on the texts named above; elsewhere that may "
+    "help or harm."
+)
+_NOT_TUNED = (
+    "**Nothing was retrained.** The removed experts' router rows are gone and the others are unchanged; no weight was "
+    "tuned to compensate."
+)
 _TESTED = "(moe-surgery's tests run this code on the CPU only.)"
 
 
@@ -125,8 +133,7 @@ def limits_section(facts: Facts, evaluated: bool) -> str:
         "**Worse outside its domain.** Tokens that needed a removed expert go to another one. Expect a small loss at "
         "best on texts like those the experts were chosen on, and a large one elsewhere; removing a few more experts "
         "can make quality collapse.",
-        "**Nothing was retrained.** The removed experts' router rows are gone and the others are unchanged; no weight "
-        "was tuned to compensate.",
+        _TUNED if facts.repair else _NOT_TUNED,
         "**Safety not evaluated.** Refusals and other trained behaviour may depend on removed experts. Safety results "
         "of the source do not apply to this model.",
     ]

@@ -21,7 +21,7 @@ _WEIGHTS = re.compile(rf"({_SUFFIX}|\.bin\.index\.json)\Z")
 _ADDITIONS = (
     (
         re.compile(r"adapter_(model|config)\b"),
-        "a PEFT adapter, which transformers applies if peft is installed; merge it into the model if it should count",
+        "a PEFT adapter, which transformers applies if peft is installed; moe-surgery merge adds it to the weights",
     ),
     (re.compile(r"(value_head|v_head)\b"), "a value head of TRL"),
 )

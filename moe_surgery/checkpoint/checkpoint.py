@@ -91,7 +91,7 @@ class Checkpoint:
 
         Files that transformers ignores are ignored: shards missing from the index, other files next to
         a model.safetensors without an index, adapters, value heads, backups. `ignore_unlisted`
-        also skips a model.safetensors beside an index, and tensors in its shards that it does not name,
+        also skips a model.safetensors next to an index, and tensors in its shards that it does not name,
         instead of refusing them. Raises InvalidInputError for malformed files, OutputError for unreadable ones.
         """
         files, only = (path, None) if isinstance(path, Folder) else _resolve_folder(path, ops)
@@ -142,7 +142,7 @@ class Checkpoint:
 
 
 def open_folder(checkpoint: str | os.PathLike[str] | Folder) -> Folder:
-    """The files of a checkpoint by whatever `Checkpoint.open` takes.
+    """The files of a checkpoint, for anything that `Checkpoint.open` takes.
 
     A path that exists wins, then a complete model in the hub's cache, then the hub itself, unless HF_HUB_OFFLINE
     is set. Raises as `resolve` and `HubFolder`.
@@ -242,8 +242,9 @@ def _collect(
 ) -> dict[str, TensorRef]:
     """All tensors by name; each must be in exactly one shard, the one that the index names."""
     tensors: dict[str, TensorRef] = {}
+    files = {name: printable_path(folder / name) for name in shards}
     for ref in _refs(shards):
-        file = printable_path(folder / ref.shard)
+        file = files[ref.shard]
         if index is not None and (listed := index.weight_map.get(ref.name)) != ref.shard:
             if listed is None and ignore_unlisted:
                 continue

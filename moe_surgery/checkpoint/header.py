@@ -5,7 +5,7 @@ section. `frame_header` determines where the data section begins, `_validate` ch
 else; the users of a `Header` need not check again that names are unique, that dtype, shape and
 offsets agree, and that the tensors cover the data section without gap or overlap.
 
-Refused although the safetensors library reads it: equal keys (the library keeps the last), entries
+Refused although the safetensors library accepts it: equal keys (the library keeps the last), entries
 written as arrays, unknown fields in an entry, `__metadata__: null`, dimensions past 2**63 - 1, shapes
 whose non-zero dimensions overflow, rank, names and counts beyond the constants below.
 """

@@ -1,8 +1,8 @@
 """HTTP requests for the bytes of files: connections that are kept open, bodies read straight into buffers.
 
-Everything else about the hub (API, tokens, where a file lies) goes through huggingface_hub's own client. That
+Everything else about the hub (API, tokens, where a file is) goes through huggingface_hub's own client. That
 client also serves these requests where a proxy is set or a program has replaced its factory; elsewhere the
-standard library's does, which needs a fifth of the processor time a byte.
+standard library's does, which needs a fifth of the CPU time per byte.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Connections:
             yield reply
 
     def give_up(self, pending: Pending) -> None:
-        """Drop a request whose answer is not wanted any more."""
+        """Drop a request whose answer is no longer wanted."""
         self._put_back(pending.scheme, pending.host, pending.connection, reusable=False)
 
     def wait(self, seconds: float) -> None:
@@ -223,7 +223,7 @@ def transport_errors() -> tuple[type[Exception], ...]:
 
 
 def check_no_downgrade(url: str, target: str) -> None:
-    """Raise NetworkError where `url` has TLS and `target`, to which it redirects, has not."""
+    """Raise NetworkError where `url` uses TLS and `target`, to which it redirects, does not."""
     scheme = urlsplit(target).scheme
     if scheme not in ("http", "https") or (urlsplit(url).scheme == "https" and scheme != "https"):
         raise NetworkError(

@@ -32,6 +32,9 @@ START_BYTES: Final = 32 << 10
 REQUESTS_IN_FLIGHT: Final = 4
 """Of one source: each fills a chunk of the output, so more would not fit 64 MiB of memory."""
 
+MOST_EXPECTED: Final = 32
+"""Requests sent ahead, each over a connection of its own; their answers wait in the sockets."""
+
 LARGEST_GAP: Final = 256 << 10
 GAP_SHARE: Final = 200
 """Bytes between two wanted ranges that are fetched along to save a request: at most 256 KiB, and in total at
@@ -41,6 +44,8 @@ _EXPIRED: Final = frozenset({401, 403, 404, 410})
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)", re.ASCII)
 
 Piece = tuple[int, memoryview]
+Range = tuple[int, int]
+"""Offset and number of bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +59,7 @@ class RemoteStamp:
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """Where the bytes of a file can be had for a while, with the headers to send, and what it was then."""
+    """An address that serves a file's bytes until it expires, the headers to send, and the file's version."""
 
     url: str
     headers: Headers
@@ -99,6 +104,7 @@ class HttpSource(ByteSource):
         self._storage_etag: str | None = None
         self._credit = 0
         self._closed = False
+        self._planned: dict[tuple[Range, ...], list[list[int]]] = {}
         self._expected: dict[tuple[int, int], Pending] = {}
 
     @property
@@ -115,7 +121,10 @@ class HttpSource(ByteSource):
             if offset + len(buffer) > self.size:
                 end = offset + len(buffer)
                 raise InvalidInputError(f"{self.where}: ends before byte {end}; it has {self.size} bytes")
-        requests = self._requests([p for piece in wanted for p in self._beyond_start(*piece)])
+        pieces = [p for piece in wanted for p in self._beyond_start(*piece) if len(p[1])]
+        ranges = tuple((offset, len(buffer)) for offset, buffer in pieces)
+        runs = self._planned.pop(ranges, None) or self._plan(ranges)
+        requests = [[pieces[number] for number in run] for run in runs]
         if len(requests) < 2:
             for request in requests:
                 self._fetch(request)
@@ -124,19 +133,24 @@ class HttpSource(ByteSource):
             for future in [pool.submit(self._fetch, request) for request in requests]:
                 future.result()
 
-    def expect(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """Send the request for a single range; `read_many` takes the answer."""
-        if len(ranges) != 1 or self._closed:
+    def expect(self, ranges: Sequence[Range]) -> None:
+        """Send the requests for `ranges`; a `read_many` of the same ranges takes the answers."""
+        wanted = tuple(ranges)
+        if self._closed or wanted in self._planned or any(b < START_BYTES or not n for b, n in wanted):
             return
-        begin, nbytes = ranges[0]
-        span = (begin, begin + nbytes)
-        if not nbytes or begin < START_BYTES or span in self._expected:
-            return
-        try:
-            pending = self._connections.send(self._location.url, self._headers(*span))
-        except transport_errors():
-            return  # the read tries again, and says what is wrong
-        if pending is not None:
+        self._planned[wanted] = runs = self._plan(wanted)
+        for run in runs:
+            span = wanted[run[0]][0], sum(wanted[run[-1]])
+            if len(self._expected) >= MOST_EXPECTED:
+                return
+            if span in self._expected:
+                continue
+            try:
+                pending = self._connections.send(self._location.url, self._headers(*span))
+            except transport_errors():
+                return  # the read tries again, and says what is wrong
+            if pending is None:
+                return
             self._expected[span] = pending
 
     def cancel(self) -> None:
@@ -155,7 +169,7 @@ class HttpSource(ByteSource):
         return {**self._location.headers, "Range": f"bytes={begin}-{end - 1}"}
 
     def _beyond_start(self, offset: int, buffer: memoryview) -> Iterator[Piece]:
-        """Fill what lies in the start of the file, which is fetched once; yields the piece that does not."""
+        """Fill what is in the start of the file, which is fetched once; yields the piece that is not."""
         if offset < min(START_BYTES, self.size) and self._start is None:
             if offset > 0:
                 yield offset, buffer
@@ -170,11 +184,11 @@ class HttpSource(ByteSource):
         if len(known) < len(buffer):
             yield offset + len(known), buffer[len(known) :]
 
-    def _requests(self, wanted: list[Piece]) -> list[list[Piece]]:
-        """`wanted` in runs, one request each."""
+    def _plan(self, ranges: Sequence[Range]) -> list[list[int]]:
+        """`ranges`, by number, in runs of one request each."""
         with self._lock:
-            self._credit += sum(len(buffer) for _, buffer in wanted)
-            runs, gaps = merged(wanted, self._credit // GAP_SHARE)
+            self._credit += sum(nbytes for _, nbytes in ranges)
+            runs, gaps = merged(ranges, self._credit // GAP_SHARE)
             self._credit -= gaps * GAP_SHARE
         return runs
 
@@ -304,29 +318,29 @@ class _Sink:
             self._number += 1
 
 
-def merged(wanted: list[Piece], most_gaps: int) -> tuple[list[list[Piece]], int]:
-    """`wanted` by offset in runs to be fetched in one request each, and the bytes of gaps within runs.
+def merged(ranges: Sequence[Range], most_gaps: int) -> tuple[list[list[int]], int]:
+    """The numbers of `ranges` by offset, in runs to be fetched in one request each, and the bytes of gaps within runs.
 
     The smallest gaps are bridged first, of at most `LARGEST_GAP` bytes each and `most_gaps` in total. Overlapping
-    pieces stay separate.
+    ranges stay separate.
     """
-    ordered = sorted((p for p in wanted if len(p[1])), key=lambda p: p[0])
-    gaps = [b[0] - a[0] - len(a[1]) for a, b in pairwise(ordered)]
+    ordered = sorted(range(len(ranges)), key=ranges.__getitem__)
+    gaps = [ranges[b][0] - sum(ranges[a]) for a, b in pairwise(ordered)]
     bridged: set[int] = set()
     total = 0
-    for number in sorted(range(len(gaps)), key=gaps.__getitem__):
-        gap = gaps[number]
+    for place in sorted(range(len(gaps)), key=gaps.__getitem__):
+        gap = gaps[place]
         if gap > LARGEST_GAP or total + gap > most_gaps:
             break
         if gap >= 0:
-            bridged.add(number)
+            bridged.add(place)
             total += gap
-    runs: list[list[Piece]] = []
-    for number, piece in enumerate(ordered):
-        if number and number - 1 in bridged:
-            runs[-1].append(piece)
+    runs: list[list[int]] = []
+    for place, number in enumerate(ordered):
+        if place and place - 1 in bridged:
+            runs[-1].append(number)
         else:
-            runs.append([piece])
+            runs.append([number])
     return runs, total
 
 

@@ -1,4 +1,4 @@
-"""What goes wrong in requests to the hub, as one line each; what may pass is tried again."""
+"""What goes wrong in requests to the hub, as one line each; temporary failures are retried."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Result = TypeVar("Result")
 def requesting(
     ask: Callable[[], Result], where: str, repository: str, revision: str | None, endpoint: str
 ) -> Result:
-    """What `ask` returns, which makes one request by huggingface_hub's client; `where` begins every error.
+    """The result of `ask`, which makes one request through huggingface_hub's client; `where` begins every error.
 
     Raises OutputError for what the hub refuses, NetworkError where it cannot be reached or keeps failing.
     """

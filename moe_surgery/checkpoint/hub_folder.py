@@ -30,7 +30,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    """As the hub lists it: its bytes, and the digest that is its ETag there."""
+    """A file as the hub lists it: its bytes, and the digest that is its ETag."""
 
     size: int
     etag: str

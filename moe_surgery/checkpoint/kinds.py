@@ -11,13 +11,16 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar, cast
 
+from moe_surgery.checkpoint.additions import ADAPTER_CONFIG
 from moe_surgery.checkpoint.files import open_regular, printable_path
 from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.errors import InvalidInputError, MoeSurgeryError
 
 __all__ = [
     "EVALUATION",
+    "IMATRIX",
     "MANIFEST",
+    "MAPPING",
     "NOT_TEXTS",
     "PLAN",
     "PUBLISHED_STATISTICS",
@@ -63,16 +66,21 @@ PARTIAL: Final = Kind("an unfinished search", "run the same moe-surgery search c
 REMARK: Final = Kind("what rank or search printed with --json", "the ranking is the file written with -o")
 CONFIG: Final = Kind("the config.json of a model", "pass its folder")
 INDEX: Final = Kind("the shard index of a checkpoint", "pass its folder")
-ADAPTER: Final = Kind("the configuration of a PEFT adapter", "merge the adapter into its model first")
+ADAPTER: Final = Kind("a PEFT adapter", "merge it into its model with moe-surgery merge ADAPTER CKPT OUT")
 CHECKPOINT: Final = Kind("a checkpoint folder", "pass it where help says CKPT")
 WEIGHTS: Final = Kind("a safetensors file of weights", "pass it where help says CKPT")
-GGUF: Final = Kind("a GGUF file", "llama.cpp runs it; pass the checkpoint it was made from")
+IMATRIX: Final = Kind(
+    "an importance matrix", "pass it to --imatrix of plan or prune, or to moe-surgery stats import"
+)
+GGUF: Final = Kind(
+    "a GGUF file", "inspect, plan, prune and verify take it; elsewhere pass the checkpoint it was made from"
+)
 PAGE: Final = Kind("an HTML page", "open it in a browser")
 PICKLE: Final = Kind("a PyTorch file (pickle)", "convert the checkpoint to safetensors")
 
 NOT_TEXTS: Final = frozenset(
     {PLAN, RANKING, STATISTICS, PUBLISHED_STATISTICS, EVALUATION, TRACE, MANIFEST, MAPPING, BENCH, INSPECTION}
-    | {REMARK, PARTIAL, INDEX, CHECKPOINT, WEIGHTS, GGUF, PICKLE}
+    | {REMARK, PARTIAL, INDEX, CHECKPOINT, WEIGHTS, GGUF, IMATRIX, PICKLE, ADAPTER}
 )
 """Kinds that are never texts to run a model on."""
 
@@ -98,6 +106,7 @@ _KEYS: Final = (
     (("architectures", "vocab_size"), CONFIG),
 )
 _FORMAT = re.compile(rb'"format"\s*:\s*"moe-surgery\.([a-z]+)"')
+_IMATRIX: Final = b"general.type" + b"\x08\0\0\0" + b"\x07\0\0\0\0\0\0\0imatrix"  # key, type string, length
 _LAYER_KEY = re.compile(r"(layer_)?[0-9]{1,5}", re.ASCII)
 
 
@@ -109,7 +118,9 @@ def kind_of(path: PathLike) -> Kind | None:
     try:
         target = Path(path)
         if target.is_dir():
-            return CHECKPOINT if _is_checkpoint(target) else None
+            if _is_checkpoint(target):
+                return CHECKPOINT
+            return ADAPTER if (target / ADAPTER_CONFIG).is_file() else None
         fd = open_regular(target)
         try:
             return _of_file(fd, os.fstat(fd).st_size)
@@ -170,7 +181,9 @@ def _of_file(fd: int, size: int) -> Kind | None:
     head = os.pread(fd, HEAD_BYTES, 0)
     start = head.lstrip()
     if start.startswith(b"GGUF"):
-        return GGUF
+        return IMATRIX if _IMATRIX in head else GGUF
+    if _is_legacy_imatrix(head):
+        return IMATRIX
     torch_archive = start.startswith(b"PK\x03\x04") and b"data.pkl" in start[:200]  # its first member
     if torch_archive or start.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
         return PICKLE
@@ -185,6 +198,15 @@ def _of_file(fd: int, size: int) -> Kind | None:
     return _of_json(fd, size, head)
 
 
+def _is_legacy_imatrix(head: bytes) -> bool:
+    """Whether it begins with a number of entries, and the name of a weight with its length."""
+    if len(head) < 8:
+        return False
+    entries, length = (int.from_bytes(head[at : at + 4], "little") for at in (0, 4))
+    name = head[8 : 8 + length]
+    return 1 <= entries <= 100_000 and 1 <= length <= 1024 and name.isascii() and name.endswith(b".weight")
+
+
 def _of_safetensors(fd: int, size: int, length: int) -> Kind | None:
     if length > min(MAX_HEADER_BYTES, size - 8):
         return None
@@ -195,7 +217,7 @@ def _of_safetensors(fd: int, size: int, length: int) -> Kind | None:
 
 
 def _of_json(fd: int, size: int, head: bytes) -> Kind | None:
-    """A JSON object, or JSON lines, of which the first is looked at."""
+    """A JSON object, or JSON lines, of which the first is read."""
     line, newline, rest = head.partition(b"\n")
     if newline and rest.lstrip()[:1] == b"{":
         root = _object(line)

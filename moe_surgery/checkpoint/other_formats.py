@@ -11,7 +11,7 @@ from moe_surgery.checkpoint.text import printable
 __all__ = ["other_format_hint"]
 
 _SUFFIXES: Final = (
-    ((".gguf",), "a GGUF file; pass the checkpoint it was made from"),
+    ((".gguf",), "a GGUF file; pass that to inspect, plan, prune or verify"),
     (
         (".bin", ".pt", ".pth", ".ckpt"),
         "PyTorch files (pickle); convert them: load with transformers, save with save_pretrained",
@@ -31,7 +31,7 @@ def other_format_hint(folder: Path) -> str:
     names = [entry.name for entry in entries]
     if _ADAPTER in names:
         return (
-            "; it holds a PEFT adapter, not a whole model: merge it into its model first (merge_and_unload)"
+            "; it holds a PEFT adapter, not a whole model: merge it with moe-surgery merge ADAPTER CKPT OUT"
         )
     for suffixes, meaning in _SUFFIXES:
         if name := next((n for n in names if n.endswith(suffixes) and n != "training_args.bin"), None):

@@ -12,7 +12,7 @@ from moe_surgery.checkpoint.hub import is_hub_id
 from moe_surgery.checkpoint.kinds import STATISTICS, WEIGHTS, kind_of, wrong_kind
 from moe_surgery.errors import OutputError, UsageError
 
-__all__ = ["EXAMPLES", "check_is_path", "download_command", "model_to_fetch", "resolve"]
+__all__ = ["EXAMPLES", "check_is_path", "download_command", "model_to_fetch", "resolve", "snapshot"]
 
 EXAMPLES = {"tiny": "tiny-gpt-oss"}
 _EXAMPLES_FOLDER = Path(__file__).parent.parent / "examples"
@@ -25,7 +25,7 @@ def resolve(name: str | os.PathLike[str]) -> Path:
     """The folder or .safetensors file that `name` means.
 
     `name` is a path, `example:tiny` (the embedded checkpoint), or a hub id `owner/model[@revision]`
-    whose snapshot lies in the local hub cache; nothing is fetched. A path that exists wins.
+    whose snapshot is in the local hub cache; nothing is fetched. A path that exists wins.
 
     Raises UsageError for an unknown example or an empty name, OutputError where nothing is found.
     """
@@ -64,8 +64,8 @@ def model_to_fetch(name: str | os.PathLike[str]) -> tuple[str, str | None] | Non
     repository, _, revision = text.partition("@")
     if not is_hub_id(repository):
         return None
-    snapshot = _snapshot(repository, revision)
-    if snapshot is not None and _is_complete(snapshot):
+    folder = snapshot(repository, revision)
+    if folder is not None and _is_complete(folder):
         return None
     from huggingface_hub import constants
 
@@ -105,15 +105,15 @@ def download_command(repository: str, revision: str) -> str:
 
 def _from_hub_cache(hub_id: str) -> Path:
     repository, _, revision = hub_id.partition("@")
-    if (snapshot := _snapshot(repository, revision)) is not None:
-        return snapshot
+    if (folder := snapshot(repository, revision)) is not None:
+        return folder
     raise OutputError(
         f"{hub_id}: no such folder, and not in the local hub cache; "
         f"download it first: {download_command(repository, revision)}"
     )
 
 
-def _snapshot(repository: str, revision: str) -> Path | None:
+def snapshot(repository: str, revision: str) -> Path | None:
     """The folder of a model in the local hub cache, which need not be complete; None where it is not there."""
     try:
         from huggingface_hub import snapshot_download

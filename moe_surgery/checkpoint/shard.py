@@ -90,7 +90,7 @@ class Shard(OpenFile):
             raise
 
     def take_tensors(self) -> list[TensorInfo]:
-        """The header's tensors, which it no longer holds afterwards."""
+        """The header's tensors, removed from it to save memory."""
         tensors = list(self.header.tensors.values())
         self.header = replace(self.header, tensors={})
         return tensors

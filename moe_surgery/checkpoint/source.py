@@ -27,7 +27,7 @@ class ByteSource(ABC):
     """Bytes, when it was opened."""
 
     concurrent_reads: int | None = None
-    """Reads in flight at which it is fastest, where that is more than a local file needs."""
+    """Reads in flight at which it is fastest, where that is more than for a local file."""
 
     @property
     @abstractmethod
@@ -50,7 +50,7 @@ class ByteSource(ABC):
             self.read_into(offset, buffer)
 
     def expect(self, ranges: Sequence[tuple[int, int]]) -> None:  # noqa: B027
-        """Say that the ranges (offset, bytes) will soon be read by one `read_many`, so that they can be asked for."""
+        """Announce ranges (offset, bytes) that one `read_many` will soon read, so that they can be requested ahead."""
 
     def cancel(self) -> None:  # noqa: B027
         """End reads that wait, in other threads, with an error."""

@@ -12,7 +12,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -134,6 +134,51 @@ class Staging:
         finally:
             if replaced is not None:
                 shutil.rmtree(replaced, ignore_errors=True)
+
+    def publish_files(self, names: Sequence[str], *, overwrite: bool) -> None:
+        """Move the files `names` next to `out`, the first one last, so that a set is there once its first file is.
+
+        With `overwrite` files of those names are replaced. On an error all is as it was, but where only the last
+        flush failed. Raises OutputError where something else was created under one of the names since.
+        """
+        targets = {name: self.out.with_name(name) for name in names}
+        move = self._ops.rename if overwrite else self._ops.rename_new
+        first, *others = names
+        moved: list[str] = []
+        replaced: list[str] = []
+        try:
+            self._ops.fsync_dir(self.folder)
+            if others and overwrite:
+                for name in (name for name in names if os.path.lexists(targets[name])):
+                    self._ops.rename(targets[name], self.folder / f"{name}.old")
+                    replaced.append(name)
+            for name in (*others, first):
+                if others and name == first:
+                    self._ops.fsync_dir(self.out.parent)
+                move(self.folder / name, targets[name])
+                moved.append(name)
+            self._ops.fsync_dir(self.out.parent)
+        except BaseException as error:
+            if first not in moved:
+                self._take_back(targets, moved, replaced)
+            if isinstance(error, FileExistsError):
+                where = printable_path(error.filename2 or error.filename or self.out)
+                raise OutputError(
+                    f"{where}: was created by another program during this run; it was not touched"
+                ) from None
+            if isinstance(error, OSError):
+                raise output_failure(error, self.out, "rename into place") from error
+            raise
+        self.discard()
+
+    def _take_back(self, targets: Mapping[str, Path], moved: Sequence[str], replaced: Sequence[str]) -> None:
+        """Undo half a publication, as far as that is possible. Never raises."""
+        for name in moved:
+            with suppress(OSError):
+                os.rename(targets[name], self.folder / name)
+        for name in replaced:
+            with suppress(OSError):
+                os.rename(self.folder / f"{name}.old", targets[name])
 
     def _exchange(self) -> Path:
         """Swap the folder and the output, and back if that was not the one to replace; returns the

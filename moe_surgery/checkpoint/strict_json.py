@@ -100,7 +100,7 @@ def _decoded_value(text: str, where: str, decoder: json.JSONDecoder) -> object:
     except json.JSONDecodeError as error:
         problem = f"not valid JSON at character {error.pos}: {error.msg}"
     except RecursionError:
-        # Reachable only when the caller itself stands close to the interpreter's limit.
+        # Reachable only when the caller itself is close to the interpreter's limit.
         problem = "nested too deeply for the remaining stack"
     raise InvalidInputError(f"{where}: {problem}")
 

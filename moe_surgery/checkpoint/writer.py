@@ -51,10 +51,11 @@ class OutputFile:
     against a memory limit); elsewhere write-back is started early, so that the flush is short.
     """
 
-    def __init__(self, path: Path, ops: FileOps, *, direct: bool = True) -> None:
+    def __init__(self, path: Path, ops: FileOps, *, direct: bool = True, resume: bool = False) -> None:
         """Create the temporary file; OutputError where it exists or cannot be created.
 
-        `direct` False keeps writes in the page cache, which suits small files.
+        `direct` False keeps writes in the page cache, which suits small files. `resume`: open the temporary file
+        that is there, with its content.
         """
         self.path = path
         self._temporary = self.temporary(path)
@@ -62,7 +63,7 @@ class OutputFile:
         self._direct: bool | None = None if direct else False
         self._cloned = False
         self._flushing_from = 0
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        flags = os.O_RDWR | os.O_NOFOLLOW | (0 if resume else os.O_CREAT | os.O_EXCL)
         try:
             self._fd = ops.open(self._temporary, flags)
         except OSError as error:
@@ -110,6 +111,13 @@ class OutputFile:
         if not self._direct:
             self._start_writeback(offset + total)
 
+    def flush(self) -> None:
+        """Make everything written so far durable."""
+        try:
+            self._ops.fsync(self._fd)
+        except OSError as error:
+            self._fail(error, "flush")
+
     @staticmethod
     def temporary(path: Path) -> Path:
         """The file's path until it is published."""
@@ -135,12 +143,16 @@ class OutputFile:
             # A failed flush means lost data and is reported only once: never retry.
             self._fail(error, "flush")
 
-    def discard(self) -> None:
-        """Close and remove the temporary file. Never raises."""
+    def close(self) -> None:
+        """Close the temporary file, which stays. Never raises."""
         fd, self._fd = self._fd, -1
         with suppress(OSError):
             if fd >= 0:
                 self._ops.close(fd)
+
+    def discard(self) -> None:
+        """Close and remove the temporary file. Never raises."""
+        self.close()
         with suppress(OSError):
             self._ops.unlink(self._temporary)
 

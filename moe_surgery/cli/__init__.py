@@ -25,6 +25,8 @@ COMMANDS = (
     "report",
     "trace",
     "prune",
+    "repair",
+    "merge",
     "verify",
     "card",
     "export",

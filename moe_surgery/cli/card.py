@@ -75,6 +75,6 @@ def command(
     if terminal.json:
         terminal.data({"output": None if path is None else str(path), "card": text})
     elif path is None:
-        click.echo(text.encode(), nl=False)  # UTF-8 whatever the locale
+        click.echo(text.encode(), nl=False)  # UTF-8 in any locale
     else:
         terminal.result(f"{path}: model card, {len(text.splitlines())} lines")

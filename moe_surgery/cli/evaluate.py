@@ -9,17 +9,18 @@ import click
 
 from moe_surgery.cli.options import (
     OUTPUT,
+    Compute,
     batch_tokens_option,
     check_new_output,
     common,
-    compute,
+    compute_options,
     computed_by,
     needs_torch,
+    plans_option,
     router_top_k,
     terminal_of,
-    text_options,
-    torch_dtype,
 )
+from moe_surgery.cli.text_options import TextArguments, text_options
 
 if TYPE_CHECKING:
     from moe_surgery.cli.terminal import Terminal
@@ -29,19 +30,13 @@ if TYPE_CHECKING:
 @click.command("evaluate")
 @click.argument("ckpt")
 @click.argument("pruned", nargs=-1)
-@click.option(
-    "--plan",
-    "plan_files",
-    type=click.Path(path_type=Path),
-    multiple=True,
-    help="Plan file; evaluated without writing a checkpoint; repeat for more.",
-)
+@plans_option("evaluated without writing a checkpoint")
 @router_top_k
 @text_options
-@click.option("--answers-only", is_flag=True, help="Evaluate only the answers of conversations.")
+@click.option("--answers-only", is_flag=True, help="Count only the answers of conversations.")
 @batch_tokens_option
 @click.option("-o", "--output", type=OUTPUT, help="Write all figures here, for `report` and `card`.")
-@compute
+@compute_options
 @common
 @click.pass_context
 def command(
@@ -50,17 +45,11 @@ def command(
     pruned: tuple[str, ...],
     plan_files: tuple[Path, ...],
     top_k: int | None,
-    texts: tuple[Path, ...],
-    domains: tuple[str, ...],
-    format: str | None,
-    max_tokens: int | None,
-    context: int | None,
+    texts: TextArguments,
     answers_only: bool,
     batch_tokens: int | None,
     output: Path | None,
-    device: str,
-    dtype: str | None,
-    backend: str | None,
+    compute: Compute,
 ) -> None:
     """Measure how much quality plans and pruned checkpoints lose.
 
@@ -82,15 +71,14 @@ def command(
     from moe_surgery.checkpoint.fileops import FileOps
     from moe_surgery.checkpoint.writer import write_file
     from moe_surgery.errors import UsageError
-    from moe_surgery.quality.corpus import text_files
     from moe_surgery.quality.evaluate import BATCH_TOKENS, evaluate
     from moe_surgery.selection.plan import load_plan
 
     terminal = terminal_of(click_context)
-    check_new_output(output, [*texts, *plan_files])
+    check_new_output(output, [*texts.paths, *plan_files])
     if not pruned and not plan_files and top_k is None:
         raise UsageError("nothing to compare with the full model; pass PRUNED checkpoints, --plan or --top-k")
-    files = text_files(texts, domains, format)
+    files = texts.files()
     plans = [(str(path), load_plan(path)) for path in plan_files]
     with terminal.job() as progress:
         evaluation = evaluate(
@@ -99,13 +87,10 @@ def command(
             plans=plans,
             pruned=pruned,
             top_k=top_k,
-            context=context,
-            max_tokens=max_tokens,
+            **texts.limits,
             answers_only=answers_only,
             batch_tokens=BATCH_TOKENS if batch_tokens is None else batch_tokens,
-            device=device,
-            dtype=torch_dtype(dtype),
-            backend=backend,
+            **compute.arguments(),
             progress=progress,
         )
     if output is not None:

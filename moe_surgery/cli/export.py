@@ -29,6 +29,14 @@ if TYPE_CHECKING:
     show_default=True,
     help="Format of expert weights in the output; mxfp4 is lossless for weights that came from MXFP4.",
 )
+@click.option(
+    "--dense",
+    type=click.Choice(["keep", "q8_0"]),
+    default="keep",
+    show_default=True,
+    help="Format of attention, embedding and unembedding matrices; q8_0, as in published gpt-oss GGUF files, takes "
+    "half the bytes of BF16.",
+)
 @click.option("--name", help="Model name in the file; default: the checkpoint's folder.")
 @click.option(
     "--tokenizer/--no-tokenizer",
@@ -47,6 +55,7 @@ def command(
     plan_file: Path | None,
     top_k: int | None,
     store: str,
+    dense: str,
     name: str | None,
     tokenizer: bool,
     dry_run: bool,
@@ -64,6 +73,7 @@ def command(
     moe-surgery export example:tiny tiny.gguf
     moe-surgery export gpt-oss-law-8 gpt-oss-law-8.gguf
     moe-surgery export openai/gpt-oss-20b law-8.gguf --plan law-8.json
+    moe-surgery export gpt-oss-law-8 small.gguf --dense q8_0
     """
     from moe_surgery.pipeline.exporting import export_gguf
     from moe_surgery.selection.plan import load_plan
@@ -78,6 +88,7 @@ def command(
             plan=plan,
             top_k=top_k,
             store=store,
+            dense=dense,
             name=name,
             tokenizer=tokenizer,
             dry_run=dry_run,
@@ -115,8 +126,8 @@ def _print(terminal: Terminal, result: ExportResult, seconds: float) -> None:
     terminal.result(
         f"{'would write ' if conversion is None else ''}{result.out}: {program.experts} experts, "
         f"top-{program.top_k}, {count(program.parameters)} parameters, {size(program.nbytes)} in "
-        f"{len(program.tensors)} tensors ({program.expert_format.label} experts)"
-        + (f", {seconds:.1f} s" if conversion is not None else "")
+        f"{len(program.tensors)} tensors ({program.expert_format.label} experts, {program.dense_type} attention and "
+        "embeddings)" + (f", {seconds:.1f} s" if conversion is not None else "")
     )
     if conversion is None:
         kinds = ", ".join(f"{kind} {size(nbytes)}" for kind, nbytes in program.bytes_by_type().items())

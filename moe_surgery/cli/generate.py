@@ -11,17 +11,16 @@ import click
 
 from moe_surgery.cli import drafts
 from moe_surgery.cli.options import (
+    Compute,
     common,
-    compute,
+    compute_options,
     needs_torch,
-    prompt_options,
-    read_stdin,
     router_top_k,
     terminal_of,
-    torch_dtype,
 )
 from moe_surgery.cli.reply import ReplyView
 from moe_surgery.cli.terminal import Terminal, size
+from moe_surgery.cli.text_options import prompt_options, read_stdin
 from moe_surgery.errors import UsageError
 
 if TYPE_CHECKING:
@@ -97,7 +96,7 @@ class Settings(TypedDict):
     metavar="N|auto",
     help="Tokens to draft per step of the model; default: 4.",
 )
-@compute
+@compute_options
 @common
 @click.pass_context
 def command(
@@ -120,9 +119,7 @@ def command(
     draft_plan: Path | None,
     draft_top_k: int | None,
     draft_length: str | None,
-    device: str,
-    dtype: str | None,
-    backend: str | None,
+    compute: Compute,
 ) -> None:
     """Generate text with a full or pruned checkpoint.
 
@@ -157,7 +154,7 @@ def command(
     tokens = text.encode(rendered if rendered is not None else read_stdin())
     if not tokens:
         raise UsageError("the prompt is empty; pass --prompt TEXT, --chat TEXT, or text on stdin")
-    model = _load(ckpt, device, dtype, plan_file, backend, top_k)
+    model = _load(ckpt, compute, plan_file, top_k)
     terminal.detail(f"{model.backend.name} backend on {model.device}, {len(tokens)} prompt tokens")
     drafter = drafts.load_draft(model, ckpt, draft, draft_plan, draft_top_k)
     if drafter is None and num_draft_tokens is not None:
@@ -184,14 +181,12 @@ def _chat_prompt(text: Text, ckpt: str, chat: str, effort: str | None) -> str:
     return text.chat([{"role": "user", "content": chat}], variables=variables)
 
 
-def _load(
-    ckpt: str, device: str, dtype: str | None, plan_file: Path | None, backend: str | None, top_k: int | None
-) -> CausalLM:
+def _load(ckpt: str, compute: Compute, plan_file: Path | None, top_k: int | None) -> CausalLM:
     from moe_surgery.runtime.load import load_model
     from moe_surgery.selection.plan import load_plan
 
     plan = None if plan_file is None else load_plan(plan_file)
-    return load_model(ckpt, device, torch_dtype(dtype), plan, backend, top_k=top_k)
+    return load_model(ckpt, plan=plan, top_k=top_k, **compute.arguments())
 
 
 def _run(

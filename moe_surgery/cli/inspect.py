@@ -10,6 +10,7 @@ from moe_surgery.cli.options import common, ignore_unlisted, terminal_of
 from moe_surgery.cli.terminal import Terminal, count, size
 
 if TYPE_CHECKING:
+    from moe_surgery.surgery.gguf.inspect import GgufInspection
     from moe_surgery.surgery.inspect import Inspection
 
 MAX_ROWS = 10
@@ -30,9 +31,15 @@ def command(context: click.Context, ckpt: str, all_sizes: bool, ignore_unlisted:
     and in the checkpoint's own format (only in that one for models other than gpt-oss, whose experts are
     not converted). --json has every n.
 
+    CKPT may be a GGUF file, the first one of a set, or one on the hub by its path or the end of its name:
+    owner/name:Q4_K_M. The table then says for which numbers llama.cpp has a fused router ("fast"), and which the
+    model's router cannot choose from.
+
     \b
     moe-surgery inspect example:tiny
     moe-surgery inspect openai/gpt-oss-20b --json
+    moe-surgery inspect Model-Q4_K_M-00001-of-00003.gguf
+    moe-surgery inspect unsloth/Qwen3-30B-A3B-GGUF:Q4_K_M
     """
     from moe_surgery.pipeline.planning import inspect
 
@@ -41,8 +48,13 @@ def command(context: click.Context, ckpt: str, all_sizes: bool, ignore_unlisted:
     if terminal.json:
         terminal.data(inspection.as_dict())
         return
+    gguf = _gguf(inspection)
     _summary(terminal, inspection)
+    if gguf:
+        _gguf_summary(terminal, gguf)
     _sizes(terminal, inspection, all_sizes)
+    if gguf and gguf.refusal:
+        terminal.note(gguf.refusal)
     for note in inspection.notes:
         terminal.note(note)
 
@@ -61,6 +73,41 @@ def _summary(terminal: Terminal, inspection: Inspection) -> None:
     }
     for name, text in lines.items():
         terminal.result(f"{name:<11} {text}")
+
+
+def _gguf(inspection: Inspection) -> GgufInspection | None:
+    if inspection.layout != "GGUF":
+        return None
+    from moe_surgery.surgery.gguf.inspect import GgufInspection
+
+    return inspection if isinstance(inspection, GgufInspection) else None
+
+
+def _gguf_summary(terminal: Terminal, inspection: GgufInspection) -> None:
+    types = "; ".join(
+        f"{part} " + ", ".join(f"{kind} {size(nbytes)}" for kind, nbytes in by_type.items())
+        for part, by_type in inspection.types.items()
+    )
+    lines = {
+        "llama.cpp": f"architecture {inspection.architecture}, routing: {inspection.routing}",
+        "types": types,
+        "per expert": f"{size(inspection.bytes_per_expert)} over all layers",
+    }
+    if inspection.imatrix:
+        lines["imatrix"] = ", ".join(f"{key} {value}" for key, value in inspection.imatrix.items())
+    if inspection.pruned:
+        lines["pruned from"] = (
+            f"{inspection.pruned.get('source.name')}, which has {inspection.pruned.get('source.expert_count')} experts"
+        )
+    for name, text in lines.items():
+        terminal.result(f"{name:<11} {text}")
+
+
+def _router(inspection: GgufInspection, experts: int) -> str:
+    """What llama.cpp's router makes of a number of experts."""
+    if experts not in inspection.possible_counts:
+        return "not possible"
+    return "fast" if experts in inspection.fast_counts else ""
 
 
 def _experts(inspection: Inspection) -> str:
@@ -90,18 +137,21 @@ def _sizes(terminal: Terminal, inspection: Inspection, all_sizes: bool) -> None:
     while not all_sizes and inspection.experts > step * MAX_ROWS:
         step *= 2
     listed = [s for s in inspection.sizes if s.experts % step == 0 or s.experts == inspection.experts]
+    gguf = _gguf(inspection)
     rows = [
         [
             str(s.experts),
             count(s.parameters),
             count(s.active_parameters),
             *(size(s.nbytes(f)) for f in inspection.formats),
+            *((_router(gguf, s.experts),) if gguf else ()),
         ]
         for s in listed
     ]
-    labels = [f.label for f in inspection.formats]
+    labels = ["this file's types"] if gguf else [f.label for f in inspection.formats]
     terminal.result("")
-    terminal.table("experts kept in each layer", ["n", "parameters", "active", *labels], rows)
+    headings = ["n", "parameters", "active", *labels, *(["llama.cpp router"] if gguf else [])]
+    terminal.table("experts kept in each layer", headings, rows)
     for memory, fits in inspection.fits.items():
         most = ", ".join(f"{n or 'none'} in {label}" for label, n in zip(labels, fits.values(), strict=True))
         terminal.result(f"most experts whose weights fit {memory} GB: {most}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -11,10 +12,11 @@ from moe_surgery.cli.options import EXPERT_LIST
 
 if TYPE_CHECKING:
     from moe_surgery.families.model_spec import ModelSpec
+    from moe_surgery.progress import OnProgress
     from moe_surgery.selection.plan import Plan
     from moe_surgery.selection.ranking import Ranking
 
-__all__ = ["first_of", "keep_options", "keeping", "random_of"]
+__all__ = ["by_imatrix", "first_of", "imatrix_options", "keep_options", "keeping", "random_of"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -43,6 +45,26 @@ def keep_options(command: Command) -> Command:
     return command
 
 
+def imatrix_options(command: Command) -> Command:
+    """--imatrix and --allow-missing."""
+    for option in (
+        click.option(
+            "--allow-missing",
+            is_flag=True,
+            help="Accept layers without data: experts 0 to N-1 of layers that are not in --imatrix are kept.",
+        ),
+        click.option(
+            "--imatrix",
+            metavar="FILE",
+            type=click.Path(path_type=Path),
+            multiple=True,
+            help="Rank experts by this importance matrix of llama.cpp (GGUF or .dat); repeat to add several up.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 def keeping(kept: list[int] | str) -> Callable[[ModelSpec], Plan]:
     """The plan of --keep: the same experts in every layer."""
     from moe_surgery.selection.plan import plan_keeping
@@ -55,13 +77,17 @@ def first_of(ranking: Ranking, experts: int, order: str) -> Callable[[ModelSpec]
     from moe_surgery.selection.plan import plan_from_ranking
     from moe_surgery.surgery.routing import offered_count
 
-    return lambda model: plan_from_ranking(
-        ranking,
-        offered_count(model, experts),
-        model_type=model.model_type,
-        order=order,
-        grouping=model.grouping,
-    )
+    def plan(model: ModelSpec) -> Plan:
+        named = ranking.model_type
+        return plan_from_ranking(
+            ranking,
+            offered_count(model, experts),
+            model_type=named if named in model.model_types else model.model_type,
+            order=order,
+            grouping=model.grouping,
+        )
+
+    return plan
 
 
 def random_of(experts: int, seed: int) -> Callable[[ModelSpec], Plan]:
@@ -70,3 +96,22 @@ def random_of(experts: int, seed: int) -> Callable[[ModelSpec], Plan]:
     from moe_surgery.surgery.routing import offered_count
 
     return lambda model: plan_random(offered_count(model, experts), seed, model, grouping=model.grouping)
+
+
+def by_imatrix(
+    files: Sequence[Path],
+    ckpt: str,
+    experts: int,
+    order: str,
+    metric: str | None = None,
+    allow_missing: bool = False,
+    progress: OnProgress | None = None,
+) -> Callable[[ModelSpec], Plan]:
+    """The best `experts` of each layer by the importance matrix of `files`, as `first_of`."""
+    from moe_surgery.selection.imatrix.models import rank_imatrix
+
+    def choose(model: ModelSpec) -> Plan:
+        ranking = rank_imatrix(list(files), ckpt, metric, allow_missing=allow_missing, progress=progress)
+        return first_of(ranking, experts, order)(model)
+
+    return choose

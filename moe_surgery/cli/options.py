@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import wraps
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,27 +21,26 @@ if TYPE_CHECKING:
 __all__ = [
     "BACKEND_HELP",
     "COUNT",
+    "DOMAIN_HELP",
     "EXPERT_LIST",
     "OUTPUT",
     "SIZE",
+    "Compute",
     "base_model_option",
     "batch_tokens_option",
     "check_new_output",
     "common",
-    "compute",
+    "compute_options",
     "computed_by",
     "device_option",
     "dtype_name",
     "ignore_unlisted",
+    "metric_option",
     "needs_torch",
-    "optional_text_options",
-    "prompt_options",
+    "plans_option",
     "ranked",
-    "read_stdin",
     "router_top_k",
     "terminal_of",
-    "text_options",
-    "torch_dtype",
     "write_options",
 ]
 
@@ -78,13 +77,6 @@ def needs_torch(command: str) -> None:
         )
 
 
-def torch_dtype(name: str | None) -> torch.dtype | None:
-    """The dtype named by --dtype; None without one."""
-    import torch
-
-    return None if name is None else getattr(torch, _DTYPES[name])
-
-
 def dtype_name(dtype: torch.dtype) -> str:
     """The name of `dtype` for --dtype."""
     return next(name for name, full in _DTYPES.items() if str(dtype) == f"torch.{full}")
@@ -103,8 +95,29 @@ def device_option(command: Command) -> Command:
     )
 
 
-def compute(command: Command) -> Command:
-    """--device, --dtype and --backend, for commands that run a model."""
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """What `compute_options` reads from the command line."""
+
+    device: str
+    dtype: str | None
+    backend: str | None
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `load_model`, and of the jobs that call it. Imports torch."""
+        import torch
+
+        dtype = None if self.dtype is None else getattr(torch, _DTYPES[self.dtype])
+        return {"device": self.device, "dtype": dtype, "backend": self.backend}
+
+
+def compute_options(command: Command) -> Command:
+    """--device, --dtype and --backend as one argument `compute`, for commands that run a model."""
+
+    @wraps(command)
+    def run(*args: Any, device: str, dtype: str | None, backend: str | None, **kwargs: Any) -> Any:
+        return command(*args, compute=Compute(device, dtype, backend), **kwargs)
+
     for option in (
         click.option(
             "--backend",
@@ -118,8 +131,19 @@ def compute(command: Command) -> Command:
         ),
         device_option,
     ):
-        command = option(command)
-    return command
+        option(run)
+    return cast(Command, run)
+
+
+def plans_option(effect: str) -> Callable[[Command], Command]:
+    """--plan, repeated, for commands that compare plans; `effect` says what it does."""
+    return click.option(
+        "--plan",
+        "plan_files",
+        type=click.Path(path_type=Path),
+        multiple=True,
+        help=f"Plan file; {effect}; repeat for more.",
+    )
 
 
 def router_top_k(command: Command) -> Command:
@@ -173,22 +197,13 @@ def batch_tokens_option(command: Command) -> Command:
     )(command)
 
 
-def prompt_options(command: Command) -> Command:
-    """--prompt and --chat, for commands that run one text; without either they read it with `read_stdin`."""
-    for option in (
-        click.option("--chat", help="Message to answer, using the checkpoint's chat template."),
-        click.option("--prompt", help="Text to start from; default: stdin."),
-    ):
-        command = option(command)
-    return command
-
-
-def read_stdin() -> str:
-    """All of stdin. Raises UsageError where it is not UTF-8."""
-    try:
-        return sys.stdin.read()
-    except UnicodeDecodeError as error:
-        raise UsageError(f"stdin: not UTF-8 at byte {error.start}") from None
+def metric_option(command: Command) -> Command:
+    """--metric, for commands that rank."""
+    return click.option(
+        "--metric",
+        metavar="NAME",
+        help="How to score experts: reap, frequency, gate, ... (all in rank --help).",
+    )(command)
 
 
 def ranked(command: Command) -> Command:
@@ -197,7 +212,7 @@ def ranked(command: Command) -> Command:
         click.option(
             "--protect-super-experts",
             is_flag=True,
-            help="Rank experts with outlier activations first, whatever their score (REAP's rule).",
+            help="Rank experts with outlier activations first, regardless of their score (REAP's rule).",
         ),
         click.option(
             "--domain",
@@ -206,56 +221,7 @@ def ranked(command: Command) -> Command:
             multiple=True,
             help=f"{DOMAIN_HELP}: use only this one; repeat for more; default: all.",
         ),
-        click.option(
-            "--metric",
-            metavar="NAME",
-            help="How to score experts: reap, frequency, gate, ... (all in rank --help).",
-        ),
-    ):
-        command = option(command)
-    return command
-
-
-def text_options(command: Command) -> Command:
-    """--texts, --domain, --format, --max-tokens and --context, for commands that read texts."""
-    for option in (
-        click.option(
-            "--context", type=int, help="Context length in tokens; longer texts are split; default: 4096."
-        ),
-        click.option("--max-tokens", type=int, help="Maximum tokens per domain; default: all."),
-    ):
-        command = option(command)
-    return _text_files(command, required=True)
-
-
-def optional_text_options(command: Command) -> Command:
-    """--texts, --domain and --format, for a command that also works without texts."""
-    return _text_files(command, required=False)
-
-
-def _text_files(command: Command, required: bool) -> Command:
-    for option in (
-        click.option(
-            "--format",
-            type=click.Choice(["text", "jsonl", "chat"]),
-            help='Plain text, {"text": ...} rows, or {"messages": [...]} rows; default: by name and first row.',
-        ),
-        click.option(
-            "--domain",
-            "domains",
-            metavar="NAME",
-            multiple=True,
-            help=f"{DOMAIN_HELP}: once for all files, or once per file; default: the file's name.",
-        ),
-        click.option(
-            "--texts",
-            metavar="FILE",
-            type=click.Path(path_type=Path),
-            multiple=True,
-            required=required,
-            help="Text file, or rows in .jsonl or .json, plain or gzip; repeat for more"
-            + ("." if required else "; default: measure costs only."),
-        ),
+        metric_option,
     ):
         command = option(command)
     return command

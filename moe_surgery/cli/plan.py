@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moe_surgery.cli.keep import first_of, keep_options, keeping, random_of
+from moe_surgery.cli.keep import by_imatrix, first_of, imatrix_options, keep_options, keeping, random_of
 from moe_surgery.cli.options import (
     COUNT,
     OUTPUT,
@@ -44,6 +44,7 @@ class _Amount:
 @click.argument("source", metavar="[RANKING|STATS]", required=False)
 @click.argument("ckpt", metavar="[CKPT]", required=False)
 @ranked
+@imatrix_options
 @keep_options
 @click.option(
     "--coverage",
@@ -83,6 +84,8 @@ def command(
     metric: str | None,
     domains: tuple[str, ...],
     protect_super_experts: bool,
+    imatrix: tuple[Path, ...],
+    allow_missing: bool,
     experts: int | None,
     coverage: float | None,
     coverage_over: str,
@@ -99,14 +102,18 @@ def command(
 ) -> None:
     """Choose which experts each layer keeps.
 
-    Experts come from a RANKING or from STATS, from --keep, or from --random. RANKING is a file written by
-    `rank` or `search`, one in the published form ({"layer_0": [31, 9, ...], ...} or {"0": [...], ...}, as one
-    object or one per line), or published:NAME, a ranking published for gpt-oss-20b (all,
+    Experts come from a RANKING or from STATS, from --imatrix, from --keep, or from --random. RANKING is a file
+    written by `rank` or `search`, one in the published form ({"layer_0": [31, 9, ...], ...} or
+    {"0": [...], ...}, as one object or one per line), or published:NAME, a ranking published for gpt-oss-20b (all,
     health_or_medicine, instruction_following, law, math, safety, science, unsafety). STATS is a file
-    written by `profile`, ranked here by --metric. Say how many with exactly one of --experts, --coverage,
-    --target-size and --target-params.
+    written by `profile` or `stats import`, ranked here by --metric. Say how many with exactly one of --experts,
+    --coverage, --target-size and --target-params.
 
-    CKPT is the checkpoint to plan for. --keep, --random and the --target options need it; a ranking is
+    --imatrix ranks by importance matrices of llama.cpp, as they are published with GGUF models and written by
+    llama-imatrix (docs/imatrix.md). --metric is then rms_count (the default), frequency, or energy, which reads the
+    expert weights as well.
+
+    CKPT is the model to plan for. --imatrix, --keep, --random and the --target options need it; a ranking is
     checked against it. The plan is a small JSON file for `prune`, `export`, `evaluate` and `generate`. Where a
     model's router chooses from groups of experts, each group keeps the same number of them: N becomes the
     nearest number that allows it, and the best of each group stay.
@@ -115,37 +122,55 @@ def command(
     moe-surgery plan published:law --experts 8 -o law-8.json
     moe-surgery plan tiny.stats --metric reap --domain code --coverage 0.95 -o code.json
     moe-surgery plan tiny.stats example:tiny --metric reap --target-size 5MB
+    moe-surgery plan gpt-oss-20b --imatrix imatrix.gguf --experts 16 -o 16.json
     moe-surgery plan example:tiny --random --experts 8 --seed 1
     moe-surgery plan example:tiny --keep all --top-k 2
     """
     from moe_surgery.checkpoint.fileops import FileOps
     from moe_surgery.checkpoint.writer import write_file
+    from moe_surgery.pipeline.planning import make_plan
 
     terminal = terminal_of(context)
-    if ckpt is None and (kept is not None or at_random):
+    if ckpt is None and (kept is not None or at_random or imatrix):
         source, ckpt = None, source  # without a ranking the one argument is CKPT
     ranking_file = None if source is None else Path(source)
-    check_new_output(output, [ranking_file])
+    check_new_output(output, [ranking_file, *imatrix])
     amount = _Amount(experts, coverage, coverage_over, target_size, target_params, store)
+    if source is not None and imatrix:
+        raise UsageError(f"{source}: choose experts by --imatrix or by a RANKING or STATS, not by both")
     if source is not None and ckpt is None and source.startswith("example:"):
         raise UsageError(
             f"{source}: is a checkpoint; also choose experts by RANKING or STATS, --keep or --random"
         )
-    if (ranking_file is not None) + (kept is not None) + at_random != 1:
-        raise UsageError("choose experts with exactly one of RANKING or STATS, --keep and --random")
+    if (ranking_file is not None) + bool(imatrix) + (kept is not None) + at_random != 1:
+        raise UsageError(
+            "choose experts with exactly one of RANKING or STATS, --imatrix, --keep and --random"
+        )
+    if allow_missing and not imatrix:
+        raise UsageError("--allow-missing needs --imatrix")
     if coverage is None and coverage_over != "worst":
         raise UsageError("--coverage-over needs --coverage")
     if target_size is None and store != "keep":
         raise UsageError("--store needs --target-size")
-    if ranking_file is None and order != "ascending":
+    if ranking_file is None and not imatrix and order != "ascending":
         raise UsageError("--order needs a ranking")
     if seed is not None and not at_random:
         raise UsageError("--seed needs --random")
     if model_type is not None and (ranking_file is None or ckpt is not None):
         raise UsageError("--model-type is for a ranking without CKPT, which has its own")
-    if ranking_file is None:
+    if imatrix:
+        if domains or protect_super_experts:
+            raise UsageError("--domain and --protect-super-experts need STATS")
+        count, details = _count(amount, None, None, _needed(ckpt, "--imatrix"))
+        with terminal.job() as progress:
+            best = by_imatrix(imatrix, str(ckpt), count, order, metric, allow_missing, progress)
+            plan = make_plan(str(ckpt), best)
+        plan = replace(plan, provenance={**plan.provenance, **details})
+    elif ranking_file is None:
         if metric is not None or domains or protect_super_experts:
-            raise UsageError("--metric, --domain and --protect-super-experts need STATS")
+            raise UsageError(
+                "--metric needs STATS or --imatrix, --domain and --protect-super-experts need STATS"
+            )
         plan = _fixed(kept, at_random, seed, amount, ckpt)
     else:
         ranking, statistics = _ranked(ranking_file, metric, domains, protect_super_experts, ckpt)
@@ -201,15 +226,14 @@ def _ranked(
             )
         return load_ranking(source), None
     from moe_surgery.pipeline.planning import check_statistics
-    from moe_surgery.selection.metrics import METRICS
+    from moe_surgery.selection.metrics import metrics_from
     from moe_surgery.selection.rank import rank
     from moe_surgery.selection.statistics import load_statistics
 
-    if metric is None:
-        raise UsageError(
-            f"{source}: is a statistics file; choose how to rank it: --metric {'|'.join(METRICS)}"
-        )
     statistics = load_statistics(source)
+    if metric is None:
+        choices = "|".join(metrics_from(statistics.known))
+        raise UsageError(f"{source}: is a statistics file; choose how to rank it: --metric {choices}")
     if ckpt is not None:
         check_statistics(ckpt, statistics)
     ranking = rank(statistics, metric, domains=domains or None, protect_super_experts=protect_super_experts)

@@ -9,17 +9,17 @@ import click
 
 from moe_surgery.cli.options import (
     OUTPUT,
+    Compute,
     batch_tokens_option,
     check_new_output,
     common,
-    compute,
+    compute_options,
     computed_by,
     needs_torch,
     terminal_of,
-    text_options,
-    torch_dtype,
 )
 from moe_surgery.cli.terminal import Terminal
+from moe_surgery.cli.text_options import TextArguments, generate_option, text_options
 
 if TYPE_CHECKING:
     from moe_surgery.quality.job import ProfileResult
@@ -30,41 +30,30 @@ if TYPE_CHECKING:
 @text_options
 @click.option("-o", "--output", type=OUTPUT, required=True, help="Write the statistics here.")
 @batch_tokens_option
-@click.option(
-    "--generate",
-    metavar="N",
-    type=int,
-    help="Generate up to N tokens first: the model answers each conversation, and the answers are profiled too.",
-)
+@generate_option("the model answers each conversation, and the answers are profiled too")
 @click.option(
     "--sequential",
     metavar="PLAN",
     type=click.Path(path_type=Path),
     help="Plan file; feed each layer the output of earlier layers pruned by it.",
 )
-@compute
+@compute_options
 @common
 @click.pass_context
 def command(
     click_context: click.Context,
     ckpt: str,
-    texts: tuple[Path, ...],
-    domains: tuple[str, ...],
-    format: str | None,
-    max_tokens: int | None,
-    context: int | None,
+    texts: TextArguments,
     output: Path,
     batch_tokens: int | None,
     generate: int | None,
     sequential: Path | None,
-    device: str,
-    dtype: str | None,
-    backend: str | None,
+    compute: Compute,
 ) -> None:
     """Run texts through a model and record what each expert does.
 
     All tokens of a batch go through layer 0, then its weights are released and layer 1 is mapped: memory
-    holds one layer, whatever the model's size. The statistics (how often an expert is chosen, its
+    holds one layer, however large the model is. The statistics (how often an expert is chosen, its
     routing weights, the norms of its outputs) are kept per domain; any metric can rank them later
     without another run. Texts like those the model will serve, in its chat format, work best: pass
     conversations, or have it answer your prompts with --generate.
@@ -77,13 +66,12 @@ def command(
     Stop it at any time; the same command resumes after the last finished batch.
     """
     needs_torch("profile")
-    from moe_surgery.quality.corpus import text_files
     from moe_surgery.quality.job import BATCH_TOKENS, profile
     from moe_surgery.selection.plan import load_plan
 
     terminal = terminal_of(click_context)
-    check_new_output(output, [*texts, sequential])
-    files = text_files(texts, domains, format)
+    check_new_output(output, [*texts.paths, sequential])
+    files = texts.files()
     plan = None if sequential is None else load_plan(sequential)
     terminal.after_interrupt = "; the same command resumes after the last finished batch"
     with terminal.job() as progress:
@@ -91,14 +79,11 @@ def command(
             ckpt,
             files,
             output,
-            context=context,
-            max_tokens=max_tokens,
+            **texts.limits,
             batch_tokens=BATCH_TOKENS if batch_tokens is None else batch_tokens,
             generate=generate,
             sequential=plan,
-            device=device,
-            dtype=torch_dtype(dtype),
-            backend=backend,
+            **compute.arguments(),
             progress=progress,
         )
     _print(terminal, profiled)

@@ -51,8 +51,8 @@ def command(
 ) -> None:
     """Rank the experts of every layer, best first.
 
-    SOURCES are statistics files written by `profile`, ranked by --metric over all domains or those named
-    with --domain; or folders and files of the published statistics (<dataset>/<category>/<outcome>.json),
+    SOURCES are statistics files written by `profile` or `stats import`, ranked by --metric over all domains or
+    those named with --domain; or folders and files of the published statistics (<dataset>/<category>/<outcome>.json),
     ranked by frequency with the published formula. With --topic the one source is the root of the
     published tree: the topic's folders are ranked and interleaved with the ranking of the whole tree,
     which gives the published ranking (also available as published:NAME).
@@ -63,6 +63,8 @@ def command(
     ean_sum        sum of its output norms         ean_mean   their mean
     weighted_ean   sum of weight times norm        reap       its mean (arXiv 2510.13999)
     ean_ca         norm of its mean output
+    rms_count      tokens that chose it times the RMS of its down projection's input    (importance matrices only)
+    energy         its output's squared norm, summed, as far as a matrix and weights tell   (likewise)
 
     \b
     moe-surgery rank tiny.stats --metric reap --domain code -o code-ranking.json
@@ -125,13 +127,13 @@ def command(
 def _rank_statistics(
     sources: tuple[Path, ...], metric: str | None, domains: tuple[str, ...], protect_super_experts: bool
 ) -> Ranking:
-    from moe_surgery.selection.metrics import METRICS
+    from moe_surgery.selection.metrics import metrics_from
     from moe_surgery.selection.rank import rank
     from moe_surgery.selection.statistics import load_statistics, merge
 
-    if metric is None:
-        raise UsageError(f"choose how to rank: --metric {'|'.join(METRICS)}")
     statistics = merge(load_statistics(source) for source in sources)
+    if metric is None:
+        raise UsageError(f"choose how to rank: --metric {'|'.join(metrics_from(statistics.known))}")
     return rank(statistics, metric, domains=domains or None, protect_super_experts=protect_super_experts)
 
 

@@ -8,45 +8,39 @@ import click
 
 from moe_surgery.cli.options import (
     OUTPUT,
+    Compute,
     check_new_output,
     common,
-    compute,
+    compute_options,
     computed_by,
     needs_torch,
     terminal_of,
-    text_options,
-    torch_dtype,
 )
+from moe_surgery.cli.text_options import TextArguments, text_options
 
 
 @click.command("search")
 @click.argument("ckpt")
 @text_options
 @click.option("-o", "--output", type=OUTPUT, required=True, help="Write the ranking here.")
-@compute
+@compute_options
 @common
 @click.pass_context
 def command(
     click_context: click.Context,
     ckpt: str,
-    texts: tuple[Path, ...],
-    domains: tuple[str, ...],
-    format: str | None,
-    max_tokens: int | None,
-    context: int | None,
+    texts: TextArguments,
     output: Path,
-    device: str,
-    dtype: str | None,
-    backend: str | None,
+    compute: Compute,
 ) -> None:
     """Rank experts by greedy elimination.
 
     Metrics score experts one by one. `search` looks for the n that together reproduce each
     layer's output best: it drops experts one at a time, always the one whose loss changes the layer's
     output least, and routes its tokens to those that remain. The ranking serves every size: `plan` keeps
-    its first N. At the same size it preserves more of the model than any metric (see
-    benchmarks/results/quality.md) but costs more: every token goes through every expert, 8 times the
-    expert work of `profile` for 32 experts with top-4.
+    its first N. Whether it preserves more than a metric depends on the model: compare plans of both with
+    `evaluate`. It costs more: every token goes through every expert, 8 times the expert work of `profile`
+    for 32 experts with top-4.
 
     \b
     moe-surgery search example:tiny --texts notes.txt --max-tokens 200 -o tiny-ranking.json
@@ -55,23 +49,19 @@ def command(
     Stop it at any time; the same command resumes after the last finished layer.
     """
     needs_torch("search")
-    from moe_surgery.quality.corpus import text_files
     from moe_surgery.quality.search import search
 
     terminal = terminal_of(click_context)
-    check_new_output(output, texts)
-    files = text_files(texts, domains, format)
+    check_new_output(output, texts.paths)
+    files = texts.files()
     terminal.after_interrupt = "; the same command resumes after the last finished layer"
     with terminal.job() as progress:
         ranking = search(
             ckpt,
             files,
             output,
-            context=context,
-            max_tokens=max_tokens,
-            device=device,
-            dtype=torch_dtype(dtype),
-            backend=backend,
+            **texts.limits,
+            **compute.arguments(),
             progress=progress,
         )
     errors, settings = ranking.provenance["errors"], ranking.provenance["settings"]

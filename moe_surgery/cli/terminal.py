@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -18,6 +18,8 @@ from moe_surgery.cli.parameters import with_options
 from moe_surgery.errors import CheckpointWarning
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.console import Console
 
     from moe_surgery.engine.fetch import Fetch
@@ -30,14 +32,19 @@ PIPE_WIDTH = 200
 COLUMN_GAP = 3
 STAGES = {
     "prune": "pruning",
+    "merge": "merging",
     "export": "exporting",
     "verify": "verifying",
     "answer": "answering",
     "profile": "profiling",
     "search": "searching",
+    "energy": "reading weights of experts",
     "evaluate": "evaluating",
     "generate": "generating",
     "trace": "tracing",
+    "targets": "running the full model",
+    "first step": "comparing plans",
+    "repair": "repairing",
 }
 Advance = Callable[[int], None]
 
@@ -52,6 +59,7 @@ class Terminal:
         self.after_interrupt = ""
         self.command: click.Command | None = None
         self._notes: set[str] = set()
+        self._standing = ""
 
     def say(self, text: str) -> None:
         """A line on stderr, unless -q."""
@@ -122,6 +130,14 @@ class Terminal:
             self._notes.add(text)
             self.say(f"note: {with_options(text, self.command)}")
 
+    def unfinished(self, folders: Iterable[Path]) -> None:
+        """Say which partial folders of other runs there are, and how large they are."""
+        for folder in folders:
+            nbytes = sum(f.stat().st_size for f in folder.iterdir() if f.is_file()) if folder.is_dir() else 0
+            self.say(
+                f"note: {folder} holds {size(nbytes)} of another, unfinished run; delete it if you do not need it"
+            )
+
     def fetching(self, fetch: Fetch) -> None:
         """Say what is about to be fetched."""
         self.say(f"fetching {fetch_text(fetch)}")
@@ -172,6 +188,7 @@ class Terminal:
                     title = STAGES[progress.stage]
                     advance = stack.enter_context(self.progress(title, progress.total, progress.unit))
                     last = None
+                self._standing = f", {progress.note}" if progress.note else ""
                 advance(progress.done - (last.done if last else 0))
                 last = progress
 
@@ -186,7 +203,7 @@ class Terminal:
         elif sys.stderr.isatty():
             yield from self._bar(title, total, unit)
         else:
-            yield _plain(title, total, unit, self.say)
+            yield _plain(title, total, unit, lambda text: self.say(text + self._standing))
 
     def _bar(self, title: str, total: int, unit: str) -> Iterator[Advance]:
         from rich.progress import (
@@ -204,10 +221,15 @@ class Terminal:
             if unit == "bytes"
             else (MofNCompleteColumn(), TextColumn(unit, markup=False))
         )
-        columns = (TextColumn(title, markup=False), BarColumn(), *amount, TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            *amount,
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=_console(sys.stderr), transient=True) as bar:
             task = bar.add_task(title, total=total)
-            yield lambda nbytes: bar.update(task, advance=nbytes)
+            yield lambda nbytes: bar.update(task, advance=nbytes, description=title + self._standing)
 
 
 def _safe(text: str) -> str:

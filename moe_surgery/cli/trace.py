@@ -9,17 +9,17 @@ import click
 
 from moe_surgery.cli.options import (
     OUTPUT,
+    Compute,
     check_new_output,
     common,
-    compute,
+    compute_options,
     computed_by,
     needs_torch,
-    prompt_options,
-    read_stdin,
+    plans_option,
     terminal_of,
-    torch_dtype,
 )
 from moe_surgery.cli.terminal import size
+from moe_surgery.cli.text_options import generate_option, prompt_options, read_stdin
 
 if TYPE_CHECKING:
     from moe_surgery.cli.terminal import Terminal
@@ -29,22 +29,11 @@ if TYPE_CHECKING:
 @click.command("trace")
 @click.argument("ckpt")
 @prompt_options
-@click.option(
-    "--generate",
-    metavar="N",
-    type=int,
-    help="Generate up to N tokens first: the full model continues the prompt, and its tokens are traced too.",
-)
-@click.option(
-    "--plan",
-    "plan_files",
-    type=click.Path(path_type=Path),
-    multiple=True,
-    help="Plan file; shows what the model loses with it; repeat for more.",
-)
+@generate_option("the full model continues the prompt, and its tokens are traced too")
+@plans_option("shows what the model loses with it")
 @click.option("-o", "--output", type=OUTPUT, help="Write the HTML page here.")
 @click.option("--title", help="Heading of the page.")
-@compute
+@compute_options
 @common
 @click.pass_context
 def command(
@@ -56,9 +45,7 @@ def command(
     plan_files: tuple[Path, ...],
     output: Path | None,
     title: str | None,
-    device: str,
-    dtype: str | None,
-    backend: str | None,
+    compute: Compute,
 ) -> None:
     """Show which experts each token of a text is routed to.
 
@@ -104,9 +91,7 @@ def command(
             chat=chat,
             generate=generate,
             plans=plans,
-            device=device,
-            dtype=torch_dtype(dtype),
-            backend=backend,
+            **compute.arguments(),
             progress=progress,
         )
     terminal.say(computed_by(traced.settings))

@@ -14,8 +14,11 @@ from moe_surgery.errors import VerificationError
 @click.command("verify")
 @click.argument("ckpt")
 @click.option(
-    "--source", metavar="CKPT", help="Also compare every kept expert with this checkpoint, byte for byte."
+    "--source",
+    metavar="CKPT",
+    help="Checkpoint that this one was pruned from; every kept expert is compared with it, byte for byte.",
 )
+@click.option("--adapter", metavar="ADAPTER", help="The adapter that was merged; compare its tensors too.")
 @click.option(
     "--structure-only", is_flag=True, help="Check headers, index, config and sizes only, no digests."
 )
@@ -23,7 +26,12 @@ from moe_surgery.errors import VerificationError
 @common
 @click.pass_context
 def command(
-    context: click.Context, ckpt: str, source: str | None, structure_only: bool, weights_only: bool
+    context: click.Context,
+    ckpt: str,
+    source: str | None,
+    adapter: str | None,
+    structure_only: bool,
+    weights_only: bool,
 ) -> None:
     """Check that a checkpoint is complete and undamaged.
 
@@ -35,12 +43,17 @@ def command(
     damaged weights; they also give exit code 8, unless --weights-only makes them notes. Added files
     (.gitattributes, .git, .cache) are notes; added shards are problems.
 
+    A GGUF file is compared with OUT.surgery.json next to it (prune --manifest), and with --source tensor by tensor
+    and key by key. Without either only its structure is checked, and a flipped byte in a weight is not found.
+
     \b
     moe-surgery verify tiny-8 --source example:tiny
     moe-surgery verify law-8
     moe-surgery verify law-8 --source openai/gpt-oss-20b
+    moe-surgery verify law-8-merged --source law-8 --adapter my-adapter
     moe-surgery verify law-8-with-my-readme --weights-only
     moe-surgery verify some-downloaded-model --structure-only
+    moe-surgery verify out.gguf --source Model-Q4_K_M-00001-of-00003.gguf
     """
     from moe_surgery.checkpoint.files import printable_path
     from moe_surgery.checkpoint.text import printable
@@ -53,6 +66,7 @@ def command(
         result = verify_checkpoint(
             ckpt,
             source=source,
+            adapter=adapter,
             structure_only=structure_only,
             weights_only=weights_only,
             progress=progress,

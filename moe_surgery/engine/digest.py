@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import takewhile
 from typing import Final
 
 import xxhash
@@ -11,7 +12,7 @@ from moe_surgery.checkpoint.source import ByteSource
 from moe_surgery.engine.chunks import Chunk, FileLayout, chunks_of
 from moe_surgery.engine.stream import stream
 
-__all__ = ["FileDigest", "digest_chunks", "digest_file"]
+__all__ = ["FileDigest", "digest_chunks", "digest_file", "digest_start"]
 
 
 _EMPTY: Final = xxhash.xxh3_128().hexdigest()
@@ -66,6 +67,19 @@ def digest_file(source: ByteSource, layout: FileLayout, progress: Callable[[int]
     if source.size != layout.nbytes:
         return None
     return digest_chunks(source, chunks_of(layout), FileDigest(len(layout.tensors)), progress)
+
+
+def digest_start(
+    source: ByteSource, layout: FileLayout, nbytes: int, progress: Callable[[int], None]
+) -> FileDigest | None:
+    """The digests of the first `nbytes`, a multiple of the chunk size, of an unfinished file; None if it is shorter.
+
+    Raises as `digest_file`.
+    """
+    if source.size < nbytes:
+        return None
+    chunks = takewhile(lambda chunk: chunk.offset < nbytes, chunks_of(layout))
+    return digest_chunks(source, chunks, FileDigest(len(layout.tensors)), progress)
 
 
 def digest_chunks(

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.engine.chunks import FileLayout
+
+if TYPE_CHECKING:
+    from moe_surgery.checkpoint.gguf.model_file import GgufModel
 
 __all__ = ["Fetch", "OnFetch", "to_fetch"]
 
@@ -24,7 +28,9 @@ OnFetch = Callable[[Fetch], None]
 """Called before the first of them is fetched; not called where all bytes are on this machine."""
 
 
-def to_fetch(layouts: Iterable[FileLayout], copies: Iterable[str], checkpoint: Checkpoint) -> Fetch | None:
+def to_fetch(
+    layouts: Iterable[FileLayout], copies: Iterable[str], checkpoint: Checkpoint | GgufModel
+) -> Fetch | None:
     """What writing `layouts` and copying the side files `copies` fetches; None where that is nothing.
 
     Headers, which were read when the checkpoint was opened, are not counted.

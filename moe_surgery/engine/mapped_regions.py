@@ -12,7 +12,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from moe_surgery.checkpoint.shard import Shard
+from moe_surgery.checkpoint.shard import OpenFile
 from moe_surgery.engine.spans import Span
 
 __all__ = ["MappedRegions"]
@@ -26,7 +26,7 @@ chunks go through experts in order), more of them while they are small."""
 class MappedRegions:
     """Regions of `shards`; thread-safe."""
 
-    def __init__(self, shards: Mapping[str, Shard]) -> None:
+    def __init__(self, shards: Mapping[str, OpenFile]) -> None:
         self._shards = shards
         self._lock = threading.Lock()
         self._users: Counter[Span] = Counter()
@@ -48,7 +48,7 @@ class MappedRegions:
                     del self._users[span]
                     shard.release(span.offset, span.nbytes)
 
-    def _read_once(self, span: Span, shard: Shard) -> memoryview:
+    def _read_once(self, span: Span, shard: OpenFile) -> memoryview:
         """The bytes of `span`, read by the first thread; others wait for it."""
         with self._lock:
             reading = self._read.get(span)

@@ -41,18 +41,22 @@ def write_layout(
     consume: Stage,
     *,
     shared: Sequence[Range] = (),
+    start: int = 0,
+    written: OnBytes = lambda _: None,
 ) -> None:
     """Stream the bytes of `layout`, made by `producer`, through `consume` to `file`.
 
-    `shared` ranges, sorted and disjoint, are already in the file and not written. On any error the file stays
-    unpublished; the caller discards it.
+    `shared` ranges, sorted and disjoint, are already in the file and not written, and so is all before `start`.
+    `written` is called with the file position up to which all is written, in the thread that writes. On any error
+    the file stays unpublished; the caller discards it.
     """
 
     def write(chunk: Chunk, buffer: memoryview) -> None:
         for begin, end in unshared(chunk, shared):
             file.write(buffer[begin - chunk.offset : end - chunk.offset], begin)
+        written(chunk.offset + chunk.nbytes)
 
-    produce(layout, producer, consume, write)
+    produce(layout, producer, consume, write, start=start)
 
 
 def publish(file: OutputFile, ops: FileOps, *, replace: bool = True) -> None:

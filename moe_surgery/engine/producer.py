@@ -1,14 +1,15 @@
-"""Fills chunks: copies by positional reads, everything else by a converter."""
+"""Fills chunks: copies by positional reads, literal bytes, everything else by a converter."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import dropwhile
 from typing import Final, Protocol
 
-from moe_surgery.checkpoint.shard import Shard
+from moe_surgery.checkpoint.shard import OpenFile
 from moe_surgery.engine.chunks import Chunk, FileLayout, PartSlice, chunks_of
-from moe_surgery.engine.spans import Copy, Span
+from moe_surgery.engine.spans import Copy, Literal, Span
 from moe_surgery.engine.stream import Stage, stream
 from moe_surgery.formats.encode_report import EncodeReport
 
@@ -16,7 +17,7 @@ __all__ = ["Converter", "Producer", "produce"]
 
 
 EXPECTED_CHUNKS: Final = 6
-"""Chunks whose bytes are asked for before there is a buffer for them; what arrives waits in the socket."""
+"""Chunks whose bytes are requested before there is a buffer for them; answers wait in the socket."""
 
 
 class Converter(Protocol):
@@ -36,9 +37,9 @@ class Producer:
     """Fills the chunks of one output file from source shards. `fill` may run in several threads, in any order."""
 
     def __init__(
-        self, layout: FileLayout, sources: Mapping[str, Shard], converter: Converter | None = None
+        self, layout: FileLayout, sources: Mapping[str, OpenFile], converter: Converter | None = None
     ) -> None:
-        """`converter` None: every part is a `Copy`."""
+        """`converter` None: every part is a `Copy` or a `Literal`."""
         self._header = layout.header
         self._shards = sources
         self._converter = converter
@@ -72,6 +73,8 @@ class Producer:
                 wanted.setdefault(span.shard, []).append((span.offset, target))
             elif piece.part is None:
                 piece.of(buffer)[:] = self._header[piece.start : piece.start + piece.nbytes]
+            elif isinstance(piece.part, Literal):
+                piece.of(buffer)[:] = piece.part.content[piece.start : piece.start + piece.nbytes]
             elif self._converter is None:
                 raise TypeError(f"{type(piece.part).__name__} is not a copy, and there is no converter")
             else:
@@ -80,9 +83,18 @@ class Producer:
             self._shards[name].read_many(pieces)
 
 
-def produce(layout: FileLayout, producer: Producer, consume: Stage, write: Stage | None = None) -> None:
-    """Stream the bytes of `layout`, made by `producer`, through `consume` and `write`; see `stream`."""
-    chunks = chunks_of(layout) if producer.workers is None else _announced(chunks_of(layout), producer)
+def produce(
+    layout: FileLayout, producer: Producer, consume: Stage, write: Stage | None = None, *, start: int = 0
+) -> None:
+    """Stream the bytes of `layout`, made by `producer`, through `consume` and `write`; see `stream`.
+
+    Chunks before the file position `start` are left out.
+    """
+    chunks: Iterator[Chunk] = chunks_of(layout)
+    if start:
+        chunks = dropwhile(lambda chunk: chunk.offset < start, chunks)
+    if producer.workers is not None:
+        chunks = _announced(chunks, producer)
     stream(chunks, producer.fill, consume, write, workers=producer.workers, abort=producer.cancel)
 
 

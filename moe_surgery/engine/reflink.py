@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
-from moe_surgery.checkpoint.shard import Shard
+from moe_surgery.checkpoint.shard import OpenFile
 from moe_surgery.checkpoint.writer import OutputFile
 from moe_surgery.engine.chunks import Chunk, FileLayout, parts_of
 from moe_surgery.engine.spans import Copy, Span
@@ -20,7 +20,7 @@ Range = tuple[int, int]
 
 
 def share_extents(
-    layout: FileLayout, file: OutputFile, sources: Mapping[str, Shard]
+    layout: FileLayout, file: OutputFile, sources: Mapping[str, OpenFile]
 ) -> tuple[list[Range], bool]:
     """Reflink the block-aligned ranges of copies whose offsets in source and output are equal modulo the block size.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import astuple, dataclass
@@ -9,11 +10,11 @@ from typing import Protocol, TypeVar
 
 from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.checkpoint.local_file import LocalFile
-from moe_surgery.checkpoint.shard import Shard
+from moe_surgery.checkpoint.shard import OpenFile
 from moe_surgery.checkpoint.staging import Staging
 from moe_surgery.checkpoint.writer import OutputFile, remove_leftover
 from moe_surgery.engine.chunks import Chunk, FileLayout
-from moe_surgery.engine.digest import FileDigest, digest_file
+from moe_surgery.engine.digest import FileDigest, digest_file, digest_start
 from moe_surgery.engine.output import OnBytes, publish, write_layout
 from moe_surgery.engine.producer import Producer
 from moe_surgery.engine.reflink import Range, share_extents
@@ -42,22 +43,34 @@ class WrittenFile:
 
 
 class FolderRun:
-    """Writes files to a `Staging` folder. `bytes_shared` counts reflinked bytes."""
+    """Writes files to a `Staging` folder. `bytes_shared` counts reflinked bytes, `bytes_begun` those of unfinished
+    files that an earlier run wrote."""
 
     def __init__(
-        self, staging: Staging, sources: Mapping[str, Shard], ops: FileOps, progress: OnBytes
+        self,
+        staging: Staging,
+        sources: Mapping[str, OpenFile],
+        ops: FileOps,
+        progress: OnBytes,
+        *,
+        segment: int | None = None,
     ) -> None:
-        self.bytes_shared = 0
+        """`segment`: flush and journal each file after this many bytes, a multiple of the chunk size, so that a file
+        is resumed from there. Its bytes are then all written, none reflinked."""
+        self.bytes_shared = self.bytes_begun = 0
         self._staging = staging
         self._sources = sources
         self._ops = ops
         self._progress = progress
-        self._reflink = True
+        self._reflink = segment is None
+        self._segment = segment
+        self._begun: dict[str, tuple[int, FileDigest]] = {}
+        self._journal = threading.Lock()
 
     def resume(self, layouts: Iterable[NamedLayout]) -> dict[str, WrittenFile]:
         """The files that an earlier run finished and whose digest still matches.
 
-        Other files with the name of a layout are removed.
+        Other files with the name of a layout are removed, but for unfinished ones whose beginning still matches.
         """
         recorded = {str(e["name"]): e for e in self._staging.finished}
         finished: dict[str, WrittenFile] = {}
@@ -72,10 +85,26 @@ class FolderRun:
                     finished[layout.name] = WrittenFile(digest.whole, tuple(digest.tensors), report)
                     continue
             remove_leftover(path, self._ops)
+            self._resume_within(layout, recorded)
         return finished
 
+    def _resume_within(self, layout: NamedLayout, recorded: Mapping[str, Mapping[str, object]]) -> None:
+        """Note how far an earlier run wrote `layout`; what cannot be used is removed."""
+        temporary = OutputFile.temporary(self._staging.folder / layout.name)
+        entry = recorded.get(temporary.name)
+        if entry is not None and temporary.is_file():
+            nbytes = entry["bytes"]
+            assert isinstance(nbytes, int)
+            with LocalFile(temporary, self._ops) as file:
+                digest = digest_start(file, layout, nbytes, self._progress)
+            if digest is not None and digest.whole == entry["xxh3_128"]:
+                self._begun[layout.name] = nbytes, digest
+                self.bytes_begun += nbytes
+                return
+        remove_leftover(temporary, self._ops)
+
     def write(
-        self, layouts: Iterable[Layout], producer_of: Callable[[Layout, Mapping[str, Shard]], Producer]
+        self, layouts: Iterable[Layout], producer_of: Callable[[Layout, Mapping[str, OpenFile]], Producer]
     ) -> dict[str, WrittenFile]:
         """Write the files in order; each is flushed and journalled while the next is written."""
         written: dict[str, WrittenFile] = {}
@@ -96,8 +125,9 @@ class FolderRun:
         return written
 
     def _write(self, layout: NamedLayout, producer: Producer) -> tuple[OutputFile, WrittenFile]:
-        digest = FileDigest(len(layout.tensors))
-        file = OutputFile(self._staging.folder / layout.name, self._ops)
+        start, digest = self._begun.pop(layout.name, (0, FileDigest(len(layout.tensors))))
+        file = OutputFile(self._staging.folder / layout.name, self._ops, resume=bool(start))
+        digests: dict[int, str] = {}  # of the file up to a position
         try:
             shared: list[Range] = []
             if self._reflink:
@@ -106,14 +136,30 @@ class FolderRun:
 
             def consume(chunk: Chunk, buffer: memoryview) -> None:
                 digest.update(chunk, buffer)
+                position = chunk.offset + chunk.nbytes
+                if self._segment and position % self._segment == 0:
+                    digests[position] = digest.whole
                 self._progress(chunk.nbytes)
 
-            write_layout(layout, producer, file, consume, shared=shared)
+            def written(position: int) -> None:
+                if position in digests:
+                    file.flush()
+                    name = OutputFile.temporary(file.path).name
+                    self._record({"name": name, "bytes": position, "xxh3_128": digests.pop(position)})
+
+            write_layout(layout, producer, file, consume, shared=shared, start=start, written=written)
         except BaseException:
-            file.discard()
+            if self._segment:
+                file.close()  # what is journalled can be used by the next run
+            else:
+                file.discard()
             raise
         return file, WrittenFile(digest.whole, tuple(digest.tensors), producer.report())
 
     def _finish(self, name: str, file: OutputFile, result: WrittenFile) -> None:
         publish(file, self._ops)
-        self._staging.record({"name": name, "xxh3_128": result.digest, "conversion": astuple(result.report)})
+        self._record({"name": name, "xxh3_128": result.digest, "conversion": astuple(result.report)})
+
+    def _record(self, entry: dict[str, object]) -> None:
+        with self._journal:
+            self._staging.record(entry)

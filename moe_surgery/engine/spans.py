@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-__all__ = ["Copy", "Span", "coalesce"]
+__all__ = ["Copy", "Literal", "Span", "coalesce"]
 
 
 class Span(NamedTuple):
@@ -34,6 +34,20 @@ class Copy(NamedTuple):
     @property
     def spans_read(self) -> tuple[Span, ...]:
         return (self.span,)
+
+
+class Literal(NamedTuple):
+    """Bytes that come from no source; a few megabytes at most, as they are held in memory."""
+
+    content: bytes
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.content)
+
+    @property
+    def spans_read(self) -> tuple[Span, ...]:
+        return ()
 
 
 def coalesce(spans: Iterable[Span]) -> Iterator[Span]:

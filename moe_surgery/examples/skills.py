@@ -1,7 +1,7 @@
-"""What the embedded model can do: five domains of questions with exact answers, and running text beside them.
+"""What the embedded model can do: five domains of questions with exact answers, and running text.
 
 Every tenth question whose answer follows from a rule is kept out of training: `benchmarks/train_example.py` draws
-the others, the demo and `benchmarks/accuracy.py` the held-out ones. What can only be learned by heart (facts, and
+the others, the demo and `benchmarks/accuracy.py` the held-out ones. What can only be memorised (facts, and
 tables of one-digit numbers) is never held out.
 """
 
@@ -74,13 +74,13 @@ def draw_trained(domain: str, rng: random.Random) -> Question:
 
 
 def is_held_out(domain: str, question: Question) -> bool:
-    """Whether the embedded model never met the question in training."""
+    """Whether the embedded model never saw the question in training."""
     by_heart = domain == "facts" or TABLE.fullmatch(question.text)
     return not by_heart and zlib.crc32(question.text.encode()) % HELD_OUT_OF == 0
 
 
 def draw_questions(domain: str, count: int, seed: int, *, held_out: bool) -> list[Question]:
-    """`count` different questions of `domain`, held out of training or met in it (facts are always met)."""
+    """`count` different questions of `domain`, held out of training or seen in it (facts always are)."""
     rng = random.Random(f"{domain} {seed}")
     drawn: dict[str, Question] = {}
     while len(drawn) < count:
@@ -144,7 +144,7 @@ def _draw_spelling(rng: random.Random) -> Question:
 
 
 def _draw_word(rng: random.Random) -> str:
-    """A word in capital letters; every second one is made up, so that no list can be learned by heart."""
+    """A word in capital letters; every second one is made up, so that no list can be memorised."""
     if rng.random() < 0.5:
         return rng.choice(words()).upper()
     made_up = "".join(

@@ -20,6 +20,7 @@ from moe_surgery.export.program import (
     Pack,
     Pad,
     Quantise,
+    QuantiseQ8,
     Transpose,
     Widen,
 )
@@ -28,14 +29,17 @@ from moe_surgery.families.base import Role
 from moe_surgery.families.gguf_architecture import GgufArchitecture
 from moe_surgery.families.model_config import ModelConfig
 from moe_surgery.families.model_spec import ModelSpec, ModelTensor
-from moe_surgery.formats.expert_format import BF16, F16, F32, MXFP4, ExpertFormat
+from moe_surgery.formats import q8_0
+from moe_surgery.formats.expert_format import BF16, F16, F32, MXFP4, ExpertFormat, format_of_dtype
 from moe_surgery.selection.plan import Plan
 
-__all__ = ["STORES", "compile_gguf", "default_name"]
+__all__ = ["DENSE", "STORES", "compile_gguf", "default_name"]
 
 STORES = ("keep", "mxfp4")
+DENSE = ("keep", "q8_0")
 FILE_TYPES: Final = MappingProxyType({F32: 0, F16: 1, BF16: 32, MXFP4: 38})
-"""llama.cpp's numbers for the type of most tensors."""
+"""llama.cpp's numbers by the type of the experts: its MXFP4_MOE stands for MXFP4 experts beside BF16 as well as
+beside Q8_0 matrices."""
 QUANTIZATION_VERSION: Final = 2
 # Roles that llama.cpp needs in float32, like all tensors with one axis.
 _FLOAT32 = (Role.ROUTER, Role.EXPERT_BIAS)
@@ -49,16 +53,20 @@ def compile_gguf(
     plan: Plan | None = None,
     name: str,
     store: str = "keep",
+    dense: str = "keep",
 ) -> GgufProgram:
     """The program that writes `checkpoint`, with `plan` applied to it if given, as one GGUF file.
 
-    `store`: "keep" leaves expert weights in their format, "mxfp4" converts dense ones.
+    `store`: "keep" leaves expert weights in their format, "mxfp4" converts those that are not MXFP4. `dense`:
+    "q8_0" converts attention, embedding and unembedding matrices, as llama-quantize's MXFP4_MOE does.
 
     Raises UsageError for an unknown format or a family that llama.cpp does not support, PlanMismatchError for
     a plan that does not fit, InvalidInputError for a model that llama.cpp would compute differently.
     """
     if store not in STORES:
         raise UsageError(f"`store` {store}: choose one of {', '.join(STORES)}")
+    if dense not in DENSE:
+        raise UsageError(f"`dense` {dense}: choose one of {', '.join(DENSE)}")
     described = model.described
     if described.gguf is None:
         raise UsageError(f"{checkpoint.path}: {model.model_type} models cannot be exported as GGUF")
@@ -73,12 +81,14 @@ def compile_gguf(
         metadata.text("tokenizer.ggml.model", "none")
     else:
         add_tokenizer(metadata, tokenizer)
-    tensors = tuple(_tensors(model, gguf, layers, target))
+    tensors = tuple(_tensors(model, gguf, layers, target, dense))
+    embedding = next(t for t in model.tensors if t.role is Role.EMBEDDING)
     return GgufProgram(
         header(metadata, [t.entry for t in tensors]),
         tensors,
         name,
         target,
+        "Q8_0" if dense == "q8_0" else embedding.stored.dtype,
         kept,
         top_k,
         model.parameters(kept),
@@ -134,7 +144,11 @@ def _metadata(
 
 
 def _tensors(
-    model: ModelSpec, gguf: GgufArchitecture, layers: Sequence[Sequence[int]], target: ExpertFormat
+    model: ModelSpec,
+    gguf: GgufArchitecture,
+    layers: Sequence[Sequence[int]],
+    target: ExpertFormat,
+    dense: str,
 ) -> Iterator[GgufTensor]:
     weights = model.described.weights
     patterns = gguf.names(weights)
@@ -147,10 +161,10 @@ def _tensors(
         kept = layers[tensor.layer] if tensor.has_experts and tensor.layer is not None else None
         targets = names[tensor.name]
         for first, name in enumerate(targets):
-            yield _tensor(tensor, name, kept, target, first, len(targets))
+            yield _tensor(tensor, name, kept, target, dense, first, len(targets))
     if not any(t.role is Role.UNEMBEDDING for t in model.tensors):  # tied: llama.cpp needs the matrix twice
         embedding = next(t for t in model.tensors if t.role is Role.EMBEDDING)
-        yield _tensor(embedding, names[weights.unembedding][0], None, target, 0, 1)
+        yield _tensor(embedding, names[weights.unembedding][0], None, target, dense, 0, 1)
 
 
 def _tensor(
@@ -158,6 +172,7 @@ def _tensor(
     name: str,
     kept: Sequence[int] | None,
     target: ExpertFormat,
+    dense: str,
     first: int,
     step: int,
 ) -> GgufTensor:
@@ -175,6 +190,9 @@ def _tensor(
         if len(shape) == 1 or tensor.role in _FLOAT32:
             kind = BY_NAME["F32"]
             parts = tuple(Widen(s, dtype, first, step) for s in spans)
+        elif dense == "q8_0":
+            kind = BY_NAME["Q8_0"]
+            parts = tuple(_quantise_q8(tensor.stored, span) for span in spans)
         else:
             kind = BY_NAME[dtype]
             parts = tuple(map(Copy, spans))
@@ -203,6 +221,16 @@ def _expert_weight(
     return BY_NAME["MXFP4"], tuple(
         Quantise(v, rows, columns, first, step, stored.name, source) for v in values
     )
+
+
+def _quantise_q8(stored: TensorRef, span: Span) -> QuantiseQ8:
+    source, columns = format_of_dtype(stored.dtype), stored.shape[-1]
+    assert source is not None
+    if columns % q8_0.BLOCK_VALUES:
+        raise UsageError(
+            f"`dense` q8_0: tensor {stored.name!r} has {columns} columns, not a multiple of {q8_0.BLOCK_VALUES}"
+        )
+    return QuantiseQ8(span, columns, stored.name, source)
 
 
 def _span(ref: TensorRef) -> Span:

@@ -9,14 +9,14 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_surgery.checkpoint.shard import Shard
+from moe_surgery.checkpoint.shard import OpenFile
 from moe_surgery.engine.chunks import PartSlice
 from moe_surgery.engine.mapped_regions import MappedRegions
 from moe_surgery.engine.spans import Span
 from moe_surgery.errors import InvalidInputError
 from moe_surgery.export import ggml
-from moe_surgery.export.program import Pack, Pad, Quantise, Transpose, Widen
-from moe_surgery.formats import convert, mxfp4
+from moe_surgery.export.program import Pack, Pad, Quantise, QuantiseQ8, Transpose, Widen
+from moe_surgery.formats import convert, mxfp4, q8_0
 from moe_surgery.formats.encode_report import EncodeReport
 
 __all__ = ["GgufConversions"]
@@ -24,13 +24,13 @@ __all__ = ["GgufConversions"]
 FLOAT_BYTES: Final = 4
 
 Bytes = NDArray[np.uint8]
-RowPart = Pack | Transpose | Quantise
+RowPart = Pack | Transpose | Quantise | QuantiseQ8
 
 
 class GgufConversions:
     """The converted parts of one GGUF file. `fill` may run in several threads, in any order."""
 
-    def __init__(self, sources: Mapping[str, Shard]) -> None:
+    def __init__(self, sources: Mapping[str, OpenFile]) -> None:
         self._shards = sources
         self._regions = MappedRegions(sources)
         self._scratch = threading.local()
@@ -55,6 +55,8 @@ class GgufConversions:
             self._rows(part, piece.start, out, self._transpose)
         elif isinstance(part, Quantise):
             self._rows(part, piece.start, out, self._quantise)
+        elif isinstance(part, QuantiseQ8):
+            self._rows(part, piece.start, out, self._quantise_q8)
 
     def _widen(self, part: Widen, start: int, out: Bytes) -> None:
         """Chunks hold whole floats, because tensors and chunks are aligned."""
@@ -128,6 +130,18 @@ class GgufConversions:
             if counts:
                 with self._lock:
                     self._reports.append(report)
+
+    def _quantise_q8(self, part: QuantiseQ8, first: int, last: int, out: Bytes, skip: int) -> None:
+        """Blocks [first, last) of the matrix."""
+        width = part.format.nbytes(q8_0.BLOCK_VALUES)
+        raw = self._read(part.values, first * width, (last - first) * width, "values")
+        try:
+            q8_0.encode(convert.words_of(raw, part.format), part.format, out)
+        except InvalidInputError as error:
+            file, row = self._shards[part.values.shard].where, first * q8_0.BLOCK_VALUES // part.columns
+            raise InvalidInputError(
+                f"{file}: tensor {part.tensor!r}, from row {row}: {error}; it cannot be stored as Q8_0"
+            ) from None
 
     def _read(self, span: Span, start: int, nbytes: int, role: str, *, cache: bool = False) -> Bytes:
         """Bytes [start, start + nbytes) of `span`, valid until this thread's next read with that role."""

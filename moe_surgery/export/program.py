@@ -7,9 +7,20 @@ from dataclasses import dataclass
 from moe_surgery.checkpoint.gguf.writer import TensorEntry
 from moe_surgery.engine.spans import Copy, Span
 from moe_surgery.export.ggml import BLOCK_BYTES, BLOCK_VALUES
+from moe_surgery.formats import q8_0
 from moe_surgery.formats.expert_format import ExpertFormat
 
-__all__ = ["GgufPart", "GgufProgram", "GgufTensor", "Pack", "Pad", "Quantise", "Transpose", "Widen"]
+__all__ = [
+    "GgufPart",
+    "GgufProgram",
+    "GgufTensor",
+    "Pack",
+    "Pad",
+    "Quantise",
+    "QuantiseQ8",
+    "Transpose",
+    "Widen",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +122,27 @@ class Quantise:
         return (self.values,)
 
 
-GgufPart = Copy | Pad | Widen | Pack | Transpose | Quantise
+@dataclass(frozen=True, slots=True)
+class QuantiseQ8:
+    """A matrix of rows of `columns` values, stored in `format`, converted to Q8_0; `tensor` names it in errors."""
+
+    values: Span
+    columns: int
+    tensor: str
+    format: ExpertFormat
+    row_bytes = q8_0.BLOCK_BYTES
+    """Of a block: a piece of the output may begin at any of them."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes // self.format.nbytes(q8_0.BLOCK_VALUES) * q8_0.BLOCK_BYTES
+
+    @property
+    def spans_read(self) -> tuple[Span, ...]:
+        return (self.values,)
+
+
+GgufPart = Copy | Pad | Widen | Pack | Transpose | Quantise | QuantiseQ8
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,13 +160,15 @@ class GgufTensor:
 
 @dataclass(frozen=True, slots=True)
 class GgufProgram:
-    """The file: `header`, then `tensors` in order. `expert_format` is that of the file, `tokens` the size of
-    the tokenizer (0 without one), `chat_template` whether it has one."""
+    """The file: `header`, then `tensors` in order. `expert_format` is that of the file, `dense_type` the type of
+    attention and embedding matrices, `tokens` the size of the tokenizer (0 without one), `chat_template` whether it
+    has one."""
 
     header: bytes
     tensors: tuple[GgufTensor, ...]
     name: str
     expert_format: ExpertFormat
+    dense_type: str
     experts: int
     top_k: int
     parameters: int
@@ -168,6 +201,7 @@ class GgufProgram:
             "top_k": self.top_k,
             "parameters": self.parameters,
             "expert_storage": self.expert_format.name,
+            "dense_storage": self.dense_type.lower(),
             "tensors": len(self.tensors),
             "bytes_read": self.bytes_read,
             "bytes_written": self.nbytes,

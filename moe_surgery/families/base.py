@@ -21,6 +21,7 @@ __all__ = [
     "CatalogFamily",
     "ConfigKey",
     "Family",
+    "GgufFamily",
     "LayerNames",
     "Layout",
     "ProjectionNames",
@@ -197,7 +198,7 @@ class CatalogFamily:
 
     Names are those within a layer, whose number follows one of `layers`, or of `mtp` for layers that predict
     further tokens; those may also be numbered after the others. A layer with the tensor `router` is an MoE
-    layer. Experts lie under `experts`, each under its number or stacked along axis 0; `stacked` are prefixes of
+    layer. Experts are stored under `experts`, each under its number or stacked along axis 0; `stacked` are prefixes of
     stacked tensors elsewhere. `slices` are further tensors with one entry an expert, and their axis; `whole`
     are those beside the router that have none. `tail_key` is the config key for rows of the router after
     those of the experts, which stay. `table` is a tensor whose values are expert numbers. With groups,
@@ -219,6 +220,21 @@ class CatalogFamily:
     table: str | None = None
     group_minimum: int = 2
     minimum: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class GgufFamily:
+    """A model in a GGUF file: which tensors count experts follows from names that all architectures share.
+
+    `architecture` is llama.cpp's name; `model_types` are transformers' for the models with it, `model_type` the
+    first of them. `routing` says how a token's experts are chosen.
+    """
+
+    model_type: str
+    title: str
+    architecture: str
+    routing: str
+    model_types: tuple[str, ...]
 
 
 AnyFamily = Family | CatalogFamily

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
 import xxhash
 
-from moe_surgery.checkpoint.checkpoint import Checkpoint
+from moe_surgery.checkpoint.checkpoint import Checkpoint, TensorRef
 from moe_surgery.families.base import Role
 from moe_surgery.families.model_spec import ModelSpec
+
+if TYPE_CHECKING:
+    from moe_surgery.checkpoint.gguf.model_file import GgufModel, GgufTensor
 
 __all__ = ["identity"]
 
 
-def identity(checkpoint: Checkpoint, model: ModelSpec) -> str:
+def identity(checkpoint: Checkpoint | GgufModel, model: ModelSpec) -> str:
     """A digest (xxh3_128) over the names, dtypes and shapes of all tensors and the bytes of the routers.
 
     Routers are small and are what statistics and plans depend on: differently trained checkpoints
     differ there, while the same weights in other shards are the same model.
     """
     digest = xxhash.xxh3_128()
-    for name, ref in sorted(checkpoint.tensors.items()):
+    tensors: Mapping[str, TensorRef | GgufTensor] = checkpoint.tensors
+    for name, ref in sorted(tensors.items()):
         digest.update(repr((name, ref.dtype, ref.shape)).encode())
     for tensor in sorted(model.tensors, key=lambda t: t.name):
         if tensor.role is Role.ROUTER:

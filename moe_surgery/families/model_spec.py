@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from moe_surgery.checkpoint.checkpoint import TensorRef
 from moe_surgery.errors import InvalidInputError
-from moe_surgery.families.base import AnyFamily, Family, Layout, Role
+from moe_surgery.families.base import AnyFamily, Family, GgufFamily, Layout, Role
 from moe_surgery.formats.expert_format import ExpertFormat
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["EXPERT", "ModelSpec", "ModelTensor"]
 
 EXPERT = "{expert}"
-"""Stands for the expert's number in the name of a tensor that every expert has."""
+"""Replaces the expert's number in the name of a tensor that every expert has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +79,10 @@ class ModelSpec:
     read differently than one might expect. `moe_layers` are the model's numbers of its MoE layers
     (empty: all, from 0), `mtp_layers` the names of those MoE layers that predict further tokens.
     `grouping` is None where any choice of experts is valid. `minimum` is the fewest experts that a
-    layer may keep.
+    layer may keep. `refusal` says why no expert can be dropped, None where some can.
     """
 
-    family: AnyFamily
+    family: AnyFamily | GgufFamily
     layout: Layout
     config: Mapping[str, object]
     dimensions: Mapping[str, int]
@@ -93,10 +93,16 @@ class ModelSpec:
     mtp_layers: tuple[str, ...] = ()
     grouping: Grouping | None = None
     minimum: int = 1
+    refusal: str | None = None
 
     @property
     def model_type(self) -> str:
         return self.family.model_type
+
+    @property
+    def model_types(self) -> tuple[str, ...]:
+        """The model types that plans and rankings for this model may name; several for some GGUF files."""
+        return self.family.model_types if isinstance(self.family, GgufFamily) else (self.model_type,)
 
     @property
     def hub_config(self) -> Mapping[str, object]:
@@ -113,7 +119,7 @@ class ModelSpec:
             return self.family
         raise InvalidInputError(
             f"{self.family.title} ({self.model_type}) checkpoints can be inspected, planned for, pruned and verified; "
-            "profile, search, evaluate, generate, export and conversions support gpt-oss only"
+            "profile, search, evaluate, repair, generate, export and conversions support gpt-oss only"
         )
 
     def require_description(self) -> None:

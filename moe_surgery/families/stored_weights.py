@@ -26,7 +26,7 @@ _ROLES: Final = (
     (re.compile(r"(^|\.)[a-z0-9_]*norm[a-z0-9_]*\.(weight|bias)$"), Role.NORM),
     (re.compile(r"(^|\.)(self_attn|attn|attention|linear_attn|mamba)\."), Role.ATTENTION),
 )
-# Leaves that hold scales and the like of a quantised weight: no weights of their own.
+# Last parts of the names of a quantised weight's scales and the like, which are not weights.
 _SCALES: Final = re.compile(
     r"(scale|scale_inv|scales|scale_2|qzeros|zero_point|g_idx|weight_shape|suh|svh|mcg|mul1|input_scale)$"
 )

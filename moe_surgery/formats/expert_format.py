@@ -95,7 +95,7 @@ FORMATS: Final[Mapping[str, ExpertFormat]] = MappingProxyType({f.name: f for f i
 """Every format by its name."""
 
 AS_STORED: Final = ExpertFormat("stored", "as in the source", "", 1, 0, 0, (0, 0))
-"""Experts that are only copied, in whatever format: `nbytes` is not known from the number of weights."""
+"""Experts that are only copied, in any format: `nbytes` is not known from the number of weights."""
 
 EXPERT_DTYPES: Final = ("keep", *FORMATS)
 """What `store` may be: a format, or "keep" for the source's."""

@@ -8,7 +8,8 @@
     replace_experts(model, folder)  # weights in MXFP4: replaces the modules
 
 On CUDA the triton backend computes if it works, else plain PyTorch; the logger `moe_surgery` says which
-and why. Both are for inference.
+and why. Both can be trained through: gradients go to the input, the routing weights and the biases, and to
+weights in BF16; packed ones stay frozen.
 """
 
 from __future__ import annotations
@@ -20,10 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_surgery import families
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.errors import PlanMismatchError, UsageError
-from moe_surgery.families import ModelSpec
+from moe_surgery.families import FAMILIES, AnyFamily, ModelSpec, identify_model
 from moe_surgery.integrations import ops  # noqa: F401  # registers torch.ops.moe_surgery
 from moe_surgery.kernels.reference.experts import swiglu
 from moe_surgery.runtime.mapped import MappedShards
@@ -159,19 +159,26 @@ class PackedMLP(nn.Module):
         return self.experts(flat, indices, scores).view(hidden_states.shape), scores
 
 
-def replace_experts(model: nn.Module, checkpoint: str | os.PathLike[str]) -> nn.Module:
+def replace_experts(
+    model: nn.Module,
+    checkpoint: str | os.PathLike[str],
+    *,
+    families: tuple[AnyFamily, ...] = FAMILIES,
+) -> nn.Module:
     """Replace the experts of a loaded transformers gpt-oss by packed ones from `checkpoint`; returns `model`.
 
     The checkpoint (folder, file or cached hub id) has MXFP4 experts and is the one `model` was loaded
-    from, pruned or not. On the CPU the buffers are views of its mapped files, which must not be changed;
-    on other devices they are copied tensor by tensor. The old experts are released.
+    from, pruned or not. On the CPU the packed weights are views of its mapped files, which must not be changed;
+    on other devices they are copied tensor by tensor. The old experts are released. Biases are buffers too: to train
+    them, call `requires_grad_()` on them and pass them to the optimizer. `families` are the model families to
+    recognise.
 
     Raises UsageError for another kind of model or dense experts, PlanMismatchError if layers, experts or
     sizes differ, and any error of opening the checkpoint.
     """
     layers = _layers(model)
     with Checkpoint.open(checkpoint) as opened:
-        spec = families.identify_model(opened)
+        spec = identify_model(opened, families)
         tensors = {t.name: t for t in spec.tensors}
         _check_fits(layers, spec, str(checkpoint))
         config: Any = model.config
@@ -193,7 +200,8 @@ def replace_experts(model: nn.Module, checkpoint: str | os.PathLike[str]) -> nn.
                 parts = {"blocks": packed.stored, "scales": packed.scales, "bias": bias.stored}
                 for part, ref in parts.items():
                     mapped = shards.tensor(ref)
-                    buffers[f"{projection}_{part}"] = mapped.to(device)
+                    # Biases are small and can be trained; mapped memory cannot be written.
+                    buffers[f"{projection}_{part}"] = mapped.to(device, copy=part == "bias")
                     if device.type != "cpu":
                         shards.release(ref)
             layer.mlp = PackedMLP(router, PackedExperts(buffers, limit, alpha)).train(layer.training)

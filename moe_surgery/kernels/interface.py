@@ -90,7 +90,7 @@ class KVCache(Protocol):
 
     keys[i] and values[i] [batch, num_kv_heads, slots[i], head_dim]; `positions[n]` int64 [batch, n] holds the
     position of the token in each slot of layers with n slots, EMPTY for none. Token i of a sequence, counted
-    from 0 with padding, lies in slot i % n, at position i - pads.
+    from 0 with padding, is in slot i % n, at position i - pads.
     """
 
     batch: int

@@ -26,9 +26,9 @@ class InvariantBackend:
     """See `moe_surgery.kernels.interface.Backend`: every operation of `backend`, one token at a time.
 
     A library chooses its kernels, and with them the order of summation, by the number of rows, so a step of
-    several tokens rounds differently from several steps of one. Here every step is one of single tokens: each
-    token's products alone, and attention over just its visible keys, in order of position. The price: a step
-    over n tokens reads the weights n times. The native backend is batch-invariant without this.
+    several tokens rounds differently from several steps of one. Here each token is computed alone: its
+    products, and attention over just its visible keys, in order of position. The price: a step over n tokens
+    reads the weights n times. The native backend is batch-invariant without this.
     """
 
     def __init__(self, backend: Backend) -> None:

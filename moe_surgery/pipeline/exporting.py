@@ -46,6 +46,7 @@ def export_gguf(
     plan: Plan | PathLike | None = None,
     top_k: int | None = None,
     store: str = "keep",
+    dense: str = "keep",
     name: str | None = None,
     tokenizer: bool = True,
     dry_run: bool = False,
@@ -61,7 +62,8 @@ def export_gguf(
 
     `plan` is a `Plan` or the path of a plan file. `top_k` replaces the plan's or the model's number of
     experts a token, up to the experts that are kept. Weights keep their format and bits, norms and biases
-    become F32; `store` "mxfp4" converts experts. `name` is the model's name in the file (default: from the path).
+    become F32; `store` "mxfp4" converts experts, `dense` "q8_0" converts attention, embedding and unembedding
+    matrices. `name` is the model's name in the file (default: from the path).
     `tokenizer` False leaves tokenizer and chat template out. `families` are the model families to
     recognise. `progress` is called with each `Progress`, in bytes of the file; `on_fetch` as in `prune`.
 
@@ -83,6 +85,7 @@ def export_gguf(
             plan=chosen,
             name=name or default_name(opened.files),
             store=store,
+            dense=dense,
         )
         log.info("reading %.2f GB, a tokenizer of %d tokens", program.bytes_read / 1e9, program.tokens)
         fetch = to_fetch([program], [], opened)

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 from moe_surgery.card.source_card import read_readme
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.checkpoint.fileops import FileOps
+from moe_surgery.checkpoint.gguf.resolve import is_gguf
 from moe_surgery.checkpoint.source import Folder
 from moe_surgery.checkpoint.staging import stale_partials
 from moe_surgery.engine.fetch import Fetch, OnFetch, to_fetch
+from moe_surgery.errors import UsageError
 from moe_surgery.families import FAMILIES, AnyFamily, identify_model
 from moe_surgery.families.base import Family
 from moe_surgery.pipeline.planning import PlanMaker
@@ -25,9 +27,11 @@ from moe_surgery.surgery.names import SOURCE_README_NAME
 from moe_surgery.surgery.preflight import check_output
 from moe_surgery.surgery.program import Program
 from moe_surgery.surgery.provenance import origin_of
+from moe_surgery.surgery.repaired import Repair, with_repair
 from moe_surgery.surgery.serving import serving_notes
 
 if TYPE_CHECKING:
+    from moe_surgery.surgery.gguf.program import GgufPruneProgram
     from moe_surgery.surgery.run import Outcome
 
 __all__ = ["PruneResult", "prune"]
@@ -42,7 +46,7 @@ class PruneResult:
     what the whole job takes from the network, None for a checkpoint on this machine."""
 
     out: Path
-    program: Program
+    program: Program | GgufPruneProgram
     outcome: Outcome | None
     notes: tuple[str, ...]
     stale: tuple[Path, ...]
@@ -56,7 +60,7 @@ def prune(
     *,
     top_k: int | None = None,
     store: str = "keep",
-    max_shard_size: int = DEFAULT_SHARD_SIZE,
+    max_shard_size: int | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
     ignore_free_space: bool = False,
@@ -64,6 +68,8 @@ def prune(
     card: bool = True,
     base_model: str | None = None,
     mtp: str | None = None,
+    repair: Repair | None = None,
+    manifest: bool | None = None,
     families: tuple[AnyFamily, ...] = FAMILIES,
     progress: OnProgress | None = None,
     on_fetch: OnFetch | None = None,
@@ -77,9 +83,10 @@ def prune(
     and may be more than the source's, up to the experts kept. `store`: "keep" copies expert weights
     unchanged; "bf16", "mxfp4", "f16" and "f32" convert them, each value
     rounded once to the nearest (see `moe_surgery.formats.convert`), and one too large for the format is
-    refused. Other tensors keep their dtype. `max_shard_size` in bytes of tensors. `mtp`: "keep" (default) cuts
-    layers for multi-token prediction to as many experts as the others, those with the largest router rows
-    where the plan lists none; "drop" leaves these layers out.
+    refused. Other tensors keep their dtype. `max_shard_size` in bytes of tensors (default: 5 GB). `mtp`: "keep"
+    (default) cuts layers for multi-token prediction to as many experts as the others, those with the largest router
+    rows where the plan lists none; "drop" leaves these layers out. `repair` holds new values of small tensors, as
+    `moe_surgery.repair` finds them.
     `card` writes a model card as README.md (a README.md of the source always becomes
     README.source.md); `base_model` is the source's id on the hub, where its path and files do not name it.
     `dry_run` stops before anything is written. `progress` is called with each `Progress`, in bytes of
@@ -87,18 +94,49 @@ def prune(
     to cost in bytes over the network. `families` are the model families to
     recognise. `ops` is the table of system calls.
 
+    A GGUF file (a path, or `owner/name[@revision]:FILE_OR_TAG` on the hub) becomes a GGUF file: `out` ends in
+    .gguf and is one file unless `max_shard_size` is given; weights keep their types. `manifest` writes the digests
+    that `verify` compares next to it (default: no); a checkpoint folder always has them.
+
     `out` appears whole or not at all, and the source is only ever read. Raises UsageError,
     InvalidInputError, PlanMismatchError, OutputError or DiskFullError, each with one line that says
     what to do. After an interruption (KeyboardInterrupt, a kill, or a NetworkError) the same call resumes.
     """
+    if not isinstance(checkpoint, Folder) and is_gguf(checkpoint):
+        from moe_surgery.pipeline.gguf import prune_gguf
+
+        if store != "keep":
+            raise UsageError(f"`store` {store}: weights of a GGUF file are copied as they are stored")
+        if base_model is not None:
+            raise UsageError("`base_model` is for the model card, which a GGUF file does not get")
+        return prune_gguf(
+            checkpoint,
+            out,
+            plan,
+            top_k=top_k,
+            max_shard_size=max_shard_size,
+            dry_run=dry_run,
+            overwrite=overwrite,
+            manifest=bool(manifest),
+            ignore_free_space=ignore_free_space,
+            mtp=mtp,
+            progress=progress,
+            on_fetch=on_fetch,
+            ops=ops,
+        )
+    if manifest is False:
+        raise UsageError("`manifest` False: a checkpoint folder always has its manifest, surgery.json")
+    shard_size = DEFAULT_SHARD_SIZE if max_shard_size is None else max_shard_size
     with Checkpoint.open(checkpoint, ignore_unlisted=ignore_unlisted, ops=ops) as opened:
         model = identify_model(opened, families)
         chosen = (plan(model) if callable(plan) else as_plan(plan)).with_top_k(top_k)
-        program = compile_program(opened, model, chosen, store=store, max_shard_size=max_shard_size, mtp=mtp)
+        program = compile_program(opened, model, chosen, store=store, max_shard_size=shard_size, mtp=mtp)
         copied = program.copies.get(SOURCE_README_NAME)
         readme = read_readme(None if copied is None else opened.files.open(copied))
         origin = origin_of(opened, model, base_model=base_model, card_base_model=readme.base_model)
         program = replace(program, origin=origin)
+        if repair is not None:
+            program = with_repair(program, model, repair)
         if card:
             from moe_surgery.card.card import with_card
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from moe_surgery.checkpoint.files import printable_path, read_small_file
-from moe_surgery.checkpoint.resolve import resolve
+from moe_surgery.checkpoint.files import printable_path
+from moe_surgery.checkpoint.source import Folder, read_optional
 from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.errors import InvalidInputError, PlanMismatchError
 from moe_surgery.kernels.weights import Layer
 from moe_surgery.runtime.model import CausalLM
 from moe_surgery.runtime.view import view_layer
-from moe_surgery.surgery.manifest import is_ours, load_manifest
-from moe_surgery.surgery.names import MANIFEST_NAME, MAPPING_NAME
+from moe_surgery.surgery.manifest import find_manifest
+from moe_surgery.surgery.names import MAPPING_NAME
 
-__all__ = ["Candidate", "pruned_candidate"]
+__all__ = ["Candidate", "pruned_candidate", "source_experts"]
 
 MAX_MAPPING_BYTES = 100_000_000
 
@@ -42,10 +41,11 @@ class Candidate:
         return view_layer(full, self.kept[number], self.top_k)
 
 
-def pruned_candidate(path: str, other: CausalLM, full: CausalLM) -> Candidate:
-    """The checkpoint `other` at `path`; its source experts come from its manifest or expert mapping.
+def pruned_candidate(name: str, files: Folder, other: CausalLM, full: CausalLM) -> Candidate:
+    """The checkpoint in `files`, loaded as `other`; its source experts come from its manifest or expert mapping.
 
-    Raises PlanMismatchError if it cannot be pruned from `full`.
+    Raises PlanMismatchError if it cannot be pruned from `full`, InvalidInputError for a mapping that does not
+    fit, and as `find_manifest`.
     """
     a, b = other.config, full.config
     if (a.num_hidden_layers, a.vocab_size, a.hidden_size) != (
@@ -54,31 +54,35 @@ def pruned_candidate(path: str, other: CausalLM, full: CausalLM) -> Candidate:
         b.hidden_size,
     ):
         raise PlanMismatchError(
-            f"{path}: has {a.num_hidden_layers} layers, hidden size {a.hidden_size}, vocabulary {a.vocab_size}; "
+            f"{name}: has {a.num_hidden_layers} layers, hidden size {a.hidden_size}, vocabulary {a.vocab_size}; "
             f"the full model has {b.num_hidden_layers}, {b.hidden_size}, {b.vocab_size}"
         )
-    kept, provenance = _origin(resolve(path), a.num_hidden_layers, b.num_local_experts)
+    kept, provenance = source_experts(files, a.num_hidden_layers, b.num_local_experts)
     if kept is not None and any(len(row) != a.num_local_experts for row in kept):
         raise InvalidInputError(
-            f"{path}: its manifest or {MAPPING_NAME} does not list its {a.num_local_experts} experts"
+            f"{name}: its manifest or {MAPPING_NAME} does not list its {a.num_local_experts} experts"
         )
-    return Candidate(path, kept, model=other, provenance=provenance)
+    return Candidate(name, kept, model=other, provenance=provenance)
 
 
-def _origin(
-    path: Path, layers: int, experts: int
+def source_experts(
+    files: Folder, layers: int, experts: int
 ) -> tuple[tuple[tuple[int, ...], ...] | None, dict[str, object]]:
-    """Source experts by layer and provenance, from our manifest or a published model's mapping."""
-    folder = path if path.is_dir() else path.parent
-    if is_ours(folder):
-        plan = load_manifest(folder / MANIFEST_NAME).plan
+    """Source experts by layer and provenance of the checkpoint in `files`, pruned from a model of that size.
+
+    From our manifest or a published model's mapping; None for experts where there is neither, or it is of another
+    model.
+    """
+    manifest = find_manifest(files)
+    if manifest is not None:
+        plan = manifest.plan
         fits = (plan.num_layers, plan.num_source_experts) == (layers, experts)
-        return (plan.layers if fits else None), dict(plan.provenance)
-    mapping = folder / MAPPING_NAME
-    if not mapping.is_file():
+        return (plan.layers if fits else None), manifest.provenance
+    raw = read_optional(files, MAPPING_NAME, limit=MAX_MAPPING_BYTES, what="an expert mapping")
+    if raw is None:
         return None, {}
-    raw = read_small_file(mapping, limit=MAX_MAPPING_BYTES, what="an expert mapping")
-    parsed = parse_json(raw, where=printable_path(mapping))
+    where = printable_path(files.path / MAPPING_NAME)
+    parsed = parse_json(raw, where=where)
     try:
         rows = [parsed[str(number)] for number in range(layers)]  # type: ignore[index]
         kept = tuple(tuple(int(old) for old in sorted(row, key=row.__getitem__)) for row in rows)
@@ -89,6 +93,6 @@ def _origin(
         return kept, {}
     except (LookupError, TypeError, ValueError, AttributeError):
         raise InvalidInputError(
-            f'{printable_path(mapping)}: expected {{"0": {{"<old>": <new>, ...}}, ...}} for {layers} layers, '
+            f'{where}: expected {{"0": {{"<old>": <new>, ...}}, ...}} for {layers} layers, '
             f"old below {experts}, new counted from 0"
         ) from None

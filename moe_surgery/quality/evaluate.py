@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from moe_surgery import families
-from moe_surgery.checkpoint.checkpoint import Checkpoint
+from moe_surgery.checkpoint.checkpoint import open_folder
+from moe_surgery.checkpoint.source import Folder
 from moe_surgery.errors import InvalidInputError, UsageError
-from moe_surgery.families.identity import identity
+from moe_surgery.families import FAMILIES, AnyFamily
 from moe_surgery.progress import Counter, OnProgress
 from moe_surgery.quality.candidates import Candidate, pruned_candidate
 from moe_surgery.quality.corpus import Passage, batches, open_corpus
 from moe_surgery.quality.evaluation import Evaluation, ModelResult, Quality
 from moe_surgery.quality.hidden_states import HiddenStates
 from moe_surgery.quality.layerwise import apply_attention, apply_experts, embed, logits_of
-from moe_surgery.quality.resume import default_context
+from moe_surgery.quality.resume import default_context, identify_runnable
 from moe_surgery.quality.text_files import Texts, as_text_files
 from moe_surgery.runtime.load import load_model
 from moe_surgery.runtime.model import CausalLM
 from moe_surgery.runtime.text import Text
-from moe_surgery.selection.arguments import Named, load_pairs
+from moe_surgery.selection.arguments import Named, PathLike, load_pairs
 from moe_surgery.selection.plan import Plan, check_top_k, load_plan, plan_keeping
 
 __all__ = ["evaluate", "evaluate_passages"]
@@ -55,11 +55,11 @@ class _Sums:
 
 
 def evaluate(
-    checkpoint: str | os.PathLike[str],
+    checkpoint: PathLike | Folder,
     texts: Texts,
     *,
     plans: Named[Plan] = (),
-    pruned: Sequence[str | os.PathLike[str]] = (),
+    pruned: Sequence[PathLike | Folder] = (),
     top_k: int | None = None,
     context: int | None = None,
     max_tokens: int | None = None,
@@ -69,6 +69,7 @@ def evaluate(
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     backend: str | None = None,
+    families: tuple[AnyFamily, ...] = FAMILIES,
     progress: OnProgress | None = None,
 ) -> Evaluation:
     """Compare plans and pruned checkpoints with the full `checkpoint` on `texts`.
@@ -77,9 +78,9 @@ def evaluate(
     one layer before the next is loaded, so memory holds one layer and each model's hidden states for a
     batch. `top_k` overrides the experts per token of plans and pruned checkpoints; without either, the
     full model with that top-k is compared with itself. `answers_only` counts only tokens of the
-    conversations' answers. `texts`, `format`, `context` and `max_tokens` as for `profile`. `progress` is
-    called with each `Progress`, in tokens finished by all models; split texts are reported as a warning
-    on the logger "moe_surgery".
+    conversations' answers. `texts`, `format`, `context` and `max_tokens` as for `profile`. `families` are the
+    model families to recognise. `progress` is called with each `Progress`, in tokens finished by all models;
+    split texts are reported as a warning on the logger "moe_surgery".
 
     Raises UsageError if there is nothing to predict or `top_k` is not in 1 to the number of experts kept,
     PlanMismatchError for a plan or checkpoint of another model, and any error of opening the checkpoint.
@@ -87,11 +88,8 @@ def evaluate(
     if batch_tokens < 1:
         raise UsageError(f"`batch_tokens` {batch_tokens}: must be at least 1")
     named_plans = load_pairs(plans, Plan, load_plan)
-    with Checkpoint.open(checkpoint) as opened:
-        spec = families.identify_model(opened)
-        spec.require_description()
-        source_identity = identity(opened, spec)
-    model = load_model(checkpoint, device, dtype, backend=backend, one_layer=True)
+    spec, source_identity = identify_runnable(checkpoint, families)
+    model = load_model(checkpoint, device, dtype, backend=backend, one_layer=True, families=families)
     candidates = []
     if top_k is not None and not named_plans and not pruned:
         check_top_k(top_k, spec.experts, f"{checkpoint} has")
@@ -101,12 +99,15 @@ def evaluate(
         plan = named_plan.with_top_k(top_k, name)
         candidates.append(Candidate(name, plan.layers, plan.top_k, None, dict(plan.provenance)))
     for path in pruned:
-        other = load_model(path, device, dtype, backend=backend, top_k=top_k, one_layer=True)
-        candidates.append(pruned_candidate(os.fspath(path), other, model))
+        other = load_model(
+            path, device, dtype, backend=backend, top_k=top_k, one_layer=True, families=families
+        )
+        with closing(open_folder(path)) as files:
+            candidates.append(pruned_candidate(str(path), files, other, model))
     corpus = open_corpus(
         as_text_files(texts, format),
         Text(checkpoint),
-        context=default_context(checkpoint, context),
+        context=default_context(spec, context),
         max_tokens=max_tokens,
     )
     total = sum(len(p.tokens) for p in corpus)  # reads all texts once, before the long work

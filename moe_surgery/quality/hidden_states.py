@@ -38,7 +38,7 @@ def rows_buffer(rows: int, columns: int, dtype: torch.dtype, device: torch.devic
 class HiddenStates:
     """Hidden states [tokens, hidden] of passages one after another.
 
-    `lengths` are the passages' tokens. Rows are read to and written from `device`, wherever they lie.
+    `lengths` are the passages' tokens. Rows are read to and written from `device`, wherever they are stored.
     """
 
     def __init__(self, lengths: Sequence[int], hidden: int, dtype: torch.dtype, device: torch.device) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,15 +11,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from moe_surgery import families
-from moe_surgery.checkpoint.checkpoint import Checkpoint
+from moe_surgery.checkpoint.source import Folder
 from moe_surgery.errors import InvalidInputError, UsageError
-from moe_surgery.families.identity import identity
+from moe_surgery.families import FAMILIES, AnyFamily
 from moe_surgery.progress import Counter, OnProgress
 from moe_surgery.quality.answers import generate_answers
 from moe_surgery.quality.corpus import Passage, batches, open_corpus
 from moe_surgery.quality.profile import profile_passages
-from moe_surgery.quality.resume import check_writable, default_context, job_digest, partial_path
+from moe_surgery.quality.resume import (
+    check_writable,
+    default_context,
+    identify_runnable,
+    job_digest,
+    partial_path,
+)
 from moe_surgery.quality.text_files import Texts, as_text_files
 from moe_surgery.runtime.load import load_model
 from moe_surgery.runtime.text import Text
@@ -51,9 +55,9 @@ class ProfileResult:
 
 
 def profile(
-    checkpoint: str | os.PathLike[str],
+    checkpoint: PathLike | Folder,
     texts: Texts,
-    output: str | os.PathLike[str],
+    output: PathLike,
     *,
     context: int | None = None,
     max_tokens: int | None = None,
@@ -64,6 +68,7 @@ def profile(
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     backend: str | None = None,
+    families: tuple[AnyFamily, ...] = FAMILIES,
     progress: OnProgress | None = None,
 ) -> ProfileResult:
     """Run texts through a checkpoint one layer at a time and save what its experts did.
@@ -74,18 +79,16 @@ def profile(
     go through a layer before the next is loaded: memory holds one layer and the batch's hidden states.
     `generate`: the model first answers each conversation, in at most that many tokens. `sequential` (a
     plan or its path): layers get the output of earlier layers pruned by this plan. `device`, `dtype` and
-    `backend` as for `load_model`. `progress` is called with each `Progress`; texts that are split or
-    skipped are reported as warnings on the logger "moe_surgery".
+    `backend` as for `load_model`. `families` are the model families to recognise. `progress` is called
+    with each `Progress`; texts that are split or skipped are reported as warnings on the logger
+    "moe_surgery".
 
     After each batch the sums so far go to `.NAME.partial` next to `output`; the same call resumes
     there. Raises UsageError, InvalidInputError (a file without text, not UTF-8, malformed),
     PlanMismatchError, OutputError.
     """
     out = Path(output)
-    with Checkpoint.open(checkpoint) as opened:
-        spec = families.identify_model(opened)
-        spec.require_description()
-        source_identity = identity(opened, spec)
+    spec, source_identity = identify_runnable(checkpoint, families)
     if sequential is not None:
         sequential = as_plan(sequential)
         sequential.check_fits(spec.model_type, spec.experts, spec.layers, str(checkpoint))
@@ -93,10 +96,10 @@ def profile(
         raise UsageError(f"`batch_tokens` {batch_tokens}: must be at least 1")
     partial = partial_path(out)
     check_writable(out, partial)
-    model = load_model(checkpoint, device, dtype, backend=backend, one_layer=True)
+    model = load_model(checkpoint, device, dtype, backend=backend, one_layer=True, families=families)
     text = Text(checkpoint)
     files = as_text_files(texts, format)
-    corpus = open_corpus(files, text, context=default_context(checkpoint, context), max_tokens=max_tokens)
+    corpus = open_corpus(files, text, context=default_context(spec, context), max_tokens=max_tokens)
     settings: dict[str, object] = {
         **model.computation,
         "context": corpus.context,
@@ -109,7 +112,7 @@ def profile(
     )
     passages: Iterable[Passage] = corpus
     if generate is not None:
-        full_model = load_model(checkpoint, device, dtype, backend=backend)
+        full_model = load_model(checkpoint, device, dtype, backend=backend, families=families)
         answered = Counter(progress, "answer", sum(1 for _ in corpus.prompts()), "prompts")
         file = out.with_name(f"{out.name}.answers.jsonl")
         stops = text.stop_tokens or None
@@ -178,7 +181,7 @@ def _resumed(partial: Path, job: str) -> tuple[Statistics | None, int]:
 def _check_finite(data: Mapping[str, Sequence[ExpertStatistics]], checkpoint: str) -> None:
     for layers in data.values():
         for number, layer in enumerate(layers):
-            if not np.isfinite(layer.gate.sum() + layer.weighted_norm.sum() + layer.norm.sum()):
+            if not all(np.isfinite(layer.of(name).sum()) for name in ("gate", "norm", "weighted_norm")):
                 raise InvalidInputError(
                     f"{checkpoint}: layer {number} gives numbers that are not finite; try a larger `dtype`"
                 )

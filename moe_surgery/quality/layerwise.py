@@ -13,7 +13,15 @@ from moe_surgery.quality.hidden_states import CHUNK_TOKENS, HiddenStates
 from moe_surgery.runtime.decoder_layer import Attend, attention_block, moe_block, route
 from moe_surgery.runtime.model import SCORE_BYTES, CausalLM
 
-__all__ = ["apply_attention", "apply_experts", "backend_of", "choose_experts", "embed", "logits_of"]
+__all__ = [
+    "apply_attention",
+    "apply_experts",
+    "attend_within",
+    "backend_of",
+    "choose_experts",
+    "embed",
+    "logits_of",
+]
 
 
 def backend_of(model: CausalLM) -> Backend:
@@ -33,13 +41,13 @@ def embed(model: CausalLM, passages: Sequence[Sequence[int]]) -> HiddenStates:
 
 @torch.inference_mode()
 def apply_attention(model: CausalLM, number: int, layer: Layer, states: HiddenStates) -> None:
-    """Add the self-attention of layer `number`, a passage seeing itself only, to `states`."""
+    """Add the self-attention of layer `number` to `states`, each passage attending only to itself."""
     backend, window = backend_of(model), model.config.sliding_windows[number]
     for first, last in states.groups():
         start, stop = states.starts[first], states.starts[last]
         lengths = states.lengths[first:last]
         positions = torch.cat([torch.arange(n, device=states.device) for n in lengths])
-        attend = _attend_within(backend, lengths, layer.sinks, window)
+        attend = attend_within(backend, lengths, layer.sinks, window)
         cos, sin = model.rope(positions, backend)
         states[start:stop] = attention_block(
             backend, model.config, layer, states[start:stop], cos, sin, attend
@@ -72,7 +80,7 @@ def logits_of(model: CausalLM, x: Tensor) -> Tensor:
     return model.lm_head(x, backend_of(model))
 
 
-def _attend_within(backend: Backend, lengths: Sequence[int], sinks: Tensor, window: int | None) -> Attend:
+def attend_within(backend: Backend, lengths: Sequence[int], sinks: Tensor, window: int | None) -> Attend:
     """Attention of each passage to itself, for passages of `lengths` tokens one after another."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -87,7 +95,7 @@ def _attend_passage(
     backend: Backend, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, window: int | None
 ) -> Tensor:
     """One passage: q [tokens, num_heads, head_dim], k and v [tokens, num_kv_heads, head_dim]
-    -> [tokens, num_heads * head_dim]. Queries go through in chunks that bound the scores held at once."""
+    -> [tokens, num_heads * head_dim]. Queries go through in chunks that bound the scores in memory."""
     tokens, heads, _ = q.shape
     q, k, v = (a.transpose(0, 1)[None] for a in (q, k, v))
     positions = torch.arange(tokens, device=q.device)[None]

@@ -1,29 +1,46 @@
-"""Shared by long jobs: digest of their inputs, context, and checking outputs before the work."""
+"""Shared by long jobs: the model they run, digest of their inputs, context, checking outputs before the work."""
 
 from __future__ import annotations
 
 import json
-import os
 from contextlib import suppress
 from pathlib import Path
 
 import xxhash
 
-from moe_surgery import families
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.checkpoint.files import printable_path
+from moe_surgery.checkpoint.source import Folder
 from moe_surgery.errors import OutputError, UsageError
+from moe_surgery.families import AnyFamily, ModelSpec, identify_model
+from moe_surgery.families.identity import identity
 from moe_surgery.families.model_config import ModelConfig
+from moe_surgery.selection.arguments import PathLike
 
-__all__ = ["CONTEXT", "check_writable", "default_context", "job_digest", "partial_path"]
+__all__ = ["CONTEXT", "check_writable", "default_context", "identify_runnable", "job_digest", "partial_path"]
 
 CONTEXT = 4096
 
 
-def default_context(checkpoint: str | os.PathLike[str], context: int | None) -> int:
-    """Longest passage in tokens: `context` if given, else 4096 or the model's context."""
+def identify_runnable(
+    checkpoint: PathLike | Folder, families: tuple[AnyFamily, ...]
+) -> tuple[ModelSpec, str]:
+    """The model in `checkpoint`, of one of `families`, and its identity.
+
+    Raises as `identify_model` and, where its family cannot be run, as `ModelSpec.described`.
+    """
     with Checkpoint.open(checkpoint) as opened:
-        most = ModelConfig.of(families.identify_model(opened)).max_position_embeddings
+        spec = identify_model(opened, families)
+        spec.require_description()
+        return spec, identity(opened, spec)
+
+
+def default_context(spec: ModelSpec, context: int | None) -> int:
+    """Longest passage in tokens: `context` if given, else 4096 or the model's context.
+
+    Raises UsageError for a context that the model does not support.
+    """
+    most = ModelConfig.of(spec).max_position_embeddings
     if context is None:
         return min(most, CONTEXT)
     if not 1 <= context <= most:

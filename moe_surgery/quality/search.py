@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from moe_surgery import families
-from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.checkpoint.fileops import FileOps
+from moe_surgery.checkpoint.source import Folder
 from moe_surgery.checkpoint.writer import write_file
-from moe_surgery.families.identity import identity
+from moe_surgery.families import FAMILIES, AnyFamily
 from moe_surgery.progress import Counter, OnProgress
 from moe_surgery.quality.corpus import open_corpus
 from moe_surgery.quality.greedy_elimination import LayerOrder, greedy_elimination
-from moe_surgery.quality.resume import check_writable, default_context, job_digest, partial_path
+from moe_surgery.quality.resume import (
+    check_writable,
+    default_context,
+    identify_runnable,
+    job_digest,
+    partial_path,
+)
 from moe_surgery.quality.text_files import Texts, as_text_files
 from moe_surgery.runtime.load import load_model
 from moe_surgery.runtime.text import Text
+from moe_surgery.selection.arguments import PathLike
 from moe_surgery.selection.ranking import Ranking
 from moe_surgery.version import __version__
 
@@ -33,9 +38,9 @@ log = logging.getLogger("moe_surgery")
 
 
 def search(
-    checkpoint: str | os.PathLike[str],
+    checkpoint: PathLike | Folder,
     texts: Texts,
-    output: str | os.PathLike[str],
+    output: PathLike,
     *,
     context: int | None = None,
     max_tokens: int | None = None,
@@ -43,12 +48,14 @@ def search(
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     backend: str | None = None,
+    families: tuple[AnyFamily, ...] = FAMILIES,
     progress: OnProgress | None = None,
 ) -> Ranking:
     """Rank each layer's experts by how well the first n together reproduce its output on texts; save the ranking.
 
     All domains count together; `texts`, `format`, `context` and `max_tokens` as for `profile`. All tokens go
-    through a layer together (`greedy_elimination` says what that costs). `progress` is called with each `Progress`.
+    through a layer together (`greedy_elimination` says what that costs). `families` are the model families to
+    recognise. `progress` is called with each `Progress`.
 
     After each layer the orders so far go to `.NAME.partial` next to `output`; the same call resumes there.
     Raises UsageError, InvalidInputError and OutputError.
@@ -56,14 +63,11 @@ def search(
     out = Path(output)
     partial = partial_path(out)
     check_writable(out, partial)
-    with Checkpoint.open(checkpoint) as opened:
-        spec = families.identify_model(opened)
-        spec.require_description()
-        source_identity = identity(opened, spec)
-    model = load_model(checkpoint, device, dtype, backend=backend, one_layer=True)
+    spec, source_identity = identify_runnable(checkpoint, families)
+    model = load_model(checkpoint, device, dtype, backend=backend, one_layer=True, families=families)
     files = as_text_files(texts, format)
     corpus = open_corpus(
-        files, Text(checkpoint), context=default_context(checkpoint, context), max_tokens=max_tokens
+        files, Text(checkpoint), context=default_context(spec, context), max_tokens=max_tokens
     )
     settings: dict[str, object] = {
         **model.computation,

@@ -254,7 +254,7 @@ def _decode(line: bytes, path: Path, number: int) -> str:
 
 @contextmanager
 def _open(path: Path) -> Generator[BinaryIO, None, None]:
-    """The file's bytes, decompressed if they are gzip, whatever its name.
+    """The file's bytes, decompressed if they are gzip, regardless of its name.
 
     Raises OutputError if it cannot be read, InvalidInputError if it is known not to be text, or, while
     reading, if gzip data is damaged.

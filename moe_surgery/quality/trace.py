@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -10,20 +9,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_surgery import families
-from moe_surgery.checkpoint.checkpoint import Checkpoint
+from moe_surgery.checkpoint.source import Folder
 from moe_surgery.errors import InvalidInputError, UsageError
-from moe_surgery.families.identity import identity
+from moe_surgery.families import FAMILIES, AnyFamily
 from moe_surgery.progress import Counter, OnProgress
 from moe_surgery.quality.candidates import Candidate
 from moe_surgery.quality.hidden_states import HiddenStates
 from moe_surgery.quality.layerwise import apply_attention, apply_experts, embed, logits_of
+from moe_surgery.quality.resume import identify_runnable
 from moe_surgery.quality.routing_trace import ModelTrace, Trace
 from moe_surgery.runtime.generate import clamp_new_tokens, generate
 from moe_surgery.runtime.load import load_model
 from moe_surgery.runtime.model import CausalLM
 from moe_surgery.runtime.text import Text
-from moe_surgery.selection.arguments import Named, load_pairs
+from moe_surgery.selection.arguments import Named, PathLike, load_pairs
 from moe_surgery.selection.plan import Plan, load_plan
 
 __all__ = ["trace"]
@@ -32,7 +31,7 @@ LOGIT_BYTES = 64 << 20
 
 
 def trace(
-    checkpoint: str | os.PathLike[str],
+    checkpoint: PathLike | Folder,
     prompt: str | None = None,
     *,
     chat: str | None = None,
@@ -41,6 +40,7 @@ def trace(
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     backend: str | None = None,
+    families: tuple[AnyFamily, ...] = FAMILIES,
     progress: OnProgress | None = None,
 ) -> Trace:
     """The experts that each token of `prompt` is routed to, by the full model and with each of `plans`.
@@ -48,8 +48,8 @@ def trace(
     `chat` instead of `prompt` is a user message, rendered by the checkpoint's chat template. With `generate`
     the full model first continues the text (greedily, by at most that many tokens). `plans` are (name, plan)
     pairs or paths; all models go through the same tokens, one layer after the other, so memory holds one layer
-    and each model's hidden states. `device`, `dtype` and `backend` as for `load_model`. `progress` is called
-    with each `Progress`.
+    and each model's hidden states. `device`, `dtype` and `backend` as for `load_model`. `families` are
+    the model families to recognise. `progress` is called with each `Progress`.
 
     Raises UsageError for an empty text or one beyond the model's context, PlanMismatchError for a plan of
     another model, InvalidInputError if predictions are not finite, and any error of opening the checkpoint.
@@ -57,9 +57,7 @@ def trace(
     named_plans = load_pairs(plans, Plan, load_plan)
     if (prompt is None) == (chat is None):
         raise UsageError("give one of `prompt` and `chat`")
-    with Checkpoint.open(checkpoint) as opened:
-        spec = families.identify_model(opened)
-        source_identity = identity(opened, spec)
+    spec, source_identity = identify_runnable(checkpoint, families)
     candidates = [Candidate("full", (tuple(range(spec.experts)),) * spec.layers)]
     for name, plan in named_plans:
         plan.check_fits(spec.model_type, spec.experts, spec.layers, str(checkpoint))
@@ -72,12 +70,12 @@ def trace(
     if not tokens:
         raise UsageError("the prompt is empty; give at least one token")
     prompt_tokens = len(tokens)
-    model = load_model(checkpoint, device, dtype, backend=backend, one_layer=True)
+    model = load_model(checkpoint, device, dtype, backend=backend, one_layer=True, families=families)
     limit = model.config.max_position_embeddings
     if prompt_tokens > limit:
         raise UsageError(f"the prompt has {prompt_tokens} tokens; this model supports 1 to {limit}")
     if generate is not None:
-        full = load_model(checkpoint, device, dtype, backend=backend)
+        full = load_model(checkpoint, device, dtype, backend=backend, families=families)
         tokens += _continuation(full, tokens, generate, text.stop_tokens or None, progress)
         del full
     done = Counter(progress, "trace", len(tokens) * spec.layers * len(candidates), "tokens x layers")

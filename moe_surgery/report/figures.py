@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_surgery.errors import InvalidInputError, PlanMismatchError, UsageError
-from moe_surgery.selection.metrics import METRICS, score
+from moe_surgery.selection.metrics import METRICS, metrics_from, score
 from moe_surgery.selection.plan import Plan
 from moe_surgery.selection.statistics import Statistics
 
@@ -33,7 +33,7 @@ __all__ = [
 ALL = "all domains"
 CARRIED = ("weight", "routes")
 MOST_DOMAINS = 40
-"""More do not fit a page that stays small and quick."""
+"""More do not fit a small, fast page."""
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -142,6 +142,7 @@ def subject_of(statistics: Statistics, domains: Sequence[str] | None = None) -> 
         statistics.experts,
         statistics.top_k,
         [_view(statistics, domain, shown) for domain in chosen],
+        metrics_from(statistics.known),
         texts=statistics.texts,
         settings=statistics.settings,
     )
@@ -150,15 +151,18 @@ def subject_of(statistics: Statistics, domains: Sequence[str] | None = None) -> 
 def _view(statistics: Statistics, domain: str | None, shown: Sequence[str]) -> View:
     # Exactly this domain: `over(["law"])` would add "law:answer".
     layers = statistics.over(shown) if domain is None else statistics.data[domain]
-    scores = {metric: np.stack(score(metric, layers)) for metric in METRICS}
+    scores = {metric: np.stack(score(metric, layers)) for metric in metrics_from(statistics.known)}
     for metric, rows in scores.items():
         if not np.isfinite(rows.astype(np.float32)).all():
             raise InvalidInputError(f"the statistics are damaged: {metric} is not finite everywhere")
     orders = {metric: in_order(rows) for metric, rows in scores.items()}
     tokens = sum(statistics.tokens[d] for d in shown) if domain is None else statistics.tokens[domain]
-    parts = {"weight": scores["gate"], "routes": scores["frequency"]}
+    parts = {"routes": scores["frequency"]}
+    if "gate" in scores:
+        parts = {"weight": scores["gate"], **parts}
     shares = {kind: share_of(part, part.sum(axis=1, keepdims=True)) for kind, part in parts.items()}
-    return View(domain, tokens, scores, orders, shares, np.stack([s.peak_abs for s in layers]))
+    peaks = np.stack([s.of("peak_abs") for s in layers]) if "peak_abs" in statistics.known else None
+    return View(domain, tokens, scores, orders, shares, peaks)
 
 
 def common(views: Sequence[View], metric: str, n: int) -> Ints:

@@ -15,7 +15,17 @@ PAGE_LIMIT = 2_990_000
 
 LEVELS = (4095, 1023, 255)
 # What is left out last, if not every metric fits.
-PRIORITY = ("frequency", "reap", "gate", "weighted_ean", "ean_mean", "ean_sum", "ean_ca")
+PRIORITY = (
+    "frequency",
+    "reap",
+    "energy",
+    "gate",
+    "weighted_ean",
+    "rms_count",
+    "ean_mean",
+    "ean_sum",
+    "ean_ca",
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,7 +119,7 @@ def read_inputs(
                 f"{expected[1]}; a report shows one checkpoint"
             )
         for model in evaluation.models:
-            # Empty if the routes are not known, for every domain alike.
+            # Empty if the routes are not known, then for all domains.
             counted = subject.layers if any(q.rerouted for q in model.domains.values()) else 0
             for domain, q in model.domains.items():
                 figures = (q.cross_entropy, q.kl, q.agreement, *q.rerouted)

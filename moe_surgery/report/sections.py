@@ -51,6 +51,8 @@ METRIC_TEXTS = {
     "weighted_ean": "sum of g |f|",
     "reap": "mean of g |f| over the tokens that chose it",
     "ean_ca": "norm of its mean output",
+    "rms_count": "number of tokens that chose it times the RMS of its down projection's input",
+    "energy": "its output's squared norm summed over tokens, as far as an importance matrix and the weights tell",
 }
 
 

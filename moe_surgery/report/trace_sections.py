@@ -1,4 +1,4 @@
-"""The trace page's header and sections, as they are before (or without) the script."""
+"""The trace page's header and sections, as shown before (or without) the script."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ class Cache:
     """Keys and values of one batch, allocated once.
 
     Every step adds the same number of tokens to each sequence, padding included. Tokens are numbered from 0
-    in each sequence; token i is at position i - pads (padding has none) and lies in slot i % slots of a
+    in each sequence; token i is at position i - pads (padding has none) and is in slot i % slots of a
     layer. `truncate` removes the last tokens, a different number from each sequence if need be: `lengths` then
     differ, and the next tokens go to different slots. A layer with full attention has `context` slots; one
     with a sliding window has a ring of the window plus `rollback` slots, so that up to `rollback` tokens can be
@@ -40,7 +40,7 @@ class Cache:
     ) -> None:
         self.batch, self.context, self.rollback = batch, context, rollback
         self._lengths = [0] * batch
-        self._max_lengths = [0] * batch  # longest so far: rings have overwritten what lies too far before
+        self._max_lengths = [0] * batch  # longest so far: rings have overwritten what is too far before
         self._pads = torch.zeros(batch, dtype=torch.int64, device=device)
         self._new = self._pads[:, None]  # positions of the step's tokens, [batch, tokens]
         self._indices = self._new[0]  # their numbers: [tokens], or [batch, tokens] where lengths differ

@@ -19,7 +19,7 @@ __all__ = ["ChatTemplate"]
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """The keys of a message's reasoning; transformers fills the first two."""
 CONTENTS = ("tool_calls", "function_call")
-"""What a message holds besides content and reasoning."""
+"""The other keys of a message."""
 WHOLESALE = {"tojson", "items", "dictsort", "string", "pprint"}
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import overload
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moe_surgery.checkpoint.checkpoint import Checkpoint, TensorRef
 from moe_surgery.checkpoint.resolve import download_command
+from moe_surgery.checkpoint.source import Folder
 from moe_surgery.errors import OutputError, UsageError
 from moe_surgery.families import FAMILIES, AnyFamily, ModelSpec, ModelTensor, identify_model
 from moe_surgery.families.base import LayerNames, ProjectionNames
@@ -62,7 +63,7 @@ class OneLayer(Sequence[Layer]):
 
 
 def load_model(
-    path: str | os.PathLike[str],
+    path: PathLike | Folder,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     plan: Plan | PathLike | None = None,
@@ -72,7 +73,7 @@ def load_model(
     one_layer: bool = False,
     families: tuple[AnyFamily, ...] = FAMILIES,
 ) -> CausalLM:
-    """Load a checkpoint (folder, file, example or hub id in the local cache) to run it.
+    """Load a checkpoint (folder, file, example, hub id in the local cache, or `Folder`) to run it.
 
     On the CPU weights are views of the mapped files: loading reads only headers. To other devices they are
     copied tensor by tensor, so host memory stays bounded. MXFP4 experts stay packed
@@ -83,7 +84,8 @@ def load_model(
     `top_k` replaces the plan's or the model's number of experts per token; it may be larger, up to the experts
     of a layer (a layer with fewer uses all of them). With `one_layer` a layer is mapped, or copied to the
     device, when `CausalLM.layers` is indexed, and released for the next one: for passes that take all texts
-    through one layer at a time. `families` are the supported model families.
+    through one layer at a time (files that cannot be mapped stay open as long as the model). `families` are the
+    model families to recognise.
 
     Raises InvalidInputError or OutputError for the checkpoint, PlanMismatchError for a plan of
     another model, UsageError for an unknown device, dtype or backend, a top-k outside 1 to the
@@ -95,7 +97,8 @@ def load_model(
         raise UsageError(f"`dtype` {dtype}: choose one of {', '.join(map(str, DTYPES))}")
     chosen_backend = select_backend(torch_device, backend)
     compute_dtype = chosen_backend.dtype if dtype is None else dtype
-    with Checkpoint.open(path) as checkpoint:
+    with ExitStack() as stack:
+        checkpoint = stack.enter_context(Checkpoint.open(path))
         _check_on_disk(checkpoint)
         spec = identify_model(checkpoint, families)
         spec.require_description()
@@ -106,9 +109,12 @@ def load_model(
             check_top_k(top_k, spec.experts, f"{path} has")
         if not one_layer:
             check_memory(torch_device, spec)
-        return _assemble(
+        model = _assemble(
             checkpoint, spec, plan, top_k, torch_device, compute_dtype, chosen_backend, one_layer
         )
+        if one_layer and any(shard.source.map() is None for shard in checkpoint.shards.values()):
+            stack.pop_all()  # layers are yet to be read
+        return model
 
 
 def _check_on_disk(checkpoint: Checkpoint) -> None:

@@ -60,7 +60,7 @@ class Text:
     def encode(self, text: str) -> list[int]:
         """Token ids; special tokens written out in `text` become those tokens.
 
-        Raises UsageError for lone surrogates, which stand for bytes that are not UTF-8.
+        Raises UsageError for lone surrogates, which represent bytes that are not UTF-8.
         """
         try:
             text.encode()

@@ -42,8 +42,8 @@ def view(
 
     Weights are shared with `model`, which does not change; only the router's rows in plan order and an expert
     map are new, a few kilobytes per layer. `plan` may be the path of a plan file; without one all experts stay.
-    `top_k` may exceed the model's; a layer with fewer experts uses all of them. `name` stands for the model in
-    error messages.
+    `top_k` may exceed the model's; a layer with fewer experts uses all of them. Error messages call the
+    model `name`.
 
     Raises PlanMismatchError for a plan of another model, or one that keeps an expert which `model`, itself a
     view, leaves out; UsageError for a top-k below 1.

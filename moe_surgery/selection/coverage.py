@@ -17,17 +17,23 @@ COVERAGE_OVER = ("worst", "mean")
 
 
 def coverage(
-    layers: Sequence[ExpertStatistics], orders: Sequence[Sequence[int]] | None = None
+    layers: Sequence[ExpertStatistics], orders: Sequence[Sequence[int]] | None = None, of: str = "gate"
 ) -> npt.NDArray[np.float64]:
     """Share of the routing weight (sum of g) of the first n experts: [layers, experts], n = column + 1.
 
-    `orders` ranks each layer's experts; by default they are ordered by that weight. Raises
-    InvalidInputError where a layer has no routed tokens.
+    `orders` ranks each layer's experts; by default they are ordered by that weight. `of` "count" is the share of
+    routed tokens instead. Raises
+    InvalidInputError where a layer has no routed tokens, or the routing weights are not known.
     """
     shares = []
     for number, layer in enumerate(layers):
-        ranked = order(layer.gate) if orders is None else orders[number]
-        carried = np.cumsum(layer.gate[list(ranked)])
+        if of not in layer.known:
+            raise InvalidInputError(
+                "these statistics have no routing weights, only counts of tokens; files of `profile` have both"
+            )
+        weight = layer.of(of).astype(np.float64)
+        ranked = order(weight) if orders is None else orders[number]
+        carried = np.cumsum(weight[list(ranked)])
         if not carried[-1] > 0:
             raise InvalidInputError(f"the statistics have no routed tokens in layer {number}")
         shares.append(carried / carried[-1])  # exactly 1 from the last expert with any weight on

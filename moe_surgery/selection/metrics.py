@@ -9,9 +9,18 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_surgery.errors import UsageError
-from moe_surgery.selection.statistics import ExpertStatistics
+from moe_surgery.selection.statistics import PROFILED, ExpertStatistics
 
-__all__ = ["METRICS", "order", "score", "super_experts"]
+__all__ = [
+    "METRICS",
+    "NEEDS",
+    "PROFILED_METRICS",
+    "check_metric",
+    "metrics_from",
+    "order",
+    "score",
+    "super_experts",
+]
 
 Floats = npt.NDArray[np.float64]
 
@@ -22,27 +31,76 @@ def _mean(total: Floats, count: npt.NDArray[np.int64]) -> Floats:
 
 
 def _norm_of_mean(s: ExpertStatistics) -> Floats:
-    return np.asarray(np.linalg.norm(_mean(s.output.T, s.count).T, axis=1))
+    return np.asarray(np.linalg.norm(_mean(s.of("output").T, s.count).T, axis=1))
 
 
-# With T_j the tokens that chose expert j, g their routing weight, f its output:
+# With T_j the tokens that chose expert j, g their routing weight, f its output, x the input of its down projection:
 METRICS: Mapping[str, Callable[[ExpertStatistics], Floats]] = MappingProxyType(
     {
         "frequency": lambda s: s.count.astype(np.float64),  # |T_j|
-        "gate": lambda s: s.gate,  # sum of g ("weighted expert frequency" in Cerebras REAP's code)
-        "ean_sum": lambda s: s.norm,  # sum of |f| (expert activation norm, REAP's code)
-        "ean_mean": lambda s: _mean(s.norm, s.count),  # mean of |f|
-        "weighted_ean": lambda s: s.weighted_norm,  # sum of g |f|
-        "reap": lambda s: _mean(s.weighted_norm, s.count),  # mean of g |f| (arXiv 2510.13999)
+        "gate": lambda s: s.of("gate"),  # sum of g ("weighted expert frequency" in Cerebras REAP's code)
+        "ean_sum": lambda s: s.of("norm"),  # sum of |f| (expert activation norm, REAP's code)
+        "ean_mean": lambda s: _mean(s.of("norm"), s.count),  # mean of |f|
+        "weighted_ean": lambda s: s.of("weighted_norm"),  # sum of g |f|
+        "reap": lambda s: _mean(s.of("weighted_norm"), s.count),  # mean of g |f| (arXiv 2510.13999)
         "ean_ca": _norm_of_mean,  # |mean of f|
+        "rms_count": lambda s: np.sqrt(s.of("down_input") * s.count),  # |T_j| times the RMS of |x|
+        "energy": lambda s: s.of("energy"),  # sum of |f|^2, if channels are uncorrelated
     }
 )
 
+NEEDS: Mapping[str, str] = MappingProxyType(
+    {
+        "frequency": "count",
+        "gate": "gate",
+        "ean_sum": "norm",
+        "ean_mean": "norm",
+        "weighted_ean": "weighted_norm",
+        "reap": "weighted_norm",
+        "ean_ca": "output",
+        "rms_count": "down_input",
+        "energy": "energy",
+    }
+)
+"""The statistic that each metric needs, besides the counts."""
 
-def score(metric: str, layers: Sequence[ExpertStatistics]) -> list[Floats]:
-    """Scores float64 [experts] per layer. An expert that no token chose scores 0. Raises UsageError."""
+
+def metrics_from(known: Sequence[str]) -> tuple[str, ...]:
+    """The metrics that the statistics `known` allow."""
+    return tuple(metric for metric in METRICS if NEEDS[metric] in known)
+
+
+PROFILED_METRICS = metrics_from(PROFILED)
+"""Those that statistics of `profile` allow."""
+
+
+def check_metric(metric: str, known: Sequence[str]) -> None:
+    """Raise UsageError for an unknown metric, and for one that the statistics `known` do not allow."""
     if metric not in METRICS:
         raise UsageError(f"`metric` {metric}: unknown; known: {', '.join(METRICS)}")
+    if NEEDS[metric] not in known:
+        raise UsageError(
+            f"`metric` {metric}: needs {_WORDS[NEEDS[metric]]}, which these statistics do not have; choose one of "
+            f"{', '.join(metrics_from(known))}"
+        )
+
+
+_WORDS = {
+    "gate": "routing weights",
+    "norm": "norms of the experts' outputs",
+    "weighted_norm": "norms of the experts' outputs and routing weights",
+    "output": "the experts' outputs",
+    "down_input": "inputs of the down projections (of an importance matrix)",
+    "energy": "energies (an importance matrix and the model's weights)",
+}
+
+
+def score(metric: str, layers: Sequence[ExpertStatistics]) -> list[Floats]:
+    """Scores float64 [experts] per layer. An expert that no token chose scores 0.
+
+    Raises UsageError for an unknown metric, and one that the statistics do not allow.
+    """
+    check_metric(metric, layers[0].known if layers else tuple(NEEDS.values()))
     return [METRICS[metric](layer) for layer in layers]
 
 
@@ -56,8 +114,13 @@ def super_experts(layers: Sequence[ExpertStatistics]) -> list[set[int]]:
 
     With A the peaks of all layers and experts: those above max(quantile 0.995 of A, max(A) / 10), in
     the first three quarters of the layers. They must not be dropped, regardless of their score.
+    Raises UsageError for statistics without peaks.
     """
-    peaks = np.stack([layer.peak for layer in layers])
+    if any(layer.peak is None for layer in layers):
+        raise UsageError(
+            "`protect_super_experts` needs peaks of the experts' outputs; only `profile` measures them"
+        )
+    peaks = np.stack([layer.of("peak") for layer in layers])
     threshold = max(float(np.quantile(peaks, 0.995)), float(peaks.max()) / 10)
     last = int(len(layers) * 0.75)
     return [

@@ -134,12 +134,14 @@ class Plan:
         layers: int,
         checkpoint: str,
         numbers: tuple[int, ...] | None = None,
+        *,
+        also: Sequence[str] = (),
     ) -> None:
         """Raise PlanMismatchError unless the plan is for a model of this type and size; `checkpoint` names it.
 
-        `numbers` are the model's numbers of its MoE layers (default: from 0).
+        `numbers` are the model's numbers of its MoE layers (default: from 0), `also` further model types that fit.
         """
-        if not self.fits(model_type, experts, layers):
+        if not any(self.fits(name, experts, layers) for name in (model_type, *also)):
             raise PlanMismatchError(
                 f"the plan is for {self.model_type} with {self.num_layers} layers of {self.num_source_experts} "
                 f"experts, but {checkpoint} is {model_type} with {layers} layers of {experts}; make a plan for this "

@@ -23,7 +23,7 @@ def rank(
 
     `statistics` may be the path of a statistics file.
     `protect_super_experts` puts the outliers by REAP's rule first, regardless of their score. Raises
-    UsageError for an unknown metric, InvalidInputError for an unknown domain.
+    UsageError for an unknown metric or one that the statistics do not allow, InvalidInputError for an unknown domain.
     """
     statistics = as_statistics(statistics)
     layers = statistics.over(domains)
@@ -49,4 +49,5 @@ def rank(
             "protect_super_experts": protect_super_experts,
             "settings": statistics.settings,
         },
+        statistics.layer_numbers,
     )

@@ -31,7 +31,7 @@ from moe_surgery.surgery.program import (
 )
 from moe_surgery.surgery.routing import check_routing
 
-__all__ = ["compile_program"]
+__all__ = ["compile_program", "converted", "expert_span", "whole_span"]
 
 DEFAULT_SHARD_SIZE = 5 * 10**9
 # Reflink needs source and target offsets equal modulo the block size of the file system: nearly
@@ -133,7 +133,9 @@ def _outputs(model: ModelSpec, plan: Plan, target: ExpertFormat, *, dense: bool)
         if tensor.has_experts is dense:
             continue
         if tensor.layer is None or not tensor.has_experts:
-            yield OutputTensor(tensor.name, tensor.stored.dtype, tensor.shape, (Copy(_whole(tensor.stored)),))
+            yield OutputTensor(
+                tensor.name, tensor.stored.dtype, tensor.shape, (Copy(whole_span(tensor.stored)),)
+            )
         elif tensor.role is Role.EXPERT_WEIGHT:
             yield from _expert_weight(tensor, plan.layers[tensor.layer], target)
         else:
@@ -153,22 +155,22 @@ def _expert_weight(tensor: ModelTensor, kept: Sequence[int], target: ExpertForma
         for ref, target_tensor in zip(refs, stored, strict=True):
             yield _gathered(tensor.name + target_tensor.suffix, ref, kept)
         return
-    for target_tensor, parts in zip(stored, _converted(tensor, kept, target), strict=True):
+    for target_tensor, parts in zip(stored, converted(tensor, kept, target), strict=True):
         yield OutputTensor(
             tensor.name + target_tensor.suffix, target_tensor.dtype, (len(kept), *target_tensor.shape), parts
         )
 
 
-def _converted(
+def converted(
     tensor: ModelTensor, kept: Sequence[int], target: ExpertFormat
 ) -> Iterator[tuple[Decode, ...] | tuple[Cast, ...] | tuple[Encode, ...]]:
     """The kept experts in `target`, for each of its tensors."""
     _, rows, columns = tensor.shape
     stored, scales, source = tensor.stored, tensor.scales, tensor.format
     assert source is not None
-    values = [_slice(stored, e) for e in kept]
+    values = [expert_span(stored, e) for e in kept]
     if scales is not None:
-        pairs = zip(values, (_slice(scales, e) for e in kept), strict=True)
+        pairs = zip(values, (expert_span(scales, e) for e in kept), strict=True)
         yield tuple(Decode(b, s, rows, columns, target, stored.name) for b, s in pairs)
     elif target.packed:
         for is_scales in (False, True):
@@ -178,16 +180,16 @@ def _converted(
 
 
 def _gathered(name: str, ref: TensorRef, kept: Sequence[int]) -> OutputTensor:
-    spans = coalesce(_slice(ref, e) for e in kept)
+    spans = coalesce(expert_span(ref, e) for e in kept)
     return OutputTensor(name, ref.dtype, (len(kept), *ref.shape[1:]), tuple(map(Copy, spans)))
 
 
-def _whole(ref: TensorRef) -> Span:
+def whole_span(ref: TensorRef) -> Span:
     return Span(ref.shard, ref.offset, ref.nbytes)
 
 
-def _slice(ref: TensorRef, expert: int) -> Span:
-    return _whole(ref.rows(expert, 1))
+def expert_span(ref: TensorRef, expert: int) -> Span:
+    return whole_span(ref.rows(expert, 1))
 
 
 def _paired(tensors: Iterator[OutputTensor]) -> Iterator[Group]:

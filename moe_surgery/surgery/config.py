@@ -36,7 +36,8 @@ def output_config(
         return config
     source = dict(model.config)
     config = model.layout.hub_config(source) if model.layout.hub_config else source
-    dimensions = model.family.dimensions
+    family = model.described
+    dimensions = family.dimensions
     for dimension, value in (("experts", experts), ("top_k", top_k)):
         key = dimensions[dimension]
         for name in (*key.keys, *key.unread):
@@ -44,13 +45,13 @@ def output_config(
                 config[name] = value
         if not any(name in config for name in key.keys):
             config = _inserted(config, key.keys[0], value)
-    tied = model.family.tied_key
+    tied = family.tied_key
     if tied and config.get(tied) and any(t.role is Role.UNEMBEDDING for t in model.tensors):
         config[tied] = False  # transformers uses a stored unembedding anyway, other programs do not
     if not expert_format.packed:
         config.pop(QUANTIZATION, None)
     elif QUANTIZATION not in config:
-        config = _inserted(config, QUANTIZATION, dict(model.family.quantization_config))
+        config = _inserted(config, QUANTIZATION, dict(family.quantization_config))
     return config
 
 

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from moe_surgery.checkpoint.shard import Shard
+from moe_surgery.checkpoint.shard import OpenFile
 from moe_surgery.engine.chunks import PartSlice
 from moe_surgery.engine.mapped_regions import MappedRegions
 from moe_surgery.errors import InvalidInputError
@@ -19,7 +19,7 @@ from moe_surgery.formats.expert_format import BF16, ExpertFormat
 from moe_surgery.surgery.encoded_scales import EncodedScales
 from moe_surgery.surgery.program import Cast, Decode, Encode
 
-__all__ = ["Conversions"]
+__all__ = ["Conversions", "strips"]
 
 GROUP = mxfp4.BLOCK_VALUES
 
@@ -27,7 +27,7 @@ GROUP = mxfp4.BLOCK_VALUES
 class Conversions:
     """The converted parts of one output shard. `fill` may run in several threads, in any order."""
 
-    def __init__(self, sources: Mapping[str, Shard]) -> None:
+    def __init__(self, sources: Mapping[str, OpenFile]) -> None:
         self._shards = sources
         self._lock = threading.Lock()
         self._regions = MappedRegions(sources)
@@ -59,7 +59,7 @@ class Conversions:
             groups = part.columns // GROUP
             blocks = raw.reshape(part.rows, groups, mxfp4.BLOCK_BYTES)
             scales = raw_scales.reshape(part.rows, groups)
-            for first, last, skip, target in _strips(start, out, strip):
+            for first, last, skip, target in strips(start, out, strip):
                 columns = blocks[:, first:last], scales[:, first:last]
                 if skip is None and part.target == BF16:
                     mxfp4.decode_transposed(*columns, target.view(np.uint16).reshape(-1, part.rows))
@@ -72,7 +72,7 @@ class Conversions:
         """Bytes [start, start + len(out)), read into temporary memory."""
         width = part.source.block_bytes
         shard = self._shards[part.values.shard]
-        for first, last, skip, target in _strips(start, out, part.target.block_bytes):
+        for first, last, skip, target in strips(start, out, part.target.block_bytes):
             raw = np.empty((last - first) * width, np.uint8)
             shard.read_into(part.values.offset + first * width, raw.data)
             values = self._in_format(convert.words_of(raw, part.source), part.source, part)
@@ -98,7 +98,7 @@ class Conversions:
         begins = -(-start // row), -(-(start + len(out)) // row)  # the rows that begin here
         with self._scales.claim(part, *begins), self._regions.open(part.values) as raw:
             values = convert.words_of(raw, part.source).reshape(part.columns, part.rows)
-            for first, last, skip, target in _strips(start, out, row):
+            for first, last, skip, target in strips(start, out, row):
                 shape = (last - first, groups, mxfp4.BLOCK_BYTES)
                 scales = np.empty((last - first, groups), np.uint8)
                 blocks = np.empty(shape, np.uint8) if skip is not None else target.reshape(shape)
@@ -137,7 +137,7 @@ class Conversions:
             ) from None
 
 
-def _strips(
+def strips(
     start: int, out: npt.NDArray[np.uint8], unit: int
 ) -> Iterator[tuple[int, int, int | None, npt.NDArray[np.uint8]]]:
     """Cover bytes [start, start + len(out)) by whole units: (first, last, skip, target).

@@ -6,22 +6,34 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moe_surgery.engine.spans import Span
 from moe_surgery.formats import mxfp4
-from moe_surgery.surgery.program import Encode
 
-__all__ = ["EncodedScales"]
+__all__ = ["EncodedScales", "PackedPart"]
 
 _MISSING: Final = 0
 _CLAIMED: Final = 1
 _READY: Final = 2
 _MOST_ROW_BYTES: Final = 1 << 21
 """Bytes of blocks that `consume` encodes at a time."""
+
+
+class PackedPart(Protocol):
+    """Blocks or scales of a weight [rows, columns] that is made from `values`."""
+
+    @property
+    def values(self) -> Span: ...
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def columns(self) -> int: ...
 
 
 @dataclass(slots=True)
@@ -47,7 +59,7 @@ class EncodedScales:
         self._consumed: set[Span] = set()
 
     @contextmanager
-    def claim(self, part: Encode, first: int, last: int) -> Iterator[None]:
+    def claim(self, part: PackedPart, first: int, last: int) -> Iterator[None]:
         """Claim rows [first, last) while the caller encodes and `put`s them; the others are released at the end."""
         with self._changed:
             weight = self._weight(part)
@@ -64,7 +76,7 @@ class EncodedScales:
                     rows[ours & (rows == _CLAIMED)] = _MISSING
                     self._changed.notify_all()
 
-    def put(self, part: Encode, first: int, scales: NDArray[np.uint8]) -> None:
+    def put(self, part: PackedPart, first: int, scales: NDArray[np.uint8]) -> None:
         """Keep scales u8 [n, groups] of rows [first, first + n) until they are consumed."""
         with self._changed:
             weight = self._weight(part)
@@ -75,7 +87,7 @@ class EncodedScales:
 
     def consume(
         self,
-        part: Encode,
+        part: PackedPart,
         start: int,
         out: NDArray[np.uint8],
         encode: Callable[[int, int], None],
@@ -107,13 +119,13 @@ class EncodedScales:
             run = int(breaks[0]) + 1 if breaks.size else missing.size
             encode(begin, begin + min(run, most))
 
-    def _count(self, part: Encode, weight: _Weight, nbytes: int) -> None:
+    def _count(self, part: PackedPart, weight: _Weight, nbytes: int) -> None:
         weight.unconsumed -= nbytes
         if not weight.unconsumed:
             del self._weights[part.values]
             self._consumed.add(part.values)
 
-    def _weight(self, part: Encode) -> _Weight | None:
+    def _weight(self, part: PackedPart) -> _Weight | None:
         """The weight's entry, created if missing; None if all of its scales have been consumed."""
         if part.values in self._consumed:
             return None

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from moe_surgery.checkpoint.checkpoint import Checkpoint
+from moe_surgery.checkpoint.checkpoint import Checkpoint, TensorRef
+from moe_surgery.checkpoint.shard import OpenFile
 from moe_surgery.errors import UsageError
-from moe_surgery.families.base import CatalogFamily, Role
-from moe_surgery.families.model_spec import ModelSpec
+from moe_surgery.families.base import Family, Role
+from moe_surgery.families.model_spec import ModelSpec, ModelTensor
 from moe_surgery.formats.expert_format import AS_STORED, BF16, MXFP4, ExpertFormat
 
-__all__ = ["MEMORY_SIZES_GB", "Inspection", "Size", "inspect_checkpoint"]
+if TYPE_CHECKING:
+    from moe_surgery.checkpoint.gguf.model_file import GgufModel, GgufTensor
+
+__all__ = ["MEMORY_SIZES_GB", "Inspection", "Size", "inspect_checkpoint", "part_of"]
 
 MEMORY_SIZES_GB = (8, 16, 24)
 _PARTS = {
@@ -145,11 +151,13 @@ class Inspection:
         return {"expert_storage" if key == "expert_format" else key: value for key, value in values.items()}
 
 
-def inspect_checkpoint(checkpoint: Checkpoint, model: ModelSpec) -> Inspection:
+def inspect_checkpoint(checkpoint: Checkpoint | GgufModel, model: ModelSpec) -> Inspection:
     """The numbers that `moe-surgery inspect` shows for an open checkpoint."""
-    sizes = tuple(_size(model, n) for n in range(1, model.experts + 1))
+    sizes = _sizes(model)
     dtypes: Counter[str] = Counter()
-    for ref in checkpoint.tensors.values():
+    shards: Mapping[str, OpenFile] = checkpoint.shards
+    tensors: Mapping[str, TensorRef | GgufTensor] = checkpoint.tensors
+    for ref in tensors.values():
         dtypes[ref.dtype] += ref.nbytes
     return Inspection(
         path=str(Path(checkpoint.path)),
@@ -164,22 +172,35 @@ def inspect_checkpoint(checkpoint: Checkpoint, model: ModelSpec) -> Inspection:
         active_parameters=model.active_parameters(),
         parameters_per_expert=model.expert_parameters(),
         tensors=len(checkpoint.tensors),
-        nbytes=checkpoint.nbytes,
+        nbytes=sum(ref.nbytes for ref in tensors.values()),
         dtypes=dict(sorted(dtypes.items())),
         parts=_parts(model),
-        shards={name: shard.nbytes for name, shard in sorted(checkpoint.shards.items())},
+        shards={name: shard.nbytes for name, shard in sorted(shards.items())},
         sizes=sizes,
         notes=model.notes,
         layer_numbers=model.layer_numbers,
         dense_layers=model.dimensions.get("hidden_layers", model.layers) - model.layers,
         mtp_layers=model.mtp_layers,
         groups=None if model.grouping is None else (model.grouping.groups, model.grouping.used),
-        routing=model.family.routing if isinstance(model.family, CatalogFamily) else ROUTING,
-        convertible=not isinstance(model.family, CatalogFamily),
+        routing=ROUTING if isinstance(model.family, Family) else model.family.routing,
+        convertible=isinstance(model.family, Family),
     )
 
 
-def _size(model: ModelSpec, experts: int) -> Size:
+def _sizes(model: ModelSpec) -> tuple[Size, ...]:
+    """The model with n = 1..E experts. Each expert adds the same, which is exact and takes two passes, not E."""
+    none, one = _totals(model, 0), _totals(model, 1)
+    each = model.expert_parameters()
+    sizes = []
+    for n in range(1, model.experts + 1):
+        parameters, weights, other = (a + n * (b - a) for a, b in zip(none, one, strict=True))
+        active = parameters - (n - min(model.top_k, n)) * each
+        sizes.append(Size(n, parameters, active, weights, other))
+    return tuple(sizes)
+
+
+def _totals(model: ModelSpec, experts: int) -> tuple[int, int, int]:
+    """Parameters, those in expert weights whose bytes depend on their format, and the bytes of everything else."""
     other = weights = 0
     copied = AS_STORED._replace(label=model.expert_format.label)
     for tensor in model.tensors:
@@ -187,12 +208,17 @@ def _size(model: ModelSpec, experts: int) -> Size:
             weights += tensor.share(tensor.parameters, model.experts, experts)
         else:
             other += tensor.share(tensor.nbytes, model.experts, experts)
-    return Size(experts, model.parameters(experts), model.active_parameters(experts), weights, other)
+    return model.parameters(experts), weights, other
 
 
 def _parts(model: ModelSpec) -> dict[str, int]:
     """Stored bytes by part, largest first."""
     parts: Counter[str] = Counter()
     for tensor in model.tensors:
-        parts[MTP if tensor.mtp else _PARTS[tensor.role]] += tensor.nbytes
+        parts[part_of(tensor)] += tensor.nbytes
     return dict(parts.most_common())
+
+
+def part_of(tensor: ModelTensor) -> str:
+    """The part of the model that a tensor belongs to."""
+    return MTP if tensor.mtp else _PARTS[tensor.role]

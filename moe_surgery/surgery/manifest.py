@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 import xxhash
 
 from moe_surgery.checkpoint.files import printable_path, read_small_file
+from moe_surgery.checkpoint.source import Folder, read_optional
 from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.checkpoint.text import describe_value, printable
 from moe_surgery.errors import InvalidInputError, OutputError, VerificationError
@@ -22,15 +23,18 @@ from moe_surgery.version import __version__
 
 if TYPE_CHECKING:
     from moe_surgery.engine.run import WrittenFile
+    from moe_surgery.surgery.gguf.program import GgufPruneProgram
     from moe_surgery.surgery.program import OutputShard, Program
 
 __all__ = [
     "FileRecord",
     "Manifest",
     "TensorRecord",
+    "find_manifest",
     "is_ours",
     "load_manifest",
     "manifest_bytes",
+    "provenance_of",
     "shard_record",
     "with_file",
 ]
@@ -65,7 +69,8 @@ class FileRecord:
 class Manifest:
     """The parsed manifest. `expert_format` is that of the output.
 
-    `origin` holds the unchecked entries on the source, apart from its files.
+    `origin` holds the unchecked entries on the source, apart from its files; `repair` those on repaired tensors,
+    None where there are none.
     """
 
     plan: Plan
@@ -74,6 +79,27 @@ class Manifest:
     files: Mapping[str, FileRecord]
     tool: str
     origin: Mapping[str, object] = field(default_factory=dict)
+    repair: Mapping[str, object] | None = None
+
+    @property
+    def repaired(self) -> tuple[str, ...]:
+        """The tensors that differ from the source."""
+        names = (self.repair or {}).get("tensors")
+        return tuple(n for n in names if isinstance(n, str)) if isinstance(names, list) else ()
+
+    @property
+    def provenance(self) -> dict[str, object]:
+        """See `provenance_of`."""
+        return provenance_of(self.plan, self.repair)
+
+
+def provenance_of(plan: Plan, repair: Mapping[str, object] | None) -> dict[str, object]:
+    """The plan's provenance, for a repaired checkpoint with a digest of its repair: models that differ in either are
+    different ones."""
+    if not repair:
+        return dict(plan.provenance)
+    content = json.dumps(repair, sort_keys=True).encode()
+    return {**plan.provenance, "repair": xxhash.xxh3_128_hexdigest(content)}
 
 
 def shard_record(shard: OutputShard, written: WrittenFile) -> FileRecord:
@@ -86,7 +112,9 @@ def shard_record(shard: OutputShard, written: WrittenFile) -> FileRecord:
 
 
 def manifest_bytes(
-    program: Program, files: Mapping[str, FileRecord], conversion: Mapping[str, object] | None
+    program: Program | GgufPruneProgram,
+    files: Mapping[str, FileRecord],
+    conversion: Mapping[str, object] | None,
 ) -> bytes:
     """The manifest of a finished output; the same program and bytes give the same manifest.
 
@@ -104,6 +132,7 @@ def manifest_bytes(
         "expert_storage": program.expert_format.name,
         "conversion": conversion,
         "plan": program.plan.as_dict(),
+        **({"repair": repair} if (repair := getattr(program, "repair", None)) else {}),
         "files": dict(sorted(files.items())),
     }
     return _sealed(document)
@@ -156,6 +185,22 @@ def is_ours(folder: Path) -> bool:
     return isinstance(root, dict) and root.get("format") == MANIFEST_FORMAT
 
 
+def find_manifest(files: Folder) -> Manifest | None:
+    """The manifest of the checkpoint in `files`, None where there is none, or one of another program.
+
+    Raises as `load_manifest` for a manifest of this package.
+    """
+    raw = read_optional(files, MANIFEST_NAME, limit=MAX_BYTES, what="a manifest")
+    where = printable_path(files.path / MANIFEST_NAME)
+    try:
+        root = None if raw is None else parse_json(raw, where=where, allow_floats=True)
+    except InvalidInputError:
+        return None
+    if raw is None or not isinstance(root, dict) or root.get("format") != MANIFEST_FORMAT:
+        return None
+    return _checked(raw, root, where)
+
+
 def load_manifest(path: Path) -> Manifest:
     """Read and check a manifest.
 
@@ -167,6 +212,11 @@ def load_manifest(path: Path) -> Manifest:
     root = parse_json(raw, where=where, allow_floats=True)
     if not isinstance(root, dict) or root.get("format") != MANIFEST_FORMAT:
         raise InvalidInputError(f"{where}: not a manifest of moe-surgery")
+    return _checked(raw, root, where)
+
+
+def _checked(raw: bytes, root: Mapping[str, object], where: str) -> Manifest:
+    """The manifest parsed from `raw` as `root`; raises as `load_manifest`."""
     if root.get("version") != VERSION:
         raise InvalidInputError(f"{where}: manifest version {str(root.get('version'))[:20]} is not supported")
     digest = str(root.get("digest"))
@@ -205,6 +255,7 @@ def _parsed(root: Mapping[str, object], where: str) -> Manifest:
         files,
         f"{_get(tool, 'name', str)} {_get(tool, 'version', str)}",
         {key: value for key, value in origin.items() if key not in ("layout", "files")},
+        _get(root, "repair", dict) if "repair" in root else None,
     )
 
 

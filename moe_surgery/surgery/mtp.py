@@ -2,7 +2,8 @@
 
 config.json has one number of experts for all layers, so these layers must have it too. Nothing is measured on
 them when texts are profiled; their experts are therefore chosen by the L2 norm of their router rows, which is
-a guess: a large row makes large logits, so the expert is chosen often.
+a guess: a large row makes large logits, so the expert is chosen often. Of a GGUF file whose routers are quantised
+the first experts stay.
 """
 
 from __future__ import annotations
@@ -11,21 +12,29 @@ import struct
 from array import array
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from moe_surgery.checkpoint.checkpoint import Checkpoint, TensorRef
 from moe_surgery.errors import PlanMismatchError, UsageError
-from moe_surgery.families.base import Role
-from moe_surgery.families.model_spec import ModelSpec
+from moe_surgery.families.base import GgufFamily, Role
+from moe_surgery.families.model_spec import ModelSpec, ModelTensor
 from moe_surgery.selection.plan import Plan
+
+if TYPE_CHECKING:
+    from moe_surgery.checkpoint.gguf.model_file import GgufModel
 
 __all__ = ["MTP_CHOICES", "choose_mtp", "mtp_notes"]
 
 MTP_CHOICES: Final = ("keep", "drop")
+_READABLE: Final = ("BF16", "F16", "F32")
 
 
 def choose_mtp(
-    checkpoint: Checkpoint, model: ModelSpec, plan: Plan, top_k: int, mtp: str | None = None
+    checkpoint: Checkpoint | GgufModel,
+    model: ModelSpec,
+    plan: Plan,
+    top_k: int,
+    mtp: str | None = None,
 ) -> Plan:
     """`plan` with the experts of each MTP layer of `model`; itself where there are none.
 
@@ -59,11 +68,7 @@ def choose_mtp(
                 f"{len(model.mtp_layers)}, and each must keep {kept} experts like the other layers"
             )
         return plan
-    routers = [
-        t.stored
-        for t in model.tensors
-        if t.mtp and t.role is Role.ROUTER and len(t.shape) == 2 and not t.axis
-    ]
+    routers = _routers(model)
     if kept == model.experts:
         return replace(plan, mtp_layers=(tuple(range(kept)),) * len(routers))
     return replace(
@@ -84,28 +89,46 @@ def mtp_notes(model: ModelSpec, plan: Plan) -> list[str]:
     if len(plan.mtp_layers[0]) == model.experts:
         return []
     names = ", ".join(model.mtp_layers)
+    which = "the first experts" if _by_number(model) else "the experts with the largest router rows"
     return [
-        f"{names} (multi-token prediction) keeps the experts with the largest router rows, as no statistics "
+        f"{names} (multi-token prediction) keeps {which}, as no statistics "
         "exist for it; the model's output does not depend on it, the speed of speculative decoding does "
         "(`mtp` drop leaves it out)"
     ]
 
 
+def _routers(model: ModelSpec) -> list[TensorRef]:
+    """The router weights of MTP layers, layer by layer."""
+
+    def row(tensor: ModelTensor) -> int:
+        return tensor.layer or 0
+
+    found = (t for t in model.tensors if t.mtp and t.role is Role.ROUTER and len(t.shape) == 2 and not t.axis)
+    return [t.stored for t in sorted(found, key=row)]
+
+
+def _by_number(model: ModelSpec) -> bool:
+    """Whether the rows of a router cannot be read, so that the first experts stay."""
+    return isinstance(model.family, GgufFamily) and any(r.dtype not in _READABLE for r in _routers(model))
+
+
 def _largest(
-    checkpoint: Checkpoint, model: ModelSpec, router: TensorRef, kept: int, top_k: int
+    checkpoint: Checkpoint | GgufModel, model: ModelSpec, router: TensorRef, kept: int, top_k: int
 ) -> tuple[int, ...]:
-    norms = [sum(x * x for x in row) for row in _rows(checkpoint, router, model.experts)]
-    order = sorted(range(model.experts), key=lambda e: (-norms[e], e))
+    order = list(range(model.experts))
+    if not _by_number(model):
+        norms = [sum(x * x for x in row) for row in _rows(checkpoint, router, model.experts)]
+        order.sort(key=lambda e: (-norms[e], e))
     grouping = model.grouping
     if grouping is not None and grouping.problem_of_count(kept, top_k) is None:
         return tuple(sorted(grouping.best(order, kept)))
     return tuple(sorted(order[:kept]))
 
 
-def _rows(checkpoint: Checkpoint, router: TensorRef, experts: int) -> Iterator[array[float]]:
+def _rows(checkpoint: Checkpoint | GgufModel, router: TensorRef, experts: int) -> Iterator[array[float]]:
     """The rows of a router's weight as floats, one at a time. Raises UsageError for other dtypes."""
     source = checkpoint.shards[router.shard].source
-    if router.dtype not in ("BF16", "F16", "F32"):
+    if router.dtype not in _READABLE:
         raise UsageError(
             f"{checkpoint.where(router.name)}: cannot rank experts by rows of {router.dtype}; pass `mtp` drop, or "
             "a plan that lists the experts (mtp_layers)"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moe_surgery.checkpoint.checkpoint import CONFIG_NAME, Checkpoint
 from moe_surgery.checkpoint.files import printable_path
@@ -12,7 +14,10 @@ from moe_surgery.errors import OutputError, UsageError
 from moe_surgery.surgery.manifest import is_ours
 from moe_surgery.surgery.names import MANIFEST_NAME
 
-__all__ = ["check_output", "check_output_file"]
+if TYPE_CHECKING:
+    from moe_surgery.checkpoint.gguf.model_file import GgufModel
+
+__all__ = ["check_gguf_outputs", "check_output", "check_output_file", "checked_gguf_path"]
 
 
 def check_output(checkpoint: Checkpoint, out: str | os.PathLike[str], *, overwrite: bool) -> Path:
@@ -34,7 +39,36 @@ def check_output_file(checkpoint: Checkpoint, out: str | os.PathLike[str], *, ov
 
     Raises UsageError where `out` is a folder or inside the source; OutputError as `check_output`.
     """
-    target = _separate_path(checkpoint, out, "file")
+    return _checked_file(_separate_path(checkpoint, out, "file"), overwrite)
+
+
+def checked_gguf_path(out: str | os.PathLike[str]) -> Path:
+    """The absolute path of an output that is to be a GGUF file.
+
+    Raises UsageError for a name that does not end in .gguf, OutputError where its folder does not exist.
+    """
+    target = _absolute(out, "file")
+    if target.suffix != ".gguf":
+        raise UsageError(f"{printable_path(target)}: the source is a GGUF file, so name the output OUT.gguf")
+    return target
+
+
+def check_gguf_outputs(model: GgufModel, targets: Sequence[Path], *, overwrite: bool) -> None:
+    """Check the paths of all files that are made of a GGUF model; they may lie beside it.
+
+    Raises UsageError where one is a file of the source or a folder; OutputError where the first one exists (or, with
+    `overwrite`, is not a regular file), or its folder is not writable.
+    """
+    sources = [shard.source.path for shard in model.shards.values()]
+    for target in targets:
+        if target.exists() and any(path is not None and os.path.samefile(target, path) for path in sources):
+            raise UsageError(f"{printable_path(target)}: is the source; choose another name")
+        if target.is_dir():
+            raise UsageError(f"{printable_path(target)}: is a folder; pass the name of a file")
+    _checked_file(targets[0], overwrite)
+
+
+def _checked_file(target: Path, overwrite: bool) -> Path:
     if target.is_dir():
         raise UsageError(f"{printable_path(target)}: is a folder; pass the name of a file")
     if os.path.lexists(target):
@@ -52,6 +86,14 @@ def check_output_file(checkpoint: Checkpoint, out: str | os.PathLike[str], *, ov
 
 def _separate_path(checkpoint: Checkpoint, out: str | os.PathLike[str], what: str) -> Path:
     """The absolute output path, which must not be, contain or be inside the source."""
+    target = _absolute(out, what)
+    for source in _source_folders(checkpoint):
+        _check_separate(target, source)
+    return target
+
+
+def _absolute(out: str | os.PathLike[str], what: str) -> Path:
+    """The absolute path of the output, a file or a folder, whose parent exists."""
     check_is_path(out)
     path = Path(out)
     if not path.name or path.name == "..":
@@ -59,10 +101,7 @@ def _separate_path(checkpoint: Checkpoint, out: str | os.PathLike[str], what: st
     parent = path.parent
     if not parent.is_dir():
         raise OutputError(f"{printable_path(parent)}: no such folder; create it first")
-    target = parent.resolve() / path.name
-    for source in _source_folders(checkpoint):
-        _check_separate(target, source)
-    return target
+    return parent.resolve() / path.name
 
 
 def _check_writable(folder: Path) -> None:

@@ -1,8 +1,8 @@
 """A `Program`: everything that surgery writes, as pure data.
 
-An output shard is a header and a list of tensors, a tensor a list of parts, and a part either copies
-source bytes or converts one expert's weights. A program can be printed, compared, resumed by its
-digest, executed (`run`) and compared with its result (`verify`).
+An output shard is a header and a list of tensors, a tensor a list of parts, and a part copies source bytes,
+converts one expert's weights, or holds new bytes of a small tensor. A program can be printed, compared, resumed by
+its digest, executed (`run`) and compared with its result (`verify`).
 """
 
 from __future__ import annotations
@@ -10,23 +10,27 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from typing import NamedTuple
 
 import xxhash
 
-from moe_surgery.engine.spans import Copy, Span
+from moe_surgery.engine.spans import Copy, Literal, Span
 from moe_surgery.formats.expert_format import ExpertFormat
 from moe_surgery.selection.plan import Plan
 
 __all__ = [
+    "AddLowRank",
     "Cast",
     "Decode",
     "Encode",
+    "Factor",
     "OutputShard",
     "OutputTensor",
     "Part",
     "Program",
     "Remap",
     "SourceFile",
+    "Update",
 ]
 
 
@@ -114,7 +118,91 @@ class Remap:
         return (self.values,)
 
 
-Part = Copy | Decode | Cast | Encode | Remap
+class Factor(NamedTuple):
+    """A matrix [rows, columns] within the values of `span`, stored in the dense format `stored_as`.
+
+    Element (i, j) is value `start` + i * `row_step` + j * `column_step`. `picked` lists the rows that are used, in
+    order; empty: all of them.
+    """
+
+    span: Span
+    stored_as: ExpertFormat
+    rows: int
+    columns: int
+    start: int
+    row_step: int
+    column_step: int
+    picked: tuple[int, ...] = ()
+
+    @property
+    def used_rows(self) -> int:
+        return len(self.picked) or self.rows
+
+    @property
+    def transposed(self) -> Factor:
+        assert not self.picked
+        return self._replace(
+            rows=self.columns, columns=self.rows, row_step=self.column_step, column_step=self.row_step
+        )
+
+    def rows_from(self, first: int, rows: int) -> Factor:
+        """Rows [first, first + rows)."""
+        assert not self.picked
+        return self._replace(rows=rows, start=self.start + first * self.row_step)
+
+
+class Update(NamedTuple):
+    """`scale` * up @ down, added to rows `first`, `first` + `step`, ... of a weight.
+
+    `up` is [number of those rows, rank], `down` [rank, columns of the weight]; None stands for ones [rank, columns].
+    """
+
+    up: Factor
+    down: Factor | None
+    scale: float
+    first: int = 0
+    step: int = 1
+
+    @property
+    def rank(self) -> int:
+        return self.up.columns
+
+
+@dataclass(frozen=True, slots=True)
+class AddLowRank:
+    """A weight [rows, columns] with `updates` of disjoint rows added: all of it, or its MXFP4 blocks or scales.
+
+    `values` holds the weight in `source`, with `scales` where that is MXFP4. Dense values are stored as
+    [columns, rows] where `transposed`, before and after. The sum is rounded to `target` once; MXFP4 scales are computed
+    along with the blocks.
+    """
+
+    values: Span
+    scales: Span | None
+    source: ExpertFormat
+    rows: int
+    columns: int
+    transposed: bool
+    updates: tuple[Update, ...]
+    target: ExpertFormat
+    holds_scales: bool
+    tensor: str
+
+    @property
+    def nbytes(self) -> int:
+        if self.target.packed:
+            return self.rows * self.columns // 32 * (1 if self.holds_scales else 16)
+        return self.target.nbytes(self.rows * self.columns)
+
+    @property
+    def spans_read(self) -> tuple[Span, ...]:
+        """Of the checkpoint; the adapter is small, and read for many parts."""
+        if self.holds_scales:
+            return ()
+        return (self.values,) if self.scales is None else (self.values, self.scales)
+
+
+Part = Copy | Decode | Cast | Encode | Remap | AddLowRank | Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +251,7 @@ class Program:
 
     `texts` are small files with their content, `copies` maps output names of side files to names in the
     source's folder (`Folder.open`). `expert_format` is that of the output, `origin` the manifest's
-    entries on the source, apart from its files.
+    entries on the source, apart from its files, `repair` its entry on repaired tensors, if any.
     """
 
     plan: Plan
@@ -176,6 +264,7 @@ class Program:
     parameters: int
     top_k: int
     origin: Mapping[str, object] = field(default_factory=dict)
+    repair: Mapping[str, object] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -200,6 +289,8 @@ class Program:
             state.update(repr((name, content)).encode())
         state.update(repr(sorted(self.copies.items())).encode())
         state.update(json.dumps([self.plan.as_dict(), dict(self.origin)], sort_keys=True).encode())
+        if self.repair is not None:
+            state.update(json.dumps(self.repair, sort_keys=True).encode())
         return state.hexdigest()
 
     def as_dict(self) -> dict[str, object]:

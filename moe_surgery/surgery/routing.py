@@ -5,10 +5,10 @@ from __future__ import annotations
 import warnings
 
 from moe_surgery.errors import CheckpointWarning, PlanMismatchError
-from moe_surgery.families.base import CatalogFamily
+from moe_surgery.families.base import Family, GgufFamily
 from moe_surgery.families.model_spec import ModelSpec
 from moe_surgery.selection.plan import Plan
-from moe_surgery.surgery.serving import fast_counts
+from moe_surgery.surgery.serving import LLAMA_CPP_COUNTS, fast_counts
 
 __all__ = ["check_routing", "nearest_count", "offered_count", "problem_of_count", "rounded_count"]
 
@@ -42,19 +42,19 @@ def rounded_count(model: ModelSpec, kept: int) -> int:
 def offered_count(model: ModelSpec, kept: int) -> int:
     """`rounded_count`, with a CheckpointWarning that names counts next to it which are served faster.
 
-    Only for families of the catalogue.
+    Not for families with a full description.
     """
     count = rounded_count(model, kept)
-    if isinstance(model.family, CatalogFamily) and 1 <= count <= model.experts:
-        near = [
-            n
-            for n in fast_counts(model.model_type, count, model.experts)
-            if problem_of_count(model, n, model.top_k) is None
-        ]
+    gguf = isinstance(model.family, GgufFamily)
+    if gguf and model.grouping is not None:
+        return count  # llama.cpp has no fused router with groups
+    if not isinstance(model.family, Family) and 1 <= count <= model.experts:
+        fast = fast_counts(model.model_type, count, model.experts, LLAMA_CPP_COUNTS if gguf else None)
+        near = [n for n in fast if problem_of_count(model, n, model.top_k) is None]
         if near:
             warnings.warn(
-                f"serving engines have no fused router for {count} experts; the nearest with one: "
-                + " and ".join(map(str, near)),
+                f"{'llama.cpp has' if gguf else 'serving engines have'} no fused router for {count} experts; the "
+                "nearest with one: " + " and ".join(map(str, near)),
                 CheckpointWarning,
                 stacklevel=2,
             )
@@ -62,11 +62,16 @@ def offered_count(model: ModelSpec, kept: int) -> int:
 
 
 def check_routing(model: ModelSpec, plan: Plan, top_k: int) -> None:
-    """Raise PlanMismatchError unless the pruned router chooses as the full one does among the kept experts."""
+    """Raise PlanMismatchError unless the pruned router chooses as the full one does among the kept experts.
+
+    Also for a model of which no expert can be dropped. A plan that changes nothing always passes.
+    """
     kept = len(plan.layers[0])
     unchanged = tuple(range(model.experts))
     if all(row == unchanged for row in (*plan.layers, *(plan.mtp_layers or ()))):
         return
+    if model.refusal is not None:
+        raise PlanMismatchError(model.refusal)
     if (problem := problem_of_count(model, kept, top_k)) is not None:
         near = nearest_count(model, kept, top_k)
         raise PlanMismatchError(f"{problem}; keep {near} experts, the nearest number that works")

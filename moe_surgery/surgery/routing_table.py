@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Mapping
 from typing import Final
 
-from moe_surgery.checkpoint.shard import Shard
+from moe_surgery.checkpoint.shard import OpenFile
 from moe_surgery.engine.chunks import PartSlice
 from moe_surgery.errors import InvalidInputError
 from moe_surgery.formats.encode_report import EncodeReport
@@ -50,7 +50,7 @@ def remapped(rows: array[int], part: Remap, where: str) -> array[int]:
 class RoutingTables:
     """The `Remap` parts of an output shard. `fill` may run in several threads, in any order."""
 
-    def __init__(self, sources: Mapping[str, Shard]) -> None:
+    def __init__(self, sources: Mapping[str, OpenFile]) -> None:
         self._shards = sources
 
     def report(self) -> EncodeReport:

@@ -10,6 +10,7 @@ import xxhash
 
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.checkpoint.fileops import FileOps
+from moe_surgery.checkpoint.shard import Shard
 from moe_surgery.checkpoint.staging import Staging
 from moe_surgery.checkpoint.writer import copy_file, remove_leftover, write_file
 from moe_surgery.engine.fetch import OnFetch, to_fetch
@@ -29,7 +30,8 @@ __all__ = ["Outcome", "run_program"]
 class Outcome:
     """The result of a run: bytes of shards written now and resumed from an earlier run, and shards resumed.
 
-    `conversion` reports conversion to MXFP4: blocks, inexact blocks and relative error; else None.
+    `conversion` reports conversion to MXFP4: blocks, inexact blocks and relative error; else None. With an adapter
+    merged into MXFP4 weights also `update_error`, the error relative to what the adapter adds.
     """
 
     bytes_written: int
@@ -49,9 +51,11 @@ def run_program(
     progress: OnBytes | None = None,
     on_fetch: OnFetch | None = None,
     ops: FileOps | None = None,
+    also: Mapping[str, Shard] | None = None,
 ) -> Outcome:
     """Write `program` to the new folder `out`. `progress` is called with bytes of shards processed,
-    `on_fetch` with what is left to be fetched over a network, before it is.
+    `on_fetch` with what is left to be fetched over a network, before it is. `also` are files that the program reads
+    beside the checkpoint's shards.
 
     `out` must have passed `check_output`. An interrupted run, and one whose source can no longer be reached,
     leaves its partial folder, and the next one resumes after the finished shards; on any other error nothing is left.
@@ -60,10 +64,11 @@ def run_program(
     during the run; OutputError, InvalidInputError for files that cannot be written or read.
     """
     ops = ops or FileOps()
-    salt = repr([s.stamp for _, s in sorted(checkpoint.shards.items())])
+    sources = {**checkpoint.shards, **(also or {})}
+    salt = repr([s.stamp for _, s in sorted(sources.items())])
     with Staging(out, program.digest(salt), ops) as staging:
         try:
-            job = _Run(program, checkpoint, staging, ops, progress or (lambda _: None))
+            job = _Run(program, checkpoint, sources, staging, ops, progress or (lambda _: None))
             return job.execute(overwrite, ignore_free_space, on_fetch)
         except NetworkError:
             raise
@@ -74,13 +79,20 @@ def run_program(
 
 class _Run:
     def __init__(
-        self, program: Program, checkpoint: Checkpoint, staging: Staging, ops: FileOps, progress: OnBytes
+        self,
+        program: Program,
+        checkpoint: Checkpoint,
+        sources: Mapping[str, Shard],
+        staging: Staging,
+        ops: FileOps,
+        progress: OnBytes,
     ) -> None:
         self._program = program
         self._checkpoint = checkpoint
+        self._sources = sources
         self._staging = staging
         self._ops = ops
-        self._shards = FolderRun(staging, checkpoint.shards, ops, progress)
+        self._shards = FolderRun(staging, sources, ops, progress)
 
     def execute(self, overwrite: bool, ignore_free_space: bool, on_fetch: OnFetch | None) -> Outcome:
         shards = self._program.shards
@@ -96,7 +108,8 @@ class _Run:
         conversion = _conversion(f.report for f in finished.values())
         records = {s.name: shard_record(s, finished[s.name]) for s in (*resumed, *todo)}
         self._write_small_files(records, conversion)
-        self._checkpoint.check_unchanged()
+        for source in self._sources.values():
+            source.check_unchanged()
         self._staging.publish(overwrite=overwrite)
         return Outcome(
             sum(s.nbytes for s in todo),
@@ -144,4 +157,5 @@ def _conversion(reports: Iterable[EncodeReport]) -> dict[str, object] | None:
         "blocks": total.blocks,
         "inexact_blocks": total.inexact_blocks,
         "relative_error": float(f"{total.relative_error:.6g}"),
+        **({"update_error": float(f"{total.update_error:.6g}")} if total.update_sq else {}),
     }

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moe_surgery.checkpoint.additions import is_addition
 from moe_surgery.checkpoint.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint
 from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.checkpoint.files import printable_path
+from moe_surgery.checkpoint.gguf.resolve import is_gguf
 from moe_surgery.checkpoint.header import Header, read_header
 from moe_surgery.checkpoint.local_file import LocalFile, LocalFolder
 from moe_surgery.checkpoint.resolve import resolve
@@ -18,7 +19,7 @@ from moe_surgery.checkpoint.source import ByteSource, Folder
 from moe_surgery.checkpoint.text import printable
 from moe_surgery.engine.chunks import chunks_of_sizes, plain_chunks
 from moe_surgery.engine.digest import FileDigest, digest_chunks
-from moe_surgery.errors import MoeSurgeryError, OutputError
+from moe_surgery.errors import MoeSurgeryError, OutputError, UsageError
 from moe_surgery.families import FAMILIES, AnyFamily, identify_model
 from moe_surgery.progress import Counter, OnProgress
 from moe_surgery.surgery.findings import Findings
@@ -36,6 +37,7 @@ class Verification:
 
     `notes` are not problems, such as files that the manifest does not list. `side_files` are the files
     next to the shards that were edited, damaged or removed; `weights_ok` is True if nothing else is wrong.
+    `repaired` are the tensors that the manifest lists as repaired: unlike all others they differ from the source.
     """
 
     problems: tuple[str, ...]
@@ -45,6 +47,7 @@ class Verification:
     bytes_read: int
     side_files: tuple[str, ...] = ()
     weights_ok: bool = True
+    repaired: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -55,6 +58,7 @@ def verify_checkpoint(
     out: str | os.PathLike[str],
     *,
     source: str | os.PathLike[str] | Folder | None = None,
+    adapter: str | os.PathLike[str] | Folder | None = None,
     structure_only: bool = False,
     weights_only: bool = False,
     families: tuple[AnyFamily, ...] = FAMILIES,
@@ -64,21 +68,35 @@ def verify_checkpoint(
 
     Always: headers, index, and config against tensor shapes. Unless `structure_only`: the digest of
     every file and tensor against the manifest. With `source`: every output byte against the manifest's plan
-    applied to the source. With `weights_only` an edited or missing file next to
+    applied to the source, apart from tensors that were repaired; `adapter` is the one that was merged into it, without
+    which a note says how many tensors the merge changed. With `weights_only` an edited or missing file next to
     the shards (README.md, config.json, tokenizer) is a note, not a problem; config and index must still
     agree with the shards. Damage that the source had before the surgery cannot be detected. `families` are the model
-    families to recognise; `progress` is called with each `Progress`, in bytes.
+    families to recognise. `progress` is called with each `Progress`, in bytes.
+    `out` may be a GGUF file; see `gguf.verify.verify_gguf`.
 
     Raises OutputError where `out` is not a folder, or has no manifest and `structure_only` is off,
-    and any error of opening `source`.
+    UsageError for an `adapter` without a `source`, and any error of opening them.
     """
+    if adapter is not None and source is None:
+        raise UsageError("`adapter` needs `source`: the checkpoint that it was merged into")
+    if is_gguf(out):
+        from moe_surgery.surgery.gguf.verify import verify_gguf
+
+        if isinstance(source, Folder):
+            raise UsageError("`source` of a GGUF file must be one too, not a folder")
+        if adapter is not None:
+            raise UsageError(
+                "`adapter`: adapters are merged into folders of safetensors, not into GGUF files"
+            )
+        return verify_gguf(out, source=source, structure_only=structure_only, progress=progress)
     folder = resolve(out)
     if not folder.is_dir():
         raise OutputError(f"{printable_path(folder)}: is a file; pass the folder of the checkpoint")
     reads = 0 if structure_only else 2 if source is not None else 1
     total = reads * sum(entry.stat().st_size for entry in os.scandir(folder) if entry.is_file())
     counter = Counter(progress, "verify", total, "bytes")
-    return _Verifier(folder, families, counter.advance).run(source, structure_only, weights_only)
+    return _Verifier(folder, families, counter.advance).run(source, adapter, structure_only, weights_only)
 
 
 class _Verifier:
@@ -93,7 +111,11 @@ class _Verifier:
         self._tensors = 0
 
     def run(
-        self, source: str | os.PathLike[str] | Folder | None, structure_only: bool, weights_only: bool
+        self,
+        source: str | os.PathLike[str] | Folder | None,
+        adapter: str | os.PathLike[str] | Folder | None,
+        structure_only: bool,
+        weights_only: bool,
     ) -> Verification:
         manifest = self._manifest(needed=not structure_only or source is not None)
         self._structure()
@@ -109,7 +131,10 @@ class _Verifier:
         if source is not None and manifest is not None and not self._findings.problems:
             from moe_surgery.surgery.comparison import compare_with_source
 
-            compare_with_source(self._folder, source, manifest, self._families, self._findings)
+            manifest = replace(manifest, files={})  # as large as two headers, and no longer needed
+            compare_with_source(
+                self._folder, source, manifest, self._families, self._findings, adapter=adapter
+            )
         sound = not self._findings.problems
         (self._findings.notes if weights_only else self._findings.problems).extend(
             line for line in self._side_file_problems.values() if line not in self._findings.problems
@@ -122,6 +147,7 @@ class _Verifier:
             self._findings.bytes_read,
             tuple(self._side_file_problems),
             sound,
+            manifest.repaired if manifest else (),
         )
 
     def _manifest(self, *, needed: bool) -> Manifest | None:

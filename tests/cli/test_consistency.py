@@ -41,12 +41,24 @@ def test_dtype_is_what_is_computed_in_and_store_how_weights_are_stored() -> None
     assert {path for path in PATHS if "--store" in options(path)} == {
         ("plan",),
         ("prune",),
+        ("merge",),
         ("export",),
         ("bench", "surgery"),
     }
 
 
-WITHOUT_A_MODEL = {"stats merge", "stats show", "rank", "plan", "report", "bench kernels", "demo", "doctor"}
+WITHOUT_A_MODEL = {
+    "merge",
+    "stats merge",
+    "stats show",
+    "stats import",
+    "rank",
+    "plan",
+    "report",
+    "bench kernels",
+    "demo",
+    "doctor",
+}
 
 
 def arguments(path: tuple[str, ...]) -> list[click.Argument]:
@@ -54,18 +66,25 @@ def arguments(path: tuple[str, ...]) -> list[click.Argument]:
 
 
 def test_the_model_is_the_first_argument_of_every_command_that_reads_one() -> None:
-    """`plan` can do without one; there CKPT comes after the ranking."""
+    """`plan` can do without one; there CKPT comes after the ranking, and in `merge` after the adapter."""
     first = {" ".join(path): next(iter(arguments(path)), None) for path in PATHS}
     models = {name: a for name, a in first.items() if a is not None and a.human_readable_name[:4] == "CKPT"}
     assert set(first) - set(models) == WITHOUT_A_MODEL
     assert all(a.required and a.nargs == (-1 if name == "bench decode" else 1) for name, a in models.items())
     assert [a.human_readable_name for a in arguments(("plan",))] == ["[RANKING|STATS]", "[CKPT]"]
+    assert [a.human_readable_name for a in arguments(("merge",))] == ["ADAPTER", "CKPT", "OUT"]
 
 
 def test_an_option_takes_a_checkpoint_only_beside_the_model() -> None:
-    """The source to compare with, and the draft."""
+    """The source to compare with or to follow, the draft, and the model that imported counts are of."""
     second = {(" ".join(p), n) for p in PATHS for n, o in options(p).items() if o.metavar == "CKPT"}
-    assert second == {("verify", "--source"), ("generate", "--draft"), ("bench speculate", "--draft")}
+    assert second == {
+        ("verify", "--source"),
+        ("repair", "--source"),
+        ("generate", "--draft"),
+        ("bench speculate", "--draft"),
+        ("stats import", "--model"),
+    }
 
 
 def meaning(help_text: str) -> str:

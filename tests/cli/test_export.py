@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moe_surgery.checkpoint.resolve import resolve
-from tests.support.checkpoints import write_checkpoint
+from tests.support.checkpoints import Shape, write_checkpoint
 from tests.support.command import call
 
 Capture = pytest.CaptureFixture[str]
@@ -20,7 +20,8 @@ def test_the_embedded_model(tmp_path: Path, capsys: Capture) -> None:
     done = call(capsys, "export", "example:tiny", out, "--quiet")
     assert (done.code, done.err) == (0, "")
     assert done.out.startswith(
-        f"{out}: 32 experts, top-4, 11.0M parameters, 7.76 MB in 79 tensors (MXFP4 experts), "
+        f"{out}: 32 experts, top-4, 11.0M parameters, 7.76 MB in 79 tensors (MXFP4 experts, "
+        "BF16 attention and embeddings), "
     )
     assert out.stat().st_size == TINY_BYTES
 
@@ -37,6 +38,7 @@ def test_json(tmp_path: Path, capsys: Capture) -> None:
         "top_k": 4,
         "parameters": parameters,
         "expert_storage": "mxfp4",
+        "dense_storage": "bf16",
         "tensors": 79,
         "bytes_read": result["bytes_read"],
         "bytes_written": TINY_BYTES,
@@ -75,6 +77,24 @@ def test_bf16_to_mxfp4_reports_what_it_lost(tmp_path: Path, capsys: Capture) -> 
     assert "MXFP4: 0 of 1,536 blocks inexact, relative error 0" in done.err
     result = call(capsys, *arguments, "--overwrite", "--json").json()
     assert (result["conversion"]["blocks"], result["conversion"]["relative_error"]) == (1536, 0)
+
+
+def test_dense_matrices_as_q8_0(tmp_path: Path, capsys: Capture) -> None:
+    arguments = ("export", "example:tiny", tmp_path / "tiny.gguf", "--dense", "q8_0")
+    done = call(capsys, *arguments)
+    assert (done.code, done.err) == (0, "")
+    assert "(MXFP4 experts, Q8_0 attention and embeddings), " in done.out
+    result = call(capsys, *arguments, "--overwrite", "--json").json()
+    assert result["bytes_by_type"].keys() == {"Q8_0", "F32", "MXFP4"}
+    assert result["dense_storage"] == "q8_0"
+    assert result["bytes_written"] == (tmp_path / "tiny.gguf").stat().st_size < TINY_BYTES
+    narrow = write_checkpoint(tmp_path / "narrow", Shape(hidden=48, intermediate=40), "bf16")
+    done = call(capsys, "export", narrow, tmp_path / "out.gguf", "--dense", "q8_0", "--no-tokenizer")
+    assert done.code == 2
+    assert done.error == (
+        "moe-surgery: --dense q8_0: tensor 'model.embed_tokens.weight' has 48 columns, not a multiple of 32"
+    )
+    assert not (tmp_path / "out.gguf").exists()
 
 
 def test_a_missing_tokenizer_is_one_line(tmp_path: Path, capsys: Capture) -> None:

@@ -66,6 +66,7 @@ def test_random_plans_take_the_same_number_of_each_group(source: Path, capsys: C
         ("profile", "CKPT", "--texts", "TEXT", "-o", "OUT"),
         ("search", "CKPT", "--texts", "TEXT", "-o", "OUT"),
         ("evaluate", "CKPT", "--texts", "TEXT", "--top-k", "1", "-o", "OUT"),
+        ("repair", "CKPT", "--source", "CKPT", "--texts", "TEXT", "-o", "OUT"),
         ("export", "CKPT", "OUT", "--no-tokenizer"),
     ],
 )

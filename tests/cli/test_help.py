@@ -13,6 +13,7 @@ import pytest
 
 from moe_surgery.cli import COMMANDS
 from moe_surgery.version import __version__
+from tests.support.adapters import factors, write_adapter
 from tests.support.command import call, run
 from tests.support.command_tree import command_at, command_paths
 
@@ -83,6 +84,8 @@ def test_documented_examples_on_the_tiny_model_run(
     assert {line.split()[1] for line in runnable} == set(COMMANDS) - {"demo"}
     (tmp_path / "notes.txt").write_text("An expert that is never asked can be left out. " * 3)
     (tmp_path / "code.py").write_text("def double(x):\n    return 2 * x\n" * 3)
+    q_proj = "model.layers.0.self_attn.q_proj"
+    write_adapter(tmp_path / "tiny-lora", factors(q_proj, 4, 160, 256))
     for line in runnable:
         ended = call(capsys, *shlex.split(line)[1:])
         assert ended.code == 0, (line, ended.err)

@@ -6,11 +6,13 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch")
 
 from tests.support.command import call, untouched
+from tests.support.imatrices import Sums, write_legacy_imatrix
 
 Capture = pytest.CaptureFixture[str]
 TINY = "example:tiny"
@@ -37,13 +39,15 @@ KINDS = {
     "index.json": ("the shard index of a checkpoint", "pass its folder"),
     "pruned": ("a checkpoint folder", "where help says CKPT"),
     "pruned/model.safetensors": ("a safetensors file of weights", "where help says CKPT"),
-    "tiny.gguf": ("a GGUF file", "llama.cpp"),
+    "tiny.gguf": ("a GGUF file", "inspect, plan, prune and verify take it"),
+    "im.dat": ("an importance matrix", "--imatrix of plan or prune"),
     "report.html": ("an HTML page", "browser"),
 }
 RANKINGS = {"ranking.json", "published.json", "numbered.json", "numbered.jsonl"}
 PLANS = {"plan.json", "sorted-plan.json"}
 STATS = {"tiny.stats", "stats.safetensors"}
 CHECKPOINTS = {"pruned", "pruned/model.safetensors"}
+MODELS = CHECKPOINTS | {"tiny.gguf"}
 TEXTS = {"pruned/config.json", "report.html"}
 
 # Where it is given -> the command, what belongs there, which files do, and the exit code.
@@ -96,6 +100,19 @@ ARGUMENTS: dict[str, tuple[str, str, set[str], int]] = {
         RANKINGS | STATS,
         3,
     ),
+    # A GGUF file that is no matrix is named by its architecture.
+    "plan --imatrix": (
+        "plan example:tiny -n 2 --imatrix {file}",
+        "an importance matrix",
+        {"im.dat", "tiny.gguf"},
+        3,
+    ),
+    "stats import": (
+        "stats import {file} --model-top-k 2 -o {new}/s",
+        "counts of routed tokens",
+        {"im.dat", "tiny.gguf"},
+        3,
+    ),
     "prune --ranking": ("prune example:tiny {new}/out --ranking {file} -n 2", "a ranking", RANKINGS, 3),
     "bench decode --ranking": (
         "bench decode example:tiny --expert-counts 2 --ranking {file}",
@@ -105,9 +122,9 @@ ARGUMENTS: dict[str, tuple[str, str, set[str], int]] = {
     ),
     "profile --texts": ("profile example:tiny -o {new}/s --texts {file}", "texts", TEXTS, 3),
     "search --texts": ("search example:tiny -o {new}/r --texts {file}", "texts", TEXTS, 3),
-    "inspect": ("inspect {file}", "a checkpoint", CHECKPOINTS, 2),
-    "prune": ("prune {file} {new}/out --keep 0", "a checkpoint", CHECKPOINTS, 2),
-    "prune a plan": ("prune {file} {new}/out --plan {in}/plan.json", "a checkpoint", CHECKPOINTS, 2),
+    "inspect": ("inspect {file}", "a checkpoint", MODELS, 2),
+    "prune": ("prune {file} {new}/out --keep 0", "a checkpoint", MODELS, 2),
+    "prune a plan": ("prune {file} {new}/out --plan {in}/plan.json", "a checkpoint", MODELS, 2),
     "export": ("export {file} {new}/out.gguf", "a checkpoint", CHECKPOINTS, 2),
     "generate": ("generate {file} --prompt a", "a checkpoint", CHECKPOINTS, 2),
     "trace": ("trace {file} --prompt a -o {new}/t.html", "a checkpoint", CHECKPOINTS, 2),
@@ -120,8 +137,8 @@ ARGUMENTS: dict[str, tuple[str, str, set[str], int]] = {
     ),
     "profile": ("profile {file} --texts {in}/texts.txt -o {new}/s", "a checkpoint", CHECKPOINTS, 2),
     "bench surgery": ("bench surgery {file}", "a checkpoint", CHECKPOINTS, 2),
-    "plan CKPT": ("plan --keep 0 {file}", "a checkpoint", CHECKPOINTS, 2),
-    "verify": ("verify {file}", "a checkpoint", CHECKPOINTS, 2),
+    "plan CKPT": ("plan --keep 0 {file}", "a checkpoint", MODELS, 2),
+    "verify": ("verify {file}", "a checkpoint", MODELS, 2),
     "verify --source": ("verify {in}/pruned --source {file}", "a checkpoint", CHECKPOINTS, 2),
     "card": ("card {file}", "a checkpoint", CHECKPOINTS, 2),
 }
@@ -166,6 +183,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     experts = {"3": {"count_frequency": 0.5}}
     phases = {f"{p}_expert_analytics": {"layer_0": experts} for p in ("think", "answer")}
     (folder / "outcome.json").write_text(json.dumps({"sample_count": 2, **phases}))
+    sums = {"blk.0.ffn_gate_exps.weight": Sums(np.ones((2, 4)), np.ones(2, np.int64))}
+    write_legacy_imatrix(folder / "im.dat", sums)
     index = {"metadata": {"total_size": 1}, "weight_map": {"a": "model.safetensors"}}
     (folder / "index.json").write_text(json.dumps(index, indent=2))
     return folder

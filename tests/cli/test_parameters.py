@@ -27,6 +27,7 @@ COMMANDS_ARE_MEANT = {
     "demo.py": "the commands that it shows",
     "report/document.py": "names of CSS variables",
     "report/trace_sections.py": "where the exact figures are",
+    "selection/importers/sglang.py": "the option of SGLang that records what can be read",
 }
 """Strings outside cli/ that hold options all the same."""
 
@@ -100,6 +101,7 @@ def test_an_option_carries_the_name_of_its_parameter(job: str) -> None:
     options = {p.name for p in command_at((job,)).params if isinstance(p, click.Option)}
     everywhere = {"json", "verbose", "quiet", "debug"}
     choose_experts = {"plan_file", "plan_files", "ranking", "experts", "kept", "order"}
+    choose_experts |= {"imatrix", "metric", "allow_missing", "cut_imatrix"}
     assert options - known - everywhere - choose_experts <= {"domains", "output"}
 
 

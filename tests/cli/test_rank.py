@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("torch")
 
 from moe_surgery import load_ranking
-from moe_surgery.selection.metrics import METRICS
+from moe_surgery.selection.metrics import PROFILED_METRICS
 from moe_surgery.selection.statistics import load_statistics, save_statistics
 from tests.cli.scores import score
 from tests.support.command import call, done, refused
@@ -24,7 +24,7 @@ TINY = "example:tiny"
 F32 = ("--dtype", "f32")
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", PROFILED_METRICS)
 def test_rank_orders_by_any_metric_over_the_domains_named(
     metric: str, inputs: Path, tmp_path: Path, capsys: Capture
 ) -> None:

@@ -47,8 +47,8 @@ def expected(source: Path, dtype: str) -> bytes:
 def exported(
     source: Path, out: Path, dtype: str, ops: FileOps | None = None, overwrite: bool = False
 ) -> None:
-    store = "mxfp4" if dtype == "quantised" else "keep"
-    export_gguf(source, out, store=store, tokenizer=False, overwrite=overwrite, ops=ops)
+    store, dense = ("mxfp4", "q8_0") if dtype == "quantised" else ("keep", "keep")
+    export_gguf(source, out, store=store, dense=dense, tokenizer=False, overwrite=overwrite, ops=ops)
 
 
 def attempt(

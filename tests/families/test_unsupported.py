@@ -172,7 +172,10 @@ def test_a_missing_tensor_is_reported_as_missing(tmp_path: Path) -> None:
 # --- folders without safetensors
 
 FOLDERS: dict[str, tuple[list[str], str]] = {
-    "GGUF": (["model-Q4.gguf"], "it holds model-Q4.gguf: a GGUF file; pass the checkpoint it was made from"),
+    "GGUF": (
+        ["model-Q4.gguf"],
+        "it holds model-Q4.gguf: a GGUF file; pass that to inspect, plan, prune or verify",
+    ),
     "PyTorch": (["config.json", "pytorch_model.bin"], "it holds pytorch_model.bin: PyTorch files (pickle)"),
     "pt": (["model.pt"], "it holds model.pt: PyTorch files (pickle)"),
     "consolidated": (["consolidated.00.pth", "params.json"], "it holds consolidated.00.pth: PyTorch files"),

@@ -115,7 +115,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str | None, set[str]]] = {
     "PEFT": (
         peft,
         "2 files are ignored, as in transformers, such as adapter_config.json (a PEFT adapter, which transformers "
-        "applies if peft is installed; merge it",
+        "applies if peft is installed; moe-surgery merge",
         {"adapter_config.json", "adapter_model.safetensors"},
     ),
     "value head beside": (

@@ -12,32 +12,7 @@ from moe_surgery import kernels  # noqa: E402
 from moe_surgery.integrations import ops  # noqa: E402
 from moe_surgery.kernels import select_backend  # noqa: E402
 from moe_surgery.kernels.weights import DenseWeight, ExpertWeights, Mxfp4Weight  # noqa: E402
-
-HIDDEN, INNER, EXPERTS, TOP_K = 64, 32, 5, 2
-
-
-def inputs(tokens: int, packed: bool, dtype: torch.dtype = torch.float32) -> tuple[object, ...]:
-    """The arguments of `experts_mxfp4` or `experts`."""
-    random = torch.Generator().manual_seed(tokens)
-
-    def floats(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=random).to(dtype)
-
-    def codes(low: int, high: int, *shape: int) -> torch.Tensor:
-        return torch.randint(low, high, shape, dtype=torch.uint8, generator=random)
-
-    ids = torch.rand(tokens, EXPERTS, generator=random).argsort(dim=1)[:, :TOP_K].contiguous()
-    weights = floats(tokens, TOP_K).softmax(-1)
-    biases = floats(EXPERTS, 2 * INNER), floats(EXPERTS, HIDDEN)
-    if packed:
-        up = (
-            codes(0, 255, EXPERTS, 2 * INNER, HIDDEN // 32, 16),
-            codes(120, 124, EXPERTS, 2 * INNER, HIDDEN // 32),
-        )
-        down = codes(0, 255, EXPERTS, HIDDEN, INNER // 32, 16), codes(120, 124, EXPERTS, HIDDEN, INNER // 32)
-    else:
-        up, down = (floats(EXPERTS, HIDDEN, 2 * INNER),), (floats(EXPERTS, INNER, HIDDEN),)
-    return floats(tokens, HIDDEN), ids, weights, *up, biases[0], *down, biases[1], 7.0, 1.702
+from tests.integrations.operands import EXPERTS, HIDDEN, TOP_K, inputs, operator  # noqa: E402
 
 
 def expected(arguments: tuple, packed: bool) -> torch.Tensor:
@@ -48,10 +23,6 @@ def expected(arguments: tuple, packed: bool) -> torch.Tensor:
         up, up_bias, down, down_bias = DenseWeight(rest[0]), rest[1], DenseWeight(rest[2]), rest[3]
     stored = ExpertWeights(up, up_bias, down, down_bias, None, limit, alpha)
     return ops.backend_of("cpu").experts(x, ids, weights, stored)
-
-
-def operator(packed: bool):
-    return torch.ops.moe_surgery.experts_mxfp4 if packed else torch.ops.moe_surgery.experts
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -99,14 +70,6 @@ def test_a_whole_layer_compiles_into_one_graph(packed: bool, backend: str) -> No
     for tokens in (4, 9):  # the second traces again, with the number of tokens symbolic
         x = torch.randn(tokens, HIDDEN)
         torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=0)
-
-
-def test_no_backward_pass_is_pretended() -> None:
-    arguments = inputs(2, False)
-    x = arguments[0].requires_grad_()
-    with pytest.raises(RuntimeError, match="autograd"):
-        torch.ops.moe_surgery.experts(*arguments).sum().backward()
-    assert x.grad is None
 
 
 @pytest.fixture

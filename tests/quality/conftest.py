@@ -92,3 +92,8 @@ def whole(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> ProfileResul
 
     out = tmp_path_factory.mktemp("whole") / "all.stats"
     return run(out, texts / "sums.txt", texts / "words.jsonl", texts / "talk.jsonl")
+
+
+@pytest.fixture(scope="session")
+def paths(texts: Path) -> list[Path]:
+    return [texts / "sums.txt", texts / "words.jsonl", texts / "talk.jsonl"]

@@ -17,7 +17,7 @@ from moe_surgery.quality.corpus import Passage  # noqa: E402
 from moe_surgery.quality.profile import part_domains, profile_passages  # noqa: E402
 from moe_surgery.runtime.model import CausalLM  # noqa: E402
 from moe_surgery.runtime.text import Text  # noqa: E402
-from moe_surgery.selection.metrics import METRICS, score  # noqa: E402
+from moe_surgery.selection.metrics import PROFILED_METRICS, score  # noqa: E402
 from moe_surgery.selection.plan import Plan  # noqa: E402
 from moe_surgery.selection.statistics import ExpertStatistics  # noqa: E402
 from tests.support.routed import Routed, assert_same  # noqa: E402
@@ -40,7 +40,7 @@ def test_every_statistic_is_what_hooks_on_transformers_see(tiny_model: CausalLM,
         expected = routed.statistics(sequences)
         assert all(layer.count.sum() == 4 * sum(map(len, sequences)) for layer in result[domain])
         assert_same(result[domain], expected)
-        for metric in METRICS:
+        for metric in PROFILED_METRICS:
             for a, b in zip(score(metric, result[domain]), score(metric, expected), strict=True):
                 np.testing.assert_allclose(a, b, rtol=1e-5)
 

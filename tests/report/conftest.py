@@ -11,11 +11,12 @@ import pytest
 from benchmarks.made_up_trace import made_up_trace
 from moe_surgery.quality.evaluation import Evaluation
 from moe_surgery.quality.routing_trace import Trace
+from moe_surgery.report.page import build_report
 from moe_surgery.report.trace_page import build_trace_page
 from moe_surgery.selection.plan import Plan, plan_random
 from moe_surgery.selection.statistics import Statistics
 from tests.report.browser import MISSING, Browser, browser
-from tests.report.inputs import plan_of
+from tests.report.inputs import evaluation_of, made_up, plan_of
 
 
 @dataclass(frozen=True)
@@ -69,3 +70,18 @@ def large_page(large_trace: Trace) -> str:
 @pytest.fixture
 def page_file(tmp_path: Path) -> Path:
     return tmp_path / "report.html"
+
+
+@pytest.fixture
+def statistics() -> Statistics:
+    return made_up(24, 32, ["chemistry", "code", "law", "maths"])
+
+
+@pytest.fixture
+def page(statistics: Statistics, page_file: Path) -> Path:
+    plans = [
+        ("law-8.json", plan_of(statistics, "reap", 8, ["law"])),
+        ("all-16.json", plan_of(statistics, "gate", 16)),
+    ]
+    page_file.write_text(build_report(statistics, plans, [("cuts.json", evaluation_of(statistics))]))
+    return page_file

@@ -22,7 +22,7 @@ from moe_surgery.report.palette import (
     sequential,
     step,
 )
-from moe_surgery.selection.metrics import METRICS
+from moe_surgery.selection.metrics import PROFILED_METRICS
 from moe_surgery.selection.plan import Plan
 from moe_surgery.selection.statistics import Statistics
 from tests.report.inputs import evaluation_of, made_up, plan_of
@@ -60,7 +60,7 @@ def best(statistics: Statistics, metric: str, domain: str | None, layer: int) ->
     return sorted(range(statistics.experts), key=lambda e: (-scores[e], e))
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", PROFILED_METRICS)
 def test_orders_overlap_and_coverage_are_what_loops_find(statistics: Statistics, metric: str) -> None:
     printed = subject_of(statistics).views
     assert [v.domain for v in printed] == [None, *DOMAINS]

@@ -6,7 +6,6 @@ import base64
 import json
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -17,70 +16,11 @@ from moe_surgery.report.figures import subject_of
 from moe_surgery.report.fit import Detail, fit, packed_size
 from moe_surgery.report.markup import display_name, embedded_json, number, tag, text
 from moe_surgery.report.page import build_report
-from moe_surgery.selection.metrics import METRICS
+from moe_surgery.selection.metrics import PROFILED_METRICS
 from moe_surgery.selection.statistics import Statistics
 from tests.report.inputs import evaluation_of, made_up, plan_of
+from tests.report.parsed_page import HOSTILE, LOADING, Page
 from tests.report.unpack import orders_of
-
-HOSTILE = (
-    "</script><script>alert(1)</script>",
-    '"><img src=http://example.org/x onerror=alert(1)>',
-    "<!--<script>",
-    "a\u2028b\u202ec\x00\x1b[31m",
-    "' onfocus='alert(1)",
-    "{{x}} & &lt; </style> $x^2$",
-)
-LOADING = {
-    "src",
-    "srcset",
-    "href",
-    "action",
-    "formaction",
-    "data",
-    "poster",
-    "background",
-    "ping",
-    "xlink:href",
-}
-
-
-class Page(HTMLParser):
-    """Elements with attributes, and the text of every script and style."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.raw: list[tuple[str, dict[str, str | None], str]] = []
-        self.words = ""
-        self._inside: tuple[str, dict[str, str | None]] | None = None
-        self.feed(page)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert len({k for k, _ in attrs}) == len(attrs)
-        self.elements.append((tag, dict(attrs)))
-        self._inside = (tag, dict(attrs)) if tag in ("script", "style") else None
-
-    def handle_endtag(self, tag: str) -> None:
-        self._inside = None
-
-    def handle_data(self, data: str) -> None:
-        if self._inside:
-            self.raw.append((*self._inside, data))
-        else:
-            self.words += data
-
-    @property
-    def data(self) -> dict:  # type: ignore[type-arg]
-        return self._json("data")
-
-    @property
-    def packed(self) -> dict:  # type: ignore[type-arg]
-        return self._json("packed")
-
-    def _json(self, name: str) -> dict:  # type: ignore[type-arg]
-        [result] = [body for _, attributes, body in self.raw if attributes.get("id") == name]
-        return json.loads(result)
 
 
 def full_page(statistics: Statistics, title: str | None = None) -> str:
@@ -196,8 +136,8 @@ def test_a_page_stays_below_3_mb_and_uses_what_it_may(layers: int, experts: int,
     assert len(page.encode()) < 3_000_000
     data = Page(page).data
     if data["levels"] is None:
-        assert data["metrics"] == list(METRICS)
-    elif data["metrics"] != list(METRICS):  # what was left out would not have fitted
+        assert data["metrics"] == list(PROFILED_METRICS)
+    elif data["metrics"] != list(PROFILED_METRICS):  # what was left out would not have fitted
         assert len(page) * (len(data["metrics"]) + 1) / len(data["metrics"]) > 2_900_000
     assert ('class="notice"' in page) is (data["levels"] is not None)
 

@@ -12,7 +12,7 @@ pytest.importorskip("matplotlib")
 
 from moe_surgery.errors import OutputError, PlanMismatchError, UsageError
 from moe_surgery.report.png import write_pictures
-from moe_surgery.selection.metrics import METRICS
+from moe_surgery.selection.metrics import PROFILED_METRICS
 from tests.report.inputs import evaluation_of, made_up, plan_of
 
 
@@ -40,8 +40,8 @@ def test_every_figure_is_a_picture_for_print(tmp_path: Path) -> None:
     )
     assert sorted(p.name for p in paths) == sorted(
         [
-            *(f"heatmap-{m}.png" for m in METRICS),
-            *(f"overlap-{m}.png" for m in METRICS),
+            *(f"heatmap-{m}.png" for m in PROFILED_METRICS),
+            *(f"overlap-{m}.png" for m in PROFILED_METRICS),
             *(f"coverage{d}.png" for d in ("-all-domains", "-x-2", "", "-2")),
             *(f"evaluation-{m}.png" for m in ("kl", "cross_entropy", "agreement", "rerouted")),
         ]

@@ -17,7 +17,7 @@ from moe_surgery.selection.ranking import load_ranking
 from moe_surgery.selection.shipped import RANKINGS
 from moe_surgery.selection.statistics import save_statistics
 from tests.report.inputs import made_up
-from tests.report.test_page import HOSTILE, Page
+from tests.report.parsed_page import HOSTILE, Page
 
 # Two layers of three experts: (prob_density, count_frequency) by expert, which files list in any order.
 THINK = [{2: (0.6, 1.0), 0: (0.4, 0.9)}, {1: (0.7, 1.0), 2: (0.1, 0.2), 0: (0.2, 0.7)}]

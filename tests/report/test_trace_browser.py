@@ -12,8 +12,7 @@ from benchmarks.made_up_trace import made_up_trace
 from moe_surgery.quality.routing_trace import ModelTrace, Trace
 from moe_surgery.report.trace_figures import agreement, weight_lost
 from moe_surgery.report.trace_page import build_trace_page
-from tests.report.browser import Browser
-from tests.report.test_browser import CONTRAST, HOSTILE, KEYS, OVERFLOW, TAB
+from tests.report.browser import CONTRAST, HOSTILE, KEYS, OVERFLOW, TAB, Browser
 
 LAYERS, EXPERTS, TOKENS, TOP_K = 6, 16, 120, 4
 # Once the page is unpacked, and nothing is left to write after a choice.

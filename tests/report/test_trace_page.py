@@ -17,7 +17,7 @@ from moe_surgery.report.markup import display_name
 from moe_surgery.report.trace_figures import BUCKETS, agreement, by_weight_lost, weight_lost
 from moe_surgery.report.trace_pack import LEVELS, pack_routes
 from moe_surgery.report.trace_page import PAGE_BYTES, build_trace_page
-from tests.report.test_page import HOSTILE, LOADING, Page
+from tests.report.parsed_page import HOSTILE, LOADING, Page
 
 PLANS = (("law-8.json", 8), ("code-2.json", 2))
 

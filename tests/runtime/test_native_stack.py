@@ -56,12 +56,14 @@ def outcome(model: CausalLM, batch: int, prompt: int = 140, step: int = 512) -> 
 
 def prompt_length(isa: str) -> int:
     """Longer than the window of 64 with the 30 tokens that follow; scalar kernels are slow."""
-    return 40 if isa == "scalar" else 140
+    return 35 if isa == "scalar" else 140
 
 
 @every_variant
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_stack_gives_what_its_layers_give(tiny: Path, isa: str, batch: int) -> None:
+    if isa == "scalar" and batch > 1:
+        pytest.skip("scalar kernels are slow, and cut the work alike")
     prompt = prompt_length(isa)
     expected = outcome(model_of(tiny, isa, 1, stacked=False), batch, prompt)
     result = outcome(model_of(tiny, isa, 2, stacked=True), batch, prompt)

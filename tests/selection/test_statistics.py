@@ -13,9 +13,10 @@ from safetensors.numpy import load_file, save_file
 
 from moe_surgery.checkpoint.files import is_safetensors
 from moe_surgery.errors import InvalidInputError, OutputError, PlanMismatchError, UsageError
-from moe_surgery.selection.metrics import METRICS, order, score, super_experts
+from moe_surgery.selection.metrics import PROFILED_METRICS, order, score, super_experts
 from moe_surgery.selection.rank import rank
 from moe_surgery.selection.statistics import (
+    PROFILED,
     ExpertStatistics,
     Statistics,
     load_statistics,
@@ -72,7 +73,7 @@ def by_hand(metric: str, chosen: list[tuple[int, float, np.ndarray]], expert: in
     }[metric]
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", PROFILED_METRICS)
 def test_every_metric_is_its_definition(metric: str) -> None:
     chosen = routes(3, 60)
     [scores] = score(metric, [gathered(chosen)])
@@ -102,6 +103,32 @@ def test_a_file_comes_back_as_it_was(tmp_path: Path) -> None:
             np.testing.assert_array_equal(routed.output, loaded.output)
             np.testing.assert_array_equal(routed.count, loaded.count)
     assert load_file(tmp_path / "s")["layer.2.maths.norm"].dtype == np.float64
+
+
+def test_files_of_version_1_are_read_and_unknown_statistics_are_not(tmp_path: Path) -> None:
+    """Version 1 has no list of statistics, and all that `profile` measures."""
+    before = statistics(1)
+    save_statistics(before, tmp_path / "s")
+    tensors, raw = load_file(tmp_path / "s"), (tmp_path / "s").read_bytes()
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    metadata = json.loads(header["__metadata__"]["moe_surgery"])
+    assert (metadata["version"], metadata.pop("statistics")) == (2, list(PROFILED))
+
+    def changed(**values: object) -> Path:
+        save_file(tensors, tmp_path / "t", {"moe_surgery": json.dumps({**metadata, **values})})
+        return tmp_path / "t"
+
+    after = load_statistics(changed(version=1))
+    assert after.known == before.known == PROFILED
+    np.testing.assert_array_equal(after.data["law"][2].norm, before.data["law"][2].norm)
+    for values in ({}, {"statistics": ["count", "speed"]}, {"statistics": ["gate"]}, {"statistics": "count"}):
+        with pytest.raises(InvalidInputError, match="incomplete statistics"):
+            load_statistics(changed(version=2, **values))
+    few = load_statistics(changed(version=2, statistics=["count", "norm"], hidden=0))
+    assert (few.known, few.hidden) == (("count", "norm"), 0)
+    for version in (True, 3, "1", None):
+        with pytest.raises(InvalidInputError, match="is not supported"):
+            load_statistics(changed(version=version))
 
 
 @given(st.lists(st.integers(0, 99), min_size=2, max_size=60), st.integers(1, 59))

@@ -21,7 +21,7 @@ import pytest
 MODEL = "owner/model"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_secret"
-LARGE = (".safetensors", "tokenizer.json")
+LARGE = (".safetensors", ".gguf", "tokenizer.json")
 """Files in the storage; others come from the hub itself."""
 
 

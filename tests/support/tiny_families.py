@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 HIDDEN = 32
@@ -34,6 +34,10 @@ _MLA: dict[str, Any] = {
     "head_dim": 8,
 }
 _GROUPS = {"n_group": 1, "topk_group": 1}
+_TWO_OR_MORE = {"counts": (2, 4, 5)}
+_DENSE_THEN_MOE = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
+_DEEPSEEK_V3: dict[str, Any] = {**_TWO_OR_MORE, **_MLA, **_GROUPS, "first_k_dense_replace": 1}
+_INDEXER = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 16}
 
 
 @dataclass(frozen=True)
@@ -67,19 +71,11 @@ class TinyFamily:
 def _family(
     name: str, count_key: str, top_k_key: str = "num_experts_per_tok", /, **settings: Any
 ) -> TinyFamily:
-    fields = (
-        "counts",
-        "nested",
-        "others",
-        "experts",
-        "stacked",
-        "tail",
-        "published",
-        "quantised",
-        "quick",
-        "variant",
-    )
-    named = {k: settings.pop(k) for k in fields if k in settings}
+    named = {
+        f.name: settings.pop(f.name)
+        for f in fields(TinyFamily)
+        if f.name in settings and f.name != "model_type"
+    }
     experts = named.get("experts", 8)
     return TinyFamily(name, {**_COMMON, count_key: experts, top_k_key: 2, **settings}, **named)
 
@@ -110,9 +106,17 @@ _TOWER = {
     "patch_size": 14,
 }
 
+_WITH_VISION: dict[str, Any] = {"nested": "text_config", "others": {"vision_config": _VISION}}
+_GEMMA4: dict[str, Any] = {
+    "enable_moe_block": True,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    "hidden_size_per_layer_input": 0,
+    "num_kv_shared_layers": 0,
+}
+
 FAMILIES: tuple[TinyFamily, ...] = (
     _family("mixtral", "num_local_experts"),
-    _family("phimoe", "num_local_experts", counts=(2, 4, 5)),
+    _family("phimoe", "num_local_experts", **_TWO_OR_MORE),
     _family(
         "minimax_m2",
         "num_local_experts",
@@ -123,19 +127,13 @@ FAMILIES: tuple[TinyFamily, ...] = (
     _family("qwen3_moe", "num_experts", decoder_sparse_step=1, norm_topk_prob=True),
     _family("qwen3_next", "num_experts", **_LINEAR_ATTENTION),
     _family("qwen3_5_moe_text", "num_experts", **_LINEAR_ATTENTION),
-    _family(
-        "qwen3_5_moe",
-        "num_experts",
-        nested="text_config",
-        others={"vision_config": _VISION},
-        **_LINEAR_ATTENTION,
-    ),
-    _family("qwen3_vl_moe", "num_experts", nested="text_config", others={"vision_config": _VISION}),
+    _family("qwen3_5_moe", "num_experts", **_WITH_VISION, **_LINEAR_ATTENTION),
+    _family("qwen3_vl_moe", "num_experts", **_WITH_VISION),
     _family("olmoe", "num_experts"),
     _family(
         "deepseek_v2", "n_routed_experts", **_MLA, **_GROUPS, first_k_dense_replace=1, n_shared_experts=1
     ),
-    _family("deepseek_v3", "n_routed_experts", counts=(2, 4, 5), **_MLA, **_GROUPS, first_k_dense_replace=1),
+    _family("deepseek_v3", "n_routed_experts", **_DEEPSEEK_V3),
     _family(
         "deepseek_v3",
         "n_routed_experts",
@@ -160,42 +158,17 @@ FAMILIES: tuple[TinyFamily, ...] = (
         first_k_dense_replace=1,
         n_shared_experts=1,
     ),
+    _family("deepseek_v32", "n_routed_experts", **_DEEPSEEK_V3, **_INDEXER),
     _family(
-        "deepseek_v32",
-        "n_routed_experts",
-        counts=(2, 4, 5),
-        **_MLA,
-        **_GROUPS,
-        first_k_dense_replace=1,
-        index_n_heads=2,
-        index_head_dim=16,
-        index_topk=16,
+        "glm_moe_dsa", "n_routed_experts", **_TWO_OR_MORE, **_MLA, **_GROUPS, **_INDEXER, **_DENSE_THEN_MOE
     ),
+    _family("kimi_linear", "num_experts", "num_experts_per_token", **_TWO_OR_MORE, quick=False, **_MLA),
+    _family("glm4_moe", "n_routed_experts", **_TWO_OR_MORE, **_GROUPS, first_k_dense_replace=1),
+    _family("glm4_moe_lite", "n_routed_experts", **_TWO_OR_MORE, **_MLA, **_GROUPS, **_DENSE_THEN_MOE),
     _family(
-        "glm_moe_dsa",
-        "n_routed_experts",
-        counts=(2, 4, 5),
-        **_MLA,
-        **_GROUPS,
-        index_n_heads=2,
-        index_head_dim=16,
-        index_topk=16,
-        mlp_layer_types=["dense", "sparse", "sparse"],
+        "dots1", "n_routed_experts", **_TWO_OR_MORE, **_GROUPS, first_k_dense_replace=1, n_shared_experts=1
     ),
-    _family("kimi_linear", "num_experts", "num_experts_per_token", counts=(2, 4, 5), quick=False, **_MLA),
-    _family("glm4_moe", "n_routed_experts", counts=(2, 4, 5), **_GROUPS, first_k_dense_replace=1),
-    _family(
-        "glm4_moe_lite",
-        "n_routed_experts",
-        counts=(2, 4, 5),
-        **_MLA,
-        **_GROUPS,
-        mlp_layer_types=["dense", "sparse", "sparse"],
-    ),
-    _family(
-        "dots1", "n_routed_experts", counts=(2, 4, 5), **_GROUPS, first_k_dense_replace=1, n_shared_experts=1
-    ),
-    _family("mimo_v2_flash", "n_routed_experts", counts=(2, 4, 5), quick=False, **_GROUPS),
+    _family("mimo_v2_flash", "n_routed_experts", **_TWO_OR_MORE, quick=False, **_GROUPS),
     _family("granitemoe", "num_local_experts"),
     _family("granitemoeshared", "num_local_experts", shared_intermediate_size=16),
     _family(
@@ -217,14 +190,12 @@ FAMILIES: tuple[TinyFamily, ...] = (
     ),
     _family("ernie4_5_moe", "moe_num_experts", "moe_k", moe_layer_start_index=1, moe_layer_end_index=2),
     _family("hunyuan_v1_moe", "num_experts", "moe_topk"),
-    _family("hy_v3", "num_experts", mlp_layer_types=["dense", "sparse", "sparse"]),
-    _family(
-        "bailing_hybrid", "num_experts", counts=(2, 4, 5), first_k_dense_replace=1, n_group=1, topk_group=1
-    ),
+    _family("hy_v3", "num_experts", **_DENSE_THEN_MOE),
+    _family("bailing_hybrid", "num_experts", **_TWO_OR_MORE, first_k_dense_replace=1, **_GROUPS),
     _family(
         "jamba",
         "num_experts",
-        counts=(2, 4, 5),
+        **_TWO_OR_MORE,
         expert_layer_period=2,
         expert_layer_offset=1,
         attn_layer_period=2,
@@ -242,7 +213,7 @@ FAMILIES: tuple[TinyFamily, ...] = (
     _family(
         "nemotron_h",
         "n_routed_experts",
-        counts=(2, 4, 5),
+        **_TWO_OR_MORE,
         **_GROUPS,
         layers_block_type=["mamba", "moe", "attention", "moe"],
         num_hidden_layers=4,
@@ -259,7 +230,7 @@ FAMILIES: tuple[TinyFamily, ...] = (
         "longcat_flash",
         "n_routed_experts",
         "moe_topk",
-        counts=(2, 4, 5),
+        **_TWO_OR_MORE,
         **_MLA,
         tail=3,
         zero_expert_num=3,
@@ -268,19 +239,11 @@ FAMILIES: tuple[TinyFamily, ...] = (
         num_layers=2,
     ),
     _family("inkling_text", "n_routed_experts", tail=2, quick=False),
-    _family(
-        "gemma4_text",
-        "num_experts",
-        "top_k_experts",
-        enable_moe_block=True,
-        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
-        hidden_size_per_layer_input=0,
-        num_kv_shared_layers=0,
-    ),
+    _family("gemma4_text", "num_experts", "top_k_experts", **_GEMMA4),
     _family(
         "mistral4",
         "n_routed_experts",
-        counts=(2, 4, 5),
+        **_TWO_OR_MORE,
         rope_parameters={
             "rope_type": "default",
             "rope_theta": 1e4,
@@ -296,7 +259,7 @@ FAMILIES: tuple[TinyFamily, ...] = (
         "deepseek_v4",
         "n_routed_experts",
         mlp_layer_types=["hash_moe", "moe", "moe"],
-        counts=(2, 4, 5),
+        **_TWO_OR_MORE,
         quick=False,
     ),
     _family("qwen4_exp_text", "num_experts", quick=False),
@@ -304,21 +267,17 @@ FAMILIES: tuple[TinyFamily, ...] = (
     _family(
         "kimi_k25",
         "n_routed_experts",
-        counts=(2, 4, 5),
         nested="text_config",
         others={"vision_config": _TOWER, "projection_hidden_size": 16},
         published=("language_model.model.blocks.", "language_model.model.layers."),
         model_type="deepseek_v3",
-        first_k_dense_replace=1,
-        **_MLA,
-        **_GROUPS,
+        **_DEEPSEEK_V3,
     ),
     _family(
         "glm4v_moe",
         "n_routed_experts",
-        counts=(2, 4, 5),
-        nested="text_config",
-        others={"vision_config": _VISION},
+        **_TWO_OR_MORE,
+        **_WITH_VISION,
         first_k_dense_replace=1,
         rope_parameters={
             "rope_type": "default",
@@ -357,10 +316,7 @@ FAMILIES: tuple[TinyFamily, ...] = (
                 "position_embedding_size": 16,
             }
         },
-        enable_moe_block=True,
-        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
-        hidden_size_per_layer_input=0,
-        num_kv_shared_layers=0,
+        **_GEMMA4,
     ),
     _family(
         "step3p7",
@@ -369,7 +325,7 @@ FAMILIES: tuple[TinyFamily, ...] = (
         others={"vision_config": {**_TOWER, "image_size": 28}},
         share_expert_dim=16,
         sliding_window=32,
-        mlp_layer_types=["dense", "sparse", "sparse"],
+        **_DENSE_THEN_MOE,
     ),
     _family("qwen3_moe", "num_experts", variant="fp8", quantised="fp8", norm_topk_prob=True),
     _family(
@@ -377,20 +333,11 @@ FAMILIES: tuple[TinyFamily, ...] = (
         "n_routed_experts",
         variant="fp8",
         quantised="fp8",
-        counts=(2, 4, 5),
+        **_TWO_OR_MORE,
         **_GROUPS,
         first_k_dense_replace=1,
     ),
-    _family(
-        "deepseek_v3",
-        "n_routed_experts",
-        variant="int4",
-        quantised="int4",
-        counts=(2, 4, 5),
-        **_MLA,
-        **_GROUPS,
-        first_k_dense_replace=1,
-    ),
-    _family("solar_open", "n_routed_experts", counts=(2, 4, 5), **_GROUPS),
+    _family("deepseek_v3", "n_routed_experts", variant="int4", quantised="int4", **_DEEPSEEK_V3),
+    _family("solar_open", "n_routed_experts", **_TWO_OR_MORE, **_GROUPS),
     _family("flex_olmo", "num_experts"),
 )

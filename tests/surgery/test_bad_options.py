@@ -89,7 +89,7 @@ def test_number_of_experts_out_of_range(capsys: Capture, source: Path, name: str
     [
         (("--keep", "4"), "--keep keeps expert 4, but experts are 0 to 3"),
         (("--keep", "0,1,0"), "--keep keeps expert 0 twice"),
-        (("--store", "bf16"), "exactly one of --plan, --ranking and --keep"),
+        (("--store", "bf16"), "exactly one of --plan, --ranking, --imatrix and --keep"),
         (("--keep", "0", "--experts", "1"), "--ranking and --experts need each other"),
         (("--keep", "0", "--max-shard-size", "0"), "--max-shard-size 0: must be at least one byte"),
     ],

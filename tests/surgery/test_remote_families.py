@@ -15,7 +15,7 @@ from moe_surgery.selection.plan import Plan, plan_keeping
 from ..support import per_expert
 from ..support.command import contents
 from ..support.hub_server import MODEL, serving
-from .test_routing_table import CONFIG, model
+from ..support.routing_tables import CONFIG, model
 
 
 def keep(model: object) -> Plan:

@@ -1,6 +1,7 @@
 """The types of tensors in GGUF files, as sizes: llama.cpp's and those that ik_llama.cpp adds.
 
-Sources: ggml.h and ggml-common.h of ggml-org/llama.cpp (0c1e570) and of ikawrakow/ik_llama.cpp (8337e4c).
+Sources: ggml.h, ggml.c (type_traits) and ggml-common.h of ggml-org/llama.cpp (0c1e570) and of
+ikawrakow/ik_llama.cpp (8337e4c), and iqk_quantize.cpp of the latter for the rows that are interleaved.
 """
 
 from __future__ import annotations
@@ -117,6 +118,7 @@ _INTERLEAVED: Final = (
     (340, "IQ5_K_R4", 256, 176, 0, 4),
     (344, "IQ4_KS_R4", 256, 136, 4, 4),
     (352, "IQ5_KS_R4", 256, 168, 4, 4),
+    (353, "MXFP4_R8", 32, 17, 0, 8),
     (397, "Q8_K_R16", 256, 258, 0, 16),
     (398, "Q8_KV_R8", 32, 32, 4, 8),
     (399, "Q8_K_R8", 256, 258, 0, 8),
@@ -134,6 +136,10 @@ REFUSED_TYPES: Final[Mapping[int, str]] = MappingProxyType(
         **dict.fromkeys((4, 5), "a type that llama.cpp removed in 2023"),
         **dict.fromkeys((31, 32, 33, 37, 38), "a repacked type that llama.cpp no longer reads from files"),
         36: "I2_S of BitNet, which keeps one scale for the whole tensor",
+        **dict.fromkeys((142, 143), "a type that ik_llama.cpp removed"),
+        **dict.fromkeys(
+            (9, 15, 97, 98, 99, 136, 147, 148, 149, 150), "a type of activations, which no model file has"
+        ),
     }
 )
-"""Numbers that once meant a type, and why a file with them cannot be cut."""
+"""Numbers that mean a type that no file of today has or that cannot be cut, and why."""

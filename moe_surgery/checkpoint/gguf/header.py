@@ -5,8 +5,9 @@ Source: docs/gguf.md of ggml-org/ggml, and gguf.cpp of ggml-org/llama.cpp for wh
 
 from __future__ import annotations
 
+import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from moe_surgery.checkpoint.gguf.block_types import BLOCK_TYPES, REFUSED_TYPES, BlockType
@@ -20,11 +21,27 @@ MAGIC: Final = b"GGUF"
 VERSIONS: Final = (2, 3)
 DEFAULT_ALIGNMENT: Final = 32
 ALIGNMENT_KEY: Final = "general.alignment"
+LEAST_ALIGNMENT: Final = 16
+"""llama.cpp maps tensors where they lie, and aborts where the first is not at a multiple of 32 of the file."""
 MAX_NAME_BYTES: Final = 63
 MAX_DIMENSIONS: Final = 4
+MAX_ELEMENTS: Final = 1 << 62
+"""From here on llama.cpp refuses some shapes and aborts on others, even where one of the dimensions is 0."""
 MAX_ITEMS: Final = 1 << 30
 """Of a string or an array."""
-_WINDOW: Final = 256 << 10
+MAX_KEY_BYTES: Final = (1 << 16) - 1
+"""By docs/gguf.md; llama.cpp does not check it."""
+MAX_ENTRIES, MAX_TENSORS = 1 << 16, 1 << 18
+"""Ours: they bound the memory that a header takes."""
+_LOOKALIKES: Final = (
+    (b"version https://git-lfs", "a Git LFS pointer: fetch the file itself with `git lfs pull`"),
+    (b"<!doctype html", "an HTML page: the download failed or needs a login"),
+    (b"<html", "an HTML page: the download failed or needs a login"),
+    (b"tjgg", "a GGML file of 2023, which llama.cpp no longer reads: convert the model again"),
+)
+_FIRST_WINDOW, _LARGEST_WINDOW = 256 << 10, 2 << 20
+_SHORT: Final = 512
+"""Bytes of a value that are kept with its place."""
 _LEAST_KEY_VALUE: Final = 8 + 1 + 4 + 1
 _LEAST_TENSOR: Final = 8 + 4 + 4 + 8
 
@@ -33,6 +50,8 @@ class ValueType:
     """The numbers of metadata types."""
 
     U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
+    NAMES: Final = ("u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "str", "arr", "u64", "i64", "f64")
+    """llama.cpp's, for messages."""
 
 
 _FORMATS: Final = {
@@ -56,7 +75,8 @@ class KeyValue:
     """One entry of the metadata: `nbytes` bytes at file position `offset`, of which the value begins at `value`.
 
     `type` is a `ValueType`; `item_type` and `count` are those of an array (-1 and 1 for others). The value
-    begins after the type, that of an array after its item type and length.
+    begins after the type, that of an array after its item type and length. `raw` are the bytes of a short value,
+    where they were at hand when the header was read.
     """
 
     key: str
@@ -66,6 +86,7 @@ class KeyValue:
     nbytes: int
     item_type: int = -1
     count: int = 1
+    raw: bytes | None = field(default=None, compare=False, repr=False)
 
     @property
     def end(self) -> int:
@@ -111,7 +132,8 @@ def read_value(source: ByteSource, entry: KeyValue) -> object:
 
     Bytes of strings that are not UTF-8 become lone surrogates. Raises as `read_gguf_header`.
     """
-    reader = _Reader(source, entry.value)
+    reader = _Reader(source, entry.value, f"key '{printable(entry.key)}'")
+    reader.hold(source.read(entry.value, entry.end - entry.value) if entry.raw is None else entry.raw)
     if entry.type != ValueType.ARRAY:
         return reader.value(entry.type)
     if entry.item_type in _FORMATS:
@@ -123,12 +145,17 @@ def read_value(source: ByteSource, entry: KeyValue) -> object:
 class _Reader:
     """Reads the header from front to back through a window."""
 
-    def __init__(self, source: ByteSource, start: int = 0) -> None:
+    def __init__(self, source: ByteSource, start: int = 0, reading: str = "the file") -> None:
         self._source = source
+        self._window_bytes = _FIRST_WINDOW
         self._start = start  # of the window
-        self._window = b""
+        self._window = bytearray()
         self._position = start
-        self._reading = "the header"
+        self._reading = reading  # what errors begin with
+
+    def hold(self, raw: bytes) -> None:
+        """Take `raw` as what the file holds at the current position."""
+        self._start, self._window = self._position, bytearray(raw)
 
     def header(self) -> GgufHeader:
         version, tensor_count, entry_count = self._preamble()
@@ -137,18 +164,16 @@ class _Reader:
             self._reading = f"metadata entry {number}"
             entry = self._key_value()
             if entry.key in metadata:
-                raise self._error(f"key '{printable(entry.key)}' occurs twice")
+                raise self._error("occurs twice")
             metadata[entry.key] = entry
-        table = self._position
         alignment = self._alignment(metadata)
-        self._position = table
         infos: list[tuple[str, tuple[int, ...], int, int]] = []
         names: set[str] = set()
         for number in range(tensor_count):
             self._reading = f"tensor {number} of the table"
             info = self._tensor_info()
             if info[0] in names:
-                raise self._error(f"tensor '{printable(info[0])}' occurs twice")
+                raise self._error("occurs twice")
             names.add(info[0])
             infos.append(info)
         data_start = self._position + -self._position % alignment
@@ -159,9 +184,11 @@ class _Reader:
     def _preamble(self) -> tuple[int, int, int]:
         magic = self.take(4)
         if magic != MAGIC:
-            raise self._error("does not begin with GGUF")
-        (version,) = struct.unpack("<I", self.take(4))
-        if version & 0xFFFF == 0:
+            start = bytes(self._window[:32]).lower()
+            hint = next((f": this is {what}" for begin, what in _LOOKALIKES if start.startswith(begin)), "")
+            raise self._error(f"does not begin with GGUF{hint}")
+        version = self._number("I")
+        if version and version & 0xFFFF == 0:
             raise self._error(
                 "is a big-endian GGUF file; llama.cpp on this machine refuses it too: get the little-endian one"
             )
@@ -172,6 +199,11 @@ class _Reader:
         if version not in VERSIONS:
             raise self._error(f"is GGUF version {version}; versions 2 and 3 are known")
         tensors, entries = struct.unpack("<QQ", self.take(16))
+        if entries > MAX_ENTRIES or tensors > MAX_TENSORS:
+            raise self._error(
+                f"announces {entries:,} metadata entries and {tensors:,} tensors; "
+                f"at most {MAX_ENTRIES:,} and {MAX_TENSORS:,} are read"
+            )
         left = self._source.size - self._position
         if tensors * _LEAST_TENSOR + entries * _LEAST_KEY_VALUE > left:
             raise self._error(
@@ -181,7 +213,7 @@ class _Reader:
 
     def _key_value(self) -> KeyValue:
         offset = self._position
-        key = self.text()
+        key = self.text(MAX_KEY_BYTES)
         if not key:
             raise self._error("has an empty key")
         self._reading = f"key '{printable(key)}'"
@@ -189,19 +221,28 @@ class _Reader:
         if kind != ValueType.ARRAY:
             value = self._position
             self._skip(kind)
-            return KeyValue(key, kind, offset, value, self._position - offset)
+            return KeyValue(key, kind, offset, value, self._position - offset, raw=self._held(value))
         item, count = self._number("I"), self._number("Q")
         if item == ValueType.ARRAY:
             raise self._error("is an array of arrays, which llama.cpp refuses")
         if item not in _SIZES and item != ValueType.STRING:
             raise self._error(f"has items of the unknown type {item}")
-        self._check_length(count, "items")
+        self._check_length(count, "an array")
         value = self._position
         if item == ValueType.STRING:
             self._skip_texts(count)
         else:
             self._advance(count * _SIZES[item])
-        return KeyValue(key, kind, offset, value, self._position - offset, item, count)
+        return KeyValue(key, kind, offset, value, self._position - offset, item, count, self._held(value))
+
+    def _held(self, start: int) -> bytes | None:
+        """The bytes from `start` to the current position, if they are few and all in the window."""
+        begin, end = start - self._start, self._position - self._start
+        return (
+            bytes(self._window[begin:end])
+            if begin >= 0 and end - begin <= _SHORT and end <= len(self._window)
+            else None
+        )
 
     def _skip(self, kind: int) -> None:
         if kind == ValueType.STRING:
@@ -213,17 +254,22 @@ class _Reader:
 
     def _skip_texts(self, count: int) -> None:
         """Step over strings; a vocabulary has hundreds of thousands."""
-        unpack, window_end = struct.Struct("<Q").unpack_from, self._start + len(self._window)
+        if count * 8 > self._source.size - self._position:
+            raise self._cut_off(count * 8)
+        unpack, at = struct.Struct("<Q").unpack_from, self._position - self._start
+        last = len(self._window) - 8  # where a length can begin in the window
         for _ in range(count):
-            if self._position + 8 > window_end:
+            if at > last:
+                self._position = self._start + at
                 self._fill(8)
-                window_end = self._start + len(self._window)
-            (length,) = unpack(self._window, self._position - self._start)
-            if length > MAX_ITEMS or self._position + 8 + length > self._source.size:
-                self._position += 8
-                self._check_length(length, "bytes")
-                self._advance(length)
-            self._position += 8 + length
+                at, last = 0, len(self._window) - 8
+            (length,) = unpack(self._window, at)
+            at += 8 + length
+            if length > MAX_ITEMS or self._start + at > self._source.size:
+                self._position = self._start + at - length
+                self._check_length(length, "a string")
+                raise self._cut_off(length)
+        self._position = self._start + at
 
     def _alignment(self, metadata: dict[str, KeyValue]) -> int:
         entry = metadata.get(ALIGNMENT_KEY)
@@ -231,11 +277,11 @@ class _Reader:
             return DEFAULT_ALIGNMENT
         self._reading = f"key '{ALIGNMENT_KEY}'"
         if entry.type != ValueType.U32:
-            raise self._error("is not a u32, which llama.cpp needs")
-        self._position = entry.value
-        alignment = self._number("I")
-        if alignment == 0 or alignment & (alignment - 1):
-            raise self._error(f"is {alignment}, not a power of two")
+            raise self._error(f"is of type {ValueType.NAMES[entry.type]}, llama.cpp needs u32")
+        alignment = read_value(self._source, entry)
+        assert isinstance(alignment, int)
+        if alignment < LEAST_ALIGNMENT or alignment & (alignment - 1):
+            raise self._error(f"is {alignment}, not a power of two from {LEAST_ALIGNMENT}")
         return alignment
 
     def _tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
@@ -245,15 +291,14 @@ class _Reader:
             raise self._error(f"has a name of {length:,} bytes; llama.cpp allows {MAX_NAME_BYTES}")
         name = self.take(length).decode("utf-8", "surrogateescape")
         self._reading = f"tensor '{printable(name)}'"
+        if "\0" in name:
+            raise self._error("has a zero byte in its name, where llama.cpp cuts it")
         dimensions = self._number("I")
         if dimensions > MAX_DIMENSIONS:
             raise self._error(f"has {dimensions:,} dimensions; llama.cpp allows {MAX_DIMENSIONS}")
         shape = struct.unpack(f"<{dimensions}Q", self.take(8 * dimensions))
-        elements = 1
-        for size in shape:
-            elements *= size
-            if size >= 1 << 63 or elements >= 1 << 63:
-                raise self._error(f"has more elements than fit 63 bits: {shape}")
+        if math.prod(max(size, 1) for size in shape) >= MAX_ELEMENTS:
+            raise self._error(f"has an impossible shape: {shape}")
         return name, tuple(reversed(shape)), self._number("I"), self._number("Q")
 
     def _placed(
@@ -268,23 +313,20 @@ class _Reader:
             columns = shape[-1] if shape else 1
             if columns % kind.block_values:
                 raise self._error(
-                    f"has rows of {columns} values, not a multiple of the {kind.block_values} of {kind.name}"
+                    f"has rows of {columns:,} values, not a multiple of the {kind.block_values} of {kind.name}"
                 )
-            rows = 1
-            for size in shape[:-1]:
-                rows *= size
-            if kind.row_group > 1 and (shape[-2] if len(shape) > 1 else 1) % kind.row_group:
+            if (shape[-2] if len(shape) > 1 else 1) % kind.row_group:
                 raise self._error(
-                    f"has rows that are not a multiple of the {kind.row_group} that {kind.name} interleaves"
+                    f"has a number of rows that is not a multiple of the {kind.row_group} that {kind.name} interleaves"
                 )
-            nbytes = rows * kind.row_bytes(columns)
+            nbytes = math.prod(shape[:-1]) * kind.row_bytes(columns) if columns else 0
             if offset != expected:
                 raise self._error(
-                    f"has its data at {offset:,}, expected {expected:,}: tensors must follow one another without gaps"
+                    f"has its data at {offset:,}, expected {expected:,}: tensors must follow one another, padded"
                 )
             if data_start + offset + nbytes > self._source.size:
                 raise self._error(
-                    f"ends at byte {data_start + offset + nbytes:,}, but the file has {self._source.size:,}: "
+                    f"ends at byte {data_start + offset + nbytes:,}, but the file at {self._source.size:,}: "
                     "it is cut off; download it again"
                 )
             tensors[name] = GgufTensorInfo(name, kind, shape, data_start + offset, nbytes)
@@ -302,9 +344,9 @@ class _Reader:
         """The scalar or string at the current position."""
         return self.text() if kind == ValueType.STRING else self._number(_FORMATS[kind])
 
-    def text(self) -> str:
+    def text(self, limit: int = MAX_ITEMS) -> str:
         length = self._number("Q")
-        self._check_length(length, "bytes")
+        self._check_length(length, "a string", limit)
         return self.take(length).decode("utf-8", "surrogateescape")
 
     def take(self, nbytes: int) -> bytes:
@@ -313,7 +355,7 @@ class _Reader:
             self._fill(nbytes)
         at = self._position - self._start
         self._position += nbytes
-        return self._window[at : at + nbytes]
+        return bytes(self._window[at : at + nbytes])
 
     def _number(self, code: str) -> int:
         (value,) = struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}")))
@@ -328,19 +370,21 @@ class _Reader:
         """Move the window to the current position, with at least `nbytes` in it."""
         if self._position + nbytes > self._source.size:
             raise self._cut_off(nbytes)
-        self._window = self._source.read(
-            self._position, min(max(nbytes, _WINDOW), self._source.size - self._position)
-        )
-        self._start = self._position
+        self._window = bytearray()  # two would take twice the memory
+        wanted = max(nbytes, self._window_bytes)
+        window = bytearray(min(wanted, self._source.size - self._position))
+        self._source.read_into(self._position, memoryview(window), cache=True)
+        self._start, self._window = self._position, window
+        self._window_bytes = min(2 * self._window_bytes, _LARGEST_WINDOW)  # fewer requests to the hub
 
-    def _check_length(self, length: int, what: str) -> None:
-        if length > MAX_ITEMS:
-            raise self._error(f"has {length:,} {what}; llama.cpp allows {MAX_ITEMS:,}")
+    def _check_length(self, length: int, what: str, limit: int = MAX_ITEMS) -> None:
+        if length > limit:
+            raise self._error(f"has {what} of {length:,}; at most {limit:,} are allowed")
 
     def _cut_off(self, nbytes: int) -> InvalidInputError:
         return self._error(
-            f"needs {nbytes:,} bytes at {self._position:,}, but the file has {self._source.size:,}: "
-            "it is cut off or damaged"
+            f"needs {nbytes:,} bytes at {self._position:,}, but the file ends at {self._source.size:,}: "
+            "it is cut off or damaged; download it again"
         )
 
     def _error(self, problem: str) -> InvalidInputError:

@@ -20,6 +20,8 @@ from moe_surgery.errors import InvalidInputError, OutputError
 __all__ = ["GgufModel", "GgufShard", "GgufTensor", "split_names"]
 
 SPLIT_NAME: Final = re.compile(r"(?s)(?P<prefix>.*)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf")
+MAX_VALUE_BYTES: Final = 64 << 20
+"""Ours, of a value that is read rather than copied: it bounds memory."""
 SPLIT_NUMBER, SPLIT_COUNT, SPLIT_TENSORS = "split.no", "split.count", "split.tensors.count"
 
 
@@ -33,6 +35,11 @@ class GgufTensor:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+
+    @property
+    def dtype(self) -> str:
+        """The name of the type."""
+        return self.type.name
 
 
 class GgufShard(OpenFile):
@@ -67,7 +74,8 @@ class GgufModel:
             for info in shard.header.tensors.values():
                 if info.name in self.tensors:
                     raise InvalidInputError(
-                        f"{shard.where}: tensor '{printable(info.name)}' is also in {self.tensors[info.name].shard}"
+                        f"{shard.where}: tensor '{printable(info.name)}' is also in "
+                        f"{printable(self.tensors[info.name].shard)}"
                     )
                 self.tensors[info.name] = GgufTensor(
                     info.name, shard.name, info.type, info.shape, info.offset, info.nbytes
@@ -82,12 +90,14 @@ class GgufModel:
         """
         with ExitStack() as stack:
             stack.callback(files.close)
-            shards = {name: stack.enter_context(GgufShard(name, files.open(name)))}
-            for other in split_names(shards[name])[1:]:
+            first = stack.enter_context(GgufShard(name, files.open(name)))
+            shards = {name: first}
+            names = split_names(first)
+            for other in names[1:]:
                 if not files.is_file(other):
                     raise OutputError(
                         f"{printable_path(files.path / other)}: not found; the model is split over "
-                        f"{len(split_names(shards[name]))} files that must lie in one folder"
+                        f"{len(names)} files that must lie in one folder"
                     )
                 shards[other] = stack.enter_context(GgufShard(other, files.open(other)))
             _check_set(shards)
@@ -106,9 +116,24 @@ class GgufModel:
         return sum(shard.nbytes for shard in self.shards.values())
 
     def value(self, key: str) -> object:
-        """The value of `key`: a number, bool, str or a list of them; None where there is no such key."""
+        """The value of `key`: a number, bool, str or a list of them; None where there is no such key.
+
+        Raises InvalidInputError for one of more than `MAX_VALUE_BYTES`, as `read_value`, and where it cannot be read.
+        """
         entry = self.metadata.get(key)
-        return None if entry is None else read_value(self.shards[self.name].source, entry)
+        if entry is None:
+            return None
+        if entry.nbytes > MAX_VALUE_BYTES:
+            raise InvalidInputError(
+                f"{printable_path(self.path)}: key '{printable(key)}' has {entry.nbytes:,} bytes, more than it can need"
+            )
+        return read_value(self.shards[self.name].source, entry)
+
+    def where(self, tensor: str) -> str:
+        """`file: tensor 'name'`, for messages."""
+        found = self.tensors.get(tensor)
+        file = self.files.path / found.shard if found else self.path
+        return f"{printable_path(file)}: tensor '{printable(tensor)}'"
 
     def check_unchanged(self) -> None:
         """Raise InvalidInputError if any file was replaced or written to since it was opened."""
@@ -132,29 +157,33 @@ def split_names(first: GgufShard) -> list[str]:
 
     Raises InvalidInputError where the name and the keys of the file disagree, or it is not the first.
     """
-    count = _small(first, SPLIT_COUNT)
-    if count in (None, 0):
+    count = _integer(first, SPLIT_COUNT, ValueType.U16) or 1
+    if count == 1:
         return [first.name]
     named = SPLIT_NAME.fullmatch(first.name)
-    if _small(first, SPLIT_NUMBER) != 0:
-        begin = f"{named['prefix']}-00001-of-{named['count']}.gguf" if named else "the first one"
-        raise InvalidInputError(f"{first.where}: is not the first file of its set; pass {begin}")
-    if count == 1 and named is None:
-        return [first.name]
+    if (number := _integer(first, SPLIT_NUMBER, ValueType.U16)) != 0:
+        if number is None:
+            raise InvalidInputError(f"{first.where}: has key '{SPLIT_COUNT}' but not '{SPLIT_NUMBER}'")
+        begin = f"{printable(named['prefix'])}-00001-of-{named['count']}.gguf" if named else "the first one"
+        raise InvalidInputError(f"{first.where}: is file {number + 1} of a set of {count}; pass {begin}")
     if named is None or int(named["number"]) != 1 or int(named["count"]) != count:
         raise InvalidInputError(
-            f"{first.where}: is the first of {count} files, so its name must end in -00001-of-{count:05d}.gguf, as "
-            "llama.cpp requires"
+            f"{first.where}: is the first of {count} files, so its name must end in -00001-of-{count:05d}.gguf, "
+            "as llama.cpp requires; give the files of the set their names back"
         )
-    return [f"{named['prefix']}-{number:05d}-of-{count:05d}.gguf" for number in range(1, (count or 1) + 1)]
+    return [f"{named['prefix']}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
 
 
-def _small(shard: GgufShard, key: str) -> int | None:
+def _integer(shard: GgufShard, key: str, kind: int) -> int | None:
+    """The value of `key`, which llama.cpp reads as type `kind`; None where there is no such key."""
     entry = shard.header.metadata.get(key)
     if entry is None:
         return None
-    if entry.type in (ValueType.ARRAY, ValueType.STRING, ValueType.BOOL, ValueType.F32, ValueType.F64):
-        raise InvalidInputError(f"{shard.where}: key '{key}' is not an integer")
+    if entry.type != kind:
+        names = ValueType.NAMES
+        raise InvalidInputError(
+            f"{shard.where}: key '{key}' is of type {names[entry.type]}, llama.cpp needs {names[kind]}"
+        )
     value = read_value(shard.source, entry)
     assert isinstance(value, int)
     return value
@@ -162,20 +191,33 @@ def _small(shard: GgufShard, key: str) -> int | None:
 
 def _check_set(shards: Mapping[str, GgufShard]) -> None:
     """Raise InvalidInputError unless the files are those of one set, in order."""
-    first = next(iter(shards.values()))
     if len(shards) == 1:
         return
+    first = next(iter(shards.values()))
+    announced = _integer(first, SPLIT_TENSORS, ValueType.I32)
+    if announced is None:
+        raise InvalidInputError(f"{first.where}: has key '{SPLIT_COUNT}' but not '{SPLIT_TENSORS}'")
     for number, shard in enumerate(shards.values()):
-        for key, expected in ((SPLIT_NUMBER, number), (SPLIT_COUNT, len(shards))):
-            actual = _small(shard, key)
-            if actual != expected:
-                raise InvalidInputError(f"{shard.where}: key '{key}' is {actual}, expected {expected}")
+        for key, kind, expected in (
+            (SPLIT_NUMBER, ValueType.U16, number),
+            (SPLIT_COUNT, ValueType.U16, len(shards)),
+            (SPLIT_TENSORS, ValueType.I32, announced),
+        ):
+            actual = _integer(shard, key, kind)
+            if actual != expected and (actual is not None or key != SPLIT_TENSORS):
+                found = "missing" if actual is None else f"{actual:,}"
+                raise InvalidInputError(
+                    f"{shard.where}: key '{key}' is {found}, expected {expected:,}: "
+                    f"it does not belong to the set that {printable(first.name)} begins"
+                )
         if shard.header.alignment != first.header.alignment:
             raise InvalidInputError(
-                f"{shard.where}: has alignment {shard.header.alignment}, {first.name} has {first.header.alignment}"
+                f"{shard.where}: has alignment {shard.header.alignment}, {printable(first.name)} has "
+                f"{first.header.alignment}: it does not belong to the set"
             )
     total = sum(len(shard.header.tensors) for shard in shards.values())
-    if (announced := _small(first, SPLIT_TENSORS)) not in (None, total):
+    if announced != total:
         raise InvalidInputError(
-            f"{first.where}: announces {announced:,} tensors, its {len(shards)} files have {total:,}"
+            f"{first.where}: key '{SPLIT_TENSORS}' is {announced:,}, but the {len(shards)} files of the set "
+            f"have {total:,} tensors"
         )

@@ -82,7 +82,7 @@ def padding(nbytes: int, alignment: int = ALIGNMENT) -> int:
 
 
 def preamble(tensors: int, entries: int) -> bytes:
-    """The first bytes of a file with so many tensors and metadata entries."""
+    """The first 24 bytes of a file with these numbers of tensors and metadata entries."""
     return MAGIC + struct.pack("<IQQ", VERSION, tensors, entries)
 
 

@@ -9,7 +9,7 @@ import click
 
 from moe_surgery.bench.rounds import MedianRange, median_range, rounded
 from moe_surgery.cli.bench.shared import NUMBERS, collect, finish, machine, plot_option
-from moe_surgery.cli.options import common, compute, dtype_name, needs_torch, terminal_of, torch_dtype
+from moe_surgery.cli.options import Compute, common, compute_options, dtype_name, needs_torch, terminal_of
 from moe_surgery.cli.terminal import Terminal, size
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 )
 @click.option("--steps", default=16, show_default=True, help="Tokens to decode per round.")
 @click.option("--rounds", default=3, show_default=True, help="Rounds; each measures every model once.")
-@compute
+@compute_options
 @plot_option
 @common
 @click.pass_context
@@ -46,9 +46,7 @@ def command(
     depth: int,
     steps: int,
     rounds: int,
-    device: str,
-    dtype: str,
-    backend: str | None,
+    compute: Compute,
     plot: Path | None,
 ) -> None:
     """Measure decoding with every CKPT, compared with the first one.
@@ -69,7 +67,7 @@ def command(
 
     terminal = terminal_of(context)
     check_plot(plot)
-    models = {name: load_model(name, device, torch_dtype(dtype), backend=backend) for name in ckpts}
+    models = {name: load_model(name, **compute.arguments()) for name in ckpts}
     full = models[ckpts[0]]
     models |= _views(ckpts[0], full, expert_counts or [], ranking)
     runs, interrupted = collect(
@@ -84,7 +82,7 @@ def command(
         "steps": steps,
         "rounds": rounds,
         "dtype": dtype_name(full.dtype),
-        "device": device,
+        "device": compute.device,
     }
     _print(terminal, figures, bandwidth, settings | {"backend": full.backend.name}, interrupted)
     if plot and figures:

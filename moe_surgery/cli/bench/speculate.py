@@ -13,15 +13,15 @@ from moe_surgery.bench.rounds import check_numbers, rounded
 from moe_surgery.cli import drafts
 from moe_surgery.cli.bench.shared import NUMBERS, collect, finish, machine, plot_option
 from moe_surgery.cli.options import (
+    Compute,
     common,
-    compute,
+    compute_options,
     dtype_name,
     needs_torch,
-    optional_text_options,
     terminal_of,
-    torch_dtype,
 )
 from moe_surgery.cli.terminal import Terminal, size
+from moe_surgery.cli.text_options import TextArguments, optional_text_options
 from moe_surgery.errors import UsageError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     help="Tokens in the cache before the first measured step.",
 )
 @click.option("--rounds", default=5, show_default=True, help="Rounds; each measures every step once.")
-@compute
+@compute_options
 @plot_option
 @common
 @click.pass_context
@@ -69,18 +69,14 @@ def command(
     draft_plan: tuple[Path, ...],
     draft_top_k: int | None,
     lengths: list[int],
-    texts: tuple[Path, ...],
-    domains: tuple[str, ...],
-    format: str | None,
+    texts: TextArguments,
     prompts: int,
     prompt_tokens: int,
     max_new_tokens: int,
     batch: int,
     depth: int,
     rounds: int,
-    device: str,
-    dtype: str,
-    backend: str | None,
+    compute: Compute,
     plot: Path | None,
 ) -> None:
     """Measure speculative decoding with a draft, compared with plain greedy decoding.
@@ -98,7 +94,7 @@ def command(
     """
     needs_torch("bench speculate")
     from moe_surgery.bench.plots import check_plot
-    from moe_surgery.quality.corpus import open_corpus, text_files
+    from moe_surgery.quality.corpus import open_corpus
     from moe_surgery.quality.prompts import check_prompts, prompts_of
     from moe_surgery.runtime.load import load_model
     from moe_surgery.runtime.text import Text
@@ -106,13 +102,13 @@ def command(
     terminal = terminal_of(context)
     check_plot(plot)
     check_numbers(prompts=[prompts], prompt_tokens=[prompt_tokens], max_new_tokens=[max_new_tokens])
-    if not texts and (domains or format is not None):
+    if not texts.paths and (texts.domains or texts.format is not None):
         raise UsageError("--domain and --format need --texts")
     domain_prompts = {}
-    if texts:
-        corpus = open_corpus(text_files(texts, domains, format), Text(ckpt), context=prompt_tokens)
+    if texts.paths:
+        corpus = open_corpus(texts.files(), Text(ckpt), context=prompt_tokens)
         domain_prompts = prompts_of(corpus, prompt_tokens, prompts)
-    model = load_model(ckpt, device, torch_dtype(dtype), backend=backend)
+    model = load_model(ckpt, **compute.arguments())
     setup = Setup(model, domain_prompts, lengths, max_new_tokens, batch, depth, rounds)
     results: list[Result] = []
     interrupted = False
@@ -130,7 +126,7 @@ def command(
     settings: dict[str, object] = {
         "target": ckpt,
         "dtype": dtype_name(model.dtype),
-        "device": device,
+        "device": compute.device,
         "backend": model.backend.name,
         "batch": batch,
         "depth": depth,

@@ -66,11 +66,15 @@ def command(
         measure_surgery,
         surgery_figures,
     )
+    from moe_surgery.checkpoint.gguf.resolve import is_gguf
+    from moe_surgery.checkpoint.resolve import resolve
     from moe_surgery.pipeline.planning import inspect
     from moe_surgery.selection.plan import check_count
 
     terminal = terminal_of(context)
     check_plot(plot)
+    if is_gguf(ckpt):
+        resolve(ckpt)  # which says what it is
     model = inspect(ckpt)
     for count in expert_counts:
         check_count(count, model.experts, "expert_counts")
@@ -83,7 +87,7 @@ def command(
         terminal,
     )
     rows = surgery_figures(runs)
-    state = "dropped page cache" if cold else "page cache as it was"
+    state = "dropped page cache" if cold else "page cache not dropped"
     if terminal.json:
         terminal.data(
             machine()

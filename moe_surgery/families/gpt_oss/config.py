@@ -101,7 +101,7 @@ class _Config:
 
 
 def _sliding_windows(config: _Config, layers: int) -> tuple[int | None, ...]:
-    """Sliding layers see `sliding_window` positions; without "layer_types" every second layer slides."""
+    """Sliding layers see `sliding_window` positions; without "layer_types" every second layer is one."""
     kinds = config.get("layer_types") or [LAYER_TYPES[i % 2] for i in range(layers)]
     key = config.key("layer_types")
     if not isinstance(kinds, list) or len(kinds) != layers:

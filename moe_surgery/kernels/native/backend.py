@@ -49,7 +49,7 @@ def availability() -> str | None:
 class NativeBackend:
     """See `moe_surgery.kernels.interface.Backend`. For tensors on the CPU.
 
-    Sums are float32 whatever x's dtype, over weights that are never converted in memory: BF16, F16, F32 and MXFP4. A
+    Sums are float32 in any dtype of x, over weights that are never converted in memory: BF16, F16, F32 and MXFP4. A
     product with MXFP4 rounds its activations to 16-bit integers, 32 columns sharing a scale: an error of at
     most 1.6e-5 of the largest of the 32, so results are not those of float32 arithmetic (the reference
     backend's are). A token's result does not depend on the other tokens of a call, on the number of threads

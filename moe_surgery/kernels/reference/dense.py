@@ -1,4 +1,4 @@
-"""Dense products with weights as they are stored, whatever the compute dtype."""
+"""Dense products with weights as stored, in any compute dtype."""
 
 from __future__ import annotations
 

@@ -30,13 +30,14 @@ def experts(x: Tensor, ids: Tensor, weights: Tensor, expert_weights: ExpertWeigh
 
 def experts_grouped(x: Tensor, ids: Tensor, weights: Tensor, expert_weights: ExpertWeights) -> Tensor:
     """One pass over the distinct experts in `ids`, in index order."""
-    y = torch.zeros_like(x, dtype=torch.float32)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = torch.zeros_like(x, dtype=wide)
     stored = ids if expert_weights.expert_map is None else expert_weights.expert_map[ids]
     for expert in torch.unique(ids).tolist():
         token, slot = torch.where(ids == expert)
         stored_expert = int(stored[token[0], slot[0]])
         out = expert_output(x[token], expert_weights, stored_expert)
-        y.index_add_(0, token, out.float() * weights[token, slot, None].float())
+        y.index_add_(0, token, out.to(wide) * weights[token, slot, None].to(wide))
     return y.to(x.dtype)
 
 

@@ -20,6 +20,8 @@ def decode(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 
     The bits are those of `moe_surgery.formats.mxfp4`, cast from BF16; float32 and bfloat16 are exact.
     """
+    if dtype not in _PAIR:
+        return decode(blocks, scales, torch.float32).to(dtype)
     table = _pairs(dtype, str(blocks.device))
     index = (scales.to(torch.int32) << 8).unsqueeze(-1) | blocks
     pairs = table.index_select(0, index.flatten())

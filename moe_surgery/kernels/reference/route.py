@@ -10,9 +10,10 @@ __all__ = ["route"]
 
 
 def route(x: Tensor, weight: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """See `Backend.route`. Logits, order and softmax in float32, whatever x's dtype."""
-    logits = F.linear(x.float(), weight.float(), bias.float())  # [tokens, experts]
-    # A stable descending sort keeps equal logits in index order, which torch.topk does not promise.
+    """See `Backend.route`. Logits, order and softmax in float32, regardless of x's dtype (float64 for float64)."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    logits = F.linear(x.to(wide), weight.to(wide), bias.to(wide))  # [tokens, experts]
+    # A stable descending sort keeps equal logits in index order, which torch.topk does not guarantee.
     ordered, ids = torch.sort(logits, dim=-1, descending=True, stable=True)
     ids = ids[:, :top_k]
     return ids, torch.softmax(ordered[:, :top_k], dim=-1).to(x.dtype)

@@ -83,6 +83,6 @@ def reduce_split_k(value, offsets, partial, counters, tile, pid_k, SIZE: tl.cons
     if last:
         tl.store(counters + tile, 0)
         for part in range(SPLIT_K):
-            # .cg reads the second-level cache, where the other programs' stores are.
+            # .cg reads the L2 cache, where the other programs' stores are.
             total += tl.load(base + part * SIZE + offsets, cache_modifier=".cg")
     return total, last

@@ -111,7 +111,7 @@ def _down_gemv_kernel(
 ):  # fmt: skip
     """out [tokens, HIDDEN], the weighted sum over a token's slots; grid (tokens, blocks of rows, SPLIT_K).
 
-    The slots lie one after the other in a single reduction of TOP_K * INTERMEDIATE, which SPLIT_K cuts.
+    The slots form a single reduction of TOP_K * INTERMEDIATE, which SPLIT_K divides.
     """
     token = tl.program_id(0).to(tl.int64)
     pid_m = tl.program_id(1)

@@ -94,7 +94,7 @@ def _gate_up_grouped_gemm_kernel(
         )
     acc += row_bias[:, None]
     gate, up = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
-    value = tl.trans(swiglu(gate, up, limit, alpha))  # [N, M], as z lies
+    value = tl.trans(swiglu(gate, up, limit, alpha))  # [N, M], z's layout
     column = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     mask = row_ids_ok[:, None] & (column < INTERMEDIATE)[None, :] & last
     tl.store(z + position[:, None] * INTERMEDIATE + column[None, :], value.to(z.dtype.element_ty), mask=mask)

@@ -193,7 +193,7 @@ def _shape(
 
     Unmeasured on a GPU. One multiprocessor alone would read a router's weights too slowly, so few tokens
     are cut along experts and reduction until there are some dozens of programs; joining them costs one
-    round through the second-level cache.
+    round trip through the L2 cache.
     """
     all_e = max(16, next_power_of_two(experts))
     if tokens <= 4:

@@ -4,7 +4,7 @@ BLOCKS: (operation, format, block_n) -> (block_m, block_k, num_warps, num_stages
 does not sort. Rows of gate_up are counted in pairs, a gate and an up row. The values have **not been
 measured on a GPU**. They were derived by counting: at one token 16 rows give 720 and 180 programs for 2880
 rows and top-4, several per multiprocessor; packed rows are read 128 and 256 bytes at a time; a dense row
-is read 64 values at a time (128 bytes, a cache line) because dense weights lie transposed. For tiles the
+is read 64 values at a time (128 bytes, a cache line) because dense weights are stored transposed. For tiles the
 accumulator, the decoded weights and the tokens fit the registers of every architecture (the compiled
 table records no spills) and the stages fit the smallest shared memory, 99 KB. Reductions that are not a
 multiple of block_k (2880 = 22.5 x 128) end in a masked step.

@@ -1,7 +1,7 @@
 // The text, coloured: a class, a height and a label per token. The tokens in view are written first, the others
 // in pieces afterwards, so that a choice shows at once however long the text is.
 const [EXPERT, KL, LOST, AGREEMENT] = [0, 1, 2, 3];
-const STYLED = 8;  // experts with a colour of their own
+const STYLED = 8;  // experts with a separate colour
 const spans = [...byId("text").querySelectorAll("span")];
 const PIECE = 400;
 const painted = { written: spans.map((s) => s.className), classes: [], heights: [], labels: [], values: null };

@@ -75,7 +75,7 @@ class Speculation:
         if isinstance(draft_length, AdaptiveLength) and draft_length.costs is None:
             costs = counted_costs(target, draft, len(prompts), draft_length.max_length)
         self._control = LengthControl(draft_length, costs)
-        # Rejected tokens lie past the last accepted one until they are rolled back.
+        # Rejected tokens are past the last accepted one until they are rolled back.
         self._context = min(needed + self._control.max_length, target.config.max_position_embeddings)
         self._draft_context = min(needed + self._control.max_length, draft.config.max_position_embeddings)
         stops = target.config.eos_token_ids if stop_tokens is None else stop_tokens
@@ -234,7 +234,7 @@ def speculation_cache_bytes(
     target: CausalLM, draft: CausalLM, batch: int, tokens: int, length: int
 ) -> tuple[int, int]:
     """Bytes of the target's and the draft's keys and values for `batch` sequences of `tokens` tokens, prompt
-    and answer together: rings hold the rollback too, and drafted tokens lie past the last one."""
+    and answer together: rings hold the rollback too, and drafted tokens go past the last one."""
     cached = tokens - 1 + length  # the last token is never fed back
     return (
         cache_bytes(target, batch, min(cached, target.config.max_position_embeddings), length),

@@ -29,6 +29,19 @@ def test_types_are_those_of_the_gguf_package() -> None:
         assert (ours.name, (ours.block_values, ours.block_bytes)) == (kind.name, gguf.GGML_QUANT_SIZES[kind])
 
 
+def test_interleaved_types_have_the_sizes_of_their_base_types() -> None:
+    interleaved = [t for t in BLOCK_TYPES.values() if t.row_group > 1]
+    assert {t.name.rpartition("_R")[2] for t in interleaved} == {str(g) for g in (4, 8, 16)}
+    own_layout = {"IQ1_S_R4", "IQ1_M_R4", "Q8_K_R8", "Q8_K_R16", "Q8_KV_R8"}
+    for kind in interleaved:
+        base, _, group = kind.name.rpartition("_R")
+        assert kind.row_group == int(group)
+        if kind.name not in own_layout:
+            expected = BY_NAME[base]
+            sizes = (expected.block_values, expected.block_bytes, expected.row_header)
+            assert (kind.block_values, kind.block_bytes, kind.row_header) == sizes
+
+
 @given(
     st.lists(TEXT.filter(bool), min_size=1, max_size=5),
     st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=5),
@@ -63,8 +76,7 @@ def test_metadata_and_table_come_back(
     body = b"".join(d.tobytes() + bytes(padding(d.nbytes)) for d in data)
     file.write_bytes(raw + (body or bytes(ALIGNMENT)))
     got = read(file)
-    metadata = {k: v for k, v in got.metadata.items() if not k.startswith("GGUF.")}
-    assert metadata == {
+    assert {k: v for k, v in got.metadata.items() if not k.startswith("GGUF.")} == {
         "general.architecture": "gpt-oss",
         "a.texts": texts,
         "a.numbers": numbers,

@@ -341,7 +341,7 @@ def test_costs_decide_how_much_is_drafted(small_model: CausalLM) -> None:
             for case in [(4, 3, MANY), (16, 1, ONE), (16, 8, MANY), (31, 4, ONE)]
         ),
         ("reference-invariant", 8, 4, ONE),
-        ("reference-invariant", 16, 3, MANY),
+        pytest.param("reference-invariant", 16, 3, MANY, marks=pytest.mark.slow),
     ],
 )
 def test_bf16_is_exact_where_a_token_does_not_depend_on_the_others(

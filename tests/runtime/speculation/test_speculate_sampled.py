@@ -50,11 +50,9 @@ def chi_square(counts: np.ndarray, expected: np.ndarray) -> tuple[float, int]:
 
 CASES = {
     "one": (1, Sampling(1.0, seed=1)),
-    "two": (2, Sampling(1.0, seed=2)),
     "more than are left": (6, Sampling(1.0, seed=3)),
     "cold": (2, Sampling(0.6, seed=4)),
     "hot": (3, Sampling(1.7, seed=5)),
-    "top-k": (2, Sampling(1.3, top_k=3, seed=6)),
     "top-p": (3, Sampling(1.0, top_p=0.85, seed=7)),
     "min-p": (1, Sampling(1.0, min_p=0.15, seed=8)),
     "all filters": (2, Sampling(0.9, 4, 0.95, 0.02, seed=9)),

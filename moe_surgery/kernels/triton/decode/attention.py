@@ -31,7 +31,7 @@ def _attention_kernel(
 ):  # fmt: skip
     """Grid (sequences, kv_heads, NUM_KV_SPLITS); a program has all query heads of its key head.
 
-    Keys lie on the M side of the products, the GROUP query heads on the N side: it takes 8. Program `kv_split`
+    Keys are the M side of the products, the GROUP query heads the N side, which takes 8. Program `kv_split`
     has the blocks of slots kv_split, kv_split + NUM_KV_SPLITS, ..., as far as the cache is filled.
     """
     sequence = tl.program_id(0).to(tl.int64)

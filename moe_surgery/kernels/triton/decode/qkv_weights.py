@@ -35,7 +35,7 @@ def bias_of(projection: Projection) -> Tensor:
 
 
 def _adjacent(parts: list[Tensor]) -> bool:
-    """Whether the tensors lie one after the other in one storage."""
+    """Whether the tensors are adjacent in one storage, in order."""
     storage = parts[0].untyped_storage().data_ptr()
     return all(
         later.untyped_storage().data_ptr() == storage

@@ -1,0 +1,209 @@
+"""What `repair` gains on the embedded model: KL divergence before and after, on its own domain and on the others.
+
+    python -m benchmarks.repair [--seeds 3] [--kept 4,8,16,24] [--resume]
+
+Each seed draws documents of every domain; experts are chosen by `search` and repaired on the first ones of a domain,
+and measured on the last, of which neither saw anything, and on documents of the other domains. Results are
+published after each size of a seed; with --resume those that are there stay.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import click
+import torch
+
+from benchmarks.publish import RESULTS, begin, heading, load, publish, table
+from moe_surgery import load_model, load_ranking, plan_from_ranking, repair, search, speculate, view
+from moe_surgery.examples.skills import DOMAINS, documents
+from moe_surgery.quality.repair.job import Gain
+from moe_surgery.runtime.model import CausalLM
+from moe_surgery.runtime.text import Text
+from moe_surgery.selection.ranking import Ranking
+
+CHECKPOINT = "example:tiny"
+NAME = "repair"
+FIRST, SECOND, OTHERS = 30, 12, 2
+"""Documents of a domain to choose and repair on, to measure on, and of each other domain to measure on."""
+SEARCH_TOKENS = 2500
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 32, 20
+BATCH_TOKENS = 512
+
+Row = dict[str, Any]
+
+
+def write_jsonl(file: Path, texts: Sequence[str]) -> Path:
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return file
+
+
+class Texts:
+    """The documents of one seed as files: `first` and `second` half of each domain, and `few` of the second."""
+
+    def __init__(self, seed: int, folder: Path) -> None:
+        self.first, self.second, self.few = {}, {}, {}
+        for domain in DOMAINS:
+            drawn = documents(domain, FIRST + SECOND, seed=200 + seed)
+            self.first[domain] = write_jsonl(folder / f"{domain}-{seed}-first.jsonl", drawn[:FIRST])
+            self.second[domain] = write_jsonl(folder / f"{domain}-{seed}-second.jsonl", drawn[FIRST:])
+            self.few[domain] = write_jsonl(
+                folder / f"{domain}-{seed}-few.jsonl", drawn[FIRST : FIRST + OTHERS]
+            )
+        self.full, self.text = load_model(CHECKPOINT), Text(CHECKPOINT)
+        self._rankings: dict[str, Ranking] = {}
+        self._folder = folder
+
+    def ranking(self, domain: str) -> Ranking:
+        if domain not in self._rankings:
+            file = self._folder / f"{self.first[domain].stem}.ranking.json"
+            search(CHECKPOINT, self.first[domain], file, max_tokens=SEARCH_TOKENS)
+            self._rankings[domain] = load_ranking(file)
+        return self._rankings[domain]
+
+
+def measure(seed: int, kept: int, domain: str, texts: Texts, folder: Path, options: Mapping[str, Any]) -> Row:
+    """KL divergences before and after: `own` on the second half of the domain, `others` the mean of the others."""
+    others: dict[str, list[Path]] = {name: [texts.few[name]] for name in DOMAINS if name != domain}
+    plan = plan_from_ranking(texts.ranking(domain), kept)
+    measured: Any = {domain: [texts.second[domain]], **others}
+    start = time.perf_counter()
+    result = repair(
+        CHECKPOINT,
+        {domain: [texts.first[domain]]},
+        folder / f"{domain}-{kept}-{seed}",
+        plan=plan,
+        measure=measured,
+        seed=seed,
+        **options,
+    )
+    seconds = time.perf_counter() - start
+    elsewhere = [result.measured[name] for name in others]
+    drafts = [view(texts.full, plan), load_model(result.out)]
+    row: Row = {
+        "kept": kept,
+        "domain": domain,
+        "seed": seed,
+        "repaired": result.repaired,
+        "steps": result.steps,
+        "own": pair(result.measured[domain], result.repaired),
+        "acceptance": [acceptance(texts, draft, domain) for draft in drafts],
+        "others": [mean(v) for v in zip(*(pair(g, result.repaired) for g in elsewhere), strict=True)],
+    }
+    click.echo(f"{kept} {domain} {seed}: own {row['own']}, others {row['others']}, {seconds:.0f} s", err=True)
+    return row
+
+
+def acceptance(texts: Texts, draft: CausalLM, domain: str) -> float:
+    """The share of drafted tokens that the full model accepts, greedily, for prompts from the second half."""
+    lines = texts.second[domain].read_text().splitlines()[:PROMPTS]
+    prompts = [texts.text.encode(json.loads(line)["text"])[:PROMPT_TOKENS] for line in lines]
+    result = speculate(texts.full, draft, prompts, draft_length=4, max_new_tokens=NEW_TOKENS, stop_tokens=())
+    return result.statistics.acceptance or 0.0
+
+
+def pair(gain: Gain, repaired: bool) -> list[float]:
+    """Before and after; what was tried and not kept changes nothing."""
+    return [gain.before, gain.after if repaired else gain.before]
+
+
+def figure(kl: float) -> str:
+    """With three digits; what float32 rounds away as 0."""
+    return f"{kl:.3g}" if kl > 1e-6 else "0"
+
+
+def gain_of(rows: Sequence[Row], where: str = "own") -> str:
+    """The change of the mean divergence in percent."""
+    before, after = (mean(row[where][i] for row in rows) for i in (0, 1))
+    return f"{100 * (after / before - 1):+.0f} %" if before > 1e-6 else "0 %"
+
+
+def page(report: Mapping[str, Any]) -> list[str]:
+    rows: list[Row] = report["rows"]
+    lines = [*heading("What repair gains", report), ""]
+    lines += [
+        "KL divergence from the full model, nats per token, on texts that neither `search` nor `repair` saw; means "
+        "over seeds. Accepted: the share of tokens that the full model accepts from the pruned one as its draft "
+        f"(greedy, 4 drafted tokens, {PROMPTS} prompts of {PROMPT_TOKENS} tokens).",
+        "",
+        "## Mean over the domains",
+        "",
+    ]
+    summary = []
+    for kept in sorted({row["kept"] for row in rows}):
+        mine = [row for row in rows if row["kept"] == kept]
+        before, after = (mean(row["own"][i] for row in mine) for i in (0, 1))
+        there, then = (mean(row["others"][i] for row in mine) for i in (0, 1))
+        worse = sum(row["own"][1] > row["own"][0] for row in mine)
+        counts = f"{sum(row['repaired'] for row in mine)} of {len(mine)}"
+        shown = [figure(before), figure(after), gain_of(mine), counts, worse, f"{there:.3f}", f"{then:.3f}"]
+        accepted = [f"{mean(row['acceptance'][i] for row in mine):.1%}" for i in (0, 1)]
+        summary.append([kept, *shown, gain_of(mine, "others"), *accepted])
+    columns = ["experts kept", "search", "repaired", "change", "repaired in", "worse in"]
+    others = ["others before", "after", "change"]
+    lines += table([*columns, *others, "accepted as a draft", "repaired"], summary)
+    for kept in sorted({row["kept"] for row in rows}):
+        lines += ["", f"## {kept} experts kept", ""]
+        cells = []
+        for domain in DOMAINS:
+            mine = [row for row in rows if (row["kept"], row["domain"]) == (kept, domain)]
+            if not mine:
+                continue
+            before, after = (mean(row["own"][i] for row in mine) for i in (0, 1))
+            each = ", ".join(f"{figure(row['own'][0])} to {figure(row['own'][1])}" for row in mine)
+            there, then = (mean(row["others"][i] for row in mine) for i in (0, 1))
+            cells.append([domain, figure(before), figure(after), gain_of(mine), each])
+            cells[-1] += [f"{there:.3f}", f"{then:.3f}"]
+        lines += table(
+            ["domain", "search", "repaired", "change", "each seed", "others before", "others after"], cells
+        )
+    return lines
+
+
+@click.command(help=__doc__)
+@click.option("--seeds", default=3, show_default=True)
+@click.option("--kept", default="8,16,4,24", show_default=True)
+@click.option("--norms/--no-norms", default=True, show_default=True)
+@click.option("--steps", default=60, show_default=True)
+@click.option("--resume", is_flag=True, help="Keep the results that are there, and measure what is missing.")
+@click.option("--redraw", is_flag=True, help="Write the page again from the results that are there.")
+@click.option("--out", type=click.Path(path_type=Path), default=RESULTS, show_default=True)
+def main(seeds: int, kept: str, norms: bool, steps: int, resume: bool, redraw: bool, out: Path) -> None:
+    earlier = load(NAME, out) if resume or redraw else None
+    if redraw:
+        if earlier is None:
+            raise click.ClickException(f"{out}: holds no {NAME}.json")
+        publish(NAME, earlier, page(earlier), out)
+        return
+    torch.set_num_threads(1)  # more only slow down so small a model
+    options: dict[str, Any] = {"norms": norms, "steps": steps, "batch_tokens": BATCH_TOKENS}
+    flags = " ".join(
+        [*(["--norms"] if norms else []), f"--train-steps {steps} --batch-tokens {BATCH_TOKENS}"]
+    )
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work)
+        how = (
+            f"python -m benchmarks.repair: {CHECKPOINT}, {FIRST} generated documents of a domain to choose by "
+            f"`search` (the first {SEARCH_TOKENS} tokens) and to repair on ({flags}), {SECOND} others to measure on, "
+            f"and {OTHERS} of each other domain."
+        )
+        rows: list[Row] = earlier["rows"] if earlier else []
+        done = {(row["kept"], row["domain"], row["seed"]) for row in rows}
+        for seed in range(seeds):
+            texts = Texts(seed, folder)
+            for count in map(int, kept.split(",")):
+                for domain in DOMAINS:
+                    if (count, domain, seed) not in done:
+                        rows.append(measure(seed, count, domain, texts, folder, options))
+                report = {**begin(how, folder), "rows": rows}
+                publish(NAME, report, page(report), out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Counts of routed tokens that other programs recorded, as `Statistics`."""

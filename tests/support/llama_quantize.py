@@ -1,0 +1,36 @@
+"""llama-quantize with a matrix, by llama.cpp's library: python -m tests.support.llama_quantize IN OUT MATRIX
+
+To IQ2_XS, which needs a matrix for most tensors. The exit code is llama.cpp's, 0 where it succeeded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+import gguf
+import llama_cpp
+import numpy as np
+
+IQ2_XS = 20
+
+
+def main(source: str, out: str, matrix: str) -> int:
+    tensors = {t.name: t.data for t in gguf.GGUFReader(matrix).tensors}
+    kept = []
+    for name in [n.removesuffix(".in_sum2") for n in tensors if n.endswith(".in_sum2")]:
+        counts = np.maximum(tensors[f"{name}.counts"].reshape(-1, 1), 1)
+        sums = tensors[f"{name}.in_sum2"].reshape(len(counts), -1)
+        kept.append((name.encode(), np.ascontiguousarray(sums / counts, np.float32)))
+    entries = (llama_cpp.llama_model_imatrix_data * (len(kept) + 1))()
+    for entry, (name, values) in zip(entries, kept, strict=False):
+        entry.name, entry.size = name, values.size
+        entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype, params.nthread = IQ2_XS, 1
+    params.imatrix = entries
+    return int(llama_cpp.llama_model_quantize(source.encode(), out.encode(), ctypes.byref(params)))
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
