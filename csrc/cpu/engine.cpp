@@ -17,11 +17,11 @@ constexpr std::ptrdiff_t kTokensAtOnce = 32;
 
 #if defined(MOE_SURGERY_TILES)
 // The kernels of AVX-512 VNNI, with tiles beside them.
-const Kernels& with_tiles(const char* name, const TileKernels& tiles) {
-    auto* kernels = new Kernels(kAvx512VnniKernels);  // lives as long as the process
-    kernels->name = name;
-    kernels->tiles = &tiles;
-    return *kernels;
+Kernels with_tiles(const char* name, const TileKernels& tiles) {
+    Kernels kernels = kAvx512VnniKernels;
+    kernels.name = name;
+    kernels.tiles = &tiles;
+    return kernels;
 }
 #endif
 
@@ -30,12 +30,13 @@ std::vector<const Kernels*> find_kernels() {
     std::vector<const Kernels*> kernels;
 #if defined(__x86_64__)
 #if defined(MOE_SURGERY_TILES)
-    if (isa::supported(Isa::amx)) kernels.push_back(&with_tiles("amx", kAmxTiles));
+    static const Kernels amx = with_tiles("amx", kAmxTiles), bf16 = with_tiles("avx512bf16", kAvx512Bf16Tiles);
+    if (isa::supported(Isa::amx)) kernels.push_back(&amx);
 #endif
     if (isa::supported(Isa::avx512vnni)) kernels.push_back(&kAvx512VnniKernels);
 #if defined(MOE_SURGERY_TILES)
     // After VNNI, whose products of integers take half the instructions.
-    if (isa::supported(Isa::avx512bf16)) kernels.push_back(&with_tiles("avx512bf16", kAvx512Bf16Tiles));
+    if (isa::supported(Isa::avx512bf16)) kernels.push_back(&bf16);
 #endif
     if (isa::supported(Isa::avx512)) kernels.push_back(&kAvx512Kernels);
     if (isa::supported(Isa::avx2)) kernels.push_back(&kAvx2Kernels);
