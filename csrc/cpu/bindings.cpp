@@ -200,6 +200,7 @@ std::vector<std::string> names() {
 
 void bind(nb::module_& module) {
     module.def("cpu_instruction_sets", &names, "Instruction sets that `Engine` supports on this machine, best first.");
+    module.attr("TILED_TOKENS") = kTiledTokens;
     module.def("read_bytes", &read, "address"_a, "bytes"_a, "threads"_a);
     module.def("rope_cos_sin", &rope_cos_sin_at);
     module.def("apply_rope", nb::overload_cast<Address, const std::vector<Length>&, Address, const std::vector<Length>&, Address, const std::vector<Length>&, const std::vector<Length>&, Address>(&apply_rope));
@@ -215,13 +216,14 @@ void bind(nb::module_& module) {
         .def("add_layer", &add_layer);
     nb::class_<Engine>(module, "Engine")
         .def("__init__",
-             [](Engine* self, const std::string& isa, int threads) {
+             [](Engine* self, const std::string& isa, int threads, bool tiled) {
                  if (threads < 1) throw std::invalid_argument("threads must be at least 1");
-                 new (self) Engine(select_kernels(isa), threads);
+                 new (self) Engine(select_kernels(isa), threads, tiled);
              },
-             "isa"_a, "threads"_a)
+             "isa"_a, "threads"_a, "tiled"_a = false)
         .def_prop_ro("isa", [](const Engine& engine) { return engine.kernels().name; })
         .def_prop_ro("threads", &Engine::threads)
+        .def_prop_ro("tiled", &Engine::tiled, "Whether products are tiled: asked for, and available.")
         .def("products", &products)
         .def("route", &route)
         .def("experts", &experts)

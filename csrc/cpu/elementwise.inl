@@ -11,8 +11,16 @@ struct Elementwise {
     using F = typename V::F;
     using Math = LaneMath<V>;
 
-    static void swiglu(const float* h, std::ptrdiff_t intermediate, float limit, float alpha, float* z) {
+    static F swiglu(F gate, F up, F limit, F alpha) {
         const F one = V::set(1.0f);
+        // The value last, so that NaN stays NaN.
+        gate = V::min(limit, gate);
+        up = V::max(V::sub(V::zero(), limit), V::min(limit, up));
+        const F exp_neg = Math::exp(V::mul(V::sub(V::zero(), alpha), gate));
+        return V::mul(V::add(up, one), V::div(gate, V::add(one, exp_neg)));
+    }
+
+    static void swiglu(const float* h, std::ptrdiff_t intermediate, float limit, float alpha, float* z) {
         for (std::ptrdiff_t i = 0; i < intermediate; i += kLanes) {
             const std::ptrdiff_t count = min_of(kLanes, intermediate - i);
             float gates[kLanes] = {}, ups[kLanes] = {};
@@ -20,12 +28,7 @@ struct Elementwise {
                 gates[j] = h[2 * (i + j)];
                 ups[j] = h[2 * (i + j) + 1];
             }
-            // The value last, so that NaN stays NaN.
-            const F gate = V::min(V::set(limit), V::load(gates));
-            const F up = V::max(V::set(-limit), V::min(V::set(limit), V::load(ups)));
-            const F exp_neg = Math::exp(V::mul(V::set(-alpha), gate));
-            const F value = V::mul(V::add(up, one), V::div(gate, V::add(one, exp_neg)));
-            Math::store_partial(z + i, value, count);
+            Math::store_partial(z + i, swiglu(V::load(gates), V::load(ups), V::set(limit), V::set(alpha)), count);
         }
     }
 

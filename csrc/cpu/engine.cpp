@@ -15,11 +15,29 @@ constexpr std::ptrdiff_t kPieceBytes = 96 << 10;
 // Tokens that a thread multiplies with one piece of weights at a time, so that both stay in its cache.
 constexpr std::ptrdiff_t kTokensAtOnce = 32;
 
+#if defined(MOE_SURGERY_TILES)
+// The kernels of AVX-512 VNNI, with tiles beside them.
+Kernels with_tiles(const char* name, const TileKernels& tiles) {
+    Kernels kernels = kAvx512VnniKernels;
+    kernels.name = name;
+    kernels.tiles = &tiles;
+    return kernels;
+}
+#endif
+
 std::vector<const Kernels*> find_kernels() {
     using isa::Isa;
     std::vector<const Kernels*> kernels;
 #if defined(__x86_64__)
+#if defined(MOE_SURGERY_TILES)
+    static const Kernels amx = with_tiles("amx", kAmxTiles), bf16 = with_tiles("avx512bf16", kAvx512Bf16Tiles);
+    if (isa::supported(Isa::amx)) kernels.push_back(&amx);
+#endif
     if (isa::supported(Isa::avx512vnni)) kernels.push_back(&kAvx512VnniKernels);
+#if defined(MOE_SURGERY_TILES)
+    // After VNNI, whose products of integers take half the instructions.
+    if (isa::supported(Isa::avx512bf16)) kernels.push_back(&bf16);
+#endif
     if (isa::supported(Isa::avx512)) kernels.push_back(&kAvx512Kernels);
     if (isa::supported(Isa::avx2)) kernels.push_back(&kAvx2Kernels);
 #elif defined(__aarch64__)
@@ -41,7 +59,15 @@ const std::vector<const Kernels*>& available_kernels() {
 const Kernels& select_kernels(const std::string& name) { return isa::select(available_kernels(), name); }
 
 void Engine::products(const float* x, std::ptrdiff_t tokens, const std::vector<Product>& products) const {
-    if (products.empty() || tokens == 0) return;
+    std::vector<Product> tiled, by_rows;
+    for (const Product& product : products) {
+        (tiles_ && product.weight.dtype == Dtype::bf16 ? tiled : by_rows).push_back(product);
+    }
+    if (tokens && !tiled.empty()) tiled_products(x, tokens, tiled);
+    if (tokens && !by_rows.empty()) row_products(x, tokens, by_rows);
+}
+
+void Engine::row_products(const float* x, std::ptrdiff_t tokens, const std::vector<Product>& products) const {
     const std::ptrdiff_t columns = products.front().weight.columns, width = groups_of(columns) * kGroup;
     // Rows of a piece: a multiple of a kernel's tile.
     std::ptrdiff_t bytes = 1;

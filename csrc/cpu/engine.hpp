@@ -1,7 +1,9 @@
 // The operations of a model, over one instruction set and a number of threads.
 //
 // Tokens' activations are float32, contiguous rows; products with MXFP4 weights round them to 16-bit integers.
-// Results do not depend on the number of threads or on which tokens are computed together.
+// Results do not depend on the number of threads or on which tokens are computed together. They do depend on
+// whether products are tiled (see tiles.hpp): for many tokens that is several times faster, where the instruction
+// set has it.
 #pragma once
 
 #include <cstddef>
@@ -10,6 +12,7 @@
 #include <vector>
 
 #include "kernels.hpp"
+#include "tiles.hpp"
 
 namespace moe_surgery::cpu {
 
@@ -55,6 +58,8 @@ struct Routing {
     std::ptrdiff_t top_k;
 };
 
+struct Choices;  // see choices.hpp
+
 // Keys and values [batch, kv_heads, slots, head_dim], inner axis contiguous, strides in bytes.
 struct Attention {
     const float* q;  // [batch, heads, queries, head_dim], contiguous
@@ -79,9 +84,14 @@ struct VisibleKeys {
 };
 VisibleKeys visible_keys(const Attention& attention);
 
+// Tokens of each sequence in a step from which on its products are tiled.
+constexpr std::ptrdiff_t kTiledTokens = 32;
+
 class Engine {
   public:
-    Engine(const Kernels& kernels, int threads) : kernels_(kernels), threads_(threads) {}
+    // `tiled`: products of BF16 weights and of experts in MXFP4 or BF16 are tiled, where the set has tiles.
+    Engine(const Kernels& kernels, int threads, bool tiled = false)
+        : kernels_(kernels), threads_(threads), tiles_(tiled ? kernels.tiles : nullptr) {}
 
     // Several products with the same activations, as one.
     void products(const float* x, std::ptrdiff_t tokens, const std::vector<Product>& products) const;
@@ -94,10 +104,17 @@ class Engine {
 
     const Kernels& kernels() const { return kernels_; }
     int threads() const { return threads_; }
+    bool tiled() const { return tiles_; }
 
   private:
+    void row_products(const float* x, std::ptrdiff_t tokens, const std::vector<Product>& products) const;
+    void tiled_products(const float* x, std::ptrdiff_t tokens, const std::vector<Product>& products) const;
+    void row_experts(const float* x, const Choices& choices, const ExpertLayer& layer, float* y) const;
+    void tiled_experts(const float* x, const Choices& choices, const ExpertLayer& layer, float* y) const;
+
     const Kernels& kernels_;
     const int threads_;
+    const TileKernels* const tiles_;  // null for products by rows
 };
 
 // ids and weights [tokens, top_k] from logits [tokens, experts]: the largest, largest first, ties to the

@@ -1,11 +1,9 @@
 // The experts of one layer: every chosen expert's weights are read once, for all tokens that chose it.
 #include <algorithm>
 #include <memory>
-#include <stdexcept>
-#include <string>
 
 #include "bits.hpp"
-#include "engine.hpp"
+#include "choices.hpp"
 #include "pool.hpp"
 
 namespace moe_surgery::cpu {
@@ -17,37 +15,6 @@ constexpr std::ptrdiff_t kDownRows = 64;
 // Transposed weights are read in long runs along a column.
 constexpr std::ptrdiff_t kTransposedRows = 1024;
 constexpr std::ptrdiff_t kPairsAtOnce = 16;
-
-// The (token, slot) pairs of one expert: pairs[begin .. end).
-struct Group {
-    std::ptrdiff_t stored_expert, begin, end;
-};
-
-struct Pair {
-    std::ptrdiff_t stored_expert, token, slot;
-};
-
-std::vector<Pair> sorted_pairs(const Routing& routing) {
-    std::vector<Pair> pairs;
-    pairs.reserve(static_cast<std::size_t>(routing.tokens * routing.top_k));
-    for (std::ptrdiff_t t = 0; t < routing.tokens; ++t) {
-        for (std::ptrdiff_t s = 0; s < routing.top_k; ++s) {
-            pairs.push_back({static_cast<std::ptrdiff_t>(routing.ids[t * routing.top_k + s]), t, s});
-        }
-    }
-    std::stable_sort(pairs.begin(), pairs.end(), [](const Pair& a, const Pair& b) { return a.stored_expert < b.stored_expert; });
-    return pairs;
-}
-
-std::vector<Group> groups_in(const std::vector<Pair>& pairs) {
-    std::vector<Group> groups;
-    for (std::ptrdiff_t i = 0; i < static_cast<std::ptrdiff_t>(pairs.size()); ++i) {
-        const std::ptrdiff_t stored_expert = pairs[static_cast<std::size_t>(i)].stored_expert;
-        if (groups.empty() || groups.back().stored_expert != stored_expert) groups.push_back({stored_expert, i, i});
-        groups.back().end = i + 1;
-    }
-    return groups;
-}
 
 // Activations in the layout that a matrix takes, one entry per row.
 struct Inputs {
@@ -103,13 +70,17 @@ void multiply(const Kernels& kernels, const ExpertMatrix& matrix, std::ptrdiff_t
 }  // namespace
 
 void Engine::experts(const float* x, const Routing& routing, const ExpertLayer& layer, float* y) const {
-    const std::vector<Pair> pairs = sorted_pairs(routing);
-    if (pairs.empty()) return;
-    const std::ptrdiff_t stored = std::min(layer.gate_up.experts, layer.down.experts);
-    if (pairs.front().stored_expert < 0 || pairs.back().stored_expert >= stored) {
-        throw std::invalid_argument("an id of an expert is not below " + std::to_string(stored));
-    }
-    const std::vector<Group> groups = groups_in(pairs);
+    const ExpertMatrix &up = layer.gate_up, &down = layer.down;
+    const Choices choices = choices_of(routing, std::min(up.experts, down.experts));
+    if (choices.pairs.empty()) return;
+    const auto has_tiles = [](const ExpertMatrix& matrix) { return matrix.packed || matrix.dense.dtype == Dtype::bf16; };
+    tiles_ && has_tiles(up) && has_tiles(down) ? tiled_experts(x, choices, layer, y) : row_experts(x, choices, layer, y);
+}
+
+void Engine::row_experts(const float* x, const Choices& choices, const ExpertLayer& layer, float* y) const {
+    const Routing& routing = choices.routing;
+    const std::vector<Pair>& pairs = choices.pairs;
+    const std::vector<Group>& groups = choices.groups;
     const ExpertMatrix &up = layer.gate_up, &down = layer.down;
     const std::ptrdiff_t count = static_cast<std::ptrdiff_t>(pairs.size()), experts = static_cast<std::ptrdiff_t>(groups.size());
     const std::ptrdiff_t hidden = down.rows, intermediate = up.rows / 2;
@@ -119,7 +90,7 @@ void Engine::experts(const float* x, const Routing& routing, const ExpertLayer& 
 
     Inputs inputs(up.packed, routing.tokens, columns), activations(down.packed, count, intermediate);
     std::unique_ptr<float[]> z(new float[static_cast<std::size_t>(count * intermediate)]);
-    std::unique_ptr<float[]> slot_outputs(new float[static_cast<std::size_t>(count * hidden)]);
+    const SlotOutputs slot_outputs(routing, hidden, y);
     const std::ptrdiff_t scratch_size = kPairsAtOnce * std::max(up_rows, down_rows);
     std::unique_ptr<float[]> scratch(new float[static_cast<std::size_t>(scratch_size * threads_)]);
     const std::ptrdiff_t up_pieces = (up.rows + up_rows - 1) / up_rows;
@@ -152,21 +123,14 @@ void Engine::experts(const float* x, const Routing& routing, const ExpertLayer& 
             multiply(kernels_, down, group.stored_expert, p, end, first, last, activations, identity, h, down_rows);
             for (std::ptrdiff_t i = p; i < end; ++i) {
                 const Pair& pair = pairs[static_cast<std::size_t>(i)];
-                const std::ptrdiff_t where = pair.token * routing.top_k + pair.slot;
+                const float weight = routing.weights[pair.token * routing.top_k + pair.slot];
                 const float* from = h + (i - p) * down_rows;
-                float* slot_output = slot_outputs.get() + where * hidden;
-                for (std::ptrdiff_t r = first; r < last; ++r) slot_output[r] = routing.weights[where] * from[r - first];
+                float* slot_output = slot_outputs.of(pair);
+                for (std::ptrdiff_t r = first; r < last; ++r) slot_output[r] = weight * from[r - first];
             }
         }
     };
-    const auto sum_slots = [&](std::ptrdiff_t t, int) {
-        const float* slot_output = slot_outputs.get() + t * routing.top_k * hidden;
-        std::copy_n(slot_output, hidden, y + t * hidden);
-        for (std::ptrdiff_t s = 1; s < routing.top_k; ++s) {
-            slot_output += hidden;
-            for (std::ptrdiff_t r = 0; r < hidden; ++r) y[t * hidden + r] += slot_output[r];
-        }
-    };
+    const auto sum_slots = [&](std::ptrdiff_t t, int) { slot_outputs.sum(t); };
     Pool::shared().run(threads_, {{routing.tokens, load_inputs},
                                   {experts * up_pieces, compute_gate_up},
                                   {count, load_activations},

@@ -104,7 +104,9 @@ struct KeyRange {
     bool is_f32;  // float32 keys and values, else BF16
 };
 
-// The kernels of one instruction set; all sets give the same bits.
+struct TileKernels;  // see tiles.hpp
+
+// The kernels of one instruction set; all sets give the same bits, but for `tiles`.
 struct Kernels {
     const char* name;
 
@@ -134,6 +136,9 @@ struct Kernels {
     // head's sink, times the range's values. `scores` is scratch of attention_scratch(range.count) floats.
     void (*attention)(const float* q, std::ptrdiff_t q_stride, const float* sinks, std::ptrdiff_t heads,
                    const KeyRange& range, float* scores, float* out);
+
+    // Products of many tokens, or null for a set that has no faster form of them.
+    const TileKernels* tiles;
 };
 
 extern const Kernels kScalarKernels;

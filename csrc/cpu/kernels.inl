@@ -19,7 +19,8 @@ constexpr Kernels kernels_over(const char* name) {
             DenseTransposed<V>::dense_transposed,
             Elementwise<V>::swiglu,
             Elementwise<V>::rms_norm,
-            AttentionKernel<V>::attention};
+            AttentionKernel<V>::attention,
+            nullptr};
 }
 
 }  // namespace

@@ -134,7 +134,8 @@ class Run {
 }  // namespace
 
 void run(const Engine& engine, const Stack& stack, const Step& step) {
-    Run run(engine, stack, step);
+    const Engine chosen(engine.kernels(), engine.threads(), step.seq_len >= kTiledTokens);
+    Run run(chosen, stack, step);
     for (std::size_t i = 0; i < stack.layers.size(); ++i) {
         run.self_attention(stack.layers[i], step.caches[i]);
         run.moe(stack.layers[i]);

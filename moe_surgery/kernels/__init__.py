@@ -96,6 +96,11 @@ def _native_details() -> str:
     return (
         f"{backend.isa}, threads: {backend.threads}; the default on the CPU; float32, but products with MXFP4 "
         "weights round activations to 16-bit integers"
+        + (
+            ", and steps of 32 tokens and more round them to sums of two BF16 values"
+            if backend.has_tiles
+            else ""
+        )
     )
 
 

@@ -13,6 +13,7 @@ from moe_surgery.kernels.weights import ExpertWeights, Layer
 
 __all__ = [
     "EMPTY",
+    "SHORT_STEP",
     "Backend",
     "DecodeStep",
     "DecoderModel",
@@ -22,6 +23,8 @@ __all__ = [
     "LayerCache",
 ]
 
+# Tokens of a sequence in a step up to which a backend computes all steps alike (see `Backend.for_tokens`).
+SHORT_STEP = 31
 EMPTY = -1  # the position of an empty cache slot, and of a padding token
 
 
@@ -141,6 +144,16 @@ class Backend(Protocol):
 
     name: str
     dtype: torch.dtype  # the default compute dtype
+    stores_scores: bool  # whether attention holds the scores of all queries, keys and heads at a time
+
+    def for_tokens(self, tokens: int) -> Backend:
+        """This backend for steps of `tokens` tokens a sequence.
+
+        A backend may compute steps of more than SHORT_STEP tokens otherwise than shorter ones, with other
+        rounding. Which it is depends on this number alone, not on how many tokens an operation gets, so that a
+        token's result does not depend on the tokens beside it. Fused layers choose by themselves.
+        """
+        ...
 
     def route(self, x: Tensor, weight: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         """Choose experts: ids int64 [tokens, top_k] and weights [tokens, top_k] in x's dtype.

@@ -35,6 +35,10 @@ class InvariantBackend:
         self._backend = backend
         self.name = backend.name + SUFFIX
         self.dtype = backend.dtype
+        self.stores_scores = backend.stores_scores
+
+    def for_tokens(self, tokens: int) -> InvariantBackend:
+        return self
 
     def route(self, x: Tensor, weight: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         ids, weights = zip(

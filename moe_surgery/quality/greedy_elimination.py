@@ -23,7 +23,7 @@ from torch import Tensor
 from moe_surgery.kernels.weights import Layer
 from moe_surgery.quality.corpus import Passage
 from moe_surgery.quality.hidden_states import HiddenStates, rows_buffer
-from moe_surgery.quality.layerwise import apply_attention, apply_experts, embed
+from moe_surgery.quality.layerwise import apply_attention, apply_experts, backend_of, embed
 from moe_surgery.runtime.model import CausalLM
 
 __all__ = ["LayerOrder", "eliminate", "greedy_elimination"]
@@ -133,13 +133,13 @@ def _outputs(model: CausalLM, layer: Layer, states: HiddenStates) -> tuple[Tenso
     gram = rows_buffer(states.tokens, experts * experts, torch.float32, torch.device("cpu"))
     for start in range(0, states.tokens, BATCH_TOKENS):
         where = slice(start, min(start + BATCH_TOKENS, states.tokens))
-        x = model.backend.rms_norm(states[where], layer.mlp_norm, model.config.rms_norm_eps)
-        ids, weights = model.backend.route(x.float(), router.weight, router.bias, experts)
+        x = backend_of(model).rms_norm(states[where], layer.mlp_norm, model.config.rms_norm_eps)
+        ids, weights = backend_of(model).route(x.float(), router.weight, router.bias, experts)
         probs[where] = torch.zeros(len(x), experts).scatter_(1, ids.cpu(), weights.float().cpu())
         outputs = torch.empty(len(x), experts, x.shape[1], device=x.device)
         for expert in range(experts):
             chosen = torch.full((len(x), 1), expert, dtype=torch.int64, device=x.device)
             ones = torch.ones_like(chosen, dtype=x.dtype)
-            outputs[:, expert] = model.backend.experts(x, chosen, ones, layer.experts).float()
+            outputs[:, expert] = backend_of(model).experts(x, chosen, ones, layer.experts).float()
         gram[where] = torch.bmm(outputs, outputs.transpose(1, 2)).flatten(1).cpu()
     return probs, gram.view(-1, experts, experts)

@@ -9,11 +9,24 @@ from torch import Tensor
 
 from moe_surgery.kernels import Backend
 from moe_surgery.kernels.weights import Layer
-from moe_surgery.quality.hidden_states import HiddenStates
+from moe_surgery.quality.hidden_states import CHUNK_TOKENS, HiddenStates
 from moe_surgery.runtime.decoder_layer import Attend, attention_block, moe_block, route
 from moe_surgery.runtime.model import SCORE_BYTES, CausalLM
 
-__all__ = ["apply_attention", "apply_experts", "attend_within", "choose_experts", "embed", "logits_of"]
+__all__ = [
+    "apply_attention",
+    "apply_experts",
+    "attend_within",
+    "backend_of",
+    "choose_experts",
+    "embed",
+    "logits_of",
+]
+
+
+def backend_of(model: CausalLM) -> Backend:
+    """The model's backend as it computes long steps, whatever the lengths of the passages."""
+    return model.backend.for_tokens(CHUNK_TOKENS)
 
 
 @torch.inference_mode()
@@ -29,7 +42,7 @@ def embed(model: CausalLM, passages: Sequence[Sequence[int]]) -> HiddenStates:
 @torch.inference_mode()
 def apply_attention(model: CausalLM, number: int, layer: Layer, states: HiddenStates) -> None:
     """Add the self-attention of layer `number` to `states`, each passage attending only to itself."""
-    backend, window = model.backend, model.config.sliding_windows[number]
+    backend, window = backend_of(model), model.config.sliding_windows[number]
     for first, last in states.groups():
         start, stop = states.starts[first], states.starts[last]
         lengths = states.lengths[first:last]
@@ -46,7 +59,7 @@ def choose_experts(
     model: CausalLM, layer: Layer, states: HiddenStates, where: slice
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The experts' input [tokens, hidden] for the rows `where`, and the router's ids and weights."""
-    return route(model.backend, model.config, layer, states[where])
+    return route(backend_of(model), model.config, layer, states[where])
 
 
 @torch.inference_mode()
@@ -55,7 +68,7 @@ def apply_experts(model: CausalLM, layer: Layer, states: HiddenStates) -> tuple[
     and weights [tokens, top_k]."""
     chosen = []
     for where in states.pieces():
-        states[where], ids, weights = moe_block(model.backend, model.config, layer, states[where])
+        states[where], ids, weights = moe_block(backend_of(model), model.config, layer, states[where])
         chosen.append((ids.cpu(), weights.cpu()))
     ids, weights = (torch.cat(parts) for parts in zip(*chosen, strict=True))
     return ids, weights
@@ -64,7 +77,7 @@ def apply_experts(model: CausalLM, layer: Layer, states: HiddenStates) -> tuple[
 @torch.inference_mode()
 def logits_of(model: CausalLM, x: Tensor) -> Tensor:
     """Logits float32 [rows, vocabulary] of hidden states after the last layer."""
-    return model.lm_head(x)
+    return model.lm_head(x, backend_of(model))
 
 
 def attend_within(backend: Backend, lengths: Sequence[int], sinks: Tensor, window: int | None) -> Attend:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from moe_surgery.kernels.weights import Layer
 from moe_surgery.quality.corpus import Passage
 from moe_surgery.quality.hidden_states import CHUNK_TOKENS, HiddenStates, rows_buffer
-from moe_surgery.quality.layerwise import apply_attention, choose_experts, embed
+from moe_surgery.quality.layerwise import apply_attention, backend_of, choose_experts, embed
 from moe_surgery.runtime.model import CausalLM
 from moe_surgery.runtime.view import view_layer
 from moe_surgery.selection.plan import Plan
@@ -99,7 +98,7 @@ def _measure(
     if pruned is not None:  # the next layer gets the output of the kept experts only
         for where in states.pieces():
             x, ids, weights = choose_experts(model, pruned, states, where)
-            y[where] = model.backend.experts(x, ids, weights, pruned.experts).float().to(y.device)
+            y[where] = backend_of(model).experts(x, ids, weights, pruned.experts).float().to(y.device)
     for where in states.pieces():
         states[where] = states[where] + y[where].to(states.device).to(states.dtype)
     return parts
@@ -107,25 +106,25 @@ def _measure(
 
 def _output(model: CausalLM, layer: Layer, states: HiddenStates, token: Tensor, expert: int) -> Tensor:
     """The output of one expert for some tokens, before its routing weight, [tokens, hidden]."""
-    x = model.backend.rms_norm(states[token], layer.mlp_norm, model.config.rms_norm_eps)
+    x = backend_of(model).rms_norm(states[token], layer.mlp_norm, model.config.rms_norm_eps)
     ids = torch.full((len(token), 1), expert, dtype=torch.int64, device=x.device)
-    return model.backend.experts(x, ids, torch.ones_like(ids, dtype=x.dtype), layer.experts)
+    return backend_of(model).experts(x, ids, torch.ones_like(ids, dtype=x.dtype), layer.experts)
 
 
 def _record(parts: Sequence[ExpertStatistics], expert: int, owner: Tensor, gate: Tensor, out: Tensor) -> None:
     """Add one expert's tokens to the statistics of the domains they belong to."""
-    out64 = out.cpu().to(torch.float64).numpy()
-    weight = gate.cpu().to(torch.float64).numpy()
-    norms = np.linalg.norm(out64, axis=1)
-    where = owner.numpy()
-    for domain in np.unique(where):
-        in_domain = where == domain
+    out, weight = out.cpu(), gate.cpu().double()
+    norms = torch.linalg.vector_norm(out, dim=1, dtype=torch.float64)
+    for domain in torch.unique(owner).tolist():
+        here = owner == domain
+        rows = out if here.all() else out[here]
+        least, largest = (float(value) for value in rows.aminmax())
         part = parts[domain]
-        part.count[expert] += int(in_domain.sum())
-        part.of("gate")[expert] += weight[in_domain].sum()
-        part.of("norm")[expert] += norms[in_domain].sum()
-        part.of("weighted_norm")[expert] += (weight[in_domain] * norms[in_domain]).sum()
-        part.of("output")[expert] += out64[in_domain].sum(axis=0)
+        part.count[expert] += len(rows)
+        part.of("gate")[expert] += float(weight[here].sum())
+        part.of("norm")[expert] += float(norms[here].sum())
+        part.of("weighted_norm")[expert] += float((weight[here] * norms[here]).sum())
+        part.of("output")[expert] += rows.sum(dim=0, dtype=torch.float64).numpy()
         peaks_abs, peaks = part.of("peak_abs"), part.of("peak")
-        peaks_abs[expert] = max(peaks_abs[expert], np.abs(out64[in_domain]).max())
-        peaks[expert] = max(peaks[expert], out64[in_domain].max())
+        peaks_abs[expert] = max(peaks_abs[expert], abs(least), abs(largest))
+        peaks[expert] = max(peaks[expert], largest)

@@ -107,7 +107,8 @@ class CausalLM:
             mask = None if attention_mask is None else attention_mask[:, start:stop]
             x = self._hidden(ids[:, start:stop], cache, mask)
             if stop == tokens or stop > tokens - keep:
-                logits.append(self.lm_head(x[:, max(0, tokens - keep - start) :]))
+                kept = x[:, max(0, tokens - keep - start) :]
+                logits.append(self.lm_head(kept, self.backend.for_tokens(stop - start)))
         return logits[0] if len(logits) == 1 else torch.cat(logits, dim=1)
 
     def decode_step(self, cache: Cache) -> DecodeStep | None:
@@ -148,10 +149,13 @@ class CausalLM:
         return ids.to(self.device)
 
     def _chunks(self, cache: Cache, batch: int, tokens: int) -> list[tuple[int, int]]:
-        keys = min(cache.context, cache.length + tokens)
-        step = SCORE_BYTES // (batch * keys * self.config.num_attention_heads * 4)
-        step = max(1, min(step, MAX_PREFILL_TOKENS))
-        return [(a, min(a + step, tokens)) for a in range(0, tokens, step)]
+        """Chunks of about the same length, so that a backend takes all of a long input for long steps."""
+        step = MAX_PREFILL_TOKENS
+        if self.backend.stores_scores:
+            keys = min(cache.context, cache.length + tokens)
+            step = min(step, max(1, SCORE_BYTES // (batch * keys * self.config.num_attention_heads * 4)))
+        count = -(-tokens // step)
+        return [(tokens * i // count, tokens * (i + 1) // count) for i in range(count)]
 
     def _hidden(self, ids: Tensor, cache: Cache, mask: Tensor | None) -> Tensor:
         """A forward pass through all layers: ids [batch, tokens] -> [batch, tokens, hidden]."""
@@ -162,9 +166,10 @@ class CausalLM:
         if fused is not None:
             x = fused(x, positions, cos, sin, cache.layer_caches())
         else:
+            backend = self.backend.for_tokens(ids.shape[1])
             for number, layer in enumerate(self.layers):
                 attend = self._attend(number, layer, cache, positions)
-                x = decoder_layer(self.backend, self.config, layer, x, cos, sin, attend)
+                x = decoder_layer(backend, self.config, layer, x, cos, sin, attend)
         cache.end()
         return x
 
@@ -195,7 +200,7 @@ class CausalLM:
 
         return attend
 
-    def lm_head(self, x: Tensor) -> Tensor:
+    def lm_head(self, x: Tensor, backend: Backend) -> Tensor:
         """Logits float32 [..., vocabulary] of hidden states x [..., hidden] after the last layer."""
-        x = self.backend.rms_norm(x, self.norm, self.config.rms_norm_eps)
-        return self.backend.linear(x, self.unembedding).float()
+        x = backend.rms_norm(x, self.norm, self.config.rms_norm_eps)
+        return backend.linear(x, self.unembedding).float()

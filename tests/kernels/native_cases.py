@@ -12,6 +12,8 @@ from moe_surgery.kernels.reference import ReferenceBackend  # noqa: E402
 from tests.kernels.brute_force import Case  # noqa: E402
 
 VARIANTS = NativeBackend.instruction_sets()
+# Those that multiply many tokens in tiles.
+TILED = [isa for isa in VARIANTS if isa in ("amx", "avx512bf16")]
 needs_native = pytest.mark.skipif(not VARIANTS, reason="the native extension is not built, or disabled")
 every_variant = pytest.mark.parametrize("isa", VARIANTS)
 

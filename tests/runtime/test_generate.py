@@ -36,7 +36,9 @@ def test_greedy_tokens_are_the_likeliest_of_a_fresh_run_each(
     tokens, log_probabilities = by_hand(small_model, prompt, 25)
     result = generate(small_model, [prompt], max_new_tokens=25, stop_tokens=())
     assert result.tokens == [tokens]
-    assert result.log_probabilities[0] == pytest.approx(log_probabilities, abs=1e-4)
+    # Fresh runs of 32 tokens and more are long steps, which the native backend rounds otherwise.
+    tolerance = 1e-4 if small_model.backend.name == "reference" else 1e-3
+    assert result.log_probabilities[0] == pytest.approx(log_probabilities, abs=tolerance)
 
 
 def test_a_batch_gives_what_each_prompt_gives_alone(small_model: CausalLM) -> None:

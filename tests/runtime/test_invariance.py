@@ -1,5 +1,5 @@
-"""A token's logits have the same bits however its text was fed to the model: with the native backend, and with
-any other made invariant."""
+"""A token's logits have the same bits however its text was fed to the model: in short steps, and in long ones, with
+the native backend; in any with another made invariant."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 
 from moe_surgery import Plan, load_model  # noqa: E402
+from moe_surgery.kernels.interface import SHORT_STEP  # noqa: E402
 from moe_surgery.runtime.model import CausalLM  # noqa: E402
 from tests.kernels.native_cases import native, needs_native  # noqa: E402
 from tests.runtime.conftest import SMALL, WINDOW  # noqa: E402
@@ -20,7 +21,8 @@ from tests.runtime.models import write_lively  # noqa: E402
 
 pytestmark = needs_native
 
-LENGTH = 33
+LENGTH = SHORT_STEP
+LONG = 110
 PLAN = Plan("gpt_oss", SMALL.experts, ((4, 0, 2), (1,), (3, 2)))
 _loaded: dict[tuple[object, ...], CausalLM] = {}
 
@@ -91,10 +93,55 @@ def test_padding_and_rolling_back_change_no_bit(folder: Path, seed: int, back: i
     model(wrong, cache)
     cache.truncate(LENGTH - back)
     assert torch.equal(model(ids[:, LENGTH - back :], cache), expected[:, LENGTH - back :])
-    padded = torch.cat((torch.zeros(1, pads, dtype=torch.int64), ids), dim=1)
+    padded = torch.cat((torch.zeros(1, pads, dtype=torch.int64), ids[:, pads:]), dim=1)
     mask = torch.ones_like(padded)
     mask[:, :pads] = 0
-    assert torch.equal(model(padded, None, mask)[:, pads:], expected)
+    assert torch.equal(model(padded, None, mask)[:, pads:], model(ids[:, pads:]))
+
+
+@st.composite
+def long_cuts(draw: st.DrawFn) -> list[int]:
+    """From 0 to LONG in steps of more than SHORT_STEP tokens."""
+    cuts = [0]
+    while LONG - cuts[-1] > 2 * SHORT_STEP + 1:
+        cuts.append(cuts[-1] + draw(st.integers(SHORT_STEP + 1, LONG - cuts[-1] - SHORT_STEP - 1)))
+    return [*cuts, LONG]
+
+
+@settings(max_examples=15)
+@given(
+    seed=st.integers(0, 99),
+    batch=st.integers(1, 3),
+    cuts=long_cuts(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    viewed=st.booleans(),
+    threads=st.sampled_from([1, 2, 3]),
+)
+def test_long_steps_of_any_size_give_the_same_bits(
+    folder: Path, seed: int, batch: int, cuts: list[int], dtype: torch.dtype, viewed: bool, threads: int
+) -> None:
+    plan = PLAN if viewed else None
+    model = model_of(folder, dtype, plan)
+    ids = torch.randint(0, SMALL.vocabulary, (batch, LONG), generator=torch.Generator().manual_seed(seed))
+    whole = model(ids)
+    assert torch.equal(in_pieces(model_of(folder, dtype, plan, threads), ids, cuts, 16), whole)
+    assert torch.equal(model(ids[:1]), whole[:1])
+    assert torch.equal(model(ids, logits_to_keep=1)[:, 0], whole[:, -1])
+    padded, mask = ids.clone(), torch.ones_like(ids)
+    mask[:, :7] = 0
+    assert torch.equal(model(padded, None, mask)[:, 7:], model(ids[:, 7:]))
+    # and what short steps give, up to rounding
+    if dtype == torch.float32:
+        short = in_pieces(model, ids[:1], [*range(0, LONG, SHORT_STEP), LONG], 16)
+        assert (short - whole[:1]).abs().median() < 1e-3
+
+
+@pytest.mark.parametrize("tokens", [32, 512, 513, 1024, 1030, 2049])
+def test_no_part_of_a_long_prompt_is_short(folder: Path, tokens: int) -> None:
+    model = model_of(folder, torch.float32)
+    chunks = model._chunks(model.new_cache(1, 4096), 1, tokens)
+    assert [a for a, _ in chunks] + [tokens] == [0] + [b for _, b in chunks]
+    assert all(SHORT_STEP < b - a <= 512 for a, b in chunks)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -102,8 +149,11 @@ def test_the_embedded_model_too(tiny: Path, dtype: torch.dtype) -> None:
     model = model_of(tiny, dtype)
     ids = torch.randint(0, 2048, (2, 150), generator=torch.Generator().manual_seed(0))
     expected = in_pieces(model, ids, [*range(151)], 16)
-    for step in (2, 5, 16, 64, 150):
+    for step in (2, 5, 16, SHORT_STEP):
         assert torch.equal(in_pieces(model, ids, [*range(0, 150, step), 150], 16), expected), step
+    expected = model(ids)
+    for cuts in ([0, 50, 100, 150], [0, 32, 150], [0, 80, 150]):
+        assert torch.equal(in_pieces(model, ids, cuts, 16), expected), cuts
 
 
 # --- any backend, one token at a time

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 
 from moe_surgery.errors import UsageError  # noqa: E402
+from moe_surgery.kernels.interface import SHORT_STEP  # noqa: E402
 from moe_surgery.runtime.cache import Cache  # noqa: E402
 from moe_surgery.runtime.model import CausalLM  # noqa: E402
 from tests.runtime.conftest import SMALL, WINDOW  # noqa: E402
@@ -38,6 +39,12 @@ def edits(draw: st.DrawFn) -> tuple[int, list[int], list[tuple[list[int], int]]]
     return rollback, pads, steps
 
 
+def in_short_steps(model: CausalLM, text: list[int]) -> torch.Tensor:
+    """Logits [tokens, vocab_size]: a backend may round otherwise in long steps."""
+    cache = model.new_cache(1, len(text))
+    return torch.cat([model(part, cache) for part in torch.tensor([text]).split(SHORT_STEP, dim=1)], dim=1)[0]
+
+
 @given(seed=st.integers(0, 99), plan=edits())
 @settings(max_examples=30)
 def test_rows_that_roll_back_different_numbers_give_what_each_gives_alone(
@@ -61,7 +68,7 @@ def test_rows_that_roll_back_different_numbers_give_what_each_gives_alone(
         for row in range(ROWS):
             pads[row] = min(pads[row], kept[row]) if number else pads[row]
             texts[row] = texts[row][: kept[row]] + more[row].tolist()
-            alone = steady_model(torch.tensor([texts[row][pads[row] :]]))[0]
+            alone = in_short_steps(steady_model, texts[row][pads[row] :])
             first = max(kept[row], pads[row])
             torch.testing.assert_close(
                 got[row, first - kept[row] :], alone[first - pads[row] :], rtol=0, atol=TOLERANCE

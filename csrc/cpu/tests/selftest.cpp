@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <functional>
 #include <random>
 #include <string>
 #include <vector>
@@ -291,6 +292,8 @@ void check_threads(Checked& check) {
     }
 }
 
+#include "tile_checks.inl"
+
 }  // namespace
 
 int main() {
@@ -312,6 +315,9 @@ int main() {
         check_attend(check, shape, true);
         check_attend(check, shape, false);
     }
+    for (Shape shape : {Shape{1, 32, 1}, {16, 64, 16}, {17, 96, 33}, {40, 320, 50}, {33, 70, 31}, {5, 7, 18}}) check_tiles(check, shape);
+    check_tile_scales(check);
+    for (std::ptrdiff_t rows : {64, 2, 30}) check_tile_swiglu(check, rows);
     check_threads(check);
     for (const Kernels* kernels : available_kernels()) std::printf("%s\n", kernels->name);
     std::printf("%s\n", check.failures ? "FAILED" : "ok");

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -11,7 +12,14 @@ from torch import Tensor
 
 from moe_surgery.errors import UsageError
 from moe_surgery.formats.native import native_module, native_reason
-from moe_surgery.kernels.interface import DecoderModel, DecoderShape, DecodeStep, FusedLayers, KVCache
+from moe_surgery.kernels.interface import (
+    SHORT_STEP,
+    DecoderModel,
+    DecoderShape,
+    DecodeStep,
+    FusedLayers,
+    KVCache,
+)
 from moe_surgery.kernels.native.operands import (
     BF16,
     F32,
@@ -48,6 +56,11 @@ class NativeBackend:
     or on the instruction set, bit for bit. Weights of other dtypes, or not contiguous in their last axis, are
     computed by plain PyTorch without that guarantee, with a warning to the logger `moe_surgery`.
 
+    For steps of at least 32 tokens (`for_tokens`) the instruction set amx, and avx512bf16 if asked for, multiplies
+    BF16 weights, and experts in MXFP4 or BF16, in tiles: activations are sums of two BF16 values (an error of at
+    most 2^-17 of each), sums are float32. The bits then differ from those of shorter steps, and between the two
+    sets; that a token's result does not depend on the others holds as before.
+
     `isa` is one of `instruction_sets()`, by default the best. `threads` defaults to the environment variable
     MOE_SURGERY_THREADS, else to torch's number. Threads start once per process, and again in a forked child.
     Raises UsageError where the extension or `isa` is not available or `threads` is out of range.
@@ -55,6 +68,7 @@ class NativeBackend:
 
     name = "native"
     dtype = torch.float32  # sums are float32 in any case
+    stores_scores = False
 
     def __init__(self, isa: str = "", threads: int | None = None) -> None:
         module = native_module()
@@ -63,9 +77,19 @@ class NativeBackend:
         self._native: Any = module
         self._reference = ReferenceBackend()
         try:
-            self._engine = module.Engine(isa, _thread_count() if threads is None else threads)
+            threads = _thread_count() if threads is None else threads
+            self._engines = [module.Engine(isa, threads, tiled) for tiled in (False, True)]
         except ValueError as error:
             raise UsageError(f"`backend` native: {error}") from None
+        self._engine: Any = self._engines[False]
+
+    def for_tokens(self, tokens: int) -> NativeBackend:
+        tiled = tokens > SHORT_STEP
+        if self._engines[tiled] is self._engine:
+            return self
+        other = copy(self)
+        other._engine = self._engines[tiled]
+        return other
 
     @property
     def isa(self) -> str:
@@ -74,6 +98,11 @@ class NativeBackend:
     @property
     def threads(self) -> int:
         return int(self._engine.threads)
+
+    @property
+    def has_tiles(self) -> bool:
+        """Whether the instruction set multiplies the tokens of long steps in tiles."""
+        return bool(self._engines[True].tiled)
 
     @staticmethod
     def instruction_sets() -> list[str]:

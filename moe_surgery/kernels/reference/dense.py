@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from moe_surgery.kernels.weights import Layer
 __all__ = ["TorchDense", "apply_rope", "linear", "rms_norm"]
 
 PIECE_BYTES = 32 << 20
+Dense = TypeVar("Dense", bound="TorchDense")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -49,6 +51,10 @@ class TorchDense:
     """The operations of `Backend` other than routing and experts, in plain PyTorch."""
 
     dtype = torch.bfloat16
+    stores_scores = True
+
+    def for_tokens(self: Dense, tokens: int) -> Dense:
+        return self
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return linear(x, weight, bias)

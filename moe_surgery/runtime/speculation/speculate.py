@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_surgery.errors import UsageError
+from moe_surgery.kernels.interface import SHORT_STEP
 from moe_surgery.runtime.generate import clamp_new_tokens, decoder, pad_left
 from moe_surgery.runtime.model import CausalLM
 from moe_surgery.runtime.sampling import Sampler, Sampling, distribution
@@ -185,7 +186,10 @@ class Speculation:
             self._step = self._step or decoder(self._target, self._cache)
             return self._step(before)
         drafted = proposal.tokens.to(self._target.device)
-        return self._target(torch.cat((before[:, None].to(drafted.device), drafted), dim=1), self._cache)
+        step = torch.cat((before[:, None].to(drafted.device), drafted), dim=1)
+        # A long step may round otherwise than the steps of one token that generation without a draft takes.
+        parts = [self._target(part, self._cache) for part in torch.split(step, SHORT_STEP, dim=1)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def _accept(self, proposal: Proposal, logits: Tensor) -> tuple[Tensor, Tensor]:
         """How many drafted tokens are accepted, and the token after them, int64 [batch] each."""

@@ -353,6 +353,7 @@ def test_bf16_is_exact_where_a_token_does_not_depend_on_the_others(
     new, rows = (NEW, prompts) if backend == "native" else (6, [prompts[0], prompts[2]])
     if batch == ONE:
         rows = rows[1:2] if backend == "native" else rows[:1]
-    alone = [generate(target, [p], max_new_tokens=new, stop_tokens=()).tokens[0] for p in rows]
+    # Padded alike: whether a prompt is read in a long step, with other rounding, depends on the longest of a batch.
+    plain = generate(target, rows, max_new_tokens=new, stop_tokens=()).tokens
     result = speculate(target, draft, rows, draft_length=length, max_new_tokens=new, stop_tokens=())
-    assert result.tokens == alone
+    assert result.tokens == plain

@@ -1,0 +1,64 @@
+// Products with dense weights in tiles: tokens are split once, for all products.
+#include "engine.hpp"
+#include "pool.hpp"
+#include "tiled.hpp"
+
+namespace moe_surgery::cpu {
+
+void Engine::tiled_products(const float* x, std::ptrdiff_t tokens, const std::vector<Product>& products) const {
+    const TileKernels& kernels = *tiles_;
+    const std::ptrdiff_t columns = products.front().weight.columns, blocks = tiles_of(columns, kTileColumns);
+    const std::ptrdiff_t token_tiles = tiles_of(tokens, kTileTokens), split_parts = parts_of(blocks, kSplitBlocks);
+    const std::unique_ptr<SplitTile[]> split(new SplitTile[static_cast<std::size_t>(token_tiles * blocks)]);
+    const auto tokens_in = [&](std::ptrdiff_t tile) { return std::min(kTileTokens, tokens - tile * kTileTokens); };
+
+    const auto split_tokens = [&](std::ptrdiff_t piece, int) {
+        const std::ptrdiff_t tile = piece / split_parts;
+        const Part b = part_of(blocks, kSplitBlocks, piece % split_parts);
+        const float* rows[kTileTokens];
+        for (std::ptrdiff_t n = 0; n < tokens_in(tile); ++n) rows[n] = x + (tile * kTileTokens + n) * columns;
+        kernels.split(rows, tokens_in(tile), columns, b.first, b.last, split.get() + tile * blocks + b.first);
+    };
+
+    // Pieces of a product: its parts of the tokens for each part of its rows.
+    const Cut cut = cut_for(threads_, kPanelRows, [&](Cut c) {
+        std::ptrdiff_t count = 0;
+        for (const Product& product : products) count += parts_of(product.rows, c.rows);
+        return count * parts_of(token_tiles, c.token_tiles);
+    });
+    const std::ptrdiff_t token_parts = parts_of(token_tiles, cut.token_tiles);
+    std::vector<std::ptrdiff_t> ends;
+    for (const Product& product : products) {
+        ends.push_back((ends.empty() ? 0 : ends.back()) + parts_of(product.rows, cut.rows) * token_parts);
+    }
+    TileScratch scratch(threads_);
+    const auto multiply = [&](std::ptrdiff_t piece, int thread) {
+        const auto which = std::upper_bound(ends.begin(), ends.end(), piece) - ends.begin();
+        const Product& product = products[static_cast<std::size_t>(which)];
+        if (which) piece -= ends[static_cast<std::size_t>(which - 1)];
+        const std::ptrdiff_t first = piece / token_parts * cut.rows, last = std::min(product.rows, first + cut.rows);
+        const Part part = part_of(token_tiles, cut.token_tiles, piece % token_parts);
+        SumTile* sums = scratch.sums(thread);
+        const auto load = [&](std::ptrdiff_t row, std::ptrdiff_t rows, std::ptrdiff_t b, std::ptrdiff_t end, WeightTile* tiles) {
+            kernels.dense(product.weight, row, rows, b, end, tiles);
+        };
+        multiply_tiles(kernels, first, last, blocks, {split.get() + part.first * blocks, blocks, part.last - part.first},
+                       scratch.weights(thread), sums, load);
+        float bias[kRowsAtOnce];
+        load_bias(product.bias, first, last, bias);
+        static constexpr float kOnes[kTileTokens] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+        for (std::ptrdiff_t tile = part.first; tile < part.last; ++tile) {
+            for (std::ptrdiff_t row = first; row < last; row += kTileRows) {
+                float* out[kTileTokens];
+                for (std::ptrdiff_t n = 0; n < tokens_in(tile); ++n) {
+                    out[n] = product.y + (tile * kTileTokens + n) * product.rows + row;
+                }
+                kernels.store(sums[(row - first) / kTileRows * kTokenTilesAtOnce + tile - part.first],
+                              std::min(kTileRows, last - row), tokens_in(tile), bias + row - first, kOnes, out);
+            }
+        }
+    };
+    Pool::shared().run(threads_, {{token_tiles * split_parts, split_tokens}, {ends.back(), multiply}});
+}
+
+}  // namespace moe_surgery::cpu

@@ -1,0 +1,115 @@
+// Products of many tokens, in BF16: weights are exact, a token's activation is a sum of two BF16 values.
+//
+// A weight of BF16, and an MXFP4 value with its scale, are BF16 values. An activation x is rounded to BF16 (`high`),
+// and so is what is left of it (`low`): their sum is x up to 2^-17 of it. A value of a product is a float32 sum over
+// the blocks of 32 columns in their order, of each block first the products with `high`, then those with `low`.
+// How the 64 terms of a block are added is the instruction's:
+//
+//   amx         two chains of fused multiply-adds for each of high and low, from zero, over its even and its odd
+//               columns; their sum is added to the value
+//   avx512bf16  one chain through the value over the pairs of columns: of each pair high's odd and even column,
+//               then low's
+//
+// Both round to nearest and take subnormal numbers for zeros. So a value depends on its row and its token alone, not on
+// the tokens beside it, nor on how rows, columns and tokens are cut into pieces.
+//
+// A matrix lies in tiles, each as an instruction of AMX takes it. Rows and tokens that are missing are zeros.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels.hpp"
+
+// Compilers that know the instructions: from GCC 11 and Clang 12 on.
+#if defined(__x86_64__) && defined(__has_include)
+#if __has_include(<amxbf16intrin.h>) && __has_include(<avx512bf16intrin.h>)
+#define MOE_SURGERY_TILES 1
+#endif
+#endif
+
+namespace moe_surgery::cpu {
+
+constexpr std::ptrdiff_t kTileRows = 16;    // of weights
+constexpr std::ptrdiff_t kTileTokens = 16;
+constexpr std::ptrdiff_t kTileColumns = 32;
+static_assert(kTileColumns == kBlock && kTileColumns == kGroup);
+
+constexpr std::ptrdiff_t tiles_of(std::ptrdiff_t count, std::ptrdiff_t size) { return (count + size - 1) / size; }
+
+// BF16 weights of 16 rows.
+struct alignas(64) WeightTile {
+    std::uint16_t rows[kTileRows][kTileColumns];
+};
+
+// BF16 activations of 16 tokens: columns 2k and 2k + 1 of token n are pairs[k][n].
+struct alignas(64) TokenTile {
+    std::uint32_t pairs[kTileColumns / 2][kTileTokens];
+};
+struct SplitTile {
+    TokenTile high, low;
+};
+
+// Sums of 16 rows for 16 tokens.
+struct alignas(64) SumTile {
+    float rows[kTileRows][kTileTokens];
+};
+
+// Weights of up to 32 rows: tile (i, b) of row tile i and block b is tiles[i * stride + b].
+struct WeightPanel {
+    const WeightTile* tiles;
+    std::ptrdiff_t stride;
+    std::ptrdiff_t row_tiles;  // 1 or 2
+};
+
+// Tokens of several tiles: tile (g, b) of token tile g and block b is tiles[g * stride + b].
+struct TokenPanel {
+    const SplitTile* tiles;
+    std::ptrdiff_t stride;
+    std::ptrdiff_t token_tiles;
+};
+
+// The experts' activation function; see Kernels::swiglu.
+struct Swiglu {
+    float limit, alpha;
+};
+
+// All functions take at most 16 rows and 16 tokens; blocks are of 32 columns.
+struct TileKernels {
+    // Before and after the calls of a thread for one piece of work.
+    void (*begin)();
+    void (*end)();
+
+    // Blocks first .. last of the tokens at x, into out[0 ..].
+    void (*split)(const float* const* x, std::ptrdiff_t tokens, std::ptrdiff_t columns, std::ptrdiff_t first,
+                  std::ptrdiff_t last, SplitTile* out);
+
+    // Blocks first .. last of `rows` rows from `row` on, into out[0 ..]: of MXFP4 rows, of BF16 rows, and of a
+    // BF16 weight stored transposed.
+    void (*mxfp4)(const Mxfp4Rows& weight, std::ptrdiff_t row, std::ptrdiff_t rows, std::ptrdiff_t first,
+                  std::ptrdiff_t last, WeightTile* out);
+    void (*dense)(const DenseRows& weight, std::ptrdiff_t row, std::ptrdiff_t rows, std::ptrdiff_t first,
+                  std::ptrdiff_t last, WeightTile* out);
+    void (*transposed)(const DenseRows& weight, std::ptrdiff_t row, std::ptrdiff_t rows, std::ptrdiff_t first,
+                       std::ptrdiff_t last, WeightTile* out);
+
+    // sums[i * stride + g] += row tile i times token tile g over `blocks` blocks, or = where `first`.
+    void (*multiply)(const WeightPanel& weights, const TokenPanel& tokens, std::ptrdiff_t blocks, bool first,
+                     SumTile* sums, std::ptrdiff_t stride);
+
+    // A block of the second product's activations: from 64 rows of sums, gate and up in turn, sums[i * stride] each
+    // 16 of them; `bias` has 64 values. The last `64 - rows` are missing.
+    void (*swiglu)(const SumTile* sums, std::ptrdiff_t stride, std::ptrdiff_t rows, const float* bias,
+                   const Swiglu& function, SplitTile* out);
+
+    // out[n][0 .. rows) = (sums of token n + bias) * factors[n].
+    void (*store)(const SumTile& sums, std::ptrdiff_t rows, std::ptrdiff_t tokens, const float* bias,
+                  const float* factors, float* const* out);
+};
+
+#if defined(MOE_SURGERY_TILES)
+extern const TileKernels kAvx512Bf16Tiles;
+extern const TileKernels kAmxTiles;
+#endif
+
+}  // namespace moe_surgery::cpu
