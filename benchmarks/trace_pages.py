@@ -146,8 +146,8 @@ def main(output: Path) -> None:
     lines = heading("The trace page at the sizes of large models", report)
     lines += [
         "",
-        f"Milliseconds from the event to the frame after it, median of {ROUNDS}; in brackets processor time of the main "
-        "thread, which may take in work that is done after that frame, such as the table of a token's path. "
+        f"Milliseconds from the event to the frame after it, median of {ROUNDS}; in brackets processor time of the "
+        "main thread, which may take in work that is done after that frame, such as the table of a token's path. "
         f"Load average of the machine meanwhile: {report['load_average']:.1f}.",
         "",
     ]
