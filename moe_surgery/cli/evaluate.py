@@ -40,7 +40,11 @@ if TYPE_CHECKING:
     multiple=True,
     help="Questions with their answers, in .jsonl or .json, or example:DOMAIN; repeat for more.",
 )
-@click.option("--max-new-tokens", type=int, help="Maximum tokens of a reply to a question; default: 256.")
+@click.option(
+    "--max-new-tokens",
+    type=int,
+    help="Maximum tokens to generate: for each reply to --answers; default: 256.",
+)
 @click.option("--answers-only", is_flag=True, help="Count only the answers of conversations.")
 @batch_tokens_option
 @click.option("-o", "--output", type=OUTPUT, help="Write all figures here, for `report` and `card`.")
@@ -81,7 +85,7 @@ def command(
     \b
     moe-surgery evaluate example:tiny --plan code.json --texts notes.txt --texts code.py
     moe-surgery evaluate example:tiny --top-k 2 --texts notes.txt
-    moe-surgery evaluate example:tiny --plan code.json --answers example:python
+    moe-surgery evaluate example:tiny --plan code.json --answers example:python --max-new-tokens 24
     moe-surgery evaluate openai/gpt-oss-20b law-8/ --texts law.jsonl --answers-only -o law.evaluation.json
     """
     needs_torch("evaluate")

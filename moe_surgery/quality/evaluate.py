@@ -105,7 +105,7 @@ def evaluate(
     if texts is None and (max_tokens is not None or answers_only):
         raise UsageError("`max_tokens` and `answers_only` need `texts`")
     named_plans = load_pairs(plans, Plan, load_plan)
-    files = () if texts is None else as_text_files(texts, format)
+    files = None if texts is None else as_text_files(texts, format)
     question_files = read_questions(answers)
     spec, source_identity = identify_runnable(checkpoint, families)
     model = load_model(checkpoint, device, dtype, backend=backend, one_layer=True, families=families)
@@ -155,14 +155,14 @@ def evaluate(
         )
         whole.cache_clear()
     passages: Iterable[Passage]
-    if files:
+    if files is not None:
         passages = corpus = open_corpus(files, tokenizer, context=limit, max_tokens=max_tokens)
         read = corpus.texts
     else:
         assert answered is not None
         passages, read, answers_only = answered.passages(), answered.questions, True
     total = sum(len(p.tokens) for p in passages)  # reads all texts once, before the long work
-    if files and corpus.split:
+    if files is not None and corpus.split:
         log.warning("%d texts are longer than %d tokens and were split", corpus.split, corpus.context)
     done = Counter(progress, "evaluate", total, "tokens")
     groups = batches(passages, batch_tokens)

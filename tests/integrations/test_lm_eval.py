@@ -20,7 +20,7 @@ from lm_eval.evaluator import evaluate  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from moe_surgery import plan_random, prune  # noqa: E402
+from moe_surgery import inspect, plan_random, prune  # noqa: E402
 from moe_surgery.checkpoint.resolve import resolve  # noqa: E402
 from moe_surgery.errors import UsageError  # noqa: E402
 from moe_surgery.examples.skills import countries, documents, draw_questions  # noqa: E402
@@ -115,7 +115,7 @@ def pair(
     if request.param is None:
         return resolve("example:tiny"), {"pretrained": "example:tiny"}
     folder = tmp_path_factory.mktemp("pruned")
-    plan = plan_random(request.param, 3, "example:tiny")
+    plan = plan_random(request.param, 3, inspect("example:tiny"))
     (folder / "plan.json").write_text(plan.to_json())
     prune("example:tiny", folder / "model", plan)
     return folder / "model", {"pretrained": "example:tiny", "plan": str(folder / "plan.json")}
