@@ -25,7 +25,7 @@ from moe_surgery.quality.evaluation import Evaluation, ModelResult, Quality
 from moe_surgery.quality.hidden_states import HiddenStates
 from moe_surgery.quality.layerwise import apply_attention, apply_experts, embed, logits_of
 from moe_surgery.quality.questions import read_questions
-from moe_surgery.quality.resume import default_context, identify_runnable, job_digest
+from moe_surgery.quality.resume import default_context, identify_runnable, job_digest, stamp_digest
 from moe_surgery.quality.text_files import Texts, as_text_files
 from moe_surgery.runtime.load import load_model
 from moe_surgery.runtime.model import CausalLM
@@ -124,16 +124,14 @@ def evaluate(
         plan = named_plan.with_top_k(top_k, name)
         viewed = Candidate(name, plan.layers, plan.top_k, None, dict(plan.provenance))
         key = job_digest([plan.layers, plan.top_k])
-        respondents.append(
-            Respondent(name, key, viewed, lambda plan=plan: view(whole(), plan))  # type: ignore[misc]
-        )
+        respondents.append(Respondent(name, key, viewed, partial(_viewed, whole, plan)))
     for path in pruned:
         other = load_model(
             path, device, dtype, backend=backend, top_k=top_k, one_layer=True, families=families
         )
         with closing(open_folder(path)) as opened:
             candidate = pruned_candidate(str(path), opened, other, model)
-        key = job_digest([identify_runnable(path, families)[1], top_k])
+        key = job_digest([stamp_digest(path), top_k])
         respondents.append(Respondent(str(path), key, candidate, partial(load, path, top_k)))
     candidates = [respondent.candidate for respondent in respondents[1:]]
     tokenizer = Text(checkpoint)
@@ -150,7 +148,7 @@ def evaluate(
             batch_tokens=batch_tokens,
             stop_tokens=tokenizer.stop_tokens or None,
             file=None if replies is None else Path(replies),
-            job=[source_identity, model.computation],
+            job=[stamp_digest(checkpoint), model.computation],
             progress=progress,
         )
         whole.cache_clear()
@@ -188,6 +186,10 @@ def evaluate(
         settings,
         answered.questions if answered else {},
     )
+
+
+def _viewed(whole: Callable[[], CausalLM], plan: Plan) -> CausalLM:
+    return view(whole(), plan)
 
 
 @torch.inference_mode()

@@ -10,6 +10,7 @@ import pytest
 
 from moe_surgery import make_card, plan_keeping, prune
 from moe_surgery.errors import OutputError, PlanMismatchError, VerificationError
+from moe_surgery.quality.accuracy import Accuracy
 from tests.card.cards import (
     README,
     SHAPE,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -274,6 +275,16 @@ def test_another_plan_costs_only_its_own_replies(
     assert not entries(replies, "renamed")
     assert not more.models[2].overall_accuracy.lost  # all experts, in another order
     assert more.models[1].accuracy == found.models[1].accuracy
+
+
+def test_checkpoints_that_differ_outside_their_routers_are_two_models(
+    asked: Path, pruned: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(pruned, other)
+    replies = tmp_path / "replies.jsonl"
+    run(asked, pruned=[pruned, other], replies=replies)
+    assert len(entries(replies, str(pruned))) == len(entries(replies, str(other))) == 10
 
 
 def test_replies_of_another_job_are_not_used(
