@@ -17,7 +17,7 @@ from typing import Any
 import lm_eval.models  # noqa: F401  # registers lm-eval's own models, which it does only for an empty registry
 import torch
 from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
+from lm_eval.api.registry import model_registry, register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
@@ -40,7 +40,6 @@ SAMPLING = ("top_k", "top_p", "min_p", "seed")
 log = logging.getLogger("moe_surgery")
 
 
-@register_model(NAME)
 class MoeSurgeryLM(TemplateLM):
     """A checkpoint, or a plan of it as a view, in little memory.
 
@@ -96,7 +95,10 @@ class MoeSurgeryLM(TemplateLM):
         self.max_gen_toks = max_gen_toks
         self._batch_tokens = batch_tokens
         self._most_prompts = max_batch_size or 64
-        self.batch_size = "auto" if str(batch_size or "auto").startswith("auto") else int(str(batch_size))
+        automatic = batch_size is None or str(batch_size).startswith("auto")
+        if not automatic and not (str(batch_size).isdecimal() and int(str(batch_size)) > 0):
+            raise UsageError(f"`batch_size` {batch_size}: must be at least 1, or auto")
+        self.batch_size = "auto" if automatic else int(str(batch_size))
         self._pretrained = pretrained
         self._prefix = prefix_token_id
         self._device = self._layers.device
@@ -260,6 +262,10 @@ class MoeSurgeryLM(TemplateLM):
             **self._layers.computation,
             "plan": self._arguments["plan"],
         }
+
+
+if NAME not in model_registry:  # later versions of lm-eval know the entry point
+    register_model(NAME)(MoeSurgeryLM)
 
 
 def main() -> None:

@@ -47,13 +47,15 @@ def log_likelihoods(
     """For each of `candidates` the likelihood of each passage's tokens from `answer` (at least 1) on.
 
     `model` gives the layers of candidates that are views. Passages go through all candidates in batches of
-    `batch_tokens`, layer by layer; those that differ in their last token only are computed once. `progress` is called
-    with the number of passages finished.
+    `batch_tokens`, layer by layer; those that differ in their last token only are computed once. An answer of no
+    tokens has likelihood 1. `progress` is called with the number of passages finished.
     """
     inputs: dict[tuple[int, ...], _Input] = {}
     for number, passage in enumerate(passages):
-        given = passage.tokens[:-1]
-        inputs.setdefault(given, _Input(given)).passages.append(number)
+        assert passage.answer is not None
+        if passage.answer < len(passage.tokens):
+            given = passage.tokens[:-1]
+            inputs.setdefault(given, _Input(given)).passages.append(number)
     results = [[Likelihood() for _ in passages] for _ in candidates]
     waiting = list(inputs.values())
     for group in batches([Passage("", each.tokens) for each in waiting], batch_tokens):

@@ -254,6 +254,7 @@ def test_in_a_conversation_the_answer_counts_without_its_reasoning() -> None:
     [
         ({"dtype": "int3"}, "`dtype` int3: choose one of float32"),
         ({"batch_tokens": 0}, "`batch_tokens` 0"),
+        ({"batch_size": "many"}, "`batch_size` many: must be at least 1, or auto"),
         ({"max_length": 10**9}, "`max_length` 1000000000: this model supports"),
         ({"top_k": 99}, "top"),
     ],

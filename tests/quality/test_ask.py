@@ -101,6 +101,7 @@ def test_likelihoods_are_those_of_masked_routers(
     whole = text.encode("Question: What is 2 + 3?\nAnswer: 5\nQuestion: What is 4 + 4?\nAnswer: 8")
     passages = [Passage("", tuple(whole), start) for start in (1, 9, len(whole) - 1)]
     passages += [Passage("", (*whole[:12], last), 10) for last in (5, whole[12], 700)]
+    passages.append(Passage("", tuple(whole[:5]), 5))  # nothing to predict
     candidates = [
         Candidate("full", None, model=tiny_model),
         Candidate("view", PLAN.layers, PLAN.top_k),
@@ -109,7 +110,7 @@ def test_likelihoods_are_those_of_masked_routers(
     scored = log_likelihoods(
         tiny_model, candidates, passages, batch_tokens=batch_tokens, progress=finished.append
     )
-    assert sum(finished) == len(passages)
+    assert sum(finished) == len(passages) - 1
     for plan, likelihoods in zip((None, PLAN), scored, strict=True):
         for passage, ours in zip(passages, likelihoods, strict=True):
             assert passage.answer is not None
