@@ -22,7 +22,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from moe_surgery.errors import UsageError
+from moe_surgery.errors import InvalidInputError, UsageError
 from moe_surgery.quality.candidates import Candidate
 from moe_surgery.quality.corpus import Passage
 from moe_surgery.quality.likelihood import BATCH_TOKENS, log_likelihoods
@@ -36,6 +36,7 @@ __all__ = ["NAME", "MoeSurgeryLM", "main"]
 
 NAME = "moe_surgery"
 MAX_GEN_TOKENS = 256
+MARK = "\N{SNOWMAN}\N{SNOWMAN}"
 SAMPLING = ("top_k", "top_p", "min_p", "seed")
 log = logging.getLogger("moe_surgery")
 
@@ -246,14 +247,16 @@ class MoeSurgeryLM(TemplateLM):
     ) -> str:
         """`chat_history` up to where the model's answer begins; without `add_generation_prompt` the last message is
         the beginning of the answer, as with transformers' `continue_final_message`."""
-        rendered = self._text.chat(chat_history, prompt=add_generation_prompt)
         if add_generation_prompt:
-            return rendered
-        begun = chat_history[-1]["content"]
-        start = rendered.rindex(begun.strip())
-        whole = begun.lstrip()
-        kept = whole if rendered.startswith(whole, start) else begun.strip()
-        return rendered[: start + len(kept)]
+            return self._text.chat(chat_history)
+        *before, last = chat_history
+        marked = {**last, "content": f"{last['content']}{MARK} "}
+        begun, mark, rest = self._text.chat([*before, marked], prompt=False).rpartition(MARK)
+        if not mark:
+            raise InvalidInputError(
+                "the model's chat template leaves out the last message; it cannot be continued"
+            )
+        return begun if rest.startswith(" ") else begun.rstrip()  # some templates strip messages
 
     def get_model_info(self) -> dict[str, Any]:
         """What computed the results."""
