@@ -64,7 +64,7 @@ class MoeSurgeryLM(TemplateLM):
         prefix_token_id: int | None = None,
     ) -> None:
         """`pretrained`, `plan`, `top_k`, `device`, `dtype` ("float32", "bfloat16" or "float16") and `backend` as for
-        `load_model`. `batch_size` is how many prompts generate together; "auto": as many as `batch_tokens` allows, at
+        `load_model`; a CUDA device, lm-eval's default, is the CPU where there is none. `batch_size` is how many prompts generate together; "auto": as many as `batch_tokens` allows, at
         most `max_batch_size`. `max_length` is the context, by default the model's. Text without context follows
         `prefix_token_id`, by default the tokenizer's bos token, else its eos token.
 
@@ -76,7 +76,7 @@ class MoeSurgeryLM(TemplateLM):
             raise UsageError(f"`dtype` {dtype}: choose one of float32, bfloat16, float16")
         self._arguments: dict[str, Any] = {
             "path": pretrained,
-            "device": device or "cpu",
+            "device": _device(device),
             "dtype": compute_dtype,
             "plan": plan,
             "backend": backend,
@@ -265,6 +265,14 @@ class MoeSurgeryLM(TemplateLM):
             **self._layers.computation,
             "plan": self._arguments["plan"],
         }
+
+
+def _device(asked: str | None) -> str:
+    """The device to use: lm-eval asks for "cuda:0" unless told otherwise."""
+    if asked is not None and asked.startswith("cuda") and not torch.cuda.is_available():
+        log.warning("no CUDA device here: computing on the CPU")
+        return "cpu"
+    return asked or "cpu"
 
 
 if NAME not in model_registry:  # later versions of lm-eval know the entry point
