@@ -62,11 +62,13 @@ class MoeSurgeryLM(TemplateLM):
         max_length: int | None = None,
         max_gen_toks: int = MAX_GEN_TOKENS,
         prefix_token_id: int | None = None,
+        chat_template_args: dict[str, Any] | None = None,
     ) -> None:
         """`pretrained`, `plan`, `top_k`, `device`, `dtype` ("float32", "bfloat16" or "float16") and `backend` as for
-        `load_model`; a CUDA device, lm-eval's default, is the CPU where there is none. `batch_size` is how many prompts generate together; "auto": as many as `batch_tokens` allows, at
-        most `max_batch_size`. `max_length` is the context, by default the model's. Text without context follows
-        `prefix_token_id`, by default the tokenizer's bos token, else its eos token.
+        `load_model`; a CUDA device, lm-eval's default, is the CPU where there is none. `batch_size` is how many
+        prompts generate together; "auto": as many as `batch_tokens` allows, at most `max_batch_size`. `max_length` is
+        the context, by default the model's. Text without context follows `prefix_token_id`, by default the
+        tokenizer's bos token, else its eos token. `chat_template_args` are variables of the chat template.
 
         Raises as `load_model` and `Text`, UsageError for an unknown dtype or sizes below 1.
         """
@@ -102,6 +104,7 @@ class MoeSurgeryLM(TemplateLM):
         self.batch_size = "auto" if automatic else int(str(batch_size))
         self._pretrained = pretrained
         self._prefix = prefix_token_id
+        self._variables = chat_template_args or {}
         self._device = self._layers.device
 
     @cached_property
@@ -248,10 +251,11 @@ class MoeSurgeryLM(TemplateLM):
         """`chat_history` up to where the model's answer begins; without `add_generation_prompt` the last message is
         the beginning of the answer, as with transformers' `continue_final_message`."""
         if add_generation_prompt:
-            return self._text.chat(chat_history)
+            return self._text.chat(chat_history, variables=self._variables)
         *before, last = chat_history
         marked = {**last, "content": f"{last['content']}{MARK} "}
-        begun, mark, rest = self._text.chat([*before, marked], prompt=False).rpartition(MARK)
+        rendered = self._text.chat([*before, marked], prompt=False, variables=self._variables)
+        begun, mark, rest = rendered.rpartition(MARK)
         if not mark:
             raise InvalidInputError(
                 "the model's chat template leaves out the last message; it cannot be continued"

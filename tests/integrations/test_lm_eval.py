@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import random
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,20 @@ def test_the_chat_template_is_applied_as_transformers_does(model: MoeSurgeryLM, 
     assert continued == hf.apply_chat_template(history, add_generation_prompt=False)
     assert model.chat_template(True) == hf.chat_template(True)
     assert model.chat_template(False) is None
+
+
+def test_variables_go_to_the_chat_template(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(resolve("example:tiny"), folder)
+    template = "{{ effort }}: {% for m in messages %}{{ m['content'] | trim }};{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    arguments = {"chat_template_args": {"effort": "low"}}
+    model = MoeSurgeryLM(str(folder), **arguments)
+    hf = HFLM(pretrained=str(folder), dtype="float32", device="cpu", **arguments)
+    history = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "So, "}]
+    assert model.apply_chat_template(history[:1]) == hf.apply_chat_template(history[:1]) == "low: Hi;"
+    begun = [m.apply_chat_template(history, add_generation_prompt=False) for m in (model, hf)]
+    assert begun == ["low: Hi;So,"] * 2
 
 
 def test_in_a_conversation_the_answer_counts_without_its_reasoning() -> None:
