@@ -252,7 +252,7 @@ def test_in_a_conversation_the_answer_counts_without_its_reasoning() -> None:
     """`until` ends the answer, not the reasoning before it."""
     model = MoeSurgeryLM("example:tiny")
     text = model._text
-    prompt = model.apply_chat_template([{"role": "user", "content": "What is 1 + 1?"}])
+    prompt = model.apply_chat_template([{"role": "user", "content": "How do you write 47 in words?"}])
     assert text.parser(text.encode(prompt)).structured
     (plain,) = model.generate_until(instances("generate_until", (prompt, {"until": [], "max_gen_toks": 16})))
     ids = text.encode(prompt)
