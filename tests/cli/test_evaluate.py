@@ -73,7 +73,8 @@ def test_evaluate_by_answers(tmp_path: Path, capsys: Capture, monkeypatch: pytes
     full, random = (model.accuracy["sums"] for model in result.models)
     assert (full.right, full.questions, random.questions) == (4, 4, 4)
     assert set(random.lost) <= {f"sums.jsonl: line {n}" for n in range(1, 5)}
-    line = next(r for r in printed.out.split("sums: answers")[1].splitlines() if r.startswith(str(plan)))
+    answers = printed.out.split("sums: answers")[1]
+    (line,) = [row for row in answers.splitlines() if row.split()[:1] == [str(plan)]]
     low, high = random.interval
     shown = [random.share, low, high]
     assert re.findall(r"[\d.]+%", line) == [f"{share:.1%}" for share in shown]

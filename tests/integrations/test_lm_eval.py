@@ -267,7 +267,7 @@ def test_in_a_conversation_the_answer_counts_without_its_reasoning() -> None:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        ({"dtype": "int3"}, "`dtype` int3: choose one of float32"),
+        ({"dtype": "float12"}, "`dtype` float12: choose one of float32"),
         ({"batch_tokens": 0}, "`batch_tokens` 0"),
         ({"batch_size": "many"}, "`batch_size` many: must be at least 1, or auto"),
         ({"max_length": 10**9}, "`max_length` 1000000000: this model supports"),
@@ -289,6 +289,7 @@ def test_more_new_tokens_than_the_context_are_refused(model: MoeSurgeryLM) -> No
 # --- as a program
 
 
+@pytest.mark.slow  # lm-eval reads the settings of all its tasks
 def test_the_program_is_lm_evals_with_this_model(
     tasks: Path,
     offline: None,

@@ -94,29 +94,28 @@ def likelihood(routed: Routed, plan: Plan | None, tokens: tuple[int, ...], start
     return sum(log_p[t - 1, tokens[t]] for t in at), all(log_p[t - 1].argmax() == tokens[t] for t in at)
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 64, 8192])
-def test_likelihoods_are_those_of_masked_routers(
-    batch_tokens: int, tiny_model: CausalLM, routed: Routed, text: Text
-) -> None:
+def test_likelihoods_are_those_of_masked_routers(tiny_model: CausalLM, routed: Routed, text: Text) -> None:
     whole = text.encode("Question: What is 2 + 3?\nAnswer: 5\nQuestion: What is 4 + 4?\nAnswer: 8")
-    passages = [Passage("", tuple(whole), start) for start in (1, 9, len(whole) - 1)]
+    passages = [Passage("", tuple(whole), start) for start in (1, len(whole) - 1)]
     passages += [Passage("", (*whole[:12], last), 10) for last in (5, whole[12], 700)]
     passages.append(Passage("", tuple(whole[:5]), 5))  # nothing to predict
     candidates = [
         Candidate("full", None, model=tiny_model),
         Candidate("view", PLAN.layers, PLAN.top_k),
     ]
-    finished: list[int] = []
-    scored = log_likelihoods(
-        tiny_model, candidates, passages, batch_tokens=batch_tokens, progress=finished.append
-    )
-    assert sum(finished) == len(passages) - 1
-    for plan, likelihoods in zip((None, PLAN), scored, strict=True):
-        for passage, ours in zip(passages, likelihoods, strict=True):
-            assert passage.answer is not None
-            value, greedy = likelihood(routed, plan, passage.tokens, passage.answer)
-            assert ours.log_probability == pytest.approx(value, rel=1e-4, abs=1e-4)
-            assert ours.greedy == greedy
+    expected = [
+        [likelihood(routed, plan, p.tokens, p.answer or 0) for p in passages] for plan in (None, PLAN)
+    ]
+    for batch_tokens in (1, 30, 8192):
+        finished: list[int] = []
+        scored = log_likelihoods(
+            tiny_model, candidates, passages, batch_tokens=batch_tokens, progress=finished.append
+        )
+        assert sum(finished) == len(passages) - 1
+        for ours, theirs in zip(scored, expected, strict=True):
+            values = [found.log_probability for found in ours]
+            assert values == pytest.approx([value for value, _ in theirs], rel=1e-4, abs=1e-4)
+            assert [found.greedy for found in ours] == [greedy for _, greedy in theirs]
 
 
 @pytest.mark.parametrize(("name", "plan"), [("full", None), ("twenty", PLAN)])
@@ -220,9 +219,14 @@ def test_without_texts_models_are_compared_on_the_full_models_replies(
         assert quality.kl == pytest.approx(np.mean(values), rel=1e-3, abs=1e-5)
 
 
-def test_with_texts_the_figures_are_of_the_texts(asked: Path, paths: list[Path], found: Evaluation) -> None:
-    both = evaluate(TINY, paths[:1], answers=asked, max_new_tokens=NEW, dtype=F32, plans=[("twenty", PLAN)])
-    alone = evaluate(TINY, paths[:1], dtype=F32, plans=[("twenty", PLAN)])
+def test_with_texts_the_figures_are_of_the_texts(
+    asked: Path, paths: list[Path], found: Evaluation, kept: Path, tmp_path: Path
+) -> None:
+    replies = tmp_path / "replies.jsonl"
+    replies.write_text(kept.read_text())
+    options = {"texts": paths[:1], "plans": [("twenty", PLAN)], "max_tokens": 100}
+    both = run(asked, replies=replies, **options)
+    alone = evaluate(TINY, dtype=F32, **options)
     assert [m.domains for m in both.models] == [m.domains for m in alone.models]
     assert [m.accuracy for m in both.models] == [m.accuracy for m in found.models[:2]]
     assert "questions" not in alone.as_dict()
@@ -238,7 +242,7 @@ class Stop(Exception):
 
 
 def test_an_interrupted_run_continues_where_it_stopped(
-    asked: Path, found: Evaluation, pruned: Path, kept: Path, tmp_path: Path
+    asked: Path, found: Evaluation, tmp_path: Path
 ) -> None:
     replies = tmp_path / "replies.jsonl"
 
@@ -249,8 +253,8 @@ def test_an_interrupted_run_continues_where_it_stopped(
 
         return progress
 
-    models = {"plans": [("twenty", PLAN)], "pruned": [pruned]}
-    for count in (6, 16):
+    models = {"plans": [("twenty", PLAN)]}
+    for count in (4, 13):
         with pytest.raises(Stop):
             run(asked, **models, replies=replies, progress=stop_at(count), batch_tokens=100)
         with replies.open("a") as file:
@@ -258,11 +262,11 @@ def test_an_interrupted_run_continues_where_it_stopped(
     before = [line for line in replies.read_text().splitlines(keepends=True) if line.endswith("\n")]
     seen: list[Progress] = []
     again = run(asked, **models, replies=replies, progress=seen.append, batch_tokens=100)
-    assert [m.accuracy for m in again.models] == [m.accuracy for m in found.models]
+    assert [m.accuracy for m in again.models] == [m.accuracy for m in found.models[:2]]
     after = replies.read_text().splitlines(keepends=True)
     assert after[: len(before)] == before
-    assert len(after) == 1 + 3 * 10  # nothing was asked twice
-    assert [p.done for p in seen if p.stage == "answer"][-1] == 30
+    assert len(after) == 1 + 2 * 10  # nothing was asked twice
+    assert [p.done for p in seen if p.stage == "answer"][-1] == 20
 
 
 def test_another_plan_costs_only_its_own_replies(
