@@ -6,7 +6,9 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,16 +18,19 @@ from moe_surgery.checkpoint.source import Folder
 from moe_surgery.errors import InvalidInputError, UsageError
 from moe_surgery.families import FAMILIES, AnyFamily
 from moe_surgery.progress import Counter, OnProgress
+from moe_surgery.quality.ask import MAX_NEW_TOKENS, Answered, Respondent, ask
 from moe_surgery.quality.candidates import Candidate, pruned_candidate
 from moe_surgery.quality.corpus import Passage, batches, open_corpus
 from moe_surgery.quality.evaluation import Evaluation, ModelResult, Quality
 from moe_surgery.quality.hidden_states import HiddenStates
 from moe_surgery.quality.layerwise import apply_attention, apply_experts, embed, logits_of
-from moe_surgery.quality.resume import default_context, identify_runnable
+from moe_surgery.quality.questions import read_questions
+from moe_surgery.quality.resume import default_context, identify_runnable, job_digest, stamp_digest
 from moe_surgery.quality.text_files import Texts, as_text_files
 from moe_surgery.runtime.load import load_model
 from moe_surgery.runtime.model import CausalLM
 from moe_surgery.runtime.text import Text
+from moe_surgery.runtime.view import view
 from moe_surgery.selection.arguments import Named, PathLike, load_pairs
 from moe_surgery.selection.plan import Plan, check_top_k, load_plan, plan_keeping
 
@@ -56,8 +61,9 @@ class _Sums:
 
 def evaluate(
     checkpoint: PathLike | Folder,
-    texts: Texts,
+    texts: Texts | None = None,
     *,
+    answers: PathLike | Sequence[PathLike] = (),
     plans: Named[Plan] = (),
     pruned: Sequence[PathLike | Folder] = (),
     top_k: int | None = None,
@@ -65,6 +71,8 @@ def evaluate(
     max_tokens: int | None = None,
     format: str | None = None,
     answers_only: bool = False,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    replies: PathLike | None = None,
     batch_tokens: int = BATCH_TOKENS,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
@@ -72,7 +80,7 @@ def evaluate(
     families: tuple[AnyFamily, ...] = FAMILIES,
     progress: OnProgress | None = None,
 ) -> Evaluation:
-    """Compare plans and pruned checkpoints with the full `checkpoint` on `texts`.
+    """Compare plans and pruned checkpoints with the full `checkpoint` on `texts`, by `answers` to questions, or both.
 
     Plans are (name, plan) pairs or paths, evaluated as views: nothing is written. All models go through
     one layer before the next is loaded, so memory holds one layer and each model's hidden states for a
@@ -82,55 +90,106 @@ def evaluate(
     model families to recognise. `progress` is called with each `Progress`, in tokens finished by all models;
     split texts are reported as a warning on the logger "moe_surgery".
 
+    `answers` are files of questions (`read_questions`): every model answers all of them greedily, in at most
+    `max_new_tokens`, or chooses by likelihood, and is compared with the full model question by question
+    (`Accuracy`). Without `texts` the models are compared on the questions and the full model's replies. Replies are
+    appended to the file `replies` as they come, from which the same call resumes.
+
     Raises UsageError if there is nothing to predict or `top_k` is not in 1 to the number of experts kept,
     PlanMismatchError for a plan or checkpoint of another model, and any error of opening the checkpoint.
     """
     if batch_tokens < 1:
         raise UsageError(f"`batch_tokens` {batch_tokens}: must be at least 1")
+    if texts is None and not answers:
+        raise UsageError("nothing to compare on; pass `texts` or `answers`")
+    if texts is None and (max_tokens is not None or answers_only):
+        raise UsageError("`max_tokens` and `answers_only` need `texts`")
     named_plans = load_pairs(plans, Plan, load_plan)
+    files = None if texts is None else as_text_files(texts, format)
+    question_files = read_questions(answers)
     spec, source_identity = identify_runnable(checkpoint, families)
     model = load_model(checkpoint, device, dtype, backend=backend, one_layer=True, families=families)
-    candidates = []
+
+    def load(path: PathLike | Folder, top_k: int | None = None) -> CausalLM:
+        return load_model(path, device, dtype, backend=backend, top_k=top_k, families=families)
+
+    whole = cache(lambda: load(checkpoint))
+
+    respondents = [Respondent("full", "full", Candidate("full", None, model=model), whole)]
     if top_k is not None and not named_plans and not pruned:
         check_top_k(top_k, spec.experts, f"{checkpoint} has")
         named_plans = [(f"top-k {top_k}", plan_keeping(None, spec))]
     for name, named_plan in named_plans:
         named_plan.check_fits(spec.model_type, spec.experts, spec.layers, str(checkpoint))
         plan = named_plan.with_top_k(top_k, name)
-        candidates.append(Candidate(name, plan.layers, plan.top_k, None, dict(plan.provenance)))
+        viewed = Candidate(name, plan.layers, plan.top_k, None, dict(plan.provenance))
+        key = job_digest([plan.layers, plan.top_k])
+        respondents.append(Respondent(name, key, viewed, partial(_viewed, whole, plan)))
     for path in pruned:
         other = load_model(
             path, device, dtype, backend=backend, top_k=top_k, one_layer=True, families=families
         )
-        with closing(open_folder(path)) as files:
-            candidates.append(pruned_candidate(str(path), files, other, model))
-    corpus = open_corpus(
-        as_text_files(texts, format),
-        Text(checkpoint),
-        context=default_context(spec, context),
-        max_tokens=max_tokens,
-    )
-    total = sum(len(p.tokens) for p in corpus)  # reads all texts once, before the long work
-    if corpus.split:
+        with closing(open_folder(path)) as opened:
+            candidate = pruned_candidate(str(path), opened, other, model)
+        key = job_digest([stamp_digest(path), top_k])
+        respondents.append(Respondent(str(path), key, candidate, partial(load, path, top_k)))
+    candidates = [respondent.candidate for respondent in respondents[1:]]
+    tokenizer = Text(checkpoint)
+    limit = default_context(spec, context)
+    answered: Answered | None = None
+    if question_files:
+        answered = ask(
+            question_files,
+            tokenizer,
+            model,
+            respondents,
+            context=limit,
+            max_new_tokens=max_new_tokens,
+            batch_tokens=batch_tokens,
+            stop_tokens=tokenizer.stop_tokens or None,
+            file=None if replies is None else Path(replies),
+            job=[stamp_digest(checkpoint), model.computation],
+            progress=progress,
+        )
+        whole.cache_clear()
+    passages: Iterable[Passage]
+    if files is not None:
+        passages = corpus = open_corpus(files, tokenizer, context=limit, max_tokens=max_tokens)
+        read = corpus.texts
+    else:
+        assert answered is not None
+        passages, read, answers_only = answered.passages(), answered.questions, True
+    total = sum(len(p.tokens) for p in passages)  # reads all texts once, before the long work
+    if files is not None and corpus.split:
         log.warning("%d texts are longer than %d tokens and were split", corpus.split, corpus.context)
     done = Counter(progress, "evaluate", total, "tokens")
-    groups = batches(corpus, batch_tokens)
+    groups = batches(passages, batch_tokens)
     models = evaluate_passages(model, groups, candidates, answers_only=answers_only, progress=done.advance)
+    if answered is not None:
+        accuracies = answered.accuracies()
+        models = tuple(replace(m, accuracy=a) for m, a in zip(models, accuracies, strict=True))
     settings: dict[str, object] = {
         **model.computation,
-        "context": corpus.context,
-        "max_tokens": corpus.max_tokens,
+        "context": limit,
+        "max_tokens": max_tokens,
         "answers_only": answers_only,
     }
+    if answered is not None:
+        settings["max_new_tokens"] = max_new_tokens
     return Evaluation(
         spec.model_type,
         str(checkpoint),
         source_identity,
         spec.experts,
         models,
-        corpus.texts,
+        read,
         settings,
+        answered.questions if answered else {},
     )
+
+
+def _viewed(whole: Callable[[], CausalLM], plan: Plan) -> CausalLM:
+    return view(whole(), plan)
 
 
 @torch.inference_mode()

@@ -17,7 +17,15 @@ from moe_surgery.families.identity import identity
 from moe_surgery.families.model_config import ModelConfig
 from moe_surgery.selection.arguments import PathLike
 
-__all__ = ["CONTEXT", "check_writable", "default_context", "identify_runnable", "job_digest", "partial_path"]
+__all__ = [
+    "CONTEXT",
+    "check_writable",
+    "default_context",
+    "identify_runnable",
+    "job_digest",
+    "partial_path",
+    "stamp_digest",
+]
 
 CONTEXT = 4096
 
@@ -33,6 +41,12 @@ def identify_runnable(
         spec = identify_model(opened, families)
         spec.require_description()
         return spec, identity(opened, spec)
+
+
+def stamp_digest(checkpoint: PathLike | Folder) -> str:
+    """A digest of the stamps of the checkpoint's shards: of these very weights, where `identity` looks at routers."""
+    with Checkpoint.open(checkpoint) as opened:
+        return job_digest([repr(shard.source.stamp) for _, shard in sorted(opened.shards.items())])
 
 
 def default_context(spec: ModelSpec, context: int | None) -> int:
