@@ -8,16 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_surgery.kernels.weights import Layer
 from moe_surgery.quality.corpus import Passage
-from moe_surgery.quality.hidden_states import CHUNK_TOKENS, HiddenStates, rows_buffer
-from moe_surgery.quality.layerwise import apply_attention, choose_experts, embed
+from moe_surgery.quality.hidden_states import CHUNK_TOKENS, rows_buffer
+from moe_surgery.quality.layers import LayerModel, MoeLayer, routes_by_expert
+from moe_surgery.quality.own_layers import as_layers
 from moe_surgery.runtime.model import CausalLM
-from moe_surgery.runtime.view import view_layer
 from moe_surgery.selection.plan import Plan
 from moe_surgery.selection.statistics import ExpertStatistics
 
-__all__ = ["part_domains", "profile_passages"]
+__all__ = ["count_tokens", "part_domains", "profile_passages"]
 
 Progress = Callable[[int], None]
 
@@ -29,13 +28,13 @@ def part_domains(domain: str) -> tuple[str, str]:
 
 @torch.inference_mode()
 def profile_passages(
-    model: CausalLM,
+    model: LayerModel | CausalLM,
     passages: Sequence[Passage],
     *,
     sequential: Plan | None = None,
     progress: Progress | None = None,
 ) -> dict[str, list[ExpertStatistics]]:
-    """Statistics per domain and layer of `passages`.
+    """Statistics per domain and MoE layer of `passages`.
 
     Prompt and answer of a conversation are counted separately, under `part_domains`. With `sequential` a
     layer's input comes from earlier layers pruned by the plan, while all of its experts are measured.
@@ -43,20 +42,27 @@ def profile_passages(
     in the model's compute dtype.
     """
     domains, owner = _owners(passages)
-    states = embed(model, [p.tokens for p in passages])
+    model = as_layers(model)
+    states = model.embed([p.tokens for p in passages])
     statistics: dict[str, list[ExpertStatistics]] = {d: [] for d in domains}
-    for number in range(len(model.layers)):
-        layer = model.layers[number]
-        apply_attention(model, number, layer, states)
-        pruned = (
-            None if sequential is None else view_layer(layer, sequential.layers[number], sequential.top_k)
-        )
-        parts = _measure(model, layer, states, owner, len(domains), pruned)
-        for domain, part in zip(domains, parts, strict=True):
-            statistics[domain].append(part)
+    for number in range(model.depth):
+        layer = model.enter(number, states)
+        if layer is not None:
+            pruned = None
+            if sequential is not None:
+                pruned = layer.restricted(sequential.layers[layer.row], sequential.top_k)
+            parts = _measure(layer, owner, len(domains), pruned)
+            for domain, part in zip(domains, parts, strict=True):
+                statistics[domain].append(part)
         if progress:
             progress(states.tokens)
     return statistics
+
+
+def count_tokens(passages: Sequence[Passage]) -> dict[str, int]:
+    """Tokens of each domain, prompts and answers apart as in `profile_passages`."""
+    domains, owner = _owners(passages)
+    return dict(zip(domains, torch.bincount(owner, minlength=len(domains)).tolist(), strict=True))
 
 
 def _owners(passages: Sequence[Passage]) -> tuple[list[str], Tensor]:
@@ -74,48 +80,33 @@ def _owners(passages: Sequence[Passage]) -> tuple[list[str], Tensor]:
     return list(domains), torch.cat(owner)
 
 
-def _measure(
-    model: CausalLM,
-    layer: Layer,
-    states: HiddenStates,
-    owner: Tensor,
-    domains: int,
-    pruned: Layer | None,
-) -> list[ExpertStatistics]:
-    """Statistics per domain; adds the output of the experts, or of those of `pruned`, to `states`."""
-    routed = [choose_experts(model, layer, states, where)[1:] for where in states.pieces()]
-    ids, weights = (torch.cat(parts) for parts in zip(*routed, strict=True))
-    experts = layer.router.weight.shape[0]
-    parts = [ExpertStatistics.zeros(experts, model.config.hidden_size) for _ in range(domains)]
-    y = rows_buffer(states.tokens, model.config.hidden_size, torch.float32, model.device)
-    for expert in torch.unique(ids).tolist():
-        tokens, slots = torch.where(ids == expert)
+def _measure(layer: MoeLayer, owner: Tensor, domains: int, pruned: MoeLayer | None) -> list[ExpertStatistics]:
+    """Statistics per domain; completes the layer with the output of its experts, or of those of `pruned`."""
+    weights = layer.weights
+    parts = [ExpertStatistics.zeros(layer.experts, layer.hidden) for _ in range(domains)]
+    y = rows_buffer(layer.states.tokens, layer.hidden, torch.float32, layer.states.device)
+    for number, tokens, slots in routes_by_expert(layer.ids):
+        expert = layer.expert(number)
         for a in range(0, len(tokens), CHUNK_TOKENS):
             token, slot = tokens[a : a + CHUNK_TOKENS], slots[a : a + CHUNK_TOKENS]
-            out = _output(model, layer, states, token, expert)
-            gate = weights[token, slot]
-            y.index_add_(0, token.to(y.device), (out.float() * gate[:, None].float()).to(y.device))
-            _record(parts, expert, owner[token.cpu()], gate, out)
+            out = expert(token, slot)
+            y.index_add_(0, token.to(y.device), layer.share(out, token, slot).to(y.device))
+            if number < layer.experts:
+                gate = weights[token, slot]
+                factor = torch.ones_like(gate) if layer.weighted_input else gate
+                _record(parts, number, owner[token.cpu()], gate, factor, out)
     if pruned is not None:  # the next layer gets the output of the kept experts only
-        for where in states.pieces():
-            x, ids, weights = choose_experts(model, pruned, states, where)
-            y[where] = model.backend.experts(x, ids, weights, pruned.experts).float().to(y.device)
-    for where in states.pieces():
-        states[where] = states[where] + y[where].to(states.device).to(states.dtype)
+        y = pruned.mixture()
+    layer.finish(y)
     return parts
 
 
-def _output(model: CausalLM, layer: Layer, states: HiddenStates, token: Tensor, expert: int) -> Tensor:
-    """The output of one expert for some tokens, before its routing weight, [tokens, hidden]."""
-    x = model.backend.rms_norm(states[token], layer.mlp_norm, model.config.rms_norm_eps)
-    ids = torch.full((len(token), 1), expert, dtype=torch.int64, device=x.device)
-    return model.backend.experts(x, ids, torch.ones_like(ids, dtype=x.dtype), layer.experts)
-
-
-def _record(parts: Sequence[ExpertStatistics], expert: int, owner: Tensor, gate: Tensor, out: Tensor) -> None:
-    """Add one expert's tokens to the statistics of the domains they belong to."""
+def _record(
+    parts: Sequence[ExpertStatistics], expert: int, owner: Tensor, gate: Tensor, factor: Tensor, out: Tensor
+) -> None:
+    """Add one expert's tokens to the statistics of the domains they belong to; `factor` weights its output."""
     out64 = out.cpu().to(torch.float64).numpy()
-    weight = gate.cpu().to(torch.float64).numpy()
+    weight, factor64 = (g.cpu().to(torch.float64).numpy() for g in (gate, factor))
     norms = np.linalg.norm(out64, axis=1)
     where = owner.numpy()
     for domain in np.unique(where):
@@ -124,7 +115,7 @@ def _record(parts: Sequence[ExpertStatistics], expert: int, owner: Tensor, gate:
         part.count[expert] += int(in_domain.sum())
         part.of("gate")[expert] += weight[in_domain].sum()
         part.of("norm")[expert] += norms[in_domain].sum()
-        part.of("weighted_norm")[expert] += (weight[in_domain] * norms[in_domain]).sum()
+        part.of("weighted_norm")[expert] += (factor64[in_domain] * norms[in_domain]).sum()
         part.of("output")[expert] += out64[in_domain].sum(axis=0)
         peaks_abs, peaks = part.of("peak_abs"), part.of("peak")
         peaks_abs[expert] = max(peaks_abs[expert], np.abs(out64[in_domain]).max())

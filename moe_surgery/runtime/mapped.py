@@ -15,9 +15,18 @@ __all__ = ["MappedShards"]
 
 DTYPES: Mapping[str, torch.dtype] = {
     "U8": torch.uint8,
+    "I8": torch.int8,
+    "BOOL": torch.bool,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.uint8,  # exponents, biased by 127
     "BF16": torch.bfloat16,
     "F16": torch.float16,
     "F32": torch.float32,
+    "F64": torch.float64,
 }
 
 
