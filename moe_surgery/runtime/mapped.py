@@ -61,6 +61,13 @@ class MappedShards:
             )
         return flat.view(ref.shape)
 
+    def prefetch(self, ref: TensorRef) -> None:
+        """Have the pages of `ref` read in the background."""
+        mapped = self._maps[ref.shard]
+        if mapped is not None and hasattr(mmap, "MADV_WILLNEED"):
+            start = ref.offset - ref.offset % mmap.PAGESIZE
+            mapped.madvise(mmap.MADV_WILLNEED, start, ref.offset + ref.nbytes - start)
+
     def release(self, ref: TensorRef) -> None:
         """Release the pages of `ref` after it was copied to a device."""
         mapped = self._maps[ref.shard]

@@ -113,7 +113,7 @@ def check_views(family: TinyFamily, folder: Path, out: Path) -> None:
             kl = (reference.exp() * (reference - log_p)).sum(-1)
             expected[passage.domain].append(kl[:-1])
     for domain, kls in expected.items():
-        assert view.domains[domain].kl == pytest.approx(float(torch.cat(kls).mean()), rel=1e-4, abs=1e-6)
+        assert view.domains[domain].kl == pytest.approx(float(torch.cat(kls).mean()), rel=1e-3, abs=1e-6)
         assert full.domains[domain].kl < 1e-6
 
 
@@ -153,7 +153,8 @@ def greedy_by_hand(family: TinyFamily, folder: Path) -> list[float]:
             for sequence in SEQUENCES:
                 logits(model, torch.tensor([sequence]))
         for (_, bias), value in zip(biases(model, (family.experts,)), before, strict=True):
-            bias.copy_(value)
+            with torch.no_grad():
+                bias.copy_(value)
         return torch.cat([s.reshape(-1, s.shape[-1]) for s in seen]).double()
 
     left = list(range(family.experts))
@@ -260,12 +261,12 @@ def test_what_cannot_be_run_is_named(made, tmp_path: Path) -> None:  # type: ign
 
 def with_tokenizer(folder: Path, out: Path) -> Path:
     """A copy of a tiny checkpoint whose tokens are single characters."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
     copy = edited(folder, out)
     words = {chr(ord("A") + n): n for n in range(64)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="A"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.save(str(copy / "tokenizer.json"))
     return copy
 
@@ -293,7 +294,7 @@ def test_commands_go_from_texts_to_a_pruned_checkpoint(made, tmp_path: Path, cap
         "transformers",
     )
     assert load_ranking(tmp_path / "found.json").layer_numbers == (1, 2)
-    ended = call(capsys, "evaluate", model, "--plan", plan, "--pruned", out, "--texts", text, "--json")
+    ended = call(capsys, "evaluate", model, out, "--plan", plan, "--texts", text, "--json")
     assert ended.code == 0, ended.err
     full, view, pruned = json.loads(ended.out)["models"]
     assert view["domains"] == pruned["domains"]

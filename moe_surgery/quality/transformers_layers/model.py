@@ -17,7 +17,7 @@ from moe_surgery.quality.hidden_states import HiddenStates
 from moe_surgery.quality.layers import LayerModel, MoeLayer
 from moe_surgery.quality.transformers_layers.moe_layer import Chosen, TransformersMoeLayer
 from moe_surgery.quality.transformers_layers.skeleton import Skeleton, expert_parameters
-from moe_surgery.quality.transformers_layers.weights import Weights
+from moe_surgery.quality.transformers_layers.weights import AHEAD, Weights
 
 __all__ = ["TransformersModel"]
 
@@ -146,6 +146,8 @@ class TransformersModel(LayerModel):
         self.close()
         weights = self.weights.layer(number)
         self._number, self._dense = number, self.weights.parameters_of(weights.whole)
+        for expert in range(AHEAD):
+            self.weights.prefetch(weights, expert)
         self.set_layer(self.full, number, None)
         layer = self.full.layers[number]
         experts = {id(p) for p in expert_parameters(layer).values()}
@@ -197,8 +199,17 @@ class TransformersModel(LayerModel):
         for parameter, value in found.items():
             self.full.parameters.set(parameter, value)
         self.weights.check_complete(sorted(needed - set(found)))
-        stored = self.weights.stored(f"{name}.weight")
-        unembedding.forward = partial(_unembed, unembedding, self._table if stored is None else stored)
+        table = self.weights.stored(f"{name}.weight")
+        if table is None and _tied(model.config):
+            table = self._table
+        self.weights.check_complete([] if table is not None else [f"{name}.weight"])
+        unembedding.forward = partial(_unembed, unembedding, table)
+
+
+def _tied(config: Any) -> bool:
+    """Whether the unembedding is the embedding."""
+    text = config.get_text_config()
+    return bool(getattr(config, "tie_word_embeddings", False) or getattr(text, "tie_word_embeddings", False))
 
 
 def _unembed(module: nn.Module, table: Tensor, x: Tensor) -> Tensor:

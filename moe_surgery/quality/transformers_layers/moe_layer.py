@@ -110,11 +110,10 @@ class TransformersMoeLayer(MoeLayer):
 
     @torch.inference_mode()
     def routing(self) -> Routing:
-        model, x = self._model, self._input().float()
+        model, x = self._model, self._input().float().cpu()
         router, bias = model.weights.router_weight(self._number)
-        added = isinstance(
-            model.spec.family, Family
-        )  # a bias of the logits; others only have one of the choice
+        # A described family's bias is part of the logits, others have one for the choice alone.
+        added = isinstance(model.spec.family, Family)
         logits = linear(x, router.float().cpu(), bias.float().cpu() if added and bias is not None else None)
         return recognised(
             logits,
@@ -136,8 +135,7 @@ class TransformersMoeLayer(MoeLayer):
     @torch.inference_mode()
     def _first_pass(self) -> None:
         model = self._model
-        if self._kept is not None:
-            model.set_layer(self._skeleton, self._number, self._kept)
+        model.set_layer(self._skeleton, self._number, self._kept)
         x = rows_buffer(self._states.tokens, model.hidden_size, model.dtype, model.device)
 
         def chosen(rows: slice, module: nn.Module, given: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

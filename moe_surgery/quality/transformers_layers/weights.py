@@ -23,7 +23,10 @@ from moe_surgery.runtime.mapped import MappedShards
 from moe_surgery.surgery.program import Remap
 from moe_surgery.surgery.routing_table import remapped
 
-__all__ = ["LayerWeights", "Weights"]
+__all__ = ["AHEAD", "LayerWeights", "Weights"]
+
+# Experts that are read in the background while one computes.
+AHEAD = 8
 
 
 @dataclass(slots=True)
@@ -98,10 +101,13 @@ class Weights:
         }
 
     def stored(self, name: str) -> Tensor | None:
-        """The one stored tensor that is the parameter `name`, not copied or converted; None where it is not one."""
+        """The parameter `name`, which is in no layer; not copied where it can be as stored. None where there is none."""
         for dense in self.outside.whole:
-            if self._parameters.target(dense.name) == (name, None) and dense.kind == "plain":
-                return self._shards.tensor(self._stored[dense.parts["weight"]][1])
+            target, pattern = self._parameters.target(dense.name)
+            if target == name:
+                if pattern is None and dense.kind == "plain":
+                    return self._shards.tensor(self._stored[dense.parts["weight"]][1])
+                return self.parameters_of([dense])[name]
         return None
 
     def router_of(self, layer: LayerWeights, kept: Sequence[int] | None) -> dict[str, Tensor]:
@@ -128,11 +134,19 @@ class Weights:
 
     def expert_of(self, layer: LayerWeights, expert: int) -> dict[str, Tensor]:
         """The parameters of the expert `expert`, by their names in the experts module, without the axis of experts."""
+        self.prefetch(layer, expert + AHEAD)
         stored = {d.name.replace(EXPERT, str(expert)): self._decoded(d, expert) for d in layer.experts}
         found = {}
         for name, value in self._parameters.convert(stored, one_expert=True).items():
             found[name.rpartition(".")[2]] = self._as_in_model(name, value[0])
         return found
+
+    def prefetch(self, layer: LayerWeights, expert: int) -> None:
+        """Have the weights of an expert read in the background, if there is one of that number."""
+        for name in (name for dense in layer.experts for name in dense.parts.values()):
+            tensor, ref = self._stored[name]
+            if expert < self._spec.experts:
+                self._shards.prefetch(_of_expert(tensor, ref, expert))
 
     def release(self, layer: LayerWeights) -> None:
         """Let go of the mapped pages of `layer`."""
