@@ -101,7 +101,7 @@ class Weights:
         }
 
     def stored(self, name: str) -> Tensor | None:
-        """The parameter `name`, which is in no layer; not copied where it can be as stored. None where there is none."""
+        """The parameter `name`, which is in no layer; not copied where it can be as stored. None if it is missing."""
         for dense in self.outside.whole:
             target, pattern = self._parameters.target(dense.name)
             if target == name:
