@@ -279,7 +279,7 @@ def test_commands_go_from_texts_to_a_pruned_checkpoint(made, tmp_path: Path, cap
     stats, ranking, plan, out = (tmp_path / n for n in ("a.stats", "a.json", "plan.json", "out"))
     for command in (
         ("profile", model, "--texts", text, "-o", stats, "--context", "20"),
-        ("rank", stats, "-o", ranking),
+        ("rank", stats, "--metric", "reap", "-o", ranking),
         ("plan", ranking, model, "--experts", "8", "-o", plan),
         ("prune", model, out, "--plan", plan),
         ("search", model, "--texts", text, "-o", tmp_path / "found.json"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ def experts_modules(model: torch.nn.Module) -> dict[int, Any]:
     found = {}
     for name, module in model.named_modules():
         down = getattr(module, "down_proj", None)
-        if isinstance(down, torch.nn.Parameter) and down.ndim == 3 and "vis" not in name:
+        if isinstance(down, torch.nn.Parameter) and down.ndim == 3 and not re.search("vis|shared", name):
             found[int(name.partition(".layers.")[2].partition(".")[0])] = module
     return found
 

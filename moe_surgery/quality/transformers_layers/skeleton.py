@@ -213,7 +213,7 @@ def experts_of(layer: nn.Module) -> str | None:
     """The name in `layer` of the module that holds stacked experts, None where there is none."""
     for name, module in layer.named_modules():
         down = module._parameters.get("down_proj")
-        if down is not None and down.ndim == 3:
+        if down is not None and down.ndim == 3 and "shared" not in name:
             return str(name)
     return None
 
