@@ -48,7 +48,7 @@ def main(work: Path, tokens: int, limit: int, layers: int) -> None:
     weights = inspect(full)
     read = weights.nbytes - weights.parts["embedding and unembedding"]
     rates = {"read": read_rate(max(full.glob("*.safetensors"))), "products": product_rate(HIDDEN)}
-    result = run(full, text, tokens, work / "profile.stats", limit, "--dtype", "bfloat16")
+    result = run(full, text, tokens, work / "profile.stats", limit, "--dtype", "bf16")
     total = operations(tokens) * layers / LAYERS
     bound = max(read / rates["read"], total / rates["products"])
     report = {
