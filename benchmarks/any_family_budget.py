@@ -1,8 +1,8 @@
 """profile of a Qwen3-MoE of 20 GB (128 experts in 48 layers) inside a memory cgroup, beside what it must cost.
 
-    python -m benchmarks.any_family_budget --work FOLDER [--tokens 4096] [--limit 3221225472]
+    python -m benchmarks.any_family_budget --work FOLDER [--tokens 4096] [--limit 3221225472] [--layers 48]
 
-FOLDER/qwen3 is made (21 GB, random BF16 weights) where it is not there. It runs on transformers' modules in BF16. The
+FOLDER/qwen3-48 is made (21 GB, random BF16 weights) where it is not there. It runs on transformers' modules in BF16. The
 bound is the larger of two times: all weights but the unembedding read once at the rate at which the checkpoint's files
 are read here, and the products' operations at the rate of a large BF16 product of torch here, both measured in
 this run.
@@ -33,10 +33,9 @@ def operations(tokens: int) -> float:
 @click.option("--work", type=click.Path(path_type=Path), required=True)
 @click.option("--tokens", default=4096, show_default=True)
 @click.option("--limit", default=3 << 30, show_default=True, help="Bytes of memory allowed.")
-@click.option(
-    "--layers", default=LAYERS, show_default=True, help="Fewer for a trial; nothing is published then."
-)
-def main(work: Path, tokens: int, limit: int, layers: int) -> None:
+@click.option("--layers", default=LAYERS, show_default=True, help="Fewer where the disk is small.")
+@click.option("--no-publish", is_flag=True, help="Print the figures only.")
+def main(work: Path, tokens: int, limit: int, layers: int, no_publish: bool) -> None:
     full, text = work / f"qwen3-{layers}", work / "profile.txt"
     if not full.exists():
         make_checkpoint(
@@ -53,7 +52,7 @@ def main(work: Path, tokens: int, limit: int, layers: int) -> None:
     bound = max(read / rates["read"], total / rates["products"])
     report = {
         **begin(
-            f"python -m benchmarks.any_family_budget --tokens {tokens}: profile of a Qwen3-MoE ({EXPERTS} experts in "
+            f"python -m benchmarks.any_family_budget --tokens {tokens} --layers {layers}: profile of a Qwen3-MoE ({EXPERTS} experts in "
             f"{layers} layers, hidden size {HIDDEN}, heads of {HEAD_DIM}) in a memory cgroup of "
             f"{limit / (1 << 30):.2f} GiB, bfloat16, on transformers.",
             work,
@@ -69,11 +68,15 @@ def main(work: Path, tokens: int, limit: int, layers: int) -> None:
         },
     }
     rows = [(name, f"{value:.4g}") for name, value in report["figures"].items()]
-    lines = [*heading("profile of a Qwen3-MoE of 20 GB", report), "", *table(("figure", "value"), rows)]
-    if layers == LAYERS:
-        publish("any_family_budget", report, lines)
-    else:
+    lines = [
+        *heading("profile of a Qwen3-MoE larger than memory", report),
+        "",
+        *table(("figure", "value"), rows),
+    ]
+    if no_publish:
         click.echo("\n".join(lines))
+    else:
+        publish("any_family_budget", report, lines)
 
 
 if __name__ == "__main__":
