@@ -2,8 +2,8 @@
 
     python -m benchmarks.any_family_budget --work FOLDER [--tokens 4096] [--limit 3221225472] [--layers 48]
 
-FOLDER/qwen3-48 is made (21 GB, random BF16 weights) where it is not there. It runs on transformers' modules in BF16. The
-bound is the larger of two times: all weights but the unembedding read once at the rate at which the checkpoint's files
+FOLDER/qwen3-48 is made (21 GB, random BF16 weights) where it is not there. It runs on transformers' modules in BF16.
+The bound is the larger of two times: all weights but the unembedding read once at the rate at which the checkpoint's files
 are read here, and the products' operations at the rate of a large BF16 product of torch here, both measured in
 this run.
 """
