@@ -26,6 +26,7 @@ from moe_surgery.errors import InvalidInputError, UsageError
 from moe_surgery.quality.candidates import Candidate
 from moe_surgery.quality.corpus import Passage
 from moe_surgery.quality.likelihood import BATCH_TOKENS, log_likelihoods
+from moe_surgery.quality.own_layers import as_layers
 from moe_surgery.runtime.load import load_model
 from moe_surgery.runtime.model import CausalLM
 from moe_surgery.runtime.sampling import Sampling
@@ -151,7 +152,7 @@ class MoeSurgeryLM(TemplateLM):
         with tqdm(total=len(requests), disable=disable_tqdm, desc="Running loglikelihood requests") as bar:
             found = log_likelihoods(
                 self._layers,
-                [Candidate(NAME, None, model=self._layers)],
+                [Candidate(NAME, None, model=as_layers(self._layers))],
                 passages,
                 batch_tokens=self._batch_tokens,
                 progress=bar.update,

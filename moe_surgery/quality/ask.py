@@ -18,6 +18,7 @@ from moe_surgery.quality.likelihood import BATCH_TOKENS, log_likelihoods
 from moe_surgery.quality.questions import Question, QuestionFile
 from moe_surgery.quality.replies import Reply, ReplyFile, choose
 from moe_surgery.quality.resume import job_digest
+from moe_surgery.quality.layers import LayerModel
 from moe_surgery.runtime.model import CausalLM
 from moe_surgery.runtime.text import Text
 from moe_surgery.runtime.until import cut, generate_until
@@ -138,7 +139,7 @@ class Answered:
 def ask(
     files: tuple[QuestionFile, ...],
     text: Text,
-    model: CausalLM,
+    model: LayerModel | CausalLM,
     respondents: Sequence[Respondent],
     *,
     context: int,
@@ -232,7 +233,7 @@ def _ends(question: Question) -> tuple[str, ...]:
 
 
 def _choices(
-    model: CausalLM,
+    model: LayerModel | CausalLM,
     respondents: Sequence[Respondent],
     questions: Sequence[Question],
     encoded: Sequence[Encoded],

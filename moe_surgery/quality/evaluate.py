@@ -23,16 +23,18 @@ from moe_surgery.quality.candidates import Candidate, pruned_candidate
 from moe_surgery.quality.corpus import Passage, batches, open_corpus
 from moe_surgery.quality.evaluation import Evaluation, ModelResult, Quality
 from moe_surgery.quality.hidden_states import HiddenStates
-from moe_surgery.quality.layerwise import apply_attention, apply_experts, embed, logits_of
+from moe_surgery.quality.layers import LayerModel
+from moe_surgery.quality.open_layers import open_layers
+from moe_surgery.quality.own_layers import as_layers
 from moe_surgery.quality.questions import read_questions
-from moe_surgery.quality.resume import default_context, identify_runnable, job_digest, stamp_digest
+from moe_surgery.quality.resume import default_context, identify, job_digest, stamp_digest
 from moe_surgery.quality.text_files import Texts, as_text_files
-from moe_surgery.runtime.load import load_model
 from moe_surgery.runtime.model import CausalLM
 from moe_surgery.runtime.text import Text
 from moe_surgery.runtime.view import view
 from moe_surgery.selection.arguments import Named, PathLike, load_pairs
 from moe_surgery.selection.plan import Plan, check_top_k, load_plan, plan_keeping
+from moe_surgery.surgery.routing import check_view
 
 __all__ = ["evaluate", "evaluate_passages"]
 
@@ -107,8 +109,10 @@ def evaluate(
     named_plans = load_pairs(plans, Plan, load_plan)
     files = None if texts is None else as_text_files(texts, format)
     question_files = read_questions(answers)
-    spec, source_identity = identify_runnable(checkpoint, families)
-    model = load_model(checkpoint, device, dtype, backend=backend, one_layer=True, families=families)
+    spec, source_identity = identify(checkpoint, families)
+    if question_files:
+        spec.require_description()
+    model = open_layers(checkpoint, device, dtype, backend=backend, families=families)
 
     def load(path: PathLike | Folder, top_k: int | None = None) -> CausalLM:
         return load_model(path, device, dtype, backend=backend, top_k=top_k, families=families)
@@ -120,17 +124,15 @@ def evaluate(
         check_top_k(top_k, spec.experts, f"{checkpoint} has")
         named_plans = [(f"top-k {top_k}", plan_keeping(None, spec))]
     for name, named_plan in named_plans:
-        named_plan.check_fits(spec.model_type, spec.experts, spec.layers, str(checkpoint))
         plan = named_plan.with_top_k(top_k, name)
+        check_view(spec, plan, str(checkpoint))
         viewed = Candidate(name, plan.layers, plan.top_k, None, dict(plan.provenance))
         key = job_digest([plan.layers, plan.top_k])
         respondents.append(Respondent(name, key, viewed, partial(_viewed, whole, plan)))
     for path in pruned:
-        other = load_model(
-            path, device, dtype, backend=backend, top_k=top_k, one_layer=True, families=families
-        )
+        other = open_layers(path, device, dtype, backend=backend, top_k=top_k, families=families)
         with closing(open_folder(path)) as opened:
-            candidate = pruned_candidate(str(path), opened, other, model)
+            candidate = pruned_candidate(str(path), opened, other, model, spec.layer_numbers)
         key = job_digest([stamp_digest(path), top_k])
         respondents.append(Respondent(str(path), key, candidate, partial(load, path, top_k)))
     candidates = [respondent.candidate for respondent in respondents[1:]]
@@ -194,7 +196,7 @@ def _viewed(whole: Callable[[], CausalLM], plan: Plan) -> CausalLM:
 
 @torch.inference_mode()
 def evaluate_passages(
-    model: CausalLM,
+    model: LayerModel | CausalLM,
     groups: Iterable[Sequence[Passage]],
     candidates: Sequence[Candidate],
     *,
@@ -206,33 +208,33 @@ def evaluate_passages(
     Raises UsageError if there is no token to predict, InvalidInputError if a model's predictions
     are not finite (weights that overflow in the compute dtype). `progress` is called with each batch's tokens.
     """
-    experts = model.layers[0].router.weight.shape[0]
-    full = Candidate("full", (tuple(range(experts)),) * len(model.layers))
+    model = as_layers(model)
+    full = Candidate("full", (tuple(range(model.experts)),) * model.moe_layers, model=model)
     models = [full, *candidates]
     sums: list[dict[str, _Sums]] = [{} for _ in models]
-    counts: list[list[tuple[int, int]]] = [[] for _ in models]  # experts and top-k of each layer
+    counts: list[list[tuple[int, int]]] = [[] for _ in models]  # experts and top-k of each MoE layer
     for passages in groups:
         targets = _targets(passages, answers_only)
         for per_domain in sums:
             for domain in targets.domains:
-                zeros = [0] * len(model.layers)
+                zeros = [0] * model.moe_layers
                 per_domain.setdefault(domain, _Sums(routes=list(zeros), rerouted=zeros))
-        states = [embed(c.model or model, [p.tokens for p in passages]) for c in models]
-        for number in range(len(model.layers)):
-            full_layer = model.layers[number]
+        states = [(c.model or model).embed([p.tokens for p in passages]) for c in models]
+        for number in range(model.depth):
             reference: Tensor | None = None
             for i, (candidate, state) in enumerate(zip(models, states, strict=True)):
-                computing = candidate.model or model
-                layer = full_layer if i == 0 else candidate.layer(number, full_layer)
-                if len(counts[i]) == number:
-                    counts[i].append((layer.router.weight.shape[0], layer.top_k))
-                apply_attention(computing, number, layer, state)
-                ids, _ = apply_experts(computing, layer, state)
+                layer = candidate.enter(number, model, state)
+                if layer is None:
+                    continue
+                if len(counts[i]) == layer.row:
+                    counts[i].append((layer.experts, layer.top_k))
+                ids = layer.apply()
                 if reference is None:
                     reference = ids
                 if candidate.kept is not None:
-                    rerouted = _rerouted(ids, candidate.kept[number], reference)
-                    _count_routes(sums[i], targets, number, rerouted)
+                    tail = range(model.experts, model.experts + layer.tail)
+                    rerouted = _rerouted(ids, (*candidate.kept[layer.row], *tail), reference)
+                    _count_routes(sums[i], targets, layer.row, rerouted)
         _compare(model, models, states, targets, sums)
         if progress:
             progress(states[0].tokens)
@@ -307,21 +309,21 @@ def _count_routes(sums: dict[str, _Sums], targets: _Targets, number: int, rerout
 
 
 def _compare(
-    model: CausalLM,
+    model: LayerModel,
     models: Sequence[Candidate],
     states: Sequence[HiddenStates],
     targets: _Targets,
     sums: Sequence[dict[str, _Sums]],
 ) -> None:
     """Add the predictions of all models for the target rows to `sums`, a bounded piece at a time."""
-    step = max(1, LOGIT_BYTES // (model.config.vocab_size * 4))
+    step = max(1, LOGIT_BYTES // (model.vocab_size * 4))
     for start in range(0, len(targets.rows), step):
         piece = slice(start, start + step)
         rows, owner = targets.rows[piece], targets.owner[piece]
         next_tokens = targets.tokens[piece].to(model.device)
         reference: Tensor | None = None
         for candidate, state, per_domain in zip(models, states, sums, strict=True):
-            log_p = torch.log_softmax(logits_of(candidate.model or model, state[rows]), dim=-1)
+            log_p = torch.log_softmax((candidate.model or model).logits(state[rows]), dim=-1)
             if reference is None:
                 reference, probs, top_token = log_p, log_p.exp(), log_p.argmax(dim=-1)
             loss = -log_p.gather(1, next_tokens[:, None])[:, 0]

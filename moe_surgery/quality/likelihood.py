@@ -10,7 +10,8 @@ from torch import Tensor
 
 from moe_surgery.quality.candidates import Candidate
 from moe_surgery.quality.corpus import Passage, batches
-from moe_surgery.quality.layerwise import apply_attention, apply_experts, embed, logits_of
+from moe_surgery.quality.layers import LayerModel
+from moe_surgery.quality.own_layers import as_layers
 from moe_surgery.runtime.model import CausalLM
 
 __all__ = ["Likelihood", "log_likelihoods"]
@@ -37,7 +38,7 @@ class _Input:
 
 @torch.inference_mode()
 def log_likelihoods(
-    model: CausalLM,
+    model: LayerModel | CausalLM,
     candidates: Sequence[Candidate],
     passages: Sequence[Passage],
     *,
@@ -50,6 +51,7 @@ def log_likelihoods(
     `batch_tokens`, layer by layer; those that differ in their last token only are computed once. An answer of no
     tokens has likelihood 1. `progress` is called with the number of passages finished.
     """
+    model = as_layers(model)
     inputs: dict[tuple[int, ...], _Input] = {}
     for number, passage in enumerate(passages):
         assert passage.answer is not None
@@ -67,7 +69,7 @@ def log_likelihoods(
 
 
 def _score(
-    model: CausalLM,
+    model: LayerModel,
     candidates: Sequence[Candidate],
     inputs: Sequence[_Input],
     passages: Sequence[Passage],
@@ -87,19 +89,18 @@ def _score(
             tokens += [passage.tokens[position] for position in predicted]
             owners += [number] * len(predicted)
         start += len(each.tokens)
-    states = [embed(c.model or model, [each.tokens for each in inputs]) for c in candidates]
-    for number in range(len(model.layers)):
-        full_layer = model.layers[number]
+    states = [(c.model or model).embed([each.tokens for each in inputs]) for c in candidates]
+    for number in range(model.depth):
         for candidate, state in zip(candidates, states, strict=True):
-            computing, layer = candidate.model or model, candidate.layer(number, full_layer)
-            apply_attention(computing, number, layer, state)
-            apply_experts(computing, layer, state)
-    step = max(1, LOGIT_BYTES // (model.config.vocab_size * 4))
+            layer = candidate.enter(number, model, state)
+            if layer is not None:
+                layer.apply()
+    step = max(1, LOGIT_BYTES // (model.vocab_size * 4))
     for first in range(0, len(rows), step):
         piece = slice(first, first + step)
         index, token = (torch.tensor(values[piece], dtype=torch.int64) for values in (rows, tokens))
         for candidate, state, likelihoods in zip(candidates, states, results, strict=True):
-            log_p = torch.log_softmax(logits_of(candidate.model or model, state[index]), dim=-1)
+            log_p = torch.log_softmax((candidate.model or model).logits(state[index]), dim=-1)
             chosen, best = _of_tokens(log_p, token.to(log_p.device))
             for owner, value, greedy in zip(owners[piece], chosen, best, strict=True):
                 likelihoods[owner].log_probability += value

@@ -100,7 +100,7 @@ def test_likelihoods_are_those_of_masked_routers(tiny_model: CausalLM, routed: R
     passages += [Passage("", (*whole[:12], last), 10) for last in (5, whole[12], 700)]
     passages.append(Passage("", tuple(whole[:5]), 5))  # nothing to predict
     candidates = [
-        Candidate("full", None, model=tiny_model),
+        Candidate("full", None, model=as_layers(tiny_model)),
         Candidate("view", PLAN.layers, PLAN.top_k),
     ]
     expected = [
