@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from moe_surgery.kernels.weights import Layer
+from moe_surgery.kernels import Backend
+from moe_surgery.kernels.interface import MeasuredExperts
+from moe_surgery.kernels.weights import ExpertWeights, Layer
 from moe_surgery.quality.corpus import Passage
-from moe_surgery.quality.hidden_states import CHUNK_TOKENS, HiddenStates, rows_buffer
+from moe_surgery.quality.hidden_states import HiddenStates
 from moe_surgery.quality.layerwise import apply_attention, backend_of, choose_experts, embed
 from moe_surgery.runtime.model import CausalLM
 from moe_surgery.runtime.view import view_layer
@@ -38,8 +41,8 @@ def profile_passages(
 
     Prompt and answer of a conversation are counted separately, under `part_domains`. With `sequential` a
     layer's input comes from earlier layers pruned by the plan, while all of its experts are measured.
-    `progress` is called with the tokens that went through a layer. Sums are float64 over outputs
-    in the model's compute dtype.
+    `progress` is called with the tokens that went through a layer. Sums are float64, over outputs in
+    float32 with the native backend, in the model's compute dtype with others.
     """
     domains, owner = _owners(passages)
     states = embed(model, [p.tokens for p in passages])
@@ -82,49 +85,63 @@ def _measure(
     pruned: Layer | None,
 ) -> list[ExpertStatistics]:
     """Statistics per domain; adds the output of the experts, or of those of `pruned`, to `states`."""
-    routed = [choose_experts(model, layer, states, where)[1:] for where in states.pieces()]
-    ids, weights = (torch.cat(parts) for parts in zip(*routed, strict=True))
     experts = layer.router.weight.shape[0]
     parts = [ExpertStatistics.zeros(experts, model.config.hidden_size) for _ in range(domains)]
-    y = rows_buffer(states.tokens, model.config.hidden_size, torch.float32, model.device)
-    for expert in torch.unique(ids).tolist():
-        tokens, slots = torch.where(ids == expert)
-        for a in range(0, len(tokens), CHUNK_TOKENS):
-            token, slot = tokens[a : a + CHUNK_TOKENS], slots[a : a + CHUNK_TOKENS]
-            out = _output(model, layer, states, token, expert)
-            gate = weights[token, slot]
-            y.index_add_(0, token.to(y.device), (out.float() * gate[:, None].float()).to(y.device))
-            _record(parts, expert, owner[token.cpu()], gate, out)
-    if pruned is not None:  # the next layer gets the output of the kept experts only
-        for where in states.pieces():
-            x, ids, weights = choose_experts(model, pruned, states, where)
-            y[where] = backend_of(model).experts(x, ids, weights, pruned.experts).float().to(y.device)
+    sums = torch.zeros(domains, experts, model.config.hidden_size, dtype=torch.float64)
     for where in states.pieces():
-        states[where] = states[where] + y[where].to(states.device).to(states.dtype)
+        x, ids, weights = choose_experts(model, layer, states, where)
+        measured = _run_experts(backend_of(model), x, ids, weights, layer.experts, owner[where], sums)
+        _record(parts, owner[where], ids.cpu(), weights.cpu(), measured)
+        y = measured.y
+        if pruned is not None:  # the next layer gets the output of the kept experts only
+            x, ids, weights = choose_experts(model, pruned, states, where)
+            y = backend_of(model).experts(x, ids, weights, pruned.experts)
+        states[where] = states[where] + y
+    for part, output in zip(parts, sums.numpy(), strict=True):
+        part.output = output
     return parts
 
 
-def _output(model: CausalLM, layer: Layer, states: HiddenStates, token: Tensor, expert: int) -> Tensor:
-    """The output of one expert for some tokens, before its routing weight, [tokens, hidden]."""
-    x = backend_of(model).rms_norm(states[token], layer.mlp_norm, model.config.rms_norm_eps)
-    ids = torch.full((len(token), 1), expert, dtype=torch.int64, device=x.device)
-    return backend_of(model).experts(x, ids, torch.ones_like(ids, dtype=x.dtype), layer.experts)
+def _run_experts(
+    backend: Backend,
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    experts: ExpertWeights,
+    owner: Tensor,
+    sums: Tensor,
+) -> MeasuredExperts:
+    """`Backend.measured_experts`, expert by expert where the backend has no such pass."""
+    measured = backend.measured_experts(x, ids, weights, experts, owner, sums)
+    if measured is not None:
+        return measured
+    y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    norms = torch.zeros(ids.shape, dtype=torch.float64)
+    least, largest = torch.zeros(ids.shape), torch.zeros(ids.shape)
+    for expert in torch.unique(ids).tolist():
+        token, slot = torch.where(ids == expert)
+        alone = torch.full((len(token), 1), expert, dtype=torch.int64, device=x.device)
+        out = backend.experts(x[token], alone, torch.ones_like(alone, dtype=x.dtype), experts)
+        y.index_add_(0, token, out.float() * weights[token, slot][:, None].float())
+        token, slot, out = token.cpu(), slot.cpu(), out.cpu().double()
+        norms[token, slot] = torch.linalg.vector_norm(out, dim=1)
+        least[token, slot], largest[token, slot] = (value.float() for value in out.aminmax(dim=1))
+        for domain in torch.unique(owner[token]).tolist():
+            sums[domain, expert] += out[owner[token] == domain].sum(dim=0)
+    return MeasuredExperts(y.to(x.dtype), norms, least, largest)
 
 
-def _record(parts: Sequence[ExpertStatistics], expert: int, owner: Tensor, gate: Tensor, out: Tensor) -> None:
-    """Add one expert's tokens to the statistics of the domains they belong to."""
-    out, weight = out.cpu(), gate.cpu().double()
-    norms = torch.linalg.vector_norm(out, dim=1, dtype=torch.float64)
+def _record(
+    parts: Sequence[ExpertStatistics], owner: Tensor, ids: Tensor, weights: Tensor, measured: MeasuredExperts
+) -> None:
+    """Add what was measured, all but the sums of outputs, to the statistics of the tokens' domains."""
+    gates, norms = weights.double(), measured.norms
+    peaks = torch.maximum(measured.least.abs(), measured.largest.abs())
     for domain in torch.unique(owner).tolist():
-        here = owner == domain
-        rows = out if here.all() else out[here]
-        least, largest = (float(value) for value in rows.aminmax())
-        part = parts[domain]
-        part.count[expert] += len(rows)
-        part.of("gate")[expert] += float(weight[here].sum())
-        part.of("norm")[expert] += float(norms[here].sum())
-        part.of("weighted_norm")[expert] += float((weight[here] * norms[here]).sum())
-        part.of("output")[expert] += rows.sum(dim=0, dtype=torch.float64).numpy()
-        peaks_abs, peaks = part.of("peak_abs"), part.of("peak")
-        peaks_abs[expert] = max(peaks_abs[expert], abs(least), abs(largest))
-        peaks[expert] = max(peaks[expert], largest)
+        here, part = owner == domain, parts[domain]
+        expert, experts = ids[here].flatten().numpy(), len(part.count)
+        part.count += np.bincount(expert, minlength=experts)
+        for name, values in (("gate", gates), ("norm", norms), ("weighted_norm", gates * norms)):
+            part.of(name)[:] += np.bincount(expert, values[here].flatten().numpy(), experts)
+        for name, values in (("peak", measured.largest), ("peak_abs", peaks)):
+            np.maximum.at(part.of(name), expert, values[here].flatten().numpy())
