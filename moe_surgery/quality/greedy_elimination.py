@@ -23,13 +23,19 @@ from torch import Tensor
 from moe_surgery.kernels.weights import Layer
 from moe_surgery.quality.corpus import Passage
 from moe_surgery.quality.hidden_states import HiddenStates, rows_buffer
-from moe_surgery.quality.layerwise import apply_attention, apply_experts, backend_of, embed
+from moe_surgery.quality.layerwise import (
+    apply_attention,
+    apply_experts,
+    backend_of,
+    choose_experts,
+    embed,
+)
 from moe_surgery.runtime.model import CausalLM
 
 __all__ = ["LayerOrder", "eliminate", "greedy_elimination"]
 
 # Tokens per batch of all experts' outputs.
-BATCH_TOKENS = 256
+BATCH_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +58,8 @@ def greedy_elimination(
     """An order of each layer's experts for `passages`.
 
     Costs a forward pass in which every token goes to every expert: experts / top_k times the expert
-    work of `profile`. Memory: one layer, the hidden states, and 4 bytes x tokens x experts^2.
+    work of `profile`. Memory: one layer, the hidden states, 4 bytes x tokens x experts^2, and the outputs of all
+    experts for 512 tokens.
     `resumed` are layers finished by an earlier run; `on_layer` is called with each new one.
     """
     states = embed(model, [p.tokens for p in passages])
@@ -64,7 +71,8 @@ def greedy_elimination(
             apply_experts(model, layer, states)
             continue
         probs, gram = _outputs(model, layer, states)
-        apply_experts(model, layer, states)
+        if model.dtype != torch.float32:  # else the outputs have been added
+            apply_experts(model, layer, states)
         norms = torch.cat([states[w].float().pow(2).sum(dim=1).cpu() for w in states.pieces()])
         orders.append(eliminate(probs, gram, norms, layer.top_k))
         if on_layer:
@@ -125,21 +133,31 @@ def _error(change: Tensor, gram: Tensor, norms: Tensor) -> Tensor:
 
 
 def _outputs(model: CausalLM, layer: Layer, states: HiddenStates) -> tuple[Tensor, Tensor]:
-    """Router probabilities [tokens, experts] and Gram matrices [tokens, experts, experts], float32 on the CPU."""
-    router = layer.router
+    """Router probabilities [tokens, experts] and Gram matrices [tokens, experts, experts], float32 on the CPU.
+
+    In float32 the outputs of the chosen experts are added to `states`, in order of the choice, as `Backend.experts`
+    does. Those of other dtypes are rounded already.
+    """
+    backend, router = backend_of(model), layer.router
     assert router.bias is not None
     experts = router.weight.shape[0]
     probs = torch.empty(states.tokens, experts)
     gram = rows_buffer(states.tokens, experts * experts, torch.float32, torch.device("cpu"))
     for start in range(0, states.tokens, BATCH_TOKENS):
         where = slice(start, min(start + BATCH_TOKENS, states.tokens))
-        x = backend_of(model).rms_norm(states[where], layer.mlp_norm, model.config.rms_norm_eps)
-        ids, weights = backend_of(model).route(x.float(), router.weight, router.bias, experts)
+        x, chosen, shares = choose_experts(model, layer, states, where)
+        ids, weights = backend.route(x.float(), router.weight, router.bias, experts)
         probs[where] = torch.zeros(len(x), experts).scatter_(1, ids.cpu(), weights.float().cpu())
-        outputs = torch.empty(len(x), experts, x.shape[1], device=x.device)
+        outputs = torch.empty(experts, *x.shape, device=x.device)
         for expert in range(experts):
-            chosen = torch.full((len(x), 1), expert, dtype=torch.int64, device=x.device)
-            ones = torch.ones_like(chosen, dtype=x.dtype)
-            outputs[:, expert] = backend_of(model).experts(x, chosen, ones, layer.experts).float()
-        gram[where] = torch.bmm(outputs, outputs.transpose(1, 2)).flatten(1).cpu()
+            alone = torch.full((len(x), 1), expert, dtype=torch.int64, device=x.device)
+            ones = torch.ones_like(alone, dtype=x.dtype)
+            outputs[expert] = backend.experts(x, alone, ones, layer.experts).float()
+        gram[where] = torch.bmm(outputs.transpose(0, 1), outputs.permute(1, 2, 0)).flatten(1).cpu()
+        if model.dtype == torch.float32:
+            rows = torch.arange(len(x), device=x.device)
+            y = shares[:, :1] * outputs[chosen[:, 0], rows]
+            for slot in range(1, chosen.shape[1]):
+                y += shares[:, slot : slot + 1] * outputs[chosen[:, slot], rows]
+            states[where] = states[where] + y
     return probs, gram.view(-1, experts, experts)
