@@ -47,7 +47,18 @@ def main(work: Path, tokens: int, limit: int, layers: int, no_publish: bool) -> 
     weights = inspect(full)
     read = weights.nbytes - weights.parts["embedding and unembedding"]
     rates = {"read": read_rate(max(full.glob("*.safetensors"))), "products": product_rate(HIDDEN)}
-    result = run(full, text, tokens, work / "profile.stats", limit, "--dtype", "bf16")
+    result = run(
+        "profile",
+        full,
+        text,
+        tokens,
+        work / "profile.stats",
+        limit,
+        "--batch-tokens",
+        str(tokens),
+        "--dtype",
+        "bf16",
+    )
     total = operations(tokens) * layers / LAYERS
     bound = max(read / rates["read"], total / rates["products"])
     report = {

@@ -1,6 +1,8 @@
-"""One side of `beside_llama_cpp.py`, in a separate process: our runtime or llama.cpp, driven line by line.
+"""One side of `beside_llama_cpp.py` and `beside_peers.py`, in a separate process: our runtime, llama.cpp or
+ik_llama.cpp, driven line by line.
 
-    python -m benchmarks.decode_sides ours|llama.cpp|control|bandwidth [CHECKPOINT GGUF] --threads N --logits FILE
+    python -m benchmarks.decode_sides ours|llama.cpp|ik_llama.cpp|control|bandwidth [CHECKPOINT GGUF]
+        --threads N --logits FILE
 
 `control` and `bandwidth` answer with one line and end: the logits of ours in BF16, and how fast memory is read.
 """
@@ -13,7 +15,9 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -23,7 +27,9 @@ from moe_surgery.families import identify_model
 from moe_surgery.families.model_config import ModelConfig
 
 SIDES = ("ours", "llama.cpp")
+LIBRARIES = {"llama.cpp": "llama_cpp", "ik_llama.cpp": "ik_llama_cpp._ctypes_api"}
 PROMPT, PREFILL, BATCHES, CONTEXT = 16, 512, (1, 8), 256
+LONGEST = 2048  # prompt
 MEMORY = {"private_mib": "RssAnon", "mapped_mib": "RssFile", "peak_rss_mib": "VmHWM"}
 READ_BYTES, READ_PASSES = 1 << 30, 5
 
@@ -60,29 +66,39 @@ class Ours:
 
 
 class Llama:
-    """llama.cpp through its C interface: as many sequences as the largest batch."""
+    """llama.cpp, or a fork of it, through its C interface: as many sequences as the largest batch."""
 
-    def __init__(self, _: str, gguf: str, threads: int) -> None:
-        import llama_cpp as api
-
+    def __init__(self, library: str, gguf: str, threads: int) -> None:
+        api: Any = import_module(library)
         self._api = api
         self._model = api.llama_model_load_from_file(gguf.encode(), api.llama_model_default_params())
         options = api.llama_context_default_params()
-        options.n_ctx = max(PREFILL + 32, max(BATCHES) * 256)
+        options.n_ctx = max(LONGEST + 32, max(BATCHES) * 256)
         options.n_batch = options.n_ubatch = PREFILL
         options.n_seq_max = max(BATCHES)
-        options.kv_unified = True
+        if library == "llama_cpp":
+            options.kv_unified = True  # the fork knows nothing else
         options.n_threads = options.n_threads_batch = threads
         self._context = api.llama_init_from_model(self._model, options)
         self._vocabulary = api.llama_vocab_n_tokens(api.llama_model_get_vocab(self._model))
         self._batch = api.llama_batch_init(PREFILL, 0, 1)
-        self.name = f"llama-cpp-python {api.__version__}"
+        package = "llama-cpp-python" if library == "llama_cpp" else "ik-llama-cpp-python"
+        self.name = f"{package} {version(package)}"
 
     def begin(self, batch: int, context: int) -> None:
-        self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)
+        if hasattr(self._api, "llama_memory_clear"):
+            self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)
+        else:
+            self._api.llama_kv_cache_clear(self._context)
         self._position = 0
 
     def step(self, tokens: np.ndarray) -> np.ndarray:
+        """As `Ours.step`; one sequence may be longer than a batch of the library."""
+        for start in range(0, tokens.shape[1], PREFILL):
+            logits = self._step(tokens[:, start : start + PREFILL])
+        return logits
+
+    def _step(self, tokens: np.ndarray) -> np.ndarray:
         batch, (sequences, length) = self._batch, tokens.shape
         batch.n_tokens = tokens.size
         for number, (sequence, place) in enumerate(np.ndindex(sequences, length)):
@@ -109,10 +125,13 @@ def serve(side: str, checkpoint: str, gguf: str, threads: int, logits: str) -> N
     The libraries are imported before the clock starts: what is timed is the model. The logits of the
     prompts go to the file `logits`.
     """
-    import_module("moe_surgery.runtime.load" if side == "ours" else "llama_cpp")
+    import_module("moe_surgery.runtime.load" if side == "ours" else LIBRARIES[side])
     vocabulary, kept = vocabulary_of(checkpoint), []
     start = time.perf_counter()
-    runner = (Ours if side == "ours" else Llama)(checkpoint, gguf, threads)
+    if side == "ours":
+        runner: Ours | Llama = Ours(checkpoint, gguf, threads)
+    else:
+        runner = Llama(LIBRARIES[side], gguf, threads)
     print(json.dumps({"load_s": time.perf_counter() - start, "name": runner.name}), flush=True)
     last = np.zeros((1, 1))
     for line in sys.stdin:
@@ -170,7 +189,7 @@ def read_bandwidth(threads: int) -> float:
 
 
 @click.command(help=__doc__)
-@click.argument("side", type=click.Choice([*SIDES, "control", "bandwidth"]))
+@click.argument("side", type=click.Choice(["ours", *LIBRARIES, "control", "bandwidth"]))
 @click.argument("files", nargs=-1)
 @click.option("--threads", type=int, required=True)
 @click.option("--logits", default="")

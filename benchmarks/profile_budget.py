@@ -1,15 +1,18 @@
-"""profile on a full-size checkpoint inside a memory cgroup, beside what its reads and sums must cost.
+"""profile and search on a full-size checkpoint inside a memory cgroup, beside reading a prompt and what the work's
+reads and sums must cost.
 
-    python -m benchmarks.profile_budget --work FOLDER [--tokens 4096] [--limit 2GiB]
+    python -m benchmarks.profile_budget --work FOLDER [--tokens 4096] [--search-tokens 512] [--limit 2147483648]
 
-FOLDER/full is made (13.8 GB) where it is not there, and given a tokenizer. The bound is the larger of
-two times: all weights but the unembedding read once at the rate at which the checkpoint's file is read
-here, and the products' operations at the rate of a large BF16 matrix product of torch here, both
-measured in this run.
+FOLDER/full is made (13.8 GB) where it is not there, and given a tokenizer. `profile` starts with its files outside the
+page cache. The prompt, of 2048 tokens, is read by a process without a limit, with all weights in memory. `search` and a
+`profile` beside it get fewer tokens. The bound is the larger of two times: all weights but the unembedding read once at
+the rate at which the checkpoint's file is read here, and the products' operations at the rate of a large BF16 matrix
+product of torch here, both measured in this run.
 """
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 import sys
@@ -37,6 +40,30 @@ def read_rate(file: Path, nbytes: int = 2 << 30) -> float:
     return done / (time.perf_counter() - start)
 
 
+def drop_from_cache(folder: Path) -> None:
+    for file in folder.glob("*.safetensors"):
+        with file.open("rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+PREFILL = """
+import sys, time, torch
+from moe_surgery import load_model
+model = load_model(sys.argv[1])
+ids = torch.randint(0, model.config.vocab_size, (1, int(sys.argv[2])), generator=torch.Generator().manual_seed(0))
+model(ids[:, :256], logits_to_keep=1)
+start = time.perf_counter()
+model(ids, logits_to_keep=1)
+print(ids.shape[1] / (time.perf_counter() - start))
+"""
+
+
+def prefill_rate(full: Path, tokens: int) -> float:
+    """Tokens a second of a prompt, by a process whose weights are in memory."""
+    command = [sys.executable, "-c", PREFILL, str(full), str(tokens)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
 def product_rate(size: int = 2880) -> float:
     """Operations a second of a BF16 product of torch, the best of five."""
     import torch
@@ -58,9 +85,11 @@ def operations(tokens: int, shape: Shape) -> float:
     return 2.0 * tokens * shape.layers * (attention + experts + shape.hidden * shape.experts)
 
 
-def run(full: Path, text: Path, tokens: int, out: Path, limit: int, *options: str) -> dict[str, float]:
-    command = [sys.executable, "-m", "moe_surgery", "profile", str(full), "--texts", str(text)]
-    command += ["--max-tokens", str(tokens), "--batch-tokens", str(tokens), "-o", str(out), "-q", *options]
+def run(
+    job: str, full: Path, text: Path, tokens: int, out: Path, limit: int, *options: str
+) -> dict[str, float]:
+    command = [sys.executable, "-m", "moe_surgery", job, str(full), "--texts", str(text)]
+    command += ["--max-tokens", str(tokens), "-o", str(out), "-q", *options]
     with memory_cgroup(limit) as group:
         if group is None:
             raise click.ClickException("needs root and a memory cgroup")
@@ -80,8 +109,9 @@ def run(full: Path, text: Path, tokens: int, out: Path, limit: int, *options: st
 @click.command(help=__doc__)
 @click.option("--work", type=click.Path(path_type=Path), required=True)
 @click.option("--tokens", default=4096, show_default=True)
+@click.option("--search-tokens", default=512, show_default=True)
 @click.option("--limit", default=2 << 30, show_default=True, help="Bytes of memory allowed.")
-def main(work: Path, tokens: int, limit: int) -> None:
+def main(work: Path, tokens: int, search_tokens: int, limit: int) -> None:
     full, text = work / "full", work / "profile.txt"
     if not full.exists():
         make_checkpoint(full, gpt_oss_20b(), 3)
@@ -91,17 +121,31 @@ def main(work: Path, tokens: int, limit: int) -> None:
     text.write_text("".join(f.read_text() for f in sorted(library.glob("a*.py"))))
     weights = inspect(full)
     read = weights.nbytes - weights.parts["embedding and unembedding"]
+    drop_from_cache(full)
     rates = {"read": read_rate(max(full.glob("*.safetensors"))), "products": product_rate()}
-    result = run(full, text, tokens, work / "profile.stats", limit)
+    drop_from_cache(full)
+    result = run("profile", full, text, tokens, work / "profile.stats", limit)
+    rate = tokens / result["seconds"]
+    prefill = prefill_rate(full, 2048)
+    beside = run("profile", full, text, search_tokens, work / "profile-less.stats", limit)["seconds"]
+    searched = run("search", full, text, search_tokens, work / "search.json", limit)
     bound = max(read / rates["read"], operations(tokens, gpt_oss_20b()) / rates["products"])
     report = {
         **begin(
-            f"python -m benchmarks.profile_budget --tokens {tokens}, in a memory cgroup of "
-            f"{limit / (1 << 30):.2f} GiB, bfloat16, default backend.",
+            f"python -m benchmarks.profile_budget --tokens {tokens} --search-tokens {search_tokens}, in a cgroup "
+            f"of {limit / (1 << 30):.2f} GiB, default backend and dtype.",
             work,
         ),
         "figures": {
             **result,
+            "tokens_per_second": rate,
+            "prompt_tokens_per_second": prefill,
+            "share_of_the_prompts_rate": rate / prefill,
+            "tokens_of_search": search_tokens,
+            "search_seconds": searched["seconds"],
+            "search_charged_peak_mib": searched["charged_peak_mib"],
+            "profile_seconds_beside_search": beside,
+            "search_to_profile": searched["seconds"] / beside,
             "bytes_read_gb": read / 1e9,
             "read_gb_per_second": rates["read"] / 1e9,
             "teraoperations": operations(tokens, gpt_oss_20b()) / 1e12,
@@ -111,7 +155,7 @@ def main(work: Path, tokens: int, limit: int) -> None:
         },
     }
     rows = [(name, f"{value:.4g}") for name, value in report["figures"].items()]
-    lines = heading("profile on a full-size checkpoint", report)
+    lines = heading("profile and search on a full-size checkpoint", report)
     publish("profile_budget", report, [*lines, "", *table(("figure", "value"), rows)])
 
 

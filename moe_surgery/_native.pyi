@@ -57,6 +57,24 @@ class Engine:
         alpha: float,
         y: int,
     ) -> None: ...
+    def measured_experts(
+        self,
+        x: int,
+        ids: int,
+        weights: int,
+        tokens: int,
+        top_k: int,
+        gate_up: ExpertMatrix,
+        down: ExpertMatrix,
+        limit: float,
+        alpha: float,
+        y: int,
+        groups: int,
+        norms: int,
+        least: int,
+        largest: int,
+        sums: int,
+    ) -> None: ...
     def rms_norm(self, x: int, tokens: int, columns: int, weight: Values, eps: float, y: int) -> None: ...
     def attention(
         self,

@@ -12,9 +12,9 @@ __all__ = ["Counter", "OnProgress", "Progress"]
 class Progress:
     """`done` of `total` units of one stage of a job.
 
-    Stages and their units: "prune", "export" and "verify" in bytes, "answer" in prompts, "profile" in
-    "tokens x layers", "search" in layers, "energy" in experts, "evaluate", "generate" and "targets" in tokens, "trace"
-    in "tokens x layers", "first step" in plans, "repair" in steps. Work of an interrupted run that is resumed counts as
+    Stages and their units: "prune", "export" and "verify" in bytes, "answer" in prompts, "energy"
+    in experts, "profile", "search", "evaluate", "generate" and "targets" in tokens, "trace" in
+    "tokens x layers", "first step" in plans, "repair" in steps. Work of an interrupted run that is resumed counts as
     done. `done` never decreases within a stage. `note` says how the result stands.
     """
 
@@ -30,15 +30,26 @@ OnProgress = Callable[[Progress], None]
 
 
 class Counter:
-    """Counts the units of a stage and reports them to `progress`, once at the start and after each step."""
+    """Counts the units of a stage and reports them to `progress`, once at the start and after each step.
 
-    def __init__(self, progress: OnProgress | None, stage: str, total: int, unit: str, done: int = 0) -> None:
+    `parts`: a unit is done once that many parts of it are, as a token in all layers; `done` and `advance` count these.
+    """
+
+    def __init__(
+        self,
+        progress: OnProgress | None,
+        stage: str,
+        total: int,
+        unit: str,
+        done: int = 0,
+        parts: int = 1,
+    ) -> None:
         self._progress, self._stage, self._total, self._unit = progress, stage, total, unit
-        self._done = done
+        self._parts, self._done = parts, done
         self.advance(0)
 
     def advance(self, amount: int) -> None:
-        """`amount` more units are done."""
+        """`amount` more parts are done."""
         self._done += amount
         if self._progress:
-            self._progress(Progress(self._stage, self._done, self._total, self._unit))
+            self._progress(Progress(self._stage, self._done // self._parts, self._total, self._unit))

@@ -35,10 +35,25 @@ struct AmxProducts {
     // Without live tiles the system saves less when it switches threads.
     static void end() { _tile_release(); }
 
+    // Other work, a share of it after each of `steps` steps.
+    class Shares {
+      public:
+        Shares(const Meanwhile& work, std::ptrdiff_t steps) : work_(work), steps_(steps) {}
+
+        void step() {
+            for (due_ += work_.count; due_ >= steps_; due_ -= steps_) work_.load(work_.context, done_++);
+        }
+
+      private:
+        const Meanwhile& work_;
+        const std::ptrdiff_t steps_;
+        std::ptrdiff_t due_ = 0, done_ = 0;
+    };
+
     // R row tiles times G token tiles: sums in registers 0 to 3, weights in 4 and 5, tokens in 6 and 7.
     template <int R, int G>
     static void block(const WeightPanel& weights, const SplitTile* tokens, std::ptrdiff_t token_stride,
-                      std::ptrdiff_t blocks, bool first, SumTile* sums, std::ptrdiff_t stride) {
+                      std::ptrdiff_t blocks, bool first, SumTile* sums, std::ptrdiff_t stride, Shares& shares) {
         if (first) {
             _tile_zero(0);
             if constexpr (G == 2) _tile_zero(1);
@@ -60,6 +75,7 @@ struct AmxProducts {
             _tile_loadd(6, &tokens[b].low, 64);
             if constexpr (G == 2) _tile_loadd(7, &second->low, 64);
             multiply_loaded<R, G>();
+            shares.step();
         }
         _tile_stored(0, sums, 64);
         if constexpr (G == 2) _tile_stored(1, sums + 1, 64);
@@ -76,14 +92,15 @@ struct AmxProducts {
     }
 
     static void multiply(const WeightPanel& weights, const TokenPanel& tokens, std::ptrdiff_t blocks, bool first,
-                         SumTile* sums, std::ptrdiff_t stride) {
+                         SumTile* sums, std::ptrdiff_t stride, const Meanwhile& meanwhile) {
+        Shares shares(meanwhile, blocks * ((tokens.token_tiles + 1) / 2));
         const auto run = [&](auto pair, auto single) {
             std::ptrdiff_t g = 0;
             for (; tokens.token_tiles - g >= 2; g += 2) {
-                pair(weights, tokens.tiles + g * tokens.stride, tokens.stride, blocks, first, sums + g, stride);
+                pair(weights, tokens.tiles + g * tokens.stride, tokens.stride, blocks, first, sums + g, stride, shares);
             }
             if (g < tokens.token_tiles) {
-                single(weights, tokens.tiles + g * tokens.stride, tokens.stride, blocks, first, sums + g, stride);
+                single(weights, tokens.tiles + g * tokens.stride, tokens.stride, blocks, first, sums + g, stride, shares);
             }
         };
         weights.row_tiles == 2 ? run(block<2, 2>, block<2, 1>) : run(block<1, 2>, block<1, 1>);

@@ -60,7 +60,8 @@ struct Avx512Bf16Products {
     }
 
     static void multiply(const WeightPanel& weights, const TokenPanel& tokens, std::ptrdiff_t blocks, bool first,
-                         SumTile* sums, std::ptrdiff_t stride) {
+                         SumTile* sums, std::ptrdiff_t stride, const Meanwhile& meanwhile) {
+        for (std::ptrdiff_t i = 0; i < meanwhile.count; ++i) meanwhile.load(meanwhile.context, i);
         for (std::ptrdiff_t i = 0; i < weights.row_tiles; ++i) {
             const WeightTile* tiles = weights.tiles + i * weights.stride;
             const auto run = [&](auto some, std::ptrdiff_t g) {

@@ -84,6 +84,17 @@ void experts(const Engine& engine, Address x, Address ids, Address weights, Leng
     engine.experts(at<const float>(x), routing, {gate_up, down, limit, alpha}, at<float>(y));
 }
 
+// `experts` with Measures: sums [groups, number of experts, hidden].
+void measured_experts(const Engine& engine, Address x, Address ids, Address weights, Length tokens, Length top_k,
+                      const ExpertMatrix& gate_up, const ExpertMatrix& down, float limit, float alpha, Address y,
+                      Address groups, Address norms, Address least, Address largest, Address sums) {
+    const Routing routing = {at<const std::int64_t>(ids), at<const float>(weights), tokens, top_k};
+    const Measures measures = {at<const std::int64_t>(groups), down.experts, at<double>(norms), at<float>(least),
+                               at<float>(largest), at<double>(sums)};
+    nb::gil_scoped_release released;
+    engine.experts(at<const float>(x), routing, {gate_up, down, limit, alpha}, at<float>(y), &measures);
+}
+
 void route(const Engine& engine, Address x, Length tokens, const ProductTuple& router, Length top_k, Address ids,
            Address weights) {
     const auto& [weight, stride, rows, columns, bias, logits] = router;
@@ -227,6 +238,7 @@ void bind(nb::module_& module) {
         .def("products", &products)
         .def("route", &route)
         .def("experts", &experts)
+        .def("measured_experts", &measured_experts)
         .def("rms_norm", &rms_norm)
         .def("attention", &attention)
         .def("run", &run_stack);

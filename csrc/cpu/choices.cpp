@@ -20,6 +20,33 @@ std::vector<Pair> sorted_pairs(const Routing& routing) {
     return pairs;
 }
 
+// Columns of an expert's outputs that are summed as a piece.
+constexpr std::ptrdiff_t kSummedColumns = 512;
+
+// The norm of a row, and its least and largest value.
+double measure_row(const float* row, std::ptrdiff_t columns, float* least, float* largest) {
+    constexpr std::ptrdiff_t kLanes = 8;
+    double squares[kLanes] = {};
+    float low[kLanes], high[kLanes];
+    std::fill_n(low, kLanes, row[0]);
+    std::fill_n(high, kLanes, row[0]);
+    const auto add = [&](std::ptrdiff_t lane, float value) {
+        squares[lane] += static_cast<double>(value) * static_cast<double>(value);
+        low[lane] = value < low[lane] ? value : low[lane];
+        high[lane] = value > high[lane] ? value : high[lane];
+    };
+    std::ptrdiff_t i = 0;
+    for (; i + kLanes <= columns; i += kLanes) {
+        for (std::ptrdiff_t lane = 0; lane < kLanes; ++lane) add(lane, row[i + lane]);
+    }
+    for (; i < columns; ++i) add(0, row[i]);
+    double total = 0.0;
+    for (double square : squares) total += square;
+    *least = *std::min_element(low, low + kLanes);
+    *largest = *std::max_element(high, high + kLanes);
+    return __builtin_sqrt(total);
+}
+
 std::vector<Group> groups_in(const std::vector<Pair>& pairs) {
     std::vector<Group> groups;
     for (std::ptrdiff_t i = 0; i < static_cast<std::ptrdiff_t>(pairs.size()); ++i) {
@@ -41,21 +68,59 @@ Choices choices_of(const Routing& routing, std::ptrdiff_t stored_experts) {
     return {routing, std::move(pairs), std::move(groups)};
 }
 
-SlotOutputs::SlotOutputs(const Routing& routing, std::ptrdiff_t hidden, float* y)
-    : top_k_(routing.top_k), hidden_(hidden), y_(y), outputs_(y) {
-    if (top_k_ == 1) return;
-    owned_.reset(new float[static_cast<std::size_t>(routing.tokens * top_k_ * hidden)]);
+SlotOutputs::SlotOutputs(const Choices& choices, std::ptrdiff_t hidden, float* y, const Measures* measures)
+    : choices_(choices), top_k_(choices.routing.top_k), hidden_(hidden), y_(y), measures_(measures), outputs_(y) {
+    if (top_k_ == 1 && !measures) return;
+    owned_.reset(new float[static_cast<std::size_t>(choices.routing.tokens * top_k_ * hidden)]);
     outputs_ = owned_.get();
 }
 
+void SlotOutputs::append_phases(std::vector<Phase>& phases) const {
+    const std::ptrdiff_t tokens = choices_.routing.tokens;
+    if (measures_) {
+        const std::ptrdiff_t parts = (hidden_ + kSummedColumns - 1) / kSummedColumns;
+        phases.push_back({tokens, [this](std::ptrdiff_t token, int) { measure(token); }});
+        phases.push_back({static_cast<std::ptrdiff_t>(choices_.groups.size()) * parts, [this, parts](std::ptrdiff_t piece, int) {
+            const std::ptrdiff_t first = piece % parts * kSummedColumns;
+            add_to_sums(choices_.groups[static_cast<std::size_t>(piece / parts)], first, std::min(hidden_, first + kSummedColumns));
+        }});
+    } else if (top_k_ > 1) {
+        phases.push_back({tokens, [this](std::ptrdiff_t token, int) { sum(token); }});
+    }
+}
+
 void SlotOutputs::sum(std::ptrdiff_t token) const {
-    if (top_k_ == 1) return;
     const float* output = outputs_ + token * top_k_ * hidden_;
     float* y = y_ + token * hidden_;
     std::copy_n(output, hidden_, y);
     for (std::ptrdiff_t s = 1; s < top_k_; ++s) {
         output += hidden_;
         for (std::ptrdiff_t r = 0; r < hidden_; ++r) y[r] += output[r];
+    }
+}
+
+void SlotOutputs::measure(std::ptrdiff_t token) const {
+    const float* output = outputs_ + token * top_k_ * hidden_;
+    float* y = y_ + token * hidden_;
+    for (std::ptrdiff_t i = token * top_k_; i < (token + 1) * top_k_; ++i, output += hidden_) {
+        measures_->norms[i] = measure_row(output, hidden_, measures_->least + i, measures_->largest + i);
+        const float weight = choices_.routing.weights[i];
+        if (i == token * top_k_) {
+            for (std::ptrdiff_t r = 0; r < hidden_; ++r) y[r] = weight * output[r];
+        } else {
+            for (std::ptrdiff_t r = 0; r < hidden_; ++r) y[r] += weight * output[r];
+        }
+    }
+}
+
+// Columns first .. last of the outputs of one expert, in order of the tokens.
+void SlotOutputs::add_to_sums(const Group& group, std::ptrdiff_t first, std::ptrdiff_t last) const {
+    for (std::ptrdiff_t p = group.begin; p < group.end; ++p) {
+        const Pair& pair = choices_.pairs[static_cast<std::size_t>(p)];
+        const std::ptrdiff_t row = measures_->groups[pair.token] * measures_->experts + group.stored_expert;
+        double* __restrict sums = measures_->sums + row * hidden_;
+        const float* __restrict output = of(pair);
+        for (std::ptrdiff_t r = first; r < last; ++r) sums[r] += static_cast<double>(output[r]);
     }
 }
 

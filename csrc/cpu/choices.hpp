@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "engine.hpp"
+#include "pool.hpp"
 
 namespace moe_surgery::cpu {
 
@@ -27,20 +28,30 @@ struct Choices {
 // Throws std::invalid_argument for an id out of range.
 Choices choices_of(const Routing& routing, std::ptrdiff_t stored_experts);
 
-// Weighted outputs of each token's slots, [tokens, top_k, hidden], and their sum in order of the slots.
+// Outputs of each token's slots, [tokens, top_k, hidden], times `factor`: what is left to do with them are `phases`,
+// their weighted sum in order of the slots and their measures, if any.
 class SlotOutputs {
   public:
-    // With one slot they are the sum, and are written to y at once.
-    SlotOutputs(const Routing& routing, std::ptrdiff_t hidden, float* y);
+    SlotOutputs(const Choices& choices, std::ptrdiff_t hidden, float* y, const Measures* measures);
 
     float* of(const Pair& pair) const { return outputs_ + (pair.token * top_k_ + pair.slot) * hidden_; }
-    void sum(std::ptrdiff_t token) const;
+    // The weight, or 1 where outputs are measured before it.
+    float factor(const Pair& pair) const {
+        return measures_ ? 1.0f : choices_.routing.weights[pair.token * top_k_ + pair.slot];
+    }
+    void append_phases(std::vector<Phase>& phases) const;
 
   private:
-    std::ptrdiff_t top_k_, hidden_;
-    float* y_;
+    void sum(std::ptrdiff_t token) const;
+    void measure(std::ptrdiff_t token) const;
+    void add_to_sums(const Group& group, std::ptrdiff_t first, std::ptrdiff_t last) const;
+
+    const Choices& choices_;
+    const std::ptrdiff_t top_k_, hidden_;
+    float* const y_;
+    const Measures* const measures_;
     std::unique_ptr<float[]> owned_;
-    float* outputs_;
+    float* outputs_;  // y where there is one slot and nothing is measured
 };
 
 }  // namespace moe_surgery::cpu

@@ -58,7 +58,20 @@ struct Routing {
     std::ptrdiff_t top_k;
 };
 
-struct Choices;  // see choices.hpp
+// What a call of the experts measures of their outputs before they are weighted. Of each token's slots
+// [tokens, top_k]: the norm, and the least and the largest value. `sums` [groups, experts, hidden]: an output is
+// added to that of its token's group and its stored expert; groups [tokens].
+struct Measures {
+    const std::int64_t* groups;
+    std::ptrdiff_t experts;
+    double* norms;
+    float* least;
+    float* largest;
+    double* sums;
+};
+
+struct Choices;      // see choices.hpp
+class SlotOutputs;
 
 // Keys and values [batch, kv_heads, slots, head_dim], inner axis contiguous, strides in bytes.
 struct Attention {
@@ -97,7 +110,8 @@ class Engine {
     void products(const float* x, std::ptrdiff_t tokens, const std::vector<Product>& products) const;
     // y [tokens, hidden]: the sum over each token's chosen experts, in order of choice. Throws
     // std::invalid_argument for an id out of range.
-    void experts(const float* x, const Routing& routing, const ExpertLayer& layer, float* y) const;
+    void experts(const float* x, const Routing& routing, const ExpertLayer& layer, float* y,
+                 const Measures* measures = nullptr) const;
     void rms_norm(const float* x, std::ptrdiff_t tokens, std::ptrdiff_t columns, const Values& weight,
                   float eps, float* y) const;
     void attention(const Attention& attention, const VisibleKeys& visible) const;
@@ -109,8 +123,8 @@ class Engine {
   private:
     void row_products(const float* x, std::ptrdiff_t tokens, const std::vector<Product>& products) const;
     void tiled_products(const float* x, std::ptrdiff_t tokens, const std::vector<Product>& products) const;
-    void row_experts(const float* x, const Choices& choices, const ExpertLayer& layer, float* y) const;
-    void tiled_experts(const float* x, const Choices& choices, const ExpertLayer& layer, float* y) const;
+    void row_experts(const float* x, const Choices& choices, const ExpertLayer& layer, const SlotOutputs& outputs) const;
+    void tiled_experts(const float* x, const Choices& choices, const ExpertLayer& layer, const SlotOutputs& outputs) const;
 
     const Kernels& kernels_;
     const int threads_;

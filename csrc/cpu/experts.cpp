@@ -1,6 +1,7 @@
 // The experts of one layer: every chosen expert's weights are read once, for all tokens that chose it.
 #include <algorithm>
 #include <memory>
+#include <utility>
 
 #include "bits.hpp"
 #include "choices.hpp"
@@ -69,15 +70,19 @@ void multiply(const Kernels& kernels, const ExpertMatrix& matrix, std::ptrdiff_t
 
 }  // namespace
 
-void Engine::experts(const float* x, const Routing& routing, const ExpertLayer& layer, float* y) const {
+void Engine::experts(const float* x, const Routing& routing, const ExpertLayer& layer, float* y,
+                     const Measures* measures) const {
     const ExpertMatrix &up = layer.gate_up, &down = layer.down;
     const Choices choices = choices_of(routing, std::min(up.experts, down.experts));
     if (choices.pairs.empty()) return;
     const auto has_tiles = [](const ExpertMatrix& matrix) { return matrix.packed || matrix.dense.dtype == Dtype::bf16; };
-    tiles_ && has_tiles(up) && has_tiles(down) ? tiled_experts(x, choices, layer, y) : row_experts(x, choices, layer, y);
+    const SlotOutputs outputs(choices, down.rows, y, measures);
+    tiles_ && has_tiles(up) && has_tiles(down) ? tiled_experts(x, choices, layer, outputs)
+                                               : row_experts(x, choices, layer, outputs);
 }
 
-void Engine::row_experts(const float* x, const Choices& choices, const ExpertLayer& layer, float* y) const {
+void Engine::row_experts(const float* x, const Choices& choices, const ExpertLayer& layer,
+                         const SlotOutputs& outputs) const {
     const Routing& routing = choices.routing;
     const std::vector<Pair>& pairs = choices.pairs;
     const std::vector<Group>& groups = choices.groups;
@@ -90,7 +95,6 @@ void Engine::row_experts(const float* x, const Choices& choices, const ExpertLay
 
     Inputs inputs(up.packed, routing.tokens, columns), activations(down.packed, count, intermediate);
     std::unique_ptr<float[]> z(new float[static_cast<std::size_t>(count * intermediate)]);
-    const SlotOutputs slot_outputs(routing, hidden, y);
     const std::ptrdiff_t scratch_size = kPairsAtOnce * std::max(up_rows, down_rows);
     std::unique_ptr<float[]> scratch(new float[static_cast<std::size_t>(scratch_size * threads_)]);
     const std::ptrdiff_t up_pieces = (up.rows + up_rows - 1) / up_rows;
@@ -123,19 +127,19 @@ void Engine::row_experts(const float* x, const Choices& choices, const ExpertLay
             multiply(kernels_, down, group.stored_expert, p, end, first, last, activations, identity, h, down_rows);
             for (std::ptrdiff_t i = p; i < end; ++i) {
                 const Pair& pair = pairs[static_cast<std::size_t>(i)];
-                const float weight = routing.weights[pair.token * routing.top_k + pair.slot];
+                const float factor = outputs.factor(pair);
                 const float* from = h + (i - p) * down_rows;
-                float* slot_output = slot_outputs.of(pair);
-                for (std::ptrdiff_t r = first; r < last; ++r) slot_output[r] = weight * from[r - first];
+                float* slot_output = outputs.of(pair);
+                for (std::ptrdiff_t r = first; r < last; ++r) slot_output[r] = factor * from[r - first];
             }
         }
     };
-    const auto sum_slots = [&](std::ptrdiff_t t, int) { slot_outputs.sum(t); };
-    Pool::shared().run(threads_, {{routing.tokens, load_inputs},
-                                  {experts * up_pieces, compute_gate_up},
-                                  {count, load_activations},
-                                  {experts * down_pieces, compute_down},
-                                  {routing.tokens, sum_slots}});
+    std::vector<Phase> phases = {{routing.tokens, load_inputs},
+                                 {experts * up_pieces, compute_gate_up},
+                                 {count, load_activations},
+                                 {experts * down_pieces, compute_down}};
+    outputs.append_phases(phases);
+    Pool::shared().run(threads_, std::move(phases));
 }
 
 }  // namespace moe_surgery::cpu

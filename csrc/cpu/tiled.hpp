@@ -17,6 +17,7 @@ constexpr std::ptrdiff_t kTokenTilesAtOnce = 16;
 constexpr std::ptrdiff_t kRowsAtOnce = 256;
 constexpr std::ptrdiff_t kBlocksAtOnce = 32;
 constexpr std::ptrdiff_t kPanelRows = 2 * kTileRows;
+constexpr std::ptrdiff_t kPanelTiles = kPanelRows / kTileRows * kBlocksAtOnce;
 // Blocks of one tile of tokens that are split as a piece.
 constexpr std::ptrdiff_t kSplitBlocks = 32;
 
@@ -65,30 +66,51 @@ class TileScratch {
     SumTile* sums(int thread) { return sums_.get() + thread * kSums; }
 
   private:
-    static constexpr std::ptrdiff_t kWeights = kPanelRows / kTileRows * kBlocksAtOnce;
+    static constexpr std::ptrdiff_t kWeights = 2 * kPanelTiles;
     static constexpr std::ptrdiff_t kSums = kRowsAtOnce / kTileRows * kTokenTilesAtOnce;
     std::unique_ptr<WeightTile[]> weights_;
     std::unique_ptr<SumTile[]> sums_;
 };
 
 // sums[i * kTokenTilesAtOnce + g] = rows first + 16 i .. of a weight times token tile g, for rows first .. last.
-// `load(row, rows, first block, last block, tiles)` makes tiles of at most 16 rows.
+// `load(row, rows, first block, last block, tiles)` makes tiles of at most 16 rows. While a panel of at most 32 rows is
+// multiplied the next one is loaded, a tile at a time.
 template <class Load>
 void multiply_tiles(const TileKernels& kernels, std::ptrdiff_t first, std::ptrdiff_t last, std::ptrdiff_t blocks,
                     const TokenPanel& tokens, WeightTile* weights, SumTile* sums, Load load) {
-    kernels.begin();
-    for (std::ptrdiff_t part = 0; part < parts_of(blocks, kBlocksAtOnce); ++part) {
-        const Part b = part_of(blocks, kBlocksAtOnce, part);
-        const TokenPanel panel = {tokens.tiles + b.first, tokens.stride, tokens.token_tiles};
-        for (std::ptrdiff_t row = first; row < last; row += kPanelRows) {
-            const std::ptrdiff_t row_tiles = std::min<std::ptrdiff_t>(2, tiles_of(last - row, kTileRows));
-            for (std::ptrdiff_t i = 0; i < row_tiles; ++i) {
-                const std::ptrdiff_t start = row + i * kTileRows;
-                load(start, std::min(kTileRows, last - start), b.first, b.last, weights + i * kBlocksAtOnce);
-            }
-            kernels.multiply({weights, kBlocksAtOnce, row_tiles}, panel, b.last - b.first, part == 0,
-                             sums + (row - first) / kTileRows * kTokenTilesAtOnce, kTokenTilesAtOnce);
+    // Panels in order: all rows for some blocks, then for the next ones.
+    struct Panel {
+        const Load* load;
+        std::ptrdiff_t row, last;
+        Part blocks;
+        WeightTile* tiles;
+
+        std::ptrdiff_t width() const { return blocks.last - blocks.first; }
+        std::ptrdiff_t row_tiles() const { return std::min<std::ptrdiff_t>(2, tiles_of(last - row, kTileRows)); }
+        void load_tile(std::ptrdiff_t i) const {
+            const std::ptrdiff_t tile = i / width(), b = i % width(), start = row + tile * kTileRows;
+            (*load)(start, std::min(kTileRows, last - start), blocks.first + b, blocks.first + b + 1,
+                 tiles + tile * kBlocksAtOnce + b);
         }
+    };
+    const std::ptrdiff_t panels = parts_of(last - first, kPanelRows), steps = panels * parts_of(blocks, kBlocksAtOnce);
+    const auto panel_of = [&](std::ptrdiff_t step) {
+        return Panel{&load, first + step % panels * kPanelRows, last, part_of(blocks, kBlocksAtOnce, step / panels),
+                     weights + step % 2 * kPanelTiles};
+    };
+    Panel panel = panel_of(0);
+    for (std::ptrdiff_t i = 0; i < panel.row_tiles() * panel.width(); ++i) panel.load_tile(i);
+    kernels.begin();
+    for (std::ptrdiff_t step = 0; step < steps; ++step) {
+        const Panel next = panel_of(std::min(step + 1, steps - 1));
+        const std::ptrdiff_t tiles_ahead = step + 1 < steps ? next.row_tiles() * next.width() : 0;
+        const auto load_next = [](const void* context, std::ptrdiff_t i) { static_cast<const Panel*>(context)->load_tile(i); };
+        const Part b = panel.blocks;
+        kernels.multiply({panel.tiles, kBlocksAtOnce, panel.row_tiles()},
+                         {tokens.tiles + b.first, tokens.stride, tokens.token_tiles}, panel.width(), step < panels,
+                         sums + (panel.row - first) / kTileRows * kTokenTilesAtOnce, kTokenTilesAtOnce,
+                         {tiles_ahead, &next, load_next});
+        panel = next;
     }
     kernels.end();
 }

@@ -75,9 +75,9 @@ struct ExpertRows {
 
 }  // namespace
 
-void Engine::tiled_experts(const float* x, const Choices& choices, const ExpertLayer& layer, float* y) const {
+void Engine::tiled_experts(const float* x, const Choices& choices, const ExpertLayer& layer,
+                           const SlotOutputs& outputs) const {
     const TileKernels& kernels = *tiles_;
-    const Routing& routing = choices.routing;
     const ExpertMatrix &up = layer.gate_up, &down = layer.down;
     const std::ptrdiff_t hidden = down.rows, intermediate = up.rows / 2;
     const std::ptrdiff_t columns = up.packed ? up.mxfp4.columns : up.dense.columns;
@@ -92,7 +92,6 @@ void Engine::tiled_experts(const float* x, const Choices& choices, const ExpertL
     const std::ptrdiff_t up_pieces = parts_of(up.rows, cut.rows), down_pieces = parts_of(hidden, cut.rows);
     const std::unique_ptr<SplitTile[]> inputs(new SplitTile[static_cast<std::size_t>(most_tiles * up_blocks)]);
     const std::unique_ptr<SplitTile[]> activations(new SplitTile[static_cast<std::size_t>(most_tiles * down_blocks)]);
-    const SlotOutputs slot_outputs(routing, hidden, y);
     TileScratch scratch(threads_);
 
     const std::ptrdiff_t split_parts = parts_of(up_blocks, kSplitBlocks);
@@ -137,10 +136,10 @@ void Engine::tiled_experts(const float* x, const Choices& choices, const ExpertL
             const std::ptrdiff_t tokens = chunk.tokens_in(tile);
             const Pair* pairs = choices.pairs.data() + chunk.pair_of(tile);
             float factors[kTileTokens];
-            for (std::ptrdiff_t n = 0; n < tokens; ++n) factors[n] = routing.weights[pairs[n].token * routing.top_k + pairs[n].slot];
+            for (std::ptrdiff_t n = 0; n < tokens; ++n) factors[n] = outputs.factor(pairs[n]);
             for (std::ptrdiff_t row = first; row < last; row += kTileRows) {
                 float* out[kTileTokens];
-                for (std::ptrdiff_t n = 0; n < tokens; ++n) out[n] = slot_outputs.of(pairs[n]) + row;
+                for (std::ptrdiff_t n = 0; n < tokens; ++n) out[n] = outputs.of(pairs[n]) + row;
                 kernels.store(sums[(row - first) / kTileRows * kTokenTilesAtOnce + tile - chunk.first],
                               std::min(kTileRows, last - row), tokens, bias + row - first, factors, out);
             }
@@ -153,7 +152,7 @@ void Engine::tiled_experts(const float* x, const Choices& choices, const ExpertL
         phases.push_back({chunks * up_pieces, [&](std::ptrdiff_t piece, int thread) { compute_gate_up(wave, piece, thread); }});
         phases.push_back({chunks * down_pieces, [&](std::ptrdiff_t piece, int thread) { compute_down(wave, piece, thread); }});
     }
-    phases.push_back({routing.tokens, [&](std::ptrdiff_t token, int) { slot_outputs.sum(token); }});
+    outputs.append_phases(phases);
     Pool::shared().run(threads_, std::move(phases));
 }
 

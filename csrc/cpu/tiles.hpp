@@ -69,6 +69,14 @@ struct TokenPanel {
     std::ptrdiff_t token_tiles;
 };
 
+// Other work, done by the time `multiply` returns: `load(context, i)` for i in 0 .. count. AMX's products run beside
+// other instructions, so that it costs little between them.
+struct Meanwhile {
+    std::ptrdiff_t count;
+    const void* context;
+    void (*load)(const void* context, std::ptrdiff_t i);
+};
+
 // The experts' activation function; see Kernels::swiglu.
 struct Swiglu {
     float limit, alpha;
@@ -95,7 +103,7 @@ struct TileKernels {
 
     // sums[i * stride + g] += row tile i times token tile g over `blocks` blocks, or = where `first`.
     void (*multiply)(const WeightPanel& weights, const TokenPanel& tokens, std::ptrdiff_t blocks, bool first,
-                     SumTile* sums, std::ptrdiff_t stride);
+                     SumTile* sums, std::ptrdiff_t stride, const Meanwhile& meanwhile);
 
     // A block of the second product's activations: from 64 rows of sums, gate and up in turn, sums[i * stride] each
     // 16 of them; `bias` has 64 values. The last `64 - rows` are missing.

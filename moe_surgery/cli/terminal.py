@@ -211,15 +211,23 @@ class Terminal:
             DownloadColumn,
             MofNCompleteColumn,
             Progress,
+            ProgressColumn,
+            Task,
             TextColumn,
             TimeRemainingColumn,
             TransferSpeedColumn,
         )
+        from rich.text import Text
+
+        class Rate(ProgressColumn):
+            def render(self, task: Task) -> Text:
+                speed = task.finished_speed or task.speed
+                return Text("" if speed is None else f"{speed:,.{0 if speed >= 10 else 1}f}/s")
 
         amount = (
             (DownloadColumn(), TransferSpeedColumn())
             if unit == "bytes"
-            else (MofNCompleteColumn(), TextColumn(unit, markup=False))
+            else (MofNCompleteColumn(), TextColumn(unit, markup=False), Rate())
         )
         columns = (
             TextColumn("{task.description}", markup=False),

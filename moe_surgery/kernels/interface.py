@@ -21,6 +21,7 @@ __all__ = [
     "FusedLayers",
     "KVCache",
     "LayerCache",
+    "MeasuredExperts",
 ]
 
 # Tokens of a sequence in a step up to which a backend computes all steps alike (see `Backend.for_tokens`).
@@ -52,6 +53,20 @@ class LayerCache:
     values: Tensor
     positions: Tensor
     slot_ids: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredExperts:
+    """What `Backend.experts` returns, and measures of each expert's output f before its weight.
+
+    `y` [tokens, hidden]. `norms` |f|, float64 [tokens, top_k]; `least` and `largest`, the least and the largest
+    f_i, float32 [tokens, top_k].
+    """
+
+    y: Tensor
+    norms: Tensor
+    least: Tensor
+    largest: Tensor
 
 
 class FusedLayers(Protocol):
@@ -165,6 +180,23 @@ class Backend(Protocol):
 
     def experts(self, x: Tensor, ids: Tensor, weights: Tensor, expert_weights: ExpertWeights) -> Tensor:
         """The weighted sum of the chosen experts' outputs: [tokens, hidden] in x's dtype."""
+        ...
+
+    def measured_experts(
+        self,
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        expert_weights: ExpertWeights,
+        groups: Tensor,
+        sums: Tensor,
+    ) -> MeasuredExperts | None:
+        """`experts`, with measures of the outputs taken in the same pass; None where the backend has no such pass.
+
+        `groups` int64 [tokens] on the CPU. Each output, before its weight, is added to `sums`, float64
+        [groups, experts, hidden] on the CPU, in the row of its token's group and its expert. `expert_weights`
+        without an `expert_map`.
+        """
         ...
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -14,6 +14,7 @@ from moe_surgery.kernels.interface import (
     DecodeStep,
     FusedLayers,
     KVCache,
+    MeasuredExperts,
 )
 from moe_surgery.kernels.weights import ExpertWeights, Layer
 
@@ -49,6 +50,17 @@ class InvariantBackend:
     def experts(self, x: Tensor, ids: Tensor, weights: Tensor, expert_weights: ExpertWeights) -> Tensor:
         rows = zip(*(torch.split(a, 1) for a in (x, ids, weights)), strict=True)
         return torch.cat([self._backend.experts(a, b, c, expert_weights) for a, b, c in rows])
+
+    def measured_experts(
+        self,
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        expert_weights: ExpertWeights,
+        groups: Tensor,
+        sums: Tensor,
+    ) -> MeasuredExperts | None:
+        return None
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return _by_row(lambda row: self._backend.linear(row, weight, bias), x)

@@ -14,11 +14,11 @@ from moe_surgery.quality.accuracy import Accuracy, compare
 from moe_surgery.quality.candidates import Candidate
 from moe_surgery.quality.conversation import common_length
 from moe_surgery.quality.corpus import Corpus, Passage
+from moe_surgery.quality.layers import LayerModel
 from moe_surgery.quality.likelihood import BATCH_TOKENS, log_likelihoods
 from moe_surgery.quality.questions import Question, QuestionFile
 from moe_surgery.quality.replies import Reply, ReplyFile, choose
 from moe_surgery.quality.resume import job_digest
-from moe_surgery.quality.layers import LayerModel
 from moe_surgery.runtime.model import CausalLM
 from moe_surgery.runtime.text import Text
 from moe_surgery.runtime.until import cut, generate_until

@@ -29,6 +29,7 @@ from moe_surgery.quality.own_layers import as_layers
 from moe_surgery.quality.questions import read_questions
 from moe_surgery.quality.resume import default_context, identify, job_digest, stamp_digest
 from moe_surgery.quality.text_files import Texts, as_text_files
+from moe_surgery.runtime.load import load_model
 from moe_surgery.runtime.model import CausalLM
 from moe_surgery.runtime.text import Text
 from moe_surgery.runtime.view import view

@@ -178,8 +178,8 @@ def _error(change: Tensor, gram: Tensor, norms: Tensor) -> Tensor:
 
 
 def _outputs(layer: MoeLayer) -> tuple[Tensor, Tensor | None]:
-    """The products of all experts' outputs, float32 [tokens, experts, experts] on the CPU; and the chosen ones' weighted
-    sum, float32 [tokens, hidden], None where the model computes in another dtype, which rounds outputs."""
+    """The products of all experts' outputs, float32 [tokens, experts, experts] on the CPU, and the chosen ones'
+    weighted sum, float32 [tokens, hidden]; None for that where the model computes in a dtype that rounds outputs."""
     tokens, experts, states = layer.states.tokens, layer.experts, layer.states
     gram = rows_buffer(tokens, experts * experts, torch.float32, torch.device("cpu"))
     whole = states.dtype == torch.float32

@@ -132,7 +132,7 @@ def profile(
     statistics, batches_done = _resumed(partial, job)
     resumed = sum(statistics.tokens.values()) if statistics else 0
     layers = model.depth
-    profiled = Counter(progress, "profile", total * layers, "tokens x layers", done=resumed * layers)
+    profiled = Counter(progress, "profile", total, "tokens", done=resumed * layers, parts=layers)
     for number, batch in enumerate(batches(passages, batch_tokens)):
         if number < batches_done:
             continue

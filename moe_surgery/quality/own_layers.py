@@ -83,7 +83,9 @@ class OwnMoeLayer(MoeLayer):
         y = rows_buffer(self._states.tokens, self.hidden, torch.float32, self._states.device)
         for where in self._states.pieces():
             x, ids, weights = choose_experts(self._model, self._layer, self._states, where)
-            y[where] = backend_of(self._model).experts(x, ids, weights, self._layer.experts).float().to(y.device)
+            y[where] = (
+                backend_of(self._model).experts(x, ids, weights, self._layer.experts).float().to(y.device)
+            )
         return y
 
     @torch.inference_mode()
@@ -140,7 +142,9 @@ class OwnMoeLayer(MoeLayer):
         """The output of one expert for some tokens, before its routing weight, [tokens, hidden]."""
         x = self._normed(self._states[tokens])
         ids = torch.full((len(tokens), 1), expert, dtype=torch.int64, device=x.device)
-        return backend_of(self._model).experts(x, ids, torch.ones_like(ids, dtype=x.dtype), self._layer.experts)
+        return backend_of(self._model).experts(
+            x, ids, torch.ones_like(ids, dtype=x.dtype), self._layer.experts
+        )
 
 
 def as_layers(model: LayerModel | CausalLM) -> LayerModel:

@@ -81,14 +81,14 @@ def search(
     tokens = sum(len(p.tokens) for p in passages)
     done = _resumed(partial, job)
     log.info("%d tokens through %d layers with experts", tokens, spec.layers)
-    searched = Counter(progress, "search", spec.layers, "layers", done=len(done))
+    searched = Counter(progress, "search", tokens, "tokens", done=tokens * len(done), parts=spec.layers)
     orders = list(done)
 
     def on_layer(order: LayerOrder) -> None:
         orders.append(order)
         state = {"job": job, "layers": [asdict(o) for o in orders]}
         write_file(partial, json.dumps(state).encode(), FileOps())
-        searched.advance(1)
+        searched.advance(tokens)
 
     greedy_elimination(model, passages, resumed=done, on_layer=on_layer)
     ranking = Ranking(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from threading import Thread
 from typing import overload
 
 import torch
@@ -33,10 +34,16 @@ Get = Callable[[str], Tensor]
 
 
 class OneLayer(Sequence[Layer]):
-    """Layers of which only the last one accessed is in memory."""
+    """Layers of which only the last one accessed is in memory, and the next one is being read in."""
 
-    def __init__(self, count: int, make: Callable[[int], Layer], release: Callable[[int], None]) -> None:
-        self._count, self._make, self._release = count, make, release
+    def __init__(
+        self,
+        count: int,
+        make: Callable[[int], Layer],
+        read_ahead: Callable[[int], None],
+        release: Callable[[int], None],
+    ) -> None:
+        self._count, self._make, self._read_ahead, self._release = count, make, read_ahead, release
         self._number: int | None = None
         self._layer: Layer | None = None
 
@@ -53,6 +60,8 @@ class OneLayer(Sequence[Layer]):
         if self._layer is None or self._number != number:
             self.close()
             self._number, self._layer = number, self._make(number)
+            if number + 1 < self._count:
+                self._read_ahead(number + 1)
         return self._layer
 
     def close(self) -> None:
@@ -160,14 +169,22 @@ def _assemble(
         # For decode steps of this model and of its views, which share the tensors.
         return layer if one_layer else backend.prepare_layer(layer)
 
+    def stored(number: int) -> list[TensorRef]:
+        parts = (part for t in spec.tensors if t.layer == number for part in (t.stored, t.scales))
+        return [part for part in parts if part is not None]
+
+    reading: Thread | None = None
+
+    def read_ahead(number: int) -> None:
+        nonlocal reading
+        reading = shards.read_ahead(stored(number), reading)
+
     def release(number: int) -> None:
-        for tensor in spec.tensors:
-            if tensor.layer == number:
-                for ref in filter(None, (tensor.stored, tensor.scales)):
-                    shards.release(ref)
+        for ref in stored(number):
+            shards.release(ref)
 
     layers: Sequence[Layer] = (
-        OneLayer(config.num_hidden_layers, make, release)
+        OneLayer(config.num_hidden_layers, make, read_ahead, release)
         if one_layer
         else [make(n) for n in range(config.num_hidden_layers)]
     )

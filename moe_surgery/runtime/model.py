@@ -23,7 +23,9 @@ __all__ = ["SCORE_BYTES", "CausalLM"]
 DEFAULT_ROLLBACK = 16
 # Attention scores in memory at a time: queries x keys x heads, four bytes each.
 SCORE_BYTES = 128 << 20
-MAX_PREFILL_TOKENS = 512
+# Tokens in a step of one sequence, of each of four and more a quarter: many, so that what a step does once for each
+# expert, reading and decoding its weights, is shared by many tokens.
+MAX_PREFILL_TOKENS = 2048
 
 
 class CausalLM:
@@ -150,7 +152,7 @@ class CausalLM:
 
     def _chunks(self, cache: Cache, batch: int, tokens: int) -> list[tuple[int, int]]:
         """Chunks of about the same length, so that a backend takes all of a long input for long steps."""
-        step = MAX_PREFILL_TOKENS
+        step = max(1, MAX_PREFILL_TOKENS // min(batch, 4))
         if self.backend.stores_scores:
             keys = min(cache.context, cache.length + tokens)
             step = min(step, max(1, SCORE_BYTES // (batch * keys * self.config.num_attention_heads * 4)))

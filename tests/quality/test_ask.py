@@ -22,6 +22,7 @@ from moe_surgery.quality.corpus import Passage  # noqa: E402
 from moe_surgery.quality.evaluate import evaluate  # noqa: E402
 from moe_surgery.quality.evaluation import Evaluation, load_evaluation  # noqa: E402
 from moe_surgery.quality.likelihood import log_likelihoods  # noqa: E402
+from moe_surgery.quality.own_layers import as_layers  # noqa: E402
 from moe_surgery.quality.replies import ReplyFile  # noqa: E402
 from moe_surgery.runtime.generate import generate  # noqa: E402
 from moe_surgery.runtime.model import CausalLM  # noqa: E402

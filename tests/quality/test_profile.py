@@ -101,7 +101,6 @@ def test_many_tokens_in_pieces_and_spilled_to_a_file_are_the_same(
     [whole] = profile_passages(tiny_model, passages({"x": sequences})).values()
     monkeypatch.setattr(states, "IN_MEMORY_BYTES", 1000)
     monkeypatch.setattr(states, "CHUNK_TOKENS", 37)
-    monkeypatch.setattr("moe_surgery.quality.profile.CHUNK_TOKENS", 11)
     monkeypatch.setattr(layerwise, "SCORE_BYTES", 150 * 4 * 8 * 4)  # a few queries at a time
     [pieces] = profile_passages(tiny_model, passages({"x": sequences})).values()
     assert_same(pieces, whole)

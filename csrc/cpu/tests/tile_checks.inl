@@ -77,7 +77,16 @@ void check_tile_products(Checked& check, Shape s, const StoredWeight& weight) {
             const std::ptrdiff_t count = std::min<std::ptrdiff_t>(2, row_tiles - i);
             SumTile* to = sums.data() + i * token_tiles;
             const auto run = [&](std::ptrdiff_t from, std::ptrdiff_t count_blocks, bool first) {
-                tiles.multiply({weights.data() + i * blocks + from, blocks, count}, {split.data() + from, blocks, token_tiles}, count_blocks, first, to, token_tiles);
+                std::vector<std::ptrdiff_t> loaded;  // all of it, in order, however much there is
+                const auto load = [](const void* seen, std::ptrdiff_t n) {
+                    static_cast<std::vector<std::ptrdiff_t>*>(const_cast<void*>(seen))->push_back(n);
+                };
+                const Meanwhile meanwhile = {count_blocks ? i * 7 % 100 : 0, &loaded, load};
+                tiles.multiply({weights.data() + i * blocks + from, blocks, count}, {split.data() + from, blocks, token_tiles},
+                               count_blocks, first, to, token_tiles, meanwhile);
+                check(static_cast<std::ptrdiff_t>(loaded.size()) == meanwhile.count &&
+                          std::is_sorted(loaded.begin(), loaded.end()) && (loaded.empty() || loaded.back() == meanwhile.count - 1),
+                      kernels->name, "work done meanwhile", s);
             };
             run(0, half, true);
             run(half, blocks - half, false);

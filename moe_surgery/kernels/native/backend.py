@@ -19,6 +19,7 @@ from moe_surgery.kernels.interface import (
     DecodeStep,
     FusedLayers,
     KVCache,
+    MeasuredExperts,
 )
 from moe_surgery.kernels.native.operands import (
     BF16,
@@ -132,14 +133,55 @@ class NativeBackend:
         return ids, _as(weights, x)
 
     def experts(self, x: Tensor, ids: Tensor, weights: Tensor, expert_weights: ExpertWeights) -> Tensor:
-        _check_cpu("x", x)
-        e = expert_weights
         try:
-            gate_up = matrix_of(self._native, "gate_up", e.gate_up, e.gate_up_bias)
-            down = matrix_of(self._native, "down", e.down, e.down_bias)
+            arguments, y, _operands = self._expert_arguments(x, ids, weights, expert_weights)
         except UnsupportedWeight as reason:
             log_fallback(str(reason))
             return self._reference.experts(x, ids, weights, expert_weights)
+        if not ids.numel():
+            return torch.zeros_like(x)
+        self._engine.experts(*arguments)
+        return _as(y, x)
+
+    def measured_experts(
+        self,
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        expert_weights: ExpertWeights,
+        groups: Tensor,
+        sums: Tensor,
+    ) -> MeasuredExperts | None:
+        if expert_weights.expert_map is not None:
+            raise UsageError("native backend: experts with an `expert_map` cannot be measured")
+        try:
+            arguments, y, _operands = self._expert_arguments(x, ids, weights, expert_weights)
+        except UnsupportedWeight:
+            return None
+        if not ids.numel():
+            return None
+        experts, hidden = len(expert_weights.down_bias), expert_weights.down.rows
+        _check_shape("groups", groups, (len(x),))
+        _check_shape("sums", sums, (None, experts, hidden))
+        if sums.dtype != torch.float64 or not sums.is_contiguous():
+            raise UsageError(f"native backend: sums are {sums.dtype}, needed contiguous {torch.float64}")
+        groups = groups.long().contiguous()
+        if int(groups.min()) < 0 or int(groups.max()) >= len(sums):
+            raise UsageError(f"native backend: a group is not below {len(sums)}")
+        norms = torch.empty(ids.shape, dtype=torch.float64)
+        least, largest = torch.empty(ids.shape), torch.empty(ids.shape)
+        measures = (t.data_ptr() for t in (groups, norms, least, largest, sums))
+        self._engine.measured_experts(*arguments, *measures)
+        return MeasuredExperts(_as(y, x), norms, least, largest)
+
+    def _expert_arguments(
+        self, x: Tensor, ids: Tensor, weights: Tensor, e: ExpertWeights
+    ) -> tuple[tuple[object, ...], Tensor, object]:
+        """The engine's arguments, the output float32 [tokens, hidden], and what must live during the call. Raises
+        UnsupportedWeight."""
+        _check_cpu("x", x)
+        gate_up = matrix_of(self._native, "gate_up", e.gate_up, e.gate_up_bias)
+        down = matrix_of(self._native, "down", e.down, e.down_bias)
         hidden, intermediate = e.gate_up.columns, e.down.columns
         if (e.gate_up.rows, e.down.rows) != (2 * intermediate, hidden):
             raise UsageError(
@@ -148,25 +190,12 @@ class NativeBackend:
         _check_shape("x", x, (None, hidden))
         _check_shape("ids", ids, (len(x), None))
         _check_shape("weights", weights, tuple(ids.shape))
-        if not ids.numel():
-            return torch.zeros_like(x)
         stored = ids.long() if e.expert_map is None else e.expert_map[ids]
         stored, x_fp32, routing_weights = stored.contiguous(), in_float32(x), in_float32(weights)
         y = torch.empty_like(x_fp32)
-        top_k = ids.shape[1]
-        self._engine.experts(
-            x_fp32.data_ptr(),
-            stored.data_ptr(),
-            routing_weights.data_ptr(),
-            len(x),
-            top_k,
-            gate_up,
-            down,
-            e.limit,
-            e.alpha,
-            y.data_ptr(),
-        )
-        return _as(y, x)
+        addresses = (t.data_ptr() for t in (x_fp32, stored, routing_weights))
+        arguments = (*addresses, *ids.shape, gate_up, down, e.limit, e.alpha, y.data_ptr())
+        return arguments, y, (x_fp32, stored, routing_weights)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return self.multi_linear(x, [(weight, bias)])[0]

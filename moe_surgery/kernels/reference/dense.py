@@ -9,9 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_surgery.kernels.interface import DecoderModel, DecoderShape, DecodeStep, FusedLayers, KVCache
+from moe_surgery.kernels.interface import (
+    DecoderModel,
+    DecoderShape,
+    DecodeStep,
+    FusedLayers,
+    KVCache,
+    MeasuredExperts,
+)
 from moe_surgery.kernels.reference.attention import attention, visible
-from moe_surgery.kernels.weights import Layer
+from moe_surgery.kernels.weights import ExpertWeights, Layer
 
 __all__ = ["TorchDense", "apply_rope", "linear", "rms_norm"]
 
@@ -55,6 +62,17 @@ class TorchDense:
 
     def for_tokens(self: Dense, tokens: int) -> Dense:
         return self
+
+    def measured_experts(
+        self,
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        expert_weights: ExpertWeights,
+        groups: Tensor,
+        sums: Tensor,
+    ) -> MeasuredExperts | None:
+        return None
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return linear(x, weight, bias)
