@@ -58,7 +58,7 @@ def make_model(source: Path, experts: int, dense: str, work: Path) -> tuple[Path
     if not gguf.exists():
         # Token numbers are all that is measured: a tokenizer would change nothing.
         command = [*tool, "export", checkpoint, gguf, "--no-tokenizer", "--dense", dense, "-q"]
-        subprocess.run(command, check=True)
+        subprocess.run([*map(str, command)], check=True)
     return checkpoint, gguf
 
 
