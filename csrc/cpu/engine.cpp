@@ -41,7 +41,15 @@ const std::vector<const Kernels*>& available_kernels() {
 const Kernels& select_kernels(const std::string& name) { return isa::select(available_kernels(), name); }
 
 void Engine::products(const float* x, std::ptrdiff_t tokens, const std::vector<Product>& products) const {
-    if (products.empty() || tokens == 0) return;
+    std::vector<Product> q8_0, by_rows;
+    for (const Product& product : products) {
+        (product.weight.dtype == Dtype::q8_0 ? q8_0 : by_rows).push_back(product);
+    }
+    if (tokens && !q8_0.empty()) q8_0_products(x, tokens, q8_0);
+    if (tokens && !by_rows.empty()) row_products(x, tokens, by_rows);
+}
+
+void Engine::row_products(const float* x, std::ptrdiff_t tokens, const std::vector<Product>& products) const {
     const std::ptrdiff_t columns = products.front().weight.columns, width = groups_of(columns) * kGroup;
     // Rows of a piece: a multiple of a kernel's tile.
     std::ptrdiff_t bytes = 1;

@@ -1,6 +1,6 @@
 // The operations of a model, over one instruction set and a number of threads.
 //
-// Tokens' activations are float32, contiguous rows; products with MXFP4 weights round them to 16-bit integers.
+// Tokens' activations are float32, contiguous rows; products with MXFP4 and Q8_0 weights round them to 16-bit integers.
 // Results do not depend on the number of threads or on which tokens are computed together.
 #pragma once
 
@@ -96,6 +96,9 @@ class Engine {
     int threads() const { return threads_; }
 
   private:
+    void row_products(const float* x, std::ptrdiff_t tokens, const std::vector<Product>& products) const;
+    void q8_0_products(const float* x, std::ptrdiff_t tokens, const std::vector<Product>& products) const;
+
     const Kernels& kernels_;
     const int threads_;
 };

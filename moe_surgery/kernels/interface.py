@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from moe_surgery.kernels.q8_0 import Matrix
 from moe_surgery.kernels.weights import ExpertWeights, Layer
 
 __all__ = [
@@ -77,7 +78,7 @@ class DecoderModel:
     shape: DecoderShape
     embedding: Tensor
     norm: Tensor
-    unembedding: Tensor
+    unembedding: Matrix
     rope: Callable[[Tensor], tuple[Tensor, Tensor]]
     dtype: torch.dtype
 
@@ -136,11 +137,12 @@ class DecodeStep(Protocol):
 class Backend(Protocol):
     """One implementation of these operations; the runtime calls nothing else.
 
-    Weights stay as stored, usually BF16 or packed; results have x's dtype.
+    Weights stay as they are given: as stored, usually BF16 or packed, or in Q8_0; results have x's dtype.
     """
 
     name: str
     dtype: torch.dtype  # the default compute dtype
+    reads_q8_0: bool  # whether `linear` takes matrices in Q8_0
 
     def route(self, x: Tensor, weight: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         """Choose experts: ids int64 [tokens, top_k] and weights [tokens, top_k] in x's dtype.
@@ -154,11 +156,11 @@ class Backend(Protocol):
         """The weighted sum of the chosen experts' outputs: [tokens, hidden] in x's dtype."""
         ...
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
         """x [..., columns] @ weight [rows, columns].T + bias [rows]."""
         ...
 
-    def multi_linear(self, x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+    def multi_linear(self, x: Tensor, layers: Sequence[tuple[Matrix, Tensor | None]]) -> list[Tensor]:
         """`linear` of one x with each (weight, bias)."""
         ...
 

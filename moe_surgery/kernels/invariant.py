@@ -15,6 +15,7 @@ from moe_surgery.kernels.interface import (
     FusedLayers,
     KVCache,
 )
+from moe_surgery.kernels.q8_0 import Matrix
 from moe_surgery.kernels.weights import ExpertWeights, Layer
 
 __all__ = ["SUFFIX", "InvariantBackend"]
@@ -35,6 +36,7 @@ class InvariantBackend:
         self._backend = backend
         self.name = backend.name + SUFFIX
         self.dtype = backend.dtype
+        self.reads_q8_0 = backend.reads_q8_0
 
     def route(self, x: Tensor, weight: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         ids, weights = zip(
@@ -46,10 +48,10 @@ class InvariantBackend:
         rows = zip(*(torch.split(a, 1) for a in (x, ids, weights)), strict=True)
         return torch.cat([self._backend.experts(a, b, c, expert_weights) for a, b, c in rows])
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
         return _by_row(lambda row: self._backend.linear(row, weight, bias), x)
 
-    def multi_linear(self, x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+    def multi_linear(self, x: Tensor, layers: Sequence[tuple[Matrix, Tensor | None]]) -> list[Tensor]:
         return [self.linear(x, weight, bias) for weight, bias in layers]
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from moe_surgery.kernels.interface import DecoderModel, DecoderShape, DecodeStep, FusedLayers, KVCache
+from moe_surgery.kernels.q8_0 import Matrix, Q8Matrix
 from moe_surgery.kernels.reference.attention import attention, visible
 from moe_surgery.kernels.weights import Layer
 
@@ -17,17 +18,22 @@ __all__ = ["TorchDense", "apply_rope", "linear", "rms_norm"]
 PIECE_BYTES = 32 << 20
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
     """x [..., columns] @ weight [rows, columns].T + bias, in x's dtype.
 
     A weight of another dtype is cast in pieces, so a float32 run over a BF16 checkpoint never holds a second
-    copy of it.
+    copy of it; Q8_0 likewise, from float32.
     """
     bias = None if bias is None else bias.to(x.dtype)
-    if weight.dtype == x.dtype:
+    if isinstance(weight, Tensor) and weight.dtype == x.dtype:
         return F.linear(x, weight, bias)
     rows = max(1, PIECE_BYTES // (weight.shape[1] * x.element_size()))
-    pieces = [F.linear(x, part.to(x.dtype)) for part in torch.split(weight, rows)]
+    parts: Iterable[Tensor]
+    if isinstance(weight, Q8Matrix):
+        parts = (weight.dequantise(first, first + rows) for first in range(0, len(weight), rows))
+    else:
+        parts = torch.split(weight, rows)
+    pieces = [F.linear(x, part.to(x.dtype)) for part in parts]
     y = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
     return y if bias is None else y + bias
 
@@ -49,11 +55,12 @@ class TorchDense:
     """The operations of `Backend` other than routing and experts, in plain PyTorch."""
 
     dtype = torch.bfloat16
+    reads_q8_0 = True
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
         return linear(x, weight, bias)
 
-    def multi_linear(self, x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+    def multi_linear(self, x: Tensor, layers: Sequence[tuple[Matrix, Tensor | None]]) -> list[Tensor]:
         return [linear(x, weight, bias) for weight, bias in layers]
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
