@@ -1,9 +1,9 @@
 """Dense weights in 8 bits (`dense="q8_0"`) beside BF16 on the CPU: speed and memory at full size, and their cost.
 
-    python -m benchmarks.dense_q8_0 --work FOLDER [--part decode --part prompt --part logits --part texts]
+    python -m benchmarks.dense_q8_0 --work FOLDER [--part batch-1 --part batch-8 ...]
 
-FOLDER holds, or is given, a checkpoint of gpt-oss-20b's sizes with random weights (13.76 GB). `decode` loads it
-twice in one process and decodes in turns (`bench decode`), at batch 1, 8 and 16. `prompt` is a process for each:
+FOLDER holds, or is given, a checkpoint of gpt-oss-20b's sizes with random weights (13.76 GB). `batch-1`, `batch-8`
+and `batch-16` load it twice in one process and decode in turns (`bench decode`). `prompt` is a process for each:
 seconds to load, a prompt of 512 tokens, and memory after decoding. `logits` is what 8 bits change in the logits at
 full size, beside what BF16 activations change; routers of random weights have near ties that any rounding
 decides, so the median token counts. `texts` is the same on the bundled model, as KL divergence on generated
@@ -16,6 +16,8 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,42 +33,40 @@ from moe_surgery.runtime.load import load_model
 from moe_surgery.runtime.text import Text
 
 NAME = "dense_q8_0"
-PARTS = ("decode", "prompt", "logits", "texts")
 FORMATS = ("keep", "q8_0")
 LABELS = {"keep": "BF16", "q8_0": "Q8_0"}
-BATCHES = (1, 8, 16)
-DEPTH, STEPS, ROUNDS = 16, 8, 5
+DEPTH, STEPS = 16, 8
+ROUNDS = {1: 7, 8: 5, 16: 3}
+PARTS = (*(f"batch-{batch}" for batch in ROUNDS), "prompt", "logits", "texts")
 PROMPT, NEW_TOKENS = 512, 16
 DOCUMENTS, SEED = 24, 3
 EXAMPLE = "example:tiny"
 
 
-def decode(full: Path) -> dict[str, Any]:
-    """Rows by batch and format, of `bench decode`."""
-    rows, bandwidth = [], []
-    for batch in BATCHES:
-        dense = [option for name in FORMATS for option in ("--dense", name)]
-        settings = ("--depth", DEPTH, "--steps", STEPS, "--rounds", ROUNDS if batch < 16 else 3)
-        command = ["bench", "decode", full, *dense, "--batches", batch, *settings, "--json"]
-        click.echo(f"{time.strftime('%H:%M:%S')} batch {batch}", err=True)
-        done = subprocess.run(
-            [sys.executable, "-m", "moe_surgery", *map(str, command)], check=True, stdout=subprocess.PIPE
-        )
-        found = json.loads(done.stdout)
-        bandwidth.append(found["read_bandwidth"])
-        for name, row in zip(FORMATS, found["rows"], strict=True):
-            rows.append(
-                {
-                    "dense": LABELS[name],
-                    "batch": batch,
-                    "tokens_per_s": row["decode_rate"],
-                    "ratio": row["ratio"],
-                    "step_s": row["latency"],
-                    "bytes_per_step": row["bytes_per_token"] * batch,
-                    "share_of_read_rate": row["bandwidth_share"],
-                }
-            )
-    return {"read_bytes_per_s": bandwidth, "rows": rows}
+def decode(full: Path, batch: int) -> dict[str, Any]:
+    """Rows by format, of `bench decode`."""
+    dense = [option for name in FORMATS for option in ("--dense", name)]
+    settings = ("--batches", batch, "--depth", DEPTH, "--steps", STEPS, "--rounds", ROUNDS[batch])
+    command = ["bench", "decode", full, *dense, *settings, "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "moe_surgery", *map(str, command)], check=True, stdout=subprocess.PIPE
+    )
+    found = json.loads(done.stdout)
+    return {
+        "batch": batch,
+        "read_bytes_per_s": found["read_bandwidth"],
+        "rows": [
+            {
+                "dense": LABELS[name],
+                "tokens_per_s": row["decode_rate"],
+                "ratio": row["ratio"],
+                "step_s": row["latency"],
+                "bytes_per_step": row["bytes_per_token"] * batch,
+                "share_of_read_rate": row["bandwidth_share"],
+            }
+            for name, row in zip(FORMATS, found["rows"], strict=True)
+        ],
+    }
 
 
 def run_model(full: str, dense: str) -> dict[str, float]:
@@ -91,7 +91,6 @@ def run_model(full: str, dense: str) -> dict[str, float]:
 def prompt(full: Path) -> dict[str, Any]:
     result = {}
     for dense in FORMATS:
-        click.echo(f"{time.strftime('%H:%M:%S')} prompt, {dense}", err=True)
         command = [sys.executable, "-m", f"benchmarks.{NAME}", "--one", dense, "--work", str(full.parent)]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
         result[LABELS[dense]] = json.loads(done.stdout)
@@ -160,37 +159,38 @@ def texts() -> list[dict[str, Any]]:
 
 def page(report: dict[str, Any]) -> list[str]:
     lines = heading("Dense weights in 8 bits beside BF16, CPU", report)
-    if found := report.get("decode"):
-        rates = ", ".join(f"{value / 1e9:.1f}" for value in found["read_bytes_per_s"])
+    if decoded := [found for batch in ROUNDS if (found := report.get(f"batch-{batch}"))]:
         lines += [
             "",
             "## Decoding at full size",
             "",
             f"32 experts, top 4, {DEPTH} tokens in the cache; medians over rounds, smallest and largest in brackets. "
-            f"Plain read loop before every run: {rates} GB/s (medians of the three batch sizes); shares are of the "
-            "one just before.",
+            "Shares are of a plain read loop just before each run; its median is beside them.",
             "",
         ]
         rows: list[tuple[object, ...]] = [
             (
+                found["batch"],
                 row["dense"],
-                row["batch"],
                 interval(row["tokens_per_s"]),
-                "" if row["ratio"] is None or row["dense"] == "BF16" else interval(row["ratio"]),
+                "" if row["dense"] == "BF16" else interval(row["ratio"]),
                 f"{row['step_s'] * 1e3:.0f}",
                 f"{row['bytes_per_step'] / 1e9:.2f}",
                 f"{row['share_of_read_rate']:.2f}",
+                f"{found['read_bytes_per_s'] / 1e9:.1f}",
             )
+            for found in decoded
             for row in found["rows"]
         ]
         columns = (
-            "dense",
             "batch",
+            "dense",
             "tokens/s",
             "to BF16",
             "ms a step",
             "GB a step",
-            "share of the read loop",
+            "share of read loop",
+            "GB/s",
         )
         lines += table(columns, rows)
     if found := report.get("prompt"):
@@ -269,14 +269,15 @@ def main(work: Path, parts: tuple[str, ...], one: str | None) -> None:
     report = begin(
         f"python -m benchmarks.{NAME}: default backend and dtype. Weights are random but for the texts.", work
     )
-    measured = {
-        "decode": lambda: decode(full),
+    measured: dict[str, Callable[[], Any]] = {
+        **{f"batch-{batch}": partial(decode, full, batch) for batch in ROUNDS},
         "prompt": lambda: prompt(full),
         "logits": lambda: logits(full),
         "texts": texts,
     }
     for part in PARTS:
         if part in chosen:
+            click.echo(f"{time.strftime('%H:%M:%S')} {part}", err=True)
             report[part] = measured[part]()
         elif part in before:
             report[part] = before[part]

@@ -108,8 +108,9 @@ struct LanesAvx2 {
         }
     }
     // Dot products of R rows of Q8_0 with T tokens over one WordBlock512. `width`: from one vector of codes to the next.
+    // Prefetches codes `ahead` bytes later.
     template <int R, int T>
-    static void multiply_words(const std::uint8_t* codes, std::ptrdiff_t stride, std::ptrdiff_t width,
+    static void multiply_words(const std::uint8_t* codes, std::ptrdiff_t stride, std::ptrdiff_t width, std::ptrdiff_t ahead,
                                const WordBlock512* const (&x)[T], I (&dots)[R][T]) {
         for (int half = 0; half < 2; ++half) {
             __m256i sums[R][T];
@@ -118,8 +119,9 @@ struct LanesAvx2 {
             }
             for (int k = 0; k < kBlock / 2; ++k) {
                 for (int r = 0; r < R; ++r) {
-                    const auto* from = reinterpret_cast<const __m128i*>(codes + r * stride + k * width + 16 * half);
-                    const __m256i w = _mm256_cvtepi8_epi16(_mm_loadu_si128(from));
+                    const std::uint8_t* from = codes + r * stride + k * width + 16 * half;
+                    if (half == 0 && k % 2 == 0) prefetch(from + ahead);
+                    const __m256i w = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
                     for (int t = 0; t < T; ++t) {
                         const __m256i products = _mm256_madd_epi16(w, bytes(x[t]->words[k] + kLanes * half));
                         sums[r][t] = _mm256_add_epi32(sums[r][t], products);

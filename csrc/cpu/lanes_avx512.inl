@@ -11,7 +11,7 @@ struct LanesAvx512 {
         __m512i at[4];
     };
     static constexpr int kRows = 5, kTokens = 4, kPackedRows = 2, kColumnRows = 4, kValueHeads = 4;
-    static constexpr int kWordRows = 4, kWordTokens = 4;
+    static constexpr int kWordRows = 6, kWordTokens = 4;
 
     static F zero() { return _mm512_setzero_ps(); }
     static F set(float x) { return _mm512_set1_ps(x); }
@@ -152,8 +152,9 @@ struct LanesAvx512 {
         }
     }
     // Dot products of R rows of Q8_0 with T tokens over one WordBlock512. `width`: from one vector of codes to the next.
+    // Prefetches codes `ahead` bytes later.
     template <int R, int T>
-    static void multiply_words(const std::uint8_t* codes, std::ptrdiff_t stride, std::ptrdiff_t width,
+    static void multiply_words(const std::uint8_t* codes, std::ptrdiff_t stride, std::ptrdiff_t width, std::ptrdiff_t ahead,
                                const WordBlock512* const (&x)[T], I (&dots)[R][T]) {
         for (int r = 0; r < R; ++r) {
             for (int t = 0; t < T; ++t) dots[r][t] = _mm512_setzero_si512();
@@ -163,8 +164,9 @@ struct LanesAvx512 {
             I words[T];
             for (int t = 0; t < T; ++t) words[t] = pin_register(_mm512_load_si512(x[t]->words[k]));
             for (int r = 0; r < R; ++r) {
-                const auto* from = reinterpret_cast<const __m256i*>(codes + r * stride + k * width);
-                const I w = _mm512_cvtepi8_epi16(_mm256_loadu_si256(from));
+                const std::uint8_t* from = codes + r * stride + k * width;
+                if (k % 2 == 0) prefetch(from + ahead);
+                const I w = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
                 for (int t = 0; t < T; ++t) dots[r][t] = dot_words(dots[r][t], w, words[t]);
             }
         }

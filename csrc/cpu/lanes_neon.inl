@@ -134,8 +134,9 @@ struct LanesNeon {
         }
     }
     // Dot products of R rows of Q8_0 with T tokens over one WordBlock512. `width`: from one vector of codes to the next.
+    // Prefetches codes `ahead` bytes later.
     template <int R, int T>
-    static void multiply_words(const std::uint8_t* codes, std::ptrdiff_t stride, std::ptrdiff_t width,
+    static void multiply_words(const std::uint8_t* codes, std::ptrdiff_t stride, std::ptrdiff_t width, std::ptrdiff_t ahead,
                                const WordBlock512* const (&x)[T], I (&dots)[R][T]) {
         for (int four = 0; four < 4; ++four) {
             // The products of a lane lie side by side: two lanes in each vector.
@@ -145,7 +146,9 @@ struct LanesNeon {
             }
             for (int k = 0; k < kBlock / 2; ++k) {
                 for (int r = 0; r < R; ++r) {
-                    const int16x8_t w = vmovl_s8(vreinterpret_s8_u8(vld1_u8(codes + r * stride + k * width + 8 * four)));
+                    const std::uint8_t* from = codes + r * stride + k * width + 8 * four;
+                    if (four == 0 && k % 2 == 0) prefetch(from + ahead);
+                    const int16x8_t w = vmovl_s8(vreinterpret_s8_u8(vld1_u8(from)));
                     for (int t = 0; t < T; ++t) {
                         const int16x8_t words = vld1q_s16(x[t]->words[k] + 8 * four);
                         low[r][t] = vmlal_s16(low[r][t], vget_low_s16(w), vget_low_s16(words));

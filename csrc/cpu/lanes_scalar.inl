@@ -103,7 +103,7 @@ struct LanesScalar {
     }
     // Dot products of R rows of Q8_0 with T tokens over one WordBlock512. `width`: from one vector of codes to the next.
     template <int R, int T>
-    static void multiply_words(const std::uint8_t* codes, std::ptrdiff_t stride, std::ptrdiff_t width,
+    static void multiply_words(const std::uint8_t* codes, std::ptrdiff_t stride, std::ptrdiff_t width, std::ptrdiff_t,
                                const WordBlock512* const (&x)[T], I (&dots)[R][T]) {
         for (int r = 0; r < R; ++r) {
             for (int t = 0; t < T; ++t) {

@@ -13,8 +13,8 @@ namespace {
 constexpr std::ptrdiff_t kPieceBytes = 96 << 10;
 // Tokens that a thread multiplies with one piece of weights at a time, so that both stay in its cache.
 constexpr std::ptrdiff_t kTokensAtOnce = 32;
-// Rows of a piece are a multiple of every kernel's tile.
-constexpr std::ptrdiff_t kTileRows = 8;
+// Rows of a piece: a multiple of a kernel's tile.
+constexpr std::ptrdiff_t kTileRows = 6;
 
 }  // namespace
 

@@ -24,21 +24,17 @@ struct Q8_0 {
             for (int t = 0; t < T; ++t) sums[r][t] = V::zero();
         }
         for (std::ptrdiff_t s = 0; s < full; ++s) {
-            for (int r = 0; r < R; ++r) {
-                const std::uint8_t* from = codes + r * weight.stride + s * kActBlock + ahead;
-                for (int line = 0; line < kActBlock; line += 64) prefetch(from + line);
-            }
-            multiply<R, T>(codes + s * kActBlock, weight.stride, kLanes, x, s, sums, [&](int r) {
-                return V::f16(scales + r * weight.stride + 2 * s * kLanes);
+            multiply<R, T>(codes + s * kActBlock, weight.stride, kLanes, ahead, x, s, sums, [&](int r) {
+                const std::uint8_t* from = scales + r * weight.stride + 2 * s * kLanes;
+                prefetch(from + ahead);
+                return V::f16(from);
             });
         }
         if (const std::ptrdiff_t count = num_blocks - full * kLanes) {
-            for (int r = 0; r < R; ++r) {
-                const std::uint8_t* from = codes + r * weight.stride + full * kActBlock + ahead;
-                for (std::ptrdiff_t line = 0; line < weight.stride - full * kActBlock; line += 64) prefetch(from + line);
-            }
-            multiply<R, T>(codes + full * kActBlock, weight.stride, count, x, full, sums, [&](int r) {
-                return Math::template lanes_partial<typename Math::F16>(scales + r * weight.stride + 2 * full * kLanes, count);
+            multiply<R, T>(codes + full * kActBlock, weight.stride, count, ahead, x, full, sums, [&](int r) {
+                const std::uint8_t* from = scales + r * weight.stride + 2 * full * kLanes;
+                prefetch(from + ahead);
+                return Math::template lanes_partial<typename Math::F16>(from, count);
             });
         }
         for (int r = 0; r < R; ++r) {
@@ -46,15 +42,15 @@ struct Q8_0 {
         }
     }
 
-    // `count` blocks of each row with WordBlock512 s. Where there are fewer than 16, the vectors of codes reach past
-    // theirs, to bytes of the same row (see q8_0_row_bytes), which meet activations that are 0.
+    // `count` blocks of each row with WordBlock512 s, prefetching what is `ahead`. Where there are fewer than 16, the
+    // vectors of codes reach past theirs, to bytes of the same row (see q8_0_row_bytes), which meet activations of 0.
     template <int R, int T, class Scales>
-    static inline void multiply(const std::uint8_t* codes, std::ptrdiff_t stride, std::ptrdiff_t count, const Words* x,
-                                std::ptrdiff_t s, F (&sums)[R][T], Scales scales_of) {
+    static inline void multiply(const std::uint8_t* codes, std::ptrdiff_t stride, std::ptrdiff_t count, std::ptrdiff_t ahead,
+                                const Words* x, std::ptrdiff_t s, F (&sums)[R][T], Scales scales_of) {
         const WordBlock512* word_blocks[T];
         for (int t = 0; t < T; ++t) word_blocks[t] = x[t] + s;
         typename V::I dots[R][T];
-        V::template multiply_words<R, T>(codes, stride, 2 * count, word_blocks, dots);
+        V::template multiply_words<R, T>(codes, stride, 2 * count, ahead, word_blocks, dots);
         for (int r = 0; r < R; ++r) {
             const F scales = scales_of(r);
             for (int t = 0; t < T; ++t) {
@@ -64,25 +60,26 @@ struct Q8_0 {
         }
     }
 
-    template <int R>
-    static void q8_0_some_rows(const DenseRows& weight, std::ptrdiff_t row, const Words* x, std::ptrdiff_t tokens,
-                               float* y, std::ptrdiff_t y_stride) {
-        std::ptrdiff_t t = 0;
-        const auto run = [&](auto tile, std::ptrdiff_t count) {
-            for (; tokens - t >= count; t += count) tile(weight, row, x + t, y + t * y_stride, y_stride);
-        };
-        if constexpr (V::kWordTokens >= 4) run(q8_0_tile<R, 4>, 4);
-        run(q8_0_tile<R, 2>, 2);
-        run(q8_0_tile<R, 1>, 1);
+    // All rows for T tokens before the next ones: activations stay in the L1 cache, codes in L2.
+    template <int T>
+    static void q8_0_some_tokens(const DenseRows& weight, std::ptrdiff_t first, std::ptrdiff_t last, const Words* x,
+                                 float* y, std::ptrdiff_t y_stride) {
+        std::ptrdiff_t r = first;
+        for (; last - r >= V::kWordRows; r += V::kWordRows) {
+            q8_0_tile<V::kWordRows, T>(weight, r, x, y + r - first, y_stride);
+        }
+        for (; r < last; ++r) q8_0_tile<1, T>(weight, r, x, y + r - first, y_stride);
     }
 
     static void q8_0_rows(const DenseRows& weight, std::ptrdiff_t first, std::ptrdiff_t last, const Words* x,
                           std::ptrdiff_t tokens, float* y, std::ptrdiff_t y_stride) {
-        std::ptrdiff_t r = first;
-        for (; last - r >= V::kWordRows; r += V::kWordRows) {
-            q8_0_some_rows<V::kWordRows>(weight, r, x, tokens, y + r - first, y_stride);
-        }
-        for (; r < last; ++r) q8_0_some_rows<1>(weight, r, x, tokens, y + r - first, y_stride);
+        std::ptrdiff_t t = 0;
+        const auto run = [&](auto some_tokens, std::ptrdiff_t count) {
+            for (; tokens - t >= count; t += count) some_tokens(weight, first, last, x + t, y + t * y_stride, y_stride);
+        };
+        if constexpr (V::kWordTokens >= 4) run(q8_0_some_tokens<4>, 4);
+        run(q8_0_some_tokens<2>, 2);
+        run(q8_0_some_tokens<1>, 1);
     }
 };
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -97,29 +97,42 @@ def test_a_tied_unembedding_is_quantised_and_the_embedding_is_not(tmp_path: Path
     check_values(load_model(folder, dense="q8_0"), load_model(folder), file)
 
 
-def test_logits_are_those_of_a_model_with_the_files_values(tiny: Path, tiny_file: Read, backend: str) -> None:
-    ids = draw_ids(2, 100, 2048)
-    expected = with_values(load_model(tiny, dtype=torch.float32, backend="reference"), tiny_file)(ids)
-    got = load_model(tiny, dtype=torch.float32, backend=backend, dense="q8_0")(ids)
-    worst = (got - expected).abs().amax(dim=-1).flatten()
+@dataclass(frozen=True)
+class Logits:
+    """Of the reference in float32, for `ids`: with matrices as stored, and with the values of the file."""
+
+    ids: torch.Tensor
+    stored: torch.Tensor
+    quantised: torch.Tensor
+
+
+@pytest.fixture(scope="module")
+def expected(tiny: Path, tiny_file: Read) -> Logits:
+    ids = draw_ids(1, 64, 2048)
+    model = load_model(tiny, dtype=torch.float32, backend="reference")
+    stored = model(ids)
+    return Logits(ids, stored, with_values(model, tiny_file)(ids))
+
+
+def test_logits_are_those_of_a_model_with_the_files_values(
+    tiny: Path, expected: Logits, backend: str
+) -> None:
+    got = load_model(tiny, dtype=torch.float32, backend=backend, dense="q8_0")(expected.ids)
+    worst = (got - expected.quantised).abs().amax(dim=-1).flatten()
     # Rounding activations to 16 bits sends a token to another expert now and then.
     assert (worst.max() if backend == "reference" else worst.median()) <= TOLERANCE[backend]
-    plain = load_model(tiny, dtype=torch.float32, backend=backend)(ids)
-    assert (plain - expected).abs().median() > 10 * (got - expected).abs().median()
+    assert (expected.stored - expected.quantised).abs().amax(dim=-1).median() > 10 * worst.median()
 
 
-def test_half_precision_is_as_near_as_with_bf16_matrices(tiny: Path, tiny_file: Read, backend: str) -> None:
-    ids = draw_ids(1, 100, 2048)
-    expected = with_values(load_model(tiny, dtype=torch.float32, backend="reference"), tiny_file)(ids)
-    exact = load_model(tiny, dtype=torch.float32, backend="reference")(ids)
-
+def test_half_precision_is_as_near_as_with_bf16_matrices(tiny: Path, expected: Logits, backend: str) -> None:
     def error(logits: torch.Tensor, of: torch.Tensor) -> float:
         return float((logits - of).norm(dim=-1).median())
 
     kept, q8_0 = (
-        load_model(tiny, dtype=torch.bfloat16, backend=backend, dense=d)(ids) for d in ("keep", "q8_0")
+        load_model(tiny, dtype=torch.bfloat16, backend=backend, dense=d)(expected.ids)
+        for d in ("keep", "q8_0")
     )
-    assert error(q8_0, expected) <= 1.3 * error(kept, exact)
+    assert error(q8_0, expected.quantised) <= 1.5 * error(kept, expected.stored)
 
 
 # --- bits
