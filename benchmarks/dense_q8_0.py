@@ -36,7 +36,7 @@ NAME = "dense_q8_0"
 FORMATS = ("keep", "q8_0")
 LABELS = {"keep": "BF16", "q8_0": "Q8_0"}
 DEPTH, STEPS = 16, 8
-ROUNDS = {1: 7, 8: 5, 16: 3}
+ROUNDS = {1: 5, 8: 3, 16: 3}
 PARTS = (*(f"batch-{batch}" for batch in ROUNDS), "prompt", "logits", "texts")
 PROMPT, NEW_TOKENS = 512, 16
 DOCUMENTS, SEED = 24, 3
@@ -265,23 +265,19 @@ def main(work: Path, parts: tuple[str, ...], one: str | None) -> None:
     chosen = parts or PARTS
     if not full.exists() and set(chosen) != {"texts"}:
         make_checkpoint(full, gpt_oss_20b(), 3)
-    before = load(NAME) or {}
-    report = begin(
-        f"python -m benchmarks.{NAME}: default backend and dtype. Weights are random but for the texts.", work
-    )
     measured: dict[str, Callable[[], Any]] = {
         **{f"batch-{batch}": partial(decode, full, batch) for batch in ROUNDS},
         "prompt": lambda: prompt(full),
         "logits": lambda: logits(full),
         "texts": texts,
     }
-    for part in PARTS:
-        if part in chosen:
-            click.echo(f"{time.strftime('%H:%M:%S')} {part}", err=True)
-            report[part] = measured[part]()
-        elif part in before:
-            report[part] = before[part]
-    publish(NAME, report, page(report))
+    for part in chosen:
+        click.echo(f"{time.strftime('%H:%M:%S')} {part}", err=True)
+        found = measured[part]()
+        how = f"python -m benchmarks.{NAME}: default backend and dtype. Weights are random but for the texts."
+        before = load(NAME) or {}
+        report = begin(how, work) | {name: before[name] for name in PARTS if name in before} | {part: found}
+        publish(NAME, report, page(report))
 
 
 if __name__ == "__main__":

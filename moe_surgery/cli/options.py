@@ -96,8 +96,8 @@ def dense_option(command: Command) -> Command:
         type=click.Choice(["keep", "q8_0"]),
         default="keep",
         show_default=True,
-        help="Format in memory of attention's matrices and the unembedding: as stored, or 8 bits with the values of "
-        "export --dense q8_0: half the bytes of BF16 per token, a few seconds to load.",
+        help="Format of dense matrices (attention, unembedding) in memory; q8_0 takes half the bytes of BF16, and a "
+        "step reads as much less.",
     )(command)
 
 

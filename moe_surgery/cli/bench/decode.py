@@ -35,11 +35,9 @@ if TYPE_CHECKING:
 @click.option("--rounds", default=3, show_default=True, help="Rounds; each measures every model once.")
 @click.option(
     "--dense",
-    "dense_formats",
     type=click.Choice(["keep", "q8_0"]),
     multiple=True,
-    help="Format in memory of attention's matrices and the unembedding (see generate); repeat to compare; default: "
-    "keep.",
+    help="Format of dense matrices (attention, unembedding) in memory; repeat to compare; default: keep.",
 )
 @compute_options
 @plot_option
@@ -54,7 +52,7 @@ def command(
     depth: int,
     steps: int,
     rounds: int,
-    dense_formats: tuple[str, ...],
+    dense: tuple[str, ...],
     compute: Compute,
     plot: Path | None,
 ) -> None:
@@ -78,9 +76,9 @@ def command(
     terminal = terminal_of(context)
     check_plot(plot)
     models: dict[str, CausalLM] = {}
-    for dense in dict.fromkeys(dense_formats or ("keep",)):
-        suffix = "" if dense == "keep" else f", dense {dense}"
-        loaded = {name: load_model(name, dense=dense, **compute.arguments()) for name in ckpts}
+    for chosen in dict.fromkeys(dense or ("keep",)):
+        suffix = "" if chosen == "keep" else f", dense {chosen}"
+        loaded = {name: load_model(name, dense=chosen, **compute.arguments()) for name in ckpts}
         views = _views(ckpts[0], loaded[ckpts[0]], expert_counts or [], ranking)
         models |= {name + suffix: model for name, model in (loaded | views).items()}
     full = next(iter(models.values()))
