@@ -39,7 +39,7 @@ DEPTH, STEPS = 16, 8
 ROUNDS = {1: 5, 8: 3, 16: 3}
 PARTS = (*(f"batch-{batch}" for batch in ROUNDS), "prompt", "logits", "texts")
 PROMPT, NEW_TOKENS = 512, 16
-DOCUMENTS, SEED = 12, 3
+DOCUMENTS, SEED = 8, 3
 EXAMPLE = "example:tiny"
 
 
