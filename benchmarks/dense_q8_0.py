@@ -7,7 +7,8 @@ and `batch-16` load it twice in one process and decode in turns (`bench decode`)
 seconds to load, a prompt of 512 tokens, and memory after decoding. `logits` is what 8 bits change in the logits at
 full size, beside what BF16 activations change; routers of random weights have near ties that any rounding
 decides, so the median token counts. `texts` is the same on the bundled model, as KL divergence on generated
-texts of its five domains (questions it was trained on, with answers, and running text). Each part replaces its figures in benchmarks/results/.
+texts of its five domains (questions it was trained on, with answers, and running text). Each part replaces its
+figures in benchmarks/results/.
 """
 
 from __future__ import annotations
