@@ -47,7 +47,8 @@ inline float value_at(const Values& values, std::ptrdiff_t i) {
     switch (values.dtype) {
         case Dtype::f16: return f16_at(values.data, i);
         case Dtype::f32: return f32_at(values.data, i);
-        case Dtype::bf16: break;
+        case Dtype::bf16:
+        case Dtype::q8_0: break;  // no values alone
     }
     return bf16_at(values.data, i);
 }
@@ -62,6 +63,7 @@ inline void add_values(const Values& values, std::ptrdiff_t first, std::ptrdiff_
         case Dtype::bf16: return add(bf16_at);
         case Dtype::f16: return add(f16_at);
         case Dtype::f32: return add(f32_at);
+        case Dtype::q8_0: break;
     }
 }
 

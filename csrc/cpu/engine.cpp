@@ -59,11 +59,13 @@ const std::vector<const Kernels*>& available_kernels() {
 const Kernels& select_kernels(const std::string& name) { return isa::select(available_kernels(), name); }
 
 void Engine::products(const float* x, std::ptrdiff_t tokens, const std::vector<Product>& products) const {
-    std::vector<Product> tiled, by_rows;
+    std::vector<Product> tiled, q8_0, by_rows;
     for (const Product& product : products) {
-        (tiles_ && product.weight.dtype == Dtype::bf16 ? tiled : by_rows).push_back(product);
+        const Dtype dtype = product.weight.dtype;
+        (dtype == Dtype::q8_0 ? q8_0 : tiles_ && dtype == Dtype::bf16 ? tiled : by_rows).push_back(product);
     }
     if (tokens && !tiled.empty()) tiled_products(x, tokens, tiled);
+    if (tokens && !q8_0.empty()) q8_0_products(x, tokens, q8_0);
     if (tokens && !by_rows.empty()) row_products(x, tokens, by_rows);
 }
 

@@ -1,6 +1,6 @@
 // The operations of a model, over one instruction set and a number of threads.
 //
-// Tokens' activations are float32, contiguous rows; products with MXFP4 weights round them to 16-bit integers.
+// Tokens' activations are float32, contiguous rows; products with MXFP4 and Q8_0 weights round them to 16-bit integers.
 // Results do not depend on the number of threads or on which tokens are computed together. They do depend on
 // whether products are tiled (see tiles.hpp): for many tokens that is several times faster, where the instruction
 // set has it.
@@ -125,6 +125,7 @@ class Engine {
     void tiled_products(const float* x, std::ptrdiff_t tokens, const std::vector<Product>& products) const;
     void row_experts(const float* x, const Choices& choices, const ExpertLayer& layer, const SlotOutputs& outputs) const;
     void tiled_experts(const float* x, const Choices& choices, const ExpertLayer& layer, const SlotOutputs& outputs) const;
+    void q8_0_products(const float* x, std::ptrdiff_t tokens, const std::vector<Product>& products) const;
 
     const Kernels& kernels_;
     const int threads_;

@@ -1,7 +1,7 @@
 // Products with weights as a checkpoint stores them: the interface of the instruction sets.
 //
-// Activations are float32, those of MXFP4 products rounded to 16-bit integers (see ActBlock512). A product's
-// value is the sum of 16 partial sums ("lanes"), each added up in the order of the columns, then combined in a
+// Activations are float32, those of MXFP4 and Q8_0 products rounded to 16-bit integers (see ActBlock512 and
+// WordBlock512). A product's value is the sum of 16 partial sums ("lanes"), each added up in the order of the columns, then combined in a
 // fixed tree; which lane a column belongs to is part of the format below. So a value depends only on its row and
 // its activations: not on the tile, the other tokens of a call, the threads or the instruction set.
 //
@@ -26,9 +26,9 @@ constexpr std::ptrdiff_t act_blocks_of(std::ptrdiff_t columns) { return (columns
 // The MXFP4 block of an ActBlock512 in a lane: the order that results from transposing 4 x 4 words.
 constexpr std::ptrdiff_t block_of(std::ptrdiff_t lane) { return lane % 4 * 4 + lane / 4; }
 
-// The dtype of dense weights. Each converts to float32 exactly, so the same values in another dtype give the
-// same bits.
-enum class Dtype : std::uint8_t { bf16, f16, f32 };
+// The dtype of dense weights. BF16, F16 and F32 convert to float32 exactly, so the same values in another dtype
+// give the same bits. Q8_0 is for rows of products alone (see q8_0_rows).
+enum class Dtype : std::uint8_t { bf16, f16, f32, q8_0 };
 
 constexpr std::ptrdiff_t bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
@@ -83,6 +83,19 @@ struct alignas(64) ActBlock512 {
 constexpr float kQuantMax = 32639.0f;  // 256 * 127 + 127
 using Quantized = const ActBlock512*;
 
+// Activations for rows of Q8_0: 512 columns, zeros after the last, as integers of 16 bits (the largest magnitude of
+// a block of 32 is kQuantMax). Lane i works on block i.
+struct alignas(64) WordBlock512 {
+    std::int16_t words[kBlock / 2][2 * kLanes];  // lane i of vector k: columns 2k and 2k + 1 of block i
+    float factors[kLanes];                       // of each lane: a unit's value
+};
+using Words = const WordBlock512*;
+
+// Bytes of a row of Q8_0 in memory: see q8_0_rows.
+constexpr std::ptrdiff_t q8_0_row_bytes(std::ptrdiff_t columns) {
+    return (columns + columns / kBlock * 2 + 63) / 64 * 64;
+}
+
 // Query heads that read a key-value head's keys together.
 constexpr int kHeadsAtOnce = 4;
 
@@ -113,12 +126,20 @@ struct Kernels {
     // x[columns] to the activations of DenseRows and Mxfp4Rows.
     void (*deinterleave)(const float* x, std::ptrdiff_t columns, float* out);
     void (*quantize)(const float* x, std::ptrdiff_t columns, ActBlock512* act_blocks);
+    void (*quantize_words)(const float* x, std::ptrdiff_t columns, WordBlock512* word_blocks);
 
     // y[t * y_stride + r - first] = row r times token t, for rows first <= r < last.
     void (*dense_rows)(const DenseRows& weight, std::ptrdiff_t first, std::ptrdiff_t last, const Deinterleaved* x,
                        std::ptrdiff_t tokens, float* y, std::ptrdiff_t y_stride);
     void (*mxfp4_rows)(const Mxfp4Rows& weight, std::ptrdiff_t first, std::ptrdiff_t last,
                        const Quantized* x, std::ptrdiff_t tokens, float* y, std::ptrdiff_t y_stride);
+
+    // The same for rows of Q8_0, whose columns are a multiple of 32: value = code * scale of its block. A row is
+    // q8_0_row_bytes(columns) bytes, 512 columns (n = 16 blocks) at a time, the rest (n < 16 blocks) last: byte
+    // 2 (n k + i) + c is the code of column 2k + c of block i, for k < 16, i < n and c < 2. After all codes
+    // follow the scales as F16, in the order of the blocks, and padding.
+    void (*q8_0_rows)(const DenseRows& weight, std::ptrdiff_t first, std::ptrdiff_t last, const Words* x,
+                      std::ptrdiff_t tokens, float* y, std::ptrdiff_t y_stride);
 
     // The same for a weight stored transposed: column c is the values from data + c * stride, one a
     // row. Each value is one sum over the columns in their order. x holds plain activations.

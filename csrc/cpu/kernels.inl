@@ -5,6 +5,7 @@
 #include "dense_transposed.inl"
 #include "elementwise.inl"
 #include "mxfp4_rows.inl"
+#include "q8_0_rows.inl"
 
 namespace moe_surgery::cpu {
 namespace {
@@ -14,8 +15,10 @@ constexpr Kernels kernels_over(const char* name) {
     return {name,
             Activations<V>::deinterleave,
             Activations<V>::quantize,
+            Activations<V>::quantize_words,
             Dense<V>::dense_rows,
             Mxfp4<V>::mxfp4_rows,
+            Q8_0<V>::q8_0_rows,
             DenseTransposed<V>::dense_transposed,
             Elementwise<V>::swiglu,
             Elementwise<V>::rms_norm,

@@ -72,6 +72,7 @@ struct LaneMath {
             case Dtype::bf16: return run(Bf16{});
             case Dtype::f16: return run(F16{});
             case Dtype::f32: return run(F32{});
+            case Dtype::q8_0: break;  // see q8_0_rows.inl
         }
     }
 

@@ -16,6 +16,7 @@ struct LanesAvx2 {
         const std::uint8_t* bytes() const { return from ? from : padded; }
     };
     static constexpr int kRows = 2, kTokens = 2, kPackedRows = 1, kColumnRows = 1, kValueHeads = 1;
+    static constexpr int kWordRows = 2, kWordTokens = 2;
 
     static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
     static F set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
@@ -104,6 +105,32 @@ struct LanesAvx2 {
             for (int t = 0; t < T; ++t) dots[r][t].low = some_dot(*x[t], 0, [&](int j) { return w[j]; });
             weights(packed[r].bytes() + 32, w);
             for (int t = 0; t < T; ++t) dots[r][t].high = some_dot(*x[t], 32, [&](int j) { return w[j]; });
+        }
+    }
+    // Dot products of R rows of Q8_0 with T tokens over one WordBlock512. `width`: from one vector of codes to the next.
+    // Prefetches codes `ahead` bytes later.
+    template <int R, int T>
+    static void multiply_words(const std::uint8_t* codes, std::ptrdiff_t stride, std::ptrdiff_t width, std::ptrdiff_t ahead,
+                               const WordBlock512* const (&x)[T], I (&dots)[R][T]) {
+        for (int half = 0; half < 2; ++half) {
+            __m256i sums[R][T];
+            for (int r = 0; r < R; ++r) {
+                for (int t = 0; t < T; ++t) sums[r][t] = _mm256_setzero_si256();
+            }
+            for (int k = 0; k < kBlock / 2; ++k) {
+                for (int r = 0; r < R; ++r) {
+                    const std::uint8_t* from = codes + r * stride + k * width + 16 * half;
+                    if (half == 0 && k % 2 == 0) prefetch(from + ahead);
+                    const __m256i w = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+                    for (int t = 0; t < T; ++t) {
+                        const __m256i products = _mm256_madd_epi16(w, bytes(x[t]->words[k] + kLanes * half));
+                        sums[r][t] = _mm256_add_epi32(sums[r][t], products);
+                    }
+                }
+            }
+            for (int r = 0; r < R; ++r) {
+                for (int t = 0; t < T; ++t) (half ? dots[r][t].high : dots[r][t].low) = sums[r][t];
+            }
         }
     }
     static F scales(const std::uint8_t* p) {

@@ -11,6 +11,7 @@ struct LanesAvx512 {
         __m512i at[4];
     };
     static constexpr int kRows = 5, kTokens = 4, kPackedRows = 2, kColumnRows = 4, kValueHeads = 4;
+    static constexpr int kWordRows = 6, kWordTokens = 4;
 
     static F zero() { return _mm512_setzero_ps(); }
     static F set(float x) { return _mm512_set1_ps(x); }
@@ -148,6 +149,34 @@ struct LanesAvx512 {
             return _mm512_dpbusd_epi32(sums, w, x);
         } else {
             return _mm512_add_epi32(sums, _mm512_madd_epi16(_mm512_maddubs_epi16(w, x), _mm512_set1_epi16(1)));
+        }
+    }
+    // Dot products of R rows of Q8_0 with T tokens over one WordBlock512. `width`: from one vector of codes to the next.
+    // Prefetches codes `ahead` bytes later.
+    template <int R, int T>
+    static void multiply_words(const std::uint8_t* codes, std::ptrdiff_t stride, std::ptrdiff_t width, std::ptrdiff_t ahead,
+                               const WordBlock512* const (&x)[T], I (&dots)[R][T]) {
+        for (int r = 0; r < R; ++r) {
+            for (int t = 0; t < T; ++t) dots[r][t] = _mm512_setzero_si512();
+        }
+#pragma GCC unroll 16
+        for (int k = 0; k < kBlock / 2; ++k) {
+            I words[T];
+            for (int t = 0; t < T; ++t) words[t] = pin_register(_mm512_load_si512(x[t]->words[k]));
+            for (int r = 0; r < R; ++r) {
+                const std::uint8_t* from = codes + r * stride + k * width;
+                if (k % 2 == 0) prefetch(from + ahead);
+                const I w = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+                for (int t = 0; t < T; ++t) dots[r][t] = dot_words(dots[r][t], w, words[t]);
+            }
+        }
+    }
+    // Adds two products of 16-bit integers to each lane.
+    static I dot_words(I sums, I w, I x) {
+        if constexpr (Vnni) {
+            return _mm512_dpwssd_epi32(sums, w, x);
+        } else {
+            return _mm512_add_epi32(sums, _mm512_madd_epi16(w, x));
         }
     }
     static F scales(const std::uint8_t* p) {

@@ -14,6 +14,7 @@ struct LanesNeon {
         int8x16_t at[4][8];
     };
     static constexpr int kRows = 2, kTokens = 2, kPackedRows = 1, kColumnRows = 1, kValueHeads = 1;
+    static constexpr int kWordRows = 2, kWordTokens = 2;
 
     template <class Each>
     static F each(Each value) { return {{value(0), value(1), value(2), value(3)}}; }
@@ -129,6 +130,34 @@ struct LanesNeon {
                 for (int four = 0; four < 4; ++four) {
                     dots[r][t].at[four] = dot(*x[t], four, [&](int j) { return w[r].at[four][j]; });
                 }
+            }
+        }
+    }
+    // Dot products of R rows of Q8_0 with T tokens over one WordBlock512. `width`: from one vector of codes to the next.
+    // Prefetches codes `ahead` bytes later.
+    template <int R, int T>
+    static void multiply_words(const std::uint8_t* codes, std::ptrdiff_t stride, std::ptrdiff_t width, std::ptrdiff_t ahead,
+                               const WordBlock512* const (&x)[T], I (&dots)[R][T]) {
+        for (int four = 0; four < 4; ++four) {
+            // The products of a lane lie side by side: two lanes in each vector.
+            int32x4_t low[R][T], high[R][T];
+            for (int r = 0; r < R; ++r) {
+                for (int t = 0; t < T; ++t) low[r][t] = high[r][t] = vdupq_n_s32(0);
+            }
+            for (int k = 0; k < kBlock / 2; ++k) {
+                for (int r = 0; r < R; ++r) {
+                    const std::uint8_t* from = codes + r * stride + k * width + 8 * four;
+                    if (four == 0 && k % 2 == 0) prefetch(from + ahead);
+                    const int16x8_t w = vmovl_s8(vreinterpret_s8_u8(vld1_u8(from)));
+                    for (int t = 0; t < T; ++t) {
+                        const int16x8_t words = vld1q_s16(x[t]->words[k] + 8 * four);
+                        low[r][t] = vmlal_s16(low[r][t], vget_low_s16(w), vget_low_s16(words));
+                        high[r][t] = vmlal_high_s16(high[r][t], w, words);
+                    }
+                }
+            }
+            for (int r = 0; r < R; ++r) {
+                for (int t = 0; t < T; ++t) dots[r][t].at[four] = vpaddq_s32(low[r][t], high[r][t]);
             }
         }
     }

@@ -14,6 +14,7 @@ struct LanesScalar {
         std::int8_t at[8][64];
     };
     static constexpr int kRows = 1, kTokens = 2, kPackedRows = 1, kColumnRows = 1, kValueHeads = 1;
+    static constexpr int kWordRows = 1, kWordTokens = 2;
 
     template <class Each>
     static F each(Each value) {
@@ -99,6 +100,20 @@ struct LanesScalar {
             for (int i = 0; i < 64; ++i) sums.at[i / 4] += w[64 * j + i] * (256 * x.high[j][i] + x.low[j][i]);
         }
         return sums;
+    }
+    // Dot products of R rows of Q8_0 with T tokens over one WordBlock512. `width`: from one vector of codes to the next.
+    template <int R, int T>
+    static void multiply_words(const std::uint8_t* codes, std::ptrdiff_t stride, std::ptrdiff_t width, std::ptrdiff_t,
+                               const WordBlock512* const (&x)[T], I (&dots)[R][T]) {
+        for (int r = 0; r < R; ++r) {
+            for (int t = 0; t < T; ++t) {
+                dots[r][t] = {};
+                for (int k = 0; k < kBlock / 2; ++k) {
+                    const auto* from = reinterpret_cast<const std::int8_t*>(codes + r * stride + k * width);
+                    for (int i = 0; i < 2 * kLanes; ++i) dots[r][t].at[i / 2] += from[i] * x[t]->words[k][i];
+                }
+            }
+        }
     }
     static F scales(const std::uint8_t* p) {
         return each([&](int i) { return from_bits(static_cast<std::uint32_t>(p[block_of(i)]) << 23); });

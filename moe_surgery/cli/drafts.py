@@ -94,7 +94,7 @@ def load_draft(
         if plan is not None and top_k is not None:
             check_top_k(top_k, max(map(len, plan.layers)), f"{plan_file} keeps", "draft_top_k")
         return view(target, plan, top_k, name=ckpt)
-    model = load_model(draft, target.device, target.dtype, backend=target.backend.name)
+    model = load_model(draft, target.device, target.dtype, backend=target.backend.name, dense=target.dense)
     check_pair(target, model)
     if not Text(ckpt).same_tokens(Text(draft)):
         raise UsageError(f"--draft {draft}: its tokenizer has other token ids than that of {ckpt}")

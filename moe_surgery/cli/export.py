@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     type=click.Choice(["keep", "q8_0"]),
     default="keep",
     show_default=True,
-    help="Format of attention, embedding and unembedding matrices; q8_0, as in published gpt-oss GGUF files, takes "
-    "half the bytes of BF16.",
+    help="Format of dense matrices (attention, embedding, unembedding); q8_0, as in published gpt-oss GGUF files, "
+    "takes half the bytes of BF16.",
 )
 @click.option("--name", help="Model name in the file; default: the checkpoint's folder.")
 @click.option(

@@ -14,6 +14,7 @@ from moe_surgery.cli.options import (
     Compute,
     common,
     compute_options,
+    dense_option,
     needs_torch,
     router_top_k,
     terminal_of,
@@ -96,6 +97,7 @@ class Settings(TypedDict):
     metavar="N|auto",
     help="Tokens to draft per step of the model; default: 4.",
 )
+@dense_option
 @compute_options
 @common
 @click.pass_context
@@ -119,6 +121,7 @@ def command(
     draft_plan: Path | None,
     draft_top_k: int | None,
     draft_length: str | None,
+    dense: str,
     compute: Compute,
 ) -> None:
     """Generate text with a full or pruned checkpoint.
@@ -136,6 +139,7 @@ def command(
     moe-surgery generate example:tiny --prompt "12 + 30 =" --max-new-tokens 8
     moe-surgery generate example:tiny --chat "What is 2 + 2?" --temperature 0.7 --seed 1
     moe-surgery generate example:tiny --prompt "12 + 30 =" --draft-top-k 2 --draft-length auto --dtype f32
+    moe-surgery generate example:tiny --prompt "12 + 30 =" --max-new-tokens 8 --dense q8_0
     echo "def main(" | moe-surgery generate example:tiny --max-new-tokens 16
     """
     needs_torch("generate")
@@ -154,7 +158,7 @@ def command(
     tokens = text.encode(rendered if rendered is not None else read_stdin())
     if not tokens:
         raise UsageError("the prompt is empty; pass --prompt TEXT, --chat TEXT, or text on stdin")
-    model = _load(ckpt, compute, plan_file, top_k)
+    model = _load(ckpt, compute, plan_file, top_k, dense)
     terminal.detail(f"{model.backend.name} backend on {model.device}, {len(tokens)} prompt tokens")
     drafter = drafts.load_draft(model, ckpt, draft, draft_plan, draft_top_k)
     if drafter is None and num_draft_tokens is not None:
@@ -181,12 +185,12 @@ def _chat_prompt(text: Text, ckpt: str, chat: str, effort: str | None) -> str:
     return text.chat([{"role": "user", "content": chat}], variables=variables)
 
 
-def _load(ckpt: str, compute: Compute, plan_file: Path | None, top_k: int | None) -> CausalLM:
+def _load(ckpt: str, compute: Compute, plan_file: Path | None, top_k: int | None, dense: str) -> CausalLM:
     from moe_surgery.runtime.load import load_model
     from moe_surgery.selection.plan import load_plan
 
     plan = None if plan_file is None else load_plan(plan_file)
-    return load_model(ckpt, plan=plan, top_k=top_k, **compute.arguments())
+    return load_model(ckpt, plan=plan, top_k=top_k, dense=dense, **compute.arguments())
 
 
 def _run(

@@ -32,6 +32,7 @@ __all__ = [
     "common",
     "compute_options",
     "computed_by",
+    "dense_option",
     "device_option",
     "dtype_name",
     "ignore_unlisted",
@@ -86,6 +87,18 @@ def computed_by(settings: Mapping[str, object]) -> str:
     """One line with backend, device and dtype, from the settings of statistics, a ranking or an evaluation."""
     backend, device, dtype = (settings.get(key) or "unknown" for key in ("backend", "device", "dtype"))
     return f"computed by backend {backend} on device {device} in {dtype}"
+
+
+def dense_option(command: Command) -> Command:
+    """--dense, for commands that decode."""
+    return click.option(
+        "--dense",
+        type=click.Choice(["keep", "q8_0"]),
+        default="keep",
+        show_default=True,
+        help="Format of dense matrices (attention, unembedding) in memory; q8_0 takes half the bytes of BF16, and a "
+        "step reads as much less.",
+    )(command)
 
 
 def device_option(command: Command) -> Command:

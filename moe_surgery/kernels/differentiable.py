@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from moe_surgery.formats import mxfp4
+from moe_surgery.kernels.q8_0 import Matrix, Q8Matrix
 from moe_surgery.kernels.reference.attention import attention, visible
 from moe_surgery.kernels.reference.dense import TorchDense
 from moe_surgery.kernels.reference.experts import swiglu
@@ -41,11 +42,11 @@ class DifferentiableBackend(TorchDense):
     name = "differentiable"
     dtype = torch.float32
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
         y = _frozen(x, weight, None)
         return y if bias is None else y + bias.to(x.dtype)
 
-    def multi_linear(self, x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+    def multi_linear(self, x: Tensor, layers: Sequence[tuple[Matrix, Tensor | None]]) -> list[Tensor]:
         return [self.linear(x, weight, bias) for weight, bias in layers]
 
     def route(self, x: Tensor, weight: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -80,7 +81,7 @@ class DifferentiableBackend(TorchDense):
         return y.to(x.dtype)
 
 
-def _frozen(x: Tensor, weight: Tensor | Weight, expert: int | None) -> Tensor:
+def _frozen(x: Tensor, weight: Matrix | Weight, expert: int | None) -> Tensor:
     result: Tensor = _Frozen.apply(x, weight, expert)  # type: ignore[no-untyped-call]
     return result
 
@@ -89,7 +90,7 @@ class _Frozen(torch.autograd.Function):
     """x [..., columns] @ W.T for a weight W [rows, columns] as stored: of one expert, or dense."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | Weight, expert: int | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Matrix | Weight, expert: int | None) -> Tensor:
         ctx.weight, ctx.expert = weight, expert
         pieces = [x @ values.T for _, values in _pieces(weight, expert, x.dtype)]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
@@ -104,9 +105,9 @@ class _Frozen(torch.autograd.Function):
         return total, None, None
 
 
-def _pieces(weight: Tensor | Weight, expert: int | None, dtype: torch.dtype) -> Iterator[Piece]:
+def _pieces(weight: Matrix | Weight, expert: int | None, dtype: torch.dtype) -> Iterator[Piece]:
     """The weight in runs of rows whose values take about `PIECE_BYTES`."""
-    if isinstance(weight, Tensor):
+    if isinstance(weight, Tensor | Q8Matrix):
         rows, columns = weight.shape
     else:
         rows, columns = weight.rows, weight.columns
@@ -116,9 +117,11 @@ def _pieces(weight: Tensor | Weight, expert: int | None, dtype: torch.dtype) -> 
         yield where, _values(weight, expert, where, dtype)
 
 
-def _values(weight: Tensor | Weight, expert: int | None, where: slice, dtype: torch.dtype) -> Tensor:
+def _values(weight: Matrix | Weight, expert: int | None, where: slice, dtype: torch.dtype) -> Tensor:
     if isinstance(weight, Tensor):
         return weight[where].to(dtype)
+    if isinstance(weight, Q8Matrix):
+        return weight.dequantise(where.start, where.stop).to(dtype)
     assert expert is not None
     if isinstance(weight, DenseWeight):
         return weight.values[expert, :, where].to(dtype).T

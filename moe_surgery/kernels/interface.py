@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from moe_surgery.kernels.q8_0 import Matrix
 from moe_surgery.kernels.weights import ExpertWeights, Layer
 
 __all__ = [
@@ -95,7 +96,7 @@ class DecoderModel:
     shape: DecoderShape
     embedding: Tensor
     norm: Tensor
-    unembedding: Tensor
+    unembedding: Matrix
     rope: Callable[[Tensor], tuple[Tensor, Tensor]]
     dtype: torch.dtype
 
@@ -154,11 +155,12 @@ class DecodeStep(Protocol):
 class Backend(Protocol):
     """One implementation of these operations; the runtime calls nothing else.
 
-    Weights stay as stored, usually BF16 or packed; results have x's dtype.
+    Weights stay as they are given: as stored, usually BF16 or packed, or in Q8_0; results have x's dtype.
     """
 
     name: str
     dtype: torch.dtype  # the default compute dtype
+    reads_q8_0: bool  # whether `linear` takes matrices in Q8_0
     stores_scores: bool  # whether attention holds the scores of all queries, keys and heads at a time
 
     def for_tokens(self, tokens: int) -> Backend:
@@ -199,11 +201,11 @@ class Backend(Protocol):
         """
         ...
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
         """x [..., columns] @ weight [rows, columns].T + bias [rows]."""
         ...
 
-    def multi_linear(self, x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+    def multi_linear(self, x: Tensor, layers: Sequence[tuple[Matrix, Tensor | None]]) -> list[Tensor]:
         """`linear` of one x with each (weight, bias)."""
         ...
 

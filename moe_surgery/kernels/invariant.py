@@ -16,6 +16,7 @@ from moe_surgery.kernels.interface import (
     KVCache,
     MeasuredExperts,
 )
+from moe_surgery.kernels.q8_0 import Matrix
 from moe_surgery.kernels.weights import ExpertWeights, Layer
 
 __all__ = ["SUFFIX", "InvariantBackend"]
@@ -36,6 +37,7 @@ class InvariantBackend:
         self._backend = backend
         self.name = backend.name + SUFFIX
         self.dtype = backend.dtype
+        self.reads_q8_0 = backend.reads_q8_0
         self.stores_scores = backend.stores_scores
 
     def for_tokens(self, tokens: int) -> InvariantBackend:
@@ -62,10 +64,10 @@ class InvariantBackend:
     ) -> MeasuredExperts | None:
         return None
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
         return _by_row(lambda row: self._backend.linear(row, weight, bias), x)
 
-    def multi_linear(self, x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+    def multi_linear(self, x: Tensor, layers: Sequence[tuple[Matrix, Tensor | None]]) -> list[Tensor]:
         return [self.linear(x, weight, bias) for weight, bias in layers]
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

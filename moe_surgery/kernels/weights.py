@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from torch import Tensor
+
+from moe_surgery.kernels.q8_0 import Matrix
 
 __all__ = ["DenseWeight", "ExpertWeights", "Layer", "Mxfp4Weight", "Projection", "Weight"]
 
@@ -47,6 +50,7 @@ class DenseWeight:
 
 
 Weight = Mxfp4Weight | DenseWeight
+AnyMatrix = TypeVar("AnyMatrix", bound=Matrix, covariant=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +74,14 @@ class ExpertWeights:
 
 
 @dataclass(frozen=True, slots=True)
-class Projection:
-    """weight [rows, columns] as stored, bias [rows] or None."""
+class Projection(Generic[AnyMatrix]):
+    """weight [rows, columns] as stored or in Q8_0, bias [rows] or None."""
 
-    weight: Tensor
+    weight: AnyMatrix
     bias: Tensor | None
 
     @property
-    def pair(self) -> tuple[Tensor, Tensor | None]:
+    def pair(self) -> tuple[AnyMatrix, Tensor | None]:
         return self.weight, self.bias
 
 
@@ -86,12 +90,12 @@ class Layer:
     """One decoder layer's weights. `router` has one row per kept expert, in plan order."""
 
     attention_norm: Tensor
-    q: Projection
-    k: Projection
-    v: Projection
-    o: Projection
+    q: Projection[Matrix]
+    k: Projection[Matrix]
+    v: Projection[Matrix]
+    o: Projection[Matrix]
     sinks: Tensor
     mlp_norm: Tensor
-    router: Projection
+    router: Projection[Tensor]
     experts: ExpertWeights
     top_k: int

@@ -18,6 +18,7 @@ from moe_surgery.families import FAMILIES, AnyFamily, ModelSpec, ModelTensor, id
 from moe_surgery.families.base import LayerNames, ProjectionNames
 from moe_surgery.families.model_config import ModelConfig
 from moe_surgery.kernels import Backend, select_backend
+from moe_surgery.kernels.q8_0 import DENSE, Matrix, quantise
 from moe_surgery.kernels.weights import DenseWeight, ExpertWeights, Layer, Mxfp4Weight, Projection, Weight
 from moe_surgery.runtime.device import check_memory, open_device
 from moe_surgery.runtime.mapped import MappedShards
@@ -79,6 +80,7 @@ def load_model(
     backend: str | None = None,
     *,
     top_k: int | None = None,
+    dense: str = "keep",
     one_layer: bool = False,
     families: tuple[AnyFamily, ...] = FAMILIES,
 ) -> CausalLM:
@@ -91,20 +93,30 @@ def load_model(
     (a `Plan`, or the path of a plan file) restricts each layer to its kept experts without copying weights;
     layers may keep different numbers, and logits are those of the checkpoint pruned by that plan, bit for bit.
     `top_k` replaces the plan's or the model's number of experts per token; it may be larger, up to the experts
-    of a layer (a layer with fewer uses all of them). With `one_layer` a layer is mapped, or copied to the
+    of a layer (a layer with fewer uses all of them). `dense` "q8_0" holds attention's matrices and the
+    unembedding in 8 bits, quantised when loading, with the values that `export_gguf(dense="q8_0")` writes: private
+    memory of about half their size in BF16. The embedding, of which a step reads one row a token, and the
+    router stay as stored. The triton backend does not have it. With `one_layer` a layer is mapped, or copied to the
     device, when `CausalLM.layers` is indexed, and released for the next one: for passes that take all texts
     through one layer at a time (files that cannot be mapped stay open as long as the model). `families` are the
     model families to recognise.
 
-    Raises InvalidInputError or OutputError for the checkpoint, PlanMismatchError for a plan of
-    another model, UsageError for an unknown device, dtype or backend, a top-k outside 1 to the
-    number of experts, or a device without the memory.
+    Raises InvalidInputError or OutputError for the checkpoint, InvalidInputError for a value that Q8_0 cannot
+    hold, PlanMismatchError for a plan of another model, UsageError for an unknown device, dtype, `dense` or
+    backend, a top-k outside 1 to the number of experts, or a device without the memory.
     """
     plan = None if plan is None else as_plan(plan)
     torch_device = open_device(device)
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"`dtype` {dtype}: choose one of {', '.join(map(str, DTYPES))}")
     chosen_backend = select_backend(torch_device, backend)
+    if dense not in DENSE:
+        raise UsageError(f"`dense` {dense}: choose one of {', '.join(DENSE)}")
+    if dense == "q8_0" and not chosen_backend.reads_q8_0:
+        raise UsageError(
+            f"`dense` q8_0: the {chosen_backend.name} backend does not read Q8_0; choose `backend` reference, or "
+            "`dense` keep"
+        )
     compute_dtype = chosen_backend.dtype if dtype is None else dtype
     with ExitStack() as stack:
         checkpoint = stack.enter_context(Checkpoint.open(path))
@@ -119,7 +131,7 @@ def load_model(
         if not one_layer:
             check_memory(torch_device, spec)
         model = _assemble(
-            checkpoint, spec, plan, top_k, torch_device, compute_dtype, chosen_backend, one_layer
+            checkpoint, spec, plan, top_k, torch_device, compute_dtype, chosen_backend, dense, one_layer
         )
         if one_layer and any(shard.source.map() is None for shard in checkpoint.shards.values()):
             stack.pop_all()  # layers are yet to be read
@@ -144,6 +156,7 @@ def _assemble(
     device: torch.device,
     compute_dtype: torch.dtype,
     backend: Backend,
+    dense: str,
     one_layer: bool,
 ) -> CausalLM:
     config = ModelConfig.of(spec)
@@ -162,10 +175,18 @@ def _assemble(
     def get(name: str) -> Tensor:
         return fetch(tensors[name].stored)
 
+    def matrix(name: str) -> Matrix:
+        if dense == "keep":
+            return get(name)
+        ref = tensors[name].stored
+        quantised = quantise(shards.tensor(ref), f"{checkpoint.shards[ref.shard].where}: tensor {name!r}")
+        shards.release(ref)
+        return quantised.to(device)
+
     embedding = get(names.embedding)
 
     def make(number: int) -> Layer:
-        layer = _layer(number, names.layer, config, tensors, get, fetch, plan, top_k)
+        layer = _layer(number, names.layer, config, tensors, get, matrix, fetch, plan, top_k)
         # For decode steps of this model and of its views, which share the tensors.
         return layer if one_layer else backend.prepare_layer(layer)
 
@@ -188,7 +209,9 @@ def _assemble(
         if one_layer
         else [make(n) for n in range(config.num_hidden_layers)]
     )
-    unembedding = get(names.unembedding) if names.unembedding in tensors else embedding
+    unembedding: Matrix = embedding
+    if names.unembedding in tensors or dense != "keep":
+        unembedding = matrix(names.unembedding if names.unembedding in tensors else names.embedding)
     norm = get(names.norm)
     return CausalLM(config, embedding, layers, norm, unembedding, compute_dtype, backend)
 
@@ -199,6 +222,7 @@ def _layer(
     config: ModelConfig,
     tensors: dict[str, ModelTensor],
     get: Get,
+    matrix: Callable[[str], Matrix],
     fetch: Callable[[TensorRef], Tensor],
     plan: Plan | None,
     top_k: int | None,
@@ -209,8 +233,11 @@ def _layer(
     def vector(name: str) -> Tensor:
         return get(named(name))
 
-    def projection(part: ProjectionNames) -> Projection:
-        return Projection(vector(part.weight), vector(part.bias) if named(part.bias) in tensors else None)
+    def bias(part: ProjectionNames) -> Tensor | None:
+        return vector(part.bias) if named(part.bias) in tensors else None
+
+    def projection(part: ProjectionNames) -> Projection[Matrix]:
+        return Projection(matrix(named(part.weight)), bias(part))
 
     def weight(name: str) -> Weight:
         tensor = tensors[named(name)]
@@ -218,7 +245,7 @@ def _layer(
             return DenseWeight(fetch(tensor.stored))
         return Mxfp4Weight(fetch(tensor.stored), fetch(tensor.scales))
 
-    router = projection(names.router)
+    router = Projection(vector(names.router.weight), bias(names.router))
     experts = ExpertWeights(
         weight(names.gate_up),
         vector(names.gate_up_bias),

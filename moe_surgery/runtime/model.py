@@ -13,6 +13,7 @@ from moe_surgery.errors import UsageError
 from moe_surgery.families.model_config import ModelConfig
 from moe_surgery.kernels import Backend
 from moe_surgery.kernels.interface import DecoderModel, DecoderShape, DecodeStep, FusedLayers
+from moe_surgery.kernels.q8_0 import Matrix, Q8Matrix
 from moe_surgery.kernels.weights import Layer
 from moe_surgery.runtime.cache import Cache
 from moe_surgery.runtime.decoder_layer import Attend, decoder_layer
@@ -32,7 +33,7 @@ class CausalLM:
     """A loaded model. Call it for logits; `new_cache` makes what decoding needs.
 
     `config` is the checkpoint's: its numbers of experts are the stored ones, a layer's `top_k` may be smaller in
-    a view. `dtype` is the compute dtype; weights stay as stored.
+    a view. `dtype` is the compute dtype; weights stay as loaded.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class CausalLM:
         embedding: Tensor,
         layers: Sequence[Layer],
         norm: Tensor,
-        unembedding: Tensor,
+        unembedding: Matrix,
         dtype: torch.dtype,
         backend: Backend,
     ) -> None:
@@ -58,9 +59,18 @@ class CausalLM:
 
     @property
     def computation(self) -> dict[str, str]:
-        """The "backend", "device" (type) and compute "dtype". Models that differ in any give different bits."""
+        """The "backend", "device" (type), compute "dtype", and "dense" where it is not "keep".
+
+        Models that differ in any give different bits.
+        """
         dtype = str(self.dtype).removeprefix("torch.")
-        return {"backend": self.backend.name, "device": self.device.type, "dtype": dtype}
+        dense = {} if self.dense == "keep" else {"dense": self.dense}
+        return {"backend": self.backend.name, "device": self.device.type, "dtype": dtype, **dense}
+
+    @property
+    def dense(self) -> str:
+        """The format of attention's matrices and the unembedding: "keep" for as stored, or "q8_0"."""
+        return "q8_0" if isinstance(self.unembedding, Q8Matrix) else "keep"
 
     def new_cache(self, batch: int, context: int, *, rollback: int = DEFAULT_ROLLBACK) -> Cache:
         """A KV cache for `batch` sequences of up to `context` tokens, padding included.

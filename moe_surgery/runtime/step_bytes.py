@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from moe_surgery.kernels.q8_0 import Matrix
 from moe_surgery.kernels.weights import DenseWeight, Layer, Weight
 from moe_surgery.runtime.decode_cost import distinct_experts
 from moe_surgery.runtime.model import CausalLM
@@ -58,7 +59,7 @@ def usable_bytes(model: CausalLM) -> int:
     return round(total)
 
 
-def _all(model: CausalLM) -> Iterator[Tensor]:
+def _all(model: CausalLM) -> Iterator[Matrix]:
     yield from (model.embedding, model.unembedding, model.norm)
     for layer in model.layers:
         yield from _dense(layer)
@@ -68,7 +69,7 @@ def _all(model: CausalLM) -> Iterator[Tensor]:
             yield experts.expert_map
 
 
-def _dense(layer: Layer) -> Iterator[Tensor]:
+def _dense(layer: Layer) -> Iterator[Matrix]:
     """Everything of a layer but its experts."""
     yield from (layer.attention_norm, layer.mlp_norm, layer.sinks)
     for projection in (layer.q, layer.k, layer.v, layer.o, layer.router):

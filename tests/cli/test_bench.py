@@ -84,6 +84,19 @@ def test_json_and_plot_hold_the_figures(capsys: Capture, tmp_path: Path, name: s
         assert all(row["differing_prompts"] == 0 for row in rows)
 
 
+def test_formats_of_dense_weights_are_compared(capsys: Capture) -> None:
+    ended = call(capsys, "bench", *QUICK["decode"], "--dense", "keep", "--dense", "q8_0", "--json")
+    rows = ended.json()["rows"]
+    suffix = ", dense q8_0"
+    assert [row["model"] for row in rows] == [TINY, "4 experts", TINY + suffix, "4 experts" + suffix]
+    # Of 34 bytes for 32 values 5 blocks make 170 a row, padded to 192; before 320.
+    matrices = 2048 + 4 * (8 * 32 + 2 * 2 * 32)  # rows of 160 columns, and 160 of 256 in each of four layers
+    saved = matrices * (320 - 192) + 4 * 160 * (512 - 320)
+    for kept, q8_0 in zip(rows[:2], rows[2:], strict=True):
+        assert kept["bytes_per_token"] - q8_0["bytes_per_token"] == saved
+    assert rows[0]["ratio"]["median"] == 1
+
+
 def test_drafts_of_several_sizes_are_compared(capsys: Capture, tmp_path: Path, texts: Path) -> None:
     plans = []
     for count in (2, 31):

@@ -11,7 +11,7 @@ import pytest
 from tests.support.command_tree import command_at, command_paths
 
 PATHS = command_paths()
-REPEATED_IN_SOME = {"--metric", "--plan", "--draft", "--draft-plan", "--evaluation"}
+REPEATED_IN_SOME = {"--metric", "--plan", "--draft", "--draft-plan", "--evaluation", "--dense"}
 """Given once where a command has one model, as often as wanted where it compares several."""
 
 

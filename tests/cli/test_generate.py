@@ -108,6 +108,19 @@ def test_the_compute_dtype_can_be_chosen(capsys: Capture, dtype: str) -> None:
     assert ended.json()["tokens"] == expected(PROMPT, dtype=compute)[1]
 
 
+@pytest.mark.parametrize("draft", [False, True])
+def test_dense_weights_in_8_bits(capsys: Capture, draft: bool) -> None:
+    """The draft is a checkpoint of its own: it is held in 8 bits as well, and accepted whole."""
+    how = ("--draft", TINY) if draft else ()
+    result = said(capsys, "--prompt", PROMPT, "--dtype", "f32", "--dense", "q8_0", "--json", *how).json()
+    text, tokens = expected(PROMPT, dtype=torch.float32, dense="q8_0")
+    assert (result["text"], result["tokens"]) == (text, tokens)
+    if draft:
+        assert result["speculation"]["acceptance"] == 1
+    plain = said(capsys, "--prompt", PROMPT, "--dtype", "f32", "--json").json()
+    assert plain["log_probabilities"] != result["log_probabilities"]
+
+
 def test_a_plan_gives_what_the_pruned_checkpoint_gives(capsys: Capture, tmp_path: Path) -> None:
     plan = plan_random(4, 1, inspect(TINY))
     (tmp_path / "plan.json").write_text(plan.to_json())

@@ -140,6 +140,8 @@ def test_q8_0_matrices_give_what_bf16_ones_give(texts: dict[str, list[int]], tmp
     files = {dense: tmp_path / f"{dense}.gguf" for dense in ("keep", "q8_0")}
     for dense, path in files.items():
         export_gguf("example:tiny", path, dense=dense)
+    ours = load_model(tmp_path / "rounded", dtype=torch.float32, dense="q8_0")
+    ours.embedding = torch.from_numpy(read(files["q8_0"]).values("token_embd.weight"))
     for tokens in texts.values():
         logits = {}
         for dense, path in files.items():
@@ -151,6 +153,7 @@ def test_q8_0_matrices_give_what_bf16_ones_give(texts: dict[str, list[int]], tmp
         for changed, bound in zip(relative(logits["q8_0"], logits["keep"]), own, strict=True):
             assert 0 < changed <= 1.25 * bound
         assert relative(logits["q8_0"], oracle.logits_of(reference, ids)[0])[1] <= 2 * MEDIAN_BOUND
+        assert relative(logits["q8_0"], ours(ids)[0])[1] <= 2 * MEDIAN_BOUND
 
 
 def test_llama_quantize_writes_the_same_q8_0_file(tmp_path: Path) -> None:

@@ -205,6 +205,8 @@ void check_mxfp4(Checked& check, Shape s) {
     }, exact, size, 2e-5);
 }
 
+#include "q8_0_checks.inl"
+
 void check_between(Checked& check, Shape s, Dtype dtype) {
     const Floats h = random_floats(2 * s.columns), x = random_floats(s.columns);
     const Bytes weights_lane = random_values(s.columns, dtype);
@@ -300,6 +302,7 @@ int main() {
     Checked check;
     for (Shape shape : {Shape{1, 32, 1}, {2, 64, 2}, {3, 96, 3}, {7, 128, 4}, {12, 160, 5}, {31, 288, 9}, {64, 480, 1}, {19, 512, 6}, {25, 1120, 35}}) {
         check_mxfp4(check, shape);
+        check_q8_0(check, shape);
         for (Dtype dtype : {Dtype::bf16, Dtype::f16, Dtype::f32}) {
             check_dense(check, shape, dtype);
             check_between(check, shape, dtype);

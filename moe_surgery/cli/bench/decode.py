@@ -33,6 +33,12 @@ if TYPE_CHECKING:
 )
 @click.option("--steps", default=16, show_default=True, help="Tokens to decode per round.")
 @click.option("--rounds", default=3, show_default=True, help="Rounds; each measures every model once.")
+@click.option(
+    "--dense",
+    type=click.Choice(["keep", "q8_0"]),
+    multiple=True,
+    help="Format of dense matrices (attention, unembedding) in memory; repeat to compare; default: keep.",
+)
 @compute_options
 @plot_option
 @common
@@ -46,6 +52,7 @@ def command(
     depth: int,
     steps: int,
     rounds: int,
+    dense: tuple[str, ...],
     compute: Compute,
     plot: Path | None,
 ) -> None:
@@ -59,6 +66,7 @@ def command(
     \b
     moe-surgery bench decode openai/gpt-oss-20b gpt-oss-law-8 --batches 1,8
     moe-surgery bench decode example:tiny --expert-counts 4,16 --depth 32 --steps 4 --rounds 2
+    moe-surgery bench decode example:tiny --dense keep --dense q8_0 --depth 32 --steps 4 --rounds 2
     """
     needs_torch("bench decode")
     from moe_surgery.bench.decode import decode_figures, measure_decoding
@@ -67,9 +75,13 @@ def command(
 
     terminal = terminal_of(context)
     check_plot(plot)
-    models = {name: load_model(name, **compute.arguments()) for name in ckpts}
-    full = models[ckpts[0]]
-    models |= _views(ckpts[0], full, expert_counts or [], ranking)
+    models: dict[str, CausalLM] = {}
+    for chosen in dict.fromkeys(dense or ("keep",)):
+        suffix = "" if chosen == "keep" else f", dense {chosen}"
+        loaded = {name: load_model(name, dense=chosen, **compute.arguments()) for name in ckpts}
+        views = _views(ckpts[0], loaded[ckpts[0]], expert_counts or [], ranking)
+        models |= {name + suffix: model for name, model in (loaded | views).items()}
+    full = next(iter(models.values()))
     runs, interrupted = collect(
         measure_decoding(models, batches=batches, depth=depth, steps=steps, rounds=rounds),
         lambda r: f"round {r.number}: {r.model}, batch {r.batch}: {sum(r.step_seconds):.3f} s",

@@ -16,6 +16,7 @@ from moe_surgery.cli.options import (
     Compute,
     common,
     compute_options,
+    dense_option,
     dtype_name,
     needs_torch,
     terminal_of,
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     help="Tokens in the cache before the first measured step.",
 )
 @click.option("--rounds", default=5, show_default=True, help="Rounds; each measures every step once.")
+@dense_option
 @compute_options
 @plot_option
 @common
@@ -76,6 +78,7 @@ def command(
     batch: int,
     depth: int,
     rounds: int,
+    dense: str,
     compute: Compute,
     plot: Path | None,
 ) -> None:
@@ -108,7 +111,7 @@ def command(
     if texts.paths:
         corpus = open_corpus(texts.files(), Text(ckpt), context=prompt_tokens)
         domain_prompts = prompts_of(corpus, prompt_tokens, prompts)
-    model = load_model(ckpt, **compute.arguments())
+    model = load_model(ckpt, dense=dense, **compute.arguments())
     setup = Setup(model, domain_prompts, lengths, max_new_tokens, batch, depth, rounds)
     results: list[Result] = []
     interrupted = False
@@ -126,6 +129,7 @@ def command(
     settings: dict[str, object] = {
         "target": ckpt,
         "dtype": dtype_name(model.dtype),
+        "dense": dense,
         "device": compute.device,
         "backend": model.backend.name,
         "batch": batch,

@@ -33,6 +33,7 @@ from moe_surgery.kernels.native.operands import (
     values_of,
 )
 from moe_surgery.kernels.native.stack import NativeStack
+from moe_surgery.kernels.q8_0 import Matrix
 from moe_surgery.kernels.reference import ReferenceBackend
 from moe_surgery.kernels.weights import ExpertWeights, Layer
 
@@ -50,8 +51,8 @@ def availability() -> str | None:
 class NativeBackend:
     """See `moe_surgery.kernels.interface.Backend`. For tensors on the CPU.
 
-    Sums are float32 in any dtype of x, over weights that are never converted in memory: BF16, F16, F32 and MXFP4. A
-    product with MXFP4 rounds its activations to 16-bit integers, 32 columns sharing a scale: an error of at
+    Sums are float32 in any dtype of x, over weights that are never converted in memory: BF16, F16, F32, MXFP4 and Q8_0.
+    A product with MXFP4 or Q8_0 rounds its activations to 16-bit integers, 32 columns sharing a scale: an error of at
     most 1.6e-5 of the largest of the 32, so results are not those of float32 arithmetic (the reference
     backend's are). A token's result does not depend on the other tokens of a call, on the number of threads
     or on the instruction set, bit for bit. Weights of other dtypes, or not contiguous in their last axis, are
@@ -70,6 +71,7 @@ class NativeBackend:
     name = "native"
     dtype = torch.float32  # sums are float32 in any case
     stores_scores = False
+    reads_q8_0 = True
 
     def __init__(self, isa: str = "", threads: int | None = None) -> None:
         module = native_module()
@@ -197,10 +199,10 @@ class NativeBackend:
         arguments = (*addresses, *ids.shape, gate_up, down, e.limit, e.alpha, y.data_ptr())
         return arguments, y, (x_fp32, stored, routing_weights)
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
         return self.multi_linear(x, [(weight, bias)])[0]
 
-    def multi_linear(self, x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+    def multi_linear(self, x: Tensor, layers: Sequence[tuple[Matrix, Tensor | None]]) -> list[Tensor]:
         _check_cpu("x", x)
         try:
             for weight, bias in layers:
@@ -354,7 +356,7 @@ def _check_cpu(what: str, tensor: Tensor) -> None:
         raise UsageError(f"native backend: {what} is on {tensor.device}, not on the CPU")
 
 
-def _check_shape(what: str, tensor: Tensor, expected: tuple[int | None, ...]) -> None:
+def _check_shape(what: str, tensor: Matrix, expected: tuple[int | None, ...]) -> None:
     """Raise UsageError unless `tensor` has that shape (None is any length)."""
     shape = tensor.shape
     if len(shape) == len(expected) and all(w is None or w == s for s, w in zip(shape, expected, strict=True)):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_surgery.errors import UsageError
+from moe_surgery.kernels.q8_0 import Matrix, Q8Matrix
 from moe_surgery.kernels.weights import DenseWeight, Weight
 
 __all__ = [
@@ -30,6 +31,7 @@ BF16 = torch.bfloat16
 F32 = torch.float32
 # The dtypes of weights that the kernels read, and the extension's numbers for them.
 DTYPES = {BF16: 0, torch.float16: 1, F32: 2}
+Q8_0 = 3
 
 
 class UnsupportedWeight(Exception):
@@ -40,7 +42,7 @@ class UnsupportedWeight(Exception):
 def log_fallback(reason: str) -> None:
     """Warn, once per process and reason, that plain PyTorch is used."""
     log.warning(
-        "native backend: %s; its kernels read bfloat16, float16, float32 and MXFP4 with a contiguous last axis. "
+        "native backend: %s; its kernels read bfloat16, float16, float32, MXFP4 and Q8_0 with a contiguous last axis. "
         "Plain PyTorch computes this: slower, and a token's result may depend on the rest of the batch "
         "(`backend` reference-invariant avoids that)",
         reason,
@@ -52,13 +54,15 @@ def in_float32(x: Tensor) -> Tensor:
     return (x if x.dtype == F32 else x.float()).contiguous()
 
 
-def check_readable(what: str, tensor: Tensor | None) -> None:
+def check_readable(what: str, tensor: Matrix | None) -> None:
     """Raise UnsupportedWeight unless the kernels read `tensor` (None for no bias), UsageError where it is not on
     the CPU."""
     if tensor is None:
         return
-    if not tensor.is_cpu:
+    if tensor.device.type != "cpu":
         raise UsageError(f"native backend: {what} is on {tensor.device}, not on the CPU")
+    if isinstance(tensor, Q8Matrix):
+        return
     if tensor.dtype not in DTYPES:
         raise UnsupportedWeight(f"{what} is {str(tensor.dtype).removeprefix('torch.')}")
     if tensor.stride(-1) != 1:
@@ -71,10 +75,12 @@ def values_of(tensor: Tensor | None) -> tuple[int, int]:
 
 
 def projection_of(
-    weight: Tensor, bias: Tensor | None
+    weight: Matrix, bias: Tensor | None
 ) -> tuple[tuple[int, int], int, int, int, tuple[int, int]]:
     """`ProjectionTuple` of the extension, for tensors that `check_readable` accepts."""
     rows, columns = weight.shape
+    if isinstance(weight, Q8Matrix):
+        return (weight.data_ptr(), Q8_0), weight.data.stride(0), rows, columns, values_of(bias)
     return values_of(weight), weight.itemsize * weight.stride(0), rows, columns, values_of(bias)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 import torch
@@ -17,6 +17,7 @@ from moe_surgery.kernels.interface import (
     KVCache,
     MeasuredExperts,
 )
+from moe_surgery.kernels.q8_0 import Matrix, Q8Matrix
 from moe_surgery.kernels.reference.attention import attention, visible
 from moe_surgery.kernels.weights import ExpertWeights, Layer
 
@@ -26,17 +27,22 @@ PIECE_BYTES = 32 << 20
 Dense = TypeVar("Dense", bound="TorchDense")
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
     """x [..., columns] @ weight [rows, columns].T + bias, in x's dtype.
 
     A weight of another dtype is cast in pieces, so a float32 run over a BF16 checkpoint never holds a second
-    copy of it.
+    copy of it; Q8_0 likewise, from float32.
     """
     bias = None if bias is None else bias.to(x.dtype)
-    if weight.dtype == x.dtype:
+    if isinstance(weight, Tensor) and weight.dtype == x.dtype:
         return F.linear(x, weight, bias)
     rows = max(1, PIECE_BYTES // (weight.shape[1] * x.element_size()))
-    pieces = [F.linear(x, part.to(x.dtype)) for part in torch.split(weight, rows)]
+    parts: Iterable[Tensor]
+    if isinstance(weight, Q8Matrix):
+        parts = (weight.dequantise(first, first + rows) for first in range(0, len(weight), rows))
+    else:
+        parts = torch.split(weight, rows)
+    pieces = [F.linear(x, part.to(x.dtype)) for part in parts]
     y = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
     return y if bias is None else y + bias
 
@@ -58,6 +64,7 @@ class TorchDense:
     """The operations of `Backend` other than routing and experts, in plain PyTorch."""
 
     dtype = torch.bfloat16
+    reads_q8_0 = True
     stores_scores = True
 
     def for_tokens(self: Dense, tokens: int) -> Dense:
@@ -74,10 +81,10 @@ class TorchDense:
     ) -> MeasuredExperts | None:
         return None
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
         return linear(x, weight, bias)
 
-    def multi_linear(self, x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+    def multi_linear(self, x: Tensor, layers: Sequence[tuple[Matrix, Tensor | None]]) -> list[Tensor]:
         return [linear(x, weight, bias) for weight, bias in layers]
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

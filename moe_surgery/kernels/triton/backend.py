@@ -34,6 +34,7 @@ class TritonBackend(TorchDense):
     """
 
     name = "triton"
+    reads_q8_0 = False  # loading refuses `dense` q8_0
 
     def __init__(self) -> None:
         from moe_surgery.kernels.triton import availability

@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from moe_surgery.kernels.q8_0 import Matrix, as_stored
 from moe_surgery.kernels.weights import Layer, Projection
 
 __all__ = ["bias_of", "join_qkv"]
@@ -19,18 +20,19 @@ def join_qkv(layer: Layer) -> Layer:
     `layer` itself where they already are. A projection without a bias gets one of zeros.
     """
     parts = (layer.q, layer.k, layer.v)
-    if _adjacent([p.weight for p in parts]) and _adjacent([bias_of(p) for p in parts]):
+    matrices = [as_stored(p.weight, "triton") for p in parts]
+    if _adjacent(matrices) and _adjacent([bias_of(p) for p in parts]):
         return layer
-    rows = [len(p.weight) for p in parts]
-    weights = torch.split(torch.cat([p.weight for p in parts]), rows)
+    rows = [len(m) for m in matrices]
+    weights = torch.split(torch.cat(matrices), rows)
     biases = torch.split(torch.cat([bias_of(p) for p in parts]), rows)
     q, k, v = (Projection(w, b) for w, b in zip(weights, biases, strict=True))
     return replace(layer, q=q, k=k, v=v)
 
 
-def bias_of(projection: Projection) -> Tensor:
+def bias_of(projection: Projection[Matrix]) -> Tensor:
     """The bias [rows], zeros where there is none."""
-    weight = projection.weight
+    weight = as_stored(projection.weight, "triton")
     return weight.new_zeros(len(weight)) if projection.bias is None else projection.bias
 
 

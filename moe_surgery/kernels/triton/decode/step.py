@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moe_surgery.errors import UsageError
 from moe_surgery.kernels.interface import EMPTY, DecoderModel, KVCache
+from moe_surgery.kernels.q8_0 import as_stored
 from moe_surgery.kernels.triton import tuning
 from moe_surgery.kernels.triton.backend import experts_launches, route_launches
 from moe_surgery.kernels.triton.decode.attention import attention
@@ -168,11 +169,19 @@ class DecodeStep:
             window, sinks = shape.sliding_windows[number], layer.sinks
             args = (q, keys, values, positions, self._cache_position, self._pads, sinks, window, attended)
             launches.append(attention(*args, multiprocessors, upcast_fp32))
-            launches.append(output(attended, total, layer.o.weight, bias_of(layer.o), mid, upcast_fp32))
+            launches.append(
+                output(
+                    attended, total, as_stored(layer.o.weight, "triton"), bias_of(layer.o), mid, upcast_fp32
+                )
+            )
             launches.append(residual_norm(mid, None, layer.mlp_norm, h, shape.rms_norm_eps))
             launches += _moe(layer, h, y)
         inputs = normed(mid, y, model.norm)
-        launches.append(unembed(inputs, model.unembedding, self.logits, self._cache_position, upcast_fp32))
+        launches.append(
+            unembed(
+                inputs, as_stored(model.unembedding, "triton"), self.logits, self._cache_position, upcast_fp32
+            )
+        )
         return launches
 
 
@@ -191,5 +200,5 @@ def _joined(layer: Layer) -> tuple[Tensor, Tensor]:
     """Weight [rows, hidden] and bias [rows] over all of q, k and v, which `join_qkv` made adjacent."""
     rows = sum(len(p.weight) for p in (layer.q, layer.k, layer.v))
     columns = layer.q.weight.shape[1]
-    weight = layer.q.weight.as_strided((rows, columns), (columns, 1))
+    weight = as_stored(layer.q.weight, "triton").as_strided((rows, columns), (columns, 1))
     return weight, bias_of(layer.q).as_strided((rows,), (1,))
