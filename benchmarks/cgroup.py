@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,9 @@ def memory_cgroup(nbytes: int) -> Iterator[tuple[Path, Path] | None]:
         (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.max_usage_in_bytes"),
         (Path("/sys/fs/cgroup"), "memory.max", "memory.peak"),
     ):
-        folder = root / "moe-surgery-benchmark"
+        folder = root / f"moe-surgery-benchmark-{os.getpid()}"
+        if not (root / "cgroup.procs").exists():  # no file system of cgroups
+            continue
         try:
             folder.mkdir()
             (folder / limit).write_text(str(nbytes))

@@ -48,6 +48,9 @@ class Link:
 
 
 class Server(ThreadingHTTPServer):
+    request_queue_size = 128
+    """Connections that wait to be accepted: with the standard library's 5, a client that opens more waits a second."""
+
     def handle_error(self, request: object, client_address: object) -> None:
         """Clients that go away are expected."""
 

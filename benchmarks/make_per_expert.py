@@ -5,7 +5,8 @@
         --intermediate 128 --sparse                                           # 98,000 tensors, no disk space
 
 Weights are random bits with the exponents of small numbers; nothing is compressible. With --sparse the files are
-holes, for measuring memory and the time spent on names.
+holes, for measuring memory and the time spent on names. With --runnable all tensors of the family are there, and
+what config.json needs to run it.
 """
 
 from __future__ import annotations
@@ -24,18 +25,25 @@ CHUNK_BYTES = 8 << 20
 BYTES = {"BF16": 2, "F8_E4M3": 1, "F32": 4}
 FORMATS = ("bf16", "fp8")
 BLOCK = 128
+VOCABULARY, HEAD_DIM = 4096, 128
 
 Tensor = tuple[str, str, tuple[int, ...]]
 
 
-def tensors_of(layers: int, experts: int, hidden: int, intermediate: int, fmt: str) -> Iterator[Tensor]:
+def tensors_of(
+    layers: int, experts: int, hidden: int, intermediate: int, fmt: str, runnable: bool = False
+) -> Iterator[Tensor]:
     """Every tensor as (name, dtype, shape), layer by layer; attention is one matrix of each kind."""
-    yield "model.embed_tokens.weight", "BF16", (4096, hidden)
+    yield "model.embed_tokens.weight", "BF16", (VOCABULARY, hidden)
     for layer in range(layers):
         prefix = f"model.layers.{layer}."
         yield prefix + "input_layernorm.weight", "BF16", (hidden,)
         for part in "qkvo":
             yield f"{prefix}self_attn.{part}_proj.weight", "BF16", (hidden, hidden)
+        if runnable:
+            yield prefix + "post_attention_layernorm.weight", "BF16", (hidden,)
+            yield prefix + "self_attn.q_norm.weight", "BF16", (HEAD_DIM,)
+            yield prefix + "self_attn.k_norm.weight", "BF16", (HEAD_DIM,)
         yield prefix + "mlp.gate.weight", "BF16", (experts, hidden)
         for expert in range(experts):
             for name, shape in (
@@ -48,7 +56,7 @@ def tensors_of(layers: int, experts: int, hidden: int, intermediate: int, fmt: s
                 if fmt == "fp8":
                     yield stem + "_scale_inv", "F32", (-(-shape[0] // BLOCK), -(-shape[1] // BLOCK))
     yield "model.norm.weight", "BF16", (hidden,)
-    yield "lm_head.weight", "BF16", (4096, hidden)
+    yield "lm_head.weight", "BF16", (VOCABULARY, hidden)
 
 
 def nbytes(tensor: Tensor) -> int:
@@ -104,11 +112,12 @@ def make_checkpoint(
     shards: int = 8,
     seed: int = 0,
     sparse: bool = False,
+    runnable: bool = False,
 ) -> tuple[int, int]:
     """Write the checkpoint into the new folder `out`; returns how many tensors it has, and their bytes."""
     out.mkdir(parents=True)
     rng = np.random.Generator(np.random.SFC64(seed))
-    tensors = list(tensors_of(layers, experts, hidden, intermediate, fmt))
+    tensors = list(tensors_of(layers, experts, hidden, intermediate, fmt, runnable))
     total = sum(map(nbytes, tensors))
     groups: list[list[Tensor]] = [[] for _ in range(shards)]
     done = 0
@@ -131,6 +140,16 @@ def make_checkpoint(
         "hidden_size": hidden,
         "moe_intermediate_size": intermediate,
     }
+    if runnable:
+        config |= {
+            "vocab_size": VOCABULARY,
+            "num_attention_heads": hidden // HEAD_DIM,
+            "num_key_value_heads": hidden // HEAD_DIM,
+            "head_dim": HEAD_DIM,
+            "max_position_embeddings": 4096,
+            "norm_topk_prob": True,
+            "tie_word_embeddings": False,
+        }
     if fmt == "fp8":
         config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -147,6 +166,7 @@ def make_checkpoint(
 @click.option("--shards", default=8, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--sparse", is_flag=True, help="Write holes instead of weights.")
+@click.option("--runnable", is_flag=True, help="Write norms and settings too, so that it can be run.")
 def main(
     out: Path,
     layers: int,
@@ -157,6 +177,7 @@ def main(
     shards: int,
     seed: int,
     sparse: bool,
+    runnable: bool,
 ) -> None:
     start = time.perf_counter()
     count, total = make_checkpoint(
@@ -169,6 +190,7 @@ def main(
         shards=shards,
         seed=seed,
         sparse=sparse,
+        runnable=runnable,
     )
     seconds = time.perf_counter() - start
     click.echo(f"{out}: {count:,} tensors, {total:,} bytes in {seconds:.1f} s")

@@ -85,9 +85,11 @@ def operations(tokens: int, shape: Shape) -> float:
     return 2.0 * tokens * shape.layers * (attention + experts + shape.hidden * shape.experts)
 
 
-def run(job: str, full: Path, text: Path, tokens: int, out: Path, limit: int) -> dict[str, float]:
+def run(
+    job: str, full: Path, text: Path, tokens: int, out: Path, limit: int, *options: str
+) -> dict[str, float]:
     command = [sys.executable, "-m", "moe_surgery", job, str(full), "--texts", str(text)]
-    command += ["--max-tokens", str(tokens), "-o", str(out), "-q"]
+    command += ["--max-tokens", str(tokens), "-o", str(out), "-q", *options]
     with memory_cgroup(limit) as group:
         if group is None:
             raise click.ClickException("needs root and a memory cgroup")

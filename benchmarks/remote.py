@@ -7,7 +7,7 @@ hub on loopback (`hub_server.py`, sendfile) serves it: as fast as it can, and as
 take 5 ms and of 100 MB/s and 50 ms. Per link and round, alternating: curl fetches the bytes that prune needs in
 six transfers at a time, to /dev/null; curl writes them to files on the disk of FOLDER, until `sync`; dd writes
 as many zeros there, past the page cache, until they are flushed; `moe-surgery prune` writes the pruned
-checkpoint there.
+checkpoint there. The model is read once before, so that the server sends it from the page cache.
 Ratios are of prune's bytes a second (all that the server sent) to those of the others in the same round: of the
 slower of curl to /dev/null and dd, which is what server and disk allow, and of curl to files. Memory is the
 whole process's peak resident set. Results go to benchmarks/results/.
@@ -52,6 +52,12 @@ def serving(source: Path, rate: float, latency: float) -> Iterator[str]:
             yield server.stdout.readline().strip()
         finally:
             server.terminate()
+
+
+def read(folder: Path) -> None:
+    """Bring the shards into the page cache."""
+    with open(os.devnull, "wb") as nowhere:
+        subprocess.run(["cat", *sorted(folder.glob("*.safetensors"))], stdout=nowhere, check=True)
 
 
 def sent(url: str) -> int:
@@ -107,11 +113,13 @@ def measure(name: str, source: Path, work: Path, experts: int, rounds: int) -> d
         kept_experts = ",".join(str(number * 32 // experts) for number in range(experts))
         prune = command_of("prune", MODEL, out, "--keep", kept_experts, "--quiet")
         for number in range(rounds):
+            read(source)
             before = sent(url)
             pruned = timed(prune, work, cold=False)
             fetched = sent(url) - before
             kept = sum(f.stat().st_size for f in out.iterdir())
             shutil.rmtree(out)
+            read(source)
             nowhere = curl_seconds(url, source, fetched, None)
             disk = disk_seconds(fetched, work / "zeros")
             to_disk = curl_seconds(url, source, fetched, work / "curl")

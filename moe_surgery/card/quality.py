@@ -13,6 +13,7 @@ from moe_surgery.errors import PlanMismatchError
 from moe_surgery.surgery.manifest import provenance_of
 
 if TYPE_CHECKING:
+    from moe_surgery.quality.accuracy import Accuracy
     from moe_surgery.quality.evaluation import Evaluation, ModelResult, Quality
 
 __all__ = ["matching_result", "quality_section"]
@@ -81,18 +82,52 @@ def quality_section(evaluation: Evaluation | None, facts: Facts) -> str:
         for key, value in sorted(evaluation.settings.items())
         if isinstance(value, (str, int, float))
     ]
+    replies = bool(evaluation.questions) and evaluation.texts == evaluation.questions
     parts = [
-        "Compared with the source on the same texts:",
+        f"Compared with the source on {'questions and its replies to them' if replies else 'the same texts'}:",
         table([*columns, "rerouted"], rows),
         "KL is the mean divergence of this model's next-token distribution from the source's; rerouted is the share of "
         "token-expert assignments that differ from the source's.",
     ]
+    if result.accuracy:
+        parts += _answers(full, result)
     if settings:
         parts.append("Settings: " + ", ".join(settings) + ".")
     if names := [e for entries in evaluation.texts.values() for e in entries if isinstance(e, Mapping)]:
         shown = ", ".join(code(e.get("name")) for e in names[:10]) + (", ..." if len(names) > 10 else "")
         parts.append(f"Measured on {counted(len(names), 'text')}: {shown}.")
     return "\n\n".join(parts)
+
+
+def _answers(full: ModelResult, result: ModelResult) -> list[str]:
+    """The share of questions answered right, domain by domain."""
+    pairs = [(code(d), full.accuracy[d], a) for d, a in sorted(result.accuracy.items()) if d in full.accuracy]
+    if len(pairs) > 1:
+        pairs.append(("all", full.overall_accuracy, result.overall_accuracy))
+    columns = ["questions of", "asked", "right, source", "right, this", "lost", "gained", "p"]
+    rows = [
+        [
+            name,
+            f"{this.questions:,}",
+            _share(source),
+            _share(this),
+            f"{len(this.lost):,}",
+            f"{len(this.gained):,}",
+            f"{this.p_value:.2g}",
+        ]
+        for name, source, this in pairs
+    ]
+    return [
+        "Questions answered right, with the 95 % interval (Wilson):",
+        table(columns, rows),
+        "Lost are those that only the source answers right, gained those that only this model does; p is how often "
+        "models that are equally good differ as much (McNemar's exact test).",
+    ]
+
+
+def _share(accuracy: Accuracy) -> str:
+    low, high = accuracy.interval
+    return f"{_percent(accuracy.share)} ({100 * low:.1f} to {100 * high:.1f})"
 
 
 def _row(name: str, full: Quality, pruned: Quality) -> list[str]:

@@ -166,19 +166,25 @@ def build_header(
     """
     if not 0 <= residue < pad_to:
         raise ValueError(f"residue {residue} must be in 0 .. {pad_to - 1}, below pad_to")
-    members = [] if metadata is None else [f'"{_METADATA_KEY}":{_dumps(dict(sorted(metadata.items())))}']
+    raw = bytearray(_LENGTH_BYTES) + b"{"
+    if metadata is not None:
+        raw += _encoded(f'"{_METADATA_KEY}":{_dumps(dict(sorted(metadata.items())))},')
     position = 0
     for name, dtype, shape in tensors:
         end = position + tensor_nbytes(dtype, shape)
         sizes = ",".join(map(str, shape))
         entry = f'{{"dtype":"{dtype}","shape":[{sizes}],"data_offsets":[{position},{end}]}}'
-        members.append(f"{_dumps(name)}:{entry}")
+        raw += _encoded(f"{_dumps(name)}:{entry},")
         position = end
-    body = _encoded("{" + ",".join(members) + "}")
-    body += b" " * ((residue - _LENGTH_BYTES - len(body)) % pad_to)
-    raw = len(body).to_bytes(_LENGTH_BYTES, "little") + body
-    parse_header(raw, len(raw) + position, file="header to be written")
-    return raw
+    if raw[-1:] == b",":
+        del raw[-1:]
+    raw += b"}"
+    raw += b" " * ((residue - len(raw)) % pad_to)
+    raw[:_LENGTH_BYTES] = (len(raw) - _LENGTH_BYTES).to_bytes(_LENGTH_BYTES, "little")
+    header = bytes(raw)
+    raw.clear()  # of many tensors: all of it is parsed next
+    parse_header(header, len(header) + position, file="header to be written")
+    return header
 
 
 def check_name(name: str) -> None:

@@ -8,10 +8,12 @@ standard library's does, which needs a fifth of the CPU time per byte.
 from __future__ import annotations
 
 import http.client
+import math
 import socket
 import ssl
 import sys
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -61,6 +63,12 @@ class Connections:
         self._cancelled = threading.Event()
         self._tls: ssl.SSLContext | None = None
         self._is_direct: dict[tuple[str, str], bool] = {}
+        self._fastest = math.inf
+
+    @property
+    def latency(self) -> float:
+        """Seconds from a request to the first byte of its answer, the fastest so far; 0 before the first."""
+        return self._fastest if self._fastest < math.inf else 0.0
 
     @contextmanager
     def get(self, url: str, headers: Headers) -> Iterator[Reply]:
@@ -178,8 +186,11 @@ class Connections:
         while True:
             connection, idle = self._take(scheme, host)
             try:
+                start = time.monotonic()
                 connection.request("GET", _target(url), headers=dict(headers))
-                return connection, connection.getresponse()
+                response = connection.getresponse()
+                self._fastest = min(self._fastest, time.monotonic() - start)
+                return connection, response
             except BaseException as error:
                 self._put_back(scheme, host, connection, reusable=False)
                 if not idle or not isinstance(error, (ConnectionError, http.client.BadStatusLine)):

@@ -32,8 +32,10 @@ START_BYTES: Final = 32 << 10
 REQUESTS_IN_FLIGHT: Final = 4
 """Of one source: each fills a chunk of the output, so more would not fit 64 MiB of memory."""
 
-MOST_EXPECTED: Final = 32
-"""Requests sent ahead, each over a connection of its own; their answers wait in the sockets."""
+MOST_REQUESTS: Final = 32
+LATENCY_COVERED: Final = 0.002
+"""Requests that are sent ahead, and those for the ranges of one read: as many as are in flight anyway, and one more for
+so many seconds of latency. Each has a connection of its own, so that more than that make a fast link slower."""
 
 LARGEST_GAP: Final = 256 << 10
 GAP_SHARE: Final = 200
@@ -67,12 +69,21 @@ class Location:
 
 
 class Traffic:
-    """What was fetched: requests and bytes of bodies. Thread-safe."""
+    """What was fetched of a folder's files: requests and bytes of bodies. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._credit = 0
         self.requests = 0
         self.nbytes = 0
+
+    def plan(self, ranges: Sequence[Range]) -> list[list[int]]:
+        """`ranges` of one file, by number, in runs to be fetched in one request each."""
+        with self._lock:
+            self._credit += sum(nbytes for _, nbytes in ranges)
+            runs, gaps = merged(ranges, self._credit // GAP_SHARE)
+            self._credit -= gaps * GAP_SHARE
+        return runs
 
     def add(self, requests: int, nbytes: int) -> None:
         with self._lock:
@@ -102,7 +113,6 @@ class HttpSource(ByteSource):
         self._lock = threading.RLock()
         self._start: bytes | None = None
         self._storage_etag: str | None = None
-        self._credit = 0
         self._closed = False
         self._planned: dict[tuple[Range, ...], list[list[int]]] = {}
         self._expected: dict[tuple[int, int], Pending] = {}
@@ -123,13 +133,13 @@ class HttpSource(ByteSource):
                 raise InvalidInputError(f"{self.where}: ends before byte {end}; it has {self.size} bytes")
         pieces = [p for piece in wanted for p in self._beyond_start(*piece) if len(p[1])]
         ranges = tuple((offset, len(buffer)) for offset, buffer in pieces)
-        runs = self._planned.pop(ranges, None) or self._plan(ranges)
+        runs = self._planned.pop(ranges, None) or self._traffic.plan(ranges)
         requests = [[pieces[number] for number in run] for run in runs]
         if len(requests) < 2:
             for request in requests:
                 self._fetch(request)
             return
-        with ThreadPoolExecutor(min(REQUESTS_IN_FLIGHT, len(requests)), "range") as pool:
+        with ThreadPoolExecutor(min(self._requests_by_latency, len(requests)), "range") as pool:
             for future in [pool.submit(self._fetch, request) for request in requests]:
                 future.result()
 
@@ -138,10 +148,10 @@ class HttpSource(ByteSource):
         wanted = tuple(ranges)
         if self._closed or wanted in self._planned or any(b < START_BYTES or not n for b, n in wanted):
             return
-        self._planned[wanted] = runs = self._plan(wanted)
+        self._planned[wanted] = runs = self._traffic.plan(wanted)
         for run in runs:
             span = wanted[run[0]][0], sum(wanted[run[-1]])
-            if len(self._expected) >= MOST_EXPECTED:
+            if len(self._expected) >= self._requests_by_latency:
                 return
             if span in self._expected:
                 continue
@@ -165,6 +175,10 @@ class HttpSource(ByteSource):
         while self._expected:
             self._connections.give_up(self._expected.popitem()[1])
 
+    @property
+    def _requests_by_latency(self) -> int:
+        return min(REQUESTS_IN_FLIGHT + int(self._connections.latency / LATENCY_COVERED), MOST_REQUESTS)
+
     def _headers(self, begin: int, end: int) -> Headers:
         return {**self._location.headers, "Range": f"bytes={begin}-{end - 1}"}
 
@@ -183,14 +197,6 @@ class HttpSource(ByteSource):
         buffer[: len(known)] = known
         if len(known) < len(buffer):
             yield offset + len(known), buffer[len(known) :]
-
-    def _plan(self, ranges: Sequence[Range]) -> list[list[int]]:
-        """`ranges`, by number, in runs of one request each."""
-        with self._lock:
-            self._credit += sum(nbytes for _, nbytes in ranges)
-            runs, gaps = merged(ranges, self._credit // GAP_SHARE)
-            self._credit -= gaps * GAP_SHARE
-        return runs
 
     def _fetch(self, pieces: list[Piece]) -> None:
         """Fill `pieces`, in order of offset, by one range request, continued where a connection breaks."""

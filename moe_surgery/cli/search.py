@@ -72,6 +72,7 @@ def command(
         return
     terminal.say(computed_by(settings))
     counts = [n for n in (1, 2, 4, 8, 12, 16, 24, 48, 64, 96) if n < ranking.num_experts]
+    counts = [n for n in counts if errors[0][n - 1] is not None]  # the router can choose from so few
     means = [sum(row[n - 1] for row in errors) / len(errors) for n in counts]
     worst = [max(row[n - 1] for row in errors) for n in counts]
     terminal.table(

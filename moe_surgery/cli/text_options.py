@@ -71,8 +71,11 @@ def generate_option(what: str) -> Callable[[Command], Command]:
     return click.option("--generate", metavar="N", type=int, help=f"Generate up to N tokens first: {what}.")
 
 
-def text_options(command: Command) -> Command:
-    """--texts, --domain, --format, --max-tokens and --context as one argument `texts`."""
+def text_options(command: Command, absent: str | None = None) -> Command:
+    """--texts, --domain, --format, --max-tokens and --context as one argument `texts`.
+
+    `absent` says what the command does without texts; None: it needs them.
+    """
 
     @wraps(command)
     def run(
@@ -88,15 +91,15 @@ def text_options(command: Command) -> Command:
         click.option("--max-tokens", type=int, help="Maximum tokens per domain; default: all."),
     ):
         option(run)
-    return cast(Command, _text_files(run, required=True))
+    return cast(Command, _text_files(run, absent))
 
 
 def optional_text_options(command: Command) -> Command:
     """--texts, --domain and --format as one argument `texts`, for a command that also works without any."""
-    return _text_files(command, required=False)
+    return _text_files(command, "measure costs only")
 
 
-def _text_files(command: Command, required: bool) -> Command:
+def _text_files(command: Command, absent: str | None) -> Command:
     @wraps(command)
     def run(
         *args: Any, texts: tuple[Path, ...], domains: tuple[str, ...], format: str | None, **kwargs: Any
@@ -121,9 +124,9 @@ def _text_files(command: Command, required: bool) -> Command:
             metavar="FILE",
             type=click.Path(path_type=Path),
             multiple=True,
-            required=required,
+            required=absent is None,
             help="Text file, or rows in .jsonl or .json, plain or gzip; repeat for more"
-            + ("." if required else "; default: measure costs only."),
+            + ("." if absent is None else f"; default: {absent}."),
         ),
     ):
         option(run)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import xxhash
 
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["identity"]
 
+AHEAD: Final = 16
+"""Routers whose bytes are requested before they are needed, from a model on the hub."""
+
 
 def identity(checkpoint: Checkpoint | GgufModel, model: ModelSpec) -> str:
     """A digest (xxh3_128) over the names, dtypes and shapes of all tensors and the bytes of the routers.
@@ -27,8 +30,9 @@ def identity(checkpoint: Checkpoint | GgufModel, model: ModelSpec) -> str:
     tensors: Mapping[str, TensorRef | GgufTensor] = checkpoint.tensors
     for name, ref in sorted(tensors.items()):
         digest.update(repr((name, ref.dtype, ref.shape)).encode())
-    for tensor in sorted(model.tensors, key=lambda t: t.name):
-        if tensor.role is Role.ROUTER:
-            ref = tensor.stored
-            digest.update(checkpoint.shards[ref.shard].source.read(ref.offset, ref.nbytes))
+    routers = [t.stored for t in sorted(model.tensors, key=lambda t: t.name) if t.role is Role.ROUTER]
+    for number, ref in enumerate(routers):
+        for soon in routers[number : number + AHEAD]:
+            checkpoint.shards[soon.shard].source.expect([(soon.offset, soon.nbytes)])
+        digest.update(checkpoint.shards[ref.shard].source.read(ref.offset, ref.nbytes))
     return digest.hexdigest()

@@ -111,15 +111,16 @@ class ModelSpec:
 
     @property
     def described(self) -> Family:
-        """The family, if it has the full description that running and exporting need.
+        """The family, if it has the full description that the runtime and exporting need.
 
         Raises InvalidInputError for a family that is known by its tensor names alone.
         """
         if isinstance(self.family, Family):
             return self.family
         raise InvalidInputError(
-            f"{self.family.title} ({self.model_type}) checkpoints can be inspected, planned for, pruned and verified; "
-            "profile, search, evaluate, repair, generate, export and conversions support gpt-oss only"
+            f"{self.family.title} ({self.model_type}) checkpoints can be inspected, planned for, pruned and "
+            "verified, and profile, search and evaluate run them on transformers; repair, trace, generate, export and "
+            "conversions support gpt-oss only"
         )
 
     def require_description(self) -> None:

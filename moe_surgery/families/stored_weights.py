@@ -15,7 +15,7 @@ from moe_surgery.families.catalog_config import holders
 from moe_surgery.families.model_spec import ModelTensor
 from moe_surgery.formats.expert_format import AS_STORED, ExpertFormat, format_of_dtype
 
-__all__ = ["format_of", "role_of", "values_of"]
+__all__ = ["format_of", "packed_bits", "role_of", "values_of"]
 
 _FLOATS: Final = frozenset({"BF16", "F16", "F32"})
 _FLOAT8: Final = frozenset({"F8_E4M3", "F8_E5M2"})
@@ -45,7 +45,7 @@ def values_of(leaf: str, ref: TensorRef, config: Mapping[str, object]) -> int | 
         return None
     elements = prod(ref.shape)
     if ref.dtype in ("I32", "U32"):
-        return elements * 32 // _bits(config)
+        return elements * 32 // packed_bits(config)
     if ref.dtype in ("U8", "I8") and leaf.endswith(("weight", "weight_packed", "_blocks")):
         return elements * 2  # two FP4 codes a byte
     if leaf.endswith("trellis") and len(ref.shape) == 3:
@@ -82,7 +82,7 @@ def _method(config: Mapping[str, object]) -> str | None:
     return ", ".join(dict.fromkeys(shown)) or None
 
 
-def _bits(config: Mapping[str, object]) -> int:
+def packed_bits(config: Mapping[str, object]) -> int:
     """Bits of a weight packed in 32-bit words: 4 unless config.json says otherwise."""
     quantization = _quantization(config)
     found = [quantization.get("bits"), quantization.get("w_bit")]

@@ -13,7 +13,7 @@ from moe_surgery.quality.corpus import Corpus, Passage
 from moe_surgery.runtime.generate import generate
 from moe_surgery.runtime.model import CausalLM
 
-__all__ = ["Answers", "generate_answers"]
+__all__ = ["Answers", "generate_answers", "whole_lines"]
 
 BATCH_PROMPTS = 4
 Progress = Callable[[int], None]
@@ -27,7 +27,7 @@ class Answers:
 
     def __iter__(self) -> Iterator[Passage]:
         """Raises InvalidInputError for a damaged file."""
-        for number, line in enumerate(_whole_lines(self.file), 1):
+        for number, line in enumerate(whole_lines(self.file), 1):
             if number == 1:
                 continue  # the job that the file belongs to
             try:
@@ -119,7 +119,7 @@ def _finished(file: Path, job: str, wanted: int) -> tuple[int, int] | None:
     """
     if not file.exists():
         return None
-    lines = list(_whole_lines(file))
+    lines = list(whole_lines(file))
     try:
         if json.loads(lines[0]).get("job") != job:
             return None
@@ -131,11 +131,13 @@ def _finished(file: Path, job: str, wanted: int) -> tuple[int, int] | None:
     return done, sum(len(line.encode()) for line in lines[: 1 + done])
 
 
-def _whole_lines(file: Path) -> Iterator[str]:
+def whole_lines(file: Path) -> Iterator[str]:
+    """The lines of `file` that end: a killed run may leave half of one. Raises InvalidInputError if it cannot be
+    read."""
     try:
         with open(file, encoding="utf-8", newline="\n") as opened:
             for line in opened:
-                if line.endswith("\n"):  # a killed run may leave half a line
+                if line.endswith("\n"):
                     yield line
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInputError(f"{printable_path(file)}: cannot read: {error}") from None

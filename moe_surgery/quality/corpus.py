@@ -147,24 +147,25 @@ class Corpus:
     def encode_chat(self, chat: Conversation, where: str, *, prompt: bool = True) -> list[int]:
         """Tokens of a conversation; with `prompt`, ready for an answer. Raises InvalidInputError,
         starting with `where`, if the chat template fails."""
-        return self._encoded(self._rendered(chat, where, prompt=prompt), where)
+        return self.encode(self._rendered(chat, where, prompt=prompt), where)
 
     def _passages(self, document: Document) -> Iterator[Passage]:
         if document.chat is not None:
-            tokens, answer = self._conversation(document.chat, document.where)
+            tokens, answer = self.encode_answered(document.chat, document.where)
         else:
-            tokens, answer = self._encoded(document.text or "", document.where), None
+            tokens, answer = self.encode(document.text or "", document.where), None
         for start in range(0, len(tokens), self.context):
             piece = tuple(tokens[start : start + self.context])
             yield Passage(document.domain, piece, None if answer is None else max(0, answer - start))
 
-    def _conversation(self, chat: Conversation, where: str) -> tuple[list[int], int | None]:
-        """Tokens of a conversation, and the index where its last message starts if it is the assistant's."""
+    def encode_answered(self, chat: Conversation, where: str) -> tuple[list[int], int | None]:
+        """Tokens of a conversation, and the index where its last message starts if it is the assistant's. Raises
+        as `encode_chat`."""
         if chat.question() is chat:
             return self.encode_chat(chat, where), None
         whole = self._rendered(chat, where, prompt=False)
         start = answer_start(lambda c, prompt: self._rendered(c, where, prompt=prompt), chat)
-        tokens, before = self._encoded(whole, where), self._encoded(whole[:start], where)
+        tokens, before = self.encode(whole, where), self.encode(whole[:start], where)
         return tokens, common_length(tokens, before)
 
     def _rendered(self, chat: Conversation, where: str, *, prompt: bool) -> str:
@@ -180,7 +181,8 @@ class Corpus:
         except InvalidInputError as error:
             raise InvalidInputError(f"{where}: {error}") from None
 
-    def _encoded(self, text: str, where: str) -> list[int]:
+    def encode(self, text: str, where: str) -> list[int]:
+        """Tokens of a text. Raises InvalidInputError, starting with `where`, if it is not Unicode."""
         try:
             return self.tokenizer.encode(text)
         except UsageError as error:

@@ -6,7 +6,9 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,18 +18,24 @@ from moe_surgery.checkpoint.source import Folder
 from moe_surgery.errors import InvalidInputError, UsageError
 from moe_surgery.families import FAMILIES, AnyFamily
 from moe_surgery.progress import Counter, OnProgress
+from moe_surgery.quality.ask import MAX_NEW_TOKENS, Answered, Respondent, ask
 from moe_surgery.quality.candidates import Candidate, pruned_candidate
 from moe_surgery.quality.corpus import Passage, batches, open_corpus
 from moe_surgery.quality.evaluation import Evaluation, ModelResult, Quality
 from moe_surgery.quality.hidden_states import HiddenStates
-from moe_surgery.quality.layerwise import apply_attention, apply_experts, embed, logits_of
-from moe_surgery.quality.resume import default_context, identify_runnable
+from moe_surgery.quality.layers import LayerModel
+from moe_surgery.quality.open_layers import open_layers
+from moe_surgery.quality.own_layers import as_layers
+from moe_surgery.quality.questions import read_questions
+from moe_surgery.quality.resume import default_context, identify, job_digest, stamp_digest
 from moe_surgery.quality.text_files import Texts, as_text_files
 from moe_surgery.runtime.load import load_model
 from moe_surgery.runtime.model import CausalLM
 from moe_surgery.runtime.text import Text
+from moe_surgery.runtime.view import view
 from moe_surgery.selection.arguments import Named, PathLike, load_pairs
 from moe_surgery.selection.plan import Plan, check_top_k, load_plan, plan_keeping
+from moe_surgery.surgery.routing import check_view
 
 __all__ = ["evaluate", "evaluate_passages"]
 
@@ -56,8 +64,9 @@ class _Sums:
 
 def evaluate(
     checkpoint: PathLike | Folder,
-    texts: Texts,
+    texts: Texts | None = None,
     *,
+    answers: PathLike | Sequence[PathLike] = (),
     plans: Named[Plan] = (),
     pruned: Sequence[PathLike | Folder] = (),
     top_k: int | None = None,
@@ -65,6 +74,8 @@ def evaluate(
     max_tokens: int | None = None,
     format: str | None = None,
     answers_only: bool = False,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    replies: PathLike | None = None,
     batch_tokens: int = BATCH_TOKENS,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
@@ -72,7 +83,7 @@ def evaluate(
     families: tuple[AnyFamily, ...] = FAMILIES,
     progress: OnProgress | None = None,
 ) -> Evaluation:
-    """Compare plans and pruned checkpoints with the full `checkpoint` on `texts`.
+    """Compare plans and pruned checkpoints with the full `checkpoint` on `texts`, by `answers` to questions, or both.
 
     Plans are (name, plan) pairs or paths, evaluated as views: nothing is written. All models go through
     one layer before the next is loaded, so memory holds one layer and each model's hidden states for a
@@ -82,60 +93,111 @@ def evaluate(
     model families to recognise. `progress` is called with each `Progress`, in tokens finished by all models;
     split texts are reported as a warning on the logger "moe_surgery".
 
+    `answers` are files of questions (`read_questions`): every model answers all of them greedily, in at most
+    `max_new_tokens`, or chooses by likelihood, and is compared with the full model question by question
+    (`Accuracy`). Without `texts` the models are compared on the questions and the full model's replies. Replies are
+    appended to the file `replies` as they come, from which the same call resumes.
+
     Raises UsageError if there is nothing to predict or `top_k` is not in 1 to the number of experts kept,
     PlanMismatchError for a plan or checkpoint of another model, and any error of opening the checkpoint.
     """
     if batch_tokens < 1:
         raise UsageError(f"`batch_tokens` {batch_tokens}: must be at least 1")
+    if texts is None and not answers:
+        raise UsageError("nothing to compare on; pass `texts` or `answers`")
+    if texts is None and (max_tokens is not None or answers_only):
+        raise UsageError("`max_tokens` and `answers_only` need `texts`")
     named_plans = load_pairs(plans, Plan, load_plan)
-    spec, source_identity = identify_runnable(checkpoint, families)
-    model = load_model(checkpoint, device, dtype, backend=backend, one_layer=True, families=families)
-    candidates = []
+    files = None if texts is None else as_text_files(texts, format)
+    question_files = read_questions(answers)
+    spec, source_identity = identify(checkpoint, families)
+    if question_files:
+        spec.require_description()
+    model = open_layers(checkpoint, device, dtype, backend=backend, families=families)
+
+    def load(path: PathLike | Folder, top_k: int | None = None) -> CausalLM:
+        return load_model(path, device, dtype, backend=backend, top_k=top_k, families=families)
+
+    whole = cache(lambda: load(checkpoint))
+
+    respondents = [Respondent("full", "full", Candidate("full", None, model=model), whole)]
     if top_k is not None and not named_plans and not pruned:
         check_top_k(top_k, spec.experts, f"{checkpoint} has")
         named_plans = [(f"top-k {top_k}", plan_keeping(None, spec))]
     for name, named_plan in named_plans:
-        named_plan.check_fits(spec.model_type, spec.experts, spec.layers, str(checkpoint))
         plan = named_plan.with_top_k(top_k, name)
-        candidates.append(Candidate(name, plan.layers, plan.top_k, None, dict(plan.provenance)))
+        check_view(spec, plan, str(checkpoint))
+        viewed = Candidate(name, plan.layers, plan.top_k, None, dict(plan.provenance))
+        key = job_digest([plan.layers, plan.top_k])
+        respondents.append(Respondent(name, key, viewed, partial(_viewed, whole, plan)))
     for path in pruned:
-        other = load_model(
-            path, device, dtype, backend=backend, top_k=top_k, one_layer=True, families=families
+        other = open_layers(path, device, dtype, backend=backend, top_k=top_k, families=families)
+        with closing(open_folder(path)) as opened:
+            candidate = pruned_candidate(str(path), opened, other, model, spec.layer_numbers)
+        key = job_digest([stamp_digest(path), top_k])
+        respondents.append(Respondent(str(path), key, candidate, partial(load, path, top_k)))
+    candidates = [respondent.candidate for respondent in respondents[1:]]
+    tokenizer = Text(checkpoint)
+    limit = default_context(spec, context)
+    answered: Answered | None = None
+    if question_files:
+        answered = ask(
+            question_files,
+            tokenizer,
+            model,
+            respondents,
+            context=limit,
+            max_new_tokens=max_new_tokens,
+            batch_tokens=batch_tokens,
+            stop_tokens=tokenizer.stop_tokens or None,
+            file=None if replies is None else Path(replies),
+            job=[stamp_digest(checkpoint), model.computation],
+            progress=progress,
         )
-        with closing(open_folder(path)) as files:
-            candidates.append(pruned_candidate(str(path), files, other, model))
-    corpus = open_corpus(
-        as_text_files(texts, format),
-        Text(checkpoint),
-        context=default_context(spec, context),
-        max_tokens=max_tokens,
-    )
-    total = sum(len(p.tokens) for p in corpus)  # reads all texts once, before the long work
-    if corpus.split:
+        whole.cache_clear()
+    passages: Iterable[Passage]
+    if files is not None:
+        passages = corpus = open_corpus(files, tokenizer, context=limit, max_tokens=max_tokens)
+        read = corpus.texts
+    else:
+        assert answered is not None
+        passages, read, answers_only = answered.passages(), answered.questions, True
+    total = sum(len(p.tokens) for p in passages)  # reads all texts once, before the long work
+    if files is not None and corpus.split:
         log.warning("%d texts are longer than %d tokens and were split", corpus.split, corpus.context)
     done = Counter(progress, "evaluate", total, "tokens")
-    groups = batches(corpus, batch_tokens)
+    groups = batches(passages, batch_tokens)
     models = evaluate_passages(model, groups, candidates, answers_only=answers_only, progress=done.advance)
+    if answered is not None:
+        accuracies = answered.accuracies()
+        models = tuple(replace(m, accuracy=a) for m, a in zip(models, accuracies, strict=True))
     settings: dict[str, object] = {
         **model.computation,
-        "context": corpus.context,
-        "max_tokens": corpus.max_tokens,
+        "context": limit,
+        "max_tokens": max_tokens,
         "answers_only": answers_only,
     }
+    if answered is not None:
+        settings["max_new_tokens"] = max_new_tokens
     return Evaluation(
         spec.model_type,
         str(checkpoint),
         source_identity,
         spec.experts,
         models,
-        corpus.texts,
+        read,
         settings,
+        answered.questions if answered else {},
     )
+
+
+def _viewed(whole: Callable[[], CausalLM], plan: Plan) -> CausalLM:
+    return view(whole(), plan)
 
 
 @torch.inference_mode()
 def evaluate_passages(
-    model: CausalLM,
+    model: LayerModel | CausalLM,
     groups: Iterable[Sequence[Passage]],
     candidates: Sequence[Candidate],
     *,
@@ -147,33 +209,33 @@ def evaluate_passages(
     Raises UsageError if there is no token to predict, InvalidInputError if a model's predictions
     are not finite (weights that overflow in the compute dtype). `progress` is called with each batch's tokens.
     """
-    experts = model.layers[0].router.weight.shape[0]
-    full = Candidate("full", (tuple(range(experts)),) * len(model.layers))
+    model = as_layers(model)
+    full = Candidate("full", (tuple(range(model.experts)),) * model.moe_layers, model=model)
     models = [full, *candidates]
     sums: list[dict[str, _Sums]] = [{} for _ in models]
-    counts: list[list[tuple[int, int]]] = [[] for _ in models]  # experts and top-k of each layer
+    counts: list[list[tuple[int, int]]] = [[] for _ in models]  # experts and top-k of each MoE layer
     for passages in groups:
         targets = _targets(passages, answers_only)
         for per_domain in sums:
             for domain in targets.domains:
-                zeros = [0] * len(model.layers)
+                zeros = [0] * model.moe_layers
                 per_domain.setdefault(domain, _Sums(routes=list(zeros), rerouted=zeros))
-        states = [embed(c.model or model, [p.tokens for p in passages]) for c in models]
-        for number in range(len(model.layers)):
-            full_layer = model.layers[number]
+        states = [(c.model or model).embed([p.tokens for p in passages]) for c in models]
+        for number in range(model.depth):
             reference: Tensor | None = None
             for i, (candidate, state) in enumerate(zip(models, states, strict=True)):
-                computing = candidate.model or model
-                layer = full_layer if i == 0 else candidate.layer(number, full_layer)
-                if len(counts[i]) == number:
-                    counts[i].append((layer.router.weight.shape[0], layer.top_k))
-                apply_attention(computing, number, layer, state)
-                ids, _ = apply_experts(computing, layer, state)
+                layer = candidate.enter(number, model, state)
+                if layer is None:
+                    continue
+                if len(counts[i]) == layer.row:
+                    counts[i].append((layer.experts, layer.top_k))
+                ids = layer.apply()
                 if reference is None:
                     reference = ids
                 if candidate.kept is not None:
-                    rerouted = _rerouted(ids, candidate.kept[number], reference)
-                    _count_routes(sums[i], targets, number, rerouted)
+                    tail = range(model.experts, model.experts + layer.tail)
+                    rerouted = _rerouted(ids, (*candidate.kept[layer.row], *tail), reference)
+                    _count_routes(sums[i], targets, layer.row, rerouted)
         _compare(model, models, states, targets, sums)
         if progress:
             progress(states[0].tokens)
@@ -248,21 +310,21 @@ def _count_routes(sums: dict[str, _Sums], targets: _Targets, number: int, rerout
 
 
 def _compare(
-    model: CausalLM,
+    model: LayerModel,
     models: Sequence[Candidate],
     states: Sequence[HiddenStates],
     targets: _Targets,
     sums: Sequence[dict[str, _Sums]],
 ) -> None:
     """Add the predictions of all models for the target rows to `sums`, a bounded piece at a time."""
-    step = max(1, LOGIT_BYTES // (model.config.vocab_size * 4))
+    step = max(1, LOGIT_BYTES // (model.vocab_size * 4))
     for start in range(0, len(targets.rows), step):
         piece = slice(start, start + step)
         rows, owner = targets.rows[piece], targets.owner[piece]
         next_tokens = targets.tokens[piece].to(model.device)
         reference: Tensor | None = None
         for candidate, state, per_domain in zip(models, states, sums, strict=True):
-            log_p = torch.log_softmax(logits_of(candidate.model or model, state[rows]), dim=-1)
+            log_p = torch.log_softmax((candidate.model or model).logits(state[rows]), dim=-1)
             if reference is None:
                 reference, probs, top_token = log_p, log_p.exp(), log_p.argmax(dim=-1)
             loss = -log_p.gather(1, next_tokens[:, None])[:, 0]

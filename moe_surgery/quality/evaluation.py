@@ -13,6 +13,7 @@ from moe_surgery.checkpoint.kinds import EVALUATION, expects
 from moe_surgery.checkpoint.strict_json import parse_json
 from moe_surgery.checkpoint.text import describe_value
 from moe_surgery.errors import InvalidInputError
+from moe_surgery.quality.accuracy import Accuracy
 from moe_surgery.selection.arguments import PathLike, load_if_path
 from moe_surgery.selection.fields import is_integer
 
@@ -51,7 +52,8 @@ class ModelResult:
     """Results of one model: the full one, a plan evaluated as a view, or a pruned checkpoint.
 
     `kind` is "full", "plan" or "checkpoint". `experts` are kept per layer. `provenance` is the
-    plan's: `method`, `domains`, `seed` and so on; empty for the full model.
+    plan's: `method`, `domains`, `seed` and so on; empty for the full model. `accuracy` is by domain of the
+    questions; empty where none were asked.
     """
 
     name: str
@@ -60,11 +62,17 @@ class ModelResult:
     top_k: int
     domains: Mapping[str, Quality]
     provenance: Mapping[str, object] = field(default_factory=dict)
+    accuracy: Mapping[str, Accuracy] = field(default_factory=dict)
 
     @property
     def overall(self) -> Quality:
         """All domains together, weighted by tokens."""
         return _pooled(self.domains.values())
+
+    @property
+    def overall_accuracy(self) -> Accuracy:
+        """All questions together."""
+        return Accuracy.pooled(list(self.accuracy.values()))
 
     @property
     def mean_experts(self) -> float:
@@ -76,7 +84,9 @@ class Evaluation:
     """Models compared on the same texts; `models[0]` is the full one.
 
     `checkpoint` and `identity` are of the full model. `texts` lists the texts of each domain:
-    {"name", "xxh3_128", "tokens"}. `settings`: dtype, backend, answers_only, context and the like.
+    {"name", "xxh3_128", "tokens"}. `settings`: dtype, backend, answers_only, context and the like. `questions` lists
+    the questions of each domain: {"name", "xxh3_128", "questions"}; where they are also the texts, figures are of
+    the full model's replies to them.
     """
 
     model_type: str
@@ -86,6 +96,7 @@ class Evaluation:
     models: tuple[ModelResult, ...]
     texts: Mapping[str, list[dict[str, object]]] = field(default_factory=dict)
     settings: Mapping[str, object] = field(default_factory=dict)
+    questions: Mapping[str, list[dict[str, object]]] = field(default_factory=dict)
 
     @property
     def domains(self) -> list[str]:
@@ -102,6 +113,7 @@ class Evaluation:
             "num_experts": self.num_experts,
             "texts": dict(self.texts),
             "settings": dict(self.settings),
+            **({"questions": dict(self.questions)} if self.questions else {}),
             "models": [
                 {
                     "name": m.name,
@@ -111,6 +123,7 @@ class Evaluation:
                     "provenance": dict(m.provenance),
                     "overall": _quality_dict(m.overall),
                     "domains": {d: _quality_dict(q) for d, q in m.domains.items()},
+                    **_accuracy_dict(m),
                 }
                 for m in self.models
             ],
@@ -149,11 +162,12 @@ def load_evaluation(path: str | os.PathLike[str]) -> Evaluation:
         models = tuple(_model_result(m) for m in root["models"])
         if not models or models[0].kind != "full":
             raise ValueError("models must start with the full one")
-        texts, settings = root["texts"], root["settings"]
-        if not isinstance(texts, dict) or not isinstance(settings, dict):
-            raise ValueError("texts and settings must be objects")
-        if not all(isinstance(t, list) and all(isinstance(x, dict) for x in t) for t in texts.values()):
-            raise ValueError("texts must be lists of objects")
+        texts, settings, questions = root["texts"], root["settings"], root.get("questions", {})
+        if not isinstance(texts, dict) or not isinstance(settings, dict) or not isinstance(questions, dict):
+            raise ValueError("texts, settings and questions must be objects")
+        for listed in (*texts.values(), *questions.values()):
+            if not isinstance(listed, list) or not all(isinstance(item, dict) for item in listed):
+                raise ValueError("texts and questions must be lists of objects")
         return Evaluation(
             str(root["model_type"]),
             str(root["checkpoint"]),
@@ -162,9 +176,17 @@ def load_evaluation(path: str | os.PathLike[str]) -> Evaluation:
             models,
             texts,
             settings,
+            questions,
         )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InvalidInputError(f"{where}: incomplete evaluation: {error}") from None
+
+
+def _accuracy_dict(model: ModelResult) -> dict[str, object]:
+    if not model.accuracy:
+        return {}
+    by_domain = {domain: accuracy.as_dict() for domain, accuracy in model.accuracy.items()}
+    return {"answers": {"overall": model.overall_accuracy.as_dict(), "domains": by_domain}}
 
 
 def _quality_dict(quality: Quality) -> dict[str, object]:
@@ -185,7 +207,17 @@ def _model_result(m: Mapping[str, object]) -> ModelResult:
     qualities = {str(name): _quality(q, len(experts)) for name, q in domains.items()}
     if len({len(quality.rerouted) for quality in qualities.values()}) > 1:
         raise ValueError("redirected is missing for some domains")
-    return ModelResult(str(m["name"]), str(m["kind"]), tuple(experts), top_k, qualities, provenance)
+    accuracy = {}
+    if "answers" in m:
+        answers = m["answers"]
+        if (
+            not isinstance(answers, dict)
+            or not isinstance(answers["domains"], dict)
+            or not answers["domains"]
+        ):
+            raise ValueError("answers must be an object with domains")
+        accuracy = {str(domain): Accuracy.read(found) for domain, found in answers["domains"].items()}
+    return ModelResult(str(m["name"]), str(m["kind"]), tuple(experts), top_k, qualities, provenance, accuracy)
 
 
 def _quality(q: Mapping[str, object], layers: int) -> Quality:

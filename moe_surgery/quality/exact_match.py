@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moe_surgery.runtime.generate import generate
 from moe_surgery.runtime.model import CausalLM
 from moe_surgery.runtime.text import Text
+from moe_surgery.runtime.until import generate_until
 
 __all__ = ["answer_line", "exact_match"]
 
@@ -18,19 +18,14 @@ def answer_line(model: CausalLM, text: Text, prompts: Sequence[str], max_new_tok
 
     Raises UsageError for an empty prompt and for one that leaves no space in the model's context.
     """
-    stops = (*model.config.eos_token_ids, text.encode("\n")[-1])
     lines = []
     for first in range(0, len(prompts), BATCH_PROMPTS):
         ids = [text.encode(prompt) for prompt in prompts[first : first + BATCH_PROMPTS]]
-        generated = generate(model, ids, max_new_tokens=max_new_tokens, stop_tokens=stops)
-        lines += [_first_line(text.decode([t for t in row if t not in stops])) for row in generated.tokens]
+        found = generate_until(model, text, ids, until=("\n",), max_new_tokens=max_new_tokens)
+        lines += [continuation.text.strip() for continuation in found]
     return lines
 
 
 def exact_match(answers: Sequence[str], expected: Sequence[str]) -> float:
     """The share of `answers` that equal the expected ones."""
     return sum(a == e for a, e in zip(answers, expected, strict=True)) / len(expected)
-
-
-def _first_line(text: str) -> str:
-    return text.strip().split("\n", maxsplit=1)[0].strip()

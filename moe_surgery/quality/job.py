@@ -17,11 +17,12 @@ from moe_surgery.families import FAMILIES, AnyFamily
 from moe_surgery.progress import Counter, OnProgress
 from moe_surgery.quality.answers import generate_answers
 from moe_surgery.quality.corpus import Passage, batches, open_corpus
-from moe_surgery.quality.profile import profile_passages
+from moe_surgery.quality.open_layers import open_layers
+from moe_surgery.quality.profile import count_tokens, profile_passages
 from moe_surgery.quality.resume import (
     check_writable,
     default_context,
-    identify_runnable,
+    identify,
     job_digest,
     partial_path,
 )
@@ -37,6 +38,7 @@ from moe_surgery.selection.statistics import (
     merge,
     save_statistics,
 )
+from moe_surgery.surgery.routing import check_view
 from moe_surgery.version import __version__
 
 __all__ = ["BATCH_TOKENS", "ProfileResult", "profile"]
@@ -88,15 +90,17 @@ def profile(
     PlanMismatchError, OutputError.
     """
     out = Path(output)
-    spec, source_identity = identify_runnable(checkpoint, families)
+    spec, source_identity = identify(checkpoint, families)
     if sequential is not None:
         sequential = as_plan(sequential)
-        sequential.check_fits(spec.model_type, spec.experts, spec.layers, str(checkpoint))
+        check_view(spec, sequential, str(checkpoint))
+    if generate is not None:
+        spec.require_description()
     if batch_tokens < 1:
         raise UsageError(f"`batch_tokens` {batch_tokens}: must be at least 1")
     partial = partial_path(out)
     check_writable(out, partial)
-    model = load_model(checkpoint, device, dtype, backend=backend, one_layer=True, families=families)
+    model = open_layers(checkpoint, device, dtype, backend=backend, families=families)
     text = Text(checkpoint)
     files = as_text_files(texts, format)
     corpus = open_corpus(files, text, context=default_context(spec, context), max_tokens=max_tokens)
@@ -127,7 +131,7 @@ def profile(
         log.warning("%d texts are longer than %d tokens and were split", corpus.split, corpus.context)
     statistics, batches_done = _resumed(partial, job)
     resumed = sum(statistics.tokens.values()) if statistics else 0
-    layers = len(model.layers)
+    layers = model.depth
     profiled = Counter(progress, "profile", total, "tokens", done=resumed * layers, parts=layers)
     for number, batch in enumerate(batches(passages, batch_tokens)):
         if number < batches_done:
@@ -138,11 +142,13 @@ def profile(
             spec.model_type,
             source_identity,
             spec.experts,
-            model.config.hidden_size,
+            model.hidden_size,
             spec.top_k,
-            {d: int(data[d][0].count.sum()) // spec.top_k for d in data},
+            count_tokens(batch),
             {d: [] for d in data},
             data,
+            {},
+            spec.moe_layers,
         )
         statistics = part if statistics is None else merge([statistics, part])
         statistics.settings = {"job": job, "batches": number + 1}

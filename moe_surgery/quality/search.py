@@ -17,15 +17,15 @@ from moe_surgery.families import FAMILIES, AnyFamily
 from moe_surgery.progress import Counter, OnProgress
 from moe_surgery.quality.corpus import open_corpus
 from moe_surgery.quality.greedy_elimination import LayerOrder, greedy_elimination
+from moe_surgery.quality.open_layers import open_layers
 from moe_surgery.quality.resume import (
     check_writable,
     default_context,
-    identify_runnable,
+    identify,
     job_digest,
     partial_path,
 )
 from moe_surgery.quality.text_files import Texts, as_text_files
-from moe_surgery.runtime.load import load_model
 from moe_surgery.runtime.text import Text
 from moe_surgery.selection.arguments import PathLike
 from moe_surgery.selection.ranking import Ranking
@@ -63,8 +63,8 @@ def search(
     out = Path(output)
     partial = partial_path(out)
     check_writable(out, partial)
-    spec, source_identity = identify_runnable(checkpoint, families)
-    model = load_model(checkpoint, device, dtype, backend=backend, one_layer=True, families=families)
+    spec, source_identity = identify(checkpoint, families)
+    model = open_layers(checkpoint, device, dtype, backend=backend, families=families)
     files = as_text_files(texts, format)
     corpus = open_corpus(
         files, Text(checkpoint), context=default_context(spec, context), max_tokens=max_tokens
@@ -80,7 +80,7 @@ def search(
     passages = list(corpus)
     tokens = sum(len(p.tokens) for p in passages)
     done = _resumed(partial, job)
-    log.info("%d tokens through %d layers", tokens, spec.layers)
+    log.info("%d tokens through %d layers with experts", tokens, spec.layers)
     searched = Counter(progress, "search", tokens, "tokens", done=tokens * len(done), parts=spec.layers)
     orders = list(done)
 
@@ -103,9 +103,11 @@ def search(
             "checkpoint": source_identity,
             "texts": {d: [t for t in ts if t["tokens"]] for d, ts in corpus.texts.items()},
             "settings": settings,
-            # By layer: mean relative squared error of the output with the first 1, 2, ... experts.
-            "errors": [[float(f"{e:.6g}") for e in o.errors] for o in orders],
+            # By layer: mean relative squared error of the output with the first 1, 2, ... experts, null where
+            # the router cannot choose from so few.
+            "errors": [[None if e is None else float(f"{e:.6g}") for e in o.errors] for o in orders],
         },
+        spec.moe_layers,
     )
     write_file(out, ranking.to_json().encode() + b"\n", FileOps())
     with suppress(OSError):

@@ -118,6 +118,11 @@ class Harmony:
         elif self._body is not None:
             self._begin(self._body)
 
+    @property
+    def structured(self) -> bool:
+        """Whether what follows the prompt is split; else all of it is the answer."""
+        return self._markers is not None
+
     def push(self, token: int) -> list[Piece]:
         """The text that `token` completes, if any."""
         markers = self._markers

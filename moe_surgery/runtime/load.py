@@ -26,7 +26,7 @@ from moe_surgery.runtime.view import view_layer
 from moe_surgery.selection.arguments import PathLike
 from moe_surgery.selection.plan import Plan, as_plan, check_top_k
 
-__all__ = ["load_model"]
+__all__ = ["DTYPES", "check_on_disk", "load_model"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -108,7 +108,7 @@ def load_model(
     compute_dtype = chosen_backend.dtype if dtype is None else dtype
     with ExitStack() as stack:
         checkpoint = stack.enter_context(Checkpoint.open(path))
-        _check_on_disk(checkpoint)
+        check_on_disk(checkpoint)
         spec = identify_model(checkpoint, families)
         spec.require_description()
         if plan is not None:
@@ -126,7 +126,7 @@ def load_model(
         return model
 
 
-def _check_on_disk(checkpoint: Checkpoint) -> None:
+def check_on_disk(checkpoint: Checkpoint) -> None:
     """Raise OutputError where weights would have to be fetched from the hub."""
     files = checkpoint.files
     if files.hub_model is not None and any(map(files.bytes_to_fetch, checkpoint.shards)):

@@ -16,9 +16,18 @@ __all__ = ["MappedShards"]
 
 DTYPES: Mapping[str, torch.dtype] = {
     "U8": torch.uint8,
+    "I8": torch.int8,
+    "BOOL": torch.bool,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.uint8,  # exponents, biased by 127
     "BF16": torch.bfloat16,
     "F16": torch.float16,
     "F32": torch.float32,
+    "F64": torch.float64,
 }
 READ_AHEAD_BYTES = 512 << 20
 """Read ahead at most: a layer of gpt-oss-20b. Where memory is short, more would push out what is in use."""
@@ -57,6 +66,13 @@ class MappedShards:
                 mapped, dtype=dtype, offset=ref.offset, count=ref.nbytes // dtype.itemsize
             )
         return flat.view(ref.shape)
+
+    def prefetch(self, ref: TensorRef) -> None:
+        """Have the pages of `ref` read in the background."""
+        mapped = self._maps[ref.shard]
+        if mapped is not None and hasattr(mmap, "MADV_WILLNEED"):
+            start = ref.offset - ref.offset % mmap.PAGESIZE
+            mapped.madvise(mmap.MADV_WILLNEED, start, ref.offset + ref.nbytes - start)
 
     def read_ahead(self, refs: Iterable[TensorRef], after: threading.Thread | None) -> threading.Thread:
         """Bring in the pages of `refs`, once `after` has ended: a thread that waits for the disk instead of their

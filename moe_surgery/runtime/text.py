@@ -99,6 +99,12 @@ class Text:
             return None
         return Markers(start, message, end, *others)
 
+    def special_token(self, name: str) -> int | None:
+        """The id of the tokenizer's "bos", "eos", "pad", ... token; None where its settings name none."""
+        written = self._special_tokens().get(f"{name}_token")
+        token: int | None = None if written is None else self._tokenizer.token_to_id(written)
+        return token
+
     def same_tokens(self, other: Text) -> bool:
         """Whether both tokenizers have the same vocabulary."""
         ours, others = (t._tokenizer.get_vocab(with_added_tokens=True) for t in (self, other))
@@ -136,6 +142,13 @@ class Text:
             )
         except Exception as error:
             raise self._failed(error) from None
+
+    def template_source(self, name: str = "default") -> str:
+        """The chat template called `name`, as Jinja. Raises as `chat`, UsageError for an unknown name."""
+        sources = self._sources()
+        if name not in sources:
+            raise UsageError(f"`chat_template` {name}: choose one of {', '.join(sources)}")
+        return sources[name]
 
     def reads(self, name: str) -> bool:
         """Whether the chat template reads a variable `name`. Raises like `chat`."""

@@ -10,7 +10,14 @@ from moe_surgery.families.model_spec import ModelSpec
 from moe_surgery.selection.plan import Plan
 from moe_surgery.surgery.serving import LLAMA_CPP_COUNTS, fast_counts
 
-__all__ = ["check_routing", "nearest_count", "offered_count", "problem_of_count", "rounded_count"]
+__all__ = [
+    "check_routing",
+    "check_view",
+    "nearest_count",
+    "offered_count",
+    "problem_of_count",
+    "rounded_count",
+]
 
 
 def problem_of_count(model: ModelSpec, kept: int, top_k: int) -> str | None:
@@ -84,3 +91,18 @@ def check_routing(model: ModelSpec, plan: Plan, top_k: int) -> None:
     for name, row in zip(names, rows, strict=False):
         if (problem := grouping.problem_of_row(row)) is not None:
             raise PlanMismatchError(f"{name}: {problem}")
+
+
+def check_view(model: ModelSpec, plan: Plan, checkpoint: str) -> None:
+    """Raise PlanMismatchError unless `plan` can restrict `model`, called `checkpoint`, without pruning it.
+
+    Layers may keep different numbers of experts.
+    """
+    plan.check_fits(model.model_type, model.experts, model.layers, checkpoint, model.layer_numbers)
+    for number, row in zip(plan.numbers, plan.layers, strict=True):
+        top_k = min(plan.top_k or model.top_k, len(row))
+        problem = problem_of_count(model, len(row), top_k)
+        if problem is None and model.grouping is not None:
+            problem = model.grouping.problem_of_row(row)
+        if problem is not None:
+            raise PlanMismatchError(f"layer {number}: {problem}")

@@ -10,6 +10,7 @@ import pytest
 
 from moe_surgery import make_card, plan_keeping, prune
 from moe_surgery.errors import OutputError, PlanMismatchError, VerificationError
+from moe_surgery.quality.accuracy import Accuracy
 from tests.card.cards import (
     README,
     SHAPE,
@@ -176,6 +177,27 @@ def test_evaluation_is_shown_with_its_figures(source: Path, out: Path) -> None:
     assert rows["all"][5] == f"{(300 * redirected[0] + 100 * redirected[1]) / 400:.1f} %"
     assert "Not evaluated" not in card
     assert "Not evaluated" in readme(out)
+
+
+def test_answers_to_questions_are_shown_beside_the_sources(source: Path, out: Path) -> None:
+    evaluation = evaluation_of(source, load_plan_of(out), 2)
+    full, actual = evaluation.models
+    asked = {"sums": Accuracy(20, 10, ("b", "c", "d"), ("a",)), "words": Accuracy(5, 5)}
+    models = (
+        replace(full, accuracy={"sums": Accuracy(20, 12), "words": Accuracy(5, 5)}),
+        replace(actual, accuracy=asked),
+    )
+    files = {
+        "sums": [{"name": "sums.jsonl", "questions": 20}],
+        "words": [{"name": "w.jsonl", "questions": 5}],
+    }
+    card = make_card(out, evaluation=replace(evaluation, models=models, texts=files, questions=files))
+    rows = cells(section(card, "Evaluation"))
+    # Wilson's interval of 12 and of 10 of 20, McNemar's test of 3 against 1: 2 * (1 + 4) / 16
+    assert rows["`sums`"] == ["20", "60.0 % (38.7 to 78.1)", "50.0 % (29.9 to 70.1)", "3", "1", "0.62"]
+    assert rows["`words`"][1:] == ["100.0 % (56.6 to 100.0)"] * 2 + ["0", "0", "1"]
+    assert "Compared with the source on questions and its replies to them" in card
+    assert "same texts" not in card
 
 
 def test_evaluation_of_something_else_is_refused(source: Path, out: Path) -> None:

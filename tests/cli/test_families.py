@@ -63,14 +63,13 @@ def test_random_plans_take_the_same_number_of_each_group(source: Path, capsys: C
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("profile", "CKPT", "--texts", "TEXT", "-o", "OUT"),
-        ("search", "CKPT", "--texts", "TEXT", "-o", "OUT"),
-        ("evaluate", "CKPT", "--texts", "TEXT", "--top-k", "1", "-o", "OUT"),
+        ("profile", "CKPT", "--texts", "TEXT", "--generate", "8", "-o", "OUT"),
+        ("trace", "CKPT", "--prompt", "some text", "-o", "OUT"),
         ("repair", "CKPT", "--source", "CKPT", "--texts", "TEXT", "-o", "OUT"),
         ("export", "CKPT", "OUT", "--no-tokenizer"),
     ],
 )
-def test_commands_that_run_a_model_say_that_they_support_gpt_oss_only(
+def test_commands_that_need_the_runtime_say_that_they_support_gpt_oss_only(
     arguments: tuple[str, ...], source: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     (tmp_path / "text.txt").write_text("some text")

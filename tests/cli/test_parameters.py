@@ -25,6 +25,7 @@ COMMANDS_ARE_MEANT = {
     "checkpoint/kinds.py": "which command takes a kind of file",
     "checkpoint/resolve.py": "the hub's own command that downloads",
     "demo.py": "the commands that it shows",
+    "integrations/lm_eval.py": "the options of lm-eval",
     "report/document.py": "names of CSS variables",
     "report/trace_sections.py": "where the exact figures are",
     "selection/importers/sglang.py": "the option of SGLang that records what can be read",

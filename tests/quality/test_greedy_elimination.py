@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from moe_surgery.checkpoint.resolve import resolve  # noqa: E402
 from moe_surgery.progress import Progress  # noqa: E402
 from moe_surgery.quality.corpus import Passage, text_files  # noqa: E402
 from moe_surgery.quality.greedy_elimination import eliminate, greedy_elimination  # noqa: E402
+from moe_surgery.quality.routing import Routing  # noqa: E402
 from moe_surgery.quality.search import search  # noqa: E402
 from moe_surgery.runtime.text import Text  # noqa: E402
 from tests.support import oracle  # noqa: E402
@@ -28,28 +30,40 @@ from tests.support.sums import arithmetic  # noqa: E402
 TINY = "example:tiny"
 
 
-def output_of(logits: np.ndarray, outputs: np.ndarray, left: list[int], top_k: int) -> np.ndarray:
-    """A layer's output for one token with the experts `left`, float64."""
-    chosen = sorted(left, key=lambda e: -logits[e])[:top_k]
-    weights = np.exp(logits[chosen] - logits[chosen].max())
-    return (weights / weights.sum()) @ outputs[chosen]
+@dataclass(frozen=True)
+class Rule:
+    """A router by its scores; see `Routing`."""
+
+    top_k: int
+    softmax: bool = True
+    renormalised: bool = True
+    bias: tuple[float, ...] = (0.0,) * 9
+
+    def output(self, logits: np.ndarray, outputs: np.ndarray, left: list[int]) -> np.ndarray:
+        """A layer's output for one token with the experts `left`, float64."""
+        scores = np.exp(logits) if self.softmax else 1 / (1 + np.exp(-logits))
+        if self.softmax:
+            scores = scores / scores[left].sum()
+        chosen = sorted(left, key=lambda e: -(scores[e] + self.bias[e]))[: self.top_k]
+        weights = scores[chosen] / (scores[chosen].sum() if self.renormalised else 1)
+        return 1.5 * weights @ outputs[chosen]
 
 
-def cost_of(logits: np.ndarray, outputs: np.ndarray, norms: np.ndarray, left: list[int], top_k: int) -> float:
+def cost_of(logits: np.ndarray, outputs: np.ndarray, norms: np.ndarray, left: list[int], rule: Rule) -> float:
     everyone = list(range(logits.shape[1]))
     total = 0.0
     for z, f, norm in zip(logits, outputs, norms, strict=True):
-        change = output_of(z, f, left, top_k) - output_of(z, f, everyone, top_k)
+        change = rule.output(z, f, left) - rule.output(z, f, everyone)
         total += float(change @ change) / norm
     return total / len(logits)
 
 
 def by_hand(
-    logits: np.ndarray, outputs: np.ndarray, norms: np.ndarray, top_k: int
+    logits: np.ndarray, outputs: np.ndarray, norms: np.ndarray, rule: Rule
 ) -> tuple[list[int], list[float]]:
     left, dropped, errors = list(range(logits.shape[1])), [], [0.0]
     while len(left) > 1:
-        costs = [cost_of(logits, outputs, norms, [x for x in left if x != e], top_k) for e in left]
+        costs = [cost_of(logits, outputs, norms, [x for x in left if x != e], rule) for e in left]
         worst = left[int(np.argmin(costs))]
         left.remove(worst)
         dropped.append(worst)
@@ -63,20 +77,31 @@ def by_hand(
     tokens=st.integers(1, 30),
     experts=st.integers(1, 9),
     top_k=st.integers(1, 5),
+    softmax=st.booleans(),
+    renormalised=st.booleans(),
+    biased=st.booleans(),
 )
-def test_elimination_is_greedy_over_exact_costs(seed: int, tokens: int, experts: int, top_k: int) -> None:
+def test_elimination_is_greedy_over_exact_costs(
+    seed: int, tokens: int, experts: int, top_k: int, softmax: bool, renormalised: bool, biased: bool
+) -> None:
     rng = np.random.default_rng(seed)
     logits, outputs = rng.normal(size=(tokens, experts)), rng.normal(size=(tokens, experts, 6))
     norms = rng.uniform(0.5, 2, size=tokens)
     top_k = min(top_k, experts)
     gram = np.einsum("teh,tfh->tef", outputs, outputs)
-    shares = torch.softmax(torch.tensor(logits), dim=1).float()
-    result = eliminate(shares, torch.tensor(gram).float(), torch.tensor(norms).float(), top_k)
-    experts_by_hand, errors = by_hand(logits, outputs, norms, top_k)
+    bias = tuple(rng.uniform(0, 0.5, experts)) if biased else (0.0,) * experts
+    rule = Rule(top_k, softmax, renormalised, bias)
+    scores = torch.softmax(torch.tensor(logits), dim=1) if softmax else torch.tensor(logits).sigmoid()
+    added = torch.tensor(bias).float() if biased else None
+    routing = Routing(scores.float(), top_k, added, softmax, renormalised, 1.5)
+    result = eliminate(routing, torch.tensor(gram).float(), torch.tensor(norms).float())
+    experts_by_hand, errors = by_hand(logits, outputs, norms, rule)
     # An order may differ where two experts harm alike to float32's eye; what is reached may not.
     for n in range(1, experts + 1):
-        reached = cost_of(logits, outputs, norms, list(result.experts[:n]), top_k)
+        reached = cost_of(logits, outputs, norms, list(result.experts[:n]), rule)
         assert result.errors[n - 1] == pytest.approx(reached, rel=1e-3, abs=1e-6)
+    if not routing.fixed_order:
+        return  # candidates are compared by the tokens that go to them
     if experts_by_hand == list(result.experts):
         assert result.errors == pytest.approx(errors, rel=1e-3, abs=1e-6)
     else:

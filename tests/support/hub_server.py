@@ -147,6 +147,9 @@ def serving(folder: Path) -> Iterator[HubServer]:
 
 
 class _Server(ThreadingHTTPServer):
+    request_queue_size = (
+        128  # with the default of 5, a client that opens more connections at a time waits a second
+    )
     daemon_threads = False
 
     def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:

@@ -281,7 +281,7 @@ def test_what_cannot_be_repaired_is_refused(files: dict[str, Path], tmp_path: Pa
 def test_other_families_are_refused(files: dict[str, Path], tmp_path: Path) -> None:
     other = per_expert.write(tmp_path / "other", per_expert.deepseek(), per_expert.config())
     with pytest.raises(
-        InvalidInputError, match="repair, generate, export and conversions support gpt-oss only"
+        InvalidInputError, match="repair, trace, generate, export and conversions support gpt-oss only"
     ):
         repair(other, files["facts"], tmp_path / "out", plan=PLAN)
 
