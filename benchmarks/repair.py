@@ -32,6 +32,7 @@ from moe_surgery import load_model, load_ranking, plan_from_ranking, repair, sea
 from moe_surgery.examples.skills import DOMAINS, documents
 from moe_surgery.quality.repair.job import Gain
 from moe_surgery.runtime.model import CausalLM
+from moe_surgery.runtime.sampling import Sampling
 from moe_surgery.runtime.text import Text
 from moe_surgery.selection.ranking import Ranking
 
@@ -42,6 +43,7 @@ are fewer where a domain has fewer."""
 SEARCH_TOKENS = 2500
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 32, 20
 BATCH_TOKENS = 512
+ACCEPTED = ("acceptance", "sampled")
 
 Row = dict[str, Any]
 
@@ -123,18 +125,27 @@ def measure(seed: int, kept: int, domain: str, texts: Texts, folder: Path, optio
         "repaired": result.repaired,
         "steps": result.steps,
         "own": pair(result.measured[domain], result.repaired),
-        "acceptance": [acceptance(texts, draft, domain) for draft in drafts],
+        "acceptance": [acceptance(texts, draft, domain, Sampling()) for draft in drafts],
+        "sampled": [acceptance(texts, draft, domain, Sampling(1.0, seed=seed)) for draft in drafts],
         "others": [mean(v) for v in zip(*(pair(g, result.repaired) for g in elsewhere), strict=True)],
     }
     click.echo(f"{kept} {domain} {seed}: own {row['own']}, others {row['others']}, {seconds:.0f} s", err=True)
     return row
 
 
-def acceptance(texts: Texts, draft: CausalLM, domain: str) -> float:
-    """The share of drafted tokens that the full model accepts, greedily, for prompts from the second half."""
+def acceptance(texts: Texts, draft: CausalLM, domain: str, sampling: Sampling) -> float:
+    """The share of drafted tokens that the full model accepts, for prompts from the second half."""
     lines = texts.second[domain].read_text().splitlines()[:PROMPTS]
     prompts = [texts.text.encode(json.loads(line)["text"])[:PROMPT_TOKENS] for line in lines]
-    result = speculate(texts.full, draft, prompts, draft_length=4, max_new_tokens=NEW_TOKENS, stop_tokens=())
+    result = speculate(
+        texts.full,
+        draft,
+        prompts,
+        draft_length=4,
+        sampling=sampling,
+        max_new_tokens=NEW_TOKENS,
+        stop_tokens=(),
+    )
     return result.statistics.acceptance or 0.0
 
 
@@ -160,7 +171,7 @@ def page(report: Mapping[str, Any]) -> list[str]:
     lines += [
         "KL divergence from the full model, nats per token, on texts that neither `search` nor `repair` saw; means "
         "over seeds. Accepted: the share of tokens that the full model accepts from the pruned one as its draft "
-        f"(greedy, 4 drafted tokens, {PROMPTS} prompts of {PROMPT_TOKENS} tokens).",
+        f"(4 drafted tokens, {PROMPTS} prompts of {PROMPT_TOKENS} tokens), greedy and sampled at temperature 1.",
         "",
         "## Mean over the domains",
         "",
@@ -173,11 +184,12 @@ def page(report: Mapping[str, Any]) -> list[str]:
         worse = sum(row["own"][1] > row["own"][0] for row in mine)
         counts = f"{sum(row['repaired'] for row in mine)} of {len(mine)}"
         shown = [figure(before), figure(after), gain_of(mine), counts, worse, f"{there:.3f}", f"{then:.3f}"]
-        accepted = [f"{mean(row['acceptance'][i] for row in mine):.1%}" for i in (0, 1)]
+        accepted = [f"{mean(row[how][i] for row in mine):.1%}" for how in ACCEPTED for i in (0, 1)]
         summary.append([kept, *shown, gain_of(mine, "others"), *accepted])
     columns = ["experts kept", "search", "repaired", "change", "repaired in", "worse in"]
     others = ["others before", "after", "change"]
-    lines += table([*columns, *others, "accepted as a draft", "repaired"], summary)
+    accepted = ["accepted, greedy", "repaired", "accepted, sampled", "repaired"]
+    lines += table([*columns, *others, *accepted], summary)
     for kept in sorted({row["kept"] for row in rows}):
         lines += ["", f"## {kept} experts kept", ""]
         cells = []
