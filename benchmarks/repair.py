@@ -1,11 +1,11 @@
 """What `repair` gains: KL divergence before and after, on its own domain and on the others.
 
-    python -m benchmarks.repair [--seeds 3] [--kept 4,8,16,24] [--resume]
+    python -m benchmarks.repair [--seeds 0,1,2] [--kept 4,8,16,24] [--resume]
     python -m benchmarks.repair --checkpoint FOLDER --texts FOLDER
 
 Each seed draws documents of every domain; experts are chosen by `search` and repaired on the first ones of a domain,
 and measured on the last, of which neither saw anything, and on documents of the other domains. Results are
-published after each size of a seed; with --resume those that are there stay.
+published after each domain; with --resume those that are there stay.
 
 The documents of the bundled model are generated. Those of another checkpoint come from a .jsonl file of
 {"text": ...} lines for each domain, split anew by each seed. The model that was bundled before the present one,
@@ -211,7 +211,7 @@ def page(report: Mapping[str, Any]) -> list[str]:
 @click.option(
     "--texts", type=click.Path(path_type=Path, exists=True), help="Folder with a .jsonl file a domain."
 )
-@click.option("--seeds", default=3, show_default=True)
+@click.option("--seeds", default="0,1,2", show_default=True)
 @click.option("--kept", default="8,16,4,24", show_default=True)
 @click.option("--norms/--no-norms", default=True, show_default=True)
 @click.option("--steps", default=60, show_default=True)
@@ -221,7 +221,7 @@ def page(report: Mapping[str, Any]) -> list[str]:
 def main(
     checkpoint: str,
     texts: Path | None,
-    seeds: int,
+    seeds: str,
     kept: str,
     norms: bool,
     steps: int,
@@ -258,14 +258,14 @@ def main(
         )
         rows: list[Row] = earlier["rows"] if earlier else []
         done = {(row["kept"], row["domain"], row["seed"]) for row in rows}
-        for seed in range(seeds):
+        for seed in map(int, seeds.split(",")):
             drawn = Texts(checkpoint, texts, seed, folder)
             for count in map(int, kept.split(",")):
                 for domain in domains(texts):
                     if (count, domain, seed) not in done:
                         rows.append(measure(seed, count, domain, drawn, folder, options))
-                report = {**begin(how, folder), "rows": rows}
-                publish(name, report, page(report), out)
+                        report = {**begin(how, folder), "rows": rows}
+                        publish(name, report, page(report), out)
 
 
 if __name__ == "__main__":
