@@ -48,8 +48,8 @@ def targets() -> Targets:
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights in several pieces, attention a few queries at a time and computed again on the way back, logits a few rows
-    at a time."""
+    """Weights in several pieces, attention a few queries at a time and computed again on the way back, logits a few
+    rows at a time."""
     monkeypatch.setattr(stored_products, "PIECE_BYTES", 2048)
     monkeypatch.setattr(differentiable, "KEPT_SCORE_BYTES", 64)
     monkeypatch.setattr(student, "LOGIT_BYTES", 4 * 24 * 4)
