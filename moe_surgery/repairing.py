@@ -90,8 +90,8 @@ def repair(
 
     Of several plans that one is taken whose held-out divergence is least after the first step. Or, with `source`:
     `checkpoint` is pruned from that one, and its plan and storage format are taken. Weights of
-    experts and of attention stay byte for byte; routers, biases of the experts and, with `norms`, norm weights
-    change. First each layer's error on the texts goes into the biases, then `steps` of Adam on batches of
+    experts and of attention stay byte for byte; routers, biases of the experts' down projections and, with `norms`,
+    norm weights change. First each layer's error on the texts goes into the biases, then `steps` of Adam on batches of
     `batch_tokens` tokens lower the KL divergence from the full model's next-token distributions; `learning_rate` is
     relative to a tensor's values. A share `held_out` of each domain's texts is not trained on: it decides which state
     is best, stops after `patience` of twenty measurements without a better one, and whether the repair helps at all. If

@@ -1,4 +1,4 @@
-"""The small tensors that a repair changes: routers, biases of the experts, and norms."""
+"""The small tensors that a repair changes: routers, the experts' biases of the down projection, and norms."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ __all__ = ["SmallTensors"]
 class SmallTensors:
     """The tensors that are repaired, by their names in the pruned checkpoint, in float32.
 
-    `router` weights [kept, hidden] and biases [kept], `gate_up_bias` [kept, 2 * intermediate], `down_bias` [kept,
-    hidden]; with `norms` the weights of all RMSNorms. Computing uses their values rounded to the stored dtype;
-    gradients pass the rounding unchanged.
+    `router` weights [kept, hidden] and biases [kept], `down_bias` [kept, hidden]; with `norms` the weights of all
+    RMSNorms. Computing uses their values rounded to the stored dtype; gradients pass the rounding unchanged.
     """
 
     def __init__(self, model: CausalLM, names: WeightNames, *, norms: bool) -> None:
@@ -42,11 +41,10 @@ class SmallTensors:
     def _of_layer(self, number: int, layer: Layer) -> Iterator[tuple[str, Tensor]]:
         names = self._names.layer
         assert layer.router.bias is not None
-        e, kept = layer.experts, layer.experts.expert_map
-        gate_up_bias, down_bias = (b if kept is None else b[kept] for b in (e.gate_up_bias, e.down_bias))
+        kept = layer.experts.expert_map
+        down_bias = layer.experts.down_bias if kept is None else layer.experts.down_bias[kept]
         yield names.router.weight.format(layer=number), layer.router.weight
         yield names.router.bias.format(layer=number), layer.router.bias
-        yield names.gate_up_bias.format(layer=number), gate_up_bias
         yield names.down_bias.format(layer=number), down_bias
         if self._norms:
             yield names.attention_norm.format(layer=number), layer.attention_norm
@@ -80,25 +78,20 @@ class SmallTensors:
         return result
 
     def layer(self, number: int, layer: Layer) -> Layer:
-        """`layer` of the view with its tensors replaced by these."""
+        """`layer` of the view with these tensors in place of its own."""
         names = self._names.layer
 
         def used(name: str) -> Tensor:
             return self.used(name.format(layer=number))
 
-        def stored(value: Tensor, like: Tensor) -> Tensor:
-            """The biases, indexed as the stored experts are."""
-            if e.expert_map is None:
-                return value
-            return torch.zeros_like(like, dtype=torch.float32).index_copy(0, e.expert_map, value)
-
-        e = layer.experts
-        gate_up_bias = stored(used(names.gate_up_bias), e.gate_up_bias)
-        down_bias = stored(used(names.down_bias), e.down_bias)
+        e, down_bias = layer.experts, used(names.down_bias)
+        if e.expert_map is not None:  # biases are indexed as the stored experts are
+            stored = torch.zeros_like(e.down_bias, dtype=torch.float32)
+            down_bias = stored.index_copy(0, e.expert_map, down_bias)
         repaired = replace(
             layer,
             router=Projection(used(names.router.weight), used(names.router.bias)),
-            experts=replace(e, gate_up_bias=gate_up_bias, down_bias=down_bias),
+            experts=replace(e, down_bias=down_bias),
         )
         if not self._norms:
             return repaired
