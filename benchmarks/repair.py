@@ -43,6 +43,8 @@ are fewer where a domain has fewer."""
 SEARCH_TOKENS = 2500
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 32, 20
 BATCH_TOKENS = 512
+CONTEXT = 256
+"""Longest passage of real texts, in tokens; the generated documents are shorter."""
 ACCEPTED = {"acceptance": "greedy", "sampled": "sampled"}
 
 Row = dict[str, Any]
@@ -241,9 +243,10 @@ def main(
         return
     torch.set_num_threads(1)  # more only slow down so small a model
     options: dict[str, Any] = {"norms": norms, "steps": steps, "batch_tokens": BATCH_TOKENS}
-    flags = " ".join(
-        [*(["--norms"] if norms else []), f"--train-steps {steps} --batch-tokens {BATCH_TOKENS}"]
-    )
+    flags = f"--train-steps {steps} --batch-tokens {BATCH_TOKENS}" + (" --norms" if norms else "")
+    if texts is not None:
+        options["context"] = CONTEXT
+        flags += f" --context {CONTEXT}"
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
         how = (
