@@ -1,12 +1,11 @@
-"""Time and memory of `moe-surgery merge` on a full-size checkpoint.
+"""Time and memory of `moe-surgery merge` on experts and attention of gpt-oss-20b's sizes.
 
-    python -m benchmarks.merge_budgets --work FOLDER [--checkpoint FOLDER] [--only bf16]
+    python -m benchmarks.merge_budgets --work FOLDER [--layers 2]
 
-The checkpoint has gpt-oss-20b's shapes and random weights (13.76 GB, made in FOLDER where missing), the adapter rank 8
-on attention and on all experts of every layer (PEFT's target_parameters). It is merged back into MXFP4, which needs
-as much space again; and, as BF16 takes 38 GB for all layers, into BF16 for the layers of `--bf16-layers`, of which a
-smaller checkpoint is made. From a dropped page cache until the output is flushed; memory is the peak of the whole
-process, mapped pages included.
+The checkpoint has random weights; of the vocabulary, whose tables are copied, it has a hundredth. The adapter is of
+rank 8, on attention and on all experts of every layer (PEFT's target_parameters). It is merged back into MXFP4 and into
+BF16, which takes 1.6 GB a layer; a layer after the other, so that 24 take 24 times as long and no more memory. From a
+dropped page cache until the output is flushed; memory is the peak of the whole process, mapped pages included.
 """
 
 from __future__ import annotations
@@ -24,12 +23,13 @@ import numpy as np
 
 from benchmarks.layout import Shape, gpt_oss_20b
 from benchmarks.make_checkpoint import make_checkpoint
-from benchmarks.publish import RESULTS, begin, heading, load, publish, table
+from benchmarks.publish import RESULTS, begin, heading, publish, table
 from moe_surgery.bench.surgery import command_of, timed
 from moe_surgery.surgery.names import MANIFEST_NAME
 
 NAME = "merge_budgets"
 RANK = 8
+LAYERS, VOCABULARY = 24, 2048
 SIZE = 2.0**-5
 """Of the values of both factors: the update's are near 3e-3, a tenth of the weights'."""
 
@@ -112,22 +112,15 @@ def page(report: dict[str, Any]) -> list[str]:
             f"{r['read_bytes'] / 1e9:.2f} GB",
             f"{r['adapter_bytes'] / 1e9:.2f} GB",
             f"{r['written_bytes'] / 1e9:.2f} GB",
-            f"{r['seconds']:.0f} s",
+            f"{r['seconds']:.1f} s",
+            f"{r['seconds'] / r['layers'] * LAYERS:.0f} s",
             f"{r['peak_bytes'] / 2**20:.0f} MiB",
             "" if r["update_error"] is None else f"{r['update_error']:.2f}",
         ]
         for r in report["rows"]
     ]
-    columns = [
-        "into",
-        "layers",
-        "checkpoint",
-        "adapter",
-        "written",
-        "time",
-        "peak memory",
-        "error of packing",
-    ]
+    sizes = ["into", "layers", "checkpoint", "adapter", "written"]
+    columns = [*sizes, "time", f"projected for {LAYERS} layers", "peak memory", "error of packing"]
     return [
         *heading("Merging an adapter at full size", report),
         "",
@@ -140,35 +133,23 @@ def page(report: dict[str, Any]) -> list[str]:
 
 @click.command(help=__doc__)
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Scratch folder.")
-@click.option(
-    "--checkpoint", type=click.Path(path_type=Path), help="A checkpoint that make_checkpoint wrote."
-)
-@click.option("--bf16-layers", default=6, show_default=True)
-@click.option(
-    "--only", type=click.Choice(["mxfp4", "bf16"]), help="Measure this one, keep the other's results."
-)
+@click.option("--layers", default=2, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS, show_default=True)
-def main(work: Path, checkpoint: Path | None, bf16_layers: int, only: str | None, out: Path) -> None:
+def main(work: Path, layers: int, out: Path) -> None:
+    shape = replace(gpt_oss_20b(), layers=layers, vocabulary=VOCABULARY)
     work.mkdir(parents=True, exist_ok=True)
-    earlier = load(NAME, out) if only else None
-    rows = [row for row in (earlier["rows"] if earlier else []) if row["store"] != only]
-    full = gpt_oss_20b()
-    if only != "bf16":
-        source = checkpoint or work / "full"
-        if not source.exists():
-            make_checkpoint(source, full, 3)
-        layers = json.loads((source / "config.json").read_text())["num_hidden_layers"]
-        rows.append(measure(source, replace(full, layers=layers), "mxfp4", work))
-    if only != "mxfp4":
-        fewer, source = replace(full, layers=bf16_layers), work / f"layers-{bf16_layers}"
-        if not source.exists():
-            make_checkpoint(source, fewer, 1)
-        rows.append(measure(source, fewer, "bf16", work))
+    source = work / "checkpoint"
+    shutil.rmtree(source, ignore_errors=True)
+    make_checkpoint(source, shape, 1)
     how = (
-        f"python -m benchmarks.merge_budgets: rank {RANK} on attention and on all experts, random weights of "
-        "gpt-oss-20b's sizes."
+        f"python -m benchmarks.merge_budgets --layers {layers}: rank {RANK} on attention and on all experts, random "
+        "weights of gpt-oss-20b's sizes, a small vocabulary."
     )
-    report = {**begin(how, work), "rows": rows}
+    report = {
+        **begin(how, work),
+        "rows": [measure(source, shape, store, work) for store in ("mxfp4", "bf16")],
+    }
+    shutil.rmtree(source)
     publish(NAME, report, page(report), out)
 
 
