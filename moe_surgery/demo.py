@@ -30,8 +30,8 @@ KEPT = 8
 METRIC = "weighted_ean"
 RANDOM_SEED = 0
 DOCUMENTS = 12
-REPAIRED, REPAIRED_KEPT = "arithmetic", 4
-REPAIR_DOCUMENTS, REPAIR_STEPS, REPAIR_BATCH = 24, 30, 512
+REPAIRED, REPAIRED_KEPT = "numbers", 3
+REPAIR_DOCUMENTS, REPAIR_STEPS, REPAIR_BATCH = 20, 20, 512
 QUESTIONS = 50
 EXAMPLES = ("arithmetic", "python", "facts")
 RATE_TOKENS = 48
@@ -82,7 +82,7 @@ def run_demo(output: Path | None, say: Callable[[str], None], *, questions: int 
     """Prune the embedded checkpoint to 8 of 32 experts for each of its domains, and ask every model questions.
 
     Experts are profiled on generated texts of each domain, plans made, models pruned and verified against
-    the source. For one domain a model with 4 experts follows, as pruned and repaired. Each model is asked the same
+    the source. For numbers in words a model with 3 experts follows, as pruned and repaired. Each model is asked the same
     `questions` held-out ones of every domain, as are the full model and one with 8 random experts. Models, texts,
     statistics and a report page go to the new folder `output`; without it only the figures are kept. `say` is called
     with each step. Without torch nothing is profiled or asked, and one model with random experts is made. Raises

@@ -31,7 +31,7 @@ def command(context: click.Context, output: Path | None, questions: int) -> None
     Python expressions, numbers in words, and facts about invented countries. The demo profiles it on texts of each
     domain, prunes it to the 8 experts that this domain uses most, verifies the result, and prints the share of
     held-out questions that each model answers correctly: the full one, one per domain, and one with 8 random experts.
-    Two more have the 4 best experts for sums, as pruned and repaired. Takes about TIME.
+    Two more have the 3 best experts for numbers in words, as pruned and repaired. Takes about a minute.
 
     \b
     moe-surgery demo
