@@ -82,8 +82,8 @@ def run_demo(output: Path | None, say: Callable[[str], None], *, questions: int 
     """Prune the embedded checkpoint to 8 of 32 experts for each of its domains, and ask every model questions.
 
     Experts are profiled on generated texts of each domain, plans made, models pruned and verified against
-    the source. For numbers in words a model with 3 experts follows, as pruned and repaired. Each model is asked the same
-    `questions` held-out ones of every domain, as are the full model and one with 8 random experts. Models, texts,
+    the source. For numbers in words a model with 3 experts follows, as pruned and repaired. Each model is asked the
+    same `questions` held-out ones of every domain, as are the full model and one with 8 random experts. Models, texts,
     statistics and a report page go to the new folder `output`; without it only the figures are kept. `say` is called
     with each step. Without torch nothing is profiled or asked, and one model with random experts is made. Raises
     OutputError if `output` exists.
