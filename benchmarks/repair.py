@@ -198,6 +198,8 @@ def page(report: Mapping[str, Any]) -> list[str]:
         cells = []
         for domain in dict.fromkeys(row["domain"] for row in rows):
             mine = [row for row in rows if (row["kept"], row["domain"]) == (kept, domain)]
+            if not mine:
+                continue
             before, after = (mean(row["own"][i] for row in mine) for i in (0, 1))
             each = ", ".join(f"{figure(row['own'][0])} to {figure(row['own'][1])}" for row in mine)
             there, then = (mean(row["others"][i] for row in mine) for i in (0, 1))
