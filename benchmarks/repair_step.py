@@ -167,7 +167,8 @@ def main(
     work.mkdir(parents=True, exist_ok=True)
     if not full.exists():
         make_checkpoint(full, gpt_oss_20b(), 3)
-    how = "python -m benchmarks.repair_step: random weights of gpt-oss-20b's sizes."
+    flags = f"--kept {kept} --batch-tokens {batch_tokens} --context {context} --steps {steps}"
+    how = f"python -m benchmarks.repair_step {flags}: random weights of gpt-oss-20b's sizes."
     report = {**begin(how, work), "figures": measure(full, kept, batch_tokens, context, steps, work)}
     publish(NAME, report, page(report), out)
 

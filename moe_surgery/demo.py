@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -19,6 +20,7 @@ from moe_surgery.surgery.verify import verify_checkpoint
 
 if TYPE_CHECKING:
     from moe_surgery.runtime.model import CausalLM
+    from moe_surgery.runtime.text import Text
     from moe_surgery.selection.statistics import Statistics
 
 __all__ = ["DemoResult", "DemoRow", "Example", "run_demo"]
@@ -28,9 +30,13 @@ KEPT = 8
 METRIC = "weighted_ean"
 RANDOM_SEED = 0
 DOCUMENTS = 12
+REPAIRED, REPAIRED_KEPT = "numbers", 3
+REPAIR_DOCUMENTS, REPAIR_STEPS, REPAIR_BATCH = 20, 20, 512
 QUESTIONS = 50
 EXAMPLES = ("arithmetic", "python", "facts")
 RATE_TOKENS = 48
+LONGER = 4
+"""Tokens that an answer may be longer than the longest right one; what follows cannot make it right."""
 STATISTICS, REPORT = "tiny.stats", "report.html"
 
 
@@ -38,7 +44,8 @@ STATISTICS, REPORT = "tiny.stats", "report.html"
 class DemoRow:
     """One model of the demo's table.
 
-    `domain` is the one that its experts were chosen for: None for the full model and for random experts.
+    `domain` is the one that its experts were chosen for: None for the full model and for random experts. `repaired`
+    models had small tensors trained after that.
     Accuracies (shares of held-out questions answered right, by domain) and the decode rate need torch.
     """
 
@@ -49,6 +56,7 @@ class DemoRow:
     verified: bool
     tokens_per_second: float | None = None
     accuracy: dict[str, float] = field(default_factory=dict)
+    repaired: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +82,11 @@ def run_demo(output: Path | None, say: Callable[[str], None], *, questions: int 
     """Prune the embedded checkpoint to 8 of 32 experts for each of its domains, and ask every model questions.
 
     Experts are profiled on generated texts of each domain, plans made, models pruned and verified against
-    the source. Each model is asked the same `questions` held-out ones of every domain, as are the full model
-    and one with random experts. Models, texts, statistics and a report page go to the new folder `output`;
-    without it only the figures are kept. `say` is called with each step. Without torch nothing is profiled or
-    asked, and one model with random experts is made. Raises OutputError if `output` exists.
+    the source. For numbers in words a model with 3 experts follows, as pruned and repaired. Each model is asked the
+    same `questions` held-out ones of every domain, as are the full model and one with 8 random experts. Models, texts,
+    statistics and a report page go to the new folder `output`; without it only the figures are kept. `say` is called
+    with each step. Without torch nothing is profiled or asked, and one model with random experts is made. Raises
+    OutputError if `output` exists.
     """
     full = inspect(SOURCE)
     runs = find_spec("torch") is not None and find_spec("tokenizers") is not None
@@ -100,9 +109,10 @@ def run_demo(output: Path | None, say: Callable[[str], None], *, questions: int 
         paths: dict[str, str | Path] = {"full": SOURCE}
         rows = [DemoRow("full", None, full.experts, full.nbytes, verified=True)]
         for name, plan in plans.items():
-            row = _prune(name, plan, folder, say)
-            rows.append(row)
-            paths[row.name] = folder / row.name
+            rows.append(_prune(name, plan, folder, say))
+        if runs:
+            rows += _repair(_plan(statistics, REPAIRED, REPAIRED_KEPT), folder, say)
+        paths.update({row.name: folder / row.name for row in rows[1:]})
         if not runs:
             return DemoResult(rows, [], None)
         return DemoResult(*_ask(rows, paths, questions, say), report)
@@ -131,10 +141,10 @@ def _profile(folder: Path, say: Callable[[str], None]) -> Statistics:
     return profile(SOURCE, texts, folder / STATISTICS).statistics
 
 
-def _plan(statistics: Statistics, domain: str) -> Plan:
+def _plan(statistics: Statistics, domain: str, kept: int = KEPT) -> Plan:
     from moe_surgery.selection.rank import rank
 
-    return plan_from_ranking(rank(statistics, METRIC, domains=[domain]), KEPT)
+    return plan_from_ranking(rank(statistics, METRIC, domains=[domain]), kept)
 
 
 def _report(
@@ -156,12 +166,40 @@ def _report(
 
 def _prune(name: str, plan: Plan, folder: Path, say: Callable[[str], None]) -> DemoRow:
     domain = None if name == "random" else name
-    name = f"{name}-{KEPT}"
+    kept = len(plan.layers[0])
+    name = f"{name}-{kept}"
     say(f"prune {SOURCE} {name}: {f'best experts for {domain}' if domain else 'random experts'}")
     program = prune(SOURCE, folder / name, plan).program
     verification = verify_checkpoint(folder / name, source=SOURCE)
     nbytes = sum(t.nbytes for s in program.shards for t in s.tensors)
-    return DemoRow(name, domain, KEPT, nbytes, verification.ok)
+    return DemoRow(name, domain, kept, nbytes, verification.ok)
+
+
+def _repair(plan: Plan, folder: Path, say: Callable[[str], None]) -> list[DemoRow]:
+    """The domain of `REPAIRED` with fewer experts, as pruned and repaired."""
+    from dataclasses import replace
+
+    import torch
+
+    from moe_surgery.repairing import repair
+
+    torch.set_num_threads(1)  # more only slow down a model this small
+    pruned = _prune(REPAIRED, plan, folder, say)
+    file, out = folder / f"{REPAIRED}.jsonl", folder / f"{pruned.name}-repaired"
+    lines = (json.dumps({"text": text}) for text in documents(REPAIRED, REPAIR_DOCUMENTS, seed=1))
+    file.write_text("\n".join(lines) + "\n")
+    say(f"repair {pruned.name} --source {SOURCE} --texts {file.name} --norms -o {out.name}")
+    repair(
+        folder / pruned.name,
+        {REPAIRED: [file]},
+        out,
+        source=SOURCE,
+        norms=True,
+        steps=REPAIR_STEPS,
+        batch_tokens=REPAIR_BATCH,
+    )
+    verification = verify_checkpoint(out, source=SOURCE)
+    return [pruned, replace(pruned, name=out.name, verified=verification.ok, repaired=True)]
 
 
 def _ask(
@@ -179,24 +217,30 @@ def _ask(
     torch.set_num_threads(1)  # more only slow down a model this small
     asked = asked_questions(count)
     text = Text(SOURCE)
+    longest = {domain: _longest_answer(text, drawn) + LONGER for domain, drawn in asked.items()}
     replies: dict[str, dict[str, list[str]]] = {}
     asked_rows = []
     for row in rows:
         say(f"ask {row.name}: {count} questions of each of {len(asked)} domains")
         model = load_model(paths[row.name])
-        lines = {d: answer_line(model, text, [q.prompt for q in asked[d]]) for d in asked}
+        lines = {d: answer_line(model, text, [q.prompt for q in asked[d]], longest[d]) for d in asked}
         accuracy = {d: exact_match(lines[d], [q.answer for q in asked[d]]) for d in asked}
         rate = _decode_rate(model, text.encode(asked["arithmetic"][0].prompt))
         replies[row.name] = lines
         asked_rows.append(replace(row, accuracy=accuracy, tokens_per_second=rate))
-    shown = {row.domain: row.name for row in rows if row.domain}
+    shown = {row.domain: row.name for row in reversed(rows)}
     examples = []
     for domain in EXAMPLES:
-        models = ("full", shown[domain], rows[-1].name)
+        models = ("full", shown[domain], f"random-{KEPT}")
         question = asked[domain][0]
         answers = {name: replies[name][domain][0] for name in models}
         examples.append(Example(domain, question.text, question.answer, answers))
     return asked_rows, examples
+
+
+def _longest_answer(text: Text, questions: Sequence[Question]) -> int:
+    """Tokens of the longest right answer."""
+    return max(len(text.encode(f" {question.answer}")) for question in questions)
 
 
 def _decode_rate(model: CausalLM, prompt: list[int]) -> float | None:

@@ -30,8 +30,10 @@ Shown = tuple[DemoResult, list[str], Path]
 def test_there_is_a_row_for_the_full_model_each_domain_and_random_experts(shown: Shown) -> None:
     result, recorded, out = shown
     names = ["full", *(f"{domain}-{KEPT}" for domain in DOMAINS), f"random-{KEPT}"]
-    assert [row.name for row in result.rows] == names
-    assert [row.domain for row in result.rows] == [None, *DOMAINS, None]
+    fewer = ["numbers-3", "numbers-3-repaired"]
+    assert [row.name for row in result.rows] == [*names, *fewer]
+    assert [row.domain for row in result.rows] == [None, *DOMAINS, None, "numbers", "numbers"]
+    assert [row.name for row in result.rows if row.repaired] == fewer[1:]
     for row in result.rows:
         inspection = inspect(SOURCE if row.name == "full" else out / row.name)
         assert (row.experts, row.nbytes) == (inspection.experts, inspection.nbytes)
@@ -42,7 +44,7 @@ def test_there_is_a_row_for_the_full_model_each_domain_and_random_experts(shown:
 
 
 def test_the_full_model_answers_and_a_domains_own_experts_keep_that(shown: Shown) -> None:
-    full, *pruned, random = shown[0].rows
+    full, *pruned, random = shown[0].rows[:-2]
     for row in pruned:
         assert row.domain is not None
         own = row.accuracy[row.domain]
@@ -51,6 +53,16 @@ def test_the_full_model_answers_and_a_domains_own_experts_keep_that(shown: Shown
         assert own >= random.accuracy[row.domain] + 0.5
         others = [row.accuracy[d] for d in DOMAINS if d != row.domain]
         assert sum(others) / len(others) < own / 2
+
+
+def test_the_repaired_model_has_small_tensors_changed_and_answers_more(shown: Shown) -> None:
+    result, _, out = shown
+    pruned, repaired = result.rows[-2:]
+    assert (pruned.experts, pruned.nbytes) == (repaired.experts, repaired.nbytes)
+    verification = verify(out / repaired.name, source=SOURCE)
+    assert verification.ok
+    assert any("router" in name for name in verification.repaired)
+    assert repaired.accuracy["numbers"] >= pruned.accuracy["numbers"] + 0.2
 
 
 def test_examples_hold_what_the_models_answered(shown: Shown) -> None:

@@ -8,31 +8,25 @@ and one piece.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from moe_surgery.formats import mxfp4
-from moe_surgery.kernels.q8_0 import Matrix, Q8Matrix
+from moe_surgery.kernels.q8_0 import Matrix
 from moe_surgery.kernels.reference.attention import attention, visible
 from moe_surgery.kernels.reference.dense import TorchDense
-from moe_surgery.kernels.reference.experts import swiglu
-from moe_surgery.kernels.reference.mxfp4 import decode
+from moe_surgery.kernels.reference.experts_backward import expert_backward, expert_forward
 from moe_surgery.kernels.reference.route import route
-from moe_surgery.kernels.weights import DenseWeight, ExpertWeights, Mxfp4Weight, Weight
+from moe_surgery.kernels.reference.stored_products import times, times_transposed
+from moe_surgery.kernels.weights import ExpertWeights
 
 __all__ = ["DifferentiableBackend"]
 
-PIECE_BYTES = 16 << 20
-"""Of a weight in the compute dtype."""
 KEPT_SCORE_BYTES = 16 << 20
 """Attention scores that a graph keeps; more of them are computed again on the way back."""
-
-Piece = tuple[slice, Tensor]
-"""Rows of a weight [rows, columns], and their values [those rows, columns] in the compute dtype."""
 
 
 class DifferentiableBackend(TorchDense):
@@ -43,7 +37,7 @@ class DifferentiableBackend(TorchDense):
     dtype = torch.float32
 
     def linear(self, x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
-        y = _frozen(x, weight, None)
+        y: Tensor = _Linear.apply(x, weight)  # type: ignore[no-untyped-call]
         return y if bias is None else y + bias.to(x.dtype)
 
     def multi_linear(self, x: Tensor, layers: Sequence[tuple[Matrix, Tensor | None]]) -> list[Tensor]:
@@ -74,64 +68,42 @@ class DifferentiableBackend(TorchDense):
         stored = ids if e.expert_map is None else e.expert_map[ids]
         for expert in torch.unique(stored).tolist():
             token, slot = torch.where(stored == expert)
-            h = _frozen(x.index_select(0, token), e.gate_up, expert) + e.gate_up_bias[expert].to(x.dtype)
-            z = swiglu(h, e.limit, e.alpha)
-            out = _frozen(z, e.down, expert) + e.down_bias[expert].to(x.dtype)
+            out = _Expert.apply(  # type: ignore[no-untyped-call]
+                x.index_select(0, token), e.gate_up_bias[expert], e.down_bias[expert], e, expert
+            )
             y = y.index_add(0, token, out.float() * weights[token, slot, None].float())
         return y.to(x.dtype)
 
 
-def _frozen(x: Tensor, weight: Matrix | Weight, expert: int | None) -> Tensor:
-    result: Tensor = _Frozen.apply(x, weight, expert)  # type: ignore[no-untyped-call]
-    return result
-
-
-class _Frozen(torch.autograd.Function):
-    """x [..., columns] @ W.T for a weight W [rows, columns] as stored: of one expert, or dense."""
+class _Linear(torch.autograd.Function):
+    """x [..., columns] @ W.T for a stored weight W [rows, columns]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Matrix | Weight, expert: int | None) -> Tensor:
-        ctx.weight, ctx.expert = weight, expert
-        pieces = [x @ values.T for _, values in _pieces(weight, expert, x.dtype)]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
+    def forward(ctx: Any, x: Tensor, weight: Matrix) -> Tensor:
+        ctx.weight = weight
+        return times(x, weight)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return times_transposed(gradients[0], ctx.weight), None
+
+
+class _Expert(torch.autograd.Function):
+    """A stored expert's output for x [tokens, hidden], before its routing weight; the tensors of `e` that get a
+    gradient, its biases, are arguments as well."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gate_up_bias: Tensor, down_bias: Tensor, e: ExpertWeights, expert: int
+    ) -> Tensor:
+        h, out = expert_forward(x, e, expert)
+        ctx.save_for_backward(h)
+        ctx.e, ctx.expert = e, expert
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        total: Tensor | None = None
-        for rows, values in _pieces(ctx.weight, ctx.expert, gradient.dtype):
-            part = gradient[..., rows] @ values
-            total = part if total is None else total.add_(part)
-        return total, None, None
-
-
-def _pieces(weight: Matrix | Weight, expert: int | None, dtype: torch.dtype) -> Iterator[Piece]:
-    """The weight in runs of rows whose values take about `PIECE_BYTES`."""
-    if isinstance(weight, Tensor | Q8Matrix):
-        rows, columns = weight.shape
-    else:
-        rows, columns = weight.rows, weight.columns
-    step = max(1, PIECE_BYTES // (columns * dtype.itemsize))
-    for start in range(0, rows, step):
-        where = slice(start, min(start + step, rows))
-        yield where, _values(weight, expert, where, dtype)
-
-
-def _values(weight: Matrix | Weight, expert: int | None, where: slice, dtype: torch.dtype) -> Tensor:
-    if isinstance(weight, Tensor):
-        return weight[where].to(dtype)
-    if isinstance(weight, Q8Matrix):
-        return weight.dequantise(where.start, where.stop).to(dtype)
-    assert expert is not None
-    if isinstance(weight, DenseWeight):
-        return weight.values[expert, :, where].to(dtype).T
-    return _decoded(weight, expert, where, dtype)
-
-
-def _decoded(weight: Mxfp4Weight, expert: int, where: slice, dtype: torch.dtype) -> Tensor:
-    """By the compiled conversion on the CPU; the bits are the same."""
-    blocks, scales = weight.blocks[expert, where], weight.scales[expert, where]
-    if blocks.device.type != "cpu":
-        return decode(blocks, scales, dtype)
-    bits = mxfp4.decode(blocks.numpy(), scales.numpy())
-    return torch.from_numpy(bits).view(torch.bfloat16).to(dtype)
+        (h,) = ctx.saved_tensors
+        grad_x, grad_h = expert_backward(gradient, h, ctx.e, ctx.expert)
+        return grad_x, grad_h.sum(0), gradient.sum(0), None, None

@@ -80,26 +80,29 @@ def logits_of(model: CausalLM, x: Tensor) -> Tensor:
     return model.lm_head(x, backend_of(model))
 
 
-def attend_within(backend: Backend, lengths: Sequence[int], sinks: Tensor, window: int | None) -> Attend:
-    """Attention of each passage to itself, for passages of `lengths` tokens one after another."""
+def attend_within(
+    backend: Backend, lengths: Sequence[int], sinks: Tensor, window: int | None, queries: int | None = None
+) -> Attend:
+    """Attention of each passage to itself, for passages of `lengths` tokens one after another; at most `queries` at a
+    time, which saves scores that are masked, or as many as fit in memory."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         qs, ks, vs = (torch.split(y, list(lengths)) for y in (q, k, v))
         passages = zip(qs, ks, vs, strict=True)
-        return torch.cat([_attend_passage(backend, *qkv, sinks, window) for qkv in passages])
+        return torch.cat([_attend_passage(backend, *qkv, sinks, window, queries) for qkv in passages])
 
     return attend
 
 
 def _attend_passage(
-    backend: Backend, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, window: int | None
+    backend: Backend, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, window: int | None, queries: int | None
 ) -> Tensor:
     """One passage: q [tokens, num_heads, head_dim], k and v [tokens, num_kv_heads, head_dim]
     -> [tokens, num_heads * head_dim]. Queries go through in chunks that bound the scores in memory."""
     tokens, heads, _ = q.shape
     q, k, v = (a.transpose(0, 1)[None] for a in (q, k, v))
     positions = torch.arange(tokens, device=q.device)[None]
-    step = max(1, SCORE_BYTES // (tokens * heads * 4))
+    step = max(1, min(SCORE_BYTES // (tokens * heads * 4), queries or tokens))
     outputs = []
     for a in range(0, tokens, step):
         b = min(a + step, tokens)

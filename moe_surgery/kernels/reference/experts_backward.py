@@ -6,20 +6,16 @@ are decoded again, piece by piece. So memory is that of one expert's tokens and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from moe_surgery.formats import mxfp4
-from moe_surgery.kernels.reference.mxfp4 import decode
-from moe_surgery.kernels.weights import DenseWeight, ExpertWeights, Mxfp4Weight, Weight
+from moe_surgery.kernels.reference.experts import swiglu
+from moe_surgery.kernels.reference.stored_products import times, times_transposed
+from moe_surgery.kernels.weights import DenseWeight, ExpertWeights
 
-__all__ = ["ExpertGradients", "experts_backward", "swiglu_backward"]
-
-PIECE_BYTES = 16 << 20
-"""Of a packed weight in the compute dtype."""
+__all__ = ["ExpertGradients", "expert_backward", "expert_forward", "experts_backward", "swiglu_backward"]
 
 
 class ExpertGradients(NamedTuple):
@@ -64,19 +60,17 @@ def experts_backward(
         token, slot = torch.where(stored == expert)
         rows, routing = x[token], weights[token, slot, None].to(x.dtype)
         outer = gradient[token].to(x.dtype)
-        h = _times(rows, e.gate_up, expert) + e.gate_up_bias[expert].to(x.dtype)
-        z, local = _swiglu_and_slopes(h, e.limit, e.alpha)
-        out = _times(z, e.down, expert) + e.down_bias[expert].to(x.dtype)
+        h, out = expert_forward(rows, e, expert)
         grad_weights[token, slot] = (out.to(wide) * outer.to(wide)).sum(-1)
         grad_out = outer * routing
-        grad_h = _interleaved(_times_transposed(grad_out, e.down, expert), local)
+        grad_rows, grad_h = expert_backward(grad_out, h, e, expert)
         grad_biases[0][expert] = grad_h.to(wide).sum(0)
         grad_biases[1][expert] = grad_out.to(wide).sum(0)
         if grad_gate_up is not None:
             grad_gate_up[expert] = (rows.T @ grad_h).to(grad_gate_up.dtype)
         if grad_down is not None:
-            grad_down[expert] = (z.T @ grad_out).to(grad_down.dtype)
-        grad_x.index_add_(0, token, _times_transposed(grad_h, e.gate_up, expert).to(wide))
+            grad_down[expert] = (swiglu(h, e.limit, e.alpha).T @ grad_out).to(grad_down.dtype)
+        grad_x.index_add_(0, token, grad_rows.to(wide))
     return ExpertGradients(
         grad_x.to(x.dtype),
         grad_weights.to(weights.dtype),
@@ -87,58 +81,30 @@ def experts_backward(
     )
 
 
+def expert_forward(x: Tensor, e: ExpertWeights, expert: int) -> tuple[Tensor, Tensor]:
+    """What the way back needs, h [tokens, 2 * intermediate], and the output [tokens, hidden] of a stored expert, biases
+    included, before its routing weight. x [tokens, hidden]."""
+    h = times(x, e.gate_up, expert) + e.gate_up_bias[expert].to(x.dtype)
+    z = swiglu(h, e.limit, e.alpha)
+    return h, times(z, e.down, expert) + e.down_bias[expert].to(x.dtype)
+
+
+def expert_backward(gradient: Tensor, h: Tensor, e: ExpertWeights, expert: int) -> tuple[Tensor, Tensor]:
+    """The gradients of x and h of `expert_forward` for `gradient` [tokens, hidden] of its output."""
+    grad_h = swiglu_backward(times_transposed(gradient, e.down, expert), h, e.limit, e.alpha)
+    return times_transposed(grad_h, e.gate_up, expert), grad_h
+
+
 def swiglu_backward(gradient: Tensor, h: Tensor, limit: float, alpha: float) -> Tensor:
     """The gradient of h [..., 2 * intermediate] for that of `swiglu`'s result [..., intermediate].
 
     Values at or within the limits pass a gradient, as torch.clamp has it.
     """
-    return _interleaved(gradient, _swiglu_and_slopes(h, limit, alpha)[1])
-
-
-def _swiglu_and_slopes(h: Tensor, limit: float, alpha: float) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """`swiglu` of h, and its derivatives by the gate rows and by the up rows."""
     gate, up = h[..., ::2], h[..., 1::2]
     inside_gate, inside_up = gate <= limit, (up >= -limit) & (up <= limit)
     gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
     sigmoid = torch.sigmoid(alpha * gate)
     glu = gate * sigmoid
     by_gate = (up + 1) * (sigmoid + alpha * glu * (1 - sigmoid)) * inside_gate
-    return (up + 1) * glu, (by_gate, glu * inside_up)
-
-
-def _interleaved(gradient: Tensor, slopes: tuple[Tensor, Tensor]) -> Tensor:
-    return torch.stack([gradient * slope for slope in slopes], dim=-1).flatten(-2)
-
-
-def _times(x: Tensor, weight: Weight, expert: int) -> Tensor:
-    """x [tokens, columns] times one expert's weight: [tokens, rows]."""
-    if isinstance(weight, DenseWeight):
-        return x @ weight.values[expert].to(x.dtype)
-    pieces = [x @ values.T for _, values in _pieces(weight, expert, x.dtype)]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
-
-
-def _times_transposed(gradient: Tensor, weight: Weight, expert: int) -> Tensor:
-    """gradient [tokens, rows] times the transposed weight: [tokens, columns]."""
-    if isinstance(weight, DenseWeight):
-        return gradient @ weight.values[expert].to(gradient.dtype).T
-    total = gradient.new_zeros((len(gradient), weight.columns))
-    for rows, values in _pieces(weight, expert, gradient.dtype):
-        total += gradient[:, rows] @ values
-    return total
-
-
-def _pieces(weight: Mxfp4Weight, expert: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Runs of rows, and their values [rows, columns] in `dtype`, of about `PIECE_BYTES`."""
-    step = max(1, PIECE_BYTES // (weight.columns * dtype.itemsize))
-    for start in range(0, weight.rows, step):
-        rows = slice(start, min(start + step, weight.rows))
-        yield rows, _decoded(weight.blocks[expert, rows], weight.scales[expert, rows], dtype)
-
-
-def _decoded(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """By the compiled conversion on the CPU; the bits are the same."""
-    if blocks.device.type != "cpu":
-        return decode(blocks, scales, dtype)
-    bits = mxfp4.decode(blocks.numpy(), scales.numpy())
-    return torch.from_numpy(bits).view(torch.bfloat16).to(dtype)
+    by_up = glu * inside_up
+    return torch.stack([gradient * by_gate, gradient * by_up], dim=-1).flatten(-2)

@@ -23,6 +23,7 @@ BETAS, EPSILON = (0.9, 0.99), 1e-10
 WARM_UP = 5
 MEASUREMENTS = 20
 LEAST_GAIN = 0.01
+STANDARD_ERRORS = 2
 ROUNDING = 1e-6
 """Nats per token."""
 
@@ -166,7 +167,9 @@ def mean_kl(sums: Tensor, samples: Sequence[Sample]) -> float:
 
 def helps(before: Tensor, after: Tensor, tokens: int) -> bool:
     """Whether divergences over `tokens` tokens fell from `before` to `after` ([samples], sums): by at least a
-    hundredth, by more than one standard error of the sum of their differences, and by more than float32 rounds."""
+    hundredth, by more than two standard errors of the sum of their differences, and by more than float32 rounds."""
     gains = before - after
     error = float(gains.std()) * math.sqrt(len(gains)) if len(gains) > 1 else 0.0
-    return float(gains.sum()) > max(error, LEAST_GAIN * float(before.sum()), ROUNDING * tokens)
+    return float(gains.sum()) > max(
+        STANDARD_ERRORS * error, LEAST_GAIN * float(before.sum()), ROUNDING * tokens
+    )

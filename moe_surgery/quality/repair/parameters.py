@@ -78,7 +78,7 @@ class SmallTensors:
         return result
 
     def layer(self, number: int, layer: Layer) -> Layer:
-        """`layer` of the view with its tensors replaced by these."""
+        """`layer` of the view with these tensors in place of its own."""
         names = self._names.layer
 
         def used(name: str) -> Tensor:

@@ -28,6 +28,8 @@ __all__ = ["Student"]
 
 LOGIT_BYTES = 256 << 20
 """Logits of as many rows at a time: the vocabulary's table is cast to float32 twice for each."""
+QUERIES = 128
+"""Of attention at a time: plain PyTorch computes masked scores as well."""
 KEPT_GRAPH_BYTES = 256 << 20
 """Graphs of all layers that are kept; where they are larger, a layer is computed again for its gradient."""
 
@@ -52,7 +54,7 @@ class Student:
         positions = torch.cat([torch.arange(n, device=x.device) for n in lengths])
         cos, sin = self.model.rope(positions, self.backend)
         window = self.model.config.sliding_windows[number]
-        attend = attend_within(self.backend, lengths, layer.sinks, window)
+        attend = attend_within(self.backend, lengths, layer.sinks, window, QUERIES)
         return decoder_layer(self.backend, self.model.config, layer, x, cos, sin, attend)
 
     def logits(self, x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 from moe_surgery import load_model, prune  # noqa: E402
 from moe_surgery.families.gpt_oss.weights import WEIGHTS  # noqa: E402
 from moe_surgery.kernels import differentiable  # noqa: E402
+from moe_surgery.kernels.reference import stored_products  # noqa: E402
 from moe_surgery.quality.repair import student  # noqa: E402
 from moe_surgery.quality.repair.samples import Sample  # noqa: E402
 from moe_surgery.quality.repair.student import Student  # noqa: E402
@@ -47,10 +48,12 @@ def targets() -> Targets:
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights in several pieces, attention computed again on the way back, logits a few rows at a time."""
-    monkeypatch.setattr(differentiable, "PIECE_BYTES", 2048)
+    """Weights in several pieces, attention a few queries at a time and computed again on the way back, logits a few
+    rows at a time."""
+    monkeypatch.setattr(stored_products, "PIECE_BYTES", 2048)
     monkeypatch.setattr(differentiable, "KEPT_SCORE_BYTES", 64)
     monkeypatch.setattr(student, "LOGIT_BYTES", 4 * 24 * 4)
+    monkeypatch.setattr(student, "QUERIES", 3)
     monkeypatch.setattr(student, "KEPT_GRAPH_BYTES", 0)
 
 
