@@ -21,9 +21,12 @@ from moe_surgery.kernels.weights import DenseWeight, ExpertWeights, Layer, Mxfp4
 from moe_surgery.runtime.device import check_memory, open_device
 from moe_surgery.runtime.mapped import MappedShards
 from moe_surgery.runtime.model import CausalLM
+from moe_surgery.runtime.residency.memory import memory_limit, warn_if_larger_than_memory
+from moe_surgery.runtime.residency.weights import ResidentWeights, as_residency
 from moe_surgery.runtime.view import view_layer
 from moe_surgery.selection.arguments import PathLike
 from moe_surgery.selection.plan import Plan, as_plan, check_top_k
+from moe_surgery.selection.statistics import Statistics
 
 __all__ = ["load_model"]
 
@@ -71,6 +74,8 @@ def load_model(
     *,
     top_k: int | None = None,
     one_layer: bool = False,
+    memory: int | str | None = None,
+    residency: Plan | Statistics | PathLike | None = None,
     families: tuple[AnyFamily, ...] = FAMILIES,
 ) -> CausalLM:
     """Load a checkpoint (folder, file, example, hub id in the local cache, or `Folder`) to run it.
@@ -87,9 +92,14 @@ def load_model(
     through one layer at a time (files that cannot be mapped stay open as long as the model). `families` are the
     model families to recognise.
 
+    With `memory`, bytes or a size such as "8GB", the process stays below that much: weights that every token uses
+    are held, and as many experts as fit; the others are read from disk when a token needs them. Results are those
+    of the whole model, with the native backend bit for bit. `residency`, statistics or a plan, says which experts to
+    hold first; use decides later. Without `memory` a CheckpointWarning says if the weights do not fit what is free.
+
     Raises InvalidInputError or OutputError for the checkpoint, PlanMismatchError for a plan of
     another model, UsageError for an unknown device, dtype or backend, a top-k outside 1 to the
-    number of experts, or a device without the memory.
+    number of experts, a device without the memory, or a `memory` below the least.
     """
     plan = None if plan is None else as_plan(plan)
     torch_device = open_device(device)
@@ -109,12 +119,36 @@ def load_model(
             check_top_k(top_k, spec.experts, f"{path} has")
         if not one_layer:
             check_memory(torch_device, spec)
+        resident = _resident(checkpoint, spec, torch_device, memory, residency, one_layer)
+        if resident is None and not one_layer and torch_device.type == "cpu":
+            warn_if_larger_than_memory(checkpoint)
         model = _assemble(
-            checkpoint, spec, plan, top_k, torch_device, compute_dtype, chosen_backend, one_layer
+            checkpoint, spec, plan, top_k, torch_device, compute_dtype, chosen_backend, one_layer, resident
         )
         if one_layer and any(shard.source.map() is None for shard in checkpoint.shards.values()):
             stack.pop_all()  # layers are yet to be read
         return model
+
+
+def _resident(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    device: torch.device,
+    memory: int | str | None,
+    residency: Plan | Statistics | PathLike | None,
+    one_layer: bool,
+) -> ResidentWeights | None:
+    """The weights under the limit `memory`, None without one. Raises as `load_model`."""
+    if memory is None:
+        if residency is not None:
+            raise UsageError("`residency` needs `memory`")
+        return None
+    if one_layer:
+        raise UsageError("choose one of `memory` and `one_layer`")
+    if device.type != "cpu":
+        raise UsageError(f"`memory` limits what a model takes on the CPU, not on {device}")
+    start = None if residency is None else as_residency(residency, spec, str(checkpoint.path))
+    return ResidentWeights(checkpoint, spec, memory_limit(memory), start)
 
 
 def _check_on_disk(checkpoint: Checkpoint) -> None:
@@ -136,6 +170,7 @@ def _assemble(
     compute_dtype: torch.dtype,
     backend: Backend,
     one_layer: bool,
+    resident: ResidentWeights | None,
 ) -> CausalLM:
     config = ModelConfig.of(spec)
     shards = MappedShards(checkpoint)
@@ -143,6 +178,8 @@ def _assemble(
     names = spec.described.weights
 
     def fetch(ref: TensorRef) -> Tensor:
+        if resident is not None:
+            return resident.fetch(ref)
         mapped = shards.tensor(ref)
         if device.type == "cpu":
             return mapped
@@ -173,7 +210,8 @@ def _assemble(
     )
     unembedding = get(names.unembedding) if names.unembedding in tensors else embedding
     norm = get(names.norm)
-    return CausalLM(config, embedding, layers, norm, unembedding, compute_dtype, backend)
+    model = CausalLM(config, embedding, layers, norm, unembedding, compute_dtype, backend)
+    return model if resident is None else resident.model(model)
 
 
 def _layer(

@@ -1,0 +1,104 @@
+"""A local file read past the page cache, in whole blocks."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Final
+
+from moe_surgery.checkpoint.fileops import UNSUPPORTED, FileOps
+from moe_surgery.checkpoint.files import printable_path
+from moe_surgery.errors import InvalidInputError, OutputError
+
+__all__ = ["BLOCK", "DirectFile", "whole_blocks"]
+
+BLOCK: Final = 4096
+"""Direct reads take multiples of this many bytes, from multiples of it, into memory at multiples of it."""
+
+
+def whole_blocks(offset: int, nbytes: int) -> tuple[int, int]:
+    """The smallest range (offset, bytes) of whole blocks that holds [offset, offset + nbytes)."""
+    start = offset - offset % BLOCK
+    return start, -(-(offset + nbytes - start) // BLOCK) * BLOCK
+
+
+class DirectFile:
+    """A descriptor of its own for a file whose bytes are read again and again into the caller's own memory.
+
+    Reads bypass the page cache where the system can (O_DIRECT on Linux, F_NOCACHE on macOS); elsewhere the pages
+    that they bring in are dropped again. Any number of threads may read.
+    """
+
+    def __init__(self, path: Path, version: object, ops: FileOps) -> None:
+        """`version`: `version_of` the file when it was first opened. Raises OutputError, or InvalidInputError if it
+        has changed since."""
+        self.where = printable_path(path)
+        self._ops, self._version = ops, version
+        self._fd = -1
+        try:
+            self._fd, self._direct = ops.open_direct(path)
+        except OSError as error:
+            raise OutputError(f"{self.where}: cannot open: {error.strerror}") from None
+        try:
+            self.check_unchanged()
+        except BaseException:
+            self.close()
+            raise
+
+    def read(self, offset: int, buffer: memoryview, needed: int) -> None:
+        """Fill `buffer`, whole blocks at a block's address, from `offset`, a block's; at least the first `needed`
+        bytes, where the file ends before the last block.
+
+        Raises InvalidInputError if the file is too short or has changed since it was opened, OutputError if it
+        cannot be read.
+        """
+        done = 0
+        while done < needed:
+            start = done - done % BLOCK if self._direct else done  # a short read may end within a block
+            try:
+                count = self._pread(buffer[start:], offset + start)
+            except OSError as error:
+                raise OutputError(
+                    f"{self.where}: cannot read {needed} bytes at {offset}: {error.strerror}"
+                ) from error
+            if start + count <= done:
+                raise InvalidInputError(
+                    f"{self.where}: ends before byte {offset + needed}; it was truncated while being read"
+                )
+            done = start + count
+        self.check_unchanged()
+
+    def _pread(self, buffer: memoryview, offset: int) -> int:
+        if self._direct:
+            try:
+                return self._ops.pread_into(self._fd, buffer, offset, cache=True)  # the flag bypasses it
+            except OSError as error:
+                if error.errno not in UNSUPPORTED or not self._ops.set_direct(self._fd, False):
+                    raise
+                self._direct = False
+        return self._ops.pread_into(self._fd, buffer, offset)
+
+    def check_unchanged(self) -> None:
+        """Raise InvalidInputError if the bytes behind the descriptor were written to since the file was opened.
+
+        A file that takes its name does not matter: the descriptor keeps the old one.
+        """
+        try:
+            now = version_of(os.fstat(self._fd))
+        except OSError as error:
+            raise OutputError(f"{self.where}: {error.strerror or os.strerror(errno.EIO)}") from error
+        if now != self._version:
+            raise InvalidInputError(
+                f"{self.where}: changed while it was open; load the model again when nothing writes to it"
+            )
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def version_of(stat: os.stat_result) -> tuple[int, int, int, int]:
+    """Identifies a file and its version."""
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns

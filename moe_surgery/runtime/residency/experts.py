@@ -1,0 +1,59 @@
+"""The experts of a layer from a pool: each is computed when it is there, in the order of arrival."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from moe_surgery.kernels import Backend
+from moe_surgery.kernels.weights import ExpertWeights
+from moe_surgery.runtime.residency.pool import ExpertPool
+from moe_surgery.runtime.residency.slots import one_expert
+
+__all__ = ["stored_experts", "weighted_experts"]
+
+
+def stored_experts(ids: Tensor, experts: ExpertWeights) -> Tensor:
+    """The stored experts that `ids` of a router mean."""
+    return ids if experts.expert_map is None else experts.expert_map[ids]
+
+
+def weighted_experts(
+    backend: Backend,
+    pool: ExpertPool,
+    layer: int,
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    experts: ExpertWeights,
+    meanwhile: Callable[[], None],
+) -> Tensor:
+    """`Backend.experts` with the weights in `pool`: [tokens, hidden] in x's dtype.
+
+    Each expert is computed for all its tokens by itself. A token's outputs are added in the order of `ids`, as the
+    native backend does, so results are the same bit for bit with it; others may add in another order. Of `experts`
+    the biases and constants are used. `meanwhile` is called once what is missing is being read.
+    """
+    tokens, top_k = ids.shape
+    chosen = stored_experts(ids, experts).flatten()
+    distinct, uses = chosen.unique(return_counts=True)
+    numbers = distinct.tolist()
+    pool.usage.count(layer, numbers, uses.tolist())
+    wide = torch.promote_types(x.dtype, backend.dtype)
+    rows, factors = x.to(wide), weights.to(wide).flatten()
+    outputs = torch.empty((tokens * top_k, x.shape[1]), dtype=wide)
+    taken = pool.take(layer, numbers)
+    meanwhile()
+    for expert, slot in taken:
+        pairs = (chosen == expert).nonzero()[:, 0]
+        only = torch.zeros((len(pairs), 1), dtype=torch.int64)
+        outputs[pairs] = backend.experts(
+            rows[pairs // top_k], only, factors[pairs, None], one_expert(slot, experts, expert)
+        )
+    by_token = outputs.view(tokens, top_k, -1)
+    y = by_token[:, 0].clone()
+    for choice in range(1, top_k):
+        y += by_token[:, choice]
+    return y.to(x.dtype)

@@ -1,0 +1,255 @@
+"""The experts in memory: slots, what is in them, and what is read into them next."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from moe_surgery.runtime.residency.counts import Counts
+from moe_surgery.runtime.residency.reads import AHEAD, FILL, URGENT, Load, Reads
+from moe_surgery.runtime.residency.slots import ExpertFiles, Slot
+from moe_surgery.runtime.residency.usage import Usage
+
+__all__ = ["FEWEST_SLOTS", "ExpertPool"]
+
+FEWEST_SLOTS = 2
+"""One expert is computed while the next is read."""
+MOST_AHEAD = 8
+"""Experts that are read before a layer asks for them, at most."""
+MOST_COMING = 8
+"""Experts that a layer waits for at a time: enough to keep the disk busy, few enough to leave the others in memory."""
+
+Key = tuple[int, int]
+"""Layer and stored expert."""
+
+
+class _Entry:
+    """An expert in a slot, or on its way into it."""
+
+    __slots__ = ("ahead", "key", "load", "pinned", "slot")
+
+    def __init__(self, key: Key, slot: Slot, load: Load) -> None:
+        self.key, self.slot = key, slot
+        self.load: Load | None = load  # None once it is there
+        self.pinned = load.kind == URGENT  # the present call of `take` waits for it or computes with it
+        self.ahead = load.kind == AHEAD  # its layer has not asked for it yet
+
+
+class ExpertPool:
+    """Up to `capacity` experts of all layers together.
+
+    `take` hands out a layer's experts one by one, so two slots are enough for any layer. What is evicted is what
+    `usage` scores lowest, but neither an expert that the present call needs nor, while another can go, one that
+    was read ahead. For one thread at a time.
+    """
+
+    def __init__(self, files: ExpertFiles, reads: Reads, usage: Usage, capacity: int) -> None:
+        self.files, self.reads, self.usage, self.capacity = files, reads, usage, capacity
+        self.counts = Counts(len(files.weights))
+        self._entries: dict[Key, _Entry] = {}
+        self._loading: list[_Entry] = []
+        self._needed: list[_Entry] = []  # by the present call of `take`
+        self._evictable = np.zeros(usage.scores.shape, dtype=bool)
+        self._free: list[Slot] = []
+        self._made = 0
+        self.close = weakref.finalize(self, reads.close)
+
+    @property
+    def resident(self) -> frozenset[Key]:
+        """The experts that are in memory."""
+        self._settle()
+        return frozenset(key for key, entry in self._entries.items() if entry.load is None)
+
+    def take(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Slot]]:
+        """Each of `experts` (distinct) with its slot, as soon as it is there: those in memory first.
+
+        Reads begin with the call. A slot is the caller's until it asks for the next one; raises then as
+        `DirectFile.read`.
+        """
+        for entry in self._needed:  # of a call that was interrupted
+            self._release(entry)
+        ready, coming, missing = self._demand(layer, experts)
+        self._needed = [*ready, *coming]
+        self._start(layer, coming, missing, wait=False)
+        return self._hand_out(layer, ready, coming, missing)
+
+    def _hand_out(
+        self, layer: int, ready: list[_Entry], coming: list[_Entry], missing: list[int]
+    ) -> Iterator[tuple[int, Slot]]:
+        while ready or coming or missing:
+            self._start(layer, coming, missing, wait=not (ready or coming))
+            entry = ready.pop(0) if ready else self._arrived(coming)
+            yield entry.key[1], entry.slot
+            self._release(entry)
+
+    def _start(self, layer: int, coming: list[_Entry], missing: list[int], wait: bool) -> None:
+        """Start reading what is missing, as far as there are slots."""
+        while missing and len(coming) < MOST_COMING:
+            entry = self._load((layer, missing[0]), URGENT, wait and not coming)
+            if entry is None:
+                break
+            self._needed.append(entry)
+            coming.append(entry)
+            missing.pop(0)
+
+    def read_ahead(self, layer: int, experts: Sequence[int]) -> None:
+        """Start reading those of `experts` that are not there, the first first, behind reads that are waited for.
+
+        What was to be read ahead for this layer, has not been begun and is not among them is cancelled.
+        """
+        self._settle()
+        pending = 0
+        for entry in [e for e in self._entries.values() if e.ahead]:
+            if entry.key[0] != layer or entry.key[1] in experts or not self._cancel(entry):
+                pending += 1
+        for expert in experts:
+            if pending >= min(MOST_AHEAD, self.capacity // 4):
+                break
+            if (layer, expert) not in self._entries and self._load((layer, expert), AHEAD) is not None:
+                pending += 1
+
+    def fill(self) -> None:
+        """Read the experts that are expected to be used most into the slots that are still free, behind all else."""
+        scores = self.usage.scores
+        for flat in np.argsort(-scores, axis=None, kind="stable").tolist():
+            key = divmod(flat, scores.shape[1])
+            if len(self._entries) >= self.capacity or not scores[key]:
+                break
+            if key not in self._entries:
+                self._load(key, FILL)
+
+    def resize(self, capacity: int) -> None:
+        """Hold up to `capacity` experts from now on; others are evicted, and their memory is freed."""
+        self.capacity = capacity
+        while self._made > capacity:
+            if not self._free:
+                slot = self._evict(urgent=True, wait=True)
+                assert slot is not None, "experts are in use"
+                self._free.append(slot)
+            self._free.pop()
+            self._made -= 1
+
+    def _demand(self, layer: int, experts: Sequence[int]) -> tuple[list[_Entry], list[_Entry], list[int]]:
+        """The experts that are there, those on their way, and those that are neither; the first two are pinned."""
+        self._settle()
+        ready: list[_Entry] = []
+        coming: list[_Entry] = []
+        missing: list[int] = []
+        counts = self.counts.layers[layer]
+        for expert in experts:
+            entry = self._entries.get((layer, expert))
+            if entry is None:
+                missing.append(expert)
+                continue
+            counts.ahead += entry.ahead or entry.load is not None
+            counts.there += not entry.ahead and entry.load is None
+            entry.pinned, entry.ahead = True, False
+            self._evictable[entry.key] = False
+            if entry.load is None:
+                ready.append(entry)
+            else:
+                self.reads.hurry(entry.load)
+                coming.append(entry)
+        counts.missed += len(missing)
+        for entry in [e for e in self._entries.values() if e.ahead and e.key[0] == layer]:
+            if not self._cancel(entry):
+                entry.ahead = False  # not needed after all
+                counts.wrong += 1
+                self._evictable[entry.key] = entry.load is None
+        return ready, coming, missing
+
+    def _arrived(self, coming: list[_Entry]) -> _Entry:
+        """The first of `coming` to be there, taken out of it."""
+        loads = [entry.load for entry in coming]
+        if None in loads:
+            return coming.pop(loads.index(None))
+        load = self.reads.wait([load for load in loads if load is not None])
+        entry = coming.pop(loads.index(load))
+        if load.error is not None:
+            entry.pinned = False
+            self._settle()
+            raise load.error
+        self._settle()
+        return entry
+
+    def _release(self, entry: _Entry) -> None:
+        entry.pinned = False
+        if self._entries.get(entry.key) is entry:
+            self._evictable[entry.key] = entry.load is None
+
+    def _settle(self) -> None:
+        """Note the loads that have ended. What could not be read is forgotten, and read again when it is needed."""
+        still = []
+        for entry in self._loading:
+            assert entry.load is not None
+            failed = entry.load.error is not None
+            if not entry.load.finished or (failed and entry.pinned):  # who waits for it raises the error
+                still.append(entry)
+                continue
+            entry.load = None
+            if failed:
+                self._free.append(self._forget(entry))
+            else:
+                self._evictable[entry.key] = not (entry.pinned or entry.ahead)
+        self._loading = still
+
+    def _load(self, key: Key, kind: int, wait: bool = False) -> _Entry | None:
+        """Start reading an expert; None where no slot can be had (with `wait`: without giving one back)."""
+        slot = self._slot(kind == URGENT, wait)
+        if slot is None:
+            return None
+        load = Load(slot.reads(self.files, *key), kind)
+        entry = self._entries[key] = _Entry(key, slot, load)
+        self._loading.append(entry)
+        self.counts.layers[key[0]].nbytes += load.nbytes
+        self.reads.start(load)
+        return entry
+
+    def _slot(self, urgent: bool, wait: bool) -> Slot | None:
+        self._settle()
+        if self._free:
+            return self._free.pop()
+        if self._made < self.capacity:
+            self._made += 1
+            return Slot(self.files.slot_bytes)
+        return self._evict(urgent, wait)
+
+    def _evict(self, urgent: bool, wait: bool) -> Slot | None:
+        """The slot of the expert with the lowest score; None where all are needed or on their way.
+
+        If `urgent`, reads that nobody waits for are given up for it; with `wait` the end of one under way too.
+        """
+        scores = np.where(self._evictable, self.usage.scores, np.inf)
+        lowest = divmod(int(scores.argmin()), scores.shape[1])
+        if self._evictable[lowest]:
+            return self._forget(self._entries[lowest])
+        while urgent:
+            others = [e for e in self._entries.values() if not e.pinned]
+            for entry in others:
+                if entry.load is None:
+                    return self._forget(entry)
+                if self._cancel(entry):
+                    return self._free.pop()
+            if not (wait and others):
+                break
+            self.reads.wait([e.load for e in others if e.load is not None])
+            self._settle()
+            if self._free:
+                return self._free.pop()
+        return None
+
+    def _cancel(self, entry: _Entry) -> bool:
+        """Drop an entry whose read has not begun."""
+        if entry.load is None or not self.reads.cancel(entry.load):
+            return False
+        self.counts.layers[entry.key[0]].nbytes -= entry.load.nbytes
+        self._loading.remove(entry)
+        self._free.append(self._forget(entry))
+        return True
+
+    def _forget(self, entry: _Entry) -> Slot:
+        del self._entries[entry.key]
+        self._evictable[entry.key] = False
+        return entry.slot
