@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import click
 
 from moe_surgery.bench.rounds import MedianRange, median_range, rounded
-from moe_surgery.cli.bench.shared import NUMBERS, collect, finish, machine, plot_option
+from moe_surgery.cli.bench.residency import bench_residency
+from moe_surgery.cli.bench.shared import NUMBERS, SIZES, collect, finish, machine, plot_option
 from moe_surgery.cli.options import Compute, common, compute_options, dtype_name, needs_torch, terminal_of
 from moe_surgery.cli.terminal import Terminal, size
+from moe_surgery.errors import UsageError
 
 if TYPE_CHECKING:
     from moe_surgery.bench.decode import DecodeFigures
@@ -33,6 +35,16 @@ if TYPE_CHECKING:
 )
 @click.option("--steps", default=16, show_default=True, help="Tokens to decode per round.")
 @click.option("--rounds", default=3, show_default=True, help="Rounds; each measures every model once.")
+@click.option(
+    "--memory",
+    type=SIZES,
+    help="Limits on memory to measure one CKPT under: experts that do not fit are read from disk.",
+)
+@click.option(
+    "--residency",
+    type=click.Path(path_type=Path),
+    help="Statistics or plan file: the experts to hold first; with --memory.",
+)
 @compute_options
 @plot_option
 @common
@@ -46,6 +58,8 @@ def command(
     depth: int,
     steps: int,
     rounds: int,
+    memory: list[int] | None,
+    residency: Path | None,
     compute: Compute,
     plot: Path | None,
 ) -> None:
@@ -56,8 +70,12 @@ def command(
     all models (or of the device's allocator). Tokens are random, which spreads them over experts more
     evenly than real text.
 
+    With --memory one CKPT is measured under each limit: bytes read from disk per token, the share of experts that
+    were in memory, and what share of the rate at which the disk delivers random experts that is.
+
     \b
     moe-surgery bench decode openai/gpt-oss-20b gpt-oss-law-8 --batches 1,8
+    moe-surgery bench decode openai/gpt-oss-20b --memory 6GB,8GB,12GB --plot memory.png
     moe-surgery bench decode example:tiny --expert-counts 4,16 --depth 32 --steps 4 --rounds 2
     """
     needs_torch("bench decode")
@@ -67,6 +85,13 @@ def command(
 
     terminal = terminal_of(context)
     check_plot(plot)
+    if memory is not None:
+        if len(ckpts) > 1 or expert_counts or ranking or batches != [1]:
+            raise UsageError("--memory measures one CKPT, whole, at batch 1")
+        bench_residency(terminal, ckpts[0], memory, residency, depth, steps, rounds, compute, plot)
+        return
+    if residency is not None:
+        raise UsageError("--residency needs --memory")
     models = {name: load_model(name, **compute.arguments()) for name in ckpts}
     full = models[ckpts[0]]
     models |= _views(ckpts[0], full, expert_counts or [], ranking)

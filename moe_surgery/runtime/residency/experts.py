@@ -38,7 +38,7 @@ def weighted_experts(
     """
     tokens, top_k = ids.shape
     chosen = stored_experts(ids, experts).flatten()
-    distinct, uses = chosen.unique(return_counts=True)
+    distinct, uses = torch.unique(chosen, return_counts=True)
     numbers = distinct.tolist()
     pool.usage.count(layer, numbers, uses.tolist())
     wide = torch.promote_types(x.dtype, backend.dtype)

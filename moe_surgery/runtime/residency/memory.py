@@ -116,8 +116,8 @@ def warn_if_larger_than_memory(checkpoint: Checkpoint) -> None:
     free = available_memory()
     if free is not None and checkpoint.nbytes > free:
         warnings.warn(
-            f"{printable_path(checkpoint.path)}: the weights take {_gb(checkpoint.nbytes)} GB, {_gb(free)} GB of memory "
-            "are free, so parts are read from disk again and again; `memory` plans which",
+            f"{printable_path(checkpoint.path)}: weights of {_gb(checkpoint.nbytes)} GB, {_gb(free)} GB of memory are "
+            "free: the system reads parts from disk again and again; with `memory` it is planned, and faster",
             CheckpointWarning,
             stacklevel=3,
         )

@@ -89,7 +89,13 @@ class ResidentCausalLM(CausalLM):
             self._guess(0, x)
             for number, layer in enumerate(self.layers):
                 x = attention_block(
-                    self.backend, self.config, layer, x, cos, sin, self._attend(number, layer, cache, positions)
+                    self.backend,
+                    self.config,
+                    layer,
+                    x,
+                    cos,
+                    sin,
+                    self._attend(number, layer, cache, positions),
                 )
                 x = self._moe_block(number, layer, x)
                 self._guess(number + 1, x)
@@ -119,7 +125,7 @@ class ResidentCausalLM(CausalLM):
         _, ids, _ = route(self.backend, self.config, layer, x.view(-1, x.shape[-1]))
         stored = stored_experts(ids, layer.experts)
         # Most tokens first, then the surest: columns are in order of the router's logits.
-        distinct, uses = stored.unique(return_counts=True)
+        distinct, uses = torch.unique(stored, return_counts=True)
         if len(stored) == 1:
             self.pool.read_ahead(number, stored[0].tolist())
         else:

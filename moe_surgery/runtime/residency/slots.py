@@ -53,7 +53,9 @@ class ExpertFiles:
     @property
     def nbytes(self) -> int:
         """Bytes of one expert."""
-        return max(sum(ref.nbytes // ref.shape[0] for part in layer for ref in part) for layer in self.weights)
+        return max(
+            sum(ref.nbytes // ref.shape[0] for part in layer for ref in part) for layer in self.weights
+        )
 
     @property
     def slot_bytes(self) -> int:

@@ -80,9 +80,7 @@ class ResidentWeights:
         )
         parts: list[tuple[tuple[TensorRef, ...], tuple[TensorRef, ...]]] = []
         for number in range(spec.layers):
-            found = [
-                stored[name.format(layer=number)] for name in (names.layer.gate_up, names.layer.down)
-            ]
+            found = [stored[name.format(layer=number)] for name in (names.layer.gate_up, names.layer.down)]
             gate_up, down = (tuple(filter(None, (t.stored, t.scales))) for t in found)
             parts.append((gate_up, down))
         _check_aligned(ref for layer in parts for part in layer for ref in part)
@@ -141,13 +139,15 @@ def _check_aligned(refs: Iterable[TensorRef]) -> None:
             )
 
 
-def _row_reader(embedding: TensorRef, files: dict[str, DirectFile], reads: Reads) -> Callable[[Tensor], Tensor]:
+def _row_reader(
+    embedding: TensorRef, files: dict[str, DirectFile], reads: Reads
+) -> Callable[[Tensor], Tensor]:
     """A function that reads the rows of `embedding` for ids int64 [...]: [..., hidden] as stored."""
     file = files[embedding.shard]
     space = room(embedding.nbytes // embedding.shape[0])
 
     def rows(ids: Tensor) -> Tensor:
-        distinct, places = ids.unique(return_inverse=True)
+        distinct, places = torch.unique(ids, return_inverse=True)
         memory = mmap.mmap(-1, len(distinct) * space)
         wanted = [
             placed(file, embedding.rows(row, 1), memory, number * space)
