@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import weakref
 from pathlib import Path
 from typing import Final
 
@@ -27,7 +28,8 @@ class DirectFile:
     """A descriptor of its own for a file whose bytes are read again and again into the caller's own memory.
 
     Reads bypass the page cache where the system can (O_DIRECT on Linux, F_NOCACHE on macOS); elsewhere the pages
-    that they bring in are dropped again. Any number of threads may read.
+    that they bring in are dropped again. Any number of threads may read. The descriptor is closed when nothing
+    refers to this any more.
     """
 
     def __init__(self, path: Path, version: object, ops: FileOps) -> None:
@@ -35,16 +37,12 @@ class DirectFile:
         has changed since."""
         self.where = printable_path(path)
         self._ops, self._version = ops, version
-        self._fd = -1
         try:
             self._fd, self._direct = ops.open_direct(path)
         except OSError as error:
             raise OutputError(f"{self.where}: cannot open: {error.strerror}") from None
-        try:
-            self.check_unchanged()
-        except BaseException:
-            self.close()
-            raise
+        self.close = weakref.finalize(self, os.close, self._fd)
+        self.check_unchanged()
 
     def read(self, offset: int, buffer: memoryview, needed: int) -> None:
         """Fill `buffer`, whole blocks at a block's address, from `offset`, a block's; at least the first `needed`
@@ -92,11 +90,6 @@ class DirectFile:
             raise InvalidInputError(
                 f"{self.where}: changed while it was open; load the model again when nothing writes to it"
             )
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
 
 
 def version_of(stat: os.stat_result) -> tuple[int, int, int, int]:

@@ -50,6 +50,7 @@ class ExpertPool:
         self.counts = Counts(len(files.weights))
         self._entries: dict[Key, _Entry] = {}
         self._loading: list[_Entry] = []
+        self._cancelled: list[tuple[Load, Slot]] = []  # whose last pieces are being read
         self._needed: list[_Entry] = []  # by the present call of `take`
         self._evictable = np.zeros(usage.scores.shape, dtype=bool)
         self._free: list[Slot] = []
@@ -97,7 +98,7 @@ class ExpertPool:
     def read_ahead(self, layer: int, experts: Sequence[int]) -> None:
         """Start reading those of `experts` that are not there, the first first, behind reads that are waited for.
 
-        What was to be read ahead for this layer, has not been begun and is not among them is cancelled.
+        What is being read ahead for this layer and is not among them is cancelled.
         """
         self._settle()
         pending = 0
@@ -194,6 +195,9 @@ class ExpertPool:
             else:
                 self._evictable[entry.key] = not (entry.pinned or entry.ahead)
         self._loading = still
+        if self._cancelled:
+            self._free += [slot for load, slot in self._cancelled if load.finished]
+            self._cancelled = [(load, slot) for load, slot in self._cancelled if not load.finished]
 
     def _load(self, key: Key, kind: int, wait: bool = False) -> _Entry | None:
         """Start reading an expert; None where no slot can be had (with `wait`: without giving one back)."""
@@ -225,28 +229,31 @@ class ExpertPool:
         lowest = divmod(int(scores.argmin()), scores.shape[1])
         if self._evictable[lowest]:
             return self._forget(self._entries[lowest])
-        while urgent:
+        while urgent and not self._free:
             others = [e for e in self._entries.values() if not e.pinned]
             for entry in others:
                 if entry.load is None:
                     return self._forget(entry)
-                if self._cancel(entry):
-                    return self._free.pop()
-            if not (wait and others):
+                self._cancel(entry)
+            loads = [e.load for e in self._entries.values() if e.load is not None and not e.pinned]
+            loads += [load for load, _ in self._cancelled]
+            if self._free or not (wait and loads):
                 break
-            self.reads.wait([e.load for e in others if e.load is not None])
+            self.reads.wait(loads)
             self._settle()
-            if self._free:
-                return self._free.pop()
-        return None
+        return self._free.pop() if urgent and self._free else None
 
     def _cancel(self, entry: _Entry) -> bool:
-        """Drop an entry whose read has not begun."""
-        if entry.load is None or not self.reads.cancel(entry.load):
+        """Drop an entry that is not read to its end; False if all of it is there or being read."""
+        if entry.load is None or not (dropped := self.reads.cancel(entry.load)):
             return False
-        self.counts.layers[entry.key[0]].nbytes -= entry.load.nbytes
+        self.counts.layers[entry.key[0]].nbytes -= dropped
         self._loading.remove(entry)
-        self._free.append(self._forget(entry))
+        slot = self._forget(entry)
+        if entry.load.finished:
+            self._free.append(slot)
+        else:
+            self._cancelled.append((entry.load, slot))
         return True
 
     def _forget(self, entry: _Entry) -> Slot:

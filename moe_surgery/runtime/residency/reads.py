@@ -12,8 +12,9 @@ from moe_surgery.checkpoint.direct_file import BLOCK, DirectFile, whole_blocks
 
 __all__ = ["AHEAD", "FILL", "URGENT", "Load", "Read", "Reads", "room"]
 
-PIECE_BYTES: Final = 4 << 20
-"""A read is cut into pieces of at most this many bytes, which several threads read at once."""
+PIECE_BYTES: Final = 2 << 20
+"""A read is cut into pieces of at most this many bytes, which several threads read at once. What is under way when an
+urgent read comes delays it, so they are no larger than the disk's full rate needs."""
 THREADS: Final = 4
 
 URGENT, AHEAD, FILL = range(3)
@@ -53,16 +54,12 @@ class Load:
         self.kind = kind
         self.nbytes = sum(read.nbytes for read in reads)
         self.waiting = deque(piece for read in reads for piece in read.pieces())
-        self.pieces = self.unfinished = len(self.waiting)
+        self.unfinished = len(self.waiting)
         self.error: Exception | None = None
 
     @property
-    def started(self) -> bool:
-        return len(self.waiting) < self.pieces
-
-    @property
     def finished(self) -> bool:
-        """Whether nothing of it is read any more; then it is whole, or has an error."""
+        """Whether nothing of it is read any more; then it is whole, unless it was cancelled or has an error."""
         return not self.unfinished
 
 
@@ -87,7 +84,7 @@ class Reads:
         """Read `load` after the others of its class."""
         with self._added:
             self._loads[load.kind].append(load)
-            self._added.notify(load.pieces)
+            self._added.notify(load.unfinished)
 
     def hurry(self, load: Load) -> None:
         """Make a load urgent."""
@@ -97,13 +94,13 @@ class Reads:
                 self._loads[URGENT].append(load)
             load.kind = URGENT
 
-    def cancel(self, load: Load) -> bool:
-        """Forget a load of which nothing has been read yet; False if it has been started."""
+    def cancel(self, load: Load) -> int:
+        """Forget the pieces of a load that have not begun; their bytes. It ends with those that are being read."""
         with self._added:
-            if load.started:
-                return False
-            self._loads[load.kind].remove(load)
-            return True
+            dropped = sum(piece.nbytes for piece in load.waiting)
+            if load.waiting:
+                self._drop(load)
+            return dropped
 
     def wait(self, loads: Sequence[Load]) -> Load:
         """The first of `loads` to finish, at once if one has. Raises nothing: see `Load.error`."""
@@ -127,6 +124,12 @@ class Reads:
         with self._added:
             self._closed = True
             self._added.notify_all()
+
+    def _drop(self, load: Load) -> None:
+        """Forget the pieces of a load that wait, of which there is at least one."""
+        load.unfinished -= len(load.waiting)
+        load.waiting.clear()
+        self._loads[load.kind].remove(load)
 
     def _take(self) -> tuple[Load, Read] | None:
         """The next piece; None when closed."""
@@ -156,8 +159,6 @@ class Reads:
                 if error is not None:
                     load.error = load.error or error
                     if load.waiting:
-                        load.unfinished -= len(load.waiting)
-                        load.waiting.clear()
-                        self._loads[load.kind].remove(load)
+                        self._drop(load)
                 if load.finished:
                     self._ended.notify_all()
