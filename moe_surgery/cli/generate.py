@@ -150,7 +150,7 @@ def command(
 
     \b
     moe-surgery generate example:tiny --prompt "12 + 30 =" --max-new-tokens 8
-    moe-surgery generate example:tiny --prompt "12 + 30 =" --max-new-tokens 8 --memory 2GB
+    moe-surgery generate example:tiny --prompt "12 + 30 =" --max-new-tokens 8 --memory 8GB
     moe-surgery generate example:tiny --chat "What is 2 + 2?" --temperature 0.7 --seed 1
     moe-surgery generate example:tiny --prompt "12 + 30 =" --draft-top-k 2 --draft-length auto --dtype f32
     echo "def main(" | moe-surgery generate example:tiny --max-new-tokens 16

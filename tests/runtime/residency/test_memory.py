@@ -26,7 +26,7 @@ TINY = "example:tiny"
 
 
 def test_too_small_a_limit_names_the_least_and_the_least_is_enough() -> None:
-    with pytest.raises(UsageError, match="`memory` 0.0 GB: this model needs at least") as error:
+    with pytest.raises(UsageError, match=r"`memory` 0\.0 GB: this model needs at least") as error:
         load_model(TINY, memory="1MB")
     least = re.search(r"at least ([0-9.]+) GB", str(error.value))
     assert least
