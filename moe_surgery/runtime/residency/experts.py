@@ -1,4 +1,4 @@
-"""The experts of a layer from a pool: each is computed when it is there, in the order of arrival."""
+"""The experts of a layer, from a pool or the slots of a device: each is computed when it is there."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from torch import Tensor
 
 from moe_surgery.kernels import Backend
 from moe_surgery.kernels.weights import ExpertWeights
+from moe_surgery.runtime.residency.device_slots import DeviceSlots
 from moe_surgery.runtime.residency.pool import ExpertPool
 from moe_surgery.runtime.residency.slots import one_expert
+from moe_surgery.runtime.residency.usage import Usage
 
 __all__ = ["stored_experts", "weighted_experts"]
 
@@ -22,7 +24,8 @@ def stored_experts(ids: Tensor, experts: ExpertWeights) -> Tensor:
 
 def weighted_experts(
     backend: Backend,
-    pool: ExpertPool,
+    source: ExpertPool | DeviceSlots,
+    usage: Usage,
     layer: int,
     x: Tensor,
     ids: Tensor,
@@ -30,7 +33,7 @@ def weighted_experts(
     experts: ExpertWeights,
     meanwhile: Callable[[], None],
 ) -> Tensor:
-    """`Backend.experts` with the weights in `pool`: [tokens, hidden] in x's dtype.
+    """`Backend.experts` with weights from `source`: [tokens, hidden] in x's dtype.
 
     Each expert is computed for all its tokens by itself. A token's outputs are added in the order of `ids`, as the
     native backend does, so results are the same bit for bit with it; others may add in another order. Of `experts`
@@ -40,20 +43,20 @@ def weighted_experts(
     chosen = stored_experts(ids, experts).flatten()
     distinct, uses = torch.unique(chosen, return_counts=True)
     numbers = distinct.tolist()
-    pool.usage.count(layer, numbers, uses.tolist())
-    wide = torch.promote_types(x.dtype, backend.dtype)
-    rows, factors = x.to(wide), weights.to(wide).flatten()
-    outputs = torch.empty((tokens * top_k, x.shape[1]), dtype=wide)
-    taken = pool.take(layer, numbers)
+    usage.count(layer, numbers, uses.tolist())
+    rows = x.to(torch.promote_types(x.dtype, backend.dtype))
+    outputs = torch.empty((tokens * top_k, x.shape[1]), dtype=torch.float32, device=x.device)
+    taken = source.take(layer, numbers)
     meanwhile()
-    for expert, slot in taken:
+    for expert, one in taken:
         pairs = (chosen == expert).nonzero()[:, 0]
-        only = torch.zeros((len(pairs), 1), dtype=torch.int64)
+        only = torch.zeros((len(pairs), 1), dtype=torch.int64, device=x.device)
+        unweighted = rows.new_ones((len(pairs), 1))
         outputs[pairs] = backend.experts(
-            rows[pairs // top_k], only, factors[pairs, None], one_expert(slot, experts, expert)
-        )
-    by_token = outputs.view(tokens, top_k, -1)
-    y = by_token[:, 0].clone()
+            rows[pairs // top_k], only, unweighted, one_expert(one, experts, expert)
+        ).float()
+    by_choice = outputs.view(tokens, top_k, -1) * weights.float()[..., None]
+    y = by_choice[:, 0].clone()
     for choice in range(1, top_k):
-        y += by_token[:, choice]
+        y += by_choice[:, choice]
     return y.to(x.dtype)

@@ -13,6 +13,7 @@ from moe_surgery.kernels.weights import Layer
 from moe_surgery.runtime.cache import Cache
 from moe_surgery.runtime.decoder_layer import Attend, attention_block, route
 from moe_surgery.runtime.model import DEFAULT_ROLLBACK, SCORE_BYTES, CausalLM
+from moe_surgery.runtime.residency.device_slots import DeviceSlots
 from moe_surgery.runtime.residency.experts import stored_experts, weighted_experts
 from moe_surgery.runtime.residency.memory import Budget
 from moe_surgery.runtime.residency.pool import ExpertPool
@@ -31,6 +32,8 @@ class ResidentCausalLM(CausalLM):
     pool: ExpertPool
     budget: Budget
     embed_rows: Callable[[Tensor], Tensor] | None
+    device_slots: DeviceSlots | None = None
+    """Where experts are computed on another device than the CPU."""
 
     @classmethod
     def of(
@@ -69,7 +72,11 @@ class ResidentCausalLM(CausalLM):
         return cache
 
     def embed(self, ids: Tensor) -> Tensor:
-        return super().embed(ids) if self.embed_rows is None else self.embed_rows(ids).to(self.dtype)
+        return (
+            super().embed(ids)
+            if self.embed_rows is None
+            else self.embed_rows(ids.cpu()).to(self.device, self.dtype)
+        )
 
     def decode_step(self, cache: Cache) -> DecodeStep | None:
         return None
@@ -107,7 +114,8 @@ class ResidentCausalLM(CausalLM):
         h, ids, weights = route(self.backend, self.config, layer, x.view(-1, x.shape[-1]))
         y = weighted_experts(
             self.backend,
-            self.pool,
+            self.pool if self.device_slots is None else self.device_slots,
+            self.pool.usage,
             number,
             h,
             ids,
@@ -123,7 +131,7 @@ class ResidentCausalLM(CausalLM):
             return
         layer = self.layers[number]
         _, ids, _ = route(self.backend, self.config, layer, x.view(-1, x.shape[-1]))
-        stored = stored_experts(ids, layer.experts)
+        stored = stored_experts(ids, layer.experts).cpu()
         # Most tokens first, then the surest: columns are in order of the router's logits.
         distinct, uses = torch.unique(stored, return_counts=True)
         if len(stored) == 1:

@@ -9,10 +9,10 @@ import numpy as np
 
 from moe_surgery.runtime.residency.counts import Counts
 from moe_surgery.runtime.residency.reads import AHEAD, FILL, URGENT, Load, Reads
-from moe_surgery.runtime.residency.slots import ExpertFiles, Slot
+from moe_surgery.runtime.residency.slots import ExpertFiles, Slot, Weights
 from moe_surgery.runtime.residency.usage import Usage
 
-__all__ = ["FEWEST_SLOTS", "ExpertPool"]
+__all__ = ["FEWEST_SLOTS", "ExpertPool", "Key", "Weights"]
 
 FEWEST_SLOTS = 2
 """One expert is computed while the next is read."""
@@ -63,10 +63,10 @@ class ExpertPool:
         self._settle()
         return frozenset(key for key, entry in self._entries.items() if entry.load is None)
 
-    def take(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Slot]]:
-        """Each of `experts` (distinct) with its slot, as soon as it is there: those in memory first.
+    def take(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Weights]]:
+        """Each of `experts` (distinct) with its weights, as soon as they are there: those in memory first.
 
-        Reads begin with the call. A slot is the caller's until it asks for the next one; raises then as
+        Reads begin with the call. Weights are valid until the caller asks for the next; raises then as
         `DirectFile.read`.
         """
         for entry in self._needed:  # of a call that was interrupted
@@ -78,11 +78,11 @@ class ExpertPool:
 
     def _hand_out(
         self, layer: int, ready: list[_Entry], coming: list[_Entry], missing: list[int]
-    ) -> Iterator[tuple[int, Slot]]:
+    ) -> Iterator[tuple[int, Weights]]:
         while ready or coming or missing:
             self._start(layer, coming, missing, wait=not (ready or coming))
             entry = ready.pop(0) if ready else self._arrived(coming)
-            yield entry.key[1], entry.slot
+            yield entry.key[1], entry.slot.weights
             self._release(entry)
 
     def _start(self, layer: int, coming: list[_Entry], missing: list[int], wait: bool) -> None:

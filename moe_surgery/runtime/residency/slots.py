@@ -15,7 +15,11 @@ from moe_surgery.kernels.weights import DenseWeight, ExpertWeights, Mxfp4Weight,
 from moe_surgery.runtime.mapped import DTYPES
 from moe_surgery.runtime.residency.reads import Read, room
 
-__all__ = ["ExpertFiles", "Slot", "aligned_memory", "one_expert", "placed"]
+__all__ = ["ExpertFiles", "Slot", "Weights", "aligned_memory", "one_expert", "placed"]
+
+
+Weights = tuple[Weight, Weight]
+"""Of one expert: gate_up and down, each with an axis 0 of length 1."""
 
 
 def aligned_memory(nbytes: int) -> mmap.mmap:
@@ -70,10 +74,10 @@ class Slot:
 
     def __init__(self, nbytes: int) -> None:
         self._memory = aligned_memory(nbytes)
-        self.weights: tuple[Weight, Weight] | None = None
+        self.weights: Weights
 
     def reads(self, files: ExpertFiles, layer: int, expert: int) -> list[Read]:
-        """What fills the slot with an expert; `weights` are then its gate_up and down, each of one expert."""
+        """What fills the slot with an expert, whose `weights` it then holds."""
         at, reads, weights = 0, [], []
         for part in files.weights[layer]:
             tensors = []
@@ -88,9 +92,8 @@ class Slot:
         return reads
 
 
-def one_expert(slot: Slot, all_experts: ExpertWeights, expert: int) -> ExpertWeights:
-    """The expert in `slot` as the only one of its layer, with its row of the biases."""
-    assert slot.weights is not None
-    gate_up, down = slot.weights
+def one_expert(weights: Weights, all_experts: ExpertWeights, expert: int) -> ExpertWeights:
+    """An expert as the only one of its layer, with its row of the biases of `all_experts`."""
+    gate_up, down = weights
     biases = all_experts.gate_up_bias[expert : expert + 1], all_experts.down_bias[expert : expert + 1]
     return ExpertWeights(gate_up, biases[0], down, biases[1], None, all_experts.limit, all_experts.alpha)

@@ -13,6 +13,7 @@ from benchmarks.layout import Shape as FullShape  # noqa: E402
 from benchmarks.make_checkpoint import make_checkpoint  # noqa: E402
 from moe_surgery import generate, inspect, load_model, plan_random  # noqa: E402
 from moe_surgery.runtime.model import CausalLM  # noqa: E402
+from moe_surgery.runtime.residency.device_slots import DeviceSlots  # noqa: E402
 from moe_surgery.runtime.residency.pool import FEWEST_SLOTS  # noqa: E402
 from moe_surgery.runtime.sampling import Sampling  # noqa: E402
 from moe_surgery.runtime.speculation.speculate import speculate  # noqa: E402
@@ -129,6 +130,15 @@ def test_drafts_with_the_resident_experts_change_nothing(whole: CausalLM, expert
         stop_tokens=(),
     )
     assert found.tokens == expected.tokens
+
+
+@needs_native
+def test_slots_of_a_device(whole: CausalLM) -> None:
+    """With tensors on the CPU in place of another device's."""
+    model = load_resident(TINY, 20)
+    for capacity in (1, 10, ALL):
+        model.device_slots = DeviceSlots(model.pool, torch.device("cpu"), capacity)
+        check_same_bits(model, whole)
 
 
 @pytest.mark.slow

@@ -19,9 +19,10 @@ from moe_surgery.checkpoint.direct_file import BLOCK, whole_blocks  # noqa: E402
 from moe_surgery.checkpoint.fileops import FileOps  # noqa: E402
 from moe_surgery.checkpoint.local_file import LocalFile  # noqa: E402
 from moe_surgery.kernels.weights import Mxfp4Weight  # noqa: E402
+from moe_surgery.runtime.residency.device_slots import DeviceSlots  # noqa: E402
 from moe_surgery.runtime.residency.pool import ExpertPool  # noqa: E402
 from moe_surgery.runtime.residency.reads import AHEAD, URGENT, Load, Read, Reads, room  # noqa: E402
-from moe_surgery.runtime.residency.slots import ExpertFiles, Slot, aligned_memory  # noqa: E402
+from moe_surgery.runtime.residency.slots import ExpertFiles, Weights, aligned_memory  # noqa: E402
 from moe_surgery.runtime.residency.usage import Usage, expected_use  # noqa: E402
 from moe_surgery.selection.plan import Plan  # noqa: E402
 from tests.support.checkpoints import Shape, load_tensors, write_checkpoint  # noqa: E402
@@ -60,10 +61,9 @@ def stored(folder: Path) -> dict[Key, bytes]:
     }
 
 
-def bytes_in(slot: Slot) -> bytes:
-    assert slot.weights is not None
+def bytes_of(weights: Weights) -> bytes:
     found = b""
-    for weight in slot.weights:
+    for weight in weights:
         assert isinstance(weight, Mxfp4Weight)
         found += weight.blocks.numpy().tobytes() + weight.scales.numpy().tobytes()
     return found
@@ -95,7 +95,7 @@ def test_any_sequence_of_calls_hands_out_the_bytes_of_the_file(
     for name, number, chosen in calls:
         if name == "take":
             pool.usage.count(number, chosen, [1] * len(chosen))
-            taken = {expert: bytes_in(slot) for expert, slot in pool.take(number, chosen)}
+            taken = {expert: bytes_of(weights) for expert, weights in pool.take(number, chosen)}
             assert taken == {expert: stored[number, expert] for expert in chosen}
             pool.usage.end_step(1)
         elif name == "interrupted":
@@ -229,3 +229,17 @@ def test_urgent_reads_go_before_others_and_what_has_not_begun_is_cancelled(tmp_p
         reads.wait([one])
     assert order == [0, 4, 3, 1]
     reads.close()
+
+
+def test_a_device_holds_the_experts_used_last(files: ExpertFiles, stored: dict[Key, bytes]) -> None:
+    pool = make_pool(files, 4)
+    slots = DeviceSlots(pool, torch.device("cpu"), 3)
+    for layer, chosen in ((0, [0, 1]), (1, [2]), (0, [1, 4]), (2, [0, 1, 2, 3]), (0, [4])):
+        taken = {expert: bytes_of(weights) for expert, weights in slots.take(layer, chosen)}
+        assert taken == {expert: stored[layer, expert] for expert in chosen}
+        assert len(slots.resident) <= 3
+        assert {(layer, chosen[-1])} <= slots.resident
+    before = pool.counts.total("missed") + pool.counts.total("there")
+    list(slots.take(0, [4]))
+    assert pool.counts.total("missed") + pool.counts.total("there") == before
+    pool.close()
