@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import weakref
 from pathlib import Path
@@ -43,6 +44,16 @@ class DirectFile:
             raise OutputError(f"{self.where}: cannot open: {error.strerror}") from None
         self.close = weakref.finalize(self, os.close, self._fd)
         self.check_unchanged()
+        if self._direct:
+            self._try_direct()
+
+    @property
+    def plain(self) -> bool:
+        """Whether `pread` with `fileno()` does the same as `read`, past the page cache."""
+        return self._direct and type(self._ops) is FileOps
+
+    def fileno(self) -> int:
+        return self._fd
 
     def read(self, offset: int, buffer: memoryview, needed: int) -> None:
         """Fill `buffer`, whole blocks at a block's address, from `offset`, a block's; at least the first `needed`
@@ -54,28 +65,32 @@ class DirectFile:
         done = 0
         while done < needed:
             start = done - done % BLOCK if self._direct else done  # a short read may end within a block
-            try:
-                count = self._pread(buffer[start:], offset + start)
+            try:  # bypassing the cache is the descriptor's doing, not of a flag of the read
+                count = self._ops.pread_into(self._fd, buffer[start:], offset + start, cache=self._direct)
             except OSError as error:
-                raise OutputError(
-                    f"{self.where}: cannot read {needed} bytes at {offset}: {error.strerror}"
-                ) from error
+                raise self.unreadable(error.errno, offset, needed) from error
             if start + count <= done:
-                raise InvalidInputError(
-                    f"{self.where}: ends before byte {offset + needed}; it was truncated while being read"
-                )
+                raise self.cut_short(offset + needed)
             done = start + count
         self.check_unchanged()
 
-    def _pread(self, buffer: memoryview, offset: int) -> int:
-        if self._direct:
+    def unreadable(self, code: int | None, offset: int, nbytes: int) -> OutputError:
+        """The error of a read that failed with errno `code`."""
+        reason = os.strerror(code or errno.EIO)
+        return OutputError(f"{self.where}: cannot read {nbytes} bytes at {offset}: {reason}")
+
+    def cut_short(self, end: int) -> InvalidInputError:
+        """The error of a file that ends before `end`."""
+        return InvalidInputError(f"{self.where}: ends before byte {end}; it was truncated while being read")
+
+    def _try_direct(self) -> None:
+        """Read a block, and give up direct reads where the file system opens files for them but has none."""
+        with mmap.mmap(-1, BLOCK) as block, memoryview(block) as buffer:
             try:
-                return self._ops.pread_into(self._fd, buffer, offset, cache=True)  # the flag bypasses it
+                self._ops.pread_into(self._fd, buffer, 0, cache=True)
             except OSError as error:
-                if error.errno not in UNSUPPORTED or not self._ops.set_direct(self._fd, False):
-                    raise
-                self._direct = False
-        return self._ops.pread_into(self._fd, buffer, offset)
+                if error.errno in UNSUPPORTED and self._ops.set_direct(self._fd, False):
+                    self._direct = False
 
     def check_unchanged(self) -> None:
         """Raise InvalidInputError if the bytes behind the descriptor were written to since the file was opened.

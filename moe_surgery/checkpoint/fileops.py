@@ -50,9 +50,10 @@ class FileOps:
                 if error.errno not in UNSUPPORTED:
                     raise
         fd = self.open(path, os.O_RDONLY)
-        if sys.platform == "darwin":
-            fcntl.fcntl(fd, F_NOCACHE, 1)
-        return fd, False
+        if sys.platform != "darwin":
+            return fd, False
+        fcntl.fcntl(fd, F_NOCACHE, 1)
+        return fd, True
 
     def close(self, fd: int) -> None:
         os.close(fd)

@@ -41,22 +41,28 @@ def weighted_experts(
     """
     tokens, top_k = ids.shape
     chosen = stored_experts(ids, experts).flatten()
-    distinct, uses = torch.unique(chosen, return_counts=True)
-    numbers = distinct.tolist()
-    usage.count(layer, numbers, uses.tolist())
+    pairs = _pairs_by_expert(chosen)
+    usage.count(layer, list(pairs), [len(which) for which in pairs.values()])
     rows = x.to(torch.promote_types(x.dtype, backend.dtype))
     outputs = torch.empty((tokens * top_k, x.shape[1]), dtype=torch.float32, device=x.device)
-    taken = source.take(layer, numbers)
+    zeros = torch.zeros((tokens, 1), dtype=torch.int64, device=x.device)
+    ones = rows.new_ones((tokens, 1))
+    taken = source.take(layer, list(pairs))
     meanwhile()
     for expert, one in taken:
-        pairs = (chosen == expert).nonzero()[:, 0]
-        only = torch.zeros((len(pairs), 1), dtype=torch.int64, device=x.device)
-        unweighted = rows.new_ones((len(pairs), 1))
-        outputs[pairs] = backend.experts(
-            rows[pairs // top_k], only, unweighted, one_expert(one, experts, expert)
-        ).float()
+        which = pairs[expert]
+        read = rows if tokens == 1 else rows[which // top_k]
+        n = len(read)
+        outputs[which] = backend.experts(read, zeros[:n], ones[:n], one_expert(one, experts, expert)).float()
     by_choice = outputs.view(tokens, top_k, -1) * weights.float()[..., None]
     y = by_choice[:, 0].clone()
     for choice in range(1, top_k):
         y += by_choice[:, choice]
     return y.to(x.dtype)
+
+
+def _pairs_by_expert(chosen: Tensor) -> dict[int, Tensor]:
+    """Where each expert is in `chosen` int64 [pairs]."""
+    order = chosen.argsort(stable=True)
+    distinct, counts = torch.unique_consecutive(chosen[order], return_counts=True)
+    return dict(zip(distinct.tolist(), order.split(counts.tolist()), strict=True))

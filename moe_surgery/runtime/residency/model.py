@@ -132,11 +132,10 @@ class ResidentCausalLM(CausalLM):
         layer = self.layers[number]
         _, ids, _ = route(self.backend, self.config, layer, x.view(-1, x.shape[-1]))
         stored = stored_experts(ids, layer.experts).cpu()
-        # Most tokens first, then the surest: columns are in order of the router's logits.
-        distinct, uses = torch.unique(stored, return_counts=True)
-        if len(stored) == 1:
+        if len(stored) == 1:  # the surest first
             self.pool.read_ahead(number, stored[0].tolist())
-        else:
+        else:  # those of most tokens first
+            distinct, uses = torch.unique(stored, return_counts=True)
             self.pool.read_ahead(number, distinct[uses.argsort(descending=True)].tolist())
 
     def _attend(self, number: int, layer: Layer, cache: Cache, positions: Tensor) -> Attend:

@@ -36,7 +36,8 @@ def placed(file: DirectFile, ref: TensorRef, memory: mmap.mmap, at: int) -> tupl
     first = at + ref.offset % BLOCK
     flat = torch.frombuffer(memory, dtype=dtype, offset=first, count=ref.nbytes // dtype.itemsize)
     buffer = memoryview(memory)[at : at + room(ref.nbytes)]
-    return Read(file, ref.offset, ref.nbytes, buffer), flat.view(ref.shape)
+    address = flat.data_ptr() - ref.offset % BLOCK
+    return Read(file, ref.offset, ref.nbytes, buffer, address), flat.view(ref.shape)
 
 
 @dataclass(frozen=True, slots=True)

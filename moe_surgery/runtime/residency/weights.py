@@ -21,7 +21,7 @@ from moe_surgery.runtime.model import CausalLM
 from moe_surgery.runtime.residency.memory import Budget
 from moe_surgery.runtime.residency.model import ResidentCausalLM
 from moe_surgery.runtime.residency.pool import ExpertPool
-from moe_surgery.runtime.residency.reads import Reads, room
+from moe_surgery.runtime.residency.reads import Reads, open_reads, room
 from moe_surgery.runtime.residency.slots import ExpertFiles, aligned_memory, placed
 from moe_surgery.runtime.residency.usage import Usage, expected_use
 from moe_surgery.selection.arguments import PathLike
@@ -87,7 +87,7 @@ class ResidentWeights:
         slot = sum(room(ref.nbytes // ref.shape[0]) for part in parts[0] for ref in part)
         self._budget = Budget.of(limit, dense, slot, config, spec.layers * spec.experts)
         self._files = _direct_files(checkpoint)
-        self._reads = Reads()
+        self._reads = open_reads(self._files.values())
         usage = Usage(expected_use(start, spec.layers, spec.experts, config.num_experts_per_tok))
         self._pool = ExpertPool(ExpertFiles(self._files, parts), self._reads, usage, self._budget.slots)
 

@@ -127,7 +127,7 @@ def readers() -> int:
 def test_nothing_is_left_of_a_model_that_is_gone(folder: Path) -> None:
     gc.collect()
     threads, files = readers(), open_files(folder)
-    model = load_resident(folder, 4)
+    model = load_resident(LocalFolder(folder, ShortOps(lambda n: n)), 4)  # read by Python's threads
     model(IDS)
     assert readers() > threads
     assert len(open_files(folder)) == len(files) + 1

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -15,16 +18,27 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 
 from moe_surgery.checkpoint.checkpoint import Checkpoint, TensorRef  # noqa: E402
-from moe_surgery.checkpoint.direct_file import BLOCK, whole_blocks  # noqa: E402
+from moe_surgery.checkpoint.direct_file import BLOCK, DirectFile, whole_blocks  # noqa: E402
 from moe_surgery.checkpoint.fileops import FileOps  # noqa: E402
 from moe_surgery.checkpoint.local_file import LocalFile  # noqa: E402
+from moe_surgery.formats.native import native_module  # noqa: E402
 from moe_surgery.kernels.weights import Mxfp4Weight  # noqa: E402
 from moe_surgery.runtime.residency.device_slots import DeviceSlots  # noqa: E402
 from moe_surgery.runtime.residency.pool import ExpertPool  # noqa: E402
-from moe_surgery.runtime.residency.reads import AHEAD, URGENT, Load, Read, Reads, room  # noqa: E402
+from moe_surgery.runtime.residency.reads import (  # noqa: E402
+    AHEAD,
+    FILL,
+    URGENT,
+    Load,
+    PythonReads,
+    Read,
+    open_reads,
+    room,
+)
 from moe_surgery.runtime.residency.slots import ExpertFiles, Weights, aligned_memory  # noqa: E402
 from moe_surgery.runtime.residency.usage import Usage, expected_use  # noqa: E402
 from moe_surgery.selection.plan import Plan  # noqa: E402
+from tests.kernels.native_cases import needs_native  # noqa: E402
 from tests.support.checkpoints import Shape, load_tensors, write_checkpoint  # noqa: E402
 
 SHAPE = Shape(layers=3, experts=6, top_k=2, vocabulary=8)
@@ -71,7 +85,7 @@ def bytes_of(weights: Weights) -> bytes:
 
 def make_pool(files: ExpertFiles, slots: int, scores: np.ndarray | None = None) -> ExpertPool:
     usage = Usage(np.zeros((SHAPE.layers, SHAPE.experts)) if scores is None else scores)
-    return ExpertPool(files, Reads(), usage, slots)
+    return ExpertPool(files, open_reads(files.files.values()), usage, slots)
 
 
 layers = st.integers(0, SHAPE.layers - 1)
@@ -173,6 +187,11 @@ def test_whole_blocks_hold_the_range_and_no_block_more(offset: int, nbytes: int)
     assert start + length - BLOCK < offset + nbytes <= start + length <= start + room(nbytes)
 
 
+def read_into(memory: mmap.mmap, file: DirectFile, offset: int, nbytes: int) -> Read:
+    address = np.frombuffer(memory, np.uint8).ctypes.data
+    return Read(file, offset, nbytes, memoryview(memory)[: room(nbytes)], address)
+
+
 @given(data=st.data(), size=st.integers(1, 12 << 20))
 @settings(max_examples=15, deadline=None)
 def test_reads_fill_the_bytes_of_their_range(
@@ -185,12 +204,13 @@ def test_reads_fill_the_bytes_of_their_range(
         file = source.direct()
     offset = data.draw(st.integers(0, size - 1))
     nbytes = data.draw(st.integers(1, size - offset))
-    memory = aligned_memory(room(nbytes))
-    reads = Reads(threads=3)
-    reads.read([Read(file, offset, nbytes, memoryview(memory)[: room(nbytes)])])
-    at = offset % BLOCK
-    assert memory[at : at + nbytes] == content[offset : offset + nbytes]
-    reads.close()
+    for reads in (PythonReads(threads=3), open_reads([file])):
+        memory = aligned_memory(room(nbytes))
+        reads.read([read_into(memory, file, offset, nbytes)])
+        at = offset % BLOCK
+        assert memory[at : at + nbytes] == content[offset : offset + nbytes]
+        assert reads.nbytes == nbytes + at
+        reads.close()
     file.close()
 
 
@@ -207,12 +227,12 @@ def test_urgent_reads_go_before_others_and_what_has_not_begun_is_cancelled(tmp_p
 
     with LocalFile(tmp_path / "file", Slow()) as source:
         file = source.direct()
-    memory = aligned_memory(BLOCK)
+    memory = aligned_memory(room(BLOCK))
 
     def load(number: int, kind: int) -> Load:
-        return Load([Read(file, number * BLOCK, BLOCK, memoryview(memory)[:BLOCK])], kind)
+        return Load([read_into(memory, file, number * BLOCK, BLOCK)], kind)
 
-    reads = Reads(threads=1)
+    reads = PythonReads(threads=1)
     first, ahead, dropped, hurried = load(0, URGENT), load(1, AHEAD), load(2, AHEAD), load(3, AHEAD)
     for one in (first, ahead, dropped, hurried):
         reads.start(one)
@@ -229,6 +249,46 @@ def test_urgent_reads_go_before_others_and_what_has_not_begun_is_cancelled(tmp_p
         reads.wait([one])
     assert order == [0, 4, 3, 1]
     reads.close()
+
+
+@needs_native
+def test_threads_of_the_extension_do_the_same(tmp_path: Path) -> None:
+    module = native_module()
+    assert module is not None
+    fifo, path = tmp_path / "fifo", tmp_path / "file"
+    os.mkfifo(fifo)
+    path.write_bytes(np.arange(64 * BLOCK // 4, dtype=np.int32).tobytes())
+    blocked, fd = os.open(fifo, os.O_RDWR), os.open(path, os.O_RDONLY)
+    memory = np.zeros(5 * BLOCK, np.uint8)
+
+    def piece(number: int, to: int) -> tuple[int, int, int, int, int]:
+        return fd, number * BLOCK, memory.ctypes.data + to * BLOCK, BLOCK, BLOCK
+
+    reads = module.Reads(1)
+    # A pipe has no positions, so that reading from one fails.
+    failing = reads.start([(blocked, 0, memory.ctypes.data, BLOCK, BLOCK), piece(0, 0)], URGENT)
+    assert reads.wait([failing], 10_000) == failing
+    assert reads.outcome(failing) == (True, errno.ESPIPE, 0)
+    loads = [reads.start([piece(n, n)], kind) for n, kind in ((1, AHEAD), (2, AHEAD), (3, URGENT))]
+    reads.hurry(loads[1])
+    for load in loads:
+        assert reads.wait([load], 10_000) == load
+        assert reads.outcome(load) == (True, 0, 0)
+        assert reads.cancel(load) == 0
+        reads.forget(load)
+    assert memory[BLOCK : 4 * BLOCK].tobytes() == path.read_bytes()[BLOCK : 4 * BLOCK]
+    short = reads.start([(fd, 64 * BLOCK, memory.ctypes.data, BLOCK, 1)], FILL)
+    reads.wait([short], 10_000)
+    assert reads.outcome(short) == (True, -1, 0)
+    if Path("/proc/self/mem").exists():
+        nowhere = os.open("/proc/self/mem", os.O_RDONLY)
+        bad = reads.start([(nowhere, 0, memory.ctypes.data, BLOCK, BLOCK)], URGENT)
+        reads.wait([bad], 10_000)
+        assert reads.outcome(bad) == (True, errno.EIO, 0)
+        os.close(nowhere)
+    reads.close()
+    os.close(blocked)
+    os.close(fd)
 
 
 def test_a_device_holds_the_experts_used_last(files: ExpertFiles, stored: dict[Key, bytes]) -> None:
