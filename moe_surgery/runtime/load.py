@@ -95,7 +95,9 @@ def load_model(
     With `memory`, bytes or a size such as "8GB", the process stays below that much: weights that every token uses
     are held, and as many experts as fit; the others are read from disk when a token needs them. Results are those
     of the whole model, with the native backend bit for bit. `residency`, statistics or a plan, says which experts to
-    hold first; use decides later. Without `memory` a CheckpointWarning says if the weights do not fit what is free.
+    hold first; use decides later. On another device than the CPU the limit is that of host memory, from which
+    experts are copied to the device; weights that every token uses have to fit there. Without `memory` a
+    CheckpointWarning says if the weights do not fit what is free.
 
     Raises InvalidInputError or OutputError for the checkpoint, PlanMismatchError for a plan of
     another model, UsageError for an unknown device, dtype or backend, a top-k outside 1 to the
@@ -117,7 +119,7 @@ def load_model(
             plan = plan.with_top_k(top_k)
         elif top_k is not None:
             check_top_k(top_k, spec.experts, f"{path} has")
-        if not one_layer:
+        if not one_layer and memory is None:
             check_memory(torch_device, spec)
         resident = _resident(checkpoint, spec, torch_device, memory, residency, one_layer)
         if resident is None and not one_layer and torch_device.type == "cpu":
@@ -145,10 +147,8 @@ def _resident(
         return None
     if one_layer:
         raise UsageError("choose one of `memory` and `one_layer`")
-    if device.type != "cpu":
-        raise UsageError(f"`memory` limits what a model takes on the CPU, not on {device}")
     start = None if residency is None else as_residency(residency, spec, str(checkpoint.path))
-    return ResidentWeights(checkpoint, spec, memory_limit(memory), start)
+    return ResidentWeights(checkpoint, spec, memory_limit(memory), start, device)
 
 
 def _check_on_disk(checkpoint: Checkpoint) -> None:

@@ -65,4 +65,4 @@ def _pairs_by_expert(chosen: Tensor) -> dict[int, Tensor]:
     """Where each expert is in `chosen` int64 [pairs]."""
     order = chosen.argsort(stable=True)
     distinct, counts = torch.unique_consecutive(chosen[order], return_counts=True)
-    return dict(zip(distinct.tolist(), order.split(counts.tolist()), strict=True))
+    return dict(zip(distinct.tolist(), torch.split(order, counts.tolist()), strict=True))

@@ -61,6 +61,8 @@ class ResidentCausalLM(CausalLM):
 
         Raises UsageError where the limit does not allow for it.
         """
+        if self.device.type != "cpu":
+            return super().new_cache(batch, context, rollback=rollback)
         nbytes = cache_bytes(self, batch, context, rollback)
         self.budget.take(nbytes, f"a cache of {batch} x {context} tokens", self.pool)
         try:

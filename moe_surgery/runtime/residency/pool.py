@@ -45,8 +45,12 @@ class ExpertPool:
     was read ahead. For one thread at a time.
     """
 
-    def __init__(self, files: ExpertFiles, reads: Reads, usage: Usage, capacity: int) -> None:
+    def __init__(
+        self, files: ExpertFiles, reads: Reads, usage: Usage, capacity: int, *, pinned: bool = False
+    ) -> None:
+        """`pinned`: slots in memory that is pinned for copies to a CUDA device."""
         self.files, self.reads, self.usage, self.capacity = files, reads, usage, capacity
+        self._pinned = pinned
         self.counts = Counts(len(files.weights))
         self._entries: dict[Key, _Entry] = {}
         self._loading: list[_Entry] = []
@@ -217,7 +221,7 @@ class ExpertPool:
             return self._free.pop()
         if self._made < self.capacity:
             self._made += 1
-            return Slot(self.files.slot_bytes)
+            return Slot(self.files.slot_bytes, self._pinned)
         return self._evict(urgent, wait)
 
     def _evict(self, urgent: bool, wait: bool) -> Slot | None:

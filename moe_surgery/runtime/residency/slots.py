@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -73,8 +74,11 @@ class ExpertFiles:
 class Slot:
     """Memory of one expert, and what is in it."""
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, pinned: bool = False) -> None:
+        """`pinned`: for copies to a CUDA device."""
         self._memory = aligned_memory(nbytes)
+        if pinned:
+            _pin(self, self._memory)
         self.weights: Weights
 
     def reads(self, files: ExpertFiles, layer: int, expert: int) -> list[Read]:
@@ -91,6 +95,14 @@ class Slot:
             weights.append(Mxfp4Weight(*tensors) if len(tensors) == 2 else DenseWeight(*tensors))
         self.weights = weights[0], weights[1]
         return reads
+
+
+def _pin(slot: Slot, memory: mmap.mmap) -> None:
+    """Pin `memory` for as long as `slot` lives."""
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+    if not int(runtime.cudaHostRegister(address, len(memory), 0)):
+        weakref.finalize(slot, runtime.cudaHostUnregister, address)
 
 
 def one_expert(weights: Weights, all_experts: ExpertWeights, expert: int) -> ExpertWeights:

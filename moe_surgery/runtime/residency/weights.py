@@ -16,8 +16,10 @@ from moe_surgery.errors import InvalidInputError, PlanMismatchError, UsageError
 from moe_surgery.families import ModelSpec
 from moe_surgery.families.base import Role
 from moe_surgery.families.model_config import ModelConfig
+from moe_surgery.runtime.device import HEADROOM_BYTES, free_memory
 from moe_surgery.runtime.mapped import DTYPES
 from moe_surgery.runtime.model import CausalLM
+from moe_surgery.runtime.residency.device_slots import DeviceSlots
 from moe_surgery.runtime.residency.memory import Budget
 from moe_surgery.runtime.residency.model import ResidentCausalLM
 from moe_surgery.runtime.residency.pool import ExpertPool
@@ -61,7 +63,12 @@ class ResidentWeights:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, spec: ModelSpec, limit: int, start: Plan | Statistics | None
+        self,
+        checkpoint: Checkpoint,
+        spec: ModelSpec,
+        limit: int,
+        start: Plan | Statistics | None,
+        device: torch.device,
     ) -> None:
         config = ModelConfig.of(spec)
         names = spec.described.weights
@@ -84,21 +91,33 @@ class ResidentWeights:
             gate_up, down = (tuple(filter(None, (t.stored, t.scales))) for t in found)
             parts.append((gate_up, down))
         _check_aligned(ref for layer in parts for part in layer for ref in part)
+        self._device = device
+        on_host = device.type == "cpu"
         slot = sum(room(ref.nbytes // ref.shape[0]) for part in parts[0] for ref in part)
-        self._budget = Budget.of(limit, dense, slot, config, spec.layers * spec.experts)
+        self._budget = Budget.of(limit, dense if on_host else 0, slot, config, spec.layers * spec.experts)
         self._files = _direct_files(checkpoint)
         self._reads = open_reads(self._files.values())
         usage = Usage(expected_use(start, spec.layers, spec.experts, config.num_experts_per_tok))
-        self._pool = ExpertPool(ExpertFiles(self._files, parts), self._reads, usage, self._budget.slots)
+        self._pool = ExpertPool(
+            ExpertFiles(self._files, parts),
+            self._reads,
+            usage,
+            self._budget.slots,
+            pinned=device.type == "cuda",
+        )
 
     def _on_disk(self, ref: TensorRef) -> bool:
         """Whether `ref` is read when it is needed."""
         return ref.name in self._experts or ref == self._embedding
 
     def fetch(self, ref: TensorRef) -> Tensor:
-        """The tensor at `ref`, read into memory; without memory (device "meta") where its parts are read later."""
+        """The tensor at `ref`, read into the device's memory; without memory (device "meta") where its parts are read
+        later."""
         if self._on_disk(ref):
             return torch.empty(ref.shape, dtype=DTYPES[ref.dtype], device="meta")
+        return self._read(ref).to(self._device)
+
+    def _read(self, ref: TensorRef) -> Tensor:
         dtype = DTYPES[ref.dtype]
         if ref.nbytes <= SMALL_BYTES or ref.offset % dtype.itemsize:
             raw = bytearray(ref.nbytes)
@@ -112,7 +131,12 @@ class ResidentWeights:
         """`model`, made of fetched tensors, with the pool; experts that are expected to be used are being read."""
         rows = None if self._embedding is None else _row_reader(self._embedding, self._files, self._reads)
         self._pool.fill()
-        return ResidentCausalLM.of(model, self._pool, self._budget, rows)
+        resident = ResidentCausalLM.of(model, self._pool, self._budget, rows)
+        free = free_memory(self._device)
+        if free is not None:
+            capacity = max(0, free - HEADROOM_BYTES) // self._pool.files.nbytes
+            resident.device_slots = DeviceSlots(self._pool, self._device, max(1, capacity))
+        return resident
 
     def close(self) -> None:
         """End the threads: for where loading fails. A model's end when nothing refers to it any more."""
