@@ -68,6 +68,19 @@ class Engine:
         sizes: tuple[int, int, int, int, int, int, int],
         out: int,
     ) -> None: ...
+    def choose(
+        self,
+        stack: object,
+        layer: int,
+        x: int,
+        batch: int,
+        seq_len: int,
+        positions: int,
+        cos: int,
+        sin: int,
+        caches: Sequence[tuple[object, ...]],
+        choice: tuple[int, int, int],
+    ) -> None: ...
 
 def cpu_instruction_sets() -> list[str]: ...
 def packed_matrix(

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moe_surgery.kernels.interface import DecodeStep, FusedLayers
+from moe_surgery.kernels.interface import Chosen, DecodeStep, FusedLayers
 from moe_surgery.kernels.weights import Layer
 from moe_surgery.runtime.cache import Cache
 from moe_surgery.runtime.decoder_layer import Attend, attention_block, route
@@ -83,9 +83,6 @@ class ResidentCausalLM(CausalLM):
     def decode_step(self, cache: Cache) -> DecodeStep | None:
         return None
 
-    def _fused_layers(self) -> FusedLayers | None:
-        return None
-
     def _chunks(self, cache: Cache, batch: int, tokens: int) -> list[tuple[int, int]]:
         step = max(1, self.budget.most_tokens() // batch)
         return [(a, min(a + step, tokens)) for a in range(0, tokens, step)]
@@ -95,26 +92,32 @@ class ResidentCausalLM(CausalLM):
             positions = cache.begin(ids.shape[1], mask)
             cos, sin = self.rope(positions, self.backend)
             x = self.embed(ids)
-            self._guess(0, x)
+            fused = self._fused_layers() if cache.can_write_in_place(ids.shape[1]) else None
+            caches = [] if fused is None else cache.layer_caches()
+            self._guess(0, x, fused)
             for number, layer in enumerate(self.layers):
-                x = attention_block(
-                    self.backend,
-                    self.config,
-                    layer,
-                    x,
-                    cos,
-                    sin,
-                    self._attend(number, layer, cache, positions),
-                )
-                x = self._moe_block(number, layer, x)
-                self._guess(number + 1, x)
+                if fused is not None:
+                    chosen = fused.attend_and_choose(number, x, positions, cos, sin, caches[number])
+                else:
+                    attend = self._attend(number, layer, cache, positions)
+                    x = attention_block(self.backend, self.config, layer, x, cos, sin, attend)
+                    chosen = self._choose(number, x, None)
+                x = x + self._experts(number, x, fused, *chosen).view(x.shape)
+                self._guess(number + 1, x, fused)
             cache.end()
             self.pool.usage.end_step(ids.numel())
         return x
 
-    def _moe_block(self, number: int, layer: Layer, x: Tensor) -> Tensor:
-        h, ids, weights = route(self.backend, self.config, layer, x.view(-1, x.shape[-1]))
-        y = weighted_experts(
+    def _choose(self, number: int, x: Tensor, fused: FusedLayers | None) -> Chosen:
+        """What layer `number` chooses for x [batch, tokens, hidden], hidden states behind its attention."""
+        if fused is not None:
+            return fused.choose(number, x)
+        return route(self.backend, self.config, self.layers[number], x.view(-1, x.shape[-1]))
+
+    def _experts(
+        self, number: int, x: Tensor, fused: FusedLayers | None, h: Tensor, ids: Tensor, weights: Tensor
+    ) -> Tensor:
+        return weighted_experts(
             self.backend,
             self.pool if self.device_slots is None else self.device_slots,
             self.pool.usage,
@@ -122,17 +125,16 @@ class ResidentCausalLM(CausalLM):
             h,
             ids,
             weights,
-            layer.experts,
-            lambda: self._guess(number + 1, x),
+            self.layers[number].experts,
+            lambda: self._guess(number + 1, x, fused),
         )
-        return x + y.view(x.shape)
 
-    def _guess(self, number: int, x: Tensor) -> None:
+    def _guess(self, number: int, x: Tensor, fused: FusedLayers | None) -> None:
         """Read ahead what layer `number` would choose for x, hidden states before its attention."""
         if number == len(self.layers):
             return
         layer = self.layers[number]
-        _, ids, _ = route(self.backend, self.config, layer, x.view(-1, x.shape[-1]))
+        _, ids, _ = self._choose(number, x, fused)
         stored = stored_experts(ids, layer.experts).cpu()
         if len(stored) == 1:  # the surest first
             self.pool.read_ahead(number, stored[0].tolist())
