@@ -11,8 +11,8 @@ pytest.importorskip("torch")
 pytest.importorskip("tokenizers")
 pytest.importorskip("matplotlib")
 
-from moe_surgery import inspect, plan_random  # noqa: E402
-from tests.support.command import call  # noqa: E402
+from moe_surgery import inspect, plan_random
+from tests.support.command import call
 
 Capture = pytest.CaptureFixture[str]
 TINY = "example:tiny"
