@@ -1,10 +1,10 @@
 """gpt-oss-20b's shapes in less memory than its weights take: our two ways of running it, and llama.cpp.
 
-    python -m benchmarks.residency --work FOLDER --limit 8 --routing even     # one row, some minutes
+    python -m benchmarks.residency --work FOLDER --limit 8 --routing even     # a round of one row, some minutes
     python -m benchmarks.residency --work FOLDER --publish                    # the page, of all rows so far
 
 FOLDER holds, or is given, the full-size checkpoint of `surgery_budgets.py` (`full`) and its export with Q8_0
-matrices (`full.gguf`): 26 GB. Per row and round, alternating and each from a dropped page cache, three processes in a
+matrices (`full.gguf`): 26 GB. Per round, alternating and each from a dropped page cache, three processes in a
 memory cgroup of the limit (GiB): experts from disk (`load_model(memory=...)`, the limit the same), weights mapped
 (`load_model`), and llama.cpp, which maps its file. Each reads a prompt of random tokens and decodes random tokens,
 so that routing is even; then counts. For uneven routing biases are added to the routers, in all three, until the
@@ -66,17 +66,19 @@ def run_side(
 
 
 def measure(
-    checkpoint: Path, gguf: Path, limit: int, rounds: int, threads: int, steps: int, biases: Path | None
+    checkpoint: Path, gguf: Path, limit: int, threads: int, steps: int, biases: Path | None, number: int
 ) -> dict:
-    rows = []
-    for number in range(rounds):
-        row = {}
-        for side in SIDES[:: 1 if number % 2 == 0 else -1]:
-            file = gguf if side == "llama.cpp" else checkpoint
-            row[side] = run_side(side, file, limit * GIB, threads, steps, number, biases)
-            click.echo(f"{limit} GiB, round {number}, {side}: {json.dumps(row[side])}")
-        rows.append(row)
-    result: dict = {"rounds": rounds}
+    """One round; sides begin in turn."""
+    row = {}
+    for side in SIDES[:: 1 if number % 2 == 0 else -1]:
+        file = gguf if side == "llama.cpp" else checkpoint
+        row[side] = run_side(side, file, limit * GIB, threads, steps, number, biases)
+        click.echo(f"{limit} GiB, round {number}, {side}: {json.dumps(row[side])}")
+    return row
+
+
+def summary(rows: list[dict], limit: int, routing: str) -> dict:
+    result: dict = {"limit": limit, "routing": routing, "rounds": len(rows)}
     for side in SIDES:
         result[side] = {
             key: statistics.median(row[side][key] for row in rows)
@@ -199,7 +201,7 @@ def memory(row: dict) -> list[Sequence[object]]:
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Default: FOLDER/full.")
 @click.option("--limit", type=int, default=8, show_default=True, help="GiB.")
 @click.option("--routing", type=click.Choice(ROUTING), default="even", show_default=True)
-@click.option("--rounds", default=2, show_default=True)
+@click.option("--rounds", default=1, show_default=True, help="More rounds of this row.")
 @click.option("--steps", default=16, show_default=True)
 @click.option("--threads", default=os.cpu_count() or 1, show_default=True)
 @click.option("--publish", "publishing", is_flag=True, help="Write the page instead of measuring.")
@@ -219,8 +221,12 @@ def main(
         f"batch 1, {threads} threads, 48 + 8 tokens before those that count; random weights and tokens."
     )
     if publishing:
-        files = sorted(work.glob("row-*.json"), key=lambda file: int(file.stem.split("-")[1]))
-        report = begin(how, work) | {"rows": [json.loads(file.read_text()) for file in files]}
+        rows = []
+        for routing in ROUTING:
+            files = work.glob(f"rounds-*-{routing}.json")
+            for file in sorted(files, key=lambda file: int(file.stem.split("-")[1])):
+                rows.append(summary(json.loads(file.read_text()), int(file.stem.split("-")[1]), routing))
+        report = begin(how, work) | {"rows": rows}
         publish("residency", report, page(report))
         return
     source, gguf = checkpoint or work / "full", work / "full.gguf"
@@ -233,9 +239,11 @@ def main(
     biases = None
     if routing == "uneven":
         biases, gguf = calibrated(source, gguf, threads, work)
-    row = measure(source, gguf, limit, rounds, threads, steps, biases)
-    row |= {"limit": limit, "routing": routing, "steps": steps}
-    (work / f"row-{limit}-{routing}.json").write_text(json.dumps(row))
+    file = work / f"rounds-{limit}-{routing}.json"
+    done = json.loads(file.read_text()) if file.exists() else []
+    for number in range(len(done), len(done) + rounds):
+        done.append(measure(source, gguf, limit, threads, steps, biases, number))
+        file.write_text(json.dumps(done))
 
 
 if __name__ == "__main__":

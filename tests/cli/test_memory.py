@@ -21,7 +21,7 @@ ASKED = ("generate", TINY, "--prompt", "12 + 30 =", "--max-new-tokens", "8")
 
 def test_the_answer_is_the_same(capsys: Capture, tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
-    plan_random(8, 0, inspect(TINY)).save(plan)
+    plan.write_text(plan_random(8, 0, inspect(TINY)).to_json())
     expected = call(capsys, *ASKED)
     for options in ((), ("--residency", str(plan)), ("--residency", str(plan), "--draft-plan", str(plan))):
         ended = call(capsys, *ASKED, "--memory", "64GB", *options)
