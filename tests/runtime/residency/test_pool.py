@@ -225,8 +225,11 @@ def test_urgent_reads_go_before_others_and_what_has_not_begun_is_cancelled(tmp_p
             order.append(offset // BLOCK)
             return super().pread_into(fd, buffer, offset, cache)
 
+    gate.set()
     with LocalFile(tmp_path / "file", Slow()) as source:
         file = source.direct()
+    gate.clear()
+    order.clear()
     memory = aligned_memory(room(BLOCK))
 
     def load(number: int, kind: int) -> Load:
