@@ -54,6 +54,7 @@ class ExpertPool:
         self.counts = Counts(len(files.weights))
         self._entries: dict[Key, _Entry] = {}
         self._loading: list[_Entry] = []
+        self._ahead: list[_Entry] = []  # see `_read_ahead`
         self._cancelled: list[tuple[Load, Slot]] = []  # whose last pieces are being read
         self._needed: list[_Entry] = []  # by the present call of `take`
         self._evictable = np.zeros(usage.scores.shape, dtype=bool)
@@ -106,7 +107,7 @@ class ExpertPool:
         """
         self._settle()
         pending = 0
-        for entry in [e for e in self._entries.values() if e.ahead]:
+        for entry in self._read_ahead():
             if entry.key[0] != layer or entry.key[1] in experts or not self._cancel(entry):
                 pending += 1
         for expert in experts:
@@ -136,6 +137,11 @@ class ExpertPool:
             self._free.pop()
             self._made -= 1
 
+    def _read_ahead(self) -> list[_Entry]:
+        """What was read ahead, or is being read, and has not been asked for."""
+        self._ahead = [e for e in self._ahead if e.ahead and self._entries.get(e.key) is e]
+        return self._ahead
+
     def _demand(self, layer: int, experts: Sequence[int]) -> tuple[list[_Entry], list[_Entry], list[int]]:
         """The experts that are there, those on their way, and those that are neither; the first two are pinned."""
         self._settle()
@@ -158,8 +164,8 @@ class ExpertPool:
                 self.reads.hurry(entry.load)
                 coming.append(entry)
         counts.missed += len(missing)
-        for entry in [e for e in self._entries.values() if e.ahead and e.key[0] == layer]:
-            if not self._cancel(entry):
+        for entry in self._read_ahead():
+            if entry.key[0] == layer and not self._cancel(entry):
                 entry.ahead = False  # not needed after all
                 counts.wrong += 1
                 self._evictable[entry.key] = entry.load is None
@@ -211,6 +217,8 @@ class ExpertPool:
         load = Load(slot.reads(self.files, *key), kind)
         entry = self._entries[key] = _Entry(key, slot, load)
         self._loading.append(entry)
+        if entry.ahead:
+            self._ahead.append(entry)
         self.counts.layers[key[0]].nbytes += load.nbytes
         self.reads.start(load)
         return entry
