@@ -19,7 +19,9 @@ from moe_surgery import load_model  # noqa: E402
 from moe_surgery.checkpoint.fileops import FileOps  # noqa: E402
 from moe_surgery.checkpoint.local_file import LocalFolder  # noqa: E402
 from moe_surgery.errors import InvalidInputError, OutputError, UsageError  # noqa: E402
+from moe_surgery.runtime.residency.reads import NativeReads  # noqa: E402
 from moe_surgery.runtime.usage import process_memory  # noqa: E402
+from tests.kernels.native_cases import needs_native  # noqa: E402
 from tests.runtime.models import write_lively  # noqa: E402
 from tests.runtime.residency.conftest import load_resident  # noqa: E402
 from tests.support.checkpoints import Shape  # noqa: E402
@@ -57,6 +59,27 @@ def test_a_failing_disk_is_one_line_and_the_model_goes_on_afterwards(folder: Pat
             model(IDS)
         ops.code = 0
         torch.testing.assert_close(model(IDS), expected, rtol=1e-5, atol=1e-5)
+
+
+@needs_native
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs Linux")
+def test_the_same_with_threads_of_the_extension(folder: Path) -> None:
+    """Page 0 of this process is not mapped: reading it fails as a disk does."""
+    model = load_resident(folder, 4)
+    expected = model(IDS)
+    assert isinstance(model.pool.reads, NativeReads)
+    (file,) = model.pool.files.files.values()
+    kept, nowhere = os.dup(file.fileno()), os.open("/proc/self/mem", os.O_RDONLY)
+    for _ in range(3):
+        os.dup2(nowhere, file.fileno())
+        with pytest.raises(
+            OutputError, match=r"model.safetensors: cannot read \d+ bytes at \d+: Input/output error"
+        ):
+            model(IDS)
+        os.dup2(kept, file.fileno())
+        assert torch.equal(model(IDS), expected)
+    os.close(kept)
+    os.close(nowhere)
 
 
 def test_reads_that_stop_short_are_continued(folder: Path) -> None:
