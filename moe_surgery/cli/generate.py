@@ -100,12 +100,12 @@ class Settings(TypedDict):
 @click.option(
     "--memory",
     type=SIZE,
-    help="Limit on memory, such as 8GB: experts that do not fit are read from disk when a token needs them.",
+    help="Limit on memory, such as 8GB: experts that do not fit are read from disk when they are needed.",
 )
 @click.option(
     "--residency",
     type=click.Path(path_type=Path),
-    help="Statistics or plan file: the experts to hold first; with --memory.",
+    help="Statistics or plan file: the experts to have in memory first; with --memory.",
 )
 @compute_options
 @common

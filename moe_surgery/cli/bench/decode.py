@@ -38,12 +38,13 @@ if TYPE_CHECKING:
 @click.option(
     "--memory",
     type=SIZES,
-    help="Limits on memory to measure one CKPT under: experts that do not fit are read from disk.",
+    metavar="SIZE,SIZE,...",
+    help="Limit on memory, such as 8GB: one CKPT is measured under each; experts that do not fit are read from disk.",
 )
 @click.option(
     "--residency",
     type=click.Path(path_type=Path),
-    help="Statistics or plan file: the experts to hold first; with --memory.",
+    help="Statistics or plan file: the experts to have in memory first; with --memory.",
 )
 @compute_options
 @plot_option

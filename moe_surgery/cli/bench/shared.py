@@ -41,7 +41,7 @@ class _Numbers(click.ParamType):  # type: ignore[type-arg]  # generic only from 
 class _Sizes(click.ParamType):  # type: ignore[type-arg]
     """ "6GB,8GB" -> [6_000_000_000, 8_000_000_000], without duplicates."""
 
-    name = "SIZE,SIZE,..."
+    name = "SIZE"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not isinstance(value, str):
