@@ -30,7 +30,8 @@ int read_piece(const Piece& piece) {
 
 }  // namespace
 
-Reads::Reads(int threads) {
+Reads::Reads(int threads) : count_(static_cast<std::size_t>(threads)) {
+    const std::lock_guard<std::mutex> lock(guard_);
     for (int i = 0; i < threads; ++i) threads_.emplace_back(&Reads::work, this);
 }
 
@@ -45,7 +46,7 @@ std::int64_t Reads::start(std::vector<Piece> pieces, int kind) {
     load.kind = kind;
     if (!load.unfinished) return number;
     waiting_[kind].push_back(number);
-    for (std::size_t i = 0; i < std::min(load.unfinished, threads_.size()); ++i) added_.notify_one();
+    for (std::size_t i = 0; i < std::min(load.unfinished, count_); ++i) added_.notify_one();
     return number;
 }
 
@@ -128,8 +129,10 @@ void Reads::work() {
     std::unique_lock<std::mutex> lock(guard_);
     for (;;) {
         if (closed_) return;
-        auto* waiting = std::find_if(waiting_, waiting_ + kClasses, [](const auto& loads) { return !loads.empty(); });
-        if (waiting == waiting_ + kClasses) {
+        // One thread is left to urgent loads, so that they begin at once.
+        const int classes = count_ > 1 && running_later_ + 1 >= count_ ? 1 : kClasses;
+        auto* waiting = std::find_if(waiting_, waiting_ + classes, [](const auto& loads) { return !loads.empty(); });
+        if (waiting == waiting_ + classes) {
             added_.wait(lock);
             continue;
         }
@@ -138,9 +141,12 @@ void Reads::work() {
         const std::size_t index = load.next++;
         if (load.next == load.pieces.size()) waiting->pop_front();
         const Piece piece = load.pieces[index];
+        const bool later = waiting != waiting_;
+        running_later_ += later;
         lock.unlock();
         const int code = read_piece(piece);
         lock.lock();
+        running_later_ -= later;
         bytes_ += piece.needed;
         --load.unfinished;
         if (code && !load.code) {

@@ -66,7 +66,9 @@ class Reads {
     std::map<std::int64_t, Load> loads_;
     std::deque<std::int64_t> waiting_[kClasses];
     std::vector<std::thread> threads_;
+    const std::size_t count_;  // of threads
     std::int64_t number_ = 0, bytes_ = 0;
+    std::size_t running_later_ = 0;  // pieces of classes after the first
     bool closed_ = false;
 };
 

@@ -27,7 +27,7 @@ __all__ = [
     "room",
 ]
 
-PIECE_BYTES: Final = 2 << 20
+PIECE_BYTES: Final = 1 << 20
 """A read is cut into pieces of at most this many bytes, which several threads read at once. What is under way when an
 urgent read comes delays it, so they are no larger than the disk's full rate needs."""
 THREADS: Final = 4

@@ -25,7 +25,7 @@ Weights = tuple[Weight, Weight]
 
 def aligned_memory(nbytes: int) -> mmap.mmap:
     """Memory of this process alone that starts at a page; it is freed with the last view."""
-    memory = mmap.mmap(-1, max(nbytes, 1))
+    memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections.abc import Callable, Iterable
 
@@ -172,7 +171,7 @@ def _row_reader(
 
     def rows(ids: Tensor) -> Tensor:
         distinct, places = torch.unique(ids, return_inverse=True)
-        memory = mmap.mmap(-1, len(distinct) * space)
+        memory = aligned_memory(len(distinct) * space)
         wanted = [
             placed(file, embedding.rows(row, 1), memory, number * space)
             for number, row in enumerate(distinct.tolist())
