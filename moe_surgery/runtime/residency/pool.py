@@ -18,6 +18,10 @@ FEWEST_SLOTS = 2
 """One expert is computed while the next is read."""
 MOST_AHEAD = 8
 """Experts that are read before a layer asks for them, at most."""
+PAYS = 0.5
+"""The least share of a layer's guesses that must come true for them to be read: a wrong one, given up as soon as that
+is known, costs about what a right one saves. The share is a moving average over some 1 / `SHARE_STEP` steps."""
+SHARE_STEP = 0.05
 MOST_COMING = 8
 """Experts that a layer waits for at a time: enough to keep the disk busy, few enough to leave the others in memory."""
 
@@ -55,6 +59,8 @@ class ExpertPool:
         self._entries: dict[Key, _Entry] = {}
         self._loading: list[_Entry] = []
         self._ahead: list[_Entry] = []  # see `_read_ahead`
+        self._guesses: dict[int, list[int]] = {}  # by layer, of experts that are not there
+        self._came_true = np.ones(len(files.weights))  # by layer, the share of guesses
         self._cancelled: list[tuple[Load, Slot]] = []  # whose last pieces are being read
         self._needed: list[_Entry] = []  # by the present call of `take`
         self._evictable = np.zeros(usage.scores.shape, dtype=bool)
@@ -103,13 +109,20 @@ class ExpertPool:
     def read_ahead(self, layer: int, experts: Sequence[int]) -> None:
         """Start reading those of `experts` that are not there, the first first, behind reads that are waited for.
 
-        What is being read ahead for this layer and is not among them is cancelled.
+        What is being read ahead for this layer and is not among them is cancelled. Nothing is read for a layer while
+        too few of its guesses come true.
         """
         self._settle()
         pending = 0
         for entry in self._read_ahead():
             if entry.key[0] != layer or entry.key[1] in experts or not self._cancel(entry):
                 pending += 1
+        guessed = [self._entries.get((layer, expert)) for expert in experts]
+        self._guesses[layer] = [
+            expert for expert, entry in zip(experts, guessed, strict=True) if entry is None or entry.ahead
+        ]
+        if self._came_true[layer] < PAYS:
+            return
         for expert in experts:
             if pending >= min(MOST_AHEAD, self.capacity // 4):
                 break
@@ -164,6 +177,9 @@ class ExpertPool:
                 self.reads.hurry(entry.load)
                 coming.append(entry)
         counts.missed += len(missing)
+        if guess := self._guesses.pop(layer, None):
+            share = sum(expert in experts for expert in guess) / len(guess)
+            self._came_true[layer] += SHARE_STEP * (share - self._came_true[layer])
         for entry in self._read_ahead():
             if entry.key[0] == layer and not self._cancel(entry):
                 entry.ahead = False  # not needed after all

@@ -179,6 +179,28 @@ def test_guesses_that_are_wrong_make_room_again(files: ExpertFiles) -> None:
     pool.close()
 
 
+def test_guesses_are_read_only_while_most_come_true(files: ExpertFiles) -> None:
+    pool = make_pool(files, 8)
+
+    def guess(experts: list[int], chosen: list[int]) -> int:
+        """Experts read ahead for layer 1."""
+        list(pool.take(0, range(6)))
+        list(pool.take(2, [0, 1]))  # nothing of layer 1 is left
+        before = pool.counts.layers[1].missed
+        pool.read_ahead(1, experts)
+        list(pool.take(1, chosen))
+        return len(chosen) - (pool.counts.layers[1].missed - before)
+
+    assert guess([0, 1], [0, 1]) == 2
+    for _ in range(60):
+        guess([2, 3], [0, 1])
+    assert guess([0, 1], [0, 1]) == 0  # no longer read
+    for _ in range(60):
+        guess([0, 1], [0, 1])
+    assert guess([0, 1], [0, 1]) == 2
+    pool.close()
+
+
 @given(offset=st.integers(0, 3 * BLOCK), nbytes=st.integers(1, 5 * BLOCK))
 def test_whole_blocks_hold_the_range_and_no_block_more(offset: int, nbytes: int) -> None:
     start, length = whole_blocks(offset, nbytes)
