@@ -14,7 +14,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.ready
-NATIVE_SOURCES := $(wildcard csrc/*.cpp $(foreach d,isa mxfp4 q8_0 cpu,$(addprefix csrc/$(d)/,*.cpp *.hpp *.inl)))
+NATIVE_SOURCES := $(wildcard csrc/*.cpp $(foreach d,isa mxfp4 q8_0 cpu residency,$(addprefix csrc/$(d)/,*.cpp *.hpp *.inl)))
 # What converts, with the extension where there is one: tested without it as well.
 CONVERTING := tests/formats $(addprefix tests/surgery/,test_equivalence.py test_producer.py verify/test_source.py)
 # Files in their order: by number of tests, which is the default, the slow ones with few tests come last.

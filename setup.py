@@ -25,7 +25,14 @@ from setuptools.command.build_ext import build_ext
 
 Compile = Callable[..., list[str]]
 
-CORE = (Path("csrc"), Path("csrc/isa"), Path("csrc/mxfp4"), Path("csrc/q8_0"), Path("csrc/cpu"))
+CORE = (
+    Path("csrc"),
+    Path("csrc/isa"),
+    Path("csrc/mxfp4"),
+    Path("csrc/q8_0"),
+    Path("csrc/cpu"),
+    Path("csrc/residency"),
+)
 FLAGS = [
     "-std=c++17",
     "-fvisibility=hidden",

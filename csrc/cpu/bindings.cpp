@@ -158,8 +158,8 @@ void add_layer(Stack& stack, const ValuesTuple& attention_norm, const ValuesTupl
 // keys, strides, values, strides, slots, positions, stride, slot ids, stride
 using LayerCacheTuple = std::tuple<Address, Strides, Address, Strides, Length, Address, Length, Address, Length>;
 
-void run_stack(const Engine& engine, const Stack& stack, Address x, Length batch, Length seq_len, Address positions,
-               Address cos, Address sin, const std::vector<LayerCacheTuple>& caches) {
+Step step_of(Address x, Length batch, Length seq_len, Address positions, Address cos, Address sin,
+             const std::vector<LayerCacheTuple>& caches) {
     Step step = {at<float>(x), batch, seq_len, at<const std::int64_t>(positions), at<const float>(cos), at<const float>(sin), {}};
     for (const auto& [keys, key_strides, values, value_strides, slots, key_positions, key_position_stride, slot_ids, slot_id_stride] : caches) {
         LayerCache cache = {at<float>(keys), at<float>(values), {}, {}, slots, at<const std::int64_t>(key_positions), key_position_stride,
@@ -168,9 +168,26 @@ void run_stack(const Engine& engine, const Stack& stack, Address x, Length batch
         std::tie(cache.value_strides[0], cache.value_strides[1], cache.value_strides[2]) = value_strides;
         step.caches.push_back(cache);
     }
+    return step;
+}
+
+void run_stack(const Engine& engine, const Stack& stack, Address x, Length batch, Length seq_len, Address positions,
+               Address cos, Address sin, const std::vector<LayerCacheTuple>& caches) {
+    const Step step = step_of(x, batch, seq_len, positions, cos, sin, caches);
     if (step.caches.size() != stack.layers.size()) throw std::invalid_argument("each layer needs a cache");
     nb::gil_scoped_release released;
     run(engine, stack, step);
+}
+
+// Attends where there is a cache. h, ids, weights
+void choose_experts(const Engine& engine, const Stack& stack, Length layer, Address x, Length batch, Length seq_len,
+                    Address positions, Address cos, Address sin, const std::vector<LayerCacheTuple>& caches,
+                    const std::tuple<Address, Address, Address>& choice) {
+    const Step step = step_of(x, batch, seq_len, positions, cos, sin, caches);
+    const auto& [h, ids, weights] = choice;
+    nb::gil_scoped_release released;
+    choose(engine, stack, static_cast<std::size_t>(layer), !step.caches.empty(), step,
+           {at<float>(h), at<std::int64_t>(ids), at<float>(weights)});
 }
 
 void rope_cos_sin_at(Address positions, Length count, Address frequencies, Length width, float scale, Address cos,
@@ -241,7 +258,8 @@ void bind(nb::module_& module) {
         .def("measured_experts", &measured_experts)
         .def("rms_norm", &rms_norm)
         .def("attention", &attention)
-        .def("run", &run_stack);
+        .def("run", &run_stack)
+        .def("choose", &choose_experts);
 }
 
 }  // namespace moe_surgery::cpu

@@ -59,6 +59,14 @@ class Run {
         add(y_, step_.x);
     }
 
+    void choose(const DecoderLayer& layer, const Choice& choice) {
+        norm(layer.mlp_norm);
+        std::copy(h_.begin(), h_.end(), choice.h);
+        logits_.resize(static_cast<std::size_t>(tokens_ * layer.router.rows));
+        engine_.products(h_.data(), tokens_, {product_of(layer.router, logits_.data())});
+        topk_softmax(logits_.data(), tokens_, layer.router.rows, layer.top_k, choice.ids, choice.weights);
+    }
+
   private:
     void norm(const Values& weight) {
         engine_.rms_norm(step_.x, tokens_, stack_.hidden, weight, stack_.eps, h_.data());
@@ -132,6 +140,12 @@ class Run {
 };
 
 }  // namespace
+
+void choose(const Engine& engine, const Stack& stack, std::size_t layer, bool attend, const Step& step, const Choice& choice) {
+    Run run(engine, stack, step);
+    if (attend) run.self_attention(stack.layers.at(layer), step.caches.at(0));
+    run.choose(stack.layers.at(layer), choice);
+}
 
 void run(const Engine& engine, const Stack& stack, const Step& step) {
     const Engine chosen(engine.kernels(), engine.threads(), step.seq_len >= kTiledTokens);

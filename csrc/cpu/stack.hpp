@@ -56,6 +56,18 @@ struct Step {
     std::vector<LayerCache> caches;
 };
 
+// Which experts a layer chooses, and what they read: h [tokens, hidden], ids (of the router) and weights
+// [tokens, top_k].
+struct Choice {
+    float* h;
+    std::int64_t* ids;
+    float* weights;
+};
+
+// The choice of one layer for step.x; with `attend` after its attention, which is added to step.x, over the step's
+// only cache.
+void choose(const Engine& engine, const Stack& stack, std::size_t layer, bool attend, const Step& step, const Choice& choice);
+
 // Throws std::invalid_argument as Engine::experts does.
 void run(const Engine& engine, const Stack& stack, const Step& step);
 

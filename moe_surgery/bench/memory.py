@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import torch
 
-from moe_surgery.runtime.usage import peak_memory
+from moe_surgery.runtime.usage import process_memory
 
 __all__ = ["memory_in_use", "read_bandwidth", "synchronize"]
 
@@ -44,8 +43,4 @@ def memory_in_use(device: torch.device) -> int:
     """Bytes: of the device's allocator for CUDA, else resident pages of this process (mapped ones count)."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return peak_memory(device)
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
+    return process_memory()

@@ -17,6 +17,7 @@ from typing import Final
 
 FICLONERANGE: Final = 0x4020940D  # linux/fs.h: _IOW(0x94, 13, struct file_clone_range)
 F_FULLFSYNC: Final = 51  # <sys/fcntl.h> on macOS: flush the drive's own cache as well
+F_NOCACHE: Final = 48  # <sys/fcntl.h> on macOS: reads and writes do not stay in the cache
 RWF_DONTCACHE: Final = 0x80  # linux/fs.h, from Linux 6.14
 AT_FDCWD: Final = -100 if sys.platform == "linux" else -2
 RENAME_NOREPLACE: Final = 1  # linux/fs.h
@@ -36,6 +37,23 @@ class FileOps:
 
     def open(self, path: str | os.PathLike[str], flags: int, mode: int = 0o666) -> int:
         return os.open(path, flags | os.O_CLOEXEC, mode)
+
+    def open_direct(self, path: str | os.PathLike[str]) -> tuple[int, bool]:
+        """Open for reads that bypass the page cache; False where the file system does not support that.
+
+        With O_DIRECT buffer, offset and length must be multiples of the device's block size.
+        """
+        if hasattr(os, "O_DIRECT"):
+            try:
+                return self.open(path, os.O_RDONLY | os.O_DIRECT), True
+            except OSError as error:
+                if error.errno not in UNSUPPORTED:
+                    raise
+        fd = self.open(path, os.O_RDONLY)
+        if sys.platform != "darwin":
+            return fd, False
+        fcntl.fcntl(fd, F_NOCACHE, 1)
+        return fd, True
 
     def close(self, fd: int) -> None:
         os.close(fd)

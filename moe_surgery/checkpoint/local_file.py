@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from moe_surgery.checkpoint.direct_file import DirectFile
 from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.checkpoint.files import open_regular, printable_path
 from moe_surgery.checkpoint.hub import snapshot_of
@@ -103,6 +104,9 @@ class LocalFile(ByteSource):
 
     def map(self) -> mmap.mmap:
         return mmap.mmap(self._fd, 0, prot=mmap.PROT_READ)
+
+    def direct(self) -> DirectFile:
+        return DirectFile(self._path, tuple(self._stamp), self._ops)
 
     def fileno(self) -> int:
         return self._fd

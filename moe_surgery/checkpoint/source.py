@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 
+from moe_surgery.checkpoint.direct_file import DirectFile
 from moe_surgery.errors import InvalidInputError
 
 __all__ = ["ByteSource", "Folder", "read_optional", "read_small"]
@@ -84,6 +85,13 @@ class ByteSource(ABC):
 
     def map(self) -> mmap.mmap | None:
         """A read-only mapping of the whole file, which outlives the source; None where there is none."""
+        return None
+
+    def direct(self) -> DirectFile | None:
+        """The same file for reads past the page cache, which outlives the source; None where there is none.
+
+        Raises as `read_into`.
+        """
         return None
 
     def fileno(self) -> int | None:

@@ -11,6 +11,7 @@ import click
 
 from moe_surgery.cli import drafts
 from moe_surgery.cli.options import (
+    SIZE,
     Compute,
     common,
     compute_options,
@@ -98,6 +99,16 @@ class Settings(TypedDict):
     help="Tokens to draft per step of the model; default: 4.",
 )
 @dense_option
+@click.option(
+    "--memory",
+    type=SIZE,
+    help="Limit on memory, such as 8GB: experts that do not fit are read from disk when they are needed.",
+)
+@click.option(
+    "--residency",
+    type=click.Path(path_type=Path),
+    help="Statistics or plan file: the experts to have in memory first; with --memory.",
+)
 @compute_options
 @common
 @click.pass_context
@@ -122,6 +133,8 @@ def command(
     draft_top_k: int | None,
     draft_length: str | None,
     dense: str,
+    memory: int | None,
+    residency: Path | None,
     compute: Compute,
 ) -> None:
     """Generate text with a full or pruned checkpoint.
@@ -135,8 +148,12 @@ def command(
     With --draft, --draft-plan or --draft-top-k a cheaper model proposes tokens and the full one checks
     several at a time: the output is still the full model's (exactly with the default CPU backend).
 
+    With --memory a model runs in less memory than its weights take, with the same output: what every token uses is
+    held, and as many experts as fit.
+
     \b
     moe-surgery generate example:tiny --prompt "12 + 30 =" --max-new-tokens 8
+    moe-surgery generate example:tiny --prompt "12 + 30 =" --max-new-tokens 8 --memory 8GB
     moe-surgery generate example:tiny --chat "What is 2 + 2?" --temperature 0.7 --seed 1
     moe-surgery generate example:tiny --prompt "12 + 30 =" --draft-top-k 2 --draft-length auto --dtype f32
     moe-surgery generate example:tiny --prompt "12 + 30 =" --max-new-tokens 8 --dense q8_0
@@ -158,7 +175,7 @@ def command(
     tokens = text.encode(rendered if rendered is not None else read_stdin())
     if not tokens:
         raise UsageError("the prompt is empty; pass --prompt TEXT, --chat TEXT, or text on stdin")
-    model = _load(ckpt, compute, plan_file, top_k, dense)
+    model = _load(ckpt, compute, plan_file, top_k, dense, memory, residency)
     terminal.detail(f"{model.backend.name} backend on {model.device}, {len(tokens)} prompt tokens")
     drafter = drafts.load_draft(model, ckpt, draft, draft_plan, draft_top_k)
     if drafter is None and num_draft_tokens is not None:
@@ -185,12 +202,22 @@ def _chat_prompt(text: Text, ckpt: str, chat: str, effort: str | None) -> str:
     return text.chat([{"role": "user", "content": chat}], variables=variables)
 
 
-def _load(ckpt: str, compute: Compute, plan_file: Path | None, top_k: int | None, dense: str) -> CausalLM:
+def _load(
+    ckpt: str,
+    compute: Compute,
+    plan_file: Path | None,
+    top_k: int | None,
+    dense: str,
+    memory: int | None,
+    residency: Path | None,
+) -> CausalLM:
     from moe_surgery.runtime.load import load_model
     from moe_surgery.selection.plan import load_plan
 
     plan = None if plan_file is None else load_plan(plan_file)
-    return load_model(ckpt, plan=plan, top_k=top_k, dense=dense, **compute.arguments())
+    return load_model(
+        ckpt, plan=plan, top_k=top_k, dense=dense, memory=memory, residency=residency, **compute.arguments()
+    )
 
 
 def _run(

@@ -14,6 +14,7 @@ import click
 
 from moe_surgery.cli.terminal import Terminal
 from moe_surgery.errors import UsageError
+from moe_surgery.selection.arguments import parse_size
 
 if TYPE_CHECKING:
     import torch
@@ -50,9 +51,6 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 BACKEND_HELP = "Kernel backend by name (see moe-surgery doctor)"
 DOMAIN_HELP = "Domain of the texts"
 _DTYPES = {"bf16": "bfloat16", "f32": "float32", "f16": "float16"}
-_UNITS = {"": 1, "B": 1}
-_UNITS |= {f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}
-_UNITS |= {f"{p}IB": 1024**i for i, p in enumerate("KMGT", 1)}
 
 
 def terminal_of(context: click.Context) -> Terminal:
@@ -281,10 +279,10 @@ class _Size(click.ParamType):  # type: ignore[type-arg]  # generic only from cli
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
-        match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", value)
-        if not match or match[2].upper() not in _UNITS:
-            self.fail(f"{value!r} is not a size; write 5GB (5 x 10^9 bytes), 500MB or 4GiB", param, ctx)
-        return int(float(match[1]) * _UNITS[match[2].upper()])
+        try:
+            return parse_size(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 class _Count(click.ParamType):  # type: ignore[type-arg]

@@ -16,6 +16,7 @@ __all__ = [
     "EMPTY",
     "SHORT_STEP",
     "Backend",
+    "Chosen",
     "DecodeStep",
     "DecoderModel",
     "DecoderShape",
@@ -70,8 +71,12 @@ class MeasuredExperts:
     largest: Tensor
 
 
+Chosen = tuple[Tensor, Tensor, Tensor]
+"""The experts' input norm(x) [tokens, hidden], and what `Backend.route` returns for it: ids and weights."""
+
+
 class FusedLayers(Protocol):
-    """All decoder layers as one operation."""
+    """All decoder layers as one operation; where experts are not in memory, each layer up to them."""
 
     def __call__(
         self, x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, caches: Sequence[LayerCache]
@@ -81,6 +86,19 @@ class FusedLayers(Protocol):
         x [batch, tokens, hidden], `positions` int64 [batch, tokens], cos and sin float32
         [batch, tokens, head_dim / 2].
         """
+        ...
+
+    def choose(self, number: int, x: Tensor) -> Chosen:
+        """What layer `number` would choose for x [batch, tokens, hidden], hidden states behind its attention.
+
+        For experts that are not in memory (weights on the device "meta"): the caller gets them and adds their sum.
+        """
+        ...
+
+    def attend_and_choose(
+        self, number: int, x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache
+    ) -> Chosen:
+        """`choose` after the layer's attention, which is added to x; arguments as for a call, of one layer."""
         ...
 
 

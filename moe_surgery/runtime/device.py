@@ -8,7 +8,14 @@ from moe_surgery.errors import UsageError
 from moe_surgery.families import ModelSpec
 from moe_surgery.formats.expert_format import F32
 
-__all__ = ["check_memory", "checkpoint_bytes", "fitting_experts", "free_memory", "open_device"]
+__all__ = [
+    "HEADROOM_BYTES",
+    "check_memory",
+    "checkpoint_bytes",
+    "fitting_experts",
+    "free_memory",
+    "open_device",
+]
 
 # For what is in memory besides the weights: KV cache, activations, the driver's context.
 HEADROOM_BYTES = 1 << 30

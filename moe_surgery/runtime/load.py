@@ -23,9 +23,12 @@ from moe_surgery.kernels.weights import DenseWeight, ExpertWeights, Layer, Mxfp4
 from moe_surgery.runtime.device import check_memory, open_device
 from moe_surgery.runtime.mapped import MappedShards
 from moe_surgery.runtime.model import CausalLM
+from moe_surgery.runtime.residency.memory import memory_limit, warn_if_larger_than_memory
+from moe_surgery.runtime.residency.weights import ResidentWeights, as_residency
 from moe_surgery.runtime.view import view_layer
 from moe_surgery.selection.arguments import PathLike
 from moe_surgery.selection.plan import Plan, as_plan, check_top_k
+from moe_surgery.selection.statistics import Statistics
 
 __all__ = ["DTYPES", "check_on_disk", "load_model"]
 
@@ -82,6 +85,8 @@ def load_model(
     top_k: int | None = None,
     dense: str = "keep",
     one_layer: bool = False,
+    memory: int | str | None = None,
+    residency: Plan | Statistics | PathLike | None = None,
     families: tuple[AnyFamily, ...] = FAMILIES,
 ) -> CausalLM:
     """Load a checkpoint (folder, file, example, hub id in the local cache, or `Folder`) to run it.
@@ -101,9 +106,17 @@ def load_model(
     through one layer at a time (files that cannot be mapped stay open as long as the model). `families` are the
     model families to recognise.
 
+    With `memory`, bytes or a size such as "8GB", the process stays below that much: weights that every token uses
+    are held, and as many experts as fit; the others are read from disk when a token needs them. Results are those
+    of the whole model, with the native backend bit for bit. `residency`, statistics or a plan, says which experts to
+    hold first; use decides later. On another device than the CPU the limit is that of host memory, from which
+    experts are copied to the device; weights that every token uses have to fit there. Without `memory` a
+    CheckpointWarning says if the weights do not fit what is free.
+
     Raises InvalidInputError or OutputError for the checkpoint, InvalidInputError for a value that Q8_0 cannot
     hold, PlanMismatchError for a plan of another model, UsageError for an unknown device, dtype, `dense` or
-    backend, a top-k outside 1 to the number of experts, or a device without the memory.
+    backend, a top-k outside 1 to the number of experts, a device without the memory, a `memory` below the least, or
+    `memory` together with `dense`.
     """
     plan = None if plan is None else as_plan(plan)
     torch_device = open_device(device)
@@ -128,14 +141,46 @@ def load_model(
             plan = plan.with_top_k(top_k)
         elif top_k is not None:
             check_top_k(top_k, spec.experts, f"{path} has")
-        if not one_layer:
+        if not one_layer and memory is None:
             check_memory(torch_device, spec)
+        resident = _resident(checkpoint, spec, torch_device, memory, residency, one_layer, dense)
+        if resident is None and not one_layer and torch_device.type == "cpu":
+            warn_if_larger_than_memory(checkpoint)
         model = _assemble(
-            checkpoint, spec, plan, top_k, torch_device, compute_dtype, chosen_backend, dense, one_layer
+            checkpoint,
+            spec,
+            plan,
+            top_k,
+            torch_device,
+            compute_dtype,
+            chosen_backend,
+            dense,
+            one_layer,
+            resident,
         )
         if one_layer and any(shard.source.map() is None for shard in checkpoint.shards.values()):
             stack.pop_all()  # layers are yet to be read
         return model
+
+
+def _resident(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    device: torch.device,
+    memory: int | str | None,
+    residency: Plan | Statistics | PathLike | None,
+    one_layer: bool,
+    dense: str,
+) -> ResidentWeights | None:
+    """The weights under the limit `memory`, None without one. Raises as `load_model`."""
+    if memory is None:
+        if residency is not None:
+            raise UsageError("`residency` needs `memory`")
+        return None
+    if one_layer or dense != "keep":
+        raise UsageError(f"choose one of `memory` and `{'one_layer' if one_layer else 'dense'}`")
+    start = None if residency is None else as_residency(residency, spec, str(checkpoint.path))
+    return ResidentWeights(checkpoint, spec, memory_limit(memory), start, device)
 
 
 def check_on_disk(checkpoint: Checkpoint) -> None:
@@ -158,6 +203,7 @@ def _assemble(
     backend: Backend,
     dense: str,
     one_layer: bool,
+    resident: ResidentWeights | None,
 ) -> CausalLM:
     config = ModelConfig.of(spec)
     shards = MappedShards(checkpoint)
@@ -165,6 +211,8 @@ def _assemble(
     names = spec.described.weights
 
     def fetch(ref: TensorRef) -> Tensor:
+        if resident is not None:
+            return resident.fetch(ref)
         mapped = shards.tensor(ref)
         if device.type == "cpu":
             return mapped
@@ -213,7 +261,8 @@ def _assemble(
     if names.unembedding in tensors or dense != "keep":
         unembedding = matrix(names.unembedding if names.unembedding in tensors else names.embedding)
     norm = get(names.norm)
-    return CausalLM(config, embedding, layers, norm, unembedding, compute_dtype, backend)
+    model = CausalLM(config, embedding, layers, norm, unembedding, compute_dtype, backend)
+    return model if resident is None else resident.model(model)
 
 
 def _layer(

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import click
 
 from moe_surgery.bench.rounds import MedianRange, median_range, rounded
-from moe_surgery.cli.bench.shared import NUMBERS, collect, finish, machine, plot_option
+from moe_surgery.cli.bench.residency import bench_residency
+from moe_surgery.cli.bench.shared import NUMBERS, SIZES, collect, finish, machine, plot_option
 from moe_surgery.cli.options import Compute, common, compute_options, dtype_name, needs_torch, terminal_of
 from moe_surgery.cli.terminal import Terminal, size
+from moe_surgery.errors import UsageError
 
 if TYPE_CHECKING:
     from moe_surgery.bench.decode import DecodeFigures
@@ -39,6 +41,17 @@ if TYPE_CHECKING:
     multiple=True,
     help="Format of dense matrices (attention, unembedding) in memory; repeat to compare; default: keep.",
 )
+@click.option(
+    "--memory",
+    type=SIZES,
+    metavar="SIZE,SIZE,...",
+    help="Limit on memory, such as 8GB: one CKPT is measured under each; experts that do not fit are read from disk.",
+)
+@click.option(
+    "--residency",
+    type=click.Path(path_type=Path),
+    help="Statistics or plan file: the experts to have in memory first; with --memory.",
+)
 @compute_options
 @plot_option
 @common
@@ -53,6 +66,8 @@ def command(
     steps: int,
     rounds: int,
     dense: tuple[str, ...],
+    memory: list[int] | None,
+    residency: Path | None,
     compute: Compute,
     plot: Path | None,
 ) -> None:
@@ -63,8 +78,12 @@ def command(
     all models (or of the device's allocator). Tokens are random, which spreads them over experts more
     evenly than real text.
 
+    With --memory one CKPT is measured under each limit: bytes read from disk per token, the share of experts that
+    were in memory, and what share of the rate at which the disk delivers random experts that is.
+
     \b
     moe-surgery bench decode openai/gpt-oss-20b gpt-oss-law-8 --batches 1,8
+    moe-surgery bench decode openai/gpt-oss-20b --memory 6GB,8GB,12GB --plot memory.png
     moe-surgery bench decode example:tiny --expert-counts 4,16 --depth 32 --steps 4 --rounds 2
     moe-surgery bench decode example:tiny --dense keep --dense q8_0 --depth 32 --steps 4 --rounds 2
     """
@@ -75,6 +94,13 @@ def command(
 
     terminal = terminal_of(context)
     check_plot(plot)
+    if memory is not None:
+        if len(ckpts) > 1 or expert_counts or ranking or batches != [1] or dense:
+            raise UsageError("--memory measures one CKPT, as stored and whole, at batch 1")
+        bench_residency(terminal, ckpts[0], memory, residency, depth, steps, rounds, compute, plot)
+        return
+    if residency is not None:
+        raise UsageError("--residency needs --memory")
     models: dict[str, CausalLM] = {}
     for chosen in dict.fromkeys(dense or ("keep",)):
         suffix = "" if chosen == "keep" else f", dense {chosen}"

@@ -8,11 +8,12 @@ from typing import Any, TypeVar
 
 import click
 
-from moe_surgery.cli.options import OUTPUT
+from moe_surgery.cli.options import OUTPUT, SIZE
 from moe_surgery.cli.terminal import Terminal
 
 __all__ = [
     "NUMBERS",
+    "SIZES",
     "collect",
     "finish",
     "machine",
@@ -37,7 +38,19 @@ class _Numbers(click.ParamType):  # type: ignore[type-arg]  # generic only from 
         return list(dict.fromkeys(int(n) for n in value.split(",")))
 
 
+class _Sizes(click.ParamType):  # type: ignore[type-arg]
+    """ "6GB,8GB" -> [6_000_000_000, 8_000_000_000], without duplicates."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        return list(dict.fromkeys(SIZE.convert(part, param, ctx) for part in value.split(",")))
+
+
 NUMBERS = _Numbers()
+SIZES = _Sizes()
 
 
 def plot_option(command: Command) -> Command:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_surgery.kernels.interface import DecoderShape, LayerCache
+from moe_surgery.kernels.interface import Chosen, DecoderShape, LayerCache
 from moe_surgery.kernels.native.operands import (
     F32,
     UnsupportedWeight,
@@ -17,7 +17,7 @@ from moe_surgery.kernels.native.operands import (
     projection_of,
     values_of,
 )
-from moe_surgery.kernels.weights import Layer
+from moe_surgery.kernels.weights import DenseWeight, Layer, Weight
 
 __all__ = ["NativeStack"]
 
@@ -45,8 +45,8 @@ class NativeStack:
                 values_of(layer.mlp_norm),
                 values_of(layer.sinks),
                 tuple(projection_of(*p.pair) for p in projections),
-                matrix_of(native, "gate_up", e.gate_up, e.gate_up_bias),
-                matrix_of(native, "down", e.down, e.down_bias),
+                _matrix_of(native, "gate_up", e.gate_up, e.gate_up_bias),
+                _matrix_of(native, "down", e.down, e.down_bias),
                 e.limit,
                 e.alpha,
                 0 if e.expert_map is None else e.expert_map.data_ptr(),
@@ -70,6 +70,37 @@ class NativeStack:
             [_slots(cache) for cache in caches],
         )
         return x
+
+    def choose(self, number: int, x: Tensor) -> Chosen:
+        return self._choose(number, x, (0, 0, 0), [])
+
+    def attend_and_choose(
+        self, number: int, x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache
+    ) -> Chosen:
+        positions, cos, sin = (a.contiguous() for a in (positions, cos, sin))
+        addresses = positions.data_ptr(), cos.data_ptr(), sin.data_ptr()
+        return self._choose(number, x, addresses, [_slots(cache)])
+
+    def _choose(
+        self, number: int, x: Tensor, addresses: tuple[int, int, int], caches: list[tuple[object, ...]]
+    ) -> Chosen:
+        if x.dtype != F32 or not x.is_contiguous():
+            raise ValueError("hidden states must be float32 and contiguous")
+        batch, tokens, hidden = x.shape
+        h = torch.empty((batch * tokens, hidden))
+        ids = torch.empty((batch * tokens, self._layers[number].top_k), dtype=torch.int64)
+        weights = torch.empty(ids.shape)
+        results = h.data_ptr(), ids.data_ptr(), weights.data_ptr()
+        self._engine.choose(self._stack, number, x.data_ptr(), batch, tokens, *addresses, caches, results)
+        return h, ids, weights
+
+
+def _matrix_of(native: Any, what: str, weight: Weight, bias: Tensor) -> Any:
+    """`matrix_of`; for weights without memory, which only `choose` and `attend_and_choose` allow, an empty one."""
+    values = weight.values if isinstance(weight, DenseWeight) else weight.blocks
+    if not values.is_meta:
+        return matrix_of(native, what, weight, bias)
+    return native.packed_matrix(0, 0, 0, 0, 0, 0, 0, weight.rows, weight.columns, (0, 0))
 
 
 def _check(layer: Layer, hidden: int, shape: DecoderShape) -> None:
