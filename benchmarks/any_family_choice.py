@@ -104,7 +104,7 @@ def train(folder: Path, domains: tuple[str, ...], minutes: float) -> dict[str, f
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        losses.append(float(output.loss))
+        losses.append(output.loss.item())
         steps += 1
         if steps % 100 == 0:
             click.echo(f"step {steps}: loss {summary.mean(losses[-50:]):.3f}", err=True)
