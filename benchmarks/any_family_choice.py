@@ -174,8 +174,8 @@ def main(work: Path, minutes: float, no_publish: bool) -> None:
     report: dict[str, Any] = {
         **begin(
             f"python -m benchmarks.any_family_choice: a Qwen3-MoE of {LAYERS} layers of {EXPERTS} experts, {TOP_K} for "
-            f"a token, trained on {' and '.join(CHOSEN)} for {minutes:g} minutes of wall time on one thread, beside other work. Mean KL from the full "
-            f"model in nats a token, float32; random plans: {len(SEEDS)} seeds."
+            f"a token, trained on {' and '.join(CHOSEN)} for {minutes:g} minutes of wall time on one thread, beside "
+            f"other work. Mean KL from the full model in nats a token, float32; random plans: {len(SEEDS)} seeds."
         ),
         "figures": rows,
     }
