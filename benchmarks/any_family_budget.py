@@ -3,9 +3,9 @@
     python -m benchmarks.any_family_budget --work FOLDER [--tokens 4096] [--limit 3221225472] [--layers 48]
 
 FOLDER/qwen3-48 is made (21 GB, random BF16 weights) where it is not there. It runs on transformers' modules in BF16.
-The bound is the larger of two times: all weights but the unembedding read once at the rate at which the checkpoint's files
-are read here, and the products' operations at the rate of a large BF16 product of torch here, both measured in
-this run.
+The bound is the larger of two times: all weights but the unembedding read once at the rate at which the checkpoint's
+files are read here, and the products' operations at the rate of a large BF16 product of torch here, both measured
+in this run.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def main(work: Path, tokens: int, limit: int, layers: int, no_publish: bool) -> 
     bound = max(read / rates["read"], total / rates["products"])
     report = {
         **begin(
-            f"python -m benchmarks.any_family_budget --tokens {tokens} --layers {layers}: profile of a Qwen3-MoE ({EXPERTS} experts in "
+            f"python -m benchmarks.any_family_budget --tokens {tokens} --layers {layers} --limit {limit}: "
+            f"profile of a Qwen3-MoE ({EXPERTS} experts in "
             f"{layers} layers, hidden size {HIDDEN}, heads of {HEAD_DIM}) in a memory cgroup of "
             f"{limit / (1 << 30):.2f} GiB, bfloat16, on transformers.",
             work,
