@@ -17,7 +17,7 @@ from moe_surgery.families import FAMILIES, AnyFamily
 from moe_surgery.progress import Counter, OnProgress
 from moe_surgery.quality.answers import generate_answers
 from moe_surgery.quality.corpus import Passage, batches, open_corpus
-from moe_surgery.quality.parts import ModelArguments, Parked, ProfilePart, in_order
+from moe_surgery.quality.parts import ModelArguments, Parked, ProfilePart, in_order, one_by_one
 from moe_surgery.quality.profile import profile_passages
 from moe_surgery.quality.resume import (
     check_writable,
@@ -147,21 +147,21 @@ def profile(
             dict(data),
         )
 
+    def measured(batch: Sequence[Passage]) -> Statistics:
+        return finished(profile_passages(model, batch, sequential=sequential, progress=profiled.advance))
+
+    def advance(tokens: int) -> None:
+        profiled.advance(tokens * layers)
+
     numbered = ((n, b) for n, b in enumerate(batches(passages, batch_tokens)) if n >= batches_done)
+    parked = Parked(partial, job)
     if workers is None:
-        advance = profiled.advance
-        parts = (
-            (n, finished(profile_passages(model, batch, sequential=sequential, progress=advance)))
-            for n, batch in numbered
-        )
+        parts = one_by_one(numbered, parked, measured, advance)
     else:
         computation = tuple(sorted(model.computation.items()))
         loaded = ModelArguments(str(checkpoint), device, dtype, backend, source_identity, computation)
         todo = ((n, ProfilePart(loaded, batch, sequential)) for n, batch in numbered)
-        parked = Parked(partial, job)
-        parts = in_order(
-            workers, todo, batches_done, parked, finished, lambda tokens: profiled.advance(tokens * layers)
-        )
+        parts = in_order(workers, todo, batches_done, parked, finished, advance)
     for number, part in parts:
         statistics = part if statistics is None else merge([statistics, part])
         statistics.settings = {"job": job, "batches": number + 1}

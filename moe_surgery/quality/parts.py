@@ -21,7 +21,7 @@ from moe_surgery.selection.plan import Plan
 from moe_surgery.selection.statistics import ExpertStatistics, Statistics, load_statistics, save_statistics
 from moe_surgery.workers import Workers
 
-__all__ = ["ModelArguments", "Parked", "ProfilePart", "in_order", "model_of", "profile_part"]
+__all__ = ["ModelArguments", "Parked", "ProfilePart", "in_order", "model_of", "one_by_one", "profile_part"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +108,26 @@ class Parked:
     def drop(self, number: int) -> None:
         with suppress(OSError):
             self._file(number).unlink()
+
+
+def one_by_one(
+    batches: Iterable[tuple[int, Sequence[Passage]]],
+    parked: Parked,
+    measure: Callable[[Sequence[Passage]], Statistics],
+    advance: Callable[[int], None],
+) -> Iterator[tuple[int, Statistics]]:
+    """Statistics of batches, in this process; those that an earlier run parked are not measured again.
+
+    `advance` is called with the tokens of those.
+    """
+    for number, batch in batches:
+        statistics = parked.get(number)
+        if statistics is None:
+            statistics = measure(batch)
+        else:
+            advance(sum(len(p.tokens) for p in batch))
+        yield number, statistics
+        parked.drop(number)
 
 
 def in_order(
