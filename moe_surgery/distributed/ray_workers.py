@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
@@ -57,7 +58,7 @@ class RayWorkers:
             self._count = self._count or os.cpu_count() or 1
             quiet["num_cpus"] = self._count
         try:
-            ray.init(self._address, log_to_driver=False, logging_level="error", **quiet)
+            ray.init(self._address, log_to_driver=False, logging_level=logging.ERROR, **quiet)
         except (ConnectionError, ValueError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise OutputError(
@@ -78,7 +79,11 @@ class RayWorkers:
         """See `Workers.run`. Raises OutputError where the process of one part dies again and again."""
         import ray
 
-        task = ray.remote(num_cpus=1, max_retries=RETRIES, retry_exceptions=False)(work)
+        def do(part: Part) -> Result:
+            return work(part)
+
+        task = ray.remote(num_cpus=1, max_retries=RETRIES, retry_exceptions=False)(do)
+        task = task.options(name=getattr(work, "__name__", "part"))
         numbered = enumerate(parts)
         pending: dict[Any, int] = {}
 
@@ -96,8 +101,9 @@ class RayWorkers:
                 hand_out()
                 yield number, result
         finally:
-            for left in pending:
-                ray.cancel(left, force=True)
+            if ray.is_initialized():  # else the parts have ended with it
+                for left in pending:
+                    ray.cancel(left, force=True)
 
 
 def _result(ready: Any, number: int) -> Any:

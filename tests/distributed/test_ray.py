@@ -122,6 +122,7 @@ def test_parts_are_done_and_errors_come_back(two: RayWorkers) -> None:
         list(two.run(refuse, [7]))
 
 
+@pytest.mark.slow  # a process is started for each try
 def test_a_part_that_kills_every_worker_is_an_error(two: RayWorkers) -> None:
     with pytest.raises(OutputError, match="part 0 of the job: its Ray worker died 4 times"):
         list(two.run(lambda _: os.kill(os.getpid(), signal.SIGKILL), [0]))

@@ -42,12 +42,9 @@ def _lead(state: State, entries: Sequence[Entry]) -> str:
     dense = max((e.dense_nbytes for e in entries), default=0)
     total = sum(e.nbytes for e in entries)
     rankings = len({e.ranking for e in entries})
-    text = (
-        f"{counted(len(entries), 'variant')} of {state.experts} experts a layer cut by {counted(rankings, 'ranking')}, "
-        f"{size(total)} together"
-    )
+    text = f"{counted(len(entries), 'variant')} by {counted(rankings, 'ranking')}, {size(total)} together"
     if dense and len(entries) > 1:
-        text += f"; {size(dense)} of dense tensors are the same in all of them"
+        text += f"; the {size(dense)} of tensors that do not count experts are the same in all of them"
     return text
 
 
@@ -81,9 +78,9 @@ def _page(state: State, entries: Sequence[Entry]) -> str:
         section(
             "variants",
             "All variants",
-            "Each is a checkpoint folder with its model card and a manifest for moe-surgery verify. KL is the mean "
-            "divergence from the full model's next-token distribution, agreement how often the most likely next token "
-            "is the same."
+            "Each is a checkpoint folder with its model card and a manifest for moe-surgery verify. Share is the size "
+            "compared with the full model, KL the mean divergence from its next-token distribution, agreement how "
+            "often the most likely next token is the same."
             if domains
             else "Each is a checkpoint folder with its model card and a manifest for moe-surgery verify. None was "
             "evaluated yet: put the file that moe-surgery evaluate -o writes into this folder and run the sweep again.",
@@ -158,7 +155,7 @@ def _table(
 ) -> tuple[list[str], list[list[str]]]:
     """Columns and rows; figures are those of the first of `domains`."""
     columns = ["Variant", "Ranking", "Experts", "Top-k", "Stored as", "Parameters", "Active", "Size"]
-    columns += ["Of the full model", *(["KL", "Perplexity", "Agreement"] if domains else [])]
+    columns += ["Share", *(["KL", "Perplexity", "Agreement"] if domains else [])]
     rows = []
     for e in entries:
         row = [e.name, e.ranking, str(e.experts), str(e.top_k), e.store, f"{e.parameters:,}"]

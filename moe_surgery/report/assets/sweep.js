@@ -16,7 +16,7 @@ function showVariants() {
     { ...word("Variant", "name"), show: (v) => make("a", { href: encodeURIComponent(v.name) + "/" }, v.name) },
     word("Ranking", "ranking"), number("Experts", "experts", whole), number("Top-k", "top_k", whole), word("Stored as", "store"),
     number("Parameters", "parameters", whole), number("Active", "active", whole), number("Size", "bytes", bytes),
-    number("Of the full model", "share", (v) => percent(v, 0)),
+    number("Share", "share", (v) => percent(v, 0)),
   ];
   if (domain !== undefined) {
     columns.push(
