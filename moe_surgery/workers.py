@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol, TypeVar
 
-__all__ = ["Workers"]
+__all__ = ["Workers", "everywhere"]
 
 Part = TypeVar("Part")
 Result = TypeVar("Result")
@@ -26,3 +27,8 @@ class Workers(Protocol):
         whose process dies is done again by another; so `work` must be able to begin where it stopped, or anew.
         """
         ...
+
+
+def everywhere(path: str | os.PathLike[str]) -> str:
+    """`path` for processes that work in other folders; what is no path here (a name on the hub) stays."""
+    return os.path.abspath(path) if os.path.lexists(path) else os.fspath(path)

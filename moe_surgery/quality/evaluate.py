@@ -29,7 +29,7 @@ from moe_surgery.runtime.model import CausalLM
 from moe_surgery.runtime.text import Text
 from moe_surgery.selection.arguments import Named, PathLike, load_pairs
 from moe_surgery.selection.plan import Plan, check_top_k, load_plan, plan_keeping
-from moe_surgery.workers import Workers
+from moe_surgery.workers import Workers, everywhere
 
 __all__ = ["Measured", "evaluate", "evaluate_passages", "measure", "results_of"]
 
@@ -157,9 +157,16 @@ def evaluate(
         from moe_surgery.quality.evaluate_parts import evaluate_spread
 
         computation = tuple(sorted(model.computation.items()))
-        loaded = ModelArguments(str(checkpoint), device, dtype, backend, source_identity, computation)
+        loaded = ModelArguments(
+            everywhere(str(checkpoint)), device, dtype, backend, source_identity, computation
+        )
         others = [
-            replace(loaded, checkpoint=str(path), identity=identify_runnable(path, families)[1], top_k=top_k)
+            replace(
+                loaded,
+                checkpoint=everywhere(str(path)),
+                identity=identify_runnable(path, families)[1],
+                top_k=top_k,
+            )
             for path in pruned
         ]
         models = evaluate_spread(

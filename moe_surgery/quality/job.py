@@ -39,7 +39,7 @@ from moe_surgery.selection.statistics import (
     save_statistics,
 )
 from moe_surgery.version import __version__
-from moe_surgery.workers import Workers
+from moe_surgery.workers import Workers, everywhere
 
 __all__ = ["BATCH_TOKENS", "ProfileResult", "profile"]
 
@@ -159,7 +159,9 @@ def profile(
         parts = one_by_one(numbered, parked, measured, advance)
     else:
         computation = tuple(sorted(model.computation.items()))
-        loaded = ModelArguments(str(checkpoint), device, dtype, backend, source_identity, computation)
+        loaded = ModelArguments(
+            everywhere(str(checkpoint)), device, dtype, backend, source_identity, computation
+        )
         todo = ((n, ProfilePart(loaded, batch, sequential)) for n, batch in numbered)
         parts = in_order(workers, todo, batches_done, parked, finished, advance)
     for number, part in parts:

@@ -43,7 +43,7 @@ from moe_surgery.surgery.names import MANIFEST_NAME
 from moe_surgery.surgery.preflight import check_folder_of_outputs
 from moe_surgery.surgery.program import SourceFile
 from moe_surgery.surgery.verify import verify_checkpoint
-from moe_surgery.workers import Workers
+from moe_surgery.workers import Workers, everywhere
 
 __all__ = ["SweepResult", "sweep"]
 
@@ -221,7 +221,9 @@ class _Sweep:
         return entry.manifest == manifest_digest(folder)
 
     def _job(self, variant: Variant, donor: Path | None) -> Job:
-        return Job(self._checkpoint, self._folder / variant.name, variant.plan, self._layout, donor)
+        return Job(
+            everywhere(self._checkpoint), self._folder / variant.name, variant.plan, self._layout, donor
+        )
 
     def _make(self, variant: Variant, donor: Path | None) -> None:
         half = self._nbytes(variant) // 2
