@@ -131,6 +131,28 @@ def test_the_costs_are_known_beforehand(source: Path, tmp_path: Path) -> None:
     assert (again.costs.needed, again.costs.finished) == (0, 6)
 
 
+def test_with_reflinks_the_files_are_independent(
+    source: Path, tmp_path: Path, swept: tuple[Path, SweepResult]
+) -> None:
+    class Cloning(FileOps):
+        """A file system with reflinks, as FICLONERANGE is documented: 0 bytes are those up to the end."""
+
+        def clone_range(self, source: int, source_offset: int, nbytes: int, target: int, offset: int) -> None:
+            whole = os.fstat(source).st_size - source_offset
+            os.pwrite(target, os.pread(source, nbytes or whole, source_offset), offset)
+
+        def link(self, old: object, new: object) -> None:
+            raise AssertionError("a hard link where there are reflinks")
+
+    out = tmp_path / "out"
+    sweep(source, out, RANKINGS, COUNTS, ops=Cloning())
+    for name in NAMES:
+        assert verify(out / name, source=source).ok
+        assert dense_file(out / name).read_bytes() == dense_file(swept[0] / name).read_bytes()
+        assert dense_file(out / name).stat().st_nlink == 1
+        assert dense_file(out / name).stat().st_mode & 0o200
+
+
 def test_without_sharing_each_variant_is_a_checkpoint_of_its_own(source: Path, tmp_path: Path) -> None:
     result = sweep(source, tmp_path / "out", RANKINGS, [2], share=False)
     assert result.costs.shared == 0
