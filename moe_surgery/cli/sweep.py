@@ -151,6 +151,7 @@ def command(
         _print_costs(terminal, result)
     else:
         _print(terminal, result, time.perf_counter() - start)
+        terminal.unfinished(result.stale)
 
 
 def _named(ranking: str) -> tuple[str, str] | str:
@@ -203,4 +204,5 @@ def _as_dict(result: SweepResult, seconds: float) -> dict[str, object]:
         "verified": list(result.verified),
         "variants": [{"name": v.name, "ranking": v.ranking, "experts": v.experts} for v in result.variants],
         "index": [asdict(entry) for entry in result.entries],
+        "stale_partial_folders": [str(p) for p in result.stale],
     }

@@ -14,7 +14,7 @@ from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.checkpoint.files import printable_path
 from moe_surgery.checkpoint.gguf.resolve import is_gguf
-from moe_surgery.checkpoint.staging import output_lock
+from moe_surgery.checkpoint.staging import output_lock, stale_partials
 from moe_surgery.engine.output import check_space
 from moe_surgery.errors import OutputError, PlanMismatchError, UsageError, VerificationError
 from moe_surgery.families import identify_model
@@ -51,7 +51,8 @@ __all__ = ["SweepResult", "sweep"]
 @dataclass(frozen=True, slots=True)
 class SweepResult:
     """`costs` as they were before the run, `made` and `verified` the names of variants of this run, `entries` all
-    variants that the index of the folder lists. A dry run makes and verifies none."""
+    variants that the index of the folder lists. A dry run makes and verifies none. `stale` are partial folders that
+    another plan for a variant left, untouched."""
 
     out: Path
     costs: Costs
@@ -59,6 +60,7 @@ class SweepResult:
     made: tuple[str, ...] = ()
     verified: tuple[str, ...] = ()
     entries: tuple[Entry, ...] = ()
+    stale: tuple[Path, ...] = ()
 
 
 def sweep(
@@ -135,7 +137,8 @@ def sweep(
             save_state(run.state, folder, ops)
             write_pages(run.state, folder, ops)
     entries = tuple(run.state.variants.values())
-    return replace(planned, made=tuple(run.made), verified=tuple(run.verified), entries=entries)
+    stale = tuple(p for v in variants for p in stale_partials(folder / v.name))
+    return replace(planned, made=tuple(run.made), verified=tuple(run.verified), entries=entries, stale=stale)
 
 
 class _Sweep:
