@@ -176,6 +176,7 @@ def published(work: Path) -> dict[str, object]:
 
 
 def page(report: dict[str, Any]) -> list[str]:
+    rows: list[tuple[object, ...]]
     lines = heading("A sweep of 232 variants, and statistics by several workers", report)
     rows = []
     for name, s in report["sweeps"].items():

@@ -65,7 +65,8 @@ class RayWorkers:
                 f"Ray at {self._address}: cannot connect: {reason}; start it with ray start --head, or leave out the "
                 "address"
             ) from error
-        self._count = self._count or int(ray.cluster_resources().get("CPU", 1))
+        cluster: Any = ray
+        self._count = self._count or int(cluster.cluster_resources().get("CPU", 1))
         return self
 
     def __exit__(

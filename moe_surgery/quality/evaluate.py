@@ -160,7 +160,8 @@ def evaluate(
         loaded = ModelArguments(
             everywhere(str(checkpoint)), device, dtype, backend, source_identity, computation
         )
-        others = [
+        others: list[ModelArguments | None] = [None] * len(named_plans)
+        others += [
             replace(
                 loaded,
                 checkpoint=everywhere(str(path)),
@@ -174,7 +175,7 @@ def evaluate(
             groups,
             -(-total // batch_tokens),
             loaded,
-            [*zip(candidates, [None] * len(named_plans) + others, strict=True)],
+            [*zip(candidates, others, strict=True)],
             answers_only=answers_only,
             progress=done.advance,
         )
