@@ -66,6 +66,8 @@ class RayWorkers:
                 "address"
             ) from error
         cluster: Any = ray
+        # Ray prints what it has to say to stdout, where the command's result goes.
+        cluster._private.worker._worker_logs_enabled = False
         self._count = self._count or int(cluster.cluster_resources().get("CPU", 1))
         return self
 

@@ -53,7 +53,7 @@ class Watched:
         def logged(part: Any) -> Any:
             result = inner(part)
             fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.write(fd, f"{xxh3_64_hexdigest(repr(part))}\n".encode())
+            os.write(fd, f"{xxh3_64_hexdigest(repr(part).encode())}\n".encode())
             os.close(fd)
             return result
 
@@ -141,11 +141,16 @@ def test_two_workers_give_the_statistics_of_one_process(
 
 
 def test_a_worker_that_dies_changes_nothing(
-    two: RayWorkers, texts: dict[str, list[Path]], alone: bytes, tmp_path: Path
+    two: RayWorkers,
+    texts: dict[str, list[Path]],
+    alone: bytes,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     watched = Watched(two, tmp_path / "log", dying_once(tmp_path / "died", ""))
     profile(TINY, texts, tmp_path / "two.stats", **PROFILE, workers=watched)
     assert (tmp_path / "died").exists()
+    assert capsys.readouterr().out == ""  # results are printed there
     assert (tmp_path / "two.stats").read_bytes() == alone
     assert len(watched.done) == len(set(watched.done))  # the lost result is the only one that is made again
 
