@@ -241,22 +241,30 @@ def main(work: Path, part: tuple[str, ...]) -> None:
     report = json.loads(notes.read_text()) if part and notes.exists() else {"sweeps": {}, "statistics": {}}
     rankings = rankings_in(work)
     two = ("--ray", "--ray-workers", "2")
+
+    def measured(kind: str, name: str, result: dict[str, object]) -> None:
+        report[kind][name] = result
+        notes.write_text(json.dumps(report))
+
     if not part or "sweep" in part:
-        report["sweeps"]["one process"] = sweep_of(work, rankings)
         report["published"] = published(work)
+        measured("sweeps", "one process", sweep_of(work, rankings))
     if not part or "ray" in part:
-        report["sweeps"]["two Ray workers"] = sweep_of(work, rankings, *two)
-        report["sweeps"]["two, one killed"] = sweep_of(work, rankings, *two, victim="make_variant")
+        measured("sweeps", "two Ray workers", sweep_of(work, rankings, *two))
+        measured("sweeps", "two, one killed", sweep_of(work, rankings, *two, victim="make_variant"))
     if not part or "statistics" in part:
-        report["statistics"]["one process"] = statistics_of(work, "one")
-        report["statistics"]["two Ray workers"] = statistics_of(work, "two", *two)
-        report["statistics"]["two, one killed"] = statistics_of(work, "killed", *two, victim="profile_part")
-    notes.write_text(json.dumps(report))
+        measured("statistics", "one process", statistics_of(work, "one"))
+        measured("statistics", "two Ray workers", statistics_of(work, "two", *two))
+        killed = statistics_of(work, "killed", *two, victim="profile_part")
+        measured("statistics", "two, one killed", killed)
     shutil.rmtree(work / "variants", ignore_errors=True)
     if {"published", "sweeps", "statistics"} <= report.keys() and len(report["sweeps"]) == 3 == len(
         report["statistics"]
     ):
-        how = "python -m benchmarks.sweep: commands as a user types them, whole process, in one run."
+        how = (
+            "python -m benchmarks.sweep: commands as a user types them, whole process. Other work shared the cores, so "
+            "times are upper bounds."
+        )
         publish("sweep", {**begin(how, work), **report}, page({**begin(how, work), **report}))
 
 

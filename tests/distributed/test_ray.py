@@ -155,6 +155,7 @@ def test_a_worker_that_dies_changes_nothing(
     assert len(watched.done) == len(set(watched.done))  # the lost result is the only one that is made again
 
 
+@pytest.mark.slow  # tests/quality/test_parts.py has it without processes
 def test_a_finished_part_is_not_done_again_after_an_interrupt(
     two: RayWorkers, texts: dict[str, list[Path]], alone: bytes, tmp_path: Path
 ) -> None:
@@ -184,6 +185,7 @@ def test_a_finished_part_is_not_done_again_after_an_interrupt(
     assert not [f.name for f in tmp_path.iterdir() if ".partial" in f.name]
 
 
+@pytest.mark.slow  # a process is started anew in each
 @pytest.mark.parametrize("batch_tokens", [128, 100_000], ids=["passages", "plans"])
 def test_evaluations_are_those_of_one_process(
     two: RayWorkers, texts: dict[str, list[Path]], tmp_path: Path, batch_tokens: int
