@@ -220,10 +220,10 @@ def page(report: dict[str, Any]) -> list[str]:
     ]
     columns = ["statistics of example:tiny", "time", "tokens", "batches", "workers killed"]
     p = report["published"]
+    if rows:
+        lines += [*table([*columns, "file is that of one process, byte for byte"], rows), ""]
     return [
         *lines,
-        *table([*columns, "file is that of one process, byte for byte"], rows),
-        "",
         f"All published variants of gpt-oss-20b are one command; its dry run ({p['seconds']:.1f} s) says:",
         f"{p['variants']} variants of {p['bytes'] / 1e9:.0f} GB together, of which {p['bytes_shared'] / 1e9:.0f} GB",
         f"are shared; to write: {p['bytes_needed'] / 1e9:.0f} GB.",
