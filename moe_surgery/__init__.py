@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from moe_surgery.pipeline.merging import merge_adapter
     from moe_surgery.pipeline.planning import inspect, make_plan
     from moe_surgery.pipeline.pruning import prune
+    from moe_surgery.pipeline.sweep.run import sweep
     from moe_surgery.progress import Progress
     from moe_surgery.quality.evaluate import evaluate
     from moe_surgery.quality.job import profile
@@ -79,6 +80,7 @@ __all__ = [
     "search",
     "speculate",
     "stream",
+    "sweep",
     "trace",
     "verify",
     "view",
@@ -119,6 +121,7 @@ _HOMES = {
     "search": ("moe_surgery.quality.search", "search"),
     "speculate": ("moe_surgery.runtime.speculation.speculate", "speculate"),
     "stream": ("moe_surgery.runtime.generate", "stream"),
+    "sweep": ("moe_surgery.pipeline.sweep.run", "sweep"),
     "trace": ("moe_surgery.quality.trace", "trace"),
     "verify": ("moe_surgery.surgery.verify", "verify_checkpoint"),
     "view": ("moe_surgery.runtime.view", "view"),

@@ -12,7 +12,7 @@ __all__ = ["Counter", "OnProgress", "Progress"]
 class Progress:
     """`done` of `total` units of one stage of a job.
 
-    Stages and their units: "prune", "export" and "verify" in bytes, "answer" in prompts, "energy"
+    Stages and their units: "prune", "sweep", "export" and "verify" in bytes, "answer" in prompts, "energy"
     in experts, "profile", "search", "evaluate", "generate" and "targets" in tokens, "trace" in
     "tokens x layers", "first step" in plans, "repair" in steps. Work of an interrupted run that is resumed counts as
     done. `done` never decreases within a stage. `note` says how the result stands.

@@ -135,6 +135,14 @@ class FileOps:
     def unlink(self, path: str | os.PathLike[str]) -> None:
         os.unlink(path)
 
+    def link(self, old: str | os.PathLike[str], new: str | os.PathLike[str]) -> None:
+        """A second name for the file `old` (hard link); FileExistsError if `new` exists."""
+        os.link(old, new, follow_symlinks=False)
+
+    def make_read_only(self, path: str | os.PathLike[str]) -> None:
+        """Take away everyone's permission to write to a file."""
+        os.chmod(path, os.stat(path).st_mode & 0o7555)
+
     def rename(self, old: str | os.PathLike[str], new: str | os.PathLike[str]) -> None:
         """Rename, replacing `new` if it exists (a file over a file)."""
         os.rename(old, new)

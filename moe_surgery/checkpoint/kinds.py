@@ -57,6 +57,7 @@ PUBLISHED_STATISTICS: Final = Kind(
     "published statistics of experts", "use them with moe-surgery rank or report"
 )
 EVALUATION: Final = Kind("an evaluation", "pass it to --evaluation of moe-surgery report or card")
+SWEEP: Final = Kind("the index of a sweep", "run sweep with its folder again to make what is missing")
 TRACE: Final = Kind("a trace", "no command reads it; moe-surgery trace writes its page with -o")
 MANIFEST: Final = Kind("the manifest of a pruned checkpoint", "pass its folder to verify or card")
 MAPPING: Final = Kind("the expert mapping of a pruned checkpoint", "pass its folder")
@@ -79,8 +80,8 @@ PAGE: Final = Kind("an HTML page", "open it in a browser")
 PICKLE: Final = Kind("a PyTorch file (pickle)", "convert the checkpoint to safetensors")
 
 NOT_TEXTS: Final = frozenset(
-    {PLAN, RANKING, STATISTICS, PUBLISHED_STATISTICS, EVALUATION, TRACE, MANIFEST, MAPPING, BENCH, INSPECTION}
-    | {REMARK, PARTIAL, INDEX, CHECKPOINT, WEIGHTS, GGUF, IMATRIX, PICKLE, ADAPTER}
+    {PLAN, RANKING, STATISTICS, PUBLISHED_STATISTICS, EVALUATION, SWEEP, TRACE, MANIFEST, MAPPING, BENCH}
+    | {INSPECTION, REMARK, PARTIAL, INDEX, CHECKPOINT, WEIGHTS, GGUF, IMATRIX, PICKLE, ADAPTER}
 )
 """Kinds that are never texts to run a model on."""
 
@@ -89,6 +90,7 @@ _FORMATS: Final = {
     "ranking": RANKING,
     "statistics": STATISTICS,
     "evaluation": EVALUATION,
+    "sweep": SWEEP,
     "trace": TRACE,
     "manifest": MANIFEST,
 }

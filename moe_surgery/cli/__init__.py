@@ -25,6 +25,7 @@ COMMANDS = (
     "report",
     "trace",
     "prune",
+    "sweep",
     "repair",
     "merge",
     "verify",

@@ -21,6 +21,7 @@ from moe_surgery.cli.options import (
     router_top_k,
     terminal_of,
 )
+from moe_surgery.cli.ray_options import Ray, ray_options
 from moe_surgery.cli.text_options import TextArguments, text_options
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 @batch_tokens_option
 @click.option("-o", "--output", type=OUTPUT, help="Write all figures here, for `report` and `card`.")
 @compute_options
+@ray_options
 @common
 @click.pass_context
 def command(
@@ -64,6 +66,7 @@ def command(
     batch_tokens: int | None,
     output: Path | None,
     compute: Compute,
+    ray: Ray,
 ) -> None:
     """Measure how much quality plans and pruned checkpoints lose.
 
@@ -87,6 +90,7 @@ def command(
     moe-surgery evaluate example:tiny --top-k 2 --texts notes.txt
     moe-surgery evaluate example:tiny --plan code.json --answers example:python --max-new-tokens 24
     moe-surgery evaluate openai/gpt-oss-20b law-8/ --texts law.jsonl --answers-only -o law.evaluation.json
+    moe-surgery evaluate openai/gpt-oss-20b variants/law-* --texts law.jsonl -o variants/law.evaluation.json --ray
     """
     needs_torch("evaluate")
     from moe_surgery.checkpoint.fileops import FileOps
@@ -104,7 +108,7 @@ def command(
         raise UsageError("--max-new-tokens needs --answers")
     files = texts.files() or None
     plans = [(str(path), load_plan(path)) for path in plan_files]
-    with terminal.job() as progress:
+    with ray.workers() as workers, terminal.job() as progress:
         evaluation = evaluate(
             ckpt,
             files,
@@ -118,6 +122,7 @@ def command(
             answers_only=answers_only,
             batch_tokens=BATCH_TOKENS if batch_tokens is None else batch_tokens,
             **compute.arguments(),
+            workers=workers,
             progress=progress,
         )
     if output is not None:

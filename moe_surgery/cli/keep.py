@@ -16,7 +16,15 @@ if TYPE_CHECKING:
     from moe_surgery.selection.plan import Plan
     from moe_surgery.selection.ranking import Ranking
 
-__all__ = ["by_imatrix", "first_of", "imatrix_options", "keep_options", "keeping", "random_of"]
+__all__ = [
+    "by_imatrix",
+    "first_of",
+    "imatrix_options",
+    "keep_options",
+    "keeping",
+    "order_option",
+    "random_of",
+]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -24,13 +32,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 def keep_options(command: Command) -> Command:
     """--experts, --keep and --order."""
     for option in (
-        click.option(
-            "--order",
-            type=click.Choice(["ascending", "ranking"]),
-            default="ascending",
-            show_default=True,
-            help="Order of the kept experts: by number, or best first as in the published pruned models.",
-        ),
+        order_option,
         click.option(
             "--keep",
             "kept",
@@ -43,6 +45,17 @@ def keep_options(command: Command) -> Command:
     ):
         command = option(command)
     return command
+
+
+def order_option(command: Command) -> Command:
+    """--order, for commands that keep the best of a ranking."""
+    return click.option(
+        "--order",
+        type=click.Choice(["ascending", "ranking"]),
+        default="ascending",
+        show_default=True,
+        help="Order of the kept experts: by number, or best first as in the published pruned models.",
+    )(command)
 
 
 def imatrix_options(command: Command) -> Command:

@@ -23,6 +23,7 @@ __all__ = [
     "BACKEND_HELP",
     "COUNT",
     "DOMAIN_HELP",
+    "EXPERT_COUNTS",
     "EXPERT_LIST",
     "OUTPUT",
     "SIZE",
@@ -299,22 +300,21 @@ class _Count(click.ParamType):  # type: ignore[type-arg]
         return int(float(match[1]) * 1000 ** " KMBT".index(match[2].upper() or " "))
 
 
-class _ExpertList(click.ParamType):  # type: ignore[type-arg]
-    """ "all" stays, "0,3,8-11" -> [0, 3, 8, 9, 10, 11]."""
+class _ExpertCounts(click.ParamType):  # type: ignore[type-arg]
+    """ "4,8-11" -> [4, 8, 9, 10, 11]."""
 
-    name = "LIST|all"
+    name = "LIST"
+    what, examples = "a number of experts", "numbers and ranges such as 4,8,16-24"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not isinstance(value, str):
             return value
-        if value.strip() == "all":
-            return "all"
         kept: list[int] = []
         for item in value.split(","):
             match = re.fullmatch(r"\s*([0-9]{1,5})\s*(?:-\s*([0-9]{1,5}))?\s*", item)
             if not match:
                 self.fail(
-                    f"{item!r} is not an expert number; write all, or numbers and ranges such as 0,3,8-11",
+                    f"{item!r} is not {self.what}; write {self.examples}",
                     param,
                     ctx,
                 )
@@ -323,6 +323,18 @@ class _ExpertList(click.ParamType):  # type: ignore[type-arg]
                 self.fail(f"{item!r} runs backwards; write {last}-{first}, or list the experts", param, ctx)
             kept.extend(range(first, last + 1))
         return kept
+
+
+class _ExpertList(_ExpertCounts):
+    """ "all" stays, "0,3,8-11" -> [0, 3, 8, 9, 10, 11]."""
+
+    name = "LIST|all"
+    what, examples = "an expert number", "all, or numbers and ranges such as 0,3,8-11"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str) and value.strip() == "all":
+            return "all"
+        return super().convert(value, param, ctx)
 
 
 class _Output(click.Path):
@@ -342,3 +354,4 @@ SIZE = _Size()
 COUNT = _Count()
 OUTPUT = _Output(path_type=Path)
 EXPERT_LIST = _ExpertList()
+EXPERT_COUNTS = _ExpertCounts()

@@ -18,6 +18,7 @@ from moe_surgery.cli.options import (
     needs_torch,
     terminal_of,
 )
+from moe_surgery.cli.ray_options import Ray, ray_options
 from moe_surgery.cli.terminal import Terminal
 from moe_surgery.cli.text_options import TextArguments, generate_option, text_options
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     help="Plan file; feed each layer the output of earlier layers pruned by it.",
 )
 @compute_options
+@ray_options
 @common
 @click.pass_context
 def command(
@@ -49,6 +51,7 @@ def command(
     generate: int | None,
     sequential: Path | None,
     compute: Compute,
+    ray: Ray,
 ) -> None:
     """Run texts through a model and record what each expert does.
 
@@ -62,6 +65,7 @@ def command(
     moe-surgery profile example:tiny --texts notes.txt --texts code.py -o tiny.stats
     moe-surgery profile openai/gpt-oss-20b --texts law.jsonl --domain law -o law.stats
     moe-surgery profile openai/gpt-oss-20b --texts questions.jsonl --generate 256 -o answers.stats
+    moe-surgery profile openai/gpt-oss-20b --texts law.jsonl -o law.stats --ray
 
     Stop it at any time; the same command resumes after the last finished batch.
     """
@@ -74,7 +78,7 @@ def command(
     files = texts.files()
     plan = None if sequential is None else load_plan(sequential)
     terminal.after_interrupt = "; the same command resumes after the last finished batch"
-    with terminal.job() as progress:
+    with ray.workers() as workers, terminal.job() as progress:
         profiled = profile(
             ckpt,
             files,
@@ -84,6 +88,7 @@ def command(
             generate=generate,
             sequential=plan,
             **compute.arguments(),
+            workers=workers,
             progress=progress,
         )
     _print(terminal, profiled)

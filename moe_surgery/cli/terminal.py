@@ -32,6 +32,7 @@ PIPE_WIDTH = 200
 COLUMN_GAP = 3
 STAGES = {
     "prune": "pruning",
+    "sweep": "making variants",
     "merge": "merging",
     "export": "exporting",
     "verify": "verifying",

@@ -17,6 +17,7 @@ from moe_surgery.engine.fetch import Fetch, OnFetch, to_fetch
 from moe_surgery.errors import UsageError
 from moe_surgery.families import FAMILIES, AnyFamily, identify_model
 from moe_surgery.families.base import Family
+from moe_surgery.families.model_spec import ModelSpec
 from moe_surgery.pipeline.planning import PlanMaker
 from moe_surgery.progress import Counter, OnProgress
 from moe_surgery.selection.arguments import PathLike
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from moe_surgery.surgery.gguf.program import GgufPruneProgram
     from moe_surgery.surgery.run import Outcome
 
-__all__ = ["PruneResult", "prune"]
+__all__ = ["PruneResult", "prune", "prune_program"]
 
 log = logging.getLogger("moe_surgery")
 
@@ -130,17 +131,17 @@ def prune(
     with Checkpoint.open(checkpoint, ignore_unlisted=ignore_unlisted, ops=ops) as opened:
         model = identify_model(opened, families)
         chosen = (plan(model) if callable(plan) else as_plan(plan)).with_top_k(top_k)
-        program = compile_program(opened, model, chosen, store=store, max_shard_size=shard_size, mtp=mtp)
-        copied = program.copies.get(SOURCE_README_NAME)
-        readme = read_readme(None if copied is None else opened.files.open(copied))
-        origin = origin_of(opened, model, base_model=base_model, card_base_model=readme.base_model)
-        program = replace(program, origin=origin)
-        if repair is not None:
-            program = with_repair(program, model, repair)
-        if card:
-            from moe_surgery.card.card import with_card
-
-            program = with_card(program, model, readme)
+        program = prune_program(
+            opened,
+            model,
+            chosen,
+            store=store,
+            max_shard_size=shard_size,
+            card=card,
+            base_model=base_model,
+            mtp=mtp,
+            repair=repair,
+        )
         target = check_output(opened, out, overwrite=overwrite)
         log.info("reading %.2f GB from %d shards", program.bytes_read / 1e9, len(program.sources))
         fetch = to_fetch(program.shards, program.copies.values(), opened)
@@ -172,3 +173,39 @@ def prune(
         ),
     ]
     return PruneResult(target, program, outcome, tuple(notes), tuple(stale_partials(target)), fetch)
+
+
+def prune_program(
+    opened: Checkpoint,
+    model: ModelSpec,
+    plan: Plan,
+    *,
+    store: str = "keep",
+    max_shard_size: int = DEFAULT_SHARD_SIZE,
+    card: bool = True,
+    base_model: str | None = None,
+    mtp: str | None = None,
+    repair: Repair | None = None,
+    separate_dense: bool = False,
+) -> Program:
+    """The program of `prune`, with its card; see there, and `compile_program` for `separate_dense`."""
+    program = compile_program(
+        opened,
+        model,
+        plan,
+        store=store,
+        max_shard_size=max_shard_size,
+        mtp=mtp,
+        separate_dense=separate_dense,
+    )
+    copied = program.copies.get(SOURCE_README_NAME)
+    readme = read_readme(None if copied is None else opened.files.open(copied))
+    origin = origin_of(opened, model, base_model=base_model, card_base_model=readme.base_model)
+    program = replace(program, origin=origin)
+    if repair is not None:
+        program = with_repair(program, model, repair)
+    if card:
+        from moe_surgery.card.card import with_card
+
+        program = with_card(program, model, readme)
+    return program

@@ -26,6 +26,7 @@ from moe_surgery.quality.hidden_states import HiddenStates
 from moe_surgery.quality.layers import LayerModel
 from moe_surgery.quality.open_layers import open_layers
 from moe_surgery.quality.own_layers import as_layers
+from moe_surgery.quality.parts import ModelArguments
 from moe_surgery.quality.questions import read_questions
 from moe_surgery.quality.resume import default_context, identify, job_digest, stamp_digest
 from moe_surgery.quality.text_files import Texts, as_text_files
@@ -36,8 +37,9 @@ from moe_surgery.runtime.view import view
 from moe_surgery.selection.arguments import Named, PathLike, load_pairs
 from moe_surgery.selection.plan import Plan, check_top_k, load_plan, plan_keeping
 from moe_surgery.surgery.routing import check_view
+from moe_surgery.workers import Workers, everywhere
 
-__all__ = ["evaluate", "evaluate_passages"]
+__all__ = ["Measured", "evaluate", "evaluate_passages", "measure", "results_of"]
 
 BATCH_TOKENS = 8192
 LOGIT_BYTES = 64 << 20
@@ -61,6 +63,36 @@ class _Sums:
         n = self.tokens
         return Quality(n, self.loss / n, max(0.0, self.kl / n), self.agreed / n, rerouted)
 
+    def add(self, other: _Sums) -> None:
+        self.tokens += other.tokens
+        self.loss += other.loss
+        self.kl += other.kl
+        self.agreed += other.agreed
+        self.routes = [a + b for a, b in zip(self.routes, other.routes, strict=True)]
+        self.rerouted = [a + b for a, b in zip(self.rerouted, other.rerouted, strict=True)]
+
+
+@dataclass(slots=True)
+class Measured:
+    """Sums of the full model and of candidates, in that order, by domain, and the experts and top-k of each layer."""
+
+    sums: list[dict[str, _Sums]]
+    counts: list[list[tuple[int, int]]]
+
+    @classmethod
+    def nothing(cls, models: int) -> Measured:
+        return cls([{} for _ in range(models)], [[] for _ in range(models)])
+
+    def add(self, other: Measured) -> None:
+        """Add the sums over other passages."""
+        self.counts = other.counts
+        for mine, others in zip(self.sums, other.sums, strict=True):
+            for domain, sums in others.items():
+                if domain in mine:
+                    mine[domain].add(sums)
+                else:
+                    mine[domain] = sums
+
 
 def evaluate(
     checkpoint: PathLike | Folder,
@@ -81,6 +113,7 @@ def evaluate(
     dtype: torch.dtype | None = None,
     backend: str | None = None,
     families: tuple[AnyFamily, ...] = FAMILIES,
+    workers: Workers | None = None,
     progress: OnProgress | None = None,
 ) -> Evaluation:
     """Compare plans and pruned checkpoints with the full `checkpoint` on `texts`, by `answers` to questions, or both.
@@ -90,7 +123,8 @@ def evaluate(
     batch. `top_k` overrides the experts per token of plans and pruned checkpoints; without either, the
     full model with that top-k is compared with itself. `answers_only` counts only tokens of the
     conversations' answers. `texts`, `format`, `context` and `max_tokens` as for `profile`. `families` are the
-    model families to recognise. `progress` is called with each `Progress`, in tokens finished by all models;
+    model families to recognise. `workers` do several batches at a time, and several groups of models where there are
+    few batches; the figures are the same. `progress` is called with each `Progress`, in tokens finished by all models;
     split texts are reported as a warning on the logger "moe_surgery".
 
     `answers` are files of questions (`read_questions`): every model answers all of them greedily, in at most
@@ -167,7 +201,36 @@ def evaluate(
         log.warning("%d texts are longer than %d tokens and were split", corpus.split, corpus.context)
     done = Counter(progress, "evaluate", total, "tokens")
     groups = batches(passages, batch_tokens)
-    models = evaluate_passages(model, groups, candidates, answers_only=answers_only, progress=done.advance)
+    if workers is None:
+        models = evaluate_passages(
+            model, groups, candidates, answers_only=answers_only, progress=done.advance
+        )
+    else:
+        from moe_surgery.quality.evaluate_parts import evaluate_spread
+
+        computation = tuple(sorted(model.computation.items()))
+        loaded = ModelArguments(
+            everywhere(str(checkpoint)), device, dtype, backend, source_identity, computation
+        )
+        others: list[ModelArguments | None] = [None] * len(named_plans)
+        others += [
+            replace(
+                loaded,
+                checkpoint=everywhere(str(path)),
+                identity=identify(path, families)[1],
+                top_k=top_k,
+            )
+            for path in pruned
+        ]
+        models = evaluate_spread(
+            workers,
+            groups,
+            -(-total // batch_tokens),
+            loaded,
+            [*zip(candidates, others, strict=True)],
+            answers_only=answers_only,
+            progress=done.advance,
+        )
     if answered is not None:
         accuracies = answered.accuracies()
         models = tuple(replace(m, accuracy=a) for m, a in zip(models, accuracies, strict=True))
@@ -195,7 +258,6 @@ def _viewed(whole: Callable[[], CausalLM], plan: Plan) -> CausalLM:
     return view(whole(), plan)
 
 
-@torch.inference_mode()
 def evaluate_passages(
     model: LayerModel | CausalLM,
     groups: Iterable[Sequence[Passage]],
@@ -209,6 +271,22 @@ def evaluate_passages(
     Raises UsageError if there is no token to predict, InvalidInputError if a model's predictions
     are not finite (weights that overflow in the compute dtype). `progress` is called with each batch's tokens.
     """
+    total = Measured.nothing(len(candidates) + 1)
+    for passages in groups:
+        total.add(measure(model, [passages], candidates, answers_only=answers_only, progress=progress))
+    return results_of(total, candidates, answers_only)
+
+
+@torch.inference_mode()
+def measure(
+    model: LayerModel | CausalLM,
+    groups: Iterable[Sequence[Passage]],
+    candidates: Sequence[Candidate],
+    *,
+    answers_only: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Measured:
+    """The sums of the full `model` and the candidates over batches of passages."""
     model = as_layers(model)
     full = Candidate("full", (tuple(range(model.experts)),) * model.moe_layers, model=model)
     models = [full, *candidates]
@@ -239,13 +317,22 @@ def evaluate_passages(
         _compare(model, models, states, targets, sums)
         if progress:
             progress(states[0].tokens)
+    return Measured(sums, counts)
+
+
+def results_of(
+    measured: Measured, candidates: Sequence[Candidate], answers_only: bool
+) -> tuple[ModelResult, ...]:
+    """The results of the full model and the candidates; raises as `evaluate_passages`."""
+    sums, counts = measured.sums, measured.counts
     if not any(s.tokens for s in sums[0].values()):
         raise UsageError(
             "the texts have no token to predict"
             + (" in an answer of a conversation (`answers_only`)" if answers_only else "; give longer ones")
         )
     results = []
-    for i, (candidate, per_domain) in enumerate(zip(models, sums, strict=True)):
+    full = Candidate("full", ((),))
+    for i, (candidate, per_domain) in enumerate(zip([full, *candidates], sums, strict=True)):
         kind = "full" if i == 0 else ("plan" if candidate.model is None else "checkpoint")
         kept = tuple(n for n, _ in counts[i])
         for domain, s in per_domain.items():

@@ -18,6 +18,7 @@ from moe_surgery.progress import Counter, OnProgress
 from moe_surgery.quality.answers import generate_answers
 from moe_surgery.quality.corpus import Passage, batches, open_corpus
 from moe_surgery.quality.open_layers import open_layers
+from moe_surgery.quality.parts import ModelArguments, Parked, ProfilePart, in_order, one_by_one
 from moe_surgery.quality.profile import count_tokens, profile_passages
 from moe_surgery.quality.resume import (
     check_writable,
@@ -40,6 +41,7 @@ from moe_surgery.selection.statistics import (
 )
 from moe_surgery.surgery.routing import check_view
 from moe_surgery.version import __version__
+from moe_surgery.workers import Workers, everywhere
 
 __all__ = ["BATCH_TOKENS", "ProfileResult", "profile"]
 
@@ -71,6 +73,7 @@ def profile(
     dtype: torch.dtype | None = None,
     backend: str | None = None,
     families: tuple[AnyFamily, ...] = FAMILIES,
+    workers: Workers | None = None,
     progress: OnProgress | None = None,
 ) -> ProfileResult:
     """Run texts through a checkpoint one layer at a time and save what its experts did.
@@ -81,7 +84,8 @@ def profile(
     go through a layer before the next is loaded: memory holds one layer and the batch's hidden states.
     `generate`: the model first answers each conversation, in at most that many tokens. `sequential` (a
     plan or its path): layers get the output of earlier layers pruned by this plan. `device`, `dtype` and
-    `backend` as for `load_model`. `families` are the model families to recognise. `progress` is called
+    `backend` as for `load_model`. `families` are the model families to recognise. `workers` do several batches at
+    a time; the sums are added in the order of the batches, so the file is the same. `progress` is called
     with each `Progress`; texts that are split or skipped are reported as warnings on the logger
     "moe_surgery".
 
@@ -133,12 +137,10 @@ def profile(
     resumed = sum(statistics.tokens.values()) if statistics else 0
     layers = model.depth
     profiled = Counter(progress, "profile", total, "tokens", done=resumed * layers, parts=layers)
-    for number, batch in enumerate(batches(passages, batch_tokens)):
-        if number < batches_done:
-            continue
-        data = profile_passages(model, batch, sequential=sequential, progress=profiled.advance)
+
+    def finished(batch: Sequence[Passage], data: Mapping[str, list[ExpertStatistics]]) -> Statistics:
         _check_finite(data, str(checkpoint))
-        part = Statistics(
+        return Statistics(
             spec.model_type,
             source_identity,
             spec.experts,
@@ -146,10 +148,31 @@ def profile(
             spec.top_k,
             count_tokens(batch),
             {d: [] for d in data},
-            data,
+            dict(data),
             {},
             spec.moe_layers,
         )
+
+    def measured(batch: Sequence[Passage]) -> Statistics:
+        return finished(
+            batch, profile_passages(model, batch, sequential=sequential, progress=profiled.advance)
+        )
+
+    def advance(tokens: int) -> None:
+        profiled.advance(tokens * layers)
+
+    numbered = ((n, b) for n, b in enumerate(batches(passages, batch_tokens)) if n >= batches_done)
+    parked = Parked(partial, job)
+    if workers is None:
+        parts = one_by_one(numbered, parked, measured, advance)
+    else:
+        computation = tuple(sorted(model.computation.items()))
+        loaded = ModelArguments(
+            everywhere(str(checkpoint)), device, dtype, backend, source_identity, computation
+        )
+        todo = ((n, ProfilePart(loaded, batch, sequential)) for n, batch in numbered)
+        parts = in_order(workers, todo, batches_done, parked, finished, advance)
+    for number, part in parts:
         statistics = part if statistics is None else merge([statistics, part])
         statistics.settings = {"job": job, "batches": number + 1}
         save_statistics(statistics, partial)

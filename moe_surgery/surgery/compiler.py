@@ -49,6 +49,7 @@ def compile_program(
     store: str = "keep",
     max_shard_size: int = DEFAULT_SHARD_SIZE,
     mtp: str | None = None,
+    separate_dense: bool = False,
 ) -> Program:
     """The program that writes `plan` applied to `checkpoint`.
 
@@ -56,6 +57,7 @@ def compile_program(
     them from other formats. `max_shard_size` bounds the tensor bytes of a shard; a larger tensor gets a
     separate shard. `mtp`: "keep" (default) cuts layers for multi-token prediction to the same number of experts
     (`mtp.choose_mtp` says which), "drop" leaves those layers out.
+    `separate_dense`: tensors that do not count experts get shards of their own, however small the model is.
 
     Raises UsageError for an unknown format or size, PlanMismatchError for a plan of another model or
     one whose layers keep different numbers of experts.
@@ -94,7 +96,7 @@ def compile_program(
     else:
         dense = [(t,) for t in _outputs(model, plan, target, dense=True)]
         experts = list(_paired(_outputs(model, plan, target, dense=False)))
-    shards = _shards(dense, experts, max_shard_size)
+    shards = _shards(dense, experts, max_shard_size, separate_dense)
     texts = {
         CONFIG_NAME: _json(output_config(model, plan, kept, top_k, target)),
         MAPPING_NAME: _json(expert_mapping(plan, model.mtp_layers)),
@@ -205,20 +207,24 @@ def _paired(tensors: Iterator[OutputTensor]) -> Iterator[Group]:
             yield (tensor,)
 
 
-def _shards(dense: list[Group], experts: list[Group], limit: int) -> tuple[OutputShard, ...]:
-    """One shard if everything fits, else separate shards for dense and for expert tensors, dense ones first.
+def _shards(dense: list[Group], experts: list[Group], limit: int, separate: bool) -> tuple[OutputShard, ...]:
+    """One shard if everything fits and need not be separate, else shards of dense tensors and then of experts'.
 
     The tensors of a group stay adjacent where alignment allows it.
     """
     everything = [*dense, *experts]
     whole = _packed(everything, limit)
-    packed = whole if len(whole) == 1 else [*_packed(dense, limit), *_packed(experts, limit)]
+    first = [] if len(whole) == 1 and not separate else _packed(dense, limit)
+    packed = [*first, *_packed(experts, limit)] if first else whole
     names = (
         ["model.safetensors"]
         if len(packed) == 1
         else [f"model-{i:05d}-of-{len(packed):05d}.safetensors" for i in range(1, len(packed) + 1)]
     )
-    return tuple(_shard(name, groups) for name, groups in zip(names, packed, strict=True))
+    return tuple(
+        _shard(name, groups, dense=number < len(first))
+        for number, (name, groups) in enumerate(zip(names, packed, strict=True))
+    )
 
 
 def _packed(groups: list[Group], limit: int) -> list[list[Group]]:
@@ -235,11 +241,11 @@ def _packed(groups: list[Group], limit: int) -> list[list[Group]]:
     return runs
 
 
-def _shard(name: str, groups: list[Group]) -> OutputShard:
+def _shard(name: str, groups: list[Group], *, dense: bool) -> OutputShard:
     ordered = _ordered(groups)
     entries = [(t.name, t.dtype, t.shape) for t in ordered]
     header = build_header(entries, metadata={"format": "pt"}, pad_to=BLOCK, residue=_reflink_residue(ordered))
-    return OutputShard(name, header, tuple(ordered))
+    return OutputShard(name, header, tuple(ordered), dense)
 
 
 def _ordered(groups: list[Group]) -> list[OutputTensor]:

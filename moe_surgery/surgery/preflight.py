@@ -17,7 +17,13 @@ from moe_surgery.surgery.names import MANIFEST_NAME
 if TYPE_CHECKING:
     from moe_surgery.checkpoint.gguf.model_file import GgufModel
 
-__all__ = ["check_gguf_outputs", "check_output", "check_output_file", "checked_gguf_path"]
+__all__ = [
+    "check_folder_of_outputs",
+    "check_gguf_outputs",
+    "check_output",
+    "check_output_file",
+    "checked_gguf_path",
+]
 
 
 def check_output(checkpoint: Checkpoint, out: str | os.PathLike[str], *, overwrite: bool) -> Path:
@@ -31,6 +37,19 @@ def check_output(checkpoint: Checkpoint, out: str | os.PathLike[str], *, overwri
     if os.path.lexists(target):
         _check_replaceable(target, overwrite)
     _check_writable(target.parent)
+    return target
+
+
+def check_folder_of_outputs(checkpoint: Checkpoint, out: str | os.PathLike[str]) -> Path:
+    """The absolute path of a folder that is to hold several outputs; it need not exist.
+
+    Raises UsageError where it is, contains or is inside the source; OutputError where it is something else than a
+    folder, or cannot be written.
+    """
+    target = _separate_path(checkpoint, out, "folder")
+    if os.path.lexists(target) and not target.is_dir():
+        raise OutputError(f"{printable_path(target)}: is not a folder; choose another name")
+    _check_writable(target if target.is_dir() else target.parent)
     return target
 
 

@@ -221,11 +221,15 @@ class OutputTensor:
 
 @dataclass(frozen=True, slots=True)
 class OutputShard:
-    """One output file: `header` (length prefix included), then `tensors` in offset order."""
+    """One output file: `header` (length prefix included), then `tensors` in offset order.
+
+    `dense`: none of its tensors counts experts, so that every plan gives the same bytes.
+    """
 
     name: str
     header: bytes
     tensors: tuple[OutputTensor, ...]
+    dense: bool = False
 
     @property
     def nbytes(self) -> int:

@@ -16,6 +16,7 @@ from moe_surgery.checkpoint.writer import copy_file, remove_leftover, write_file
 from moe_surgery.engine.fetch import OnFetch, to_fetch
 from moe_surgery.engine.output import OnBytes, check_space
 from moe_surgery.engine.run import FolderRun
+from moe_surgery.engine.sharing import share_file
 from moe_surgery.errors import NetworkError
 from moe_surgery.formats.encode_report import EncodeReport
 from moe_surgery.surgery.manifest import FileRecord, manifest_bytes, shard_record
@@ -23,7 +24,15 @@ from moe_surgery.surgery.names import MANIFEST_NAME
 from moe_surgery.surgery.producer import producer_of
 from moe_surgery.surgery.program import Program
 
-__all__ = ["Outcome", "run_program"]
+__all__ = ["Outcome", "SharedFile", "run_program"]
+
+
+@dataclass(frozen=True, slots=True)
+class SharedFile:
+    """A finished shard of another output, and its record there."""
+
+    path: Path
+    record: FileRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +61,12 @@ def run_program(
     on_fetch: OnFetch | None = None,
     ops: FileOps | None = None,
     also: Mapping[str, Shard] | None = None,
+    shared: Mapping[str, SharedFile] | None = None,
 ) -> Outcome:
     """Write `program` to the new folder `out`. `progress` is called with bytes of shards processed,
     `on_fetch` with what is left to be fetched over a network, before it is. `also` are files that the program reads
-    beside the checkpoint's shards.
+    beside the checkpoint's shards. `shared` are, by name, shards that another output already has with the same bytes:
+    they share its disk blocks (`engine.sharing`) and are neither read nor written.
 
     `out` must have passed `check_output`. An interrupted run, and one whose source can no longer be reached,
     leaves its partial folder, and the next one resumes after the finished shards; on any other error nothing is left.
@@ -68,7 +79,7 @@ def run_program(
     salt = repr([s.stamp for _, s in sorted(sources.items())])
     with Staging(out, program.digest(salt), ops) as staging:
         try:
-            job = _Run(program, checkpoint, sources, staging, ops, progress or (lambda _: None))
+            job = _Run(program, checkpoint, sources, staging, ops, progress or (lambda _: None), shared or {})
             return job.execute(overwrite, ignore_free_space, on_fetch)
         except NetworkError:
             raise
@@ -86,7 +97,9 @@ class _Run:
         staging: Staging,
         ops: FileOps,
         progress: OnBytes,
+        shared: Mapping[str, SharedFile],
     ) -> None:
+        self._shared = shared
         self._program = program
         self._checkpoint = checkpoint
         self._sources = sources
@@ -95,7 +108,7 @@ class _Run:
         self._shards = FolderRun(staging, sources, ops, progress)
 
     def execute(self, overwrite: bool, ignore_free_space: bool, on_fetch: OnFetch | None) -> Outcome:
-        shards = self._program.shards
+        shards = [s for s in self._program.shards if s.name not in self._shared]
         finished = self._shards.resume(shards)
         resumed = [s for s in shards if s.name in finished]
         todo = [s for s in shards if s.name not in finished]
@@ -107,6 +120,9 @@ class _Run:
         finished |= self._shards.write(todo, producer_of)
         conversion = _conversion(f.report for f in finished.values())
         records = {s.name: shard_record(s, finished[s.name]) for s in (*resumed, *todo)}
+        for name, file in self._shared.items():
+            share_file(file.path, self._fresh(name), self._ops)
+            records[name] = file.record
         self._write_small_files(records, conversion)
         for source in self._sources.values():
             source.check_unchanged()
@@ -139,7 +155,7 @@ class _Run:
         write_file(self._fresh(MANIFEST_NAME), manifest, self._ops)
 
     def _fresh(self, name: str) -> Path:
-        """The path of a small file, after removing what a killed run left there."""
+        """The path of a small or shared file, after removing what a killed run left there."""
         path = self._staging.folder / name
         remove_leftover(path, self._ops)
         return path

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -61,6 +61,7 @@ def verify_checkpoint(
     adapter: str | os.PathLike[str] | Folder | None = None,
     structure_only: bool = False,
     weights_only: bool = False,
+    checked: Mapping[Hashable, FileRecord] | None = None,
     families: tuple[AnyFamily, ...] = FAMILIES,
     progress: OnProgress | None = None,
 ) -> Verification:
@@ -71,8 +72,9 @@ def verify_checkpoint(
     applied to the source, apart from tensors that were repaired; `adapter` is the one that was merged into it, without
     which a note says how many tensors the merge changed. With `weights_only` an edited or missing file next to
     the shards (README.md, config.json, tokenizer) is a note, not a problem; config and index must still
-    agree with the shards. Damage that the source had before the surgery cannot be detected. `families` are the model
-    families to recognise. `progress` is called with each `Progress`, in bytes.
+    agree with the shards. `checked` are files whose digests were just found to be those of the record: one that is
+    also in this checkpoint (a hard link) is not read again. Damage that the source had before the surgery cannot be
+    detected. `families` are the model families to recognise. `progress` is called with each `Progress`, in bytes.
     `out` may be a GGUF file; see `gguf.verify.verify_gguf`.
 
     Raises OutputError where `out` is not a folder, or has no manifest and `structure_only` is off,
@@ -96,17 +98,24 @@ def verify_checkpoint(
     reads = 0 if structure_only else 2 if source is not None else 1
     total = reads * sum(entry.stat().st_size for entry in os.scandir(folder) if entry.is_file())
     counter = Counter(progress, "verify", total, "bytes")
-    return _Verifier(folder, families, counter.advance).run(source, adapter, structure_only, weights_only)
+    return _Verifier(folder, families, counter.advance, checked or {}).run(
+        source, adapter, structure_only, weights_only
+    )
 
 
 class _Verifier:
     def __init__(
-        self, folder: Path, families: tuple[AnyFamily, ...], progress: Callable[[int], None]
+        self,
+        folder: Path,
+        families: tuple[AnyFamily, ...],
+        progress: Callable[[int], None],
+        checked: Mapping[Hashable, FileRecord],
     ) -> None:
         self._folder = folder
         self._families = families
         self._findings = Findings(progress)
         self._side_file_problems: dict[str, str] = {}  # file next to the shards -> problem
+        self._checked = checked
         self._ops = FileOps()
         self._tensors = 0
 
@@ -182,7 +191,11 @@ class _Verifier:
             header = self._header(file)
             if header is not None:
                 self._compare_header(path, header, record)
-            if not structure_only:
+            if structure_only:
+                return
+            if self._checked.get(file.stamp) == record:
+                self._findings.advance(file.size)
+            else:
                 self._digests(file, record, header)
 
     def _side_file(self, name: str, record: FileRecord, structure_only: bool) -> None:

@@ -11,8 +11,10 @@ import pytest
 from tests.support.command_tree import command_at, command_paths
 
 PATHS = command_paths()
-REPEATED_IN_SOME = {"--metric", "--plan", "--draft", "--draft-plan", "--evaluation", "--dense"}
+REPEATED_IN_SOME = {"--metric", "--plan", "--draft", "--draft-plan", "--evaluation", "--dense", "--ranking"}
 """Given once where a command has one model, as often as wanted where it compares several."""
+LISTS_IN_SOME = {"--experts", "-n"}
+"""A number where a command makes one model, a list where it makes several."""
 
 
 def options(path: tuple[str, ...]) -> dict[str, click.Option]:
@@ -25,7 +27,9 @@ def test_an_option_takes_the_same_kind_of_value_everywhere() -> None:
     for path in PATHS:
         for name, option in options(path).items():
             repeated = option.multiple and name not in REPEATED_IN_SOME
-            kinds[name].add((option.type.name, repeated, option.is_flag, bool(option.secondary_opts)))
+            listed = name in LISTS_IN_SOME and option.type.name == "LIST"
+            kind = "integer" if listed else option.type.name
+            kinds[name].add((kind, repeated, option.is_flag, bool(option.secondary_opts)))
     assert {name: kind for name, kind in kinds.items() if len(kind) > 1} == {}
 
 
@@ -41,6 +45,7 @@ def test_dtype_is_what_is_computed_in_and_store_how_weights_are_stored() -> None
     assert {path for path in PATHS if "--store" in options(path)} == {
         ("plan",),
         ("prune",),
+        ("sweep",),
         ("merge",),
         ("export",),
         ("bench", "surgery"),

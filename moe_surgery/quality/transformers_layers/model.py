@@ -203,6 +203,7 @@ class TransformersModel(LayerModel):
         if table is None and _tied(model.config):
             table = self._table
         self.weights.check_complete([] if table is not None else [f"{name}.weight"])
+        assert table is not None
         unembedding.forward = partial(_unembed, unembedding, table)
 
 

@@ -1,0 +1,1 @@
+"""Parts of long jobs on several processes and machines."""
