@@ -268,8 +268,8 @@ def test_every_long_job_reports_progress_in_one_shape(sentences: Path, tmp_path:
         ("prune", "bytes"): lambda p: prune(TINY, tmp_path / "out", PLAN, progress=p),
         ("verify", "bytes"): lambda p: verify(tmp_path / "out", source=TINY, progress=p),
         ("export", "bytes"): lambda p: export_gguf(TINY, tmp_path / "out.gguf", progress=p),
-        ("profile", "tokens x layers"): lambda p: profile(TINY, law, tmp_path / "s", progress=p),
-        ("search", "layers"): lambda p: search(TINY, law, tmp_path / "r", progress=p),
+        ("profile", "tokens"): lambda p: profile(TINY, law, tmp_path / "s", progress=p),
+        ("search", "tokens"): lambda p: search(TINY, law, tmp_path / "r", progress=p),
         ("evaluate", "tokens"): lambda p: evaluate(TINY, law, plans=[("p", PLAN)], progress=p),
         ("trace", "tokens x layers"): lambda p: trace(TINY, "a", plans=[("p", PLAN)], progress=p),
     }

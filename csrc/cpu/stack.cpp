@@ -139,16 +139,22 @@ class Run {
     std::map<std::pair<const std::int64_t*, std::ptrdiff_t>, VisibleKeys> visible_;
 };
 
+// The engine for a step: long ones are multiplied in tiles.
+Engine for_step(const Engine& engine, const Step& step) {
+    return Engine(engine.kernels(), engine.threads(), step.seq_len >= kTiledTokens);
+}
+
 }  // namespace
 
 void choose(const Engine& engine, const Stack& stack, std::size_t layer, bool attend, const Step& step, const Choice& choice) {
-    Run run(engine, stack, step);
+    const Engine chosen = for_step(engine, step);
+    Run run(chosen, stack, step);
     if (attend) run.self_attention(stack.layers.at(layer), step.caches.at(0));
     run.choose(stack.layers.at(layer), choice);
 }
 
 void run(const Engine& engine, const Stack& stack, const Step& step) {
-    const Engine chosen(engine.kernels(), engine.threads(), step.seq_len >= kTiledTokens);
+    const Engine chosen = for_step(engine, step);
     Run run(chosen, stack, step);
     for (std::size_t i = 0; i < stack.layers.size(); ++i) {
         run.self_attention(stack.layers[i], step.caches[i]);

@@ -45,14 +45,23 @@ def peak_memory(device: torch.device) -> int:
     """Peak bytes: of the device's allocator for CUDA, else resident bytes of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    peak = _status("VmHWM")  # what getrusage says includes the process that started this one
+    if peak is None:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak *= 1 if sys.platform == "darwin" else 1024
+    return peak
 
 
 def process_memory() -> int:
     """Resident bytes of this process, mapped pages included; the peak so far where the system does not tell."""
+    now = _status("VmRSS")
+    return peak_memory(torch.device("cpu")) if now is None else now
+
+
+def _status(field: str) -> int | None:
+    """Bytes that /proc/self/status tells; None where there is no such file."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
-        return peak_memory(torch.device("cpu"))
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":")), None)

@@ -25,6 +25,7 @@ COMMANDS_ARE_MEANT = {
     "checkpoint/kinds.py": "which command takes a kind of file",
     "checkpoint/resolve.py": "the hub's own command that downloads",
     "demo.py": "the commands that it shows",
+    "distributed/ray_workers.py": "Ray's own command that starts it",
     "integrations/lm_eval.py": "the options of lm-eval",
     "report/document.py": "names of CSS variables",
     "report/trace_sections.py": "where the exact figures are",
@@ -103,7 +104,7 @@ def test_an_option_carries_the_name_of_its_parameter(job: str) -> None:
     everywhere = {"json", "verbose", "quiet", "debug"}
     choose_experts = {"plan_file", "plan_files", "ranking", "experts", "kept", "order"}
     choose_experts |= {"imatrix", "metric", "allow_missing", "cut_imatrix"}
-    assert options - known - everywhere - choose_experts <= {"domains", "output"}
+    assert options - known - everywhere - choose_experts <= {"domains", "output", "ray", "ray_workers"}
 
 
 def test_a_checkpoint_names_the_flag_that_reads_it_anyway(tmp_path: Path) -> None:

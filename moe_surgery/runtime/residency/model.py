@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from moe_surgery.kernels import Backend
 from moe_surgery.kernels.interface import Chosen, DecodeStep, FusedLayers
 from moe_surgery.kernels.weights import Layer
 from moe_surgery.runtime.cache import Cache
@@ -84,10 +85,11 @@ class ResidentCausalLM(CausalLM):
         return None
 
     def _chunks(self, cache: Cache, batch: int, tokens: int) -> list[tuple[int, int]]:
-        step = max(1, self.budget.most_tokens() // batch)
-        return [(a, min(a + step, tokens)) for a in range(0, tokens, step)]
+        count = -(-tokens // max(1, self.budget.most_tokens() // batch))
+        return [(tokens * i // count, tokens * (i + 1) // count) for i in range(count)]
 
     def _hidden(self, ids: Tensor, cache: Cache, mask: Tensor | None) -> Tensor:
+        backend = self.backend.for_tokens(ids.shape[1])
         with self.budget.borrowed(ids.numel(), self.pool):
             positions = cache.begin(ids.shape[1], mask)
             cos, sin = self.rope(positions, self.backend)
@@ -100,9 +102,9 @@ class ResidentCausalLM(CausalLM):
                     chosen = fused.attend_and_choose(number, x, positions, cos, sin, caches[number])
                 else:
                     attend = self._attend(number, layer, cache, positions)
-                    x = attention_block(self.backend, self.config, layer, x, cos, sin, attend)
+                    x = attention_block(backend, self.config, layer, x, cos, sin, attend)
                     chosen = self._choose(number, x, None)
-                x = x + self._experts(number, x, fused, *chosen).view(x.shape)
+                x = x + self._experts(backend, number, x, fused, *chosen).view(x.shape)
                 self._guess(number + 1, x, fused)
             cache.end()
             self.pool.usage.end_step(ids.numel())
@@ -112,13 +114,21 @@ class ResidentCausalLM(CausalLM):
         """What layer `number` chooses for x [batch, tokens, hidden], hidden states behind its attention."""
         if fused is not None:
             return fused.choose(number, x)
-        return route(self.backend, self.config, self.layers[number], x.view(-1, x.shape[-1]))
+        backend = self.backend.for_tokens(x.shape[1])
+        return route(backend, self.config, self.layers[number], x.view(-1, x.shape[-1]))
 
     def _experts(
-        self, number: int, x: Tensor, fused: FusedLayers | None, h: Tensor, ids: Tensor, weights: Tensor
+        self,
+        backend: Backend,
+        number: int,
+        x: Tensor,
+        fused: FusedLayers | None,
+        h: Tensor,
+        ids: Tensor,
+        weights: Tensor,
     ) -> Tensor:
         return weighted_experts(
-            self.backend,
+            backend,
             self.pool if self.device_slots is None else self.device_slots,
             self.pool.usage,
             number,

@@ -41,14 +41,14 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("texts")
     result = {}
     for name, domain in (("facts", "facts"), ("other", "spelling")):
-        rows = [json.dumps({"text": t}) for t in documents(domain, 6, 7, questions=1)]
+        rows = [json.dumps({"text": t}) for t in documents(domain, 12, 7, questions=1)]
         result[name] = folder / f"{name}.jsonl"
         result[name].write_text("\n".join(rows) + "\n")
     return result
 
 
 def run(files: dict[str, Path], out: Path, **options: Any) -> RepairResult:
-    given = {"plan": PLAN, "steps": STEPS, "batch_tokens": 64, "max_tokens": 150, "held_out": 0.3, **options}
+    given = {"plan": PLAN, "steps": STEPS, "batch_tokens": 64, "max_tokens": 300, "held_out": 0.5, **options}
     return repair(TINY, files["facts"], out, **given)
 
 
@@ -77,13 +77,13 @@ def test_only_routers_biases_and_norms_change(repaired: RepairResult) -> None:
 def test_the_gain_is_the_one_that_evaluate_measures(
     repaired: RepairResult, files: dict[str, Path], tmp_path: Path
 ) -> None:
-    evaluation = evaluate(TINY, files["other"], plans=[("plan", PLAN)], pruned=[repaired.out], max_tokens=150)
+    evaluation = evaluate(TINY, files["other"], plans=[("plan", PLAN)], pruned=[repaired.out], max_tokens=300)
     _, plan, checkpoint = evaluation.models
     gain = repaired.measured["other"]
     assert gain.tokens == plan.overall.tokens
     assert gain.before == pytest.approx(plan.overall.kl, rel=0.01)
     assert gain.after == pytest.approx(checkpoint.overall.kl, rel=0.01)
-    own = evaluate(TINY, files["facts"], plans=[("plan", PLAN)], pruned=[repaired.out], max_tokens=150)
+    own = evaluate(TINY, files["facts"], plans=[("plan", PLAN)], pruned=[repaired.out], max_tokens=300)
     assert own.models[2].overall.kl < own.models[1].overall.kl
     held_out = repaired.held_out["facts"]
     assert held_out.after < held_out.before
@@ -199,7 +199,7 @@ def test_a_repair_that_is_tried_in_vain_says_so(
 def test_a_pruned_checkpoint_is_repaired_by_its_source(
     files: dict[str, Path], repaired: RepairResult, tmp_path: Path
 ) -> None:
-    options = {"steps": STEPS, "batch_tokens": 64, "max_tokens": 150, "held_out": 0.3, "norms": True}
+    options = {"steps": STEPS, "batch_tokens": 64, "max_tokens": 300, "held_out": 0.5, "norms": True}
     prune(TINY, tmp_path / "pruned", PLAN)
     again = repair(
         tmp_path / "pruned",
