@@ -1,6 +1,6 @@
 """Pruning a full-size checkpoint that lies behind HTTP, beside curl fetching as many bytes from the same server.
 
-    python -m benchmarks.remote --work FOLDER [--rounds 3] [--experts 8]
+    python -m benchmarks.remote --work FOLDER [--rounds 3] [--experts 8] [--link 'unlimited']
 
 FOLDER needs some 30 GB. It holds, or is given, the full-size checkpoint of `surgery_budgets.py` (13.76 GB). A
 hub on loopback (`hub_server.py`, sendfile) serves it: as fast as it can, and as links of 500 MB/s whose answers
@@ -10,7 +10,8 @@ as many zeros there, past the page cache, until they are flushed; `moe-surgery p
 checkpoint there. The model is read once before, so that the server sends it from the page cache.
 Ratios are of prune's bytes a second (all that the server sent) to those of the others in the same round: of the
 slower of curl to /dev/null and dd, which is what server and disk allow, and of curl to files. Memory is the
-whole process's peak resident set. Results go to benchmarks/results/.
+whole process's peak resident set. Results go to benchmarks/results/; with --link those of
+other links that are there already stay.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import click
 from benchmarks.hub_server import MODEL
 from benchmarks.layout import gpt_oss_20b
 from benchmarks.make_checkpoint import make_checkpoint
-from benchmarks.publish import begin, heading, publish, span, table
+from benchmarks.publish import RESULTS, begin, heading, load, publish, span, table
 from moe_surgery import inspect
 from moe_surgery.bench.surgery import command_of, timed
 
@@ -193,8 +194,11 @@ def main(work: Path, rounds: int, experts: int, links: tuple[str, ...]) -> None:
         ),
         "model_bytes": inspect(source).nbytes,
         "experts": experts,
-        "links": {name: measure(name, source, work, experts, rounds) for name in links},
+        "links": {},
     }
+    known = load("remote")["links"] if (RESULTS / "remote.json").exists() else {}
+    measured = {name: measure(name, source, work, experts, rounds) for name in links}
+    report["links"] = {name: link for name in LINKS if (link := measured.get(name) or known.get(name))}
     publish("remote", report, page(report))
 
 
