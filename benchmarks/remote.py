@@ -10,8 +10,8 @@ as many zeros there, past the page cache, until they are flushed; `moe-surgery p
 checkpoint there. The model is read once before, so that the server sends it from the page cache.
 Ratios are of prune's bytes a second (all that the server sent) to those of the others in the same round: of the
 slower of curl to /dev/null and dd, which is what server and disk allow, and of curl to files. Memory is the
-whole process's peak resident set. Results go to benchmarks/results/; with --link those of
-other links that are there already stay.
+whole process's peak resident set. Results go to benchmarks/results/; with --link those of other links that are there
+already stay.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import click
 from benchmarks.hub_server import MODEL
 from benchmarks.layout import gpt_oss_20b
 from benchmarks.make_checkpoint import make_checkpoint
-from benchmarks.publish import RESULTS, begin, heading, load, publish, span, table
+from benchmarks.publish import begin, heading, load, publish, span, table
 from moe_surgery import inspect
 from moe_surgery.bench.surgery import command_of, timed
 
@@ -196,7 +196,7 @@ def main(work: Path, rounds: int, experts: int, links: tuple[str, ...]) -> None:
         "experts": experts,
         "links": {},
     }
-    known = load("remote")["links"] if (RESULTS / "remote.json").exists() else {}
+    known = (load("remote") or {}).get("links", {})
     measured = {name: measure(name, source, work, experts, rounds) for name in links}
     report["links"] = {name: link for name in LINKS if (link := measured.get(name) or known.get(name))}
     publish("remote", report, page(report))
