@@ -15,6 +15,7 @@ from moe_surgery.families import ModelSpec
 from moe_surgery.families.catalog_config import COUNT_KEYS, TOP_K_KEYS, with_counts
 from moe_surgery.quality.hidden_states import HiddenStates
 from moe_surgery.quality.layers import LayerModel, MoeLayer
+from moe_surgery.quality.transformers_layers.allocator import return_large_blocks
 from moe_surgery.quality.transformers_layers.moe_layer import Chosen, TransformersMoeLayer
 from moe_surgery.quality.transformers_layers.skeleton import Skeleton, expert_parameters
 from moe_surgery.quality.transformers_layers.weights import AHEAD, Weights
@@ -57,6 +58,7 @@ class TransformersModel(LayerModel):
         name = str(dtype).removeprefix("torch.")
         self.computation = {"backend": "transformers", "device": device.type, "dtype": name}
         self._experts: Callable[..., Tensor] | None = None
+        return_large_blocks()
         self._skeletons: dict[tuple[int, int], Skeleton] = {}
         self.full = self.skeleton(spec.experts, min(top_k or spec.top_k, spec.experts))
         self.weights = Weights(checkpoint, spec, self.full.parameters, self.full.prefix, dtype, device)
