@@ -4,7 +4,7 @@
 
 One model a call, so that a call takes minutes; calls add their model to what is published. FOLDER/full is the
 full-size checkpoint (`make_checkpoint`), pruned to `--experts` where it has more, and exported to GGUF with `--dense`.
-In every round each side is a process of its own, one after the other, and who begins changes: it loads, warms up,
+In every round each side is one process after the other, in an order that changes by round: it loads, warms up,
 reads prompts of 512 tokens (with `--long` also one of 2048), and decodes at batch 1 and 8. Rates are the best over
 rounds, since others may use the machine; ratios are ours to a side's. Weights are random: speed, not quality.
 The packages are llama-cpp-python and ik-llama-cpp-python; a side whose package is missing is left out, one that ends

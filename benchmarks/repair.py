@@ -8,7 +8,7 @@ and measured on the last, of which neither saw anything, and on documents of the
 published after each domain; with --resume those that are there stay.
 
 The documents of the bundled model are generated. Those of another checkpoint come from a .jsonl file of
-{"text": ...} lines for each domain, split anew by each seed. The model that was bundled before the present one,
+{"text": ...} lines for each domain, split differently by each seed. The previously bundled model,
 trained on five domains of real text, lies in the history of the repository, where its folder begins with 61b541f and
 ends before 93e00fe: git archive REVISION moe_surgery/examples/tiny-gpt-oss | tar x
 """

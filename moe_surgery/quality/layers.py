@@ -78,12 +78,17 @@ class MoeLayer(ABC):
     def mixture(self) -> Tensor:
         """The weighted sum of the chosen experts' outputs, float32 [tokens, hidden]."""
         y = rows_buffer(self.states.tokens, self.hidden, torch.float32, self.states.device)
+        for _, token, slot, output in self._outputs():
+            y.index_add_(0, token.to(y.device), self.share(output, token, slot).to(y.device))
+        return y
+
+    def _outputs(self) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+        """Chosen experts one after the other, with some of their tokens, the slots of these, and the outputs."""
         for number, tokens, slots in routes_by_expert(self.ids):
             expert = self.expert(number)
             for a in range(0, len(tokens), CHUNK_TOKENS):
                 token, slot = tokens[a : a + CHUNK_TOKENS], slots[a : a + CHUNK_TOKENS]
-                y.index_add_(0, token.to(y.device), self.share(expert(token, slot), token, slot).to(y.device))
-        return y
+                yield number, token, slot, expert(token, slot)
 
     def measured(self, owner: Tensor, sums: Tensor) -> MeasuredExperts:
         """`mixture`, and measures of each chosen expert's output, before its weight. Those of the tail are zero.
@@ -95,28 +100,22 @@ class MoeLayer(ABC):
         y = rows_buffer(self.states.tokens, self.hidden, torch.float32, device)
         norms = torch.zeros(ids.shape, dtype=torch.float64)
         least, largest = torch.zeros(ids.shape), torch.zeros(ids.shape)
-        for number, tokens, slots in routes_by_expert(ids):
-            expert = self.expert(number)
-            for a in range(0, len(tokens), CHUNK_TOKENS):
-                token, slot = tokens[a : a + CHUNK_TOKENS], slots[a : a + CHUNK_TOKENS]
-                out = expert(token, slot)
-                y.index_add_(0, token.to(y.device), self.share(out, token, slot).to(y.device))
-                if number >= self.experts:
-                    continue
-                token, slot, out = token.cpu(), slot.cpu(), out.cpu().double()
-                norms[token, slot] = torch.linalg.vector_norm(out, dim=1)
-                least[token, slot], largest[token, slot] = (v.float() for v in out.aminmax(dim=1))
-                for domain in torch.unique(owner[token]).tolist():
-                    sums[domain, number] += out[owner[token] == domain].sum(dim=0)
+        for number, token, slot, out in self._outputs():
+            y.index_add_(0, token.to(y.device), self.share(out, token, slot).to(y.device))
+            if number >= self.experts:
+                continue
+            token, slot, out = token.cpu(), slot.cpu(), out.cpu().double()
+            norms[token, slot] = torch.linalg.vector_norm(out, dim=1)
+            least[token, slot], largest[token, slot] = (v.float() for v in out.aminmax(dim=1))
+            for domain in torch.unique(owner[token]).tolist():
+                sums[domain, number] += out[owner[token] == domain].sum(dim=0)
         return MeasuredExperts(y, norms, least, largest)
 
     def share(self, output: Tensor, tokens: Tensor, slots: Tensor) -> Tensor:
         """What an expert's `output` for `tokens` adds to the mixture, float32."""
-        return (
-            output.float()
-            if self.weighted_input
-            else output.float() * self.weights[tokens, slots, None].float()
-        )
+        if self.weighted_input:
+            return output.float()
+        return output.float() * self.weights[tokens, slots, None].float()
 
     def apply(self) -> Tensor:
         """Complete the layer with its own experts; the ids, on the CPU."""

@@ -92,7 +92,7 @@ def make_variant(job: Job, progress: OnProgress | None = None, ops: FileOps | No
     verification = verify_checkpoint(job.out, checked=checked, progress=progress)
     if not verification.ok:
         raise VerificationError(
-            f"{verification.problems[0]}; remove {printable_path(job.out)} and run again to make it anew"
+            f"{verification.problems[0]}; remove {printable_path(job.out)} and run again to make it once more"
         )
 
 
