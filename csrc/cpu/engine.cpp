@@ -64,7 +64,8 @@ void Engine::products(const float* x, std::ptrdiff_t tokens, const std::vector<P
     std::vector<Product> tiled, q8_0, by_rows;
     for (const Product& product : products) {
         const Dtype dtype = product.weight.dtype;
-        (dtype == Dtype::q8_0 ? q8_0 : tiles_ && dtype == Dtype::bf16 ? tiled : by_rows).push_back(product);
+        const bool has_tiles = dtype == Dtype::bf16 || dtype == Dtype::q8_0;
+        (tiles_ && has_tiles ? tiled : dtype == Dtype::q8_0 ? q8_0 : by_rows).push_back(product);
     }
     if (tokens && !tiled.empty()) tiled_products(x, tokens, tiled);
     if (tokens && !q8_0.empty()) q8_0_products(x, tokens, q8_0);

@@ -108,8 +108,8 @@ constexpr std::ptrdiff_t kTiledTokens = 32;
 
 class Engine {
   public:
-    // `long_step`: attention is computed in tiles, and where the set has them, products of BF16 weights and of experts
-    // in MXFP4 or BF16.
+    // `long_step`: attention is computed in tiles, and where the set has them, products of BF16 and Q8_0 weights
+    // and of experts in MXFP4 or BF16.
     Engine(const Kernels& kernels, int threads, bool long_step = false)
         : kernels_(kernels), threads_(threads), long_step_(long_step), tiles_(long_step ? kernels.tiles : nullptr) {}
 
