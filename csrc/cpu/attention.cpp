@@ -1,4 +1,5 @@
-// Attention over a cache whose slots are in any order: each query's keys are taken in order of position.
+// Attention over a cache whose slots are in any order: each query's keys are taken in order of position. In long steps
+// keys are transposed once, and a few queries go through them together.
 #include <algorithm>
 #include <memory>
 #include <vector>

@@ -2,8 +2,8 @@
 //
 // Tokens' activations are float32, contiguous rows; products with MXFP4 and Q8_0 weights round them to 16-bit integers.
 // Results do not depend on the number of threads or on which tokens are computed together. They do depend on
-// whether products are tiled (see tiles.hpp): for many tokens that is several times faster, where the instruction
-// set has it.
+// whether a step is long: its attention is computed in tiles, and its products, where the instruction set has tiles
+// for them (see tiles.hpp).
 #pragma once
 
 #include <cstddef>
