@@ -7,9 +7,9 @@ full-size checkpoint (`make_checkpoint`), pruned to `--experts` where it has mor
 ours reads the checkpoint with the same dense weights. With `--isa` ours is another side once more, with an instruction
 set that is not the best here.
 In every round each side is one process after the other, in an order that changes by round: it loads, warms up,
-reads a prompt of 512 tokens (with `--long` in the first round also one of 2048), and decodes at batch 1 and 8. Rates are
-the best over rounds, since others may use the machine; ratios are ours to a side's. Weights are random: speed, not
-quality.
+reads a prompt of 512 tokens (with `--long` in the first round also one of 2048), and decodes at batch 1 and 8. Rates
+are the best over rounds, since others may use the machine; ratios are ours to a side's. Weights are random: speed,
+not quality.
 The packages are llama-cpp-python and ik-llama-cpp-python; a side whose package is missing is left out, one that ends
 early is named with what it said.
 """
