@@ -71,7 +71,7 @@ struct AttentionTile {
         }
     }
 
-    // `some(head)` for heads four at a time, then `one(head)`.
+    // `some(head)` for H heads at a time, then `one(head)` for the rest.
     template <int H, class Some, class One>
     static inline void for_heads(std::ptrdiff_t heads, Some some, One one) {
         std::ptrdiff_t h = 0;

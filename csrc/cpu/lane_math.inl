@@ -20,7 +20,7 @@ inline std::ptrdiff_t min_of(std::ptrdiff_t a, std::ptrdiff_t b) { return a < b 
 
 // From this many tokens on, products are computed in panels: some rows for some tokens, a range of columns after the
 // other, so that what is multiplied lies in the L1 cache. Sums stay lanes until the last column: the bits are the same.
-constexpr std::ptrdiff_t kManyTokens = 8, kPanelRows = 32, kPanelTokens = 16;
+constexpr std::ptrdiff_t kManyTokens = 16, kPanelRows = 32, kPanelTokens = 16;
 
 // `run(row, row end, token, tokens)` for the panels of rows first .. last.
 template <class Run>

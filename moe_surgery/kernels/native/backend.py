@@ -82,17 +82,17 @@ class NativeBackend:
         self._reference = ReferenceBackend()
         try:
             threads = _thread_count() if threads is None else threads
-            self._engines = [module.Engine(isa, threads, tiled) for tiled in (False, True)]
+            self._engines = [module.Engine(isa, threads, long_step) for long_step in (False, True)]
         except ValueError as error:
             raise UsageError(f"`backend` native: {error}") from None
         self._engine: Any = self._engines[False]
 
     def for_tokens(self, tokens: int) -> NativeBackend:
-        tiled = tokens > SHORT_STEP
-        if self._engines[tiled] is self._engine:
+        long_step = tokens > SHORT_STEP
+        if self._engines[long_step] is self._engine:
             return self
         other = copy(self)
-        other._engine = self._engines[tiled]
+        other._engine = self._engines[long_step]
         return other
 
     @property
