@@ -1,6 +1,7 @@
 """llama-quantize with a matrix, by llama.cpp's library: python -m tests.support.llama_quantize IN OUT MATRIX
 
-To Q2_K_S, which needs a matrix for most tensors and takes little time. The exit code is llama.cpp's, 0 where it succeeded.
+To Q2_K_S, which needs a matrix for most tensors and takes little time. The exit code is llama.cpp's, 0 where it
+succeeded.
 """
 
 from __future__ import annotations
