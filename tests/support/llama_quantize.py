@@ -1,7 +1,7 @@
-"""llama-quantize with a matrix, by llama.cpp's library: python -m tests.support.llama_quantize IN OUT MATRIX
+"""llama-quantize with a matrix, by llama.cpp's library: python -m tests.support.llama_quantize IN OUT MATRIX ...
 
-To Q2_K_S, which needs a matrix for most tensors and takes little time. The exit code is llama.cpp's, 0 where it
-succeeded.
+To Q2_K_S, which needs a matrix for most tensors and takes little time. Prints llama.cpp's result for each three
+files, 0 where it succeeded.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 Q2_K_S = 21
 
 
-def main(source: str, out: str, matrix: str) -> int:
+def quantised(source: str, out: str, matrix: str) -> int:
     tensors = {t.name: t.data for t in gguf.GGUFReader(matrix).tensors}
     kept = []
     for name in [n.removesuffix(".in_sum2") for n in tensors if n.endswith(".in_sum2")]:
@@ -34,4 +34,6 @@ def main(source: str, out: str, matrix: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    files = iter(sys.argv[1:])
+    for source, out, matrix in zip(files, files, files, strict=True):
+        print(quantised(source, out, matrix))
