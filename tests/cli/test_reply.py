@@ -96,7 +96,7 @@ def test_the_reasoning_is_dimmed_on_a_terminal(
     monkeypatch.delenv("NO_COLOR", raising=False)
     if no_color:
         monkeypatch.setenv("NO_COLOR", "1")
-        with os.fdopen(reference, "w") as terminal, monkeypatch.context() as patch:
+        with os.fdopen(reference, "w", encoding="utf-8") as terminal, monkeypatch.context() as patch:
             patch.setattr(sys, "stderr", terminal)
             ended = asked(capsys, model)
         code, out = ended.code, ended.out
