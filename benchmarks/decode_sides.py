@@ -2,8 +2,9 @@
 ik_llama.cpp, driven line by line.
 
     python -m benchmarks.decode_sides ours|llama.cpp|ik_llama.cpp|control|bandwidth [CHECKPOINT GGUF]
-        --threads N --logits FILE
+        --threads N --logits FILE [--dense q8_0] [--isa avx512vnni]
 
+`--dense` and `--isa` are ours: dense weights in 8 bits, and an instruction set that is not the best here.
 `control` and `bandwidth` answer with one line and end: the logits of ours in BF16, and how fast memory is read.
 """
 
@@ -45,15 +46,23 @@ def prompts(vocabulary: int, batch: int, length: int) -> np.ndarray:
 
 
 class Ours:
-    def __init__(self, checkpoint: str, _: str, threads: int, dtype: str | None = None) -> None:
+    def __init__(
+        self, checkpoint: str, threads: int, dtype: str | None = None, dense: str = "keep", isa: str = ""
+    ) -> None:
         import torch
 
+        from moe_surgery.kernels.native import NativeBackend
         from moe_surgery.runtime.load import load_model
 
         torch.set_num_threads(threads)
         self._torch = torch
-        self._model = load_model(checkpoint, dtype=None if dtype is None else getattr(torch, dtype))
-        self.name = f"{self._model.backend.name} backend, {self._model.dtype}"
+        dtype_of = None if dtype is None else getattr(torch, dtype)
+        self._model = load_model(checkpoint, dtype=dtype_of, dense=dense)
+        if isa:
+            self._model.backend = NativeBackend(isa)
+        backend = self._model.backend
+        kernels = f"{backend.name} ({backend.isa})" if isinstance(backend, NativeBackend) else backend.name
+        self.name = f"{kernels}, {self._model.dtype}{', dense weights in Q8_0' if dense == 'q8_0' else ''}"
 
     def begin(self, batch: int, context: int) -> None:
         self._cache = self._model.new_cache(batch, context)
@@ -119,7 +128,9 @@ class Llama:
         return np.stack(rows)
 
 
-def serve(side: str, checkpoint: str, gguf: str, threads: int, logits: str) -> None:
+def serve(
+    side: str, checkpoint: str, gguf: str, threads: int, logits: str, dense: str = "keep", isa: str = ""
+) -> None:
     """One side in this process: load, then do what each line of the input says, one line of JSON for each.
 
     The libraries are imported before the clock starts: what is timed is the model. The logits of the
@@ -129,7 +140,7 @@ def serve(side: str, checkpoint: str, gguf: str, threads: int, logits: str) -> N
     vocabulary, kept = vocabulary_of(checkpoint), []
     start = time.perf_counter()
     if side == "ours":
-        runner: Ours | Llama = Ours(checkpoint, gguf, threads)
+        runner: Ours | Llama = Ours(checkpoint, threads, dense=dense, isa=isa)
     else:
         runner = Llama(LIBRARIES[side], gguf, threads)
     print(json.dumps({"load_s": time.perf_counter() - start, "name": runner.name}), flush=True)
@@ -155,7 +166,7 @@ def serve(side: str, checkpoint: str, gguf: str, threads: int, logits: str) -> N
 
 def run_control(checkpoint: str, threads: int, logits: str) -> dict:
     """Ours in BF16: the logits of the prompts go to the file `logits`."""
-    runner, kept = Ours(checkpoint, "", threads, "bfloat16"), []
+    runner, kept = Ours(checkpoint, threads, "bfloat16"), []
     for batch in BATCHES:
         runner.begin(batch, PROMPT + 1)
         kept.append(runner.step(prompts(vocabulary_of(checkpoint), batch, PROMPT)))
@@ -193,13 +204,15 @@ def read_bandwidth(threads: int) -> float:
 @click.argument("files", nargs=-1)
 @click.option("--threads", type=int, required=True)
 @click.option("--logits", default="")
-def main(side: str, files: tuple[str, ...], threads: int, logits: str) -> None:
+@click.option("--dense", default="keep")
+@click.option("--isa", default="")
+def main(side: str, files: tuple[str, ...], threads: int, logits: str, dense: str, isa: str) -> None:
     if side == "bandwidth":
         click.echo(json.dumps({"bytes_per_s": read_bandwidth(threads)}))
     elif side == "control":
         click.echo(json.dumps(run_control(files[0], threads, logits)))
     else:
-        serve(side, files[0], files[1], threads, logits)
+        serve(side, files[0], files[1], threads, logits, dense, isa)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 
 A product of gpt-oss-20b's gate_up size, and a layer of experts. Gop/s count a multiplication and an addition for
 each weight and token once, whatever a kernel does for them: products in tiles do it twice, for the two halves of an
-activation. The best of the rounds is given, since others may use the machine; ratios are of the same run.
+activation, and with Q8_0 weights four times. The rate of one of these passes is compared with PyTorch's BF16 product.
+The best of the rounds is given, since others may use the machine; ratios are of the same run.
 Errors are norms relative to float64; "one pass" rounds activations to BF16 and is exact otherwise.
 """
 
@@ -25,6 +26,7 @@ from benchmarks.native.operands import random_bf16, random_bytes
 from benchmarks.publish import begin, heading, publish, table
 from moe_surgery.formats.mxfp4 import decode
 from moe_surgery.kernels.native import NativeBackend
+from moe_surgery.kernels.q8_0 import quantise
 from moe_surgery.kernels.weights import ExpertWeights, Mxfp4Weight
 
 HIDDEN = 2880
@@ -35,11 +37,12 @@ LONG = 512  # any number of tokens that makes a step long
 
 @dataclass
 class Candidate:
-    """`run` multiplies `gop` times 10^9 operations."""
+    """`run` multiplies `gop` times 10^9 operations, and each `passes` times for the parts of its operands."""
 
     name: str
     gop: float
     run: Callable[[], object]
+    passes: int = 1
     best: float = float("inf")
 
 
@@ -120,7 +123,7 @@ def errors(weight: torch.Tensor, layer: ExpertWeights, tokens: int) -> list[dict
 
 def speeds(weight: torch.Tensor, layer: ExpertWeights, tokens: int, rounds: int) -> list[dict[str, object]]:
     x, (ids, shares) = torch.randn(tokens, HIDDEN), random_choices(tokens)
-    x_bf16, weight_f32 = x.bfloat16(), weight.float()
+    x_bf16, weight_f32, eight_bit = x.bfloat16(), weight.float(), quantise(weight, "the weight")
     dense = 2e-9 * tokens * weight.numel()
     moe = 2e-9 * tokens * TOP_K * 3 * HIDDEN * HIDDEN
     rows: list[dict[str, object]] = []
@@ -131,9 +134,11 @@ def speeds(weight: torch.Tensor, layer: ExpertWeights, tokens: int, rounds: int)
             Candidate("PyTorch float32 dense", dense, lambda: linear(x, weight_f32)),
         ]
         for name, backend in paths(threads).items():
+            halves = 2 if backend.has_tiles else 1
             candidates += [
-                Candidate(f"dense, {name}", dense, partial(backend.linear, x, weight)),
-                Candidate(f"experts, {name}", moe, partial(backend.experts, x, ids, shares, layer)),
+                Candidate(f"dense, {name}", dense, partial(backend.linear, x, weight), halves),
+                Candidate(f"dense in Q8_0, {name}", dense, partial(backend.linear, x, eight_bit), halves**2),
+                Candidate(f"experts, {name}", moe, partial(backend.experts, x, ids, shares, layer), halves),
             ]
         for _ in range(rounds + 1):
             for candidate in candidates:
@@ -150,6 +155,7 @@ def speeds(weight: torch.Tensor, layer: ExpertWeights, tokens: int, rounds: int)
                     "threads": threads,
                     "Gop/s": rate,
                     "to PyTorch BF16": rate / torch_rate,
+                    "one pass to PyTorch BF16": candidate.passes * rate / torch_rate,
                 }
             )
     return rows

@@ -66,11 +66,17 @@ struct AttentionKernel {
         V::store(lanes, maxima);
         for (float value : lanes) max_score = value > max_score ? value : max_score;
         F totals = V::zero();
-        for (std::ptrdiff_t i = 0; i < padded; i += kLanes) {
-            V::store(lanes, Math::exp(V::sub(V::load(scores + i), V::set(max_score))));
-            for (std::ptrdiff_t j = min_of(kLanes, count - i); j < kLanes; ++j) lanes[j] = 0.0f;
-            const F weights = V::load(lanes);
+        const std::ptrdiff_t full = count / kLanes * kLanes;
+        for (std::ptrdiff_t i = 0; i < full; i += kLanes) {
+            const F weights = Math::exp(V::sub(V::load(scores + i), V::set(max_score)));
             V::store(scores + i, weights);
+            totals = V::add(totals, weights);
+        }
+        if (full < count) {
+            V::store(lanes, Math::exp(V::sub(V::load(scores + full), V::set(max_score))));
+            for (std::ptrdiff_t j = count - full; j < kLanes; ++j) lanes[j] = 0.0f;
+            const F weights = V::load(lanes);
+            V::store(scores + full, weights);
             totals = V::add(totals, weights);
         }
         V::store(lanes, Math::exp(V::set(sink - max_score)));
@@ -87,21 +93,28 @@ struct AttentionKernel {
             for (int h = 0; h < H; ++h) {
                 for (int j = 0; j < kAtOnce; ++j) acc[h][j] = V::zero();
             }
-            for (std::ptrdiff_t i = 0; i < range.count; ++i) {
-                const std::uint8_t* value = range.values + range.slots[i] * range.value_stride;
-                F value_parts[kAtOnce];
-                for (int j = 0; j < kAtOnce; ++j) value_parts[j] = head_part<IsF32>(value, d + j * kLanes, head_dim);
-                for (int h = 0; h < H; ++h) {
-                    const F weight = V::set(weights[h * stride + i]);
-                    for (int j = 0; j < kAtOnce; ++j) acc[h][j] = V::fma(weight, value_parts[j], acc[h][j]);
-                }
-            }
+            add_values<IsF32, H>(weights, stride, range, d, head_dim, acc);
             for (int h = 0; h < H; ++h) {
                 for (int j = 0; j < kAtOnce; ++j) {
                     const std::ptrdiff_t start = d + j * kLanes;
                     Math::store_partial(out + h * head_dim + start, V::mul(acc[h][j], V::set(inverse_sums[h])),
                                   min_of(kLanes, head_dim - start));
                 }
+            }
+        }
+    }
+
+    // Adds the range's values from value d of a head on, times weights[h * stride + key].
+    template <bool IsF32, int H, int N>
+    static inline void add_values(const float* weights, std::ptrdiff_t stride, const KeyRange& range, std::ptrdiff_t d,
+                                  std::ptrdiff_t head_dim, F (&acc)[H][N]) {
+        for (std::ptrdiff_t i = 0; i < range.count; ++i) {
+            const std::uint8_t* value = range.values + range.slots[i] * range.value_stride;
+            F value_parts[N];
+            for (int j = 0; j < N; ++j) value_parts[j] = head_part<IsF32>(value, d + j * kLanes, head_dim);
+            for (int h = 0; h < H; ++h) {
+                const F weight = V::set(weights[h * stride + i]);
+                for (int j = 0; j < N; ++j) acc[h][j] = V::fma(weight, value_parts[j], acc[h][j]);
             }
         }
     }

@@ -244,11 +244,11 @@ void bind(nb::module_& module) {
         .def("add_layer", &add_layer);
     nb::class_<Engine>(module, "Engine")
         .def("__init__",
-             [](Engine* self, const std::string& isa, int threads, bool tiled) {
+             [](Engine* self, const std::string& isa, int threads, bool long_step) {
                  if (threads < 1) throw std::invalid_argument("threads must be at least 1");
-                 new (self) Engine(select_kernels(isa), threads, tiled);
+                 new (self) Engine(select_kernels(isa), threads, long_step);
              },
-             "isa"_a, "threads"_a, "tiled"_a = false)
+             "isa"_a, "threads"_a, "long_step"_a = false)
         .def_prop_ro("isa", [](const Engine& engine) { return engine.kernels().name; })
         .def_prop_ro("threads", &Engine::threads)
         .def_prop_ro("tiled", &Engine::tiled, "Whether products are tiled: asked for, and available.")

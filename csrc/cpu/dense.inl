@@ -19,15 +19,25 @@ struct Dense {
         for (int r = 0; r < R; ++r) {
             for (int t = 0; t < T; ++t) sums[r][t] = V::zero();
         }
-        const std::ptrdiff_t full = columns / kGroup, ahead = R * stride > kAhead ? R * stride : kAhead;
-        for (std::ptrdiff_t g = 0; g < full; ++g) {
+        add_groups<W, R, T>(w, stride, columns, 0, groups_of(columns), x, sums);
+        for (int r = 0; r < R; ++r) {
+            for (int t = 0; t < T; ++t) y[t * y_stride + r] = V::sum(sums[r][t]);
+        }
+    }
+
+    // Adds the products of groups first .. last.
+    template <class W, int R, int T>
+    static inline void add_groups(const std::uint8_t* w, std::ptrdiff_t stride, std::ptrdiff_t columns, std::ptrdiff_t first,
+                                  std::ptrdiff_t last, const Deinterleaved* x, F (&sums)[R][T]) {
+        const std::ptrdiff_t full = min_of(last, columns / kGroup), ahead = R * stride > kAhead ? R * stride : kAhead;
+        for (std::ptrdiff_t g = first; g < full; ++g) {
             multiply<W, R, T>(x, g, sums, [&](int r) {
                 const std::uint8_t* from = w + r * stride + W::kBytes * kGroup * g;
                 for (int line = 0; line < W::kBytes * kGroup; line += 64) prefetch(from + ahead + line);
                 return from;
             });
         }
-        if (full * kGroup < columns) {
+        if (full < last) {
             std::uint8_t padded[R][W::kBytes * kGroup] = {};
             const std::ptrdiff_t start = W::kBytes * kGroup * full;
             for (int r = 0; r < R; ++r) {
@@ -35,8 +45,51 @@ struct Dense {
             }
             multiply<W, R, T>(x, full, sums, [&](int r) { return padded[r]; });
         }
-        for (int r = 0; r < R; ++r) {
-            for (int t = 0; t < T; ++t) y[t * y_stride + r] = V::sum(sums[r][t]);
+    }
+
+    // R rows of a panel for all its tokens, over groups first .. last.
+    template <class W, int R>
+    static void dense_panel_rows(const std::uint8_t* w, const DenseRows& weight, std::ptrdiff_t first, std::ptrdiff_t last,
+                                 const Deinterleaved* x, std::ptrdiff_t tokens, F (*sums)[kPanelTokens]) {
+        std::ptrdiff_t t = 0;
+        const auto run = [&](auto width) {
+            constexpr int T = decltype(width)::value;
+            for (; tokens - t >= T; t += T) {
+                F some[R][T];
+                for (int r = 0; r < R; ++r) {
+                    for (int i = 0; i < T; ++i) some[r][i] = sums[r][t + i];
+                }
+                add_groups<W, R, T>(w, weight.stride, weight.columns, first, last, x + t, some);
+                for (int r = 0; r < R; ++r) {
+                    for (int i = 0; i < T; ++i) sums[r][t + i] = some[r][i];
+                }
+            }
+        };
+        run(std::integral_constant<int, V::kTokens>{});
+        run(std::integral_constant<int, 1>{});
+    }
+
+    template <class W>
+    static void dense_panel(const DenseRows& weight, std::ptrdiff_t first, std::ptrdiff_t last, const Deinterleaved* x,
+                            std::ptrdiff_t tokens, float* y, std::ptrdiff_t y_stride) {
+        constexpr std::ptrdiff_t kGroupsAtOnce = 15;
+        F sums[kPanelRows][kPanelTokens];
+        for (auto& row : sums) {
+            for (F& sum : row) sum = V::zero();
+        }
+        const std::ptrdiff_t groups = groups_of(weight.columns);
+        for (std::ptrdiff_t g = 0; g < groups; g += kGroupsAtOnce) {
+            const std::ptrdiff_t end = min_of(groups, g + kGroupsAtOnce);
+            std::ptrdiff_t r = first;
+            for (; last - r >= V::kRows; r += V::kRows) {
+                dense_panel_rows<W, V::kRows>(weight.data + r * weight.stride, weight, g, end, x, tokens, sums + (r - first));
+            }
+            for (; r < last; ++r) {
+                dense_panel_rows<W, 1>(weight.data + r * weight.stride, weight, g, end, x, tokens, sums + (r - first));
+            }
+        }
+        for (std::ptrdiff_t r = 0; r < last - first; ++r) {
+            for (std::ptrdiff_t t = 0; t < tokens; ++t) y[t * y_stride + r] = V::sum(sums[r][t]);
         }
     }
 
@@ -76,6 +129,12 @@ struct Dense {
                            std::ptrdiff_t tokens, float* y, std::ptrdiff_t y_stride) {
         Math::with(weight.dtype, [&](auto dtype) {
             using W = decltype(dtype);
+            if (tokens >= kManyTokens) {
+                for_panels(first, last, tokens, [&](std::ptrdiff_t r, std::ptrdiff_t end, std::ptrdiff_t t, std::ptrdiff_t count) {
+                    dense_panel<W>(weight, r, end, x + t, count, y + t * y_stride + r - first, y_stride);
+                });
+                return;
+            }
             std::ptrdiff_t r = first;
             for (; last - r >= V::kRows; r += V::kRows) {
                 const std::uint8_t* w = weight.data + r * weight.stride;

@@ -14,6 +14,8 @@ namespace {
 constexpr std::ptrdiff_t kPieceBytes = 96 << 10;
 // Tokens that a thread multiplies with one piece of weights at a time, so that both stay in its cache.
 constexpr std::ptrdiff_t kTokensAtOnce = 32;
+// Rows of a piece at least in long steps, where each token's activations are read again for every piece.
+constexpr std::ptrdiff_t kLongStepRows = 80;
 
 #if defined(MOE_SURGERY_TILES)
 // The kernels of AVX-512 VNNI, with tiles beside them.
@@ -62,7 +64,8 @@ void Engine::products(const float* x, std::ptrdiff_t tokens, const std::vector<P
     std::vector<Product> tiled, q8_0, by_rows;
     for (const Product& product : products) {
         const Dtype dtype = product.weight.dtype;
-        (dtype == Dtype::q8_0 ? q8_0 : tiles_ && dtype == Dtype::bf16 ? tiled : by_rows).push_back(product);
+        const bool has_tiles = dtype == Dtype::bf16 || dtype == Dtype::q8_0;
+        (tiles_ && has_tiles ? tiled : dtype == Dtype::q8_0 ? q8_0 : by_rows).push_back(product);
     }
     if (tokens && !tiled.empty()) tiled_products(x, tokens, tiled);
     if (tokens && !q8_0.empty()) q8_0_products(x, tokens, q8_0);
@@ -74,11 +77,15 @@ void Engine::row_products(const float* x, std::ptrdiff_t tokens, const std::vect
     // Rows of a piece: a multiple of a kernel's tile.
     std::ptrdiff_t bytes = 1;
     for (const Product& product : products) bytes = std::max(bytes, bytes_of(product.weight.dtype) * columns);
-    const std::ptrdiff_t step = std::max<std::ptrdiff_t>(1, kPieceBytes / (10 * bytes)) * 10;
+    std::ptrdiff_t step = std::max<std::ptrdiff_t>(1, kPieceBytes / (10 * bytes)) * 10;
+    if (tokens >= kTokensAtOnce) step = std::max(step, kLongStepRows);
     std::vector<std::ptrdiff_t> ends;
     for (const Product& product : products) {
         ends.push_back((ends.empty() ? 0 : ends.back()) + pieces_of(product.rows, step));
     }
+    // Where rows make few pieces, tokens are cut too.
+    const std::ptrdiff_t chunks = pieces_of(tokens, kTokensAtOnce);
+    const std::ptrdiff_t token_parts = std::min(chunks, pieces_of(4 * threads_, ends.back()));
     std::vector<float> deinterleave(static_cast<std::size_t>(tokens * width));
     std::vector<Deinterleaved> rows(static_cast<std::size_t>(tokens));
     for (std::ptrdiff_t t = 0; t < tokens; ++t) rows[static_cast<std::size_t>(t)] = deinterleave.data() + t * width;
@@ -87,19 +94,21 @@ void Engine::row_products(const float* x, std::ptrdiff_t tokens, const std::vect
         kernels_.deinterleave(x + t * columns, columns, deinterleave.data() + t * width);
     };
     const auto multiply = [&](std::ptrdiff_t piece, int) {
+        const std::ptrdiff_t part = piece % token_parts;
+        piece /= token_parts;
         const auto which = std::upper_bound(ends.begin(), ends.end(), piece) - ends.begin();
         const Product& product = products[static_cast<std::size_t>(which)];
         const std::ptrdiff_t before = which ? ends[static_cast<std::size_t>(which - 1)] : 0;
         const std::ptrdiff_t first = (piece - before) * step, last = std::min(product.rows, first + step);
-        for (std::ptrdiff_t t = 0; t < tokens; t += kTokensAtOnce) {
-            kernels_.dense_rows(product.weight, first, last, rows.data() + t, std::min(kTokensAtOnce, tokens - t),
-                                product.y + t * product.rows + first, product.rows);
-        }
-        for (std::ptrdiff_t t = 0; t < tokens; ++t) {
-            add_values(product.bias, first, last, product.y + t * product.rows + first);
+        const std::ptrdiff_t end = std::min(tokens, chunks * (part + 1) / token_parts * kTokensAtOnce);
+        for (std::ptrdiff_t t = chunks * part / token_parts * kTokensAtOnce; t < end; t += kTokensAtOnce) {
+            const std::ptrdiff_t count = std::min(kTokensAtOnce, end - t);
+            float* y = product.y + t * product.rows + first;
+            kernels_.dense_rows(product.weight, first, last, rows.data() + t, count, y, product.rows);
+            for (std::ptrdiff_t i = 0; i < count; ++i) add_values(product.bias, first, last, y + i * product.rows);
         }
     };
-    Pool::shared().run(threads_, {{tokens, deinterleave_token}, {ends.back(), multiply}});
+    Pool::shared().run(threads_, {{tokens, deinterleave_token}, {ends.back() * token_parts, multiply}});
 }
 
 void Engine::rms_norm(const float* x, std::ptrdiff_t tokens, std::ptrdiff_t columns, const Values& weight,

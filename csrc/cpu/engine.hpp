@@ -2,8 +2,8 @@
 //
 // Tokens' activations are float32, contiguous rows; products with MXFP4 and Q8_0 weights round them to 16-bit integers.
 // Results do not depend on the number of threads or on which tokens are computed together. They do depend on
-// whether products are tiled (see tiles.hpp): for many tokens that is several times faster, where the instruction
-// set has it.
+// whether a step is long: its attention is computed in tiles, and its products, where the instruction set has tiles
+// for them (see tiles.hpp).
 #pragma once
 
 #include <cstddef>
@@ -90,10 +90,16 @@ struct Attention {
     float* out;             // [batch, queries, heads * head_dim]
 };
 
-// The slots that each query attends to, in order of position: those of query i of [batch, queries] end at ends[i].
+// The slots that each query attends to: range [first, last) of `slots`, which has those of a sequence in order of
+// position, one sequence after the other.
 struct VisibleKeys {
+    struct Range {
+        std::ptrdiff_t first, last;
+        std::ptrdiff_t count() const { return last - first; }
+    };
     std::vector<std::int32_t> slots;
-    std::vector<std::ptrdiff_t> ends;
+    std::vector<Range> queries;    // [batch, queries]
+    std::vector<Range> sequences;  // [batch]
 };
 VisibleKeys visible_keys(const Attention& attention);
 
@@ -102,9 +108,10 @@ constexpr std::ptrdiff_t kTiledTokens = 32;
 
 class Engine {
   public:
-    // `tiled`: products of BF16 weights and of experts in MXFP4 or BF16 are tiled, where the set has tiles.
-    Engine(const Kernels& kernels, int threads, bool tiled = false)
-        : kernels_(kernels), threads_(threads), tiles_(tiled ? kernels.tiles : nullptr) {}
+    // `long_step`: attention is computed in tiles, and where the set has them, products of BF16 and Q8_0 weights
+    // and of experts in MXFP4 or BF16.
+    Engine(const Kernels& kernels, int threads, bool long_step = false)
+        : kernels_(kernels), threads_(threads), long_step_(long_step), tiles_(long_step ? kernels.tiles : nullptr) {}
 
     // Several products with the same activations, as one.
     void products(const float* x, std::ptrdiff_t tokens, const std::vector<Product>& products) const;
@@ -125,10 +132,12 @@ class Engine {
     void tiled_products(const float* x, std::ptrdiff_t tokens, const std::vector<Product>& products) const;
     void row_experts(const float* x, const Choices& choices, const ExpertLayer& layer, const SlotOutputs& outputs) const;
     void tiled_experts(const float* x, const Choices& choices, const ExpertLayer& layer, const SlotOutputs& outputs) const;
+    void tiled_attention(const Attention& attention, const VisibleKeys& visible) const;
     void q8_0_products(const float* x, std::ptrdiff_t tokens, const std::vector<Product>& products) const;
 
     const Kernels& kernels_;
     const int threads_;
+    const bool long_step_;
     const TileKernels* const tiles_;  // null for products by rows
 };
 

@@ -117,6 +117,20 @@ struct KeyRange {
     bool is_f32;  // float32 keys and values, else BF16
 };
 
+// Long steps: some queries with the keys of a KeyRange, which are transposed once for all queries. In blocks of
+// kKeysAtOnce, value d of key i is transposed[(i / kKeysAtOnce * head_dim + d) * kKeysAtOnce + i % kKeysAtOnce].
+constexpr std::ptrdiff_t kKeysAtOnce = 64;
+constexpr std::ptrdiff_t kQueriesAtOnce = 4;
+constexpr std::ptrdiff_t kMostHeads = 64;  // of a tile
+struct QueryTile {
+    std::ptrdiff_t queries;
+    const float* q[kQueriesAtOnce];  // heads from q_stride to q_stride
+    float* out[kQueriesAtOnce];      // [heads, head_dim]
+    std::ptrdiff_t first[kQueriesAtOnce], last[kQueriesAtOnce];  // the keys that each attends to
+};
+// Scores of a head: those of a tile's keys from a whole block on, and what softmax writes after the last.
+constexpr std::ptrdiff_t tile_scores(std::ptrdiff_t keys) { return (keys / kKeysAtOnce + 3) * kKeysAtOnce; }
+
 struct TileKernels;  // see tiles.hpp
 
 // The kernels of one instruction set; all sets give the same bits, but for `tiles`.
@@ -157,6 +171,13 @@ struct Kernels {
     // head's sink, times the range's values. `scores` is scratch of attention_scratch(range.count) floats.
     void (*attention)(const float* q, std::ptrdiff_t q_stride, const float* sinks, std::ptrdiff_t heads,
                    const KeyRange& range, float* scores, float* out);
+
+    // Attention of long steps. Scores are one sum over the values of a head in their order, the rest is as above: the
+    // bits do not depend on the tile. `count` keys of a block, zeros after them; and `heads` query heads of a tile with
+    // `range`, over scratch of kQueriesAtOnce * heads * tile_scores(keys from the first to the last of the tile) floats.
+    void (*transpose_keys)(const KeyRange& range, std::ptrdiff_t first, std::ptrdiff_t count, float* out);
+    void (*attention_tile)(const QueryTile& tile, std::ptrdiff_t q_stride, const float* sinks, std::ptrdiff_t heads,
+                           const KeyRange& range, const float* transposed, float* scratch);
 
     // Products of many tokens, or null for a set that has no faster form of them.
     const TileKernels* tiles;

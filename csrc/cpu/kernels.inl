@@ -1,6 +1,7 @@
 // Every kernel, over the sixteen lanes V of one instruction set. Included once by each set's file.
 #include "activations.inl"
 #include "attention.inl"
+#include "attention_tile.inl"
 #include "dense.inl"
 #include "dense_transposed.inl"
 #include "elementwise.inl"
@@ -23,6 +24,8 @@ constexpr Kernels kernels_over(const char* name) {
             Elementwise<V>::swiglu,
             Elementwise<V>::rms_norm,
             AttentionKernel<V>::attention,
+            AttentionTile<V>::transpose_keys,
+            AttentionTile<V>::attention_tile,
             nullptr};
 }
 

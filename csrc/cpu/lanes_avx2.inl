@@ -15,8 +15,12 @@ struct LanesAvx2 {
         std::uint8_t padded[kActBlockBytes];
         const std::uint8_t* bytes() const { return from ? from : padded; }
     };
-    static constexpr int kRows = 2, kTokens = 2, kPackedRows = 1, kColumnRows = 1, kValueHeads = 1;
-    static constexpr int kWordRows = 2, kWordTokens = 2;
+    static constexpr int kRows = 2, kTokens = 2, kPackedRows = 1, kColumnRows = 1, kValueHeads = 1, kScoreVectors = 1;
+    static constexpr int kWordRows = 2, kWordTokens = 2, kDecodedRows = 1, kDecodedTokens = 2;
+    // Doubled weights plus 12, in the order of ActBlock512's vectors.
+    struct Decoded {
+        __m256i low[8], high[8];
+    };
 
     static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
     static F set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
@@ -105,6 +109,19 @@ struct LanesAvx2 {
             for (int t = 0; t < T; ++t) dots[r][t].low = some_dot(*x[t], 0, [&](int j) { return w[j]; });
             weights(packed[r].bytes() + 32, w);
             for (int t = 0; t < T; ++t) dots[r][t].high = some_dot(*x[t], 32, [&](int j) { return w[j]; });
+        }
+    }
+    static Decoded decode(const Packed& packed) {
+        Decoded decoded;
+        weights(packed.bytes(), decoded.low);
+        weights(packed.bytes() + 32, decoded.high);
+        return decoded;
+    }
+    template <int R, int T>
+    static void multiply(const Decoded (&decoded)[R], const ActBlock512* const (&x)[T], I (&dots)[R][T]) {
+        for (int r = 0; r < R; ++r) {
+            for (int t = 0; t < T; ++t) dots[r][t].low = some_dot(*x[t], 0, [&](int j) { return decoded[r].low[j]; });
+            for (int t = 0; t < T; ++t) dots[r][t].high = some_dot(*x[t], 32, [&](int j) { return decoded[r].high[j]; });
         }
     }
     // Dot products of R rows of Q8_0 with T tokens over one WordBlock512. `width`: from one vector of codes to the next.

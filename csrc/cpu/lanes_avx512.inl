@@ -10,8 +10,12 @@ struct LanesAvx512 {
     struct Packed {
         __m512i at[4];
     };
-    static constexpr int kRows = 5, kTokens = 4, kPackedRows = 2, kColumnRows = 4, kValueHeads = 4;
-    static constexpr int kWordRows = 6, kWordTokens = 4;
+    static constexpr int kRows = 5, kTokens = 4, kPackedRows = 2, kColumnRows = 4, kValueHeads = 4, kScoreVectors = 4;
+    static constexpr int kWordRows = 6, kWordTokens = 4, kDecodedRows = 4, kDecodedTokens = 2;
+    // Doubled weights plus 12, in the order of ActBlock512's vectors.
+    struct Decoded {
+        __m512i at[8];
+    };
 
     static F zero() { return _mm512_setzero_ps(); }
     static F set(float x) { return _mm512_set1_ps(x); }
@@ -111,16 +115,16 @@ struct LanesAvx512 {
     static I weights(const Packed& packed, int j) {
         return lookup(j % 2 ? _mm512_srli_epi16(packed.at[j / 2], 4) : packed.at[j / 2]);
     }
+    static Decoded decode(const Packed& packed) {
+        Decoded decoded;
+        for (int j = 0; j < 8; ++j) decoded.at[j] = weights(packed, j);
+        return decoded;
+    }
     // Dot products of R rows with T tokens over one ActBlock512.
     template <int R, int T>
     static void multiply(const Packed (&packed)[R], const ActBlock512* const (&x)[T], I (&dots)[R][T]) {
         I highs[R][T], lows[R][T];
-        for (int r = 0; r < R; ++r) {
-            for (int t = 0; t < T; ++t) {
-                highs[r][t] = _mm512_setzero_si512();
-                lows[r][t] = _mm512_load_si512(x[t]->starts);
-            }
-        }
+        start(x, highs, lows);
 #pragma GCC unroll 8
         for (int j = 0; j < 8; ++j) {
             I high[T], low[T];
@@ -136,6 +140,38 @@ struct LanesAvx512 {
                 }
             }
         }
+        join(highs, lows, dots);
+    }
+    template <int R, int T>
+    static void multiply(const Decoded (&decoded)[R], const ActBlock512* const (&x)[T], I (&dots)[R][T]) {
+        I highs[R][T], lows[R][T];
+        start(x, highs, lows);
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; ++j) {
+            I w[R];
+            for (int r = 0; r < R; ++r) w[r] = pin_register(decoded[r].at[j]);
+            for (int t = 0; t < T; ++t) {
+                const I high = pin_register(_mm512_load_si512(x[t]->high[j]));
+                const I low = pin_register(_mm512_load_si512(x[t]->low[j]));
+                for (int r = 0; r < R; ++r) {
+                    highs[r][t] = dot(highs[r][t], w[r], high);
+                    lows[r][t] = dot(lows[r][t], w[r], low);
+                }
+            }
+        }
+        join(highs, lows, dots);
+    }
+    template <int R, int T>
+    static void start(const ActBlock512* const (&x)[T], I (&highs)[R][T], I (&lows)[R][T]) {
+        for (int r = 0; r < R; ++r) {
+            for (int t = 0; t < T; ++t) {
+                highs[r][t] = _mm512_setzero_si512();
+                lows[r][t] = _mm512_load_si512(x[t]->starts);
+            }
+        }
+    }
+    template <int R, int T>
+    static void join(const I (&highs)[R][T], const I (&lows)[R][T], I (&dots)[R][T]) {
         for (int r = 0; r < R; ++r) {
             for (int t = 0; t < T; ++t) {
                 dots[r][t] = _mm512_add_epi32(_mm512_slli_epi32(highs[r][t], 8), lows[r][t]);

@@ -13,8 +13,9 @@ struct LanesNeon {
     struct Packed {
         int8x16_t at[4][8];
     };
-    static constexpr int kRows = 2, kTokens = 2, kPackedRows = 1, kColumnRows = 1, kValueHeads = 1;
-    static constexpr int kWordRows = 2, kWordTokens = 2;
+    using Decoded = Packed;
+    static constexpr int kRows = 2, kTokens = 2, kPackedRows = 1, kColumnRows = 1, kValueHeads = 1, kScoreVectors = 1;
+    static constexpr int kWordRows = 2, kWordTokens = 2, kDecodedRows = 1, kDecodedTokens = 2;
 
     template <class Each>
     static F each(Each value) { return {{value(0), value(1), value(2), value(3)}}; }
@@ -122,6 +123,7 @@ struct LanesNeon {
         __builtin_memcpy(padded, p, static_cast<std::size_t>(blocks) * kBlockBytes);
         return packed(padded);
     }
+    static const Decoded& decode(const Packed& packed) { return packed; }
     // Dot products of R rows with T tokens over one ActBlock512.
     template <int R, int T>
     static void multiply(const Packed (&w)[R], const ActBlock512* const (&x)[T], I (&dots)[R][T]) {

@@ -13,8 +13,9 @@ struct LanesScalar {
     struct Packed {
         std::int8_t at[8][64];
     };
-    static constexpr int kRows = 1, kTokens = 2, kPackedRows = 1, kColumnRows = 1, kValueHeads = 1;
-    static constexpr int kWordRows = 1, kWordTokens = 2;
+    using Decoded = Packed;
+    static constexpr int kRows = 1, kTokens = 2, kPackedRows = 1, kColumnRows = 1, kValueHeads = 1, kScoreVectors = 1;
+    static constexpr int kWordRows = 1, kWordTokens = 2, kDecodedRows = 1, kDecodedTokens = 2;
 
     template <class Each>
     static F each(Each value) {
@@ -87,6 +88,7 @@ struct LanesScalar {
         std::memcpy(padded, p, static_cast<std::size_t>(blocks) * kBlockBytes);
         return packed(padded);
     }
+    static const Decoded& decode(const Packed& packed) { return packed; }
     // Dot products of R rows with T tokens over one ActBlock512.
     template <int R, int T>
     static void multiply(const Packed (&w)[R], const ActBlock512* const (&x)[T], I (&dots)[R][T]) {

@@ -73,15 +73,16 @@ class TileScratch {
 };
 
 // sums[i * kTokenTilesAtOnce + g] = rows first + 16 i .. of a weight times token tile g, for rows first .. last.
-// `load(row, rows, first block, last block, tiles)` makes tiles of at most 16 rows. While a panel of at most 32 rows is
+// `load(part, row, rows, first block, last block, tiles)` makes tiles of at most 16 rows, of each of the `parts` that a
+// weight is the sum of. While a panel of at most 32 rows is
 // multiplied the next one is loaded, a tile at a time.
 template <class Load>
 void multiply_tiles(const TileKernels& kernels, std::ptrdiff_t first, std::ptrdiff_t last, std::ptrdiff_t blocks,
-                    const TokenPanel& tokens, WeightTile* weights, SumTile* sums, Load load) {
+                    const TokenPanel& tokens, WeightTile* weights, SumTile* sums, Load load, std::ptrdiff_t parts = 1) {
     // Panels in order: all rows for some blocks, then for the next ones.
     struct Panel {
         const Load* load;
-        std::ptrdiff_t row, last;
+        std::ptrdiff_t part, row, last;
         Part blocks;
         WeightTile* tiles;
 
@@ -89,14 +90,15 @@ void multiply_tiles(const TileKernels& kernels, std::ptrdiff_t first, std::ptrdi
         std::ptrdiff_t row_tiles() const { return std::min<std::ptrdiff_t>(2, tiles_of(last - row, kTileRows)); }
         void load_tile(std::ptrdiff_t i) const {
             const std::ptrdiff_t tile = i / width(), b = i % width(), start = row + tile * kTileRows;
-            (*load)(start, std::min(kTileRows, last - start), blocks.first + b, blocks.first + b + 1,
+            (*load)(part, start, std::min(kTileRows, last - start), blocks.first + b, blocks.first + b + 1,
                  tiles + tile * kBlocksAtOnce + b);
         }
     };
-    const std::ptrdiff_t panels = parts_of(last - first, kPanelRows), steps = panels * parts_of(blocks, kBlocksAtOnce);
+    const std::ptrdiff_t panels = parts_of(last - first, kPanelRows), widths = parts_of(blocks, kBlocksAtOnce);
+    const std::ptrdiff_t steps = panels * widths * parts;
     const auto panel_of = [&](std::ptrdiff_t step) {
-        return Panel{&load, first + step % panels * kPanelRows, last, part_of(blocks, kBlocksAtOnce, step / panels),
-                     weights + step % 2 * kPanelTiles};
+        return Panel{&load, step / (panels * widths), first + step % panels * kPanelRows, last,
+                     part_of(blocks, kBlocksAtOnce, step / panels % widths), weights + step % 2 * kPanelTiles};
     };
     Panel panel = panel_of(0);
     for (std::ptrdiff_t i = 0; i < panel.row_tiles() * panel.width(); ++i) panel.load_tile(i);

@@ -39,11 +39,14 @@ void Engine::tiled_products(const float* x, std::ptrdiff_t tokens, const std::ve
         const std::ptrdiff_t first = piece / token_parts * cut.rows, last = std::min(product.rows, first + cut.rows);
         const Part part = part_of(token_tiles, cut.token_tiles, piece % token_parts);
         SumTile* sums = scratch.sums(thread);
-        const auto load = [&](std::ptrdiff_t row, std::ptrdiff_t rows, std::ptrdiff_t b, std::ptrdiff_t end, WeightTile* tiles) {
-            kernels.dense(product.weight, row, rows, b, end, tiles);
+        const bool q8_0 = product.weight.dtype == Dtype::q8_0;
+        const auto load = [&](std::ptrdiff_t rest, std::ptrdiff_t row, std::ptrdiff_t rows, std::ptrdiff_t b, std::ptrdiff_t end,
+                              WeightTile* tiles) {
+            q8_0 ? kernels.q8_0(product.weight, row, rows, b, end, rest, tiles)
+                 : kernels.dense(product.weight, row, rows, b, end, tiles);
         };
         multiply_tiles(kernels, first, last, blocks, {split.get() + part.first * blocks, blocks, part.last - part.first},
-                       scratch.weights(thread), sums, load);
+                       scratch.weights(thread), sums, load, q8_0 ? 2 : 1);
         float bias[kRowsAtOnce];
         load_bias(product.bias, first, last, bias);
         static constexpr float kOnes[kTileTokens] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};

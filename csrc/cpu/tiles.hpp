@@ -10,7 +10,8 @@
 //   avx512bf16  one chain through the value over the pairs of columns: of each pair high's odd and even column,
 //               then low's
 //
-// Both round to nearest and take subnormal numbers for zeros. So a value depends on its row and its token alone, not on
+// A weight of Q8_0 is such a sum too, up to 2^-17 of it: all columns are added with its first part, then with its second.
+// Both sets round to nearest and take subnormal numbers for zeros. So a value depends on its row and its token alone, not on
 // the tokens beside it, nor on how rows, columns and tokens are cut into pieces.
 //
 // A matrix lies in tiles, each as an instruction of AMX takes it. Rows and tokens that are missing are zeros.
@@ -100,6 +101,10 @@ struct TileKernels {
                   std::ptrdiff_t last, WeightTile* out);
     void (*transposed)(const DenseRows& weight, std::ptrdiff_t row, std::ptrdiff_t rows, std::ptrdiff_t first,
                        std::ptrdiff_t last, WeightTile* out);
+
+    // Of Q8_0 rows, whose values take more bits than BF16 has: rounded to BF16, or with `rest` what that leaves, rounded.
+    void (*q8_0)(const DenseRows& weight, std::ptrdiff_t row, std::ptrdiff_t rows, std::ptrdiff_t first,
+                 std::ptrdiff_t last, bool rest, WeightTile* out);
 
     // sums[i * stride + g] += row tile i times token tile g over `blocks` blocks, or = where `first`.
     void (*multiply)(const WeightPanel& weights, const TokenPanel& tokens, std::ptrdiff_t blocks, bool first,

@@ -98,11 +98,13 @@ def _attend_passage(
     backend: Backend, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, window: int | None, queries: int | None
 ) -> Tensor:
     """One passage: q [tokens, num_heads, head_dim], k and v [tokens, num_kv_heads, head_dim]
-    -> [tokens, num_heads * head_dim]. Queries go through in chunks that bound the scores in memory."""
+    -> [tokens, num_heads * head_dim]. Queries go through in chunks that bound the scores in memory, if any are."""
     tokens, heads, _ = q.shape
     q, k, v = (a.transpose(0, 1)[None] for a in (q, k, v))
     positions = torch.arange(tokens, device=q.device)[None]
-    step = max(1, min(SCORE_BYTES // (tokens * heads * 4), queries or tokens))
+    step = queries or tokens
+    if backend.stores_scores:
+        step = max(1, min(SCORE_BYTES // (tokens * heads * 4), step))
     outputs = []
     for a in range(0, tokens, step):
         b = min(a + step, tokens)

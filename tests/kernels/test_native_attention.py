@@ -25,6 +25,7 @@ REFERENCE = ReferenceBackend()
 EXPERTS_ERROR = 1e-4
 SUM_ERROR = 1e-6
 THREADS = (1, 2, 3, 5)
+LONG_STEP = 64
 STORED = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -49,7 +50,7 @@ def attention_case(
 
 @st.composite
 def attentions(draw_: st.DrawFn) -> dict[str, torch.Tensor]:
-    slots = draw_(st.integers(1, 70))
+    slots = draw_(st.integers(1, 70) | st.integers(1, 200))
     filled = draw_(st.integers(1, slots))
     return attention_case(
         draw_(st.integers(0, 2**32 - 1)),
@@ -69,17 +70,19 @@ def attentions(draw_: st.DrawFn) -> dict[str, torch.Tensor]:
     case=attentions(),
     window=st.none() | st.integers(1, 40),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    step=st.sampled_from([1, LONG_STEP]),
 )
 def test_attention_is_the_references_and_every_query_gets_what_it_gets_alone(
-    isa: str, case: dict[str, torch.Tensor], window: int | None, dtype: torch.dtype
+    isa: str, case: dict[str, torch.Tensor], window: int | None, dtype: torch.dtype, step: int
 ) -> None:
     case = {n: t if n in ("queries", "keys", "sinks") else t.to(dtype) for n, t in case.items()}
-    got = native(isa, 3).attention(**case, window=window)
+    backend = native(isa, 3).for_tokens(step)
+    got = backend.attention(**case, window=window)
     assert got.dtype == dtype
     in_float32 = {n: t if n in ("queries", "keys") else t.double().float() for n, t in case.items()}
     expected = REFERENCE.attention(**in_float32, window=window)
     torch.testing.assert_close(got.float(), expected, rtol=0, atol=2e-6 if dtype == torch.float32 else 2e-2)
-    assert torch.equal(got, native("scalar").attention(**case, window=window))
+    assert torch.equal(got, native("scalar").for_tokens(step).attention(**case, window=window))
     order = torch.randperm(case["k"].shape[2], generator=torch.Generator().manual_seed(0))
     for i in range(case["q"].shape[2]):
         one = {
@@ -90,15 +93,37 @@ def test_attention_is_the_references_and_every_query_gets_what_it_gets_alone(
             "v": case["v"][:, :, order],
             "keys": case["keys"][:, order],
         }
-        assert torch.equal(native(isa).attention(**one, window=window)[:, 0], got[:, i])
+        assert torch.equal(native(isa).for_tokens(step).attention(**one, window=window)[:, 0], got[:, i])
 
 
-def test_a_query_that_sees_nothing_gives_zeros() -> None:
+@pytest.mark.parametrize("step", [1, LONG_STEP])
+def test_a_query_that_sees_nothing_gives_zeros(step: int) -> None:
     case = attention_case(0, 1, 2, 2, 16, 8, 2, 5)
     case["queries"][0, 0] = -1
-    got = native().attention(**case, window=None)
+    got = native().for_tokens(step).attention(**case, window=None)
     assert not got[0, 0].any()
     assert got[0, 1].all()
+
+
+@pytest.mark.parametrize("step", [1, LONG_STEP])
+@pytest.mark.parametrize("group", [1, 3, 8, 70])
+def test_heads_that_share_keys_in_any_number(group: int, step: int) -> None:
+    case = attention_case(group, 2, 2, group, 64, 300, 6, 290)
+    expected = REFERENCE.attention(**case, window=None)
+    got = native(threads=2).for_tokens(step).attention(**case, window=None)
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("step", [1, LONG_STEP])
+def test_a_key_that_a_query_does_not_see_cannot_spoil_it(step: int) -> None:
+    case = attention_case(1, 1, 1, 4, 64, 100, 100, 100)
+    clean = native().for_tokens(step).attention(**case, window=None)
+    latest = int(case["keys"][0].argmax())
+    case["k"][:, :, latest] = float("nan")
+    case["v"][:, :, latest] = float("inf")
+    got = native().for_tokens(step).attention(**case, window=None)
+    assert torch.equal(got[:, :-1], clean[:, :-1])
+    assert got[:, -1].isnan().any()
 
 
 @settings(max_examples=30)

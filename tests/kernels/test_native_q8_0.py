@@ -12,10 +12,11 @@ gguf = pytest.importorskip("gguf", reason="the gguf package quantises as well")
 
 from moe_surgery.errors import InvalidInputError, UsageError  # noqa: E402
 from moe_surgery.kernels.differentiable import DifferentiableBackend  # noqa: E402
+from moe_surgery.kernels.interface import SHORT_STEP  # noqa: E402
 from moe_surgery.kernels.q8_0 import Q8Matrix, as_stored, quantise  # noqa: E402
 from moe_surgery.kernels.reference import ReferenceBackend  # noqa: E402
 from moe_surgery.kernels.reference.dense import linear  # noqa: E402
-from tests.kernels.native_cases import draw, every_variant, native, needs_native  # noqa: E402
+from tests.kernels.native_cases import TILED, draw, every_variant, native, needs_native  # noqa: E402
 
 STORED = (torch.bfloat16, torch.float16, torch.float32)
 # Blocks of a row: fewer than 16, 16, and more with a rest and without.
@@ -23,6 +24,8 @@ BLOCKS = (1, 2, 3, 9, 10, 15, 16, 17, 32, 35)
 ROUNDING = 0.51 / 32639
 """Of a block's largest activation: 16 bits, and the rounding of the factor."""
 SUM_ERROR = 1e-6
+SPLIT_ERROR = 2 * 2**-17
+"""Activations and weights as sums of two BF16 values."""
 
 
 def gguf_values(matrix: torch.Tensor) -> torch.Tensor:
@@ -122,6 +125,22 @@ def test_native_products(
     assert torch.equal(got, native("scalar").linear(x, weight, bias))
     for i in range(len(x)):
         assert torch.equal(native(isa).linear(x[i], weight, bias), got[i])
+
+
+@needs_native
+@pytest.mark.parametrize("isa", TILED)
+@settings(max_examples=40)
+@given(case=products(), threads=st.sampled_from([1, 2, 3]))
+def test_native_products_of_long_steps(
+    isa: str, case: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None], threads: int
+) -> None:
+    x, matrix, bias = case
+    weight, tiled = quantise(matrix, "here"), native(isa, threads).for_tokens(SHORT_STEP + 1)
+    got = tiled.linear(x, weight, bias)
+    product, size, _ = exact(x, matrix, bias)
+    assert (np.abs(got.double().numpy() - product) <= (SPLIT_ERROR + SUM_ERROR) * size + 1e-30).all()
+    for i in range(len(x)):
+        assert torch.equal(tiled.linear(x[i], weight, bias), got[i])
 
 
 @needs_native

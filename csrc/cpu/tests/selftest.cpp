@@ -232,47 +232,6 @@ void check_between(Checked& check, Shape s, Dtype dtype) {
     for (const Kernels* kernels : available_kernels()) check(same(run(*kernels), expected), kernels->name, "swiglu, rms_norm", s);
 }
 
-// `s.tokens` query heads of `s.columns` over `s.rows` keys, which lie in the opposite order.
-void check_attend(Checked& check, Shape s, bool is_f32) {
-    const std::ptrdiff_t width = s.rows * s.columns, size = is_f32 ? 4 : 2;
-    const Floats q = random_floats(s.tokens * s.columns), sinks = random_floats(s.tokens), floats = random_floats(2 * width);
-    Bytes stored(static_cast<std::size_t>(2 * width * size));
-    for (std::size_t i = 0; i < floats.size(); ++i) {
-        const auto* bytes = reinterpret_cast<const std::uint8_t*>(&floats[i]);
-        std::memcpy(stored.data() + i * static_cast<std::size_t>(size), bytes + 4 - size, static_cast<std::size_t>(size));
-    }
-    const auto value = [&](std::ptrdiff_t i) { return is_f32 ? floats[static_cast<std::size_t>(i)] : bf16_value(stored, i); };
-    std::vector<std::int32_t> slots;
-    for (std::ptrdiff_t r = s.rows - 1; r >= 0; --r) slots.push_back(static_cast<std::int32_t>(r));
-    const KeyRange range = {stored.data(), stored.data() + width * size, s.columns * size, s.columns * size, slots.data(), s.rows, s.columns, is_f32};
-    const auto run = [&](const Kernels& kernels, std::ptrdiff_t at_once) {
-        Floats out(q.size()), scores(static_cast<std::size_t>(attention_scratch(s.rows)));
-        for (std::ptrdiff_t h = 0; h < s.tokens; h += at_once) {
-            kernels.attention(q.data() + h * s.columns, s.columns, sinks.data() + h, std::min(at_once, s.tokens - h), range, scores.data(), out.data() + h * s.columns);
-        }
-        return out;
-    };
-    const Floats expected = run(kScalarKernels, 1);
-    for (std::ptrdiff_t h = 0; h < s.tokens; ++h) {
-        std::vector<double> weights;
-        double total = std::exp(static_cast<double>(sinks[static_cast<std::size_t>(h)]));
-        for (std::ptrdiff_t r = 0; r < s.rows; ++r) {
-            double score = 0;
-            for (std::ptrdiff_t c = 0; c < s.columns; ++c) score += q[static_cast<std::size_t>(h * s.columns + c)] * value(r * s.columns + c);
-            weights.push_back(std::exp(score / std::sqrt(static_cast<double>(s.columns))));
-            total += weights.back();
-        }
-        for (std::ptrdiff_t c = 0; c < s.columns; ++c) {
-            double exact = 0;
-            for (std::ptrdiff_t r = 0; r < s.rows; ++r) exact += weights[static_cast<std::size_t>(r)] / total * value(width + r * s.columns + c);
-            check(std::fabs(expected[static_cast<std::size_t>(h * s.columns + c)] - exact) <= 1e-5, "scalar", "attention", s);
-        }
-    }
-    for (const Kernels* kernels : available_kernels()) {
-        for (std::ptrdiff_t at_once : {std::ptrdiff_t{1}, s.tokens}) check(same(run(*kernels, at_once), expected), kernels->name, "attention", s);
-    }
-}
-
 void check_threads(Checked& check) {
     for (int threads : {1, 2, 3, 7}) {
         for (std::ptrdiff_t count : {0, 1, 2, 100}) {
@@ -294,6 +253,7 @@ void check_threads(Checked& check) {
     }
 }
 
+#include "attention_checks.inl"
 #include "tile_checks.inl"
 
 }  // namespace
@@ -315,8 +275,10 @@ int main() {
         }
     }
     for (Shape shape : {Shape{1, 64, 1}, {2, 64, 4}, {5, 64, 8}, {33, 64, 7}, {130, 64, 9}, {3, 16, 4}, {21, 7, 5}, {18, 80, 6}, {0, 64, 5}}) {
-        check_attend(check, shape, true);
-        check_attend(check, shape, false);
+        for (bool is_f32 : {true, false}) {
+            check_attention(check, shape, is_f32);
+            check_attention_tile(check, shape, is_f32);
+        }
     }
     for (Shape shape : {Shape{1, 32, 1}, {16, 64, 16}, {17, 96, 33}, {40, 320, 50}, {33, 70, 31}, {5, 7, 18}}) check_tiles(check, shape);
     check_tile_scales(check);

@@ -58,10 +58,11 @@ class NativeBackend:
     or on the instruction set, bit for bit. Weights of other dtypes, or not contiguous in their last axis, are
     computed by plain PyTorch without that guarantee, with a warning to the logger `moe_surgery`.
 
-    For steps of at least 32 tokens (`for_tokens`) the instruction set amx, and avx512bf16 if asked for, multiplies
-    BF16 weights, and experts in MXFP4 or BF16, in tiles: activations are sums of two BF16 values (an error of at
-    most 2^-17 of each), sums are float32. The bits then differ from those of shorter steps, and between the two
-    sets; that a token's result does not depend on the others holds as before.
+    For steps of at least 32 tokens (`for_tokens`) attention adds the terms of its scores in another order. The
+    instruction set amx, and avx512bf16 if asked for, then multiplies BF16 and Q8_0 weights, and experts in MXFP4 or
+    BF16, in tiles: activations, and weights of Q8_0, are sums of two BF16 values (an error of at most 2^-17 of each),
+    sums are float32. The bits then differ from those of shorter steps, and between sets with tiles and without; that
+    a token's result does not depend on the others holds as before.
 
     `isa` is one of `instruction_sets()`, by default the best. `threads` defaults to the environment variable
     MOE_SURGERY_THREADS, else to torch's number. Threads start once per process, and again in a forked child.
@@ -81,17 +82,17 @@ class NativeBackend:
         self._reference = ReferenceBackend()
         try:
             threads = _thread_count() if threads is None else threads
-            self._engines = [module.Engine(isa, threads, tiled) for tiled in (False, True)]
+            self._engines = [module.Engine(isa, threads, long_step) for long_step in (False, True)]
         except ValueError as error:
             raise UsageError(f"`backend` native: {error}") from None
         self._engine: Any = self._engines[False]
 
     def for_tokens(self, tokens: int) -> NativeBackend:
-        tiled = tokens > SHORT_STEP
-        if self._engines[tiled] is self._engine:
+        long_step = tokens > SHORT_STEP
+        if self._engines[long_step] is self._engine:
             return self
         other = copy(self)
-        other._engine = self._engines[tiled]
+        other._engine = self._engines[long_step]
         return other
 
     @property
