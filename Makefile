@@ -33,6 +33,8 @@ demo: $(SETUP)
 	rm -rf build/demo
 	$(BIN)/moe-surgery demo --output build/demo
 
+# Bytecode is kept, so that neither commands that tests start nor the second run compile all modules again.
+test: export PYTHONDONTWRITEBYTECODE =
 test: $(SETUP)
 	$(BIN)/python -m pytest $(PARALLEL)
 	MOE_SURGERY_NATIVE=0 $(BIN)/python -m pytest $(PARALLEL) $(CONVERTING) --ignore tests/formats/test_native.py

@@ -261,10 +261,7 @@ def main(work: Path, part: tuple[str, ...]) -> None:
     if {"published", "sweeps", "statistics"} <= report.keys() and len(report["sweeps"]) == 3 == len(
         report["statistics"]
     ):
-        how = (
-            "python -m benchmarks.sweep: commands as a user types them, whole process. Other work shared the cores, so "
-            "times are upper bounds."
-        )
+        how = "python -m benchmarks.sweep: commands as a user types them, whole process."
         publish("sweep", {**begin(how, work), **report}, page({**begin(how, work), **report}))
 
 

@@ -14,7 +14,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("COLUMNS", None)
 
 # Machines differ in speed and so do runs: how long an example takes says nothing about the code.
-settings.register_profile("suite", deadline=None)
+# Tests that set no number of examples try 50; `pytest --hypothesis-profile=thorough` tries many more.
+settings.register_profile("suite", deadline=None, max_examples=50)
+settings.register_profile("thorough", deadline=None, max_examples=2000)
 settings.load_profile("suite")
 
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from moe_surgery.cli.options import OUTPUT, common, terminal_of
-from moe_surgery.cli.terminal import size
+from moe_surgery.cli.terminal import Terminal, size
+
+if TYPE_CHECKING:
+    from moe_surgery.demo import DemoResult
 
 LONGEST_REPLY = 24
 
@@ -37,10 +41,16 @@ def command(context: click.Context, output: Path | None, questions: int) -> None
     moe-surgery demo
     moe-surgery demo --output tiny-models
     """
-    from moe_surgery.demo import SOURCE, run_demo
+    from moe_surgery.demo import run_demo
 
     terminal = terminal_of(context)
-    result = run_demo(output, terminal.say, questions=questions)
+    show(terminal, run_demo(output, terminal.say, questions=questions))
+
+
+def show(terminal: Terminal, result: DemoResult) -> None:
+    """Print the table and the examples, or all as JSON."""
+    from moe_surgery.demo import SOURCE
+
     rows = result.rows
     if terminal.json:
         report = None if result.report is None else str(result.report)
@@ -75,7 +85,8 @@ def command(context: click.Context, output: Path | None, questions: int) -> None
     if result.report is not None:
         terminal.say(f"{result.report}: which experts each domain uses; open it in a browser")
         terminal.say(
-            f"{output}: the pruned models; try moe-surgery inspect {result.report.parent / rows[1].name}"
+            f"{result.report.parent}: the pruned models; "
+            f"try moe-surgery inspect {result.report.parent / rows[1].name}"
         )
 
 

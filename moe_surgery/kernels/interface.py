@@ -173,6 +173,7 @@ class DecodeStep(Protocol):
 class Backend(Protocol):
     """One implementation of these operations; the runtime calls nothing else.
 
+    A subclass inherits `measured_experts` that returns None and must define all else.
     Weights stay as they are given: as stored, usually BF16 or packed, or in Q8_0; results have x's dtype.
     """
 
@@ -217,7 +218,7 @@ class Backend(Protocol):
         [groups, experts, hidden] on the CPU, in the row of its token's group and its expert. `expert_weights`
         without an `expert_map`.
         """
-        ...
+        return None
 
     def linear(self, x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
         """x [..., columns] @ weight [rows, columns].T + bias [rows]."""

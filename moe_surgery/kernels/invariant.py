@@ -14,7 +14,6 @@ from moe_surgery.kernels.interface import (
     DecodeStep,
     FusedLayers,
     KVCache,
-    MeasuredExperts,
 )
 from moe_surgery.kernels.q8_0 import Matrix
 from moe_surgery.kernels.weights import ExpertWeights, Layer
@@ -24,7 +23,7 @@ __all__ = ["SUFFIX", "InvariantBackend"]
 SUFFIX = "-invariant"
 
 
-class InvariantBackend:
+class InvariantBackend(Backend):
     """See `moe_surgery.kernels.interface.Backend`: every operation of `backend`, one token at a time.
 
     A library chooses its kernels, and with them the order of summation, by the number of rows, so a step of
@@ -52,17 +51,6 @@ class InvariantBackend:
     def experts(self, x: Tensor, ids: Tensor, weights: Tensor, expert_weights: ExpertWeights) -> Tensor:
         rows = zip(*(torch.split(a, 1) for a in (x, ids, weights)), strict=True)
         return torch.cat([self._backend.experts(a, b, c, expert_weights) for a, b, c in rows])
-
-    def measured_experts(
-        self,
-        x: Tensor,
-        ids: Tensor,
-        weights: Tensor,
-        expert_weights: ExpertWeights,
-        groups: Tensor,
-        sums: Tensor,
-    ) -> MeasuredExperts | None:
-        return None
 
     def linear(self, x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
         return _by_row(lambda row: self._backend.linear(row, weight, bias), x)

@@ -55,8 +55,10 @@ def test_a_copy_is_timed_and_removed(work: Path) -> None:
     assert [p.name for p in work.iterdir()] == ["out"]
 
 
-def test_surgery_is_measured_in_turns_and_leaves_nothing(source: Path, work: Path) -> None:
-    runs = list(measure_surgery(str(source), work, expert_counts=[1, 3], rounds=2))
+# Dropping the page cache slows down whatever else runs on the machine.
+@pytest.mark.parametrize("cold", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_surgery_is_measured_in_turns_and_leaves_nothing(source: Path, work: Path, cold: bool) -> None:
+    runs = list(measure_surgery(str(source), work, expert_counts=[1, 3], rounds=2, cold=cold))
     assert [(r.number, r.experts) for r in runs] == [(0, 1), (0, 3), (1, 3), (1, 1)]
     assert list(work.iterdir()) == []
     rows = surgery_figures(runs)
@@ -67,7 +69,7 @@ def test_surgery_is_measured_in_turns_and_leaves_nothing(source: Path, work: Pat
 
 def test_a_failing_prune_leaves_nothing(source: Path, work: Path) -> None:
     with pytest.raises(OutputError, match="--experts 9: the model has 4 experts"):
-        list(measure_surgery(str(source), work, expert_counts=[9], rounds=1))
+        list(measure_surgery(str(source), work, expert_counts=[9], rounds=1, cold=False))
     assert list(work.iterdir()) == []
 
 

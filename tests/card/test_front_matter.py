@@ -106,7 +106,7 @@ FRAGMENTS = st.sampled_from(
 )
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(st.lists(FRAGMENTS, max_size=14).map("".join))
 def test_what_is_read_of_any_text_is_what_yaml_reads_or_nothing(text: str) -> None:
     try:
@@ -121,7 +121,7 @@ def test_what_is_read_of_any_text_is_what_yaml_reads_or_nothing(text: str) -> No
         assert set(results.languages) <= set([result] if isinstance(result, str) else result or [])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.binary(max_size=200)
     | st.text().map(lambda t: f"---\n{t}\n---\n# Cite\n{t}".encode("utf-8", "replace"))

@@ -159,24 +159,24 @@ def test_F08_header_of_exactly_the_limit_is_accepted(tmp_path: Path) -> None:
 
 
 def test_J26_many_tensors_on_one_range_are_refused_in_bounded_time() -> None:
-    blob = st(obj(*((f"t{i}", entry("U8", [200, 200], 0, 40000)) for i in range(100_000))), b"\0" * 40000)
-    begin = time.perf_counter()
+    blob = st(obj(*((f"t{i}", entry("U8", [200, 200], 0, 40000)) for i in range(40_000))), b"\0" * 40000)
+    begin = time.process_time()
     with pytest.raises(InvalidInputError, match="expected 40000: it overlaps tensor 't0'"):
         ours(blob)
-    assert time.perf_counter() - begin < 20
+    assert time.process_time() - begin < 20
     assert "invalid offset" in reference_verdict(blob)
 
 
 @pytest.mark.parametrize("size", [0, 1])
 def test_J27_many_valid_tensors_are_accepted_in_bounded_time_and_memory(size: int) -> None:
-    count = 50_000
+    count = 20_000
     blob = st(
         obj(*((f"t{i}", entry("U8", [size], i * size, (i + 1) * size)) for i in range(count))),
         b"\0" * (size * count),
     )
-    begin = time.perf_counter()
+    begin = time.process_time()
     header = ours(blob)
-    assert time.perf_counter() - begin < 20
+    assert time.process_time() - begin < 5
     assert len(header.tensors) == count
     assert len(reference_tensors(blob)) == count
 

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_surgery import Checkpoint, load_plan
-from moe_surgery.examples.skills import DOMAINS
+from moe_surgery import load_plan
 from tests.support.checkpoints import (
     Shape,
     assert_same_tensors,
@@ -210,7 +209,7 @@ def test_shards_that_the_index_does_not_list_are_ignored_with_a_note(tmp_path: P
         assert "extra.safetensors (not listed in model.safetensors.index.json)" in ended.err
 
 
-# --- verify, demo, doctor
+# --- verify, doctor
 
 
 def test_verify_tells_sound_from_broken(tmp_path: Path, capsys: Capture) -> None:
@@ -233,29 +232,6 @@ def test_verify_tells_sound_from_broken(tmp_path: Path, capsys: Capture) -> None
     assert result.code == 8
     assert result.json()["ok"] is False
     assert result.json()["problems"]
-
-
-def test_demo_keeps_its_models_in_the_folder_given(tmp_path: Path, capsys: Capture) -> None:
-    out = tmp_path / "models"
-    shown = done(call(capsys, "demo", "--output", out, "--questions", "2"))
-    assert shown.out.count("yes") == 9
-    folders = [entry for entry in out.iterdir() if entry.is_dir()]
-    assert len(folders) == 8
-    kept = {entry.name for entry in out.iterdir()} - {folder.name for folder in folders}
-    assert kept == {*(f"{domain}.txt" for domain in DOMAINS), "numbers.jsonl", "tiny.stats", "report.html"}
-    with Checkpoint.open(TINY) as source:
-        for folder in folders:
-            assert folder.name in shown.out
-            if not folder.name.endswith("-repaired"):
-                assert_sound(folder, source.path)
-
-
-def test_the_demo_as_json(capsys: Capture) -> None:
-    printed = done(call(capsys, "demo", "--json", "--questions", "1")).json()
-    assert [row["domain"] for row in printed["models"]] == [None, *DOMAINS, None, "numbers", "numbers"]
-    assert all(set(row["accuracy"].values()) <= {0.0, 1.0} for row in printed["models"])
-    assert len(printed["examples"]) == 3
-    assert printed["report"] is None
 
 
 def test_doctor_tells_versions_instruction_sets_and_devices(capsys: Capture) -> None:

@@ -288,8 +288,11 @@ WRITERS = {
 }
 
 
-@pytest.mark.parametrize("out", SOURCES)
-@pytest.mark.parametrize("writer", WRITERS)
+# Every command with two of the names, and every name with some command: all ask the same function.
+@pytest.mark.parametrize(
+    ("writer", "out"),
+    [(w, out) for i, w in enumerate(WRITERS) for j, out in enumerate(SOURCES) if (i + j) % 3 == 0],
+)
 def test_an_output_that_reads_as_a_source_is_refused(
     writer: str, out: str, made: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

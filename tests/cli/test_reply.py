@@ -88,13 +88,24 @@ def test_a_raw_prompt_is_not_split(capsys: Capture, model: Path) -> None:
 
 
 @pytest.mark.parametrize("no_color", [False, True])
-def test_the_reasoning_is_dimmed_on_a_terminal(no_color: bool, model: Path) -> None:
+def test_the_reasoning_is_dimmed_on_a_terminal(
+    no_color: bool, model: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a process once; what NO_COLOR changes is seen in this one."""
     ours, reference = pty.openpty()
-    env = {k: v for k, v in os.environ.items() if k != "NO_COLOR"} | ({"NO_COLOR": "1"} if no_color else {})
-    command = [sys.executable, "-m", "moe_surgery", "generate", str(model), "--chat", "2+2?"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=reference, env=env)
-    os.close(reference)
-    out, _ = process.communicate()
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if no_color:
+        monkeypatch.setenv("NO_COLOR", "1")
+        with os.fdopen(reference, "w", encoding="utf-8") as terminal, monkeypatch.context() as patch:
+            patch.setattr(sys, "stderr", terminal)
+            ended = asked(capsys, model)
+        code, out = ended.code, ended.out
+    else:
+        command = [sys.executable, "-m", "moe_surgery", "generate", str(model), "--chat", "2+2?"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=reference)
+        os.close(reference)
+        out = process.communicate()[0].decode()
+        code = process.returncode
     result = b""
     try:
         while piece := os.read(ours, 4096):
@@ -103,7 +114,7 @@ def test_the_reasoning_is_dimmed_on_a_terminal(no_color: bool, model: Path) -> N
         pass
     finally:
         os.close(ours)
-    assert (process.returncode, out.decode()) == (0, ESCAPED + "\n")
+    assert (code, out) == (0, ESCAPED + "\n")
     printed = result.decode()
     dimmed = "".join(re.findall(r"\x1b\[2m(.*?)\x1b\[0m", printed, re.DOTALL)).strip()
     assert dimmed == ("" if no_color else f"reasoning: {THOUGHT}")

@@ -53,6 +53,7 @@ def test_importing_the_formats_does_not_import_torch() -> None:
     subprocess.run([sys.executable, "-c", check], check=True, cwd=ROOT)
 
 
+@pytest.mark.slow  # `make sanitize` runs the same
 @pytest.mark.skipif(os.name != "posix" or shutil.which("c++") is None, reason="needs a C++ compiler")
 def test_the_core_without_python(tmp_path: Path) -> None:
     """All implementations against the scalar one, with the address and undefined sanitizers."""

@@ -48,7 +48,7 @@ def products(draw_: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 
 
 @every_variant
-@settings(max_examples=80)
+@settings(max_examples=40)
 @given(case=products(), threads=st.sampled_from(THREADS))
 def test_linear_is_the_product_and_every_token_gets_what_it_gets_alone(
     isa: str, case: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None], threads: int
@@ -172,7 +172,7 @@ def test_experts_and_routers_that_kernels_do_not_read_are_named(
 
 
 @every_variant
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     tokens=st.integers(1, 9),
     columns=st.integers(1, 200),
@@ -204,7 +204,7 @@ def routers(draw_: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
 
 
 @every_variant
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     case=routers(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),

@@ -62,7 +62,7 @@ def cases(draw: st.DrawFn, packed: bool | None = None) -> Case:
 
 
 @every_variant
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(case=cases(), threads=st.sampled_from(THREADS), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 def test_experts_are_the_formulas(isa: str, case: Case, threads: int, dtype: torch.dtype) -> None:
     held = {
@@ -77,7 +77,7 @@ def test_experts_are_the_formulas(isa: str, case: Case, threads: int, dtype: tor
     )
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(case=cases(), threads=st.sampled_from(THREADS))
 def test_every_instruction_set_and_number_of_threads_gives_the_same_bits(case: Case, threads: int) -> None:
     expected = run(native("scalar"), case, torch.float32)
@@ -86,7 +86,7 @@ def test_every_instruction_set_and_number_of_threads_gives_the_same_bits(case: C
 
 
 @every_variant
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(case=cases(), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 def test_a_token_gets_from_experts_what_it_gets_alone(isa: str, case: Case, dtype: torch.dtype) -> None:
     backend = native(isa, 3)
@@ -106,7 +106,7 @@ def test_one_layer_errs_less_than_bf16_arithmetic(isa: str) -> None:
 
 
 @every_variant
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(case=cases(packed=False))
 def test_dense_experts_have_the_same_bits_in_every_dtype_that_holds_them(isa: str, case: Case) -> None:
     """Their values have few bits, so that F16 holds what BF16 does."""
@@ -126,7 +126,7 @@ def moved(weight: Weight, by: int) -> Weight:
 @every_variant
 @pytest.mark.parametrize("stored", [torch.uint8, *STORED])
 @given(by=st.integers(0, 63))
-@settings(max_examples=15)
+@settings(max_examples=6)
 def test_weights_may_lie_at_any_address(isa: str, stored: torch.dtype, by: int) -> None:
     case = make_case(1, hidden=160, intermediate=96, packed=stored == torch.uint8)
     e = stored_as(case.experts, stored, torch.float32)

@@ -16,7 +16,7 @@ pytestmark = needs_native
 
 
 @every_variant
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(
     seed=st.integers(0, 2**32 - 1),
     tokens=st.sampled_from([1, 5, 33, 70]),

@@ -52,7 +52,7 @@ def products(draw_: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 
 
 @every_tiled_variant
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(case=products(), threads=st.sampled_from([1, 2, 5]))
 def test_linear_is_the_product_and_every_token_gets_what_it_gets_alone(
     isa: str, case: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None], threads: int
@@ -106,7 +106,7 @@ def cases(draw_: st.DrawFn) -> Case:
 
 
 @every_tiled_variant
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(
     case=cases(), threads=st.sampled_from([1, 2, 5]), dtype=st.sampled_from([torch.float32, torch.bfloat16])
 )
@@ -123,7 +123,7 @@ def test_experts_are_the_formulas(isa: str, case: Case, threads: int, dtype: tor
 
 
 @every_tiled_variant
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(case=cases(), threads=st.sampled_from([1, 3]))
 def test_a_token_gets_from_experts_what_it_gets_alone(isa: str, case: Case, threads: int) -> None:
     """Experts that few of many tokens choose among them."""

@@ -35,6 +35,14 @@ def alone(texts: Texts) -> bytes:
     return out.read_bytes()
 
 
+@pytest.fixture(scope="module")
+def parts(texts: Texts) -> int:
+    """How many there are of that job."""
+    whole = ShuffledWorkers()
+    profile(TINY, texts, texts["law"][0].parent / "whole.stats", **LIMITS, workers=whole)
+    return whole.done
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_statistics_do_not_depend_on_the_order_in_which_parts_finish(
     texts: Texts, alone: bytes, tmp_path: Path, seed: int
@@ -50,7 +58,7 @@ def test_statistics_do_not_depend_on_the_order_in_which_parts_finish(
 
 @pytest.mark.parametrize("stopped_after", [1, 4])
 def test_finished_parts_are_not_done_again(
-    texts: Texts, alone: bytes, tmp_path: Path, stopped_after: int
+    texts: Texts, alone: bytes, parts: int, tmp_path: Path, stopped_after: int
 ) -> None:
     class Stop(Exception):
         pass
@@ -64,13 +72,12 @@ def test_finished_parts_are_not_done_again(
             raise Stop
 
     out = tmp_path / "parts.stats"
-    first, second, whole = ShuffledWorkers(7), ShuffledWorkers(8), ShuffledWorkers()
+    first, second = ShuffledWorkers(7), ShuffledWorkers(8)
     with pytest.raises(Stop):
         profile(TINY, texts, out, **LIMITS, workers=first, progress=stop)
     profile(TINY, texts, out, **LIMITS, workers=second)
-    profile(TINY, texts, tmp_path / "whole.stats", **LIMITS, workers=whole)
     assert out.read_bytes() == alone
-    assert second.done == whole.done - stopped_after
+    assert second.done == parts - stopped_after
     assert not [f.name for f in tmp_path.iterdir() if "partial" in f.name]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ pytest.importorskip("matplotlib")
 
 from moe_surgery.errors import OutputError, PlanMismatchError, UsageError
 from moe_surgery.report.png import write_pictures
-from moe_surgery.selection.metrics import PROFILED_METRICS
+from moe_surgery.selection.metrics import metrics_from
+from moe_surgery.selection.statistics import PROFILED
 from tests.report.inputs import evaluation_of, made_up, plan_of
 
 
@@ -26,22 +28,30 @@ def header(path: Path) -> tuple[int, int, float]:
     return width, height, per_metre * 0.0254
 
 
-def test_every_figure_is_a_picture_for_print(tmp_path: Path) -> None:
+# Heat maps and overlaps of all metrics are drawn by the same code.
+@pytest.mark.parametrize(
+    "known", [("count", "gate"), pytest.param(PROFILED, marks=pytest.mark.slow)], ids=["two metrics", "all"]
+)
+def test_every_figure_is_a_picture_for_print(tmp_path: Path, known: tuple[str, ...]) -> None:
     """Two domains without a plain letter get the same file name: one is numbered."""
     statistics = made_up(3, 8, ["../$x^2$", "ä", "ö"])
+    for layer in itertools.chain.from_iterable(statistics.data.values()):
+        for name in {*PROFILED} - {*known}:
+            setattr(layer, name, None)
+    metrics = metrics_from(known)
     evaluation = evaluation_of(statistics)
     paths = list(
         write_pictures(
             tmp_path / "new" / "folder",
             statistics,
-            [("p.json", plan_of(statistics, "reap", 2))],
+            [("p.json", plan_of(statistics, metrics[-1], 2))],
             [("e.json", evaluation)],
         )
     )
     assert sorted(p.name for p in paths) == sorted(
         [
-            *(f"heatmap-{m}.png" for m in PROFILED_METRICS),
-            *(f"overlap-{m}.png" for m in PROFILED_METRICS),
+            *(f"heatmap-{m}.png" for m in metrics),
+            *(f"overlap-{m}.png" for m in metrics),
             *(f"coverage{d}.png" for d in ("-all-domains", "-x-2", "", "-2")),
             *(f"evaluation-{m}.png" for m in ("kl", "cross_entropy", "agreement", "rerouted")),
         ]

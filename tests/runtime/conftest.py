@@ -76,6 +76,16 @@ def small_model(small: Path, backend: str) -> CausalLM:
 
 
 @pytest.fixture(scope="session")
+def quick_model(small: Path) -> CausalLM:
+    """`small_model` with the CPU's own backend alone: for rules and counts that are the same with any."""
+    import torch
+
+    from moe_surgery.runtime.load import load_model
+
+    return load_model(small, dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
 def steady_model(small_model: CausalLM) -> CausalLM:
     """`small_model` with all experts chosen, so that ties in a router cannot differ between a batch and one text."""
     from moe_surgery.runtime.view import view

@@ -45,7 +45,7 @@ def in_pieces(model: CausalLM, ids: torch.Tensor, cuts: list[int], rollback: int
     cuts=st.lists(st.integers(1, LENGTH - 1), max_size=LENGTH),
     rollback=st.integers(0, 2 * WINDOW),
 )
-@settings(max_examples=30)
+@settings(max_examples=15)
 def test_any_split_gives_the_logits_of_the_whole(
     steady_model: CausalLM, seed: int, batch: int, cuts: list[int], rollback: int
 ) -> None:
@@ -108,7 +108,7 @@ def test_a_prefill_may_keep_no_logits(small_model: CausalLM) -> None:
     steps=st.integers(0, 12),
     rollback=st.integers(0, WINDOW),
 )
-@settings(max_examples=30)
+@settings(max_examples=15)
 def test_a_left_padded_batch_gives_what_each_text_gives_alone(
     steady_model: CausalLM, seed: int, lengths: list[int], cuts: list[int], steps: int, rollback: int
 ) -> None:
@@ -149,7 +149,7 @@ def edits(draw: st.DrawFn) -> tuple[int, list[tuple[int, int]]]:
 
 
 @given(seed=st.integers(0, 99), plan=edits(), pads=st.integers(0, 3))
-@settings(max_examples=30)
+@settings(max_examples=15)
 def test_other_tokens_after_a_truncation_give_what_a_fresh_run_gives(
     steady_model: CausalLM, seed: int, plan: tuple[int, list[tuple[int, int]]], pads: int
 ) -> None:

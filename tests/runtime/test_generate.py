@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from copy import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
+from moe_surgery import load_model  # noqa: E402
 from moe_surgery.errors import UsageError  # noqa: E402
 from moe_surgery.runtime.generate import Step, generate, pad_left, stream  # noqa: E402
 from moe_surgery.runtime.model import CausalLM  # noqa: E402
 from moe_surgery.runtime.sampling import Sampling  # noqa: E402
 from tests.runtime.conftest import SMALL  # noqa: E402
+from tests.runtime.models import write_lively  # noqa: E402
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [7], [2, 7, 1, 8], list(range(20))]
 DRAWN = Sampling(1.0, top_k=20, seed=7)
@@ -129,9 +132,13 @@ def test_prompt_and_answer_together_fit_the_context(small_model: CausalLM, conte
     assert len(result.tokens[0]) == new
 
 
-def test_the_models_whole_context_can_be_used(small_model: CausalLM) -> None:
-    prompt = torch.ones(1, small_model.config.max_position_embeddings - 2, dtype=torch.int64)
-    assert len(generate(small_model, prompt, max_new_tokens=9, stop_tokens=()).tokens[0]) == 2
+def test_the_models_whole_context_can_be_used(tmp_path: Path, backend: str) -> None:
+    folder = write_lively(
+        tmp_path / "short", SMALL, edit_config=lambda c: c.update(max_position_embeddings=48)
+    )
+    model = load_model(folder, dtype=torch.float32, backend=backend)
+    prompt = torch.ones(1, 46, dtype=torch.int64)
+    assert len(generate(model, prompt, max_new_tokens=9, stop_tokens=()).tokens[0]) == 2
 
 
 REFUSED: dict[str, tuple[object, dict[str, Any], str]] = {

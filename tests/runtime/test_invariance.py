@@ -49,7 +49,7 @@ def in_pieces(model: CausalLM, ids: torch.Tensor, cuts: list[int], rollback: int
     return torch.cat([model(ids[:, a:b], cache) for a, b in pairwise(cuts)], dim=1)
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(
     seed=st.integers(0, 99),
     batch=st.integers(1, 3),
@@ -108,7 +108,7 @@ def long_cuts(draw: st.DrawFn) -> list[int]:
     return [*cuts, LONG]
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(
     seed=st.integers(0, 99),
     batch=st.integers(1, 3),
@@ -161,7 +161,7 @@ def test_the_embedded_model_too(tiny: Path, dtype: torch.dtype) -> None:
 INVARIANT = "reference-invariant"
 
 
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(
     seed=st.integers(0, 99),
     batch=st.integers(1, 3),

@@ -141,9 +141,19 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return write_lively(tmp_path_factory.mktemp("mps") / request.param, SMALL, request.param)
 
 
-@pytest.mark.parametrize("plan", [None, Plan("gpt_oss", SMALL.experts, ((4, 0), (1, 2), (3, 2)))])
-@pytest.mark.parametrize("backend", [Gathered, Grouped])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+PLAN = Plan("gpt_oss", SMALL.experts, ((4, 0), (1, 2), (3, 2)))
+
+
+# Every dtype with both backends, in turn with and without a plan; the rest is slow.
+@pytest.mark.parametrize(
+    ("dtype", "backend", "plan"),
+    [
+        pytest.param(dtype, backend, plan, marks=[pytest.mark.slow] if (i + j + k) % 2 else [])
+        for i, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16))
+        for j, backend in enumerate((Gathered, Grouped))
+        for k, plan in enumerate((None, PLAN))
+    ],
+)
 def test_loading_and_running_ask_only_for_what_mps_has(
     folder: Path, dtype: torch.dtype, backend: Callable[[], Backend], plan: Plan | None, guard: OnlyMps
 ) -> None:

@@ -15,9 +15,14 @@ from moe_surgery.kernels.native import NativeBackend  # noqa: E402
 from moe_surgery.kernels.weights import Layer, Projection  # noqa: E402
 from moe_surgery.runtime.model import CausalLM  # noqa: E402
 from moe_surgery.runtime.view import view  # noqa: E402
-from tests.kernels.native_cases import every_variant, native, needs_native  # noqa: E402
+from tests.kernels.native_cases import VARIANTS, every_variant, native, needs_native  # noqa: E402
 
 pytestmark = needs_native
+
+# Scalar kernels take most of the time, and one test below runs a stack of them.
+variants_in_time = pytest.mark.parametrize(
+    "isa", [pytest.param(isa, marks=[pytest.mark.slow] if isa == "scalar" else []) for isa in VARIANTS]
+)
 
 
 class OneByOne(NativeBackend):
@@ -106,7 +111,7 @@ def stored_as(model: CausalLM, dtype: torch.dtype) -> CausalLM:
     return model
 
 
-@every_variant
+@variants_in_time
 def test_a_stack_of_f32_weights_gives_what_bf16_ones_with_the_same_values_give(tiny: Path, isa: str) -> None:
     batch, prompt = 1 if isa == "scalar" else 2, prompt_length(isa)
     step = SHORT_STEP  # in longer ones only products of BF16 weights are tiled
@@ -118,7 +123,7 @@ def test_a_stack_of_f32_weights_gives_what_bf16_ones_with_the_same_values_give(t
             assert torch.equal(actual, theirs)
 
 
-@every_variant
+@variants_in_time
 def test_a_stack_of_f16_weights_gives_what_f32_ones_with_the_same_values_give(tiny: Path, isa: str) -> None:
     half = stored_as(model_of(tiny, isa, 2, stacked=True), torch.float16)
     assert half._fused_layers() is not None

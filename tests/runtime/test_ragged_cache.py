@@ -46,7 +46,7 @@ def in_short_steps(model: CausalLM, text: list[int]) -> torch.Tensor:
 
 
 @given(seed=st.integers(0, 99), plan=edits())
-@settings(max_examples=30)
+@settings(max_examples=15)
 def test_rows_that_roll_back_different_numbers_give_what_each_gives_alone(
     steady_model: CausalLM, seed: int, plan: tuple[int, list[int], list[tuple[list[int], int]]]
 ) -> None:

@@ -43,7 +43,7 @@ def check_same_bits(
 
 
 @given(kept=plans(SMALL.experts, SMALL.layers), dtype=st.sampled_from(DTYPES))
-@settings(max_examples=25)
+@settings(max_examples=12)
 def test_a_view_has_the_bits_of_the_pruned_checkpoint(
     small: Path, backend: str, tmp_path_factory: pytest.TempPathFactory, kept: Kept, dtype: torch.dtype
 ) -> None:

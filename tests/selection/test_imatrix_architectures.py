@@ -91,15 +91,13 @@ def test_llama_cpp_quantises_a_pruned_model_with_the_cut_matrix(llama: Llama, tm
     prune(full, pruned, plan)
     cut_for_plan(matrix, full, plan, cut)
 
-    def quantise(model: Path, by: Path) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "tests.support.llama_quantize", model, tmp_path / "q.gguf", by]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-
-    assert quantise(full, matrix).returncode == 0
-    done = quantise(pruned, cut)
-    assert done.returncode == 0, done.stderr
-    types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "q.gguf").tensors}
-    assert types["blk.0.ffn_up_exps.weight"].startswith("IQ2")
-    refused = quantise(pruned, matrix)
-    assert refused.returncode != 0
-    assert "imatrix size" in refused.stderr
+    out, other = tmp_path / "q.gguf", tmp_path / "other.gguf"
+    command = [sys.executable, "-m", "tests.support.llama_quantize"]
+    jobs = [full, other, matrix, pruned, out, cut, pruned, other, matrix]
+    done = subprocess.run([*command, *jobs], cwd=ROOT, capture_output=True, text=True, check=True)
+    kept, cut_to_fit, refused = map(int, done.stdout.split())
+    assert (kept, cut_to_fit) == (0, 0), done.stderr
+    types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(out).tensors}
+    assert types["blk.0.ffn_up_exps.weight"] == "Q2_K"
+    assert refused != 0
+    assert "imatrix size" in done.stderr

@@ -169,7 +169,7 @@ def tensor_bytes(shard: OutputShard) -> int:
 
 
 @given(jobs())
-@examples(max_examples=150)
+@examples(max_examples=75)
 def test_every_output_byte_is_the_one_that_slicing_gives(job: Job) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = job.write(Path(temporary) / "in")
@@ -215,7 +215,7 @@ def check_encoded(folder: Path, parts: tuple[Part, ...], values: np.ndarray, sca
 
 
 @given(jobs())
-@examples(max_examples=150)
+@examples(max_examples=75)
 def test_shards_follow_their_rules(job: Job) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         program = job.compile(job.write(Path(temporary) / "in"))
@@ -250,7 +250,7 @@ def test_shards_follow_their_rules(job: Job) -> None:
 
 
 @given(jobs())
-@examples(max_examples=100)
+@examples(max_examples=50)
 def test_every_tensor_is_aligned_to_its_dtype(job: Job) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         program = job.compile(job.write(Path(temporary) / "in"))
@@ -265,7 +265,7 @@ def test_every_tensor_is_aligned_to_its_dtype(job: Job) -> None:
 
 
 @given(jobs(), st.data())
-@examples(max_examples=60)
+@examples(max_examples=40)
 def test_the_digest_is_the_same_for_the_same_job_and_another_for_another_plan(
     job: Job, data: st.DataObject
 ) -> None:

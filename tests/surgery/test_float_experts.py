@@ -126,13 +126,20 @@ def test_dense_formats_are_rounded_once_as_torch_rounds(
     assert verify(tmp_path / "out", source=source).ok
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("layout", ["mxfp4", "original"])
-@pytest.mark.parametrize("target", ["f16", "f32"])
-def test_mxfp4_decodes_to_f16_and_f32(target: str, layout: str, shape: Shape, tmp_path: Path) -> None:
-    source = write_checkpoint(tmp_path / "in", shape, layout, shards=2)
+@pytest.mark.parametrize(
+    ("target", "layout", "shape"),
+    [
+        *product(("f16", "f32"), ("mxfp4", "original"), ("small",)),
+        ("f16", "mxfp4", "beyond a chunk"),
+        ("f32", "original", "beyond a chunk"),
+        pytest.param("f16", "original", "beyond a chunk", marks=pytest.mark.slow),
+        pytest.param("f32", "mxfp4", "beyond a chunk", marks=pytest.mark.slow),
+    ],
+)
+def test_mxfp4_decodes_to_f16_and_f32(target: str, layout: str, shape: str, tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "in", SHAPES[shape], layout, shards=2)
     prune(source, tmp_path / "out", keep, store=target)
-    hub = write_checkpoint(tmp_path / "hub", shape)
+    hub = write_checkpoint(tmp_path / "hub", SHAPES[shape])
     expected = expected_of(hub)
     for name in [n for n in expected if n.endswith("_blocks")]:
         base = name.removesuffix("_blocks")

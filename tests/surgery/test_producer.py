@@ -95,7 +95,7 @@ def test_whole_shard_is_what_numpy_makes_of_the_source(case: Case, tmp_path: Pat
             assert again.tobytes() == expected[base].tobytes(), name
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.one_of(st.integers(1, 64).map(lambda n: n * 61), st.integers(200, 30_000)))
 def test_any_chunk_size_gives_the_same_bytes(case: Case, chunk_bytes: int) -> None:
     assert case.produce(list(chunks_of(case.shard, chunk_bytes))) == case.whole
@@ -108,7 +108,9 @@ def test_chunks_of_a_few_bytes_give_the_same_bytes(tmp_path: Path, chunk_bytes: 
         with prepared(tmp_path / dtype, dtype, shape) as case:
             start = len(case.shard.header)
             producer = producer_of(case.shard, case.checkpoint.shards)
-            for chunk in chunks_of(case.shard, chunk_bytes):
+            # Of chunks of one byte every fifth: blocks of powers of two are met at each of their bytes.
+            step = 5 if chunk_bytes == 1 else 1
+            for chunk in list(chunks_of(case.shard, chunk_bytes))[::step]:
                 if chunk.offset + chunk.nbytes > start:
                     buffer = bytearray(chunk.nbytes)
                     producer.fill(chunk, memoryview(buffer))

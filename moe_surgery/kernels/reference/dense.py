@@ -10,16 +10,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe_surgery.kernels.interface import (
+    Backend,
     DecoderModel,
     DecoderShape,
     DecodeStep,
     FusedLayers,
     KVCache,
-    MeasuredExperts,
 )
 from moe_surgery.kernels.q8_0 import Matrix, Q8Matrix
 from moe_surgery.kernels.reference.attention import attention, visible
-from moe_surgery.kernels.weights import ExpertWeights, Layer
+from moe_surgery.kernels.weights import Layer
 
 __all__ = ["TorchDense", "apply_rope", "linear", "rms_norm"]
 
@@ -60,7 +60,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-class TorchDense:
+class TorchDense(Backend):
     """The operations of `Backend` other than routing and experts, in plain PyTorch."""
 
     dtype = torch.bfloat16
@@ -69,17 +69,6 @@ class TorchDense:
 
     def for_tokens(self: Dense, tokens: int) -> Dense:
         return self
-
-    def measured_experts(
-        self,
-        x: Tensor,
-        ids: Tensor,
-        weights: Tensor,
-        expert_weights: ExpertWeights,
-        groups: Tensor,
-        sums: Tensor,
-    ) -> MeasuredExperts | None:
-        return None
 
     def linear(self, x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
         return linear(x, weight, bias)

@@ -92,12 +92,12 @@ def held():
     return anonymous, Path("/proc/self/maps").read_text().count(".safetensors")
 
 def speculating(draft):
-    speculate(target, draft, prompts, draft_length=3, max_new_tokens=8, stop_tokens=())
+    speculate(target, draft, prompts, draft_length=2, max_new_tokens=4, stop_tokens=())
 
 torch.set_num_threads(1)
 target = load_model(folder, dtype=torch.float32, backend=backend)
-prompts = [[1, 2, 3, 4], [5, 6]]
-generate(target, prompts, max_new_tokens=8, stop_tokens=())
+prompts = [[1, 2], [3]]
+generate(target, prompts, max_new_tokens=4, stop_tokens=())
 speculating(target)  # what a run takes besides weights is there from now on
 before = held()
 drafts = [view(target, Plan("gpt_oss", len(plan[0]) * 2, tuple(map(tuple, plan)))) for plan in plans]

@@ -143,7 +143,7 @@ def test_files_in_the_cache_are_read_from_there(
 def test_a_hub_that_goes_away_leaves_what_the_next_run_resumes(
     hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retries, "FIRST_DELAY", 0.01)
+    monkeypatch.setattr(retries, "FIRST_DELAY", 0.0005)
     seen = 0
 
     def fault(request: object) -> Answer | None:

@@ -22,7 +22,7 @@ from moe_surgery.selection.imatrix.models import open_weights
 from tests.support.command import call
 from tests.support.imatrices import simulate, write_gguf_imatrix, write_legacy_imatrix
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 SENTENCES = [
     "The parties agree that this contract is governed by the law of the state.",

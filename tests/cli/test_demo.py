@@ -1,7 +1,13 @@
-"""The demo does the main job, and what it shows makes sense."""
+"""The demo does the main job, and what it shows makes sense.
+
+It runs once; that the command shows such a result is seen with the result, and with a demo that nothing is asked in.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,11 +16,15 @@ pytest.importorskip("torch")
 pytest.importorskip("tokenizers")
 
 from moe_surgery import inspect, verify
+from moe_surgery.cli.demo import show
+from moe_surgery.cli.terminal import Terminal
 from moe_surgery.demo import KEPT, SOURCE, DemoResult, asked_questions, profile_texts, run_demo
 from moe_surgery.errors import OutputError
 from moe_surgery.examples.skills import DOMAINS
+from tests.support.command import assert_sound, call, done
 
 COUNT = 10
+Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +89,64 @@ def test_the_report_page_is_written_where_it_is_said(shown: Shown) -> None:
     assert result.report == out / "report.html"
     page = result.report.read_text()
     assert all(domain in page for domain in DOMAINS)
+
+
+def test_every_model_is_in_the_folder_given_and_pruned_soundly(shown: Shown) -> None:
+    result, _, out = shown
+    folders = [entry for entry in out.iterdir() if entry.is_dir()]
+    assert {folder.name for folder in folders} == {row.name for row in result.rows[1:]}
+    kept = {entry.name for entry in out.iterdir()} - {folder.name for folder in folders}
+    assert kept == {*(f"{domain}.txt" for domain in DOMAINS), "numbers.jsonl", "tiny.stats", "report.html"}
+    for folder in folders:
+        if not folder.name.endswith("-repaired"):
+            assert_sound(folder, SOURCE)
+
+
+def test_the_table_has_every_model_and_says_where_they_are(shown: Shown, capsys: Capture) -> None:
+    result, _, out = shown
+    show(Terminal(), result)
+    printed = capsys.readouterr()
+    assert printed.out.count("yes") == len(result.rows) == 9
+    assert all(row.name in printed.out for row in result.rows)
+    assert all(example.question in printed.out for example in result.examples)
+    assert f"inspect {out / result.rows[1].name}" in printed.err
+
+
+def test_as_json_it_holds_the_whole_result(shown: Shown, capsys: Capture) -> None:
+    result, _, out = shown
+    terminal = Terminal()
+    terminal.json = True
+    show(terminal, result)
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["models"] == [asdict(row) for row in result.rows]
+    assert printed["examples"] == [asdict(example) for example in result.examples]
+    assert printed["report"] == str(out / "report.html")
+
+
+def test_without_a_tokenizer_a_model_is_pruned_and_nothing_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    out = tmp_path / "models"
+    ended = done(call(capsys, "demo", "--output", out))
+    assert "not installed: a model is pruned and verified, but not run" in ended.err
+    assert ended.out.count("yes") == 2
+    assert [entry.name for entry in out.iterdir()] == [f"random-{KEPT}"]
+    assert_sound(out / f"random-{KEPT}", SOURCE)
+    printed = done(call(capsys, "demo", "--json")).json()
+    assert [row["name"] for row in printed["models"]] == ["full", f"random-{KEPT}"]
+    assert (printed["examples"], printed["report"]) == ([], None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_whole_command(tmp_path: Path, capsys: Capture, kept: bool) -> None:
+    options = ["--output", tmp_path / "models"] if kept else []
+    printed = done(call(capsys, "demo", "--json", "--questions", "1", *options)).json()
+    assert [row["domain"] for row in printed["models"]] == [None, *DOMAINS, None, "numbers", "numbers"]
+    assert all(set(row["accuracy"].values()) <= {0.0, 1.0} for row in printed["models"])
+    assert len(printed["examples"]) == 3
+    assert printed["report"] == (str(tmp_path / "models" / "report.html") if kept else None)
 
 
 def test_no_question_asked_was_profiled() -> None:
