@@ -72,47 +72,66 @@ class TileScratch {
     std::unique_ptr<SumTile[]> sums_;
 };
 
-// sums[i * kTokenTilesAtOnce + g] = rows first + 16 i .. of a weight times token tile g, for rows first .. last.
-// `load(part, row, rows, first block, last block, tiles)` makes tiles of at most 16 rows, of each of the `parts` that a
-// weight is the sum of. While a panel of at most 32 rows is
-// multiplied the next one is loaded, a tile at a time.
-template <class Load>
-void multiply_tiles(const TileKernels& kernels, std::ptrdiff_t first, std::ptrdiff_t last, std::ptrdiff_t blocks,
-                    const TokenPanel& tokens, WeightTile* weights, SumTile* sums, Load load, std::ptrdiff_t parts = 1) {
-    // Panels in order: all rows for some blocks, then for the next ones.
-    struct Panel {
-        const Load* load;
-        std::ptrdiff_t part, row, last;
-        Part blocks;
-        WeightTile* tiles;
+// A panel of weights: rows `row` to `last`, at most 32, and some blocks, of one of the parts that a weight is the sum of.
+// Tile (i, b), row tile i and block blocks.first + b, is tiles[i * kBlocksAtOnce + b].
+struct Panel {
+    std::ptrdiff_t part, row, last;
+    Part blocks;
+    WeightTile* tiles;
 
-        std::ptrdiff_t width() const { return blocks.last - blocks.first; }
-        std::ptrdiff_t row_tiles() const { return std::min<std::ptrdiff_t>(2, tiles_of(last - row, kTileRows)); }
-        void load_tile(std::ptrdiff_t i) const {
-            const std::ptrdiff_t tile = i / width(), b = i % width(), start = row + tile * kTileRows;
-            (*load)(part, start, std::min(kTileRows, last - start), blocks.first + b, blocks.first + b + 1,
-                 tiles + tile * kBlocksAtOnce + b);
-        }
-    };
+    std::ptrdiff_t width() const { return blocks.last - blocks.first; }
+    std::ptrdiff_t row_tiles() const { return std::min<std::ptrdiff_t>(2, tiles_of(last - row, kTileRows)); }
+};
+
+// Loads a panel a tile at a time, by load(row, rows, first block, last block, tiles).
+template <class Load>
+struct TileLoader {
+    Load load;
+
+    std::ptrdiff_t count(const Panel& panel) const { return panel.row_tiles() * panel.width(); }
+    void operator()(const Panel& panel, std::ptrdiff_t i) const {
+        const std::ptrdiff_t tile = i / panel.width(), b = i % panel.width(), start = panel.row + tile * kTileRows;
+        load(start, std::min(kTileRows, panel.last - start), panel.blocks.first + b, panel.blocks.first + b + 1,
+             panel.tiles + tile * kBlocksAtOnce + b);
+    }
+};
+template <class Load>
+TileLoader<Load> tile_loader(Load load) {
+    return {load};
+}
+
+// sums[i * kTokenTilesAtOnce + g] = rows first + 16 i .. of a weight, the sum of `parts`, times token tile g, for rows
+// first .. last. While a panel is multiplied the next one is loaded: loader(panel, i) for i < loader.count(panel).
+template <class Loader>
+void multiply_tiles(const TileKernels& kernels, std::ptrdiff_t first, std::ptrdiff_t last, std::ptrdiff_t blocks,
+                    const TokenPanel& tokens, WeightTile* weights, SumTile* sums, const Loader& loader, std::ptrdiff_t parts = 1) {
+    // Panels in order: all rows for some blocks, then for the next ones; and so for each part.
     const std::ptrdiff_t panels = parts_of(last - first, kPanelRows), widths = parts_of(blocks, kBlocksAtOnce);
     const std::ptrdiff_t steps = panels * widths * parts;
     const auto panel_of = [&](std::ptrdiff_t step) {
-        return Panel{&load, step / (panels * widths), first + step % panels * kPanelRows, last,
-                     part_of(blocks, kBlocksAtOnce, step / panels % widths), weights + step % 2 * kPanelTiles};
+        const std::ptrdiff_t block = step / panels % widths * kBlocksAtOnce;
+        return Panel{step / (panels * widths), first + step % panels * kPanelRows, last,
+                     {block, std::min(blocks, block + kBlocksAtOnce)}, weights + step % 2 * kPanelTiles};
+    };
+    struct Ahead {
+        const Loader& loader;
+        Panel panel;
     };
     Panel panel = panel_of(0);
-    for (std::ptrdiff_t i = 0; i < panel.row_tiles() * panel.width(); ++i) panel.load_tile(i);
+    for (std::ptrdiff_t i = 0; i < loader.count(panel); ++i) loader(panel, i);
     kernels.begin();
     for (std::ptrdiff_t step = 0; step < steps; ++step) {
-        const Panel next = panel_of(std::min(step + 1, steps - 1));
-        const std::ptrdiff_t tiles_ahead = step + 1 < steps ? next.row_tiles() * next.width() : 0;
-        const auto load_next = [](const void* context, std::ptrdiff_t i) { static_cast<const Panel*>(context)->load_tile(i); };
+        const Ahead ahead = {loader, panel_of(std::min(step + 1, steps - 1))};
+        const auto load_next = [](const void* context, std::ptrdiff_t i) {
+            const Ahead& next = *static_cast<const Ahead*>(context);
+            next.loader(next.panel, i);
+        };
         const Part b = panel.blocks;
         kernels.multiply({panel.tiles, kBlocksAtOnce, panel.row_tiles()},
                          {tokens.tiles + b.first, tokens.stride, tokens.token_tiles}, panel.width(), step < panels,
                          sums + (panel.row - first) / kTileRows * kTokenTilesAtOnce, kTokenTilesAtOnce,
-                         {tiles_ahead, &next, load_next});
-        panel = next;
+                         {step + 1 < steps ? loader.count(ahead.panel) : 0, &ahead, load_next});
+        panel = ahead.panel;
     }
     kernels.end();
 }

@@ -61,10 +61,10 @@ struct ExpertRows {
 
     void multiply(const TileKernels& kernels, std::ptrdiff_t first, std::ptrdiff_t last, const TokenPanel& tokens,
                   std::ptrdiff_t blocks, WeightTile* weights, SumTile* sums) const {
-        const auto load = [&](std::ptrdiff_t, std::ptrdiff_t row, std::ptrdiff_t rows, std::ptrdiff_t b, std::ptrdiff_t end, WeightTile* tiles) {
+        const auto load = [&](std::ptrdiff_t row, std::ptrdiff_t rows, std::ptrdiff_t b, std::ptrdiff_t end, WeightTile* tiles) {
             packed ? kernels.mxfp4(mxfp4, row, rows, b, end, tiles) : kernels.transposed(dense, row, rows, b, end, tiles);
         };
-        multiply_tiles(kernels, first, last, blocks, tokens, weights, sums, load);
+        multiply_tiles(kernels, first, last, blocks, tokens, weights, sums, tile_loader(load));
     }
 
     bool packed;

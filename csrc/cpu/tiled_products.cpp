@@ -4,6 +4,26 @@
 #include "tiled.hpp"
 
 namespace moe_surgery::cpu {
+namespace {
+
+// Loads a row at a time, of the blocks that lie together.
+struct Q8_0Loader {
+    const TileKernels& kernels;
+    const Product& product;
+
+    static std::ptrdiff_t groups(const Panel& panel) { return tiles_of(panel.width(), kLanes); }
+    std::ptrdiff_t count(const Panel& panel) const { return panel.row_tiles() * kTileRows * groups(panel); }
+    void operator()(const Panel& panel, std::ptrdiff_t i) const {
+        const std::ptrdiff_t r = i / groups(panel), b = i % groups(panel) * kLanes, row = panel.row + r;
+        const DenseRows& weight = product.weight;
+        kernels.q8_0(weight, row < panel.last ? weight.data + row * weight.stride : nullptr, panel.blocks.first + b,
+                     std::min(panel.blocks.last, panel.blocks.first + b + kLanes), panel.part, r % kTileRows,
+                     panel.tiles + r / kTileRows * kBlocksAtOnce + b);
+    }
+};
+static_assert(kBlocksAtOnce % kLanes == 0);
+
+}  // namespace
 
 void Engine::tiled_products(const float* x, std::ptrdiff_t tokens, const std::vector<Product>& products) const {
     const TileKernels& kernels = *tiles_;
@@ -39,14 +59,15 @@ void Engine::tiled_products(const float* x, std::ptrdiff_t tokens, const std::ve
         const std::ptrdiff_t first = piece / token_parts * cut.rows, last = std::min(product.rows, first + cut.rows);
         const Part part = part_of(token_tiles, cut.token_tiles, piece % token_parts);
         SumTile* sums = scratch.sums(thread);
-        const bool q8_0 = product.weight.dtype == Dtype::q8_0;
-        const auto load = [&](std::ptrdiff_t rest, std::ptrdiff_t row, std::ptrdiff_t rows, std::ptrdiff_t b, std::ptrdiff_t end,
-                              WeightTile* tiles) {
-            q8_0 ? kernels.q8_0(product.weight, row, rows, b, end, rest, tiles)
-                 : kernels.dense(product.weight, row, rows, b, end, tiles);
-        };
-        multiply_tiles(kernels, first, last, blocks, {split.get() + part.first * blocks, blocks, part.last - part.first},
-                       scratch.weights(thread), sums, load, q8_0 ? 2 : 1);
+        const TokenPanel panel = {split.get() + part.first * blocks, blocks, part.last - part.first};
+        if (product.weight.dtype == Dtype::q8_0) {
+            multiply_tiles(kernels, first, last, blocks, panel, scratch.weights(thread), sums, Q8_0Loader{kernels, product}, 2);
+        } else {
+            const auto load = [&](std::ptrdiff_t row, std::ptrdiff_t rows, std::ptrdiff_t b, std::ptrdiff_t end, WeightTile* tiles) {
+                kernels.dense(product.weight, row, rows, b, end, tiles);
+            };
+            multiply_tiles(kernels, first, last, blocks, panel, scratch.weights(thread), sums, tile_loader(load));
+        }
         float bias[kRowsAtOnce];
         load_bias(product.bias, first, last, bias);
         static constexpr float kOnes[kTileTokens] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};

@@ -102,9 +102,10 @@ struct TileKernels {
     void (*transposed)(const DenseRows& weight, std::ptrdiff_t row, std::ptrdiff_t rows, std::ptrdiff_t first,
                        std::ptrdiff_t last, WeightTile* out);
 
-    // Of Q8_0 rows, whose values take more bits than BF16 has: rounded to BF16, or with `rest` what that leaves, rounded.
-    void (*q8_0)(const DenseRows& weight, std::ptrdiff_t row, std::ptrdiff_t rows, std::ptrdiff_t first,
-                 std::ptrdiff_t last, bool rest, WeightTile* out);
+    // Of one row of Q8_0, row `into` of the tiles of up to 16 blocks that lie together (see q8_0_rows). Its values take
+    // more bits than BF16 has: rounded to BF16, or with `rest` what that leaves, rounded. Zeros where there is no `row`.
+    void (*q8_0)(const DenseRows& weight, const std::uint8_t* row, std::ptrdiff_t first, std::ptrdiff_t last, bool rest,
+                 std::ptrdiff_t into, WeightTile* out);
 
     // sums[i * stride + g] += row tile i times token tile g over `blocks` blocks, or = where `first`.
     void (*multiply)(const WeightPanel& weights, const TokenPanel& tokens, std::ptrdiff_t blocks, bool first,

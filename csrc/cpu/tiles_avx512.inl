@@ -153,29 +153,35 @@ struct TileLayout {
         clear_rows(rows, last - first, out);
     }
 
-    static void q8_0(const DenseRows& weight, std::ptrdiff_t row, std::ptrdiff_t rows, std::ptrdiff_t first,
-                     std::ptrdiff_t last, bool rest, WeightTile* out) {
-        const std::ptrdiff_t blocks = weight.columns / kBlock;
-        const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        for (std::ptrdiff_t r = 0; r < rows; ++r) {
-            const std::uint8_t* codes = weight.data + (row + r) * weight.stride;
-            const std::uint8_t* ahead = codes + 4 * kTileRows * weight.stride;
-            for (std::ptrdiff_t b = first; b < last; ++b) {
-                prefetch(ahead + b * kBlock);
-                // Columns 2k and 2k + 1 of the block are two bytes for each k, `width` bytes apart (see q8_0_rows).
-                const std::ptrdiff_t group = b / kLanes, width = 2 * min_of(kLanes, blocks - group * kLanes);
-                const __m512i at = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(static_cast<int>(width)));
-                const __m512i pairs = _mm512_i32gather_epi32(at, codes + group * kActBlock + b % kLanes * 2, 1);
-                const __m512 scale = _mm512_set1_ps(f16_at(codes + weight.columns, b));
-                const auto values = [&](int shift) {
-                    const __m512i code = _mm512_srai_epi32(_mm512_slli_epi32(pairs, shift), 24);
-                    const __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(code), scale), high = rounded(value);
-                    return rest ? rounded(_mm512_sub_ps(value, high)) : high;
-                };
-                _mm512_store_si512(out[b - first].rows[r], pairs_of(values(24), values(16)));
-            }
+    static void q8_0(const DenseRows& weight, const std::uint8_t* row, std::ptrdiff_t first, std::ptrdiff_t last, bool rest,
+                     std::ptrdiff_t into, WeightTile* out) {
+        const std::ptrdiff_t count = last - first;
+        if (!row) {
+            for (std::ptrdiff_t b = 0; b < count; ++b) _mm512_store_si512(out[b].rows[into], _mm512_setzero_si512());
+            return;
         }
-        clear_rows(rows, last - first, out);
+        prefetch_row(row + 4 * kTileRows * weight.stride + first * kBlock, count * kBlock);
+        // Word b of vector k: columns 2k and 2k + 1 of block b.
+        __m512i pairs[kTileColumns / 2];
+        const std::uint8_t* codes = row + first * kBlock;
+        const __mmask16 some = mask_of(count);
+        for (std::ptrdiff_t k = 0; k < kTileColumns / 2; ++k) {
+            pairs[k] = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, codes + 2 * count * k));
+        }
+        transpose(pairs);
+        for (std::ptrdiff_t b = 0; b < count; ++b) {
+            const __m512 scale = _mm512_set1_ps(f16_at(row + weight.columns, first + b));
+            const auto values = [&](int shift) {
+                const __m512i code = _mm512_srai_epi32(_mm512_slli_epi32(pairs[b], shift), 24);
+                const __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(code), scale), high = rounded(value);
+                return rest ? rounded(_mm512_sub_ps(value, high)) : high;
+            };
+            _mm512_store_si512(out[b].rows[into], pairs_of(values(24), values(16)));
+        }
+    }
+
+    static void prefetch_row(const std::uint8_t* from, std::ptrdiff_t nbytes) {
+        for (std::ptrdiff_t line = 0; line < nbytes; line += 64) prefetch(from + line);
     }
 
     static void transposed(const DenseRows& weight, std::ptrdiff_t row, std::ptrdiff_t rows, std::ptrdiff_t first,
