@@ -75,6 +75,11 @@ class FileOps:
                 self._uncached = False
         return os.preadv(fd, [buffer], offset)
 
+    def stop_readahead(self, fd: int) -> None:
+        """Make reads of `fd` bring in the bytes asked for and none beyond them."""
+        if sys.platform == "linux":
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+
     def drop_cache(self, fd: int, offset: int, nbytes: int) -> None:
         """Drop the page cache's copy of a range that was read with `cache`."""
         if sys.platform == "linux":

@@ -80,6 +80,9 @@ class LocalFile(ByteSource):
                 raise self._cut_short(offset + total)
             done += count
 
+    def stop_readahead(self) -> None:
+        self._ops.stop_readahead(self._fd)
+
     def drop_cache(self, offset: int, nbytes: int) -> None:
         self._ops.drop_cache(self._fd, offset, nbytes)
 

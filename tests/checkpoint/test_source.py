@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import random
 import re
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 
 from moe_surgery.checkpoint.header import build_header, parse_header, read_header
@@ -241,6 +246,35 @@ def test_reads_continue_through_signals(tmp_path: Path) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
     assert hits
+
+
+def cached(source: LocalFile) -> npt.NDArray[np.bool_]:
+    """Whether each page of the file is in the page cache."""
+    whole = np.frombuffer(source.map(), np.uint8)
+    pages = np.zeros(-(-source.size // mmap.PAGESIZE), np.uint8)
+    arguments = (ctypes.c_void_p(whole.ctypes.data), ctypes.c_size_t(source.size))
+    assert ctypes.CDLL(None).mincore(*arguments, ctypes.c_void_p(pages.ctypes.data)) == 0
+    return (pages & 1).astype(bool)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system decides what is read ahead")
+@pytest.mark.parametrize("stopped", [False, True])
+def test_nothing_is_read_ahead_where_that_is_stopped(tmp_path: Path, stopped: bool) -> None:
+    path, part = tmp_path / "file.bin", 256 << 10
+    path.write_bytes(bytes(16 * part))
+    with LocalFile(path) as source:
+        os.fsync(source.fileno())
+        source.drop_cache(0, source.size)
+        if cached(source).any():
+            pytest.skip("this file system keeps files in memory")
+        if stopped:
+            source.stop_readahead()
+        for offset in (0, part):
+            source.read(offset, part)
+        pages = cached(source)
+    read = 2 * part // mmap.PAGESIZE
+    assert pages[:read].all()
+    assert bool(pages[read:].any()) is not stopped
 
 
 def test_listing_says_what_is_a_file(tmp_path: Path) -> None:
