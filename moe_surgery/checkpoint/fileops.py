@@ -116,6 +116,20 @@ class FileOps:
             raise
         return True
 
+    def allocate(self, fd: int, nbytes: int) -> bool:
+        """Extend a file to `nbytes` and allocate its disk blocks; False where the file system cannot do so at once."""
+        library = ctypes.CDLL(None, use_errno=True)
+        if not hasattr(
+            library, "fallocate"
+        ):  # posix_fallocate writes to every block where that is not supported
+            return False
+        if not library.fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)):
+            return True
+        code = ctypes.get_errno()
+        if code in UNSUPPORTED:
+            return False
+        raise OSError(code, os.strerror(code))
+
     def start_writeback(self, fd: int, offset: int, nbytes: int) -> None:
         """Ask the kernel to start writing a range out, so that the final flush is short."""
         if sys.platform == "linux":

@@ -86,7 +86,13 @@ class Producer:
 
 
 def produce(
-    layout: FileLayout, producer: Producer, consume: Stage, write: Stage | None = None, *, start: int = 0
+    layout: FileLayout,
+    producer: Producer,
+    consume: Stage,
+    write: Stage | None = None,
+    *,
+    writers: int = 1,
+    start: int = 0,
 ) -> None:
     """Stream the bytes of `layout`, made by `producer`, through `consume` and `write`; see `stream`.
 
@@ -97,7 +103,8 @@ def produce(
         chunks = dropwhile(lambda chunk: chunk.offset < start, chunks)
     if producer.workers is not None:
         chunks = _announced(chunks, producer)
-    stream(chunks, producer.fill, consume, write, workers=producer.workers, abort=producer.cancel)
+    workers = producer.workers
+    stream(chunks, producer.fill, consume, write, workers=workers, writers=writers, abort=producer.cancel)
 
 
 def _announced(chunks: Iterable[Chunk], producer: Producer) -> Iterator[Chunk]:
