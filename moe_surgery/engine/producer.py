@@ -46,7 +46,7 @@ class Producer:
         self.workers = max((s.source.concurrent_reads or 0 for s in sources.values()), default=0) or None
         """Chunks to fill at a time, where the sources have a preference."""
         for shard in sources.values():
-            shard.source.stop_readahead()  # between kept slices lie others, which would be read for nothing
+            shard.source.expect_slices()
 
     def cancel(self) -> None:
         """End calls of `fill` that wait for bytes, in other threads, with an error."""

@@ -9,9 +9,9 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from typing import Final
 
+from moe_surgery.checkpoint.direct_file import io_buffer
 from moe_surgery.engine.chunks import CHUNK_BYTES, Chunk
 
 __all__ = ["Stage", "stream"]
@@ -45,7 +45,7 @@ def stream(
     count = workers or max(FEWEST_WORKERS, min(MOST_WORKERS, os.cpu_count() or 1))
     free: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()
     for _ in range(count + (writers + WAITING_TO_WRITE if write else 0)):
-        free.put(_buffer())
+        free.put(io_buffer(CHUNK_BYTES))
     pending: deque[tuple[Chunk, mmap.mmap, Future[None]]] = deque()
     pool = ThreadPoolExecutor(count, "fill")
     writer = _Writer(write, free, writers) if write else None
@@ -78,16 +78,6 @@ def stream(
             writer.abandon()
         raise
     pool.shutdown()
-
-
-def _buffer() -> mmap.mmap:
-    """Memory of a chunk, in one huge page where Linux has one: a direct write of it is then one request to the disk,
-    where pages of 4 KiB take several."""
-    buffer = mmap.mmap(-1, CHUNK_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without huge pages
-            buffer.madvise(mmap.MADV_HUGEPAGE)
-    return buffer
 
 
 class _Writer:
