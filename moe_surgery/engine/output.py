@@ -63,6 +63,7 @@ def write_layout(
         beginning.add(chunk)
 
     file.reserve(layout.nbytes)
+    producer.expect_slices()
     produce(layout, producer, consume, write, writers=WRITES_IN_FLIGHT, start=start)
 
 

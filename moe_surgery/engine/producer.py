@@ -45,13 +45,19 @@ class Producer:
         self._converter = converter
         self.workers = max((s.source.concurrent_reads or 0 for s in sources.values()), default=0) or None
         """Chunks to fill at a time, where the sources have a preference."""
-        for shard in sources.values():
-            shard.source.expect_slices()
 
     def cancel(self) -> None:
         """End calls of `fill` that wait for bytes, in other threads, with an error."""
         for shard in self._shards.values():
             shard.source.cancel()
+
+    def expect_slices(self) -> None:
+        """Say that most of the output is copied, so that its source is best read past the page cache.
+
+        That takes 2 MiB a thread. Raises InvalidInputError if a source has changed since it was opened.
+        """
+        for shard in self._shards.values():
+            shard.source.expect_slices()
 
     def expect(self, chunk: Chunk) -> None:
         """Say that `chunk` will soon be filled."""
