@@ -56,9 +56,13 @@ class DirectFile:
         except OSError as error:
             raise OutputError(f"{self.where}: cannot open: {error.strerror}") from None
         self.close = weakref.finalize(self, os.close, self._fd)
-        self.check_unchanged()
-        if self._direct:
-            self._try_direct()
+        try:
+            self.check_unchanged()
+            if self._direct:
+                self._try_direct()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def bypasses_cache(self) -> bool:

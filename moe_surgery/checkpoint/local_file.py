@@ -75,7 +75,9 @@ class LocalFile(ByteSource):
             with suppress(BufferError):  # a view is still alive; the last one frees the mapping
                 self._map.close()
             self._map = None
-        self._slices = None
+        if self._slices is not None:
+            self._slices.close()
+            self._slices = None
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -98,8 +100,9 @@ class LocalFile(ByteSource):
     def expect_slices(self) -> None:
         self._ops.stop_readahead(self._fd)
         if self._slices is None and sys.platform == "linux":
-            direct = self.direct()
-            self._slices = direct if direct.bypasses_cache else None
+            with suppress(OutputError):  # too many open files, say; the descriptor that is open does as well
+                direct = self.direct()
+                self._slices = direct if direct.bypasses_cache else None
 
     def drop_cache(self, offset: int, nbytes: int) -> None:
         self._ops.drop_cache(self._fd, offset, nbytes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import mmap
 import os
@@ -25,7 +26,7 @@ from moe_surgery.checkpoint.local_file import LocalFile, LocalFolder
 from moe_surgery.checkpoint.source import ByteSource, read_small
 from moe_surgery.errors import InvalidInputError, OutputError
 
-from ..support.faults import ShortOps
+from ..support.faults import FaultyOps, ShortOps
 from ..support.sources import MemoryFile, MemorySource
 
 CONTENT = random.Random(3).randbytes(100_001)
@@ -328,6 +329,14 @@ def test_slices_bypass_the_page_cache_unless_it_holds_them(tmp_path: Path) -> No
         direct.clear()
         source.read_into(5, buffer)
         assert not direct
+        assert buffer == SLICES[5 : 5 + len(buffer)]
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.EINVAL])
+def test_slices_are_read_where_no_second_descriptor_is_to_be_had(tmp_path: Path, code: int) -> None:
+    with slices_of(tmp_path / "file.bin", FaultyOps("open", 1, code, forever=True)) as source:
+        buffer = memoryview(bytearray(1 << 20))
+        source.read_into(5, buffer)
         assert buffer == SLICES[5 : 5 + len(buffer)]
 
 
