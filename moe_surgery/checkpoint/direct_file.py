@@ -6,6 +6,7 @@ import errno
 import mmap
 import os
 import weakref
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -13,7 +14,7 @@ from moe_surgery.checkpoint.fileops import UNSUPPORTED, FileOps
 from moe_surgery.checkpoint.files import printable_path
 from moe_surgery.errors import InvalidInputError, OutputError
 
-__all__ = ["BLOCK", "DirectFile", "whole_blocks"]
+__all__ = ["BLOCK", "DirectFile", "io_buffer", "whole_blocks"]
 
 BLOCK: Final = 4096
 """Direct reads take multiples of this many bytes, from multiples of it, into memory at multiples of it."""
@@ -23,6 +24,18 @@ def whole_blocks(offset: int, nbytes: int) -> tuple[int, int]:
     """The smallest range (offset, bytes) of whole blocks that holds [offset, offset + nbytes)."""
     start = offset - offset % BLOCK
     return start, -(-(offset + nbytes - start) // BLOCK) * BLOCK
+
+
+def io_buffer(nbytes: int) -> mmap.mmap:
+    """Memory for direct reads and writes, in huge pages where Linux has them and `nbytes` is a multiple of 2 MiB.
+
+    1 or 2 MiB are then one request to the disk; in pages of 4 KiB they are several.
+    """
+    buffer = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without huge pages
+            buffer.madvise(mmap.MADV_HUGEPAGE)
+    return buffer
 
 
 class DirectFile:
@@ -43,9 +56,18 @@ class DirectFile:
         except OSError as error:
             raise OutputError(f"{self.where}: cannot open: {error.strerror}") from None
         self.close = weakref.finalize(self, os.close, self._fd)
-        self.check_unchanged()
-        if self._direct:
-            self._try_direct()
+        try:
+            self.check_unchanged()
+            if self._direct:
+                self._try_direct()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def bypasses_cache(self) -> bool:
+        """Whether reads bypass the page cache."""
+        return self._direct
 
     @property
     def plain(self) -> bool:
@@ -103,7 +125,7 @@ class DirectFile:
             raise OutputError(f"{self.where}: {error.strerror or os.strerror(errno.EIO)}") from error
         if now != self._version:
             raise InvalidInputError(
-                f"{self.where}: changed while it was open; load the model again when nothing writes to it"
+                f"{self.where}: changed while it was open; run again when nothing writes to it"
             )
 
 

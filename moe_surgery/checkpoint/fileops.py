@@ -10,15 +10,18 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import struct
 import sys
+from functools import cache
 from typing import Final
 
 FICLONERANGE: Final = 0x4020940D  # linux/fs.h: _IOW(0x94, 13, struct file_clone_range)
 F_FULLFSYNC: Final = 51  # <sys/fcntl.h> on macOS: flush the drive's own cache as well
 F_NOCACHE: Final = 48  # <sys/fcntl.h> on macOS: reads and writes do not stay in the cache
 RWF_DONTCACHE: Final = 0x80  # linux/fs.h, from Linux 6.14
+SYS_CACHESTAT: Final = 451  # of every architecture; linux/mman.h
 AT_FDCWD: Final = -100 if sys.platform == "linux" else -2
 RENAME_NOREPLACE: Final = 1  # linux/fs.h
 RENAME_EXCHANGE: Final = 2
@@ -75,6 +78,21 @@ class FileOps:
                 self._uncached = False
         return os.preadv(fd, [buffer], offset)
 
+    def stop_readahead(self, fd: int) -> None:
+        """Make reads of `fd` bring in the bytes asked for and none beyond them."""
+        if sys.platform == "linux":
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def cached_bytes(self, fd: int, offset: int, nbytes: int) -> int:
+        """How much of the range is in the page cache, in whole pages; all of it where the system does not say."""
+        if sys.platform != "linux":
+            return nbytes
+        wanted, found = struct.pack("=QQ", offset, nbytes), ctypes.create_string_buffer(40)
+        if _library().syscall(ctypes.c_long(SYS_CACHESTAT), fd, wanted, found, 0):
+            return nbytes  # before Linux 6.5, or a file of another user
+        pages: int = struct.unpack_from("=Q", found)[0]
+        return pages * mmap.PAGESIZE
+
     def drop_cache(self, fd: int, offset: int, nbytes: int) -> None:
         """Drop the page cache's copy of a range that was read with `cache`."""
         if sys.platform == "linux":
@@ -110,6 +128,20 @@ class FileOps:
                 return False
             raise
         return True
+
+    def allocate(self, fd: int, nbytes: int) -> bool:
+        """Extend a file to `nbytes` and allocate its disk blocks; False where the file system cannot do so at once."""
+        library = ctypes.CDLL(None, use_errno=True)
+        if not hasattr(
+            library, "fallocate"
+        ):  # posix_fallocate writes to every block where that is not supported
+            return False
+        if not library.fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)):
+            return True
+        code = ctypes.get_errno()
+        if code in UNSUPPORTED:
+            return False
+        raise OSError(code, os.strerror(code))
 
     def start_writeback(self, fd: int, offset: int, nbytes: int) -> None:
         """Ask the kernel to start writing a range out, so that the final flush is short."""
@@ -165,9 +197,15 @@ class FileOps:
         return stat.f_bavail * stat.f_frsize
 
 
+@cache
+def _library() -> ctypes.CDLL:
+    """The C library."""
+    return ctypes.CDLL(None, use_errno=True)
+
+
 def _rename_flags(old: str | os.PathLike[str], new: str | os.PathLike[str], flags: int) -> bool:
     """renameat2 (Linux) or renamex_np (macOS); False where kernel or file system lacks the flag."""
-    library = ctypes.CDLL(None, use_errno=True)
+    library = _library()
     source, target = os.fsencode(old), os.fsencode(new)
     if hasattr(library, "renameat2"):
         failed = library.renameat2(AT_FDCWD, source, AT_FDCWD, target, flags)

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-__all__ = ["is_hub_id", "snapshot_of"]
+__all__ = ["cache_name", "is_hub_id", "snapshot_of"]
 
 _HUB_ID = re.compile(r"(?:\w[\w.-]{0,94}/)?\w[\w.-]{0,94}", re.ASCII)
 _CACHE_PREFIX = "models--"
@@ -21,6 +21,11 @@ def is_hub_id(text: str) -> bool:
         and not any(part[-1] in "-." for part in text.split("/"))
         and not text.endswith(".git")
     )
+
+
+def cache_name(repository: str) -> str:
+    """The name of the folder of a model in the hub's cache, whether or not it is there."""
+    return _CACHE_PREFIX + repository.replace("/", "--")
 
 
 def snapshot_of(folder: Path) -> tuple[str | None, str]:

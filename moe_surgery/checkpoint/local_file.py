@@ -5,12 +5,13 @@ from __future__ import annotations
 import mmap
 import os
 import sys
+import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from moe_surgery.checkpoint.direct_file import DirectFile
+from moe_surgery.checkpoint.direct_file import DirectFile, io_buffer, whole_blocks
 from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.checkpoint.files import open_regular, printable_path
 from moe_surgery.checkpoint.hub import snapshot_of
@@ -20,6 +21,14 @@ from moe_surgery.errors import InvalidInputError, OutputError
 __all__ = ["FileStamp", "LocalFile", "LocalFolder"]
 
 MADV_POPULATE_READ = 22  # Linux 5.14; Python's mmap has no name for it
+
+LEAST_DIRECT = 128 << 10
+DIRECT_BYTES = 1 << 20
+"""Bytes of a slice that is read past the page cache, at least, and of one such read, at most."""
+
+HUGE_PAGE = 2 << 20
+
+_own = threading.local()
 
 
 class FileStamp(NamedTuple):
@@ -44,6 +53,7 @@ class LocalFile(ByteSource):
         self._path = path
         self._ops = ops or FileOps()
         self._map: mmap.mmap | None = None
+        self._slices: DirectFile | None = None
         self._fd = open_regular(path)
         try:
             self._stamp = FileStamp.of(os.fstat(self._fd))
@@ -65,11 +75,18 @@ class LocalFile(ByteSource):
             with suppress(BufferError):  # a view is still alive; the last one frees the mapping
                 self._map.close()
             self._map = None
+        if self._slices is not None:
+            self._slices.close()
+            self._slices = None
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
     def read_into(self, offset: int, buffer: memoryview, *, cache: bool = False) -> None:
+        direct = self._slices
+        if direct is not None and not cache and self._is_on_disk(offset, len(buffer)):
+            _read_directly(direct, offset, buffer)
+            return
         done, total = 0, len(buffer)
         while done < total:
             try:
@@ -79,6 +96,13 @@ class LocalFile(ByteSource):
             if count == 0:
                 raise self._cut_short(offset + total)
             done += count
+
+    def expect_slices(self) -> None:
+        self._ops.stop_readahead(self._fd)
+        if self._slices is None and sys.platform == "linux":
+            with suppress(OutputError):  # too many open files, say; the descriptor that is open does as well
+                direct = self.direct()
+                self._slices = direct if direct.bypasses_cache else None
 
     def drop_cache(self, offset: int, nbytes: int) -> None:
         self._ops.drop_cache(self._fd, offset, nbytes)
@@ -121,6 +145,10 @@ class LocalFile(ByteSource):
                 f"{self.where}: changed while it was being read; run again when nothing writes to it"
             )
 
+    def _is_on_disk(self, offset: int, nbytes: int) -> bool:
+        """Whether most of a range that is large enough for a direct read is not in the page cache."""
+        return nbytes >= LEAST_DIRECT and 2 * self._ops.cached_bytes(self._fd, offset, nbytes) < nbytes
+
     def _advise(self, advice: int, offset: int, nbytes: int) -> None:
         assert self._map is not None
         start = offset - offset % mmap.PAGESIZE
@@ -135,6 +163,24 @@ class LocalFile(ByteSource):
 
     def _cut_short(self, end: int) -> InvalidInputError:
         return InvalidInputError(f"{self.where}: ends before byte {end}; it was truncated while being read")
+
+
+def _read_directly(file: DirectFile, offset: int, buffer: memoryview) -> None:
+    """Fill `buffer` from `offset` past the page cache.
+
+    Slices begin anywhere, direct reads at whole blocks, so that they go through memory of the thread's own. Copying
+    from there takes a tenth of the time that the system takes to copy through the page cache.
+    """
+    blocks = getattr(_own, "blocks", None)
+    if blocks is None:
+        blocks = _own.blocks = memoryview(io_buffer(HUGE_PAGE))
+    for begin in range(0, len(buffer), DIRECT_BYTES):
+        part = buffer[begin : begin + DIRECT_BYTES]
+        start, nbytes = whole_blocks(offset + begin, len(part))
+        skipped = offset + begin - start
+        needed = skipped + len(part)
+        file.read(start, blocks[:nbytes], needed)
+        part[:] = blocks[skipped:needed]
 
 
 class LocalFolder(Folder):

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from moe_surgery.checkpoint.files import printable_path
-from moe_surgery.checkpoint.hub import is_hub_id
+from moe_surgery.checkpoint.hub import cache_name, is_hub_id
 from moe_surgery.checkpoint.kinds import STATISTICS, WEIGHTS, kind_of, wrong_kind
 from moe_surgery.errors import OutputError, UsageError
 
@@ -116,14 +116,18 @@ def _from_hub_cache(hub_id: str) -> Path:
 def snapshot(repository: str, revision: str) -> Path | None:
     """The folder of a model in the local hub cache, which need not be complete; None where it is not there."""
     try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+        from huggingface_hub import constants
     except ImportError:
         at = f"@{revision}" if revision else ""
         raise OutputError(
             f"{repository}{at}: no such folder; to look in the hub cache install huggingface_hub "
             "(pip install 'moe-surgery[hub]')"
         ) from None
+    if not (Path(constants.HF_HUB_CACHE) / cache_name(repository)).is_dir():
+        return None  # without importing what follows, which takes longer than the first requests
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
     # Any pattern: without one, a snapshot that lacks only files that are not read here would be refused.
     try:
         folder = snapshot_download(

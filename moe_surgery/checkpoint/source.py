@@ -50,6 +50,12 @@ class ByteSource(ABC):
         for offset, buffer in wanted:
             self.read_into(offset, buffer)
 
+    def expect_slices(self) -> None:  # noqa: B027
+        """Announce that reads without `cache` now ask for slices that are wanted once, and for all that is wanted.
+
+        Nothing is read beyond them, and where the system can, past the page cache. Raises as `check_unchanged`.
+        """
+
     def expect(self, ranges: Sequence[tuple[int, int]]) -> None:  # noqa: B027
         """Announce ranges (offset, bytes) that one `read_many` will soon read, so that they can be requested ahead."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, NoReturn
@@ -48,7 +49,8 @@ class OutputFile:
 
     Until `publish` it is called `.NAME.tmp` in the same folder. Writes bypass the page cache where
     the file system supports it (measured a quarter faster than through it on ext4, and no dirty pages count
-    against a memory limit); elsewhere write-back is started early, so that the flush is short.
+    against a memory limit); elsewhere write-back is started early, so that the flush is short. Several threads may
+    write.
     """
 
     def __init__(self, path: Path, ops: FileOps, *, direct: bool = True, resume: bool = False) -> None:
@@ -63,6 +65,7 @@ class OutputFile:
         self._direct: bool | None = None if direct else False
         self._cloned = False
         self._flushing_from = 0
+        self._lock = threading.Lock()
         flags = os.O_RDWR | os.O_NOFOLLOW | (0 if resume else os.O_CREAT | os.O_EXCL)
         try:
             self._fd = ops.open(self._temporary, flags)
@@ -84,6 +87,14 @@ class OutputFile:
         self._cloned = True
         return True
 
+    def reserve(self, nbytes: int) -> None:
+        """Allocate blocks for `nbytes`, where that takes no time: direct writes that extend a file wait for each other.
+
+        Where there is no space nothing is raised: a file system that compresses may still take the bytes.
+        """
+        with suppress(OSError):
+            self._ops.allocate(self._fd, nbytes)
+
     def write(self, data: memoryview, offset: int) -> None:
         """Write all of `data` at `offset`."""
         try:
@@ -92,23 +103,25 @@ class OutputFile:
             self._fail(error, f"write {len(data)} bytes at {offset}")
 
     def _write(self, data: memoryview, offset: int) -> None:
-        if self._direct is None:
-            self._direct = not self._cloned and self._ops.set_direct(self._fd, True)
+        with self._lock:
+            if self._direct is None:
+                self._direct = not self._cloned and self._ops.set_direct(self._fd, True)
+            direct = self._direct
         done, total = 0, len(data)
         while done < total:
             count = total - done
-            if self._direct and (count % DIRECT_BLOCK or (offset + done) % DIRECT_BLOCK):
+            if direct and (count % DIRECT_BLOCK or (offset + done) % DIRECT_BLOCK):
                 if (offset + done) % DIRECT_BLOCK or count < DIRECT_BLOCK:
-                    self._leave_direct()
+                    direct = self._leave_direct()
                 else:
                     count -= count % DIRECT_BLOCK
             try:
                 done += self._ops.pwrite(self._fd, data[done : done + count], offset + done)
             except OSError as error:
-                if not self._direct or error.errno != errno.EINVAL:
+                if not direct or error.errno != errno.EINVAL:
                     raise
-                self._leave_direct()  # some file systems accept the flag and fail the write
-        if not self._direct:
+                direct = self._leave_direct()  # some file systems accept the flag and fail the write
+        if not direct:
             self._start_writeback(offset + total)
 
     def flush(self) -> None:
@@ -156,14 +169,20 @@ class OutputFile:
         with suppress(OSError):
             self._ops.unlink(self._temporary)
 
-    def _leave_direct(self) -> None:
-        self._ops.set_direct(self._fd, False)
-        self._direct = False
+    def _leave_direct(self) -> bool:
+        """Write through the page cache from now on; returns whether writes are direct: False."""
+        with self._lock:
+            self._ops.set_direct(self._fd, False)
+            self._direct = False
+        return False
 
     def _start_writeback(self, end: int) -> None:
-        if end - self._flushing_from >= WRITEBACK_BYTES:
-            self._ops.start_writeback(self._fd, self._flushing_from, end - self._flushing_from)
+        with self._lock:
+            begin = self._flushing_from
+            if end - begin < WRITEBACK_BYTES:
+                return
             self._flushing_from = end
+        self._ops.start_writeback(self._fd, begin, end - begin)
 
     def _fail(self, error: OSError, doing: str) -> NoReturn:
         raise output_failure(error, self.path, doing) from error

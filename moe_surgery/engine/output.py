@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Final
 
 from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.checkpoint.files import printable_path
@@ -15,6 +17,9 @@ from moe_surgery.engine.stream import Stage
 from moe_surgery.errors import DiskFullError, OutputError
 
 __all__ = ["OnBytes", "check_space", "publish", "write_layout"]
+
+WRITES_IN_FLIGHT: Final = 2
+"""Direct writes: with one the disk waits while the next is prepared."""
 
 OnBytes = Callable[[int], None]
 """Called with the number of bytes processed since the last call."""
@@ -47,16 +52,37 @@ def write_layout(
     """Stream the bytes of `layout`, made by `producer`, through `consume` to `file`.
 
     `shared` ranges, sorted and disjoint, are already in the file and not written, and so is all before `start`.
-    `written` is called with the file position up to which all is written, in the thread that writes. On any error
+    `written` is called with the file position up to which all is written, in a thread that writes. On any error
     the file stays unpublished; the caller discards it.
     """
+    beginning = _Beginning(start, written)
 
     def write(chunk: Chunk, buffer: memoryview) -> None:
         for begin, end in unshared(chunk, shared):
             file.write(buffer[begin - chunk.offset : end - chunk.offset], begin)
-        written(chunk.offset + chunk.nbytes)
+        beginning.add(chunk)
 
-    produce(layout, producer, consume, write, start=start)
+    file.reserve(layout.nbytes)
+    producer.expect_slices()
+    produce(layout, producer, consume, write, writers=WRITES_IN_FLIGHT, start=start)
+
+
+class _Beginning:
+    """Up to where a file is written, while its chunks are written in any order. Thread-safe."""
+
+    def __init__(self, position: int, written: OnBytes) -> None:
+        """`written` is called with the end of each chunk before which all is written, in order."""
+        self._position = position
+        self._written = written
+        self._ends: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def add(self, chunk: Chunk) -> None:
+        with self._lock:
+            self._ends[chunk.offset] = chunk.offset + chunk.nbytes
+            while (end := self._ends.pop(self._position, None)) is not None:
+                self._position = end
+                self._written(end)
 
 
 def publish(file: OutputFile, ops: FileOps, *, replace: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""A bounded pipeline: several threads fill chunks, the caller consumes them in order, one thread writes."""
+"""A bounded pipeline: several threads fill chunks, the caller consumes them in order, others write."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final
 
+from moe_surgery.checkpoint.direct_file import io_buffer
 from moe_surgery.engine.chunks import CHUNK_BYTES, Chunk
 
 __all__ = ["Stage", "stream"]
@@ -18,7 +19,7 @@ __all__ = ["Stage", "stream"]
 # More reads in flight than cores, since they mostly wait; few enough to bound their buffers.
 FEWEST_WORKERS: Final = 4
 MOST_WORKERS: Final = 8
-WAITING_TO_WRITE: Final = 2
+WAITING_TO_WRITE: Final = 1
 
 Stage = Callable[[Chunk, memoryview], None]
 
@@ -30,23 +31,24 @@ def stream(
     write: Stage | None = None,
     *,
     workers: int | None = None,
+    writers: int = 1,
     abort: Callable[[], None] | None = None,
 ) -> None:
     """Run every chunk through `fill`, `consume` and `write`, all three overlapped.
 
     `fill(chunk, buffer)` runs in `workers` threads (default: one a core, 4 to 8), several chunks
-    at a time; `consume` in the caller's thread, in the order of `chunks`; `write` in one separate
-    thread, in order. A chunk's buffer is page-aligned and is reused after `write`. Memory is a
-    fixed number of buffers of `CHUNK_BYTES`. The first error stops all stages and is raised; `abort`, if
-    given, is called before to end the fills under way.
+    at a time; `consume` in the caller's thread, in the order of `chunks`; `write` in `writers` other
+    threads, which begin in that order and end in any. A chunk's buffer is page-aligned and is reused after
+    `write`. Memory is a fixed number of buffers of `CHUNK_BYTES`. The first error stops all stages and is
+    raised; `abort`, if given, is called before to end the fills under way.
     """
     count = workers or max(FEWEST_WORKERS, min(MOST_WORKERS, os.cpu_count() or 1))
     free: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()
-    for _ in range(count + (WAITING_TO_WRITE if write else 0)):
-        free.put(mmap.mmap(-1, CHUNK_BYTES))
+    for _ in range(count + (writers + WAITING_TO_WRITE if write else 0)):
+        free.put(io_buffer(CHUNK_BYTES))
     pending: deque[tuple[Chunk, mmap.mmap, Future[None]]] = deque()
     pool = ThreadPoolExecutor(count, "fill")
-    writer = _Writer(write, free) if write else None
+    writer = _Writer(write, free, writers) if write else None
 
     def consume_oldest() -> None:
         chunk, buffer, future = pending.popleft()
@@ -79,15 +81,18 @@ def stream(
 
 
 class _Writer:
-    """One thread that applies `write` in order and returns buffers to `free`, even after a failure."""
+    """Threads that apply `write` and return buffers to `free`, even after a failure."""
 
-    def __init__(self, write: Stage, free: queue.SimpleQueue[mmap.mmap]) -> None:
+    def __init__(self, write: Stage, free: queue.SimpleQueue[mmap.mmap], threads: int) -> None:
         self._write = write
         self._free = free
         self._queue: queue.SimpleQueue[tuple[Chunk, mmap.mmap] | None] = queue.SimpleQueue()
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="write", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._run, name="write", daemon=True) for _ in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def put(self, chunk: Chunk, buffer: mmap.mmap) -> None:
         if self._error is not None:
@@ -96,16 +101,20 @@ class _Writer:
 
     def close(self) -> None:
         """Wait for everything put; raise the first error."""
-        self._queue.put(None)
-        self._thread.join()
+        self._end()
         if self._error is not None:
             raise self._error
 
     def abandon(self) -> None:
         """Stop without writing what is queued."""
         self._error = self._error or RuntimeError("abandoned")
-        self._queue.put(None)
-        self._thread.join()
+        self._end()
+
+    def _end(self) -> None:
+        for _ in self._threads:
+            self._queue.put(None)
+        for thread in self._threads:
+            thread.join()
 
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:
@@ -114,5 +123,5 @@ class _Writer:
                 try:
                     self._write(chunk, memoryview(buffer)[: chunk.nbytes])
                 except BaseException as error:
-                    self._error = error
+                    self._error = self._error or error
             self._free.put(buffer)

@@ -113,3 +113,21 @@ def test_reads_and_writes_are_by_position(tmp_path: Path) -> None:
         OPS.fsync_dir(tmp_path)
     finally:
         OPS.close(fd)
+
+
+def test_allocated_file_has_its_size_and_zeros(tmp_path: Path) -> None:
+    fd = OPS.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    OPS.pwrite(fd, b"abc", 0)
+    if not OPS.allocate(fd, 10_000):
+        pytest.skip("this file system does not allocate")
+    OPS.close(fd)
+    assert (tmp_path / "file").read_bytes() == b"abc" + bytes(9_997)
+
+
+def test_what_cannot_be_allocated_is_an_error(tmp_path: Path) -> None:
+    fd = OPS.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    if not OPS.allocate(fd, 1):
+        pytest.skip("this file system does not allocate")
+    OPS.close(fd)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        OPS.allocate(fd, 10_000)

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import fcntl
+import mmap
 import os
 import random
 import re
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 
+from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.checkpoint.header import build_header, parse_header, read_header
 from moe_surgery.checkpoint.local_file import LocalFile, LocalFolder
 from moe_surgery.checkpoint.source import ByteSource, read_small
 from moe_surgery.errors import InvalidInputError, OutputError
 
-from ..support.faults import ShortOps
+from ..support.faults import FaultyOps, ShortOps
 from ..support.sources import MemoryFile, MemorySource
 
 CONTENT = random.Random(3).randbytes(100_001)
@@ -241,6 +249,112 @@ def test_reads_continue_through_signals(tmp_path: Path) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
     assert hits
+
+
+def cached(source: LocalFile) -> npt.NDArray[np.bool_]:
+    """Whether each page of the file is in the page cache."""
+    whole = np.frombuffer(source.map(), np.uint8)
+    pages = np.zeros(-(-source.size // mmap.PAGESIZE), np.uint8)
+    arguments = (ctypes.c_void_p(whole.ctypes.data), ctypes.c_size_t(source.size))
+    assert ctypes.CDLL(None).mincore(*arguments, ctypes.c_void_p(pages.ctypes.data)) == 0
+    return (pages & 1).astype(bool)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system decides what is read ahead")
+@pytest.mark.parametrize("stopped", [False, True])
+def test_nothing_is_read_ahead_where_that_is_stopped(tmp_path: Path, stopped: bool) -> None:
+    path, part = tmp_path / "file.bin", 256 << 10
+    path.write_bytes(bytes(16 * part))
+    with LocalFile(path) as source:
+        os.fsync(source.fileno())
+        source.drop_cache(0, source.size)
+        if cached(source).any():
+            pytest.skip("this file system keeps files in memory")
+        if stopped:
+            source.expect_slices()
+        for offset in (0, part):
+            source.read(offset, part)
+        pages = cached(source)
+    read = 2 * part // mmap.PAGESIZE
+    assert pages[:read].all()
+    assert bool(pages[read:].any()) is not stopped
+
+
+SLICES = random.Random(7).randbytes((3 << 20) + 777)
+
+
+def slices_of(path: Path, ops: FileOps | None = None) -> LocalFile:
+    """A file with the content `SLICES`, of which the page cache holds nothing, read in slices."""
+    path.write_bytes(SLICES)
+    source = LocalFile(path, ops)
+    os.fsync(source.fileno())
+    source.drop_cache(0, source.size)
+    if sys.platform != "linux" or cached(source).any():
+        pytest.skip("this file system keeps files in memory")
+    source.expect_slices()
+    return source
+
+
+@pytest.mark.parametrize("ops", [None, ShortOps(lambda n: min(n, 17 * 4096))])
+@pytest.mark.parametrize(
+    ("offset", "nbytes"),
+    [(0, 1 << 20), (1, 2 << 20), (4095, 200_000), (8192, 131_072), (777, len(SLICES) - 777), (3 << 20, 700)],
+)
+def test_slices_are_read_whatever_their_place(
+    tmp_path: Path, ops: FileOps | None, offset: int, nbytes: int
+) -> None:
+    with slices_of(tmp_path / "file.bin", ops) as source:
+        whole = bytearray(b"\xaa" * (nbytes + 20))
+        source.read_into(offset, memoryview(whole)[10:-10])
+        assert whole == b"\xaa" * 10 + SLICES[offset : offset + nbytes] + b"\xaa" * 10
+
+
+def test_slices_bypass_the_page_cache_unless_it_holds_them(tmp_path: Path) -> None:
+    direct: list[int] = []
+
+    class Watched(FileOps):
+        def pread_into(self, fd: int, buffer: memoryview, offset: int, cache: bool = False) -> int:
+            if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+                direct.append(offset)
+            return super().pread_into(fd, buffer, offset, cache)
+
+    with slices_of(tmp_path / "file.bin", Watched()) as source:
+        direct.clear()
+        buffer = memoryview(bytearray(1 << 20))
+        source.read_into(5, buffer)
+        if not direct:
+            pytest.skip("this file system has no direct reads")
+        assert not cached(source).any()
+        source.read(0, 2 << 20)  # stays in the cache
+        direct.clear()
+        source.read_into(5, buffer)
+        assert not direct
+        assert buffer == SLICES[5 : 5 + len(buffer)]
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.EINVAL])
+def test_slices_are_read_where_no_second_descriptor_is_to_be_had(tmp_path: Path, code: int) -> None:
+    with slices_of(tmp_path / "file.bin", FaultyOps("open", 1, code, forever=True)) as source:
+        buffer = memoryview(bytearray(1 << 20))
+        source.read_into(5, buffer)
+        assert buffer == SLICES[5 : 5 + len(buffer)]
+
+
+def test_slices_of_a_file_that_changes_are_errors(tmp_path: Path) -> None:
+    path = tmp_path / "file.bin"
+    with slices_of(path) as source:
+        with pytest.raises(InvalidInputError, match=f"{path}: ends before byte {len(SLICES) + 1}"):
+            source.read_into(1, memoryview(bytearray(len(SLICES))))
+        path.write_bytes(SLICES[:100])
+        with pytest.raises(InvalidInputError, match=f"{path}: (ends before byte|changed while)"):
+            source.read_into(0, memoryview(bytearray(1 << 20)))
+        with LocalFile(path) as other:
+            other.expect_slices()
+            path.write_bytes(SLICES)
+        with LocalFile(path) as other:
+            os.utime(path, ns=(1, 1))
+            with pytest.raises(InvalidInputError, match=f"{path}: changed while it was open"):
+                other.expect_slices()
 
 
 def test_listing_says_what_is_a_file(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import mmap
 import os
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,35 @@ def test_pieces_written_in_order_make_the_file(path: Path, cuts: list[int], dire
     file.publish()
     assert path.read_bytes() == content
     assert os.listdir(path.parent) == [path.name]
+
+
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize("reserved", [False, True])
+def test_pieces_written_by_threads_make_the_file(path: Path, direct: bool, reserved: bool) -> None:
+    """The last piece is no whole block, so that direct writes end while others are under way."""
+    content = random.Random(4).randbytes(100 * 4096 + 17)
+    file = OutputFile(path, FileOps(), direct=direct)
+    if reserved:
+        file.reserve(len(content))
+    offsets = list(range(0, len(content), 4096))
+    random.Random(5).shuffle(offsets)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda o: file.write(aligned(content[o : o + 4096]), o), offsets))
+    file.publish()
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EOPNOTSUPP])
+def test_space_that_cannot_be_reserved_is_left_to_the_writes(path: Path, code: int) -> None:
+    class Refuses(FileOps):
+        def allocate(self, fd: int, nbytes: int) -> bool:
+            raise OSError(code, os.strerror(code))
+
+    file = OutputFile(path, Refuses())
+    file.reserve(1 << 30)
+    file.write(aligned(b"abc"), 0)
+    file.publish()
+    assert path.read_bytes() == b"abc"
 
 
 def test_unaligned_buffer_is_written(path: Path) -> None:

@@ -94,6 +94,40 @@ def test_chunks_are_consumed_and_written_in_order_with_their_bytes(
     assert written == work
 
 
+@pytest.mark.parametrize("writers", [2, 3])
+@pytest.mark.parametrize("seed", range(3))
+def test_several_writers_write_every_chunk_once_with_its_bytes(writers: int, seed: int) -> None:
+    rng, work = random.Random(seed), chunks(60)
+    written: list[Chunk] = []
+    threads: set[int] = set()
+
+    def write(chunk: Chunk, buffer: memoryview) -> None:
+        time.sleep(rng.uniform(0, 0.003))
+        assert stamped(chunk, buffer)
+        threads.add(threading.get_ident())
+        written.append(chunk)
+
+    stream(work, stamp, lambda chunk, buffer: None, write, workers=3, writers=writers)
+    assert sorted(written) == work
+    assert len(threads) == writers
+
+
+@pytest.mark.parametrize("at", [0, 17, 39])
+def test_an_error_of_one_of_several_writers_ends_all(at: int) -> None:
+    work, written = chunks(40), []
+
+    def write(chunk: Chunk, buffer: memoryview) -> None:
+        if chunk is work[at]:
+            raise OSError(f"full at {at}")
+        time.sleep(0.001)
+        written.append(chunk)
+
+    with pytest.raises(OSError, match=f"full at {at}"):
+        stream(work, stamp, lambda chunk, buffer: None, write, writers=3)
+    assert work[at] not in written
+    assert len(written) < at + 3
+
+
 def test_without_write_chunks_are_consumed_in_order() -> None:
     work, consumed = chunks(50), []
 

@@ -59,11 +59,11 @@ class FaultyOps(FileOps):
 def _faulty(kind: str) -> Callable[..., Any]:
     original = getattr(FileOps, kind)
 
-    def call(self: FaultyOps, *arguments: Any) -> Any:
+    def call(self: FaultyOps, *arguments: Any, **named: Any) -> Any:
         if not self.enter(kind):
-            return original(self, *arguments)
+            return original(self, *arguments, **named)
         if kind == "close":
-            original(self, *arguments)
+            original(self, *arguments, **named)
         raise self.error()
 
     return call
