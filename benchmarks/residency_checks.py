@@ -165,9 +165,9 @@ def page(report: dict[str, Any]) -> list[str]:
     if "drafts" in parts:
         (row,) = parts["drafts"]
         one = row["seconds"]["1"]
-        rows = [(count, f"{s:.3f}", f"{s / one:.2f}") for count, s in row["seconds"].items()]
+        steps = [(count, f"{s:.3f}", f"{s / one:.2f}") for count, s in row["seconds"].items()]
         lines += ["", f"## Steps of several tokens, {row['limit_gb']:.0f} GB", ""]
-        lines += table(("tokens in a step", "seconds, median", "to a step of one"), rows)
+        lines += table(("tokens in a step", "seconds, median", "to a step of one"), steps)
         lines += ["", "A draft pays where a step yields more tokens than the last column says."]
     return lines
 
