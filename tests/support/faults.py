@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from moe_surgery.checkpoint.direct_file import BLOCK
 from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.errors import DiskFullError, MoeSurgeryError, OutputError
 
@@ -97,7 +98,11 @@ class ShortOps(FileOps):
         self._some = some
 
     def pread_into(self, fd: int, buffer: memoryview, offset: int, cache: bool = False) -> int:
-        return super().pread_into(fd, buffer[: self._some(len(buffer))], offset, cache)
+        count = self._some(len(buffer))
+        direct = getattr(os, "O_DIRECT", 0)
+        if fd >= 0 and fcntl.fcntl(fd, fcntl.F_GETFL) & direct:  # those are short by whole blocks
+            count = -(-count // BLOCK) * BLOCK
+        return super().pread_into(fd, buffer[:count], offset, cache)
 
     def pwrite(self, fd: int, data: memoryview | bytes, offset: int) -> int:
         return super().pwrite(fd, data[: self._some(len(data))], offset)
