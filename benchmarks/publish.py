@@ -26,7 +26,7 @@ def begin(how: str, folder: Path = RESULTS) -> dict[str, Any]:
     """A report with the command (`how`), the date and the machine; `folder` lies on the disk measured.
 
     The package is compiled first, as pip does when it installs one: where PYTHONDONTWRITEBYTECODE is set, every
-    command would compile it anew.
+    command would recompile it.
     """
     compileall.compile_dir(Path(moe_surgery.__file__).parent, quiet=2)
     return {"how": how, "date": time.strftime("%Y-%m-%d"), "machine": describe_machine(folder)}

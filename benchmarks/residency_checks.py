@@ -41,7 +41,7 @@ TOGETHER = (1, 2, 4, 8)
 
 
 def work(checkpoint: Path, out: Path | None, memory: int | None, together: tuple[int, ...]) -> dict[str, Any]:
-    """In a process of its own: the logits go to `out`; what is returned is printed."""
+    """Runs in a separate process: saves all logits to `out` and returns the figures, which `main` prints."""
     import torch
 
     from moe_surgery import load_model
@@ -58,9 +58,9 @@ def work(checkpoint: Path, out: Path | None, memory: int | None, together: tuple
     kept = [step(PROMPT)]
     start = time.perf_counter()
     kept += [step(1) for _ in range(STEPS)]
-    found: dict[str, Any] = {"tokens_per_s": STEPS / (time.perf_counter() - start)}
+    figures: dict[str, Any] = {"tokens_per_s": STEPS / (time.perf_counter() - start)}
     if memory is not None:
-        found |= {"experts_held": model.pool.capacity, "read_gb": model.pool.reads.nbytes / 1e9}
+        figures |= {"experts_held": model.pool.capacity, "read_gb": model.pool.reads.nbytes / 1e9}
     if together:
         seconds: dict[int, list[float]] = {count: [] for count in together}
         for _ in range(STEPS):
@@ -68,10 +68,10 @@ def work(checkpoint: Path, out: Path | None, memory: int | None, together: tuple
                 start = time.perf_counter()
                 step(count)
                 seconds[count].append(time.perf_counter() - start)
-        found["seconds"] = {str(count): statistics.median(times) for count, times in seconds.items()}
+        figures["seconds"] = {str(count): statistics.median(times) for count, times in seconds.items()}
     if out is not None:
         np.save(out, np.concatenate(kept))
-    return found
+    return figures
 
 
 @contextmanager

@@ -131,10 +131,8 @@ class FileOps:
 
     def allocate(self, fd: int, nbytes: int) -> bool:
         """Extend a file to `nbytes` and allocate its disk blocks; False where the file system cannot do so at once."""
-        library = ctypes.CDLL(None, use_errno=True)
-        if not hasattr(
-            library, "fallocate"
-        ):  # posix_fallocate writes to every block where that is not supported
+        library = _library()
+        if not hasattr(library, "fallocate"):  # posix_fallocate would write every block instead
             return False
         if not library.fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)):
             return True

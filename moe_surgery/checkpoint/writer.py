@@ -90,7 +90,7 @@ class OutputFile:
     def reserve(self, nbytes: int) -> None:
         """Allocate blocks for `nbytes`, where that takes no time: direct writes that extend a file wait for each other.
 
-        Where there is no space nothing is raised: a file system that compresses may still take the bytes.
+        A full disk raises nothing here: a compressing file system may still have room for the bytes.
         """
         with suppress(OSError):
             self._ops.allocate(self._fd, nbytes)

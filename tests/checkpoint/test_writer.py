@@ -59,7 +59,7 @@ def test_pieces_written_in_order_make_the_file(path: Path, cuts: list[int], dire
 @pytest.mark.parametrize("direct", [False, True])
 @pytest.mark.parametrize("reserved", [False, True])
 def test_pieces_written_by_threads_make_the_file(path: Path, direct: bool, reserved: bool) -> None:
-    """The last piece is no whole block, so that direct writes end while others are under way."""
+    """The last piece is shorter than a block, which ends direct writes while others are still in flight."""
     content = random.Random(4).randbytes(100 * 4096 + 17)
     file = OutputFile(path, FileOps(), direct=direct)
     if reserved:

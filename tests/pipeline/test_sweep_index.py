@@ -53,7 +53,7 @@ def test_the_index_lists_all_variants_with_their_figures(source: Path, copied: P
     assert all(f'href="{name}/"' in page for name in NAMES)
     assert "http:" not in page.replace("http://www.w3.org/2000/svg", "")
     assert "https:" not in page
-    # Figures stay when the sweep goes on without the files.
+    # A later sweep without the evaluation files keeps the figures.
     (copied / "some.json").unlink()
     assert sweep(source, copied, RANKINGS, COUNTS).entries == result.entries
 
