@@ -209,17 +209,20 @@ def run(
 
 
 class Counting(FileOps):
-    """Counts bytes written; interrupts the run at the first write from `stop` on."""
+    """Counts bytes written; interrupts the run where it writes from position `stop` of a file on."""
 
     def __init__(self, stop: int | None = None) -> None:
         self.written = 0
         self._stop = stop
+        self._lock = threading.Lock()
 
     def pwrite(self, fd: int, data: memoryview | bytes, offset: int) -> int:
-        if self._stop is not None and self.written >= self._stop:
+        # By position, not by amount: two writers may be anywhere when so much has been written.
+        if self._stop is not None and offset >= self._stop:
             raise KeyboardInterrupt
         done = super().pwrite(fd, data, offset)
-        self.written += done
+        with self._lock:
+            self.written += done
         return done
 
 
