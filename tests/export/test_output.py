@@ -110,9 +110,9 @@ class Meddling(FileOps):
         self._meddle: Callable[[], object] | None = meddle
 
     def pwrite(self, fd: int, data: memoryview | bytes, offset: int) -> int:
-        if self._meddle:
-            self._meddle()
-            self._meddle = None
+        meddle, self._meddle = self._meddle, None
+        if meddle:
+            meddle()
         return super().pwrite(fd, data, offset)
 
 
