@@ -2,6 +2,7 @@
 #pragma once
 
 #include "lane_math.inl"
+#include "panels.inl"
 
 namespace moe_surgery::cpu {
 namespace {
@@ -47,50 +48,19 @@ struct Dense {
         }
     }
 
-    // R rows of a panel for all its tokens, over groups first .. last.
-    template <class W, int R>
-    static void dense_panel_rows(const std::uint8_t* w, const DenseRows& weight, std::ptrdiff_t first, std::ptrdiff_t last,
-                                 const Deinterleaved* x, std::ptrdiff_t tokens, F (*sums)[kPanelTokens]) {
-        std::ptrdiff_t t = 0;
-        const auto run = [&](auto width) {
-            constexpr int T = decltype(width)::value;
-            for (; tokens - t >= T; t += T) {
-                F some[R][T];
-                for (int r = 0; r < R; ++r) {
-                    for (int i = 0; i < T; ++i) some[r][i] = sums[r][t + i];
-                }
-                add_groups<W, R, T>(w, weight.stride, weight.columns, first, last, x + t, some);
-                for (int r = 0; r < R; ++r) {
-                    for (int i = 0; i < T; ++i) sums[r][t + i] = some[r][i];
-                }
-            }
-        };
-        run(std::integral_constant<int, V::kTokens>{});
-        run(std::integral_constant<int, 1>{});
-    }
-
     template <class W>
-    static void dense_panel(const DenseRows& weight, std::ptrdiff_t first, std::ptrdiff_t last, const Deinterleaved* x,
-                            std::ptrdiff_t tokens, float* y, std::ptrdiff_t y_stride) {
+    static void dense_panels(const DenseRows& weight, std::ptrdiff_t first, std::ptrdiff_t last, const Deinterleaved* x,
+                             std::ptrdiff_t tokens, float* y, std::ptrdiff_t y_stride) {
         constexpr std::ptrdiff_t kGroupsAtOnce = 15;
-        F sums[kPanelRows][kPanelTokens];
-        for (auto& row : sums) {
-            for (F& sum : row) sum = V::zero();
-        }
-        const std::ptrdiff_t groups = groups_of(weight.columns);
-        for (std::ptrdiff_t g = 0; g < groups; g += kGroupsAtOnce) {
-            const std::ptrdiff_t end = min_of(groups, g + kGroupsAtOnce);
-            std::ptrdiff_t r = first;
-            for (; last - r >= V::kRows; r += V::kRows) {
-                dense_panel_rows<W, V::kRows>(weight.data + r * weight.stride, weight, g, end, x, tokens, sums + (r - first));
-            }
-            for (; r < last; ++r) {
-                dense_panel_rows<W, 1>(weight.data + r * weight.stride, weight, g, end, x, tokens, sums + (r - first));
-            }
-        }
-        for (std::ptrdiff_t r = 0; r < last - first; ++r) {
-            for (std::ptrdiff_t t = 0; t < tokens; ++t) y[t * y_stride + r] = V::sum(sums[r][t]);
-        }
+        const std::ptrdiff_t groups = groups_of(weight.columns), steps = (groups + kGroupsAtOnce - 1) / kGroupsAtOnce;
+        const auto add = [&](auto rows, const typename Panels<V>::Part& part) {
+            const std::ptrdiff_t start = part.step * kGroupsAtOnce, end = min_of(groups, start + kGroupsAtOnce);
+            const std::uint8_t* w = weight.data + part.row * weight.stride;
+            Panels<V>::template for_tokens<rows(), V::kTokens>(part, [&](std::ptrdiff_t t, auto& sums) {
+                add_groups<W>(w, weight.stride, weight.columns, start, end, x + t, sums);
+            });
+        };
+        Panels<V>::template multiply<V::kRows>(first, last, tokens, steps, y, y_stride, add);
     }
 
     // `at(r)` is the address of group g of row r.
@@ -130,9 +100,7 @@ struct Dense {
         Math::with(weight.dtype, [&](auto dtype) {
             using W = decltype(dtype);
             if (tokens >= kManyTokens) {
-                for_panels(first, last, tokens, [&](std::ptrdiff_t r, std::ptrdiff_t end, std::ptrdiff_t t, std::ptrdiff_t count) {
-                    dense_panel<W>(weight, r, end, x + t, count, y + t * y_stride + r - first, y_stride);
-                });
+                dense_panels<W>(weight, first, last, x, tokens, y, y_stride);
                 return;
             }
             std::ptrdiff_t r = first;

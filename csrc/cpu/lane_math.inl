@@ -1,8 +1,6 @@
 // Shared by all kernels, over the sixteen lanes V of one instruction set.
 #pragma once
 
-#include <type_traits>
-
 #include "bits.hpp"
 #include "kernels.hpp"
 
@@ -17,20 +15,6 @@ constexpr std::ptrdiff_t kAhead = 16384;
 inline void prefetch(const std::uint8_t* p) { __builtin_prefetch(p, 0, 2); }
 
 inline std::ptrdiff_t min_of(std::ptrdiff_t a, std::ptrdiff_t b) { return a < b ? a : b; }
-
-// From this many tokens on, products are computed in panels: some rows for some tokens, a range of columns after the
-// other, so that what is multiplied lies in the L1 cache. Sums stay lanes until the last column: the bits are the same.
-constexpr std::ptrdiff_t kManyTokens = 16, kPanelRows = 32, kPanelTokens = 16;
-
-// `run(row, row end, token, tokens)` for the panels of rows first .. last.
-template <class Run>
-void for_panels(std::ptrdiff_t first, std::ptrdiff_t last, std::ptrdiff_t tokens, Run run) {
-    for (std::ptrdiff_t t = 0; t < tokens; t += kPanelTokens) {
-        for (std::ptrdiff_t r = first; r < last; r += kPanelRows) {
-            run(r, min_of(last, r + kPanelRows), t, min_of(kPanelTokens, tokens - t));
-        }
-    }
-}
 
 template <class V>
 struct LaneMath {

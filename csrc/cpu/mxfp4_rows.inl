@@ -2,6 +2,7 @@
 #pragma once
 
 #include "lane_math.inl"
+#include "panels.inl"
 
 namespace moe_surgery::cpu {
 namespace {
@@ -86,64 +87,37 @@ struct Mxfp4 {
         if (tokens - t == 1) run(mxfp4_tile<R, 1>, 1);
     }
 
-    // Many tokens: a panel of rows is decoded once for all of them, 512 columns at a time, so that the tokens'
-    // activations stay in the L1 cache meanwhile.
-    template <int R>
-    static void mxfp4_decoded_rows(const Mxfp4Rows& weight, std::ptrdiff_t row, std::ptrdiff_t s, const Quantized* x,
-                                   std::ptrdiff_t tokens, F (*sums)[kPanelTokens]) {
-        typename V::Decoded decoded[R];
-        F scales[R];
-        const std::ptrdiff_t count = min_of(kLanes, weight.columns / kBlock - s * kLanes);
-        for (int r = 0; r < R; ++r) {
-            const std::uint8_t* from = weight.blocks + (row + r) * weight.block_stride + s * kActBlockBytes;
-            for (std::ptrdiff_t line = 0; line < count * kBlockBytes; line += 64) prefetch(from + kAhead + line);
-            std::uint8_t padded[kLanes] = {};
-            __builtin_memcpy(padded, weight.scales + (row + r) * weight.scale_stride + s * kLanes, static_cast<std::size_t>(count));
-            scales[r] = V::scales(padded);
-            decoded[r] = V::decode(count == kLanes ? V::packed(from) : V::packed_of(from, static_cast<int>(count)));
-        }
-        std::ptrdiff_t t = 0;
-        const auto run = [&](auto width) {
-            constexpr int T = decltype(width)::value;
-            for (; tokens - t >= T; t += T) {
-                F some[R][T];
-                for (int r = 0; r < R; ++r) {
-                    for (int i = 0; i < T; ++i) some[r][i] = sums[r][t + i];
-                }
-                add_products<R, T>(decoded, scales, x + t, s, some);
-                for (int r = 0; r < R; ++r) {
-                    for (int i = 0; i < T; ++i) sums[r][t + i] = some[r][i];
-                }
-            }
+    // Many tokens: some rows are decoded once for all tokens of a panel, 512 columns at a time.
+    static void mxfp4_panels(const Mxfp4Rows& weight, std::ptrdiff_t first, std::ptrdiff_t last, const Quantized* x,
+                             std::ptrdiff_t tokens, float* y, std::ptrdiff_t y_stride) {
+        const auto add = [&](auto rows, const typename Panels<V>::Part& part) {
+            constexpr int R = rows();
+            typename V::Decoded decoded[R];
+            F scales[R];
+            for (int r = 0; r < R; ++r) decode(weight, part.row + r, part.step, decoded[r], scales[r]);
+            Panels<V>::template for_tokens<R, V::kDecodedTokens>(part, [&](std::ptrdiff_t t, auto& sums) {
+                add_products(decoded, scales, x + t, part.step, sums);
+            });
         };
-        run(std::integral_constant<int, V::kDecodedTokens>{});
-        run(std::integral_constant<int, 1>{});
+        Panels<V>::template multiply<V::kDecodedRows>(first, last, tokens, act_blocks_of(weight.columns), y, y_stride, add);
     }
 
-    static void mxfp4_panel(const Mxfp4Rows& weight, std::ptrdiff_t first, std::ptrdiff_t last, const Quantized* x,
-                            std::ptrdiff_t tokens, float* y, std::ptrdiff_t y_stride) {
-        F sums[kPanelRows][kPanelTokens];
-        for (auto& row : sums) {
-            for (F& sum : row) sum = V::zero();
-        }
-        for (std::ptrdiff_t s = 0; s < act_blocks_of(weight.columns); ++s) {
-            std::ptrdiff_t r = first;
-            for (; last - r >= V::kDecodedRows; r += V::kDecodedRows) {
-                mxfp4_decoded_rows<V::kDecodedRows>(weight, r, s, x, tokens, sums + (r - first));
-            }
-            for (; r < last; ++r) mxfp4_decoded_rows<1>(weight, r, s, x, tokens, sums + (r - first));
-        }
-        for (std::ptrdiff_t r = 0; r < last - first; ++r) {
-            for (std::ptrdiff_t t = 0; t < tokens; ++t) y[t * y_stride + r] = V::sum(sums[r][t]);
-        }
+    // Columns 512 s .. of a row.
+    static inline void decode(const Mxfp4Rows& weight, std::ptrdiff_t row, std::ptrdiff_t s, typename V::Decoded& decoded,
+                              F& scale) {
+        const std::uint8_t* from = weight.blocks + row * weight.block_stride + s * kActBlockBytes;
+        const std::ptrdiff_t count = min_of(kLanes, weight.columns / kBlock - s * kLanes);
+        for (std::ptrdiff_t line = 0; line < count * kBlockBytes; line += 64) prefetch(from + kAhead + line);
+        std::uint8_t padded[kLanes] = {};
+        __builtin_memcpy(padded, weight.scales + row * weight.scale_stride + s * kLanes, static_cast<std::size_t>(count));
+        scale = V::scales(padded);
+        decoded = V::decode(count == kLanes ? V::packed(from) : V::packed_of(from, static_cast<int>(count)));
     }
 
     static void mxfp4_rows(const Mxfp4Rows& weight, std::ptrdiff_t first, std::ptrdiff_t last,
                            const Quantized* x, std::ptrdiff_t tokens, float* y, std::ptrdiff_t y_stride) {
         if (tokens >= kManyTokens) {
-            for_panels(first, last, tokens, [&](std::ptrdiff_t r, std::ptrdiff_t end, std::ptrdiff_t t, std::ptrdiff_t count) {
-                mxfp4_panel(weight, r, end, x + t, count, y + t * y_stride + r - first, y_stride);
-            });
+            mxfp4_panels(weight, first, last, x, tokens, y, y_stride);
             return;
         }
         std::ptrdiff_t r = first;
