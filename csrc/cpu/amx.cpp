@@ -14,8 +14,13 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
 #include "lane_math.inl"
 #include "lanes_avx512.inl"
+#include "tiles_attention.inl"
 #include "tiles_avx512.inl"
 
 namespace moe_surgery::cpu {
@@ -50,10 +55,9 @@ struct AmxProducts {
         std::ptrdiff_t due_ = 0, done_ = 0;
     };
 
-    // R row tiles times G token tiles: sums in registers 0 to 3, weights in 4 and 5, tokens in 6 and 7.
+    // Sums of R row tiles times G token tiles, in registers 0 to 3.
     template <int R, int G>
-    static void block(const WeightPanel& weights, const SplitTile* tokens, std::ptrdiff_t token_stride,
-                      std::ptrdiff_t blocks, bool first, SumTile* sums, std::ptrdiff_t stride, Shares& shares) {
+    static inline void load_sums(bool first, const SumTile* sums, std::ptrdiff_t stride) {
         if (first) {
             _tile_zero(0);
             if constexpr (G == 2) _tile_zero(1);
@@ -65,22 +69,60 @@ struct AmxProducts {
             if constexpr (R == 2) _tile_loadd(2, sums + stride, 64);
             if constexpr (R == 2 && G == 2) _tile_loadd(3, sums + stride + 1, 64);
         }
-        for (std::ptrdiff_t b = 0; b < blocks; ++b) {
-            const SplitTile* second = tokens + token_stride + b;
-            _tile_loadd(4, weights.tiles + b, 64);
-            if constexpr (R == 2) _tile_loadd(5, weights.tiles + weights.stride + b, 64);
-            _tile_loadd(6, &tokens[b].high, 64);
-            if constexpr (G == 2) _tile_loadd(7, &second->high, 64);
-            multiply_loaded<R, G>();
-            _tile_loadd(6, &tokens[b].low, 64);
-            if constexpr (G == 2) _tile_loadd(7, &second->low, 64);
-            multiply_loaded<R, G>();
-            shares.step();
-        }
+    }
+    template <int R, int G>
+    static inline void store_sums(SumTile* sums, std::ptrdiff_t stride) {
         _tile_stored(0, sums, 64);
         if constexpr (G == 2) _tile_stored(1, sums + 1, 64);
         if constexpr (R == 2) _tile_stored(2, sums + stride, 64);
         if constexpr (R == 2 && G == 2) _tile_stored(3, sums + stride + 1, 64);
+    }
+
+    // Weights in registers 4 and 5, tokens in 6 and 7.
+    template <int R>
+    static inline void load_weights(const WeightTile* tiles, std::ptrdiff_t stride) {
+        _tile_loadd(4, tiles, 64);
+        if constexpr (R == 2) _tile_loadd(5, tiles + stride, 64);
+    }
+    template <int G>
+    static inline void load_tokens(const TokenTile& one, const TokenTile& other) {
+        _tile_loadd(6, &one, 64);
+        if constexpr (G == 2) _tile_loadd(7, &other, 64);
+    }
+
+    template <int R, int G>
+    static void block(const WeightPanel& weights, const SplitTile* tokens, std::ptrdiff_t token_stride,
+                      std::ptrdiff_t blocks, bool first, SumTile* sums, std::ptrdiff_t stride, Shares& shares) {
+        load_sums<R, G>(first, sums, stride);
+        for (std::ptrdiff_t b = 0; b < blocks; ++b) {
+            const SplitTile &one = tokens[b], &other = tokens[(G - 1) * token_stride + b];
+            load_weights<R>(weights.tiles + b, weights.stride);
+            load_tokens<G>(one.high, other.high);
+            multiply_loaded<R, G>();
+            load_tokens<G>(one.low, other.low);
+            multiply_loaded<R, G>();
+            shares.step();
+        }
+        store_sums<R, G>(sums, stride);
+    }
+
+    // Of weights that are sums of two parts, `rest` tiles apart, without the products of two low parts.
+    template <int R, int G>
+    static void block_of_sums(const WeightPanel& weights, std::ptrdiff_t rest, const SplitTile* tokens,
+                              std::ptrdiff_t token_stride, std::ptrdiff_t blocks, bool first, SumTile* sums,
+                              std::ptrdiff_t stride) {
+        load_sums<R, G>(first, sums, stride);
+        for (std::ptrdiff_t b = 0; b < blocks; ++b) {
+            const SplitTile &one = tokens[b], &other = tokens[(G - 1) * token_stride + b];
+            load_weights<R>(weights.tiles + b, weights.stride);
+            load_tokens<G>(one.low, other.low);
+            multiply_loaded<R, G>();
+            load_tokens<G>(one.high, other.high);
+            multiply_loaded<R, G>();
+            load_weights<R>(weights.tiles + rest + b, weights.stride);
+            multiply_loaded<R, G>();
+        }
+        store_sums<R, G>(sums, stride);
     }
 
     template <int R, int G>
@@ -91,25 +133,42 @@ struct AmxProducts {
         if constexpr (R == 2 && G == 2) _tile_dpbf16ps(3, 5, 7);
     }
 
+    // `pair` for two token tiles at a time, `single` for the last: with the first one's tiles and sums.
+    template <class Pair, class Single>
+    static inline void for_tokens(const TokenPanel& tokens, SumTile* sums, Pair pair, Single single) {
+        std::ptrdiff_t g = 0;
+        for (; tokens.token_tiles - g >= 2; g += 2) pair(tokens.tiles + g * tokens.stride, sums + g);
+        if (g < tokens.token_tiles) single(tokens.tiles + g * tokens.stride, sums + g);
+    }
+
     static void multiply(const WeightPanel& weights, const TokenPanel& tokens, std::ptrdiff_t blocks, bool first,
                          SumTile* sums, std::ptrdiff_t stride, const Meanwhile& meanwhile) {
         Shares shares(meanwhile, blocks * ((tokens.token_tiles + 1) / 2));
-        const auto run = [&](auto pair, auto single) {
-            std::ptrdiff_t g = 0;
-            for (; tokens.token_tiles - g >= 2; g += 2) {
-                pair(weights, tokens.tiles + g * tokens.stride, tokens.stride, blocks, first, sums + g, stride, shares);
-            }
-            if (g < tokens.token_tiles) {
-                single(weights, tokens.tiles + g * tokens.stride, tokens.stride, blocks, first, sums + g, stride, shares);
-            }
+        const auto run = [&](auto block_of) {
+            return [&, block_of](const SplitTile* tiles, SumTile* at) {
+                block_of(weights, tiles, tokens.stride, blocks, first, at, stride, shares);
+            };
         };
-        weights.row_tiles == 2 ? run(block<2, 2>, block<2, 1>) : run(block<1, 2>, block<1, 1>);
+        weights.row_tiles == 2 ? for_tokens(tokens, sums, run(block<2, 2>), run(block<2, 1>))
+                               : for_tokens(tokens, sums, run(block<1, 2>), run(block<1, 1>));
+    }
+
+    static void multiply_sums(const WeightPanel& weights, std::ptrdiff_t rest, const TokenPanel& tokens, std::ptrdiff_t blocks,
+                              bool first, SumTile* sums, std::ptrdiff_t stride) {
+        const auto run = [&](auto block_of) {
+            return [&, block_of](const SplitTile* tiles, SumTile* at) {
+                block_of(weights, rest, tiles, tokens.stride, blocks, first, at, stride);
+            };
+        };
+        weights.row_tiles == 2 ? for_tokens(tokens, sums, run(block_of_sums<2, 2>), run(block_of_sums<2, 1>))
+                               : for_tokens(tokens, sums, run(block_of_sums<1, 2>), run(block_of_sums<1, 1>));
     }
 };
 
 }  // namespace
 
-const TileKernels kAmxTiles = tile_kernels_over<AmxProducts>();
+const TileKernels kAmxTiles =
+    tile_kernels_over<AmxProducts>(TileAttention<AmxProducts>::key_tiles, TileAttention<AmxProducts>::attend);
 
 }  // namespace moe_surgery::cpu
 

@@ -39,9 +39,6 @@ VisibleKeys visible_keys(const Attention& a) {
     return visible;
 }
 
-namespace {
-
-// Keys first .. last of a sequence, of one key-value head.
 KeyRange range_of(const Attention& a, const VisibleKeys& visible, std::ptrdiff_t b, std::ptrdiff_t kv_head,
                   const VisibleKeys::Range& keys) {
     return {a.keys + b * a.key_strides[0] + kv_head * a.key_strides[1],
@@ -54,10 +51,15 @@ KeyRange range_of(const Attention& a, const VisibleKeys& visible, std::ptrdiff_t
             a.is_f32};
 }
 
-}  // namespace
+KeyRange range_of(const Attention& a, const VisibleKeys& visible, std::ptrdiff_t b, std::ptrdiff_t kv_head) {
+    return range_of(a, visible, b, kv_head, visible.sequences[static_cast<std::size_t>(b)]);
+}
 
 void Engine::attention(const Attention& a, const VisibleKeys& visible) const {
-    if (long_step_) return tiled_attention(a, visible);
+    if (long_step_) {
+        if (!attention_in_tiles(a, visible)) long_attention(a, visible);
+        return;
+    }
     const std::ptrdiff_t group = a.heads / a.kv_heads, all = a.batch * a.queries;
     std::ptrdiff_t longest = 0, keys = 0;
     for (const VisibleKeys::Range& range : visible.queries) {
@@ -80,7 +82,7 @@ void Engine::attention(const Attention& a, const VisibleKeys& visible) const {
     Pool::shared().run(threads, {{all * a.kv_heads, one}});
 }
 
-void Engine::tiled_attention(const Attention& a, const VisibleKeys& visible) const {
+void Engine::long_attention(const Attention& a, const VisibleKeys& visible) const {
     const std::ptrdiff_t group = a.heads / a.kv_heads, tiles = (a.queries + kQueriesAtOnce - 1) / kQueriesAtOnce;
     // Of each sequence, the first of its blocks of keys.
     std::vector<std::ptrdiff_t> blocks = {0};
@@ -98,7 +100,7 @@ void Engine::tiled_attention(const Attention& a, const VisibleKeys& visible) con
         const std::ptrdiff_t kv_head = piece % a.kv_heads, block = piece / a.kv_heads;
         const std::ptrdiff_t b = std::upper_bound(blocks.begin(), blocks.end(), block) - blocks.begin() - 1;
         const std::ptrdiff_t number = block - blocks[static_cast<std::size_t>(b)], first = number * kKeysAtOnce;
-        kernels_.transpose_keys(range_of(a, visible, b, kv_head, keys_of(b)), first,
+        kernels_.transpose_keys(range_of(a, visible, b, kv_head), first,
                                 std::min(kKeysAtOnce, keys_of(b).count() - first), transposed_of(b, kv_head) + number * block_size);
     };
 
@@ -136,7 +138,7 @@ void Engine::tiled_attention(const Attention& a, const VisibleKeys& visible) con
             tile.out[i] = a.out + ((b * a.queries + query) * a.heads + head) * a.head_dim;
         }
         kernels_.attention_tile(tile, a.queries * a.head_dim, a.sinks + head, std::min(kMostHeads, group - part * kMostHeads),
-                                range_of(a, visible, b, kv_head, keys_of(b)), transposed_of(b, kv_head),
+                                range_of(a, visible, b, kv_head), transposed_of(b, kv_head),
                                 scratch.get() + scratch_size * thread);
     };
     Pool::shared().run(threads_, {{all_blocks * a.kv_heads, transpose}, {a.batch * a.kv_heads * tiles * parts, one}});

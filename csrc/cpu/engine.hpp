@@ -103,6 +103,11 @@ struct VisibleKeys {
 };
 VisibleKeys visible_keys(const Attention& attention);
 
+// The keys that are given, or all those of sequence b, of one key-value head.
+KeyRange range_of(const Attention& attention, const VisibleKeys& visible, std::ptrdiff_t b, std::ptrdiff_t kv_head,
+                  const VisibleKeys::Range& keys);
+KeyRange range_of(const Attention& attention, const VisibleKeys& visible, std::ptrdiff_t b, std::ptrdiff_t kv_head);
+
 // Tokens of each sequence in a step from which on its products are tiled.
 constexpr std::ptrdiff_t kTiledTokens = 32;
 
@@ -132,7 +137,9 @@ class Engine {
     void tiled_products(const float* x, std::ptrdiff_t tokens, const std::vector<Product>& products) const;
     void row_experts(const float* x, const Choices& choices, const ExpertLayer& layer, const SlotOutputs& outputs) const;
     void tiled_experts(const float* x, const Choices& choices, const ExpertLayer& layer, const SlotOutputs& outputs) const;
-    void tiled_attention(const Attention& attention, const VisibleKeys& visible) const;
+    void long_attention(const Attention& attention, const VisibleKeys& visible) const;
+    // False, with nothing done, where the set has no tiles for it or a sequence's positions have gaps.
+    bool attention_in_tiles(const Attention& attention, const VisibleKeys& visible) const;
     void q8_0_products(const float* x, std::ptrdiff_t tokens, const std::vector<Product>& products) const;
 
     const Kernels& kernels_;

@@ -83,6 +83,57 @@ struct Swiglu {
     float limit, alpha;
 };
 
+// Attention of long steps: sixteen queries of some heads with the keys of a KeyRange, kTileKeys at a time. Keys, values and
+// softmax's weights are sums of two BF16 values, as activations are, and the products of two low ones are left out; keys
+// and values that are stored in BF16 are one. The weights of a block are relative to the largest score so far, sink included; when a larger one comes, what was summed is
+// scaled. Blocks begin at positions that kTileKeys divides, so that a result does not depend on the queries beside it, nor
+// on which keys that it does not see are there.
+constexpr std::ptrdiff_t kTileKeys = 64;
+constexpr std::ptrdiff_t kKeyBlocks = kTileKeys / kTileColumns;
+constexpr std::ptrdiff_t kTileHeads = 8;  // at most
+
+// Where the tiles of a block of keys are: its keys are rows, its values are columns.
+struct KeyTiles {
+    explicit KeyTiles(const KeyRange& range)
+        : parts(range.is_f32 ? 2 : 1), head_blocks(tiles_of(range.head_dim, kTileColumns)),
+          head_rows(tiles_of(range.head_dim, kTileRows)) {}
+
+    std::ptrdiff_t count() const { return value(parts, 0); }
+    // The first of head_blocks tiles of 16 keys.
+    std::ptrdiff_t key(std::ptrdiff_t part, std::ptrdiff_t row_tile) const {
+        return (part * (kTileKeys / kTileRows) + row_tile) * head_blocks;
+    }
+    // The first of kKeyBlocks tiles of 16 values of a head.
+    std::ptrdiff_t value(std::ptrdiff_t part, std::ptrdiff_t row_tile) const {
+        return key(parts, 0) + (part * head_rows + row_tile) * kKeyBlocks;
+    }
+
+    const std::ptrdiff_t parts, head_blocks, head_rows;
+};
+
+struct AttentionPiece {
+    const float* q;  // of the first head and query; strides in values
+    std::ptrdiff_t q_head, q_query;
+    float* out;
+    std::ptrdiff_t out_head, out_query;
+    const float* sinks;
+    std::ptrdiff_t heads, queries;
+    // The keys that each query attends to, by number: key i of the range is number i + offset.
+    std::int32_t first[kTileTokens], last[kTileTokens];
+    KeyRange range;
+    std::ptrdiff_t offset;
+    const WeightTile* tiles;  // of all blocks of the range
+    const bool* finite;       // of each block, what key_tiles returned
+};
+
+// For one thread; sizes for `heads` heads.
+struct AttentionScratch {
+    SplitTile* queries;  // [heads, head_blocks]
+    SplitTile* weights;  // [heads, kKeyBlocks]
+    SumTile* scores;     // [kTileKeys / 16, heads]
+    SumTile* sums;       // [head_rows, heads]
+};
+
 // All functions take at most 16 rows and 16 tokens; blocks are of 32 columns.
 struct TileKernels {
     // Before and after the calls of a thread for one piece of work.
@@ -119,6 +170,11 @@ struct TileKernels {
     // out[n][0 .. rows) = (sums of token n + bias) * factors[n].
     void (*store)(const SumTile& sums, std::ptrdiff_t rows, std::ptrdiff_t tokens, const float* bias,
                   const float* factors, float* const* out);
+
+    // Attention, null for a set whose lanes are faster. The tiles of the block of keys from number `first` of the range on,
+    // zeros for numbers that it does not have; returns whether all values, rounded, are finite.
+    bool (*key_tiles)(const KeyRange& range, std::ptrdiff_t first, WeightTile* out);
+    void (*attend)(const AttentionPiece& piece, const AttentionScratch& scratch);
 };
 
 #if defined(MOE_SURGERY_TILES)

@@ -44,6 +44,25 @@ struct TileLayout {
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
     }
 
+    // Each lane's pair of values, rounded to BF16.
+    static __m512i rounded_pairs(__m512 a, __m512 b) {
+        alignas(64) static constexpr std::uint16_t kInterleaved[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+        const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a));
+        return _mm512_permutexvar_epi16(_mm512_load_si512(kInterleaved), both);
+    }
+    // What the rounded `pairs` leave of the values, rounded.
+    static __m512i rest_pairs(__m512 a, __m512 b, __m512i pairs) {
+        const __m512 a_high = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+        const __m512 b_high = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+        return rounded_pairs(_mm512_sub_ps(a, a_high), _mm512_sub_ps(b, b_high));
+    }
+    static void split_pairs(__m512 a, __m512 b, std::ptrdiff_t k, SplitTile& out) {
+        const __m512i pairs = rounded_pairs(a, b);
+        _mm512_store_si512(out.high.pairs[k], pairs);
+        _mm512_store_si512(out.low.pairs[k], rest_pairs(a, b, pairs));
+    }
+
     static void split(const float* const* x, std::ptrdiff_t tokens, std::ptrdiff_t columns, std::ptrdiff_t first,
                       std::ptrdiff_t last, SplitTile* out) {
         for (std::ptrdiff_t b = first; b < last; ++b, ++out) {
@@ -173,10 +192,11 @@ struct TileLayout {
             const __m512 scale = _mm512_set1_ps(f16_at(row + weight.columns, first + b));
             const auto values = [&](int shift) {
                 const __m512i code = _mm512_srai_epi32(_mm512_slli_epi32(pairs[b], shift), 24);
-                const __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(code), scale), high = rounded(value);
-                return rest ? rounded(_mm512_sub_ps(value, high)) : high;
+                return _mm512_mul_ps(_mm512_cvtepi32_ps(code), scale);
             };
-            _mm512_store_si512(out[b].rows[into], pairs_of(values(24), values(16)));
+            const __m512 even = values(24), odd = values(16);
+            const __m512i high = rounded_pairs(even, odd);
+            _mm512_store_si512(out[b].rows[into], rest ? rest_pairs(even, odd, high) : high);
         }
     }
 
@@ -207,9 +227,7 @@ struct TileLayout {
         for (std::ptrdiff_t k = 0; k < kTileColumns / 2; ++k) {
             const __m512 a = activations(sums, stride, rows, bias, function, 4 * k);
             const __m512 b = activations(sums, stride, rows, bias, function, 4 * k + 2);
-            const __m512 a_high = rounded(a), b_high = rounded(b);
-            _mm512_store_si512(out->high.pairs[k], pairs_of(a_high, b_high));
-            _mm512_store_si512(out->low.pairs[k], pairs_of(rounded(_mm512_sub_ps(a, a_high)), rounded(_mm512_sub_ps(b, b_high))));
+            split_pairs(a, b, k, *out);
         }
     }
 
@@ -221,11 +239,6 @@ struct TileLayout {
         const __m512 gate = _mm512_add_ps(_mm512_load_ps(tile.rows[row % kTileRows]), _mm512_set1_ps(bias[row]));
         const __m512 up = _mm512_add_ps(_mm512_load_ps(tile.rows[row % kTileRows + 1]), _mm512_set1_ps(bias[row + 1]));
         return Elementwise<Lanes>::swiglu(gate, up, _mm512_set1_ps(function.limit), _mm512_set1_ps(function.alpha));
-    }
-
-    // The words of each token's pair (a, b), both of them rounded.
-    static __m512i pairs_of(__m512 a, __m512 b) {
-        return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(a), 16), _mm512_castps_si512(b));
     }
 
     static void store(const SumTile& sums, std::ptrdiff_t rows, std::ptrdiff_t tokens, const float* bias,
@@ -243,10 +256,11 @@ struct TileLayout {
 };
 
 template <class Products>
-constexpr TileKernels tile_kernels_over() {
+constexpr TileKernels tile_kernels_over(bool (*key_tiles)(const KeyRange&, std::ptrdiff_t, WeightTile*) = nullptr,
+                                        void (*attend)(const AttentionPiece&, const AttentionScratch&) = nullptr) {
     return {Products::begin,         Products::end,      TileLayout::split,    TileLayout::mxfp4,
             TileLayout::dense,       TileLayout::transposed, TileLayout::q8_0, Products::multiply, TileLayout::swiglu,
-            TileLayout::store};
+            TileLayout::store,       key_tiles,          attend};
 }
 
 }  // namespace

@@ -34,10 +34,11 @@ struct AttentionCase {
         for (double& sum : result) sum /= total;
         return result;
     }
-    bool near(const float* got, const float* query, std::ptrdiff_t h, std::ptrdiff_t first, std::ptrdiff_t last) const {
+    bool near(const float* got, const float* query, std::ptrdiff_t h, std::ptrdiff_t first, std::ptrdiff_t last,
+              double error = 1e-5) const {
         const std::vector<double> expected = exact(query, h, first, last);
         for (std::size_t c = 0; c < expected.size(); ++c) {
-            if (!(std::fabs(got[c] - expected[c]) <= 1e-5)) return false;
+            if (!(std::fabs(got[c] - expected[c]) <= error)) return false;
         }
         return true;
     }
@@ -106,3 +107,92 @@ void check_attention_tile(Checked& check, Shape s, bool is_f32) {
         }
     }
 }
+
+#if defined(MOE_SURGERY_TILES)
+
+// Queries of which each sees other keys, in tiles: together and alone, with keys before the first one seen left out, and
+// with NaN and infinity in keys that are not seen.
+void check_attention_in_tiles(Checked& check, Shape s, bool is_f32) {
+    constexpr std::ptrdiff_t kQueries = 18;
+    AttentionCase a(s, is_f32, kQueries);
+    const std::ptrdiff_t width = s.tokens * s.columns;
+    const auto first = [&](std::ptrdiff_t i) { return s.rows * i / (2 * kQueries); };
+    const auto last = [&](std::ptrdiff_t i) { return std::max(first(i), s.rows - (kQueries - 1 - i)); };
+    // Queries `begin` to `end`, some at once, over the keys from `drop` on, of which key i has position `position` + i.
+    const auto run = [&](const TileKernels& kernels, std::ptrdiff_t begin, std::ptrdiff_t end, std::ptrdiff_t at_once,
+                         std::ptrdiff_t heads, std::ptrdiff_t drop, std::ptrdiff_t position) {
+        KeyRange range = a.range();
+        range.slots += drop;
+        range.count -= drop;
+        const KeyTiles layout(range);
+        const std::ptrdiff_t offset = (position + drop) % kTileKeys, blocks = tiles_of(range.count + offset, kTileKeys);
+        const auto tiles = std::make_unique<WeightTile[]>(static_cast<std::size_t>(blocks * layout.count()));
+        const auto finite = std::make_unique<bool[]>(static_cast<std::size_t>(blocks));
+        for (std::ptrdiff_t b = 0; b < blocks; ++b) finite[static_cast<std::size_t>(b)] = kernels.key_tiles(range, b * kTileKeys - offset, tiles.get() + b * layout.count());
+        std::vector<SplitTile> splits(static_cast<std::size_t>(heads * (layout.head_blocks + kKeyBlocks)));
+        std::vector<SumTile> sums(static_cast<std::size_t>(heads * (kTileKeys / kTileRows + layout.head_rows)));
+        Floats out(a.q.size());
+        for (std::ptrdiff_t i = begin; i < end; i += at_once) {
+            for (std::ptrdiff_t h = 0; h < s.tokens; h += heads) {
+                AttentionPiece piece = {a.q.data() + i * width + h * s.columns, s.columns, width, out.data() + i * width + h * s.columns,
+                                        s.columns, width, a.sinks.data() + h, std::min(heads, s.tokens - h),
+                                        std::min(at_once, end - i), {}, {}, range, offset, tiles.get(), finite.get()};
+                for (std::ptrdiff_t n = 0; n < piece.queries; ++n) {
+                    piece.first[n] = static_cast<std::int32_t>(first(i + n) - drop + offset);
+                    piece.last[n] = static_cast<std::int32_t>(last(i + n) - drop + offset);
+                }
+                kernels.attend(piece, {splits.data(), splits.data() + heads * layout.head_blocks, sums.data(), sums.data() + heads * (kTileKeys / kTileRows)});
+            }
+        }
+        return out;
+    };
+    const auto right = [&](const Floats& got, std::ptrdiff_t begin, std::ptrdiff_t end) {
+        bool all = true;
+        for (std::ptrdiff_t i = begin; i < end; ++i) {
+            for (std::ptrdiff_t h = 0; h < s.tokens; ++h) {
+                const std::ptrdiff_t at = i * width + h * s.columns;
+                all = all && a.near(got.data() + at, a.q.data() + at, h, first(i), last(i), 1e-4);
+            }
+        }
+        return all;
+    };
+    const auto equal = [&](const Floats& x, const Floats& y, std::ptrdiff_t begin) {
+        return std::memcmp(x.data() + begin * width, y.data() + begin * width, static_cast<std::size_t>((kQueries - begin) * width) * sizeof(float)) == 0;
+    };
+    for (const Kernels* kernels : available_kernels()) {
+        if (!kernels->tiles || !kernels->tiles->attend) continue;
+        const TileKernels& tiles = *kernels->tiles;
+        const std::ptrdiff_t heads = std::min(s.tokens, kTileHeads);
+        for (std::ptrdiff_t position : {0, 41}) {
+            const Floats expected = run(tiles, 0, kQueries, kTileTokens, heads, 0, position);
+            check(right(expected, 0, kQueries), kernels->name, "attention in tiles", s);
+            check(equal(run(tiles, 0, kQueries, 1, 1, 0, position), expected, 0), kernels->name, "attention in tiles, alone", s);
+            const std::ptrdiff_t from = kQueries / 2;
+            check(equal(run(tiles, from, kQueries, kTileTokens, heads, first(from), position), expected, from), kernels->name, "attention in tiles, fewer keys", s);
+        }
+        const AttentionCase kept = a;
+        const auto spoil = [&](std::ptrdiff_t begin, std::ptrdiff_t end) {  // keys and values
+            const std::uint32_t special[2] = {0x7fc00000u, 0xff800000u};
+            const std::size_t size = is_f32 ? 4 : 2;
+            for (std::ptrdiff_t key = begin; key < end; ++key) {
+                for (std::ptrdiff_t c = 0; c < 2 * s.columns; ++c) {
+                    const std::ptrdiff_t at = (c / s.columns * s.rows + a.slots[static_cast<std::size_t>(key)]) * s.columns + c % s.columns;
+                    std::memcpy(a.stored.data() + static_cast<std::size_t>(at) * size, reinterpret_cast<const std::uint8_t*>(&special[c % 2]) + 4 - size, size);
+                }
+            }
+        };
+        const std::ptrdiff_t middle = kQueries / 2;
+        spoil(0, first(middle));
+        check(right(run(tiles, 0, kQueries, kTileTokens, heads, 0, 7), middle, kQueries), kernels->name, "attention in tiles, NaN before", s);
+        a.stored = kept.stored;
+        spoil(last(middle), s.rows);
+        check(right(run(tiles, 0, kQueries, kTileTokens, heads, 0, 7), 0, middle + 1), kernels->name, "attention in tiles, NaN after", s);
+        a.stored = kept.stored;
+    }
+}
+
+#else
+
+void check_attention_in_tiles(Checked&, Shape, bool) {}
+
+#endif

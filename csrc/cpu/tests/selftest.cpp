@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <random>
 #include <string>
 #include <vector>
@@ -278,6 +279,7 @@ int main() {
         for (bool is_f32 : {true, false}) {
             check_attention(check, shape, is_f32);
             check_attention_tile(check, shape, is_f32);
+            check_attention_in_tiles(check, shape, is_f32);
         }
     }
     for (Shape shape : {Shape{1, 32, 1}, {16, 64, 16}, {17, 96, 33}, {40, 320, 50}, {33, 70, 31}, {5, 7, 18}}) check_tiles(check, shape);
