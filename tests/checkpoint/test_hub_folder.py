@@ -41,6 +41,12 @@ def test_a_revision_is_resolved_once_and_files_are_of_that_commit(
     assert sum(request.path.startswith(MODEL) for request in hub.requests) == 1
 
 
+def test_an_answer_that_is_not_a_hubs_is_an_error(hub: HubServer) -> None:
+    hub.fault = lambda request: Answer(200)
+    with pytest.raises(OutputError, match=f"{hub.url} does not answer as the hub does"):
+        folder_of()
+
+
 def test_the_listing_has_the_names_of_one_folder(hub: HubServer) -> None:
     folder = folder_of()
     assert folder.listing() == {"config.json": True, "empty.txt": True, SHARD: True, "original": False}
