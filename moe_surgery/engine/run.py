@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import astuple, dataclass
-from typing import Protocol, TypeVar
+from typing import Final, Protocol, TypeVar
 
 from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.checkpoint.local_file import LocalFile
@@ -20,7 +19,10 @@ from moe_surgery.engine.producer import Producer
 from moe_surgery.engine.reflink import Range, share_extents
 from moe_surgery.formats.encode_report import EncodeReport
 
-__all__ = ["FolderRun", "NamedLayout", "WrittenFile"]
+__all__ = ["FETCHED_SEGMENT_BYTES", "FolderRun", "NamedLayout", "WrittenFile"]
+
+FETCHED_SEGMENT_BYTES: Final = 256 << 20
+"""After so many bytes of a file made of fetched bytes the journal is written: what a kill costs at most."""
 
 
 class NamedLayout(FileLayout, Protocol):
@@ -43,8 +45,11 @@ class WrittenFile:
 
 
 class FolderRun:
-    """Writes files to a `Staging` folder. `bytes_shared` counts reflinked bytes, `bytes_begun` those of unfinished
-    files that an earlier run wrote."""
+    """Writes files to a `Staging` folder.
+
+    `bytes_shared` counts reflinked bytes, `bytes_reserved` those of the disk that unfinished files of an earlier run
+    take.
+    """
 
     def __init__(
         self,
@@ -57,7 +62,7 @@ class FolderRun:
     ) -> None:
         """`segment`: flush and journal each file after this many bytes, a multiple of the chunk size, so that a file
         is resumed from there. Its bytes are then all written, none reflinked."""
-        self.bytes_shared = self.bytes_begun = 0
+        self.bytes_shared = self.bytes_reserved = 0
         self._staging = staging
         self._sources = sources
         self._ops = ops
@@ -65,7 +70,10 @@ class FolderRun:
         self._reflink = segment is None
         self._segment = segment
         self._begun: dict[str, tuple[int, FileDigest]] = {}
-        self._journal = threading.Lock()
+
+    def begun(self, layout: NamedLayout) -> int:
+        """How many bytes of `layout` an earlier run wrote that did not finish it; known after `resume`."""
+        return self._begun[layout.name][0] if layout.name in self._begun else 0
 
     def resume(self, layouts: Iterable[NamedLayout]) -> dict[str, WrittenFile]:
         """The files that an earlier run finished and whose digest still matches.
@@ -99,19 +107,20 @@ class FolderRun:
                 digest = digest_start(file, layout, nbytes, self._progress)
             if digest is not None and digest.whole == entry["xxh3_128"]:
                 self._begun[layout.name] = nbytes, digest
-                self.bytes_begun += nbytes
+                allocated = temporary.stat().st_blocks * 512
+                self.bytes_reserved += max(nbytes, min(allocated, layout.nbytes))
                 return
         remove_leftover(temporary, self._ops)
 
     def write(
         self, layouts: Iterable[Layout], producer_of: Callable[[Layout, Mapping[str, OpenFile]], Producer]
     ) -> dict[str, WrittenFile]:
-        """Write the files in order; each is flushed and journalled while the next is written."""
+        """Write the files in order; what is finished is flushed and journalled while the next bytes are written."""
         written: dict[str, WrittenFile] = {}
         with ThreadPoolExecutor(1, "flush") as flusher:
             flushing: Future[None] | None = None
             for layout in layouts:
-                file, result = self._write(layout, producer_of(layout, self._sources))
+                file, result = self._write(layout, producer_of(layout, self._sources), flusher)
                 if flushing is not None:
                     try:
                         flushing.result()
@@ -124,10 +133,13 @@ class FolderRun:
                 flushing.result()
         return written
 
-    def _write(self, layout: NamedLayout, producer: Producer) -> tuple[OutputFile, WrittenFile]:
-        start, digest = self._begun.pop(layout.name, (0, FileDigest(len(layout.tensors))))
+    def _write(
+        self, layout: NamedLayout, producer: Producer, flusher: ThreadPoolExecutor
+    ) -> tuple[OutputFile, WrittenFile]:
+        start, digest = self._begun.get(layout.name) or (0, FileDigest(len(layout.tensors)))
         file = OutputFile(self._staging.folder / layout.name, self._ops, resume=bool(start))
         digests: dict[int, str] = {}  # of the file up to a position
+        flushing: list[Future[None]] = []
         try:
             shared: list[Range] = []
             if self._reflink:
@@ -143,12 +155,17 @@ class FolderRun:
 
             def written(position: int) -> None:
                 if position in digests:
-                    file.flush()
-                    name = OutputFile.temporary(file.path).name
-                    self._record({"name": name, "bytes": position, "xxh3_128": digests.pop(position)})
+                    for earlier in flushing:
+                        if earlier.done():
+                            earlier.result()
+                    entry = {"bytes": position, "xxh3_128": digests.pop(position)}
+                    flushing.append(flusher.submit(self._finish_segment, file, entry))
 
             write_layout(layout, producer, file, consume, shared=shared, start=start, written=written)
+            for future in flushing:
+                future.result()
         except BaseException:
+            wait(flushing)
             if self._segment:
                 file.close()  # what is journalled can be used by the next run
             else:
@@ -156,10 +173,11 @@ class FolderRun:
             raise
         return file, WrittenFile(digest.whole, tuple(digest.tensors), producer.report())
 
+    def _finish_segment(self, file: OutputFile, entry: Mapping[str, object]) -> None:
+        file.flush()
+        self._staging.record({"name": OutputFile.temporary(file.path).name, **entry})
+
     def _finish(self, name: str, file: OutputFile, result: WrittenFile) -> None:
         publish(file, self._ops)
-        self._record({"name": name, "xxh3_128": result.digest, "conversion": astuple(result.report)})
-
-    def _record(self, entry: dict[str, object]) -> None:
-        with self._journal:
-            self._staging.record(entry)
+        report = astuple(result.report)
+        self._staging.record({"name": name, "xxh3_128": result.digest, "conversion": report})

@@ -13,15 +13,15 @@ from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.checkpoint.shard import Shard
 from moe_surgery.checkpoint.staging import Staging
 from moe_surgery.checkpoint.writer import copy_file, remove_leftover, write_file
-from moe_surgery.engine.fetch import OnFetch, to_fetch
+from moe_surgery.engine.fetch import OnFetch, remote_shards, to_fetch
 from moe_surgery.engine.output import OnBytes, check_space
-from moe_surgery.engine.run import FolderRun
+from moe_surgery.engine.run import FETCHED_SEGMENT_BYTES, FolderRun
 from moe_surgery.engine.sharing import share_file
 from moe_surgery.errors import NetworkError
 from moe_surgery.formats.encode_report import EncodeReport
 from moe_surgery.surgery.manifest import FileRecord, manifest_bytes, shard_record
 from moe_surgery.surgery.names import MANIFEST_NAME
-from moe_surgery.surgery.producer import producer_of
+from moe_surgery.surgery.producer import converts, producer_of
 from moe_surgery.surgery.program import Program
 
 __all__ = ["Outcome", "SharedFile", "run_program"]
@@ -37,7 +37,7 @@ class SharedFile:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The result of a run: bytes of shards written now and resumed from an earlier run, and shards resumed.
+    """The result of a run: bytes of shards written now and resumed from an earlier run, and whole shards resumed.
 
     `conversion` reports conversion to MXFP4: blocks, inexact blocks and relative error; else None. With an adapter
     merged into MXFP4 weights also `update_error`, the error relative to what the adapter adds.
@@ -69,7 +69,8 @@ def run_program(
     they share its disk blocks (`engine.sharing`) and are neither read nor written.
 
     `out` must have passed `check_output`. An interrupted run, and one whose source can no longer be reached,
-    leaves its partial folder, and the next one resumes after the finished shards; on any other error nothing is left.
+    leaves its partial folder, and the next one resumes after the finished shards, and within a shard of fetched bytes
+    (without conversion) after its last whole `FETCHED_SEGMENT_BYTES`; on any other error nothing is left.
 
     Raises DiskFullError before the first byte if the output does not fit, and when space runs out
     during the run; OutputError, InvalidInputError for files that cannot be written or read.
@@ -105,16 +106,22 @@ class _Run:
         self._sources = sources
         self._staging = staging
         self._ops = ops
-        self._shards = FolderRun(staging, sources, ops, progress)
+        # What conversion lost is known of a whole shard only.
+        within = remote_shards(checkpoint) and not any(map(converts, program.shards))
+        self._shards = FolderRun(
+            staging, sources, ops, progress, segment=FETCHED_SEGMENT_BYTES if within else None
+        )
 
     def execute(self, overwrite: bool, ignore_free_space: bool, on_fetch: OnFetch | None) -> Outcome:
         shards = [s for s in self._program.shards if s.name not in self._shared]
         finished = self._shards.resume(shards)
         resumed = [s for s in shards if s.name in finished]
         todo = [s for s in shards if s.name not in finished]
+        begun = sum(map(self._shards.begun, todo))
         if not ignore_free_space:
-            self._check_space(sum(s.nbytes for s in todo))
-        fetch = to_fetch(todo, self._program.copies.values(), self._checkpoint) if on_fetch else None
+            self._check_space(sum(s.nbytes for s in todo) - self._shards.bytes_reserved)
+        copies = self._program.copies.values()
+        fetch = to_fetch(todo, copies, self._checkpoint, self._shards.begun) if on_fetch else None
         if on_fetch and fetch:
             on_fetch(fetch)
         finished |= self._shards.write(todo, producer_of)
@@ -128,8 +135,8 @@ class _Run:
             source.check_unchanged()
         self._staging.publish(overwrite=overwrite)
         return Outcome(
-            sum(s.nbytes for s in todo),
-            sum(s.nbytes for s in resumed),
+            sum(s.nbytes for s in todo) - begun,
+            sum(s.nbytes for s in resumed) + begun,
             tuple(s.name for s in resumed),
             self._shards.bytes_shared,
             conversion,

@@ -17,6 +17,7 @@ pytest.importorskip("huggingface_hub")
 from moe_surgery import export_gguf, inspect, prune
 from moe_surgery.checkpoint.checkpoint import Checkpoint
 from moe_surgery.checkpoint.hub_folder import HubFolder
+from moe_surgery.engine.chunks import CHUNK_BYTES
 from moe_surgery.engine.fetch import Fetch
 from moe_surgery.errors import InvalidInputError, NetworkError
 from moe_surgery.selection.plan import Plan, plan_keeping
@@ -276,6 +277,51 @@ def test_a_killed_run_is_resumed_without_fetching_again(
     assert hub.total <= 1.01 * todo + HEADERS + SHAPE.layers * SHAPE.experts * SHAPE.hidden * 2 + 100_000
     assert contents(out) == contents(tmp_path / "local")
     assert siblings(out) == []
+
+
+def test_a_run_is_resumed_within_a_shard(
+    hub: HubServer, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moe_surgery.surgery.run.FETCHED_SEGMENT_BYTES", 2 * CHUNK_BYTES)
+    prune(published, tmp_path / "local", keep)
+    shard = max((tmp_path / "local").glob("*.safetensors"), key=lambda file: file.stat().st_size)
+    hub.fault = lambda request: Answer(404) if hub.total > 0.6 * shard.stat().st_size else None
+    with pytest.raises(NetworkError, match="HTTP 404"):
+        prune(MODEL, tmp_path / "out", keep)
+    (partial,) = tmp_path.glob(".out.partial-*")
+    entries = [json.loads(line.rpartition(" ")[0]) for line in journal(partial)]
+    begun = max(entry["bytes"] for entry in entries if entry["name"] == f".{shard.name}.tmp")
+    assert begun % (2 * CHUNK_BYTES) == 0
+    done_before = begun + sum(
+        (tmp_path / "local" / entry["name"]).stat().st_size for entry in entries if "bytes" not in entry
+    )
+    todo = sum(f.stat().st_size for f in (tmp_path / "local").glob("*.safetensors")) - done_before
+
+    hub.fault = lambda request: None
+    hub.forget()
+    said: list[Fetch] = []
+    result = prune(MODEL, tmp_path / "out", keep, on_fetch=said.append)
+    assert result.outcome is not None
+    assert result.outcome.bytes_resumed == done_before
+    assert result.outcome.bytes_written == todo
+    routers = SHAPE.layers * SHAPE.experts * SHAPE.hidden * 2  # read once more, for the model's identity
+    small = HEADERS + routers + size_of(published, *SIDE_FILES, "model.safetensors.index.json")
+    assert todo <= hub.total <= 1.01 * todo + small
+    assert todo - HEADERS <= said[0].nbytes <= todo + small
+    names = {f.name for f in (tmp_path / "local").iterdir()} - {"surgery.json", "README.md"}
+    for name in names:  # these two name the source
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
+
+
+def test_what_is_converted_is_resumed_after_whole_shards(
+    hub: HubServer, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moe_surgery.surgery.run.FETCHED_SEGMENT_BYTES", CHUNK_BYTES)
+    hub.fault = lambda request: Answer(404) if hub.total > 6_000_000 else None
+    with pytest.raises(NetworkError, match="HTTP 404"):
+        prune(MODEL, tmp_path / "out", keep, store="bf16")
+    (partial,) = tmp_path.glob(".out.partial-*")
+    assert not [name for name in os.listdir(partial) if name.endswith(".tmp")]
 
 
 # --- the command line

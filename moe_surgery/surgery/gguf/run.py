@@ -13,9 +13,9 @@ from moe_surgery.checkpoint.local_file import LocalFile
 from moe_surgery.checkpoint.staging import Staging
 from moe_surgery.checkpoint.writer import remove_leftover, write_file
 from moe_surgery.engine.digest import digest_file
-from moe_surgery.engine.fetch import OnFetch, to_fetch
+from moe_surgery.engine.fetch import OnFetch, remote_shards, to_fetch
 from moe_surgery.engine.output import OnBytes, check_space
-from moe_surgery.engine.run import FolderRun, WrittenFile
+from moe_surgery.engine.run import FETCHED_SEGMENT_BYTES, FolderRun, WrittenFile
 from moe_surgery.errors import NetworkError, OutputError
 from moe_surgery.surgery.gguf.producer import gguf_producer
 from moe_surgery.surgery.gguf.program import GgufOutputFile, GgufPruneProgram
@@ -27,7 +27,8 @@ __all__ = ["MANIFEST_SUFFIX", "run_gguf_program"]
 MANIFEST_SUFFIX: Final = ".surgery.json"
 """Follows the name of the (first) output file."""
 SEGMENT_BYTES: Final = 1 << 30
-"""After so many bytes of a file the journal is written: what a kill costs at most."""
+"""After so many bytes of a file the journal is written: what a kill costs at most (`FETCHED_SEGMENT_BYTES` of fetched
+ones)."""
 _PUBLISHING: Final = "publishing"
 
 
@@ -58,6 +59,7 @@ def run_gguf_program(
     salt = repr([s.stamp for _, s in sorted(model.shards.items())])
     with Staging(out, program.digest(salt), ops) as staging:
         try:
+            segment = min(segment, FETCHED_SEGMENT_BYTES) if remote_shards(model) else segment
             run = FolderRun(staging, model.shards, ops, progress or (lambda _: None), segment=segment)
             names = [file.name for file in program.files]
             _reclaim(program, staging, ops)
@@ -65,10 +67,10 @@ def run_gguf_program(
             finished = run.resume(program.files)
             resumed = [f for f in program.files if f.name in finished]
             todo = [f for f in program.files if f.name not in finished]
-            left = sum(f.nbytes for f in todo) - run.bytes_begun
+            left = sum(f.nbytes - run.begun(f) for f in todo)
             if not ignore_free_space:
-                check_space(left, out, staging.folder, ops)
-            fetch = to_fetch(todo, [], model) if on_fetch else None
+                check_space(sum(f.nbytes for f in todo) - run.bytes_reserved, out, staging.folder, ops)
+            fetch = to_fetch(todo, [], model, run.begun) if on_fetch else None
             if on_fetch and fetch:
                 on_fetch(fetch)
             finished |= run.write(todo, gguf_producer)
