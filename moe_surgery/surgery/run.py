@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,8 +108,9 @@ class _Run:
         self._sources = sources
         self._staging = staging
         self._ops = ops
+        self._fetches = bool(remote_shards(checkpoint))
         # What conversion lost is known of a whole shard only.
-        within = remote_shards(checkpoint) and not any(map(converts, program.shards))
+        within = self._fetches and not any(map(converts, program.shards))
         self._shards = FolderRun(
             staging, sources, ops, progress, segment=FETCHED_SEGMENT_BYTES if within else None
         )
@@ -124,13 +127,14 @@ class _Run:
         fetch = to_fetch(todo, copies, self._checkpoint, self._shards.begun) if on_fetch else None
         if on_fetch and fetch:
             on_fetch(fetch)
-        finished |= self._shards.write(todo, producer_of)
+        with self._copying() as copied:
+            finished |= self._shards.write(todo, producer_of)
         conversion = _conversion(f.report for f in finished.values())
         records = {s.name: shard_record(s, finished[s.name]) for s in (*resumed, *todo)}
         for name, file in self._shared.items():
             share_file(file.path, self._fresh(name), self._ops)
             records[name] = file.record
-        self._write_small_files(records, conversion)
+        self._write_small_files(records, copied, conversion)
         for source in self._sources.values():
             source.check_unchanged()
         self._staging.publish(overwrite=overwrite)
@@ -148,13 +152,30 @@ class _Run:
             small += self._checkpoint.files.nbytes(name)
         check_space(shard_bytes + small, self._staging.out, self._staging.folder, self._ops)
 
+    @contextmanager
+    def _copying(self) -> Iterator[Mapping[str, Future[FileRecord]]]:
+        """Side files that are fetched meanwhile, so that a link does not wait for one after the other; by name."""
+        with ThreadPoolExecutor(1, "copy") as pool:
+            copies = self._program.copies.items() if self._fetches else ()
+            try:
+                yield {name: pool.submit(self._copy, name, source) for name, source in copies}
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def _copy(self, name: str, source: str) -> FileRecord:
+        with self._checkpoint.files.open(source) as file:
+            return FileRecord(*copy_file(file, self._fresh(name), self._ops))
+
     def _write_small_files(
-        self, shards: Mapping[str, FileRecord], conversion: Mapping[str, object] | None
+        self,
+        shards: Mapping[str, FileRecord],
+        copied: Mapping[str, Future[FileRecord]],
+        conversion: Mapping[str, object] | None,
     ) -> None:
         records = dict(shards)
         for name, source in self._program.copies.items():
-            with self._checkpoint.files.open(source) as file:
-                records[name] = FileRecord(*copy_file(file, self._fresh(name), self._ops))
+            records[name] = copied[name].result() if name in copied else self._copy(name, source)
         for name, content in self._program.texts.items():
             records[name] = FileRecord(len(content), xxhash.xxh3_128_hexdigest(content))
             write_file(self._fresh(name), content, self._ops)

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -158,13 +159,18 @@ def test_verification_against_a_remote_source(hub: HubServer, tmp_path: Path) ->
 # --- faults during a run
 
 
+def has_journal(out: Path) -> bool:
+    """Whether something of `out` is in its journal."""
+    return any(journal.stat().st_size for journal in out.parent.glob(f".{out.name}.partial-*/.journal"))
+
+
 def after_a_shard(hub: HubServer, out: Path, then: Callable[[Request], Answer | None]) -> None:
     """Once a shard of `out` is in the journal, the storage answers as `then` says."""
 
     def fault(request: Request) -> Answer | None:
         if (request.host, request.method) != ("storage", "GET"):
             return None
-        return then(request) if any(out.parent.glob(f".{out.name}.partial-*/.journal")) else None
+        return then(request) if has_journal(out) else None
 
     hub.fault = fault
 
@@ -279,19 +285,32 @@ def test_a_killed_run_is_resumed_without_fetching_again(
     assert siblings(out) == []
 
 
+def lose_storage(hub: HubServer, after: float, journal_of: Path | None = None) -> None:
+    """From the `after`th byte of files on, and once the output `journal_of` has a journal."""
+
+    def fault(request: Request) -> Answer | None:
+        if request.host != "storage" or hub.total <= after:
+            return None
+        while journal_of is not None and not has_journal(journal_of):
+            time.sleep(0.001)
+        return Answer(404)
+
+    hub.fault = fault
+
+
 def test_a_run_is_resumed_within_a_shard(
     hub: HubServer, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moe_surgery.surgery.run.FETCHED_SEGMENT_BYTES", 2 * CHUNK_BYTES)
+    monkeypatch.setattr("moe_surgery.surgery.run.FETCHED_SEGMENT_BYTES", CHUNK_BYTES)
     prune(published, tmp_path / "local", keep)
     shard = max((tmp_path / "local").glob("*.safetensors"), key=lambda file: file.stat().st_size)
-    hub.fault = lambda request: Answer(404) if hub.total > 0.6 * shard.stat().st_size else None
+    lose_storage(hub, 0.8 * shard.stat().st_size, tmp_path / "out")
     with pytest.raises(NetworkError, match="HTTP 404"):
         prune(MODEL, tmp_path / "out", keep)
     (partial,) = tmp_path.glob(".out.partial-*")
     entries = [json.loads(line.rpartition(" ")[0]) for line in journal(partial)]
     begun = max(entry["bytes"] for entry in entries if entry["name"] == f".{shard.name}.tmp")
-    assert begun % (2 * CHUNK_BYTES) == 0
+    assert begun % CHUNK_BYTES == 0
     done_before = begun + sum(
         (tmp_path / "local" / entry["name"]).stat().st_size for entry in entries if "bytes" not in entry
     )
@@ -317,7 +336,7 @@ def test_what_is_converted_is_resumed_after_whole_shards(
     hub: HubServer, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("moe_surgery.surgery.run.FETCHED_SEGMENT_BYTES", CHUNK_BYTES)
-    hub.fault = lambda request: Answer(404) if hub.total > 6_000_000 else None
+    lose_storage(hub, 6_000_000)
     with pytest.raises(NetworkError, match="HTTP 404"):
         prune(MODEL, tmp_path / "out", keep, store="bf16")
     (partial,) = tmp_path.glob(".out.partial-*")
