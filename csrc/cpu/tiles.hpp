@@ -172,7 +172,7 @@ struct TileKernels {
                   const float* factors, float* const* out);
 
     // Attention, null for a set whose lanes are faster. The tiles of the block of keys from number `first` of the range on,
-    // zeros for numbers that it does not have; returns whether all values, rounded, are finite.
+    // zeros for numbers that it does not have, and for values that are not finite in BF16; returns whether all are.
     bool (*key_tiles)(const KeyRange& range, std::ptrdiff_t first, WeightTile* out);
     void (*attend)(const AttentionPiece& piece, const AttentionScratch& scratch);
 };

@@ -28,6 +28,10 @@ struct TileAttention {
         return of_values ? range.values + range.slots[key] * range.value_stride : range.keys + range.slots[key] * range.key_stride;
     }
 
+    // Values up to this one are finite in BF16. Others, infinity and NaN are not in tiles: a query that does not see them
+    // has a weight of zero, which would not remove them.
+    static constexpr float kLargest = 0x1.fep127f;
+
     static __m512 part_of(__m512 x, bool rest) {
         const __m512 high = TileLayout::rounded(x);
         return rest ? TileLayout::rounded(_mm512_sub_ps(x, high)) : high;
@@ -47,8 +51,6 @@ struct TileAttention {
                 }
             }
         }
-        // Larger ones, infinity and NaN need not be finite in BF16.
-        const __m512 largest = _mm512_set1_ps(0x1.fep127f);
         __mmask16 special = 0;
         for (std::ptrdiff_t d = 0; d < tiles.head_rows; ++d) {
             for (std::ptrdiff_t b = 0; b < kKeyBlocks; ++b) {
@@ -57,8 +59,9 @@ struct TileAttention {
                     const auto value = [&](std::ptrdiff_t i) {
                         const std::uint8_t* head = head_at(range, true, first, b * kTileColumns + i);
                         const __m512 x = sixteen(head, d * kTileRows, range.head_dim, range.is_f32);
-                        special = special | _mm512_cmp_ps_mask(_mm512_abs_ps(x), largest, _CMP_NLE_UQ);
-                        return x;
+                        const __mmask16 large = _mm512_cmp_ps_mask(_mm512_abs_ps(x), _mm512_set1_ps(kLargest), _CMP_NLE_UQ);
+                        special = special | large;
+                        return _mm512_maskz_mov_ps(~large, x);
                     };
                     const __m512 even = value(2 * k), odd = value(2 * k + 1);
                     high[k] = TileLayout::rounded_pairs(even, odd);
@@ -136,20 +139,19 @@ struct TileAttention {
         return scale;
     }
 
-    // Adds a block's values times weights, of the keys that are seen alone: others may hold NaN or infinity, which zeros
-    // would not remove.
-    static void add_values(const SumTile* weights, std::ptrdiff_t stride, const AttentionPiece& piece, std::ptrdiff_t begin,
-                           const Visible& visible, SumTile* sums) {
+    // Adds weights times those values of a block that its tiles leave out, for the queries that see them.
+    static void add_special(const SumTile* weights, std::ptrdiff_t stride, const AttentionPiece& piece, std::ptrdiff_t begin,
+                            const Visible& visible, SumTile* sums) {
         for (std::ptrdiff_t i = 0; i < kTileKeys; ++i) {
             const __mmask16 seen = visible(begin + i);
             const std::uint8_t* head = head_at(piece.range, true, begin - piece.offset, i);
             if (!seen || !head) continue;
             const __m512 weight = _mm512_load_ps(weights[i / kTileRows * stride].rows[i % kTileRows]);
             for (std::ptrdiff_t d = 0; d < piece.range.head_dim; ++d) {
-                float* row = sums[d / kTileRows * stride].rows[d % kTileRows];
                 const float value = piece.range.is_f32 ? f32_at(head, d) : bf16_at(head, d);
-                const __m512 sum = _mm512_load_ps(row);
-                _mm512_store_ps(row, _mm512_mask3_fmadd_ps(weight, _mm512_set1_ps(value), sum, seen));
+                if (std::fabs(value) <= kLargest) continue;
+                float* row = sums[d / kTileRows * stride].rows[d % kTileRows];
+                _mm512_store_ps(row, _mm512_mask3_fmadd_ps(weight, _mm512_set1_ps(value), _mm512_load_ps(row), seen));
             }
         }
     }
@@ -176,7 +178,7 @@ struct TileAttention {
             const std::ptrdiff_t begin = block * kTileKeys;
             const WeightTile* at = piece.tiles + block * tiles.count();
             const Visible visible = {_mm512_loadu_si512(piece.first), _mm512_loadu_si512(piece.last)};
-            const bool all = begin >= last_first && begin + kTileKeys <= first_last, finite = piece.finite[block];
+            const bool all = begin >= last_first && begin + kTileKeys <= first_last;
             for (std::ptrdiff_t r = 0; r < kTileKeys / kTileRows; r += 2) {
                 multiply(tiles, {at + tiles.key(0, r), tiles.head_blocks, 2}, tiles.key(1, 0) - tiles.key(0, 0),
                          {scratch.queries, tiles.head_blocks, heads}, tiles.head_blocks, true, scratch.scores + r * heads);
@@ -192,9 +194,9 @@ struct TileAttention {
                         _mm512_store_ps(row, _mm512_mul_ps(_mm512_load_ps(row), scale));
                     }
                 }
-                if (!finite) add_values(scratch.scores + h, heads, piece, begin, visible, scratch.sums + h);
+                if (!piece.finite[block]) add_special(scratch.scores + h, heads, piece, begin, visible, scratch.sums + h);
             }
-            for (std::ptrdiff_t d = 0; finite && d < tiles.head_rows; d += 2) {
+            for (std::ptrdiff_t d = 0; d < tiles.head_rows; d += 2) {
                 const std::ptrdiff_t row_tiles = std::min<std::ptrdiff_t>(2, tiles.head_rows - d);
                 multiply(tiles, {at + tiles.value(0, d), kKeyBlocks, row_tiles}, tiles.value(1, 0) - tiles.value(0, 0),
                          {scratch.weights, kKeyBlocks, heads}, kKeyBlocks, false, scratch.sums + d * heads);

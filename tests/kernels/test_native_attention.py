@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 
 from moe_surgery.errors import UsageError  # noqa: E402
+from moe_surgery.kernels.native import NativeBackend  # noqa: E402
 from moe_surgery.kernels.reference import ReferenceBackend  # noqa: E402
 from tests.kernels.native_cases import (  # noqa: E402
     draw,
@@ -27,6 +28,14 @@ SUM_ERROR = 1e-6
 THREADS = (1, 2, 3, 5)
 LONG_STEP = 64
 STORED = (torch.bfloat16, torch.float16, torch.float32)
+# Of float32 keys: sums of two BF16 values, where attention is computed in tiles.
+TILES_ERROR = 1e-4
+
+
+def tolerance(isa: str | None, step: int) -> float:
+    """The largest error in float32."""
+    tiles = (isa or NativeBackend.instruction_sets()[0]) == "amx" and step >= LONG_STEP
+    return TILES_ERROR if tiles else 2e-6
 
 
 def attention_case(
@@ -81,8 +90,10 @@ def test_attention_is_the_references_and_every_query_gets_what_it_gets_alone(
     assert got.dtype == dtype
     in_float32 = {n: t if n in ("queries", "keys") else t.double().float() for n, t in case.items()}
     expected = REFERENCE.attention(**in_float32, window=window)
-    torch.testing.assert_close(got.float(), expected, rtol=0, atol=2e-6 if dtype == torch.float32 else 2e-2)
-    assert torch.equal(got, native("scalar").for_tokens(step).attention(**case, window=window))
+    error = tolerance(isa, step)
+    torch.testing.assert_close(got.float(), expected, rtol=0, atol=error if dtype == torch.float32 else 2e-2)
+    if error < TILES_ERROR:
+        assert torch.equal(got, native("scalar").for_tokens(step).attention(**case, window=window))
     order = torch.randperm(case["k"].shape[2], generator=torch.Generator().manual_seed(0))
     for i in range(case["q"].shape[2]):
         one = {
@@ -111,7 +122,7 @@ def test_heads_that_share_keys_in_any_number(group: int, step: int) -> None:
     case = attention_case(group, 2, 2, group, 64, 300, 6, 290)
     expected = REFERENCE.attention(**case, window=None)
     got = native(threads=2).for_tokens(step).attention(**case, window=None)
-    torch.testing.assert_close(got, expected, rtol=0, atol=2e-6)
+    torch.testing.assert_close(got, expected, rtol=0, atol=tolerance(None, step))
 
 
 @pytest.mark.parametrize("step", [1, LONG_STEP])
