@@ -21,7 +21,7 @@ from moe_surgery.pipeline.pruning import PruneResult, prune
 from moe_surgery.progress import OnProgress
 from moe_surgery.quality.candidates import source_experts
 from moe_surgery.quality.corpus import Corpus, open_corpus
-from moe_surgery.quality.repair.distill import ROUNDING, Distillation
+from moe_surgery.quality.repair.distill import NEGLIGIBLE, Distillation
 from moe_surgery.quality.repair.job import Gain, RepairedTensors, repair_tensors
 from moe_surgery.quality.repair.samples import as_samples, split_held_out
 from moe_surgery.quality.repair.student import Student
@@ -178,7 +178,7 @@ def repair(
     for file in files:
         with suppress(OSError):
             file.unlink()
-    if result.kl[0] <= ROUNDING:
+    if result.kl[0] <= NEGLIGIBLE:
         log.warning("nothing to repair: on held-out texts the plan predicts what the full model does")
     elif not result.tensors:
         log.warning(

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from moe_surgery.progress import OnProgress, Progress
-from moe_surgery.quality.repair.distill import ROUNDING, Distillation, distill, helps, mean_kl, step_sizes
+from moe_surgery.quality.repair.distill import NEGLIGIBLE, Distillation, distill, helps, mean_kl, step_sizes
 from moe_surgery.quality.repair.mean_error import shift_biases
 from moe_surgery.quality.repair.samples import Sample
 from moe_surgery.quality.repair.state import RepairState, load_state, save_state
@@ -143,7 +143,7 @@ def _first_step(
     """The state before the second step: with the biases shifted if that helps on `held`."""
     before = student.divergences(held, targets, settings.batch_tokens)
     originals = student.tensors.clones()
-    if mean_kl(before, held) <= ROUNDING:  # nothing to repair
+    if mean_kl(before, held) <= NEGLIGIBLE:  # nothing to repair
         kept = {"value": originals, "best": originals, "kl": {"before": before, "best": before}}
         return RepairState(kl=[mean_kl(before, held)], best_kl=mean_kl(before, held), done=True, tensors=kept)
     some: list[Sample] = []
