@@ -2,7 +2,7 @@
 
     python -m benchmarks.native.tiles [--rounds 9] [--tokens 512]
 
-A product of gpt-oss-20b's gate_up size, and a layer of experts. Gop/s count a multiplication and an addition for
+A product of gpt-oss-20b's gate_up size, a layer of experts, and attention over a prompt of 2048 tokens. Gop/s count a multiplication and an addition for
 each weight and token once, whatever a kernel does for them: products in tiles do it twice, for the two halves of an
 activation, and with Q8_0 weights four times. The rate of one of these passes is compared with PyTorch's BF16 product.
 The best of the rounds is given, since others may use the machine; ratios are of the same run.
@@ -161,6 +161,41 @@ def speeds(weight: torch.Tensor, layer: ExpertWeights, tokens: int, rounds: int)
     return rows
 
 
+def attention_speeds(rounds: int, tokens: int = 2048) -> list[dict[str, object]]:
+    """Full attention of one layer over a prompt, 64 heads of 64 values on 8 key-value heads, by path; the error is that
+    of 256 of its tokens, the first ones."""
+    generator = torch.Generator().manual_seed(4)
+    q, k, v = (torch.randn(1, heads, tokens, 64, generator=generator) for heads in (64, 8, 8))
+    sinks, positions = torch.randn(64, generator=generator), torch.arange(tokens)[None]
+    gop = 4e-9 * 64 * 64 * tokens * (tokens + 1) / 2
+    exact = float64_attention(*(x[0, :, :256].double() for x in (q, k, v)), sinks.double()).numpy()
+    backends = {
+        isa: NativeBackend(isa, os.cpu_count() or 1).for_tokens(LONG)
+        for isa in NativeBackend.instruction_sets()
+        if isa != "scalar"
+    }
+    best = dict.fromkeys(backends, float("inf"))
+    errors = {}
+    for _ in range(rounds):
+        for isa, backend in backends.items():
+            time.sleep(0.02)
+            start = time.perf_counter()
+            y = backend.attention(q, k, v, sinks, positions, positions, None)
+            best[isa] = min(best[isa], time.perf_counter() - start)
+            errors[isa] = relative(y[0, :256].double().numpy(), exact)
+    return [{"set": isa, "Gop/s": gop / best[isa], "error": errors[isa]} for isa in backends]
+
+
+def float64_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+    heads, tokens, width = q.shape
+    k, v = (x.repeat_interleave(heads // len(x), 0) for x in (k, v))
+    scores = (q @ k.transpose(1, 2) / width**0.5).masked_fill(
+        torch.ones(tokens, tokens, dtype=torch.bool).triu(1), -torch.inf
+    )
+    weights = torch.cat([scores, sinks[:, None, None].expand(heads, tokens, 1)], 2).softmax(2)[..., :tokens]
+    return (weights @ v).transpose(0, 1).reshape(tokens, heads * width)
+
+
 @click.command(help=__doc__)
 @click.option("--rounds", default=9, show_default=True)
 @click.option("--tokens", default=512, show_default=True)
@@ -174,13 +209,14 @@ def main(rounds: int, tokens: int) -> None:
     )
     report["errors"] = errors(weight, layer, min(tokens, 64))
     report["speeds"] = speeds(weight, layer, tokens, rounds)
+    report["attention"] = attention_speeds(rounds)
     report["machine"]["load average at the end"] = round(os.getloadavg()[0], 2)
     publish("native_tiles", report, page(report))
 
 
 def page(report: dict) -> list[str]:
     lines = heading("Products of many tokens on the CPU", report)
-    for name in ("errors", "speeds"):
+    for name in ("errors", "speeds", "attention"):
         rows = [[f"{v:.3g}" if isinstance(v, float) else v for v in row.values()] for row in report[name]]
         lines += ["", f"## {name.capitalize()}", "", *table(list(report[name][0]), rows)]
     return lines
