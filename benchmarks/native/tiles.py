@@ -169,7 +169,8 @@ def attention_speeds(rounds: int, tokens: int = 2048) -> list[dict[str, object]]
     q, k, v = (torch.randn(1, heads, tokens, 64, generator=generator) for heads in (64, 8, 8))
     sinks, positions = torch.randn(64, generator=generator), torch.arange(tokens)[None]
     gop = 4e-9 * 64 * 64 * tokens * (tokens + 1) / 2
-    exact = float64_attention(*(x[0, :, :256].double() for x in (q, k, v)), sinks.double()).numpy()
+    q64, k64, v64 = (x[0, :, :256].double() for x in (q, k, v))
+    exact = float64_attention(q64, k64, v64, sinks.double()).numpy()
     backends = {
         isa: NativeBackend(isa, os.cpu_count() or 1).for_tokens(LONG)
         for isa in NativeBackend.instruction_sets()
