@@ -23,7 +23,6 @@ BETAS, EPSILON = (0.9, 0.99), 1e-10
 WARM_UP = 5
 MEASUREMENTS = 20
 LEAST_GAIN = 0.01
-STANDARD_ERRORS = 2
 NEGLIGIBLE = 5e-3
 """Nats per token: half a percent of perplexity. Held-out texts cannot tell a smaller gain from none."""
 
@@ -167,8 +166,8 @@ def mean_kl(sums: Tensor, samples: Sequence[Sample]) -> float:
 
 def helps(before: Tensor, after: Tensor, tokens: int) -> bool:
     """Whether divergences over `tokens` tokens fell from `before` to `after` ([samples], sums): by at least a
-    hundredth, by more than two standard errors of the sum of their differences, and by more than is `NEGLIGIBLE`."""
+    hundredth, by more than the standard error of the sum of their differences, and by more than is `NEGLIGIBLE`."""
     gains = before - after
     error = float(gains.std()) * math.sqrt(len(gains)) if len(gains) > 1 else 0.0
-    least = max(STANDARD_ERRORS * error, LEAST_GAIN * float(before.sum()), NEGLIGIBLE * tokens)
+    least = max(error, LEAST_GAIN * float(before.sum()), NEGLIGIBLE * tokens)
     return float(gains.sum()) > least

@@ -51,8 +51,8 @@ def test_the_learning_rate_rises_and_falls_to_zero() -> None:
         ([10.0, 12.0, 11.0], [8.0, 9.0, 8.5], True),
         ([10.0, 12.0, 11.0], [9.99, 11.99, 10.99], False),  # less than a hundredth
         ([10.0, 12.0, 11.0], [2.0, 19.0, 10.0], False),  # one text got better, another worse
-        ([10.0, 10.0, 10.0], [8.0, 9.9, 9.9], False),  # little but for one text
-        ([1e-5, 1e-5, 1e-5], [0.0, 0.0, 0.0], False),  # rounding
+        ([10.0, 10.0, 10.0], [8.0, 10.1, 10.0], False),  # nothing but for one text
+        ([0.9, 0.9, 0.9], [0.5, 0.5, 0.5], False),  # less than 0.005 nats a token
         ([10.0], [8.0], True),
         ([10.0], [11.0], False),
     ],
