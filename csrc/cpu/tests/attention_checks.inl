@@ -156,7 +156,7 @@ void check_attention_in_tiles(Checked& check, Shape s, bool is_f32) {
         }
         return all;
     };
-    const auto equal = [&](const Floats& x, const Floats& y, std::ptrdiff_t begin, std::ptrdiff_t end = kQueries) {
+    const auto equal = [&](const Floats& x, const Floats& y, std::ptrdiff_t begin, std::ptrdiff_t end) {
         return std::memcmp(x.data() + begin * width, y.data() + begin * width, static_cast<std::size_t>((end - begin) * width) * sizeof(float)) == 0;
     };
     for (const Kernels* kernels : available_kernels()) {
@@ -166,9 +166,9 @@ void check_attention_in_tiles(Checked& check, Shape s, bool is_f32) {
         for (std::ptrdiff_t position : {0, 41}) {
             const Floats expected = run(tiles, 0, kQueries, kTileTokens, heads, 0, position);
             check(right(expected, 0, kQueries), kernels->name, "attention in tiles", s);
-            check(equal(run(tiles, 0, kQueries, 1, 1, 0, position), expected, 0), kernels->name, "attention in tiles, alone", s);
+            check(equal(run(tiles, 0, kQueries, 1, 1, 0, position), expected, 0, kQueries), kernels->name, "attention in tiles, alone", s);
             const std::ptrdiff_t from = kQueries / 2;
-            check(equal(run(tiles, from, kQueries, kTileTokens, heads, first(from), position), expected, from), kernels->name, "attention in tiles, fewer keys", s);
+            check(equal(run(tiles, from, kQueries, kTileTokens, heads, first(from), position), expected, from, kQueries), kernels->name, "attention in tiles, fewer keys", s);
         }
         const AttentionCase kept = a;
         const auto spoil = [&](std::ptrdiff_t begin, std::ptrdiff_t end) {  // keys and values
