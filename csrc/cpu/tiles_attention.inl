@@ -12,7 +12,7 @@ struct TileAttention {
     using Lanes = TileLayout::Lanes;
     using Math = LaneMath<Lanes>;
 
-    // Sixteen values of a head from `column` on: zeros after its last one, and where there is no head.
+    // Sixteen values of a head, starting at `column`. Padded with zeros past the head's end; all zeros if `head` is null.
     static __m512 sixteen(const std::uint8_t* head, std::ptrdiff_t column, std::ptrdiff_t head_dim, bool is_f32) {
         const __mmask16 some = head ? TileLayout::mask_of(head_dim - column) : 0;
         if (!some) return _mm512_setzero_ps();

@@ -22,7 +22,7 @@ from moe_surgery.formats.encode_report import EncodeReport
 __all__ = ["FETCHED_SEGMENT_BYTES", "FolderRun", "NamedLayout", "WrittenFile"]
 
 FETCHED_SEGMENT_BYTES: Final = 256 << 20
-"""After so many bytes of a file made of fetched bytes the journal is written: what a kill costs at most."""
+"""How often the journal records an output file whose bytes are fetched: a kill loses at most this much of it."""
 
 
 class NamedLayout(FileLayout, Protocol):

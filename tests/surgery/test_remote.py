@@ -25,7 +25,7 @@ from moe_surgery.selection.plan import Plan, plan_keeping
 from moe_surgery.surgery.verify import verify_checkpoint
 
 from ..support.checkpoints import Shape, write_checkpoint
-from ..support.command import call, contents, done, ended, refused, run, siblings, start
+from ..support.command import PATIENCE, call, contents, done, ended, refused, run, siblings, start
 from ..support.hub_server import COMMIT, MODEL, Answer, HubServer, Request, serving
 
 SHAPE = Shape(2, 16, 4, 1024, 768, 8, 2, 32, 256)
@@ -286,12 +286,13 @@ def test_a_killed_run_is_resumed_without_fetching_again(
 
 
 def lose_storage(hub: HubServer, after: float, journal_of: Path | None = None) -> None:
-    """From the `after`th byte of files on, and once the output `journal_of` has a journal."""
+    """The storage answers 404 after `after` bytes, and not before the output `journal_of` has a journal."""
 
     def fault(request: Request) -> Answer | None:
         if request.host != "storage" or hub.total <= after:
             return None
-        while journal_of is not None and not has_journal(journal_of):
+        limit = time.monotonic() + PATIENCE
+        while journal_of is not None and not has_journal(journal_of) and time.monotonic() < limit:
             time.sleep(0.001)
         return Answer(404)
 
@@ -318,15 +319,15 @@ def test_a_run_is_resumed_within_a_shard(
 
     hub.fault = lambda request: None
     hub.forget()
-    said: list[Fetch] = []
-    result = prune(MODEL, tmp_path / "out", keep, on_fetch=said.append)
+    announced: list[Fetch] = []
+    result = prune(MODEL, tmp_path / "out", keep, on_fetch=announced.append)
     assert result.outcome is not None
     assert result.outcome.bytes_resumed == done_before
     assert result.outcome.bytes_written == todo
     routers = SHAPE.layers * SHAPE.experts * SHAPE.hidden * 2  # read once more, for the model's identity
     small = HEADERS + routers + size_of(published, *SIDE_FILES, "model.safetensors.index.json")
     assert todo <= hub.total <= 1.01 * todo + small
-    assert todo - HEADERS <= said[0].nbytes <= todo + small
+    assert todo - HEADERS <= announced[0].nbytes <= todo + small
     names = {f.name for f in (tmp_path / "local").iterdir()} - {"surgery.json", "README.md"}
     for name in names:  # these two name the source
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()

@@ -27,8 +27,8 @@ __all__ = ["MANIFEST_SUFFIX", "run_gguf_program"]
 MANIFEST_SUFFIX: Final = ".surgery.json"
 """Follows the name of the (first) output file."""
 SEGMENT_BYTES: Final = 1 << 30
-"""After so many bytes of a file the journal is written: what a kill costs at most (`FETCHED_SEGMENT_BYTES` of fetched
-ones)."""
+"""How often the journal records an output file: a kill loses at most this much of it (`FETCHED_SEGMENT_BYTES` where the
+model is on the hub)."""
 _PUBLISHING: Final = "publishing"
 
 
