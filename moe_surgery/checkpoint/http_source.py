@@ -5,8 +5,9 @@ from __future__ import annotations
 import http.client
 import re
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -116,6 +117,7 @@ class HttpSource(ByteSource):
         self._closed = False
         self._planned: dict[tuple[Range, ...], list[list[int]]] = {}
         self._expected: dict[tuple[int, int], Pending] = {}
+        self._pool = ThreadPoolExecutor(MOST_REQUESTS, "range")
 
     @property
     def stamp(self) -> RemoteStamp:
@@ -134,14 +136,7 @@ class HttpSource(ByteSource):
         pieces = [p for piece in wanted for p in self._beyond_start(*piece) if len(p[1])]
         ranges = tuple((offset, len(buffer)) for offset, buffer in pieces)
         runs = self._planned.pop(ranges, None) or self._traffic.plan(ranges)
-        requests = [[pieces[number] for number in run] for run in runs]
-        if len(requests) < 2:
-            for request in requests:
-                self._fetch(request)
-            return
-        with ThreadPoolExecutor(min(self._requests_by_latency, len(requests)), "range") as pool:
-            for future in [pool.submit(self._fetch, request) for request in requests]:
-                future.result()
+        self._fetch_all(deque([pieces[number] for number in run] for run in runs))
 
     def expect(self, ranges: Sequence[Range]) -> None:
         """Send the requests for `ranges`; a `read_many` of the same ranges takes the answers."""
@@ -172,6 +167,7 @@ class HttpSource(ByteSource):
 
     def close(self) -> None:
         self._closed = True
+        self._pool.shutdown(wait=False)
         while self._expected:
             self._connections.give_up(self._expected.popitem()[1])
 
@@ -197,6 +193,26 @@ class HttpSource(ByteSource):
         buffer[: len(known)] = known
         if len(known) < len(buffer):
             yield offset + len(known), buffer[len(known) :]
+
+    def _fetch_all(self, requests: deque[list[Piece]]) -> None:
+        """Fetch several ranges, this thread and others taking one after the other."""
+
+        def work() -> None:
+            while True:
+                try:
+                    request = requests.popleft()
+                except IndexError:
+                    return
+                self._fetch(request)
+
+        others = min(self._requests_by_latency, len(requests)) - 1
+        futures = [self._pool.submit(work) for _ in range(others)]
+        try:
+            work()
+        finally:
+            wait(futures)
+        for future in futures:
+            future.result()
 
     def _fetch(self, pieces: list[Piece]) -> None:
         """Fill `pieces`, in order of offset, by one range request, continued where a connection breaks."""
