@@ -1,12 +1,12 @@
 // Attention over a cache whose slots are in any order: each query's keys are taken in order of position. In long steps
 // keys are transposed once, and a few queries go through them together.
 #include <algorithm>
-#include <memory>
 #include <vector>
 
 #include "bits.hpp"
 #include "engine.hpp"
 #include "pool.hpp"
+#include "scratch.hpp"
 
 namespace moe_surgery::cpu {
 
@@ -69,7 +69,7 @@ void Engine::attention(const Attention& a, const VisibleKeys& visible) const {
     // A few keys are done before another thread has woken up.
     const int threads = keys * a.heads * a.head_dim < 1 << 16 ? 1 : threads_;
     const std::ptrdiff_t scratch_size = attention_scratch(longest);
-    const std::unique_ptr<float[]> scores(new float[static_cast<std::size_t>(scratch_size * threads)]);
+    const Scratch<float> scores(scratch_size * threads);
     const auto one = [&](std::ptrdiff_t piece, int thread) {
         const std::ptrdiff_t which = piece / a.kv_heads, kv_head = piece % a.kv_heads;
         const std::ptrdiff_t b = which / a.queries, query = which % a.queries;
@@ -92,7 +92,7 @@ void Engine::long_attention(const Attention& a, const VisibleKeys& visible) cons
     const std::ptrdiff_t block_size = kKeysAtOnce * a.head_dim, all_blocks = blocks.back();
     const auto keys_of = [&](std::ptrdiff_t b) { return visible.sequences[static_cast<std::size_t>(b)]; };
     // [kv_heads, all blocks, head_dim, keys of a block]
-    const std::unique_ptr<float[]> transposed(new float[static_cast<std::size_t>(a.kv_heads * all_blocks * block_size)]);
+    const Scratch<float> transposed(a.kv_heads * all_blocks * block_size);
     const auto transposed_of = [&](std::ptrdiff_t b, std::ptrdiff_t kv_head) {
         return transposed.get() + (kv_head * all_blocks + blocks[static_cast<std::size_t>(b)]) * block_size;
     };
@@ -126,7 +126,7 @@ void Engine::long_attention(const Attention& a, const VisibleKeys& visible) cons
         }
     }
     const std::ptrdiff_t scratch_size = kQueriesAtOnce * std::min(group, kMostHeads) * tile_scores(longest);
-    const std::unique_ptr<float[]> scratch(new float[static_cast<std::size_t>(scratch_size * threads_)]);
+    const Scratch<float> scratch(scratch_size * threads_);
     const auto one = [&](std::ptrdiff_t piece, int thread) {
         const std::ptrdiff_t part = piece % parts, number = piece / parts % tiles;
         const std::ptrdiff_t kv_head = piece / (parts * tiles) % a.kv_heads, b = piece / (parts * tiles * a.kv_heads);

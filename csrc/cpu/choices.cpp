@@ -71,7 +71,7 @@ Choices choices_of(const Routing& routing, std::ptrdiff_t stored_experts) {
 SlotOutputs::SlotOutputs(const Choices& choices, std::ptrdiff_t hidden, float* y, const Measures* measures)
     : choices_(choices), top_k_(choices.routing.top_k), hidden_(hidden), y_(y), measures_(measures), outputs_(y) {
     if (top_k_ == 1 && !measures) return;
-    owned_.reset(new float[static_cast<std::size_t>(choices.routing.tokens * top_k_ * hidden)]);
+    owned_.resize(choices.routing.tokens * top_k_ * hidden);
     outputs_ = owned_.get();
 }
 

@@ -2,11 +2,11 @@
 #pragma once
 
 #include <cstddef>
-#include <memory>
 #include <vector>
 
 #include "engine.hpp"
 #include "pool.hpp"
+#include "scratch.hpp"
 
 namespace moe_surgery::cpu {
 
@@ -50,7 +50,7 @@ class SlotOutputs {
     const std::ptrdiff_t top_k_, hidden_;
     float* const y_;
     const Measures* const measures_;
-    std::unique_ptr<float[]> owned_;
+    Scratch<float> owned_;
     float* outputs_;  // y where there is one slot and nothing is measured
 };
 

@@ -1,11 +1,11 @@
 // The experts of one layer: every chosen expert's weights are read once, for all tokens that chose it.
 #include <algorithm>
-#include <memory>
 #include <utility>
 
 #include "bits.hpp"
 #include "choices.hpp"
 #include "pool.hpp"
+#include "scratch.hpp"
 
 namespace moe_surgery::cpu {
 namespace {
@@ -22,9 +22,9 @@ struct Inputs {
     Inputs(bool packed, std::ptrdiff_t count, std::ptrdiff_t columns)
         : packed(packed), columns(columns), width(packed ? act_blocks_of(columns) : columns) {
         if (packed) {
-            act_blocks.reset(new ActBlock512[static_cast<std::size_t>(count * width)]);
+            act_blocks.resize(count * width);
         } else {
-            floats.reset(new float[static_cast<std::size_t>(count * width)]);
+            floats.resize(count * width);
         }
     }
 
@@ -38,8 +38,8 @@ struct Inputs {
 
     bool packed;
     std::ptrdiff_t columns, width;
-    std::unique_ptr<float[]> floats;
-    std::unique_ptr<ActBlock512[]> act_blocks;
+    Scratch<float> floats;
+    Scratch<ActBlock512> act_blocks;
 };
 
 // h[p - begin][r - first] = rows first..last of the group's expert times the activations of its pairs, plus
@@ -94,9 +94,9 @@ void Engine::row_experts(const float* x, const Choices& choices, const ExpertLay
     const std::ptrdiff_t down_rows = down.packed ? kDownRows : kTransposedRows;
 
     Inputs inputs(up.packed, routing.tokens, columns), activations(down.packed, count, intermediate);
-    std::unique_ptr<float[]> z(new float[static_cast<std::size_t>(count * intermediate)]);
+    const Scratch<float> z(count * intermediate);
     const std::ptrdiff_t scratch_size = kPairsAtOnce * std::max(up_rows, down_rows);
-    std::unique_ptr<float[]> scratch(new float[static_cast<std::size_t>(scratch_size * threads_)]);
+    const Scratch<float> scratch(scratch_size * threads_);
     const std::ptrdiff_t up_pieces = (up.rows + up_rows - 1) / up_rows;
     const std::ptrdiff_t down_pieces = (hidden + down_rows - 1) / down_rows;
 

@@ -1,10 +1,10 @@
 // Products with rows of Q8_0.
 #include <algorithm>
-#include <memory>
 
 #include "bits.hpp"
 #include "engine.hpp"
 #include "pool.hpp"
+#include "scratch.hpp"
 
 namespace moe_surgery::cpu {
 namespace {
@@ -25,7 +25,7 @@ void Engine::q8_0_products(const float* x, std::ptrdiff_t tokens, const std::vec
     for (const Product& product : products) {
         ends.push_back((ends.empty() ? 0 : ends.back()) + (product.rows + step - 1) / step);
     }
-    std::unique_ptr<WordBlock512[]> word_blocks(new WordBlock512[static_cast<std::size_t>(tokens * width)]);
+    const Scratch<WordBlock512> word_blocks(tokens * width);
     std::vector<Words> rows;
     for (std::ptrdiff_t t = 0; t < tokens; ++t) rows.push_back(word_blocks.get() + t * width);
 

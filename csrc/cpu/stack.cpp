@@ -5,18 +5,19 @@
 #include <utility>
 
 #include "bits.hpp"
+#include "scratch.hpp"
 
 namespace moe_surgery::cpu {
 namespace {
 
-using Floats = std::vector<float>;
+using Floats = Scratch<float>;
 
 Product product_of(const Projection& projection, float* y) {
     return {projection.weight, projection.rows, projection.bias, y};
 }
 
-void add(Floats& terms, float* x) {
-    for (std::size_t i = 0; i < terms.size(); ++i) x[i] += terms[i];
+void add(const Floats& terms, float* x) {
+    for (std::ptrdiff_t i = 0; i < terms.size(); ++i) x[i] += terms[i];
 }
 
 // One step through all layers, with the buffers between operations.
@@ -25,63 +26,63 @@ class Run {
     Run(const Engine& engine, const Stack& stack, const Step& step)
         : engine_(engine), stack_(stack), step_(step), tokens_(step.batch * step.seq_len) {
         const std::ptrdiff_t queries = stack.heads * stack.head_dim, keys = stack.kv_heads * stack.head_dim;
-        h_.resize(static_cast<std::size_t>(tokens_ * stack.hidden));
+        h_.resize(tokens_ * stack.hidden);
         y_.resize(h_.size());
-        q_.resize(static_cast<std::size_t>(tokens_ * queries));
+        q_.resize(tokens_ * queries);
         rotated_.resize(q_.size());
-        k_.resize(static_cast<std::size_t>(tokens_ * keys));
+        k_.resize(tokens_ * keys);
         v_.resize(k_.size());
-        sinks_.resize(static_cast<std::size_t>(stack.heads));
+        sinks_.resize(stack.heads);
     }
 
     void self_attention(const DecoderLayer& layer, const LayerCache& cache) {
         norm(layer.attention_norm);
-        engine_.products(h_.data(), tokens_, {product_of(layer.q, q_.data()), product_of(layer.k, k_.data()),
-                                              product_of(layer.v, v_.data())});
+        engine_.products(h_.get(), tokens_, {product_of(layer.q, q_.get()), product_of(layer.k, k_.get()),
+                                              product_of(layer.v, v_.get())});
         rotate_queries();
         store(cache);
         attention_over_cache(layer, cache);
-        engine_.products(q_.data(), tokens_, {product_of(layer.o, y_.data())});
+        engine_.products(q_.get(), tokens_, {product_of(layer.o, y_.get())});
         add(y_, step_.x);
     }
 
     void moe(const DecoderLayer& layer) {
         norm(layer.mlp_norm);
-        logits_.resize(static_cast<std::size_t>(tokens_ * layer.router.rows));
+        logits_.resize(tokens_ * layer.router.rows);
         ids_.resize(static_cast<std::size_t>(tokens_ * layer.top_k));
-        weights_.resize(ids_.size());
-        engine_.products(h_.data(), tokens_, {product_of(layer.router, logits_.data())});
-        topk_softmax(logits_.data(), tokens_, layer.router.rows, layer.top_k, ids_.data(), weights_.data());
+        weights_.resize(tokens_ * layer.top_k);
+        engine_.products(h_.get(), tokens_, {product_of(layer.router, logits_.get())});
+        topk_softmax(logits_.get(), tokens_, layer.router.rows, layer.top_k, ids_.data(), weights_.get());
         if (layer.expert_map) {
             for (std::int64_t& id : ids_) id = layer.expert_map[id];
         }
-        engine_.experts(h_.data(), {ids_.data(), weights_.data(), tokens_, layer.top_k}, layer.experts, y_.data());
+        engine_.experts(h_.get(), {ids_.data(), weights_.get(), tokens_, layer.top_k}, layer.experts, y_.get());
         add(y_, step_.x);
     }
 
     void choose(const DecoderLayer& layer, const Choice& choice) {
         norm(layer.mlp_norm);
-        std::copy(h_.begin(), h_.end(), choice.h);
-        logits_.resize(static_cast<std::size_t>(tokens_ * layer.router.rows));
-        engine_.products(h_.data(), tokens_, {product_of(layer.router, logits_.data())});
-        topk_softmax(logits_.data(), tokens_, layer.router.rows, layer.top_k, choice.ids, choice.weights);
+        std::copy_n(h_.get(), h_.size(), choice.h);
+        logits_.resize(tokens_ * layer.router.rows);
+        engine_.products(h_.get(), tokens_, {product_of(layer.router, logits_.get())});
+        topk_softmax(logits_.get(), tokens_, layer.router.rows, layer.top_k, choice.ids, choice.weights);
     }
 
   private:
     void norm(const Values& weight) {
-        engine_.rms_norm(step_.x, tokens_, stack_.hidden, weight, stack_.eps, h_.data());
+        engine_.rms_norm(step_.x, tokens_, stack_.hidden, weight, stack_.eps, h_.get());
     }
 
     // [batch, seq_len, heads, head_dim] to [batch, heads, seq_len, head_dim].
     void rotate_queries() {
         const std::ptrdiff_t d = stack_.head_dim, width = stack_.heads * d, half = d / 2;
         const std::ptrdiff_t angles[3] = {step_.seq_len * half, 0, half};
-        apply_rope({q_.data(), step_.cos, step_.sin,
+        apply_rope({q_.get(), step_.cos, step_.sin,
                 {step_.batch, stack_.heads, step_.seq_len},
                 {step_.seq_len * width, d, width},
                 {angles[0], angles[1], angles[2]},
                 {angles[0], angles[1], angles[2]},
-                d, rotated_.data()});
+                d, rotated_.get()});
     }
 
     void store(const LayerCache& cache) {
@@ -91,9 +92,9 @@ class Run {
             const std::ptrdiff_t slot = cache.slot_ids[b * cache.slot_id_stride + i];
             for (std::ptrdiff_t head = 0; head < stack_.kv_heads; ++head) {
                 const std::ptrdiff_t from = (t * stack_.kv_heads + head) * d;
-                apply_rope({k_.data() + from, step_.cos + t * d / 2, step_.sin + t * d / 2, {1, 1, 1}, {}, {}, {}, d,
+                apply_rope({k_.get() + from, step_.cos + t * d / 2, step_.sin + t * d / 2, {1, 1, 1}, {}, {}, {}, d,
                         cache.keys + b * cache.key_strides[0] + head * cache.key_strides[1] + slot * cache.key_strides[2]});
-                std::copy_n(v_.data() + from, d,
+                std::copy_n(v_.get() + from, d,
                             cache.values + b * cache.value_strides[0] + head * cache.value_strides[1] +
                                 slot * cache.value_strides[2]);
             }
@@ -103,7 +104,7 @@ class Run {
     // To q_ [batch, seq_len, heads * head_dim].
     void attention_over_cache(const DecoderLayer& layer, const LayerCache& cache) {
         Attention a = {};
-        a.q = rotated_.data();
+        a.q = rotated_.get();
         a.keys = reinterpret_cast<const std::uint8_t*>(cache.keys);
         a.values = reinterpret_cast<const std::uint8_t*>(cache.values);
         for (int i = 0; i < 3; ++i) {
@@ -111,8 +112,8 @@ class Run {
             a.value_strides[i] = cache.value_strides[i] * static_cast<std::ptrdiff_t>(sizeof(float));
         }
         a.is_f32 = true;
-        for (std::ptrdiff_t i = 0; i < stack_.heads; ++i) sinks_[static_cast<std::size_t>(i)] = value_at(layer.sinks, i);
-        a.sinks = sinks_.data();
+        for (std::ptrdiff_t i = 0; i < stack_.heads; ++i) sinks_[i] = value_at(layer.sinks, i);
+        a.sinks = sinks_.get();
         a.query_positions = step_.positions;
         a.key_positions = cache.positions;
         a.key_position_stride = cache.position_stride;
@@ -123,7 +124,7 @@ class Run {
         a.slots = cache.slots;
         a.head_dim = stack_.head_dim;
         a.window = layer.window;
-        a.out = q_.data();
+        a.out = q_.get();
         // Layers with the same cache positions and window share visible keys.
         const auto key = std::make_pair(cache.positions, layer.window);
         const auto found = visible_.find(key);

@@ -2,11 +2,11 @@
 #pragma once
 
 #include <algorithm>
-#include <memory>
 #include <vector>
 
 #include "bits.hpp"
 #include "kernels.hpp"
+#include "scratch.hpp"
 #include "tiles.hpp"
 
 namespace moe_surgery::cpu {
@@ -59,8 +59,7 @@ inline Part part_of(std::ptrdiff_t count, std::ptrdiff_t most, std::ptrdiff_t i)
 class TileScratch {
   public:
     explicit TileScratch(int threads)
-        : weights_(new WeightTile[static_cast<std::size_t>(threads * kWeights)]),
-          sums_(new SumTile[static_cast<std::size_t>(threads * kSums)]) {}
+        : weights_(threads * kWeights), sums_(threads * kSums) {}
 
     WeightTile* weights(int thread) { return weights_.get() + thread * kWeights; }
     SumTile* sums(int thread) { return sums_.get() + thread * kSums; }
@@ -68,8 +67,8 @@ class TileScratch {
   private:
     static constexpr std::ptrdiff_t kWeights = 2 * kPanelTiles;
     static constexpr std::ptrdiff_t kSums = kRowsAtOnce / kTileRows * kTokenTilesAtOnce;
-    std::unique_ptr<WeightTile[]> weights_;
-    std::unique_ptr<SumTile[]> sums_;
+    Scratch<WeightTile> weights_;
+    Scratch<SumTile> sums_;
 };
 
 // A panel of weights: rows `row` to `last`, at most 32, and some blocks, of one of the parts that a weight is the sum of.

@@ -1,6 +1,5 @@
 // Attention of long steps in tiles: keys and values become tiles once, for all queries.
 #include <algorithm>
-#include <memory>
 #include <vector>
 
 #include "engine.hpp"
@@ -30,21 +29,21 @@ bool Engine::attention_in_tiles(const Attention& a, const VisibleKeys& visible) 
     const std::ptrdiff_t all_blocks = blocks.back(), group = a.heads / a.kv_heads;
     const KeyTiles layout(range_of(a, visible, 0, 0));
     const auto size = [](std::ptrdiff_t count) { return static_cast<std::size_t>(count); };
-    const std::unique_ptr<WeightTile[]> tiles(new WeightTile[size(a.kv_heads * all_blocks * layout.count())]);
-    const std::unique_ptr<bool[]> finite(new bool[size(a.kv_heads * all_blocks)]);
+    const Scratch<WeightTile> tiles(a.kv_heads * all_blocks * layout.count());
+    const Scratch<bool> finite(a.kv_heads * all_blocks);
 
     const auto load = [&](std::ptrdiff_t piece, int) {
         const std::ptrdiff_t kv_head = piece / all_blocks, block = piece % all_blocks;
         const std::ptrdiff_t b = std::upper_bound(blocks.begin(), blocks.end(), block) - blocks.begin() - 1;
         const std::ptrdiff_t first = (block - blocks[size(b)]) * kTileKeys - offsets[size(b)];
-        finite[size(piece)] = kernels.key_tiles(range_of(a, visible, b, kv_head), first, tiles.get() + piece * layout.count());
+        finite[piece] = kernels.key_tiles(range_of(a, visible, b, kv_head), first, tiles.get() + piece * layout.count());
     };
 
     const std::ptrdiff_t heads = std::min(group, kTileHeads), parts = parts_of(group, heads);
     const std::ptrdiff_t query_tiles = tiles_of(a.queries, kTileTokens);
     const std::ptrdiff_t splits = heads * (layout.head_blocks + kKeyBlocks), sums = heads * (kTileKeys / kTileRows + layout.head_rows);
-    const std::unique_ptr<SplitTile[]> split_scratch(new SplitTile[size(splits * threads_)]);
-    const std::unique_ptr<SumTile[]> sum_scratch(new SumTile[size(sums * threads_)]);
+    const Scratch<SplitTile> split_scratch(splits * threads_);
+    const Scratch<SumTile> sum_scratch(sums * threads_);
     const auto attend = [&](std::ptrdiff_t which, int thread) {
         const std::ptrdiff_t part = which % parts, tile = which / parts % query_tiles;
         const std::ptrdiff_t kv_head = which / (parts * query_tiles) % a.kv_heads, b = which / (parts * query_tiles * a.kv_heads);

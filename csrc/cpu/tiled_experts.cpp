@@ -90,8 +90,8 @@ void Engine::tiled_experts(const float* x, const Choices& choices, const ExpertL
     std::ptrdiff_t most_tiles = 0;
     for (const Wave& wave : waves) most_tiles = std::max(most_tiles, wave.back().last);
     const std::ptrdiff_t up_pieces = parts_of(up.rows, cut.rows), down_pieces = parts_of(hidden, cut.rows);
-    const std::unique_ptr<SplitTile[]> inputs(new SplitTile[static_cast<std::size_t>(most_tiles * up_blocks)]);
-    const std::unique_ptr<SplitTile[]> activations(new SplitTile[static_cast<std::size_t>(most_tiles * down_blocks)]);
+    const Scratch<SplitTile> inputs(most_tiles * up_blocks);
+    const Scratch<SplitTile> activations(most_tiles * down_blocks);
     TileScratch scratch(threads_);
 
     const std::ptrdiff_t split_parts = parts_of(up_blocks, kSplitBlocks);

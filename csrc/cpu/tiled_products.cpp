@@ -29,7 +29,7 @@ void Engine::tiled_products(const float* x, std::ptrdiff_t tokens, const std::ve
     const TileKernels& kernels = *tiles_;
     const std::ptrdiff_t columns = products.front().weight.columns, blocks = tiles_of(columns, kTileColumns);
     const std::ptrdiff_t token_tiles = tiles_of(tokens, kTileTokens), split_parts = parts_of(blocks, kSplitBlocks);
-    const std::unique_ptr<SplitTile[]> split(new SplitTile[static_cast<std::size_t>(token_tiles * blocks)]);
+    const Scratch<SplitTile> split(token_tiles * blocks);
     const auto tokens_in = [&](std::ptrdiff_t tile) { return std::min(kTileTokens, tokens - tile * kTileTokens); };
 
     const auto split_tokens = [&](std::ptrdiff_t piece, int) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import NoReturn
 
@@ -38,6 +39,9 @@ COMMANDS = (
 )
 INTERRUPTED = 130
 IO_ERROR = 5
+HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
+"""The environment variable that has torch ask for huge pages for large tensors: hidden states of thousands of tokens
+then take one page fault for each 2 MiB, not 512."""
 
 
 class _Commands(LazyGroup):
@@ -91,6 +95,7 @@ def _out_of_memory(error: BaseException) -> bool:
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Entry point: run a command and exit with its code. Errors are one line, not a traceback."""
     terminal = Terminal()
+    os.environ.setdefault(HUGE_PAGES, "1")  # before torch is imported
     try:
         code = cli.main(arguments, prog_name="moe-surgery", standalone_mode=False, obj=terminal)
     except click.ClickException as error:
