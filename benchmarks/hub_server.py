@@ -111,7 +111,11 @@ class Handler(StreamRequestHandler):
                     begin += os.sendfile(self.connection.fileno(), file.fileno(), begin, stop - begin)
 
     def _head(self, status: str, length: int, **headers: str) -> None:
-        lines = [f"HTTP/1.1 {status}", f"Content-Length: {length}", *(f"{k}: {v}" for k, v in headers.items())]
+        lines = [
+            f"HTTP/1.1 {status}",
+            f"Content-Length: {length}",
+            *(f"{k}: {v}" for k, v in headers.items()),
+        ]
         self.wfile.write("\r\n".join([*lines, "", ""]).encode("latin-1"))
 
     def _text(self, text: str) -> None:

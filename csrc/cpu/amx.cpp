@@ -4,9 +4,9 @@
 
 #if defined(MOE_SURGERY_TILES)
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,amx-tile,amx-bf16"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,amx-tile,amx-bf16,amx-int8"))), apply_to = function)
 #else
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,amx-tile,amx-bf16")
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,amx-tile,amx-bf16,amx-int8")
 // GCC takes the deliberately undefined operands inside its own intrinsics for ours.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -20,6 +20,7 @@
 
 #include "lane_math.inl"
 #include "lanes_avx512.inl"
+#include "integer_tiles_avx512.inl"
 #include "tiles_attention.inl"
 #include "tiles_avx512.inl"
 
@@ -165,10 +166,68 @@ struct AmxProducts {
     }
 };
 
+struct AmxIntegers {
+    // Sums with high and with low of two row tiles, for one tile of tokens.
+    struct alignas(64) Sums {
+        std::int32_t high[2][kTileRows][kTileTokens], low[2][kTileRows][kTileTokens];
+    };
+
+    template <int R>
+    static void block(const CodePanel& weights, const SplitQuads* tokens, std::ptrdiff_t tiles, Sums& out, AmxProducts::Shares& shares) {
+        _tile_zero(0);
+        _tile_zero(1);
+        if constexpr (R == 2) _tile_zero(2);
+        if constexpr (R == 2) _tile_zero(3);
+        for (std::ptrdiff_t t = 0; t < tiles; ++t) {
+            _tile_loadd(4, weights.tiles + t, 64);
+            if constexpr (R == 2) _tile_loadd(5, weights.tiles + kSegmentTiles + t, 64);
+            _tile_loadd(6, &tokens[t].high, 64);
+            _tile_loadd(7, &tokens[t].low, 64);
+            _tile_dpbssd(0, 4, 6);
+            if constexpr (R == 2) _tile_dpbssd(2, 5, 6);
+            _tile_dpbssd(1, 4, 7);
+            if constexpr (R == 2) _tile_dpbssd(3, 5, 7);
+            shares.step();
+        }
+        _tile_stored(0, out.high[0], 64);
+        _tile_stored(1, out.low[0], 64);
+        if constexpr (R == 2) _tile_stored(2, out.high[1], 64);
+        if constexpr (R == 2) _tile_stored(3, out.low[1], 64);
+    }
+
+    // The sums of one tile of tokens are added while the next one is multiplied.
+    template <int R>
+    static void panel(const CodePanel& weights, const QuadPanel& tokens, std::ptrdiff_t tiles, bool first, SumTile* sums,
+                      std::ptrdiff_t stride, const Meanwhile& meanwhile) {
+        AmxProducts::Shares shares(meanwhile, tiles * tokens.token_tiles);
+        Sums products[2];
+        const auto add = [&](std::ptrdiff_t g) {
+            const __m512 factors = _mm512_loadu_ps(tokens.factors + g * tokens.factor_stride);
+            for (std::ptrdiff_t i = 0; i < R; ++i) {
+                IntegerLayout::add(products[g % 2].high[i], products[g % 2].low[i], weights.factors + i * kTileRows, factors, first,
+                                   sums[i * stride + g]);
+            }
+        };
+        for (std::ptrdiff_t g = 0; g < tokens.token_tiles; ++g) {
+            block<R>(weights, tokens.tiles + g * tokens.stride, tiles, products[g % 2], shares);
+            if (g) add(g - 1);
+        }
+        add(tokens.token_tiles - 1);
+    }
+
+    static void multiply(const CodePanel& weights, const QuadPanel& tokens, std::ptrdiff_t tiles, bool first, SumTile* sums,
+                         std::ptrdiff_t stride, const Meanwhile& meanwhile) {
+        weights.row_tiles == 2 ? panel<2>(weights, tokens, tiles, first, sums, stride, meanwhile)
+                               : panel<1>(weights, tokens, tiles, first, sums, stride, meanwhile);
+    }
+};
+
 }  // namespace
 
-const TileKernels kAmxTiles =
-    tile_kernels_over<AmxProducts>(TileAttention<AmxProducts>::key_tiles, TileAttention<AmxProducts>::attend);
+const IntegerKernels kAmxIntegers = {IntegerLayout::columns, IntegerLayout::quantize, IntegerLayout::codes,
+                                     AmxIntegers::multiply, IntegerLayout::swiglu};
+const TileKernels kAmxTiles = tile_kernels_over<AmxProducts>(TileAttention<AmxProducts>::key_tiles,
+                                                             TileAttention<AmxProducts>::attend, &kAmxIntegers);
 
 }  // namespace moe_surgery::cpu
 

@@ -55,21 +55,9 @@ inline Part part_of(std::ptrdiff_t count, std::ptrdiff_t most, std::ptrdiff_t i)
     return {count * i / parts, count * (i + 1) / parts};
 }
 
-// What a thread needs for its pieces.
-class TileScratch {
-  public:
-    explicit TileScratch(int threads)
-        : weights_(threads * kWeights), sums_(threads * kSums) {}
-
-    WeightTile* weights(int thread) { return weights_.get() + thread * kWeights; }
-    SumTile* sums(int thread) { return sums_.get() + thread * kSums; }
-
-  private:
-    static constexpr std::ptrdiff_t kWeights = 2 * kPanelTiles;
-    static constexpr std::ptrdiff_t kSums = kRowsAtOnce / kTileRows * kTokenTilesAtOnce;
-    Scratch<WeightTile> weights_;
-    Scratch<SumTile> sums_;
-};
+// What a thread needs for a piece: two panels of weights, and the sums.
+constexpr std::ptrdiff_t kPieceWeights = 2 * kPanelTiles;
+constexpr std::ptrdiff_t kPieceSums = kRowsAtOnce / kTileRows * kTokenTilesAtOnce;
 
 // A panel of weights: rows `row` to `last`, at most 32, and some blocks, of one of the parts that a weight is the sum of.
 // Tile (i, b), row tile i and block blocks.first + b, is tiles[i * kBlocksAtOnce + b].

@@ -51,22 +51,24 @@ void Engine::tiled_products(const float* x, std::ptrdiff_t tokens, const std::ve
     for (const Product& product : products) {
         ends.push_back((ends.empty() ? 0 : ends.back()) + parts_of(product.rows, cut.rows) * token_parts);
     }
-    TileScratch scratch(threads_);
+    const Scratch<WeightTile> weights(threads_ * kPieceWeights);
+    const Scratch<SumTile> all_sums(threads_ * kPieceSums);
     const auto multiply = [&](std::ptrdiff_t piece, int thread) {
         const auto which = std::upper_bound(ends.begin(), ends.end(), piece) - ends.begin();
         const Product& product = products[static_cast<std::size_t>(which)];
         if (which) piece -= ends[static_cast<std::size_t>(which - 1)];
         const std::ptrdiff_t first = piece / token_parts * cut.rows, last = std::min(product.rows, first + cut.rows);
         const Part part = part_of(token_tiles, cut.token_tiles, piece % token_parts);
-        SumTile* sums = scratch.sums(thread);
+        SumTile* sums = all_sums.get() + thread * kPieceSums;
+        WeightTile* tiles = weights.get() + thread * kPieceWeights;
         const TokenPanel panel = {split.get() + part.first * blocks, blocks, part.last - part.first};
         if (product.weight.dtype == Dtype::q8_0) {
-            multiply_tiles(kernels, first, last, blocks, panel, scratch.weights(thread), sums, Q8_0Loader{kernels, product}, 2);
+            multiply_tiles(kernels, first, last, blocks, panel, tiles, sums, Q8_0Loader{kernels, product}, 2);
         } else {
-            const auto load = [&](std::ptrdiff_t row, std::ptrdiff_t rows, std::ptrdiff_t b, std::ptrdiff_t end, WeightTile* tiles) {
-                kernels.dense(product.weight, row, rows, b, end, tiles);
+            const auto load = [&](std::ptrdiff_t row, std::ptrdiff_t rows, std::ptrdiff_t b, std::ptrdiff_t end, WeightTile* out) {
+                kernels.dense(product.weight, row, rows, b, end, out);
             };
-            multiply_tiles(kernels, first, last, blocks, panel, scratch.weights(thread), sums, tile_loader(load));
+            multiply_tiles(kernels, first, last, blocks, panel, tiles, sums, tile_loader(load));
         }
         float bias[kRowsAtOnce];
         load_bias(product.bias, first, last, bias);

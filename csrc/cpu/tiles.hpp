@@ -14,6 +14,8 @@
 // Both sets round to nearest and take subnormal numbers for zeros. So a value depends on its row and its token alone, not on
 // the tokens beside it, nor on how rows, columns and tokens are cut into pieces.
 //
+// With AMX, experts of MXFP4 are multiplied in integers instead: see integer_tiles.hpp.
+//
 // A matrix lies in tiles, each as an instruction of AMX takes it. Rows and tokens that are missing are zeros.
 #pragma once
 
@@ -134,6 +136,8 @@ struct AttentionScratch {
     SumTile* sums;       // [head_rows, heads]
 };
 
+struct IntegerKernels;  // see integer_tiles.hpp
+
 // All functions take at most 16 rows and 16 tokens; blocks are of 32 columns.
 struct TileKernels {
     // Before and after the calls of a thread for one piece of work.
@@ -175,6 +179,9 @@ struct TileKernels {
     // zeros for numbers that it does not have, and for values that are not finite in BF16; returns whether all are.
     bool (*key_tiles)(const KeyRange& range, std::ptrdiff_t first, WeightTile* out);
     void (*attend)(const AttentionPiece& piece, const AttentionScratch& scratch);
+
+    // Products of MXFP4 rows, null for a set that has none of integers.
+    const IntegerKernels* integers;
 };
 
 #if defined(MOE_SURGERY_TILES)

@@ -257,10 +257,11 @@ struct TileLayout {
 
 template <class Products>
 constexpr TileKernels tile_kernels_over(bool (*key_tiles)(const KeyRange&, std::ptrdiff_t, WeightTile*) = nullptr,
-                                        void (*attend)(const AttentionPiece&, const AttentionScratch&) = nullptr) {
+                                        void (*attend)(const AttentionPiece&, const AttentionScratch&) = nullptr,
+                                        const IntegerKernels* integers = nullptr) {
     return {Products::begin,         Products::end,      TileLayout::split,    TileLayout::mxfp4,
             TileLayout::dense,       TileLayout::transposed, TileLayout::q8_0, Products::multiply, TileLayout::swiglu,
-            TileLayout::store,       key_tiles,          attend};
+            TileLayout::store,       key_tiles,          attend,               integers};
 }
 
 }  // namespace

@@ -25,9 +25,10 @@ bool has_avx512_bf16() {
     return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 5);
 }
 
-bool has_amx_bf16() {
+bool has_amx() {
+    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25;
     unsigned a, b, c, d;
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & 1u << 22) && (d & 1u << 24);
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBf16) && (d & kTile) && (d & kInt8);
 }
 
 // Whether the system lets this process use AMX's tiles, whose registers are too large to be saved for every
@@ -55,7 +56,7 @@ bool supported(Isa isa) {
         case Isa::avx512: return avx512;
         case Isa::avx512vnni: return avx512 && __builtin_cpu_supports("avx512vnni");
         case Isa::avx512bf16: return supported(Isa::avx512vnni) && has_avx512_bf16();
-        case Isa::amx: return supported(Isa::avx512bf16) && has_amx_bf16() && tiles_permitted();
+        case Isa::amx: return supported(Isa::avx512bf16) && has_amx() && tiles_permitted();
         default: return isa == Isa::scalar;
     }
 #elif defined(__aarch64__)

@@ -10,7 +10,8 @@ namespace moe_surgery::isa {
 enum class Isa { scalar, neon, avx2, avx512, avx512vnni, avx512bf16, amx };
 
 // Whether what is compiled for `isa` runs here: avx2 means AVX2, FMA and F16C; avx512 the subsets F, BW, VL and
-// DQ; avx512vnni these and VNNI; avx512bf16 all these and BF16; amx all these, AMX's tiles and their BF16 products.
+// DQ; avx512vnni these and VNNI; avx512bf16 all these and BF16; amx all these, AMX's tiles and their products of BF16 and
+// of integers.
 // Linux lets a process use tiles on request: the first question about amx is that request, and where it is
 // refused amx does not run here.
 bool supported(Isa isa);

@@ -97,7 +97,7 @@ def _native_details() -> str:
         f"{backend.isa}, threads: {backend.threads}; the default on the CPU; float32, but products with MXFP4 "
         "weights round activations to 16-bit integers"
         + (
-            ", and steps of 32 tokens and more round them to sums of two BF16 values"
+            ", and steps of 32 tokens and more round those of other products to sums of two BF16 values"
             if backend.has_tiles
             else ""
         )

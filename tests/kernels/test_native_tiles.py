@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +15,7 @@ torch = pytest.importorskip("torch")
 from moe_surgery.formats.native import native_module  # noqa: E402
 from moe_surgery.kernels.interface import SHORT_STEP  # noqa: E402
 from moe_surgery.kernels.native import NativeBackend  # noqa: E402
+from moe_surgery.kernels.weights import DenseWeight, Mxfp4Weight, Weight  # noqa: E402
 from tests.kernels.brute_force import Case, brute_force_experts, make_case  # noqa: E402
 from tests.kernels.native_cases import (  # noqa: E402
     TILED,
@@ -25,10 +27,12 @@ from tests.kernels.native_cases import (  # noqa: E402
     run,
     shifted,
 )
+from tests.support.checkpoints import decode  # noqa: E402
 
 pytestmark = needs_native
 
 every_tiled_variant = pytest.mark.parametrize("isa", TILED)
+needs_integers = pytest.mark.skipif("amx" not in TILED, reason="the processor has no AMX")
 
 
 def tiled(isa: str, threads: int = 1) -> NativeBackend:
@@ -119,7 +123,8 @@ def test_experts_are_the_formulas(isa: str, case: Case, threads: int, dtype: tor
     inputs = Case(held(case.x), case.ids, held(case.weights), case.experts)
     got = run(tiled(isa, threads), case, dtype)
     assert got.dtype == dtype
-    assert relative_error(got, brute_force_experts(inputs)) <= (2e-5 if dtype == torch.float32 else 4e-3)
+    rounding = 1e-4 if isa == "amx" and isinstance(case.experts.gate_up, Mxfp4Weight) else 2e-5
+    assert relative_error(got, brute_force_experts(inputs)) <= (rounding if dtype == torch.float32 else 4e-3)
 
 
 @every_tiled_variant
@@ -133,15 +138,82 @@ def test_a_token_gets_from_experts_what_it_gets_alone(isa: str, case: Case, thre
         assert torch.equal(run(tiled(isa), alone, torch.float32)[0], together[i])
 
 
-@every_tiled_variant
-def test_packed_experts_and_the_same_values_in_bf16_give_the_same_bits(isa: str) -> None:
-    packed, dense = (
-        make_case(3, tokens=50, hidden=160, intermediate=1056, packed=packed) for packed in (True, False)
+def in_bf16(packed: Case) -> Case:
+    """The same case with its MXFP4 weights as BF16."""
+
+    def dense(weight: Weight) -> DenseWeight:
+        assert isinstance(weight, Mxfp4Weight)
+        bits = torch.from_numpy(decode(weight.blocks.numpy(), weight.scales.numpy()).view(np.int16))
+        return DenseWeight(bits.view(torch.bfloat16).transpose(1, 2).contiguous())
+
+    e = packed.experts
+    return replace(packed, experts=replace(e, gate_up=dense(e.gate_up), down=dense(e.down)))
+
+
+@pytest.mark.skipif("avx512bf16" not in TILED, reason="the processor has no BF16 products")
+def test_packed_experts_and_the_same_values_in_bf16_give_the_same_bits() -> None:
+    packed = make_case(3, tokens=50, hidden=160, intermediate=1056)
+    expected = run(tiled("avx512bf16"), packed, torch.float32)
+    assert torch.equal(run(tiled("avx512bf16", 2), in_bf16(packed), torch.float32), expected)
+
+
+def with_scales(case: Case, change: Callable[[np.ndarray, np.random.Generator], None]) -> Case:
+    """`case` after `change` of the scales of each of its two weights, uint8 [experts, rows, blocks]."""
+    rng, e = np.random.default_rng(5), case.experts
+    for weight in (e.gate_up, e.down):
+        assert isinstance(weight, Mxfp4Weight)
+        change(weight.scales.numpy(), rng)
+    return case
+
+
+@needs_integers
+@pytest.mark.parametrize("spread", [1, 4, 30, 120])
+def test_integers_take_scales_that_differ_within_a_row(spread: int) -> None:
+    def change(scales: np.ndarray, rng: np.random.Generator) -> None:
+        scales[:] = rng.integers(122 - spread, 123, scales.shape)
+
+    case = with_scales(make_case(4, tokens=40, hidden=1120, intermediate=576), change)
+    got = run(tiled("amx", 2), case, torch.float32)
+    assert relative_error(got, brute_force_experts(case)) <= 1e-4
+    alone = Case(case.x[3:4], case.ids[3:4], case.weights[3:4], case.experts)
+    assert torch.equal(run(tiled("amx"), alone, torch.float32)[0], got[3])
+
+
+@needs_integers
+def test_blocks_of_zeros_may_have_any_scale() -> None:
+    case = make_case(6, tokens=40, hidden=640, intermediate=320)
+    expected = run(tiled("amx"), case, torch.float32)
+    e = case.experts
+    for weight in (e.gate_up, e.down):
+        assert isinstance(weight, Mxfp4Weight)
+        weight.blocks[:, ::3, 2] &= 0x88
+        weight.scales[:, ::3, 2] = 119  # the least of all
+    zeros = run(tiled("amx"), case, torch.float32)
+    assert not torch.equal(zeros, expected)
+    for weight in (e.gate_up, e.down):
+        assert isinstance(weight, Mxfp4Weight)
+        weight.scales[:, ::3, 2] = 0
+    assert torch.equal(run(tiled("amx", 2), case, torch.float32), zeros)
+
+
+@needs_integers
+def test_experts_with_scales_beyond_integers_are_multiplied_in_bf16_and_others_are_not() -> None:
+    def change(scales: np.ndarray, rng: np.random.Generator) -> None:
+        scales[1, 0, 0] = 191
+
+    case = make_case(8, tokens=40)
+    before = run(tiled("amx"), case, torch.float32)
+    got = run(tiled("amx", 2), with_scales(case, change), torch.float32)
+    bf16 = run(tiled("amx"), in_bf16(case), torch.float32)
+    chose, alone = (case.ids == 1).any(1), (case.ids != 1).all(1)
+    assert chose.any()
+    assert alone.any()
+    assert torch.equal(got[alone], before[alone])
+    only = replace(case, ids=case.ids[:, :1] * 0 + 1, weights=case.weights[:, :1])
+    assert torch.equal(
+        run(tiled("amx"), only, torch.float32), run(tiled("amx"), in_bf16(only), torch.float32)
     )
-    dense = replace(dense, x=packed.x, ids=packed.ids, weights=packed.weights)
-    e = replace(dense.experts, gate_up_bias=packed.experts.gate_up_bias, down_bias=packed.experts.down_bias)
-    expected = run(tiled(isa), packed, torch.float32)
-    assert torch.equal(run(tiled(isa, 2), replace(dense, experts=e), torch.float32), expected)
+    assert relative_error(got[chose], bf16[chose].double().numpy()) <= 1e-4
 
 
 @every_tiled_variant

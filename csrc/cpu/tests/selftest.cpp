@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "../engine.hpp"
+#include "../integer_tiles.hpp"
 #include "../pool.hpp"
 
 using namespace moe_surgery::cpu;
@@ -256,6 +257,7 @@ void check_threads(Checked& check) {
 
 #include "attention_checks.inl"
 #include "tile_checks.inl"
+#include "integer_checks.inl"
 
 }  // namespace
 
@@ -283,6 +285,12 @@ int main() {
         }
     }
     for (Shape shape : {Shape{1, 32, 1}, {16, 64, 16}, {17, 96, 33}, {40, 320, 50}, {33, 70, 31}, {5, 7, 18}}) check_tiles(check, shape);
+    for (Shape shape : {Shape{1, 32, 1}, {16, 64, 16}, {33, 96, 17}, {20, 1120, 35}}) {
+        check_integer_products(check, shape, 118, 121);
+        check_integer_products(check, shape, 100, 140);
+    }
+    check_integer_products(check, {33, 576, 17}, 0, kLargestScale);
+    check_integer_activations(check);
     check_tile_scales(check);
     for (std::ptrdiff_t rows : {64, 2, 30}) check_tile_swiglu(check, rows);
     check_threads(check);
