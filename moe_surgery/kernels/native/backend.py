@@ -62,8 +62,8 @@ class NativeBackend:
     instruction set amx, and avx512bf16 if asked for, then multiplies BF16 and Q8_0 weights, and experts in MXFP4 or
     BF16, in tiles: activations, and weights of Q8_0, are sums of two BF16 values (an error of at most 2^-17 of each),
     sums are float32. With amx, activations of products with MXFP4 are 16-bit integers there too, up to 512 columns
-    sharing a scale: an error of at most 1.6e-5 of the largest of them. The bits then differ from those of shorter steps, and between sets with tiles and without; that
-    a token's result does not depend on the others holds as before.
+    sharing a scale: an error of at most 1.6e-5 of the largest of them. The bits then differ from those of shorter
+    steps, and between sets with tiles and without; that a token's result does not depend on the others holds as before.
 
     `isa` is one of `instruction_sets()`, by default the best. `threads` defaults to the environment variable
     MOE_SURGERY_THREADS, else to torch's number. Threads start once per process, and again in a forked child.
