@@ -4,9 +4,9 @@
 
 A product of gpt-oss-20b's gate_up size, a layer of experts, and attention over a prompt of 2048 tokens. Gop/s count a
 multiplication and an addition for each weight and token once, whatever a kernel does for them: products in tiles do
-it twice, for the two halves of an activation, and with Q8_0 weights four times. The rate of one of these passes is
-compared with PyTorch's BF16 product. The best of the rounds is given, since others may use the machine; ratios are of
-the same run.
+it twice, for the two halves of an activation (8-bit integers for experts with AMX, else BF16), and with Q8_0 weights
+four times. The rate of one of these passes is compared with PyTorch's BF16 product. The best of the rounds is given,
+since others may use the machine; ratios are of the same run.
 Errors are norms relative to float64; "one pass" rounds activations to BF16 and is exact otherwise.
 """
 

@@ -56,6 +56,7 @@ KeyRange range_of(const Attention& a, const VisibleKeys& visible, std::ptrdiff_t
 }
 
 void Engine::attention(const Attention& a, const VisibleKeys& visible) const {
+    if (!a.batch || !a.queries) return;
     if (long_step_) {
         if (!attention_in_tiles(a, visible)) long_attention(a, visible);
         return;

@@ -140,8 +140,10 @@ class IntegerExperts final : public ExpertForm {
             add(*panel.codes, step < panels, {more ? next.count() : 0, &next, load_next});
             for (int band = 1; band < kBands && panel.codes->bands >> band; ++band) {
                 if (!(panel.codes->bands >> band & 1)) continue;
-                for (std::ptrdiff_t i = 0; i < panel.count(); ++i) panel.load(i, band, all[kPanels - 1]);
-                add(all[kPanels - 1], false, {0, nullptr, nullptr});
+                Codes& further = all[kPanels - 1];
+                further.bands = 0;
+                for (std::ptrdiff_t i = 0; i < panel.count(); ++i) panel.load(i, band, further);
+                add(further, false, {0, nullptr, nullptr});
             }
             panel = next;
         }

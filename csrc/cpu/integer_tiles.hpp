@@ -23,7 +23,7 @@ constexpr std::ptrdiff_t kSegmentTiles = 8;     // at most
 constexpr std::ptrdiff_t kSegmentColumns = kSegmentTiles * kIntegerColumns;
 constexpr std::ptrdiff_t kSegmentBlocks = kSegmentColumns / kBlock;
 constexpr int kBands = 64;
-// Sums of 127 * 96 * 512 are exact floats, and the products of larger scales might not be finite where those of the values are.
+// Weights with larger scales are left to BF16, where the largest are infinite.
 constexpr std::uint8_t kLargestScale = 190;
 
 // How `columns` are cut: segment i is tiles first(i) .. first(i + 1).
