@@ -48,7 +48,7 @@ class FolderRun:
     """Writes files to a `Staging` folder.
 
     `bytes_shared` counts reflinked bytes, `bytes_reserved` those of the disk that unfinished files of an earlier run
-    take.
+    take. `holds_earlier_work`: all that is there is of an earlier run that can be resumed.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class FolderRun:
         """`segment`: flush and journal each file after this many bytes, a multiple of the chunk size, so that a file
         is resumed from there. Its bytes are then all written, none reflinked."""
         self.bytes_shared = self.bytes_reserved = 0
+        self.holds_earlier_work = False
         self._staging = staging
         self._sources = sources
         self._ops = ops
@@ -94,6 +95,7 @@ class FolderRun:
                     continue
             remove_leftover(path, self._ops)
             self._resume_within(layout, recorded)
+        self.holds_earlier_work = bool(finished or self._begun)
         return finished
 
     def _resume_within(self, layout: NamedLayout, recorded: Mapping[str, Mapping[str, object]]) -> None:
@@ -116,6 +118,7 @@ class FolderRun:
         self, layouts: Iterable[Layout], producer_of: Callable[[Layout, Mapping[str, OpenFile]], Producer]
     ) -> dict[str, WrittenFile]:
         """Write the files in order; what is finished is flushed and journalled while the next bytes are written."""
+        self.holds_earlier_work = False
         written: dict[str, WrittenFile] = {}
         with ThreadPoolExecutor(1, "flush") as flusher:
             flushing: Future[None] | None = None

@@ -74,20 +74,21 @@ def run_program(
     leaves its partial folder, and the next one resumes after the finished shards, and within a shard of fetched bytes
     (without conversion) after its last whole `FETCHED_SEGMENT_BYTES`; on any other error nothing is left.
 
-    Raises DiskFullError before the first byte if the output does not fit, and when space runs out
-    during the run; OutputError, InvalidInputError for files that cannot be written or read.
+    Raises DiskFullError before the first byte if the output does not fit, which leaves what an earlier run wrote,
+    and when space runs out during the run; OutputError, InvalidInputError for files that cannot be written or read.
     """
     ops = ops or FileOps()
     sources = {**checkpoint.shards, **(also or {})}
     salt = repr([s.stamp for _, s in sorted(sources.items())])
     with Staging(out, program.digest(salt), ops) as staging:
+        job = _Run(program, checkpoint, sources, staging, ops, progress or (lambda _: None), shared or {})
         try:
-            job = _Run(program, checkpoint, sources, staging, ops, progress or (lambda _: None), shared or {})
             return job.execute(overwrite, ignore_free_space, on_fetch)
         except NetworkError:
             raise
         except Exception:
-            staging.discard()
+            if not job.shards.holds_earlier_work:
+                staging.discard()
             raise
 
 
@@ -111,24 +112,24 @@ class _Run:
         self._fetches = bool(remote_shards(checkpoint))
         # What conversion lost is known of a whole shard only.
         within = self._fetches and not any(map(converts, program.shards))
-        self._shards = FolderRun(
+        self.shards = FolderRun(
             staging, sources, ops, progress, segment=FETCHED_SEGMENT_BYTES if within else None
         )
 
     def execute(self, overwrite: bool, ignore_free_space: bool, on_fetch: OnFetch | None) -> Outcome:
         shards = [s for s in self._program.shards if s.name not in self._shared]
-        finished = self._shards.resume(shards)
+        finished = self.shards.resume(shards)
         resumed = [s for s in shards if s.name in finished]
         todo = [s for s in shards if s.name not in finished]
-        begun = sum(map(self._shards.begun, todo))
+        begun = sum(map(self.shards.begun, todo))
         if not ignore_free_space:
-            self._check_space(sum(s.nbytes for s in todo) - self._shards.bytes_reserved)
+            self._check_space(sum(s.nbytes for s in todo) - self.shards.bytes_reserved)
         copies = self._program.copies.values()
-        fetch = to_fetch(todo, copies, self._checkpoint, self._shards.begun) if on_fetch else None
+        fetch = to_fetch(todo, copies, self._checkpoint, self.shards.begun) if on_fetch else None
         if on_fetch and fetch:
             on_fetch(fetch)
         with self._copying() as copied:
-            finished |= self._shards.write(todo, producer_of)
+            finished |= self.shards.write(todo, producer_of)
         conversion = _conversion(f.report for f in finished.values())
         records = {s.name: shard_record(s, finished[s.name]) for s in (*resumed, *todo)}
         for name, file in self._shared.items():
@@ -142,7 +143,7 @@ class _Run:
             sum(s.nbytes for s in todo) - begun,
             sum(s.nbytes for s in resumed) + begun,
             tuple(s.name for s in resumed),
-            self._shards.bytes_shared,
+            self.shards.bytes_shared,
             conversion,
         )
 

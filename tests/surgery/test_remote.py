@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -17,10 +18,11 @@ pytest.importorskip("huggingface_hub")
 
 from moe_surgery import export_gguf, inspect, prune
 from moe_surgery.checkpoint.checkpoint import Checkpoint
+from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.checkpoint.hub_folder import HubFolder
 from moe_surgery.engine.chunks import CHUNK_BYTES
 from moe_surgery.engine.fetch import Fetch
-from moe_surgery.errors import InvalidInputError, NetworkError
+from moe_surgery.errors import DiskFullError, InvalidInputError, NetworkError
 from moe_surgery.selection.plan import Plan, plan_keeping
 from moe_surgery.surgery.verify import verify_checkpoint
 
@@ -285,6 +287,14 @@ def test_a_killed_run_is_resumed_without_fetching_again(
     assert siblings(out) == []
 
 
+class SmallDisk(FileOps):
+    def __init__(self, free: int) -> None:
+        self._free = free
+
+    def free_bytes(self, path: str | os.PathLike[str]) -> int:
+        return self._free
+
+
 def lose_storage(hub: HubServer, after: float, journal_of: Path | None = None) -> None:
     """The storage answers 404 after `after` bytes, and not before the output `journal_of` has a journal."""
 
@@ -318,9 +328,15 @@ def test_a_run_is_resumed_within_a_shard(
     todo = sum(f.stat().st_size for f in (tmp_path / "local").glob("*.safetensors")) - done_before
 
     hub.fault = lambda request: None
+    # What the unfinished file takes on the disk is not asked for again, and a full disk does not cost it.
+    with pytest.raises(DiskFullError, match="needs") as refusal:
+        prune(MODEL, tmp_path / "out", keep, ops=SmallDisk(0))
+    (asked,) = re.findall(r"needs ([\d,]+) bytes", str(refusal.value))
+    needed = int(asked.replace(",", ""))
+    assert needed < 100_000 < todo
     hub.forget()
     announced: list[Fetch] = []
-    result = prune(MODEL, tmp_path / "out", keep, on_fetch=announced.append)
+    result = prune(MODEL, tmp_path / "out", keep, on_fetch=announced.append, ops=SmallDisk(needed))
     assert result.outcome is not None
     assert result.outcome.bytes_resumed == done_before
     assert result.outcome.bytes_written == todo

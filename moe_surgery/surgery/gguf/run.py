@@ -52,15 +52,15 @@ def run_gguf_program(
     one whose source can no longer be reached, leaves its partial folder, and the next one resumes within the file,
     after the last whole `segment` (bytes); on any other error nothing is left. The first file appears last.
 
-    Raises DiskFullError before the first byte if the output does not fit, and when space runs out during the run;
-    OutputError, InvalidInputError for files that cannot be written or read.
+    Raises DiskFullError before the first byte if the output does not fit, which leaves what an earlier run wrote,
+    and when space runs out during the run; OutputError, InvalidInputError for files that cannot be written or read.
     """
     ops = ops or FileOps()
     salt = repr([s.stamp for _, s in sorted(model.shards.items())])
     with Staging(out, program.digest(salt), ops) as staging:
+        segment = min(segment, FETCHED_SEGMENT_BYTES) if remote_shards(model) else segment
+        run = FolderRun(staging, model.shards, ops, progress or (lambda _: None), segment=segment)
         try:
-            segment = min(segment, FETCHED_SEGMENT_BYTES) if remote_shards(model) else segment
-            run = FolderRun(staging, model.shards, ops, progress or (lambda _: None), segment=segment)
             names = [file.name for file in program.files]
             _reclaim(program, staging, ops)
             _check_free_names([*names, names[0] + MANIFEST_SUFFIX], staging.out, overwrite)
@@ -79,7 +79,8 @@ def run_gguf_program(
         except NetworkError:
             raise
         except Exception:
-            staging.discard()
+            if not run.holds_earlier_work:
+                staging.discard()
             raise
     return Outcome(
         left,
