@@ -224,7 +224,7 @@ struct AmxIntegers {
 
 }  // namespace
 
-const IntegerKernels kAmxIntegers = {IntegerLayout::columns, IntegerLayout::quantize, IntegerLayout::codes,
+static const IntegerKernels kAmxIntegers = {IntegerLayout::columns, IntegerLayout::quantize, IntegerLayout::codes,
                                      AmxIntegers::multiply, IntegerLayout::swiglu};
 const TileKernels kAmxTiles = tile_kernels_over<AmxProducts>(TileAttention<AmxProducts>::key_tiles,
                                                              TileAttention<AmxProducts>::attend, &kAmxIntegers);

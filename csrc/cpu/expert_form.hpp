@@ -1,4 +1,4 @@
-// The numbers that an expert's products in tiles are computed in: BF16, or integers for MXFP4.
+// How an expert's products in tiles are computed: in BF16, or for MXFP4 in integers.
 #pragma once
 
 #include <memory>

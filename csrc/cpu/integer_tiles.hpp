@@ -22,9 +22,10 @@ constexpr std::ptrdiff_t kIntegerColumns = 64;  // of a tile
 constexpr std::ptrdiff_t kSegmentTiles = 8;     // at most
 constexpr std::ptrdiff_t kSegmentColumns = kSegmentTiles * kIntegerColumns;
 constexpr std::ptrdiff_t kSegmentBlocks = kSegmentColumns / kBlock;
-constexpr int kBands = 64;
-// Weights with larger scales are left to BF16, where the largest are infinite.
+// Experts with a larger scale are multiplied in BF16: here an integer sum times its row's factor could overflow (from some
+// 227 on), and weights that are infinite in BF16 would not be.
 constexpr std::uint8_t kLargestScale = 190;
+constexpr int kBands = kLargestScale / 4 + 1;
 
 // How `columns` are cut: segment i is tiles first(i) .. first(i + 1).
 struct Segments {
@@ -69,7 +70,8 @@ struct QuadPanel {
 };
 
 struct IntegerKernels {
-    // Columns first .. last of at most 16 tokens at x as out[column - first][token], zeros for missing tokens.
+    // Columns first .. last, a multiple of 16, of at most 16 tokens at x as out[column - first][token], zeros for missing
+    // tokens.
     void (*columns)(const float* const* x, std::ptrdiff_t tokens, std::ptrdiff_t first, std::ptrdiff_t last, float* out);
 
     // `count` columns [count, 16] of a segment, zeros after them, into its tiles and 16 factors: NaN for a token that has a
@@ -77,7 +79,8 @@ struct IntegerKernels {
     void (*quantize)(const float* columns, std::ptrdiff_t count, SplitQuads* out, float* factors);
 
     // Blocks first .. last, a segment, of one row of MXFP4 whose scales are at most kLargestScale: its band `band`, as row
-    // `into` of the segment's tiles, and its factor. Returns a bit for each band of the row that has other weights than 0.
+    // `into` of the segment's tiles, and its factor. For band 0 returns a bit for each band that has other weights than 0,
+    // where there are several.
     std::uint64_t (*codes)(const Mxfp4Rows& weight, std::ptrdiff_t row, std::ptrdiff_t first, std::ptrdiff_t last, int band,
                            std::ptrdiff_t into, CodeTile* out, float* factor);
 
@@ -89,9 +92,5 @@ struct IntegerKernels {
     void (*swiglu)(const SumTile* sums, std::ptrdiff_t stride, std::ptrdiff_t rows, const float* bias, const Swiglu& function,
                    float* out);
 };
-
-#if defined(MOE_SURGERY_TILES)
-extern const IntegerKernels kAmxIntegers;
-#endif
 
 }  // namespace moe_surgery::cpu

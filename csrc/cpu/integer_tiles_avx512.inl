@@ -10,13 +10,12 @@ namespace {
 struct IntegerLayout {
     static void columns(const float* const* x, std::ptrdiff_t tokens, std::ptrdiff_t first, std::ptrdiff_t last, float* out) {
         for (std::ptrdiff_t c = first; c < last; c += kLanes, out += kLanes * kTileTokens) {
-            const __mmask16 some = TileLayout::mask_of(last - c);
             __m512i values[16];
             for (std::ptrdiff_t n = 0; n < kTileTokens; ++n) {
-                values[n] = n < tokens ? _mm512_maskz_loadu_epi32(some, x[n] + c) : _mm512_setzero_si512();
+                values[n] = n < tokens ? _mm512_loadu_si512(x[n] + c) : _mm512_setzero_si512();
             }
             TileLayout::transpose(values);
-            for (std::ptrdiff_t k = 0; k < std::min(kLanes, last - c); ++k) _mm512_storeu_si512(out + k * kTileTokens, values[k]);
+            for (std::ptrdiff_t k = 0; k < kLanes; ++k) _mm512_storeu_si512(out + k * kTileTokens, values[k]);
         }
     }
 
@@ -72,7 +71,7 @@ struct IntegerLayout {
         static constexpr Tables kTables;
         const std::ptrdiff_t count = last - first;
         const std::uint8_t* bytes = weight.blocks + row * weight.block_stride + first * kBlockBytes;
-        prefetch_row(bytes + 4 * kTileRows * weight.block_stride, count * kBlockBytes);
+        TileLayout::prefetch_row(bytes + 4 * kTileRows * weight.block_stride, count * kBlockBytes);
         const __mmask16 some = TileLayout::mask_of(count);
         const __m128i scales = _mm_maskz_loadu_epi8(some, weight.scales + row * weight.scale_stride + first);
         const int largest = largest_byte(scales);
@@ -93,12 +92,8 @@ struct IntegerLayout {
             _mm512_store_si512(out->rows[into], _mm512_shuffle_epi8(values, indices));
         }
         *factor = power_of_two(largest - 3 - 4 * band - 128);
-        std::uint64_t others = std::uint64_t{1} << band;
-        if (here != some) others |= bands_of(bytes, bands, count);
-        return others;
+        return band == 0 && here != some ? bands_of(bytes, bands, count) : 0;
     }
-
-    static void prefetch_row(const std::uint8_t* from, std::ptrdiff_t nbytes) { TileLayout::prefetch_row(from, nbytes); }
 
     static __m256i table(const Tables& tables, int which) {
         return _mm256_load_si256(reinterpret_cast<const __m256i*>(tables.values[which]));

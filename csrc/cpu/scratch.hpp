@@ -28,6 +28,7 @@ class Scratch {
     void resize(std::ptrdiff_t count) {
         if (count > capacity_) {
             memory_.reset();
+            count_ = capacity_ = 0;
             memory_.reset(static_cast<T*>(allocate_scratch(static_cast<std::size_t>(count) * sizeof(T))));
             capacity_ = count;
         }

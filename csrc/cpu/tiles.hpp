@@ -14,7 +14,7 @@
 // Both sets round to nearest and take subnormal numbers for zeros. So a value depends on its row and its token alone, not on
 // the tokens beside it, nor on how rows, columns and tokens are cut into pieces.
 //
-// With AMX, experts of MXFP4 are multiplied in integers instead: see integer_tiles.hpp.
+// With AMX, experts of MXFP4 whose scales are not huge are multiplied in integers instead: see integer_tiles.hpp.
 //
 // A matrix lies in tiles, each as an instruction of AMX takes it. Rows and tokens that are missing are zeros.
 #pragma once
@@ -180,7 +180,7 @@ struct TileKernels {
     bool (*key_tiles)(const KeyRange& range, std::ptrdiff_t first, WeightTile* out);
     void (*attend)(const AttentionPiece& piece, const AttentionScratch& scratch);
 
-    // Products of MXFP4 rows, null for a set that has none of integers.
+    // Integer products of MXFP4 rows, null where the instruction set has none.
     const IntegerKernels* integers;
 };
 

@@ -16,6 +16,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Final
@@ -24,10 +25,12 @@ from urllib.request import getproxies, proxy_bypass
 
 from moe_surgery.errors import NetworkError
 
-__all__ = ["REDIRECTS", "Connections", "Headers", "Pending", "Reply", "transport_errors"]
+__all__ = ["MOST_REQUESTS", "REDIRECTS", "Connections", "Headers", "Pending", "Reply", "transport_errors"]
 
 Headers = Mapping[str, str]
 MOST_REDIRECTS: Final = 5
+MOST_REQUESTS: Final = 32
+"""At a time."""
 REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 
 
@@ -64,6 +67,15 @@ class Connections:
         self._tls: ssl.SSLContext | None = None
         self._is_direct: dict[tuple[str, str], bool] = {}
         self._fastest = math.inf
+        self._pool: ThreadPoolExecutor | None = None
+
+    @property
+    def pool(self) -> ThreadPoolExecutor:
+        """Threads for requests beside those of the caller's own, until `close`."""
+        with self._lock:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(MOST_REQUESTS, "range")
+            return self._pool
 
     @property
     def latency(self) -> float:
@@ -133,10 +145,13 @@ class Connections:
                     sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Close idle connections, and forget `cancel`."""
+        """Close idle connections, let the pool's threads end, and forget `cancel`."""
         self._cancelled.clear()
         with self._lock:
             idle, self._idle = self._idle, {}
+            pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.shutdown(wait=False)
         for connection in (c for connections in idle.values() for c in connections):
             connection.close()
 

@@ -7,13 +7,14 @@ import re
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
 
 from moe_surgery.checkpoint.http_connections import (
+    MOST_REQUESTS,
     REDIRECTS,
     Connections,
     Headers,
@@ -33,7 +34,6 @@ START_BYTES: Final = 32 << 10
 REQUESTS_IN_FLIGHT: Final = 4
 """Of one source: each fills a chunk of the output, so more would not fit 64 MiB of memory."""
 
-MOST_REQUESTS: Final = 32
 LATENCY_COVERED: Final = 0.002
 """Requests that are sent ahead, and those for the ranges of one read: as many as are in flight anyway, and one more for
 so many seconds of latency. Each has a connection of its own, so that more than that make a fast link slower."""
@@ -117,7 +117,6 @@ class HttpSource(ByteSource):
         self._closed = False
         self._planned: dict[tuple[Range, ...], list[list[int]]] = {}
         self._expected: dict[tuple[int, int], Pending] = {}
-        self._pool = ThreadPoolExecutor(MOST_REQUESTS, "range")
 
     @property
     def stamp(self) -> RemoteStamp:
@@ -167,7 +166,6 @@ class HttpSource(ByteSource):
 
     def close(self) -> None:
         self._closed = True
-        self._pool.shutdown(wait=False)
         while self._expected:
             self._connections.give_up(self._expected.popitem()[1])
 
@@ -205,13 +203,16 @@ class HttpSource(ByteSource):
                     return
                 self._fetch(request)
 
-        others = min(self._requests_by_latency, len(requests)) - 1
-        futures = [self._pool.submit(work) for _ in range(others)]
+        futures = []
         try:
+            for _ in range(min(self._requests_by_latency, len(requests)) - 1):
+                futures.append(self._connections.pool.submit(work))
             work()
         finally:
-            wait(futures)
-        for future in futures:
+            requests.clear()  # after an error
+            running = [future for future in futures if not future.cancel()]
+            wait(running)
+        for future in running:
             future.result()
 
     def _fetch(self, pieces: list[Piece]) -> None:

@@ -63,7 +63,7 @@ class FolderRun:
         """`segment`: flush and journal each file after this many bytes, a multiple of the chunk size, so that a file
         is resumed from there. Its bytes are then all written, none reflinked."""
         self.bytes_shared = self.bytes_reserved = 0
-        self.holds_earlier_work = False
+        self.holds_earlier_work = bool(staging.finished)
         self._staging = staging
         self._sources = sources
         self._ops = ops

@@ -114,7 +114,7 @@ class MappedShards:
             pages[start - first : start - first + AT_ONCE : mmap.PAGESIZE].amax()
 
     def release(self, ref: TensorRef) -> None:
-        """Release the pages of `ref`, which is not used any more; where memory is short they go first."""
+        """Release the pages of `ref`, which is not used soon; where memory is short they go first."""
         mapped = self._maps[ref.shard]
         if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
             start = ref.offset - ref.offset % mmap.PAGESIZE

@@ -72,10 +72,11 @@ def run_program(
 
     `out` must have passed `check_output`. An interrupted run, and one whose source can no longer be reached,
     leaves its partial folder, and the next one resumes after the finished shards, and within a shard of fetched bytes
-    (without conversion) after its last whole `FETCHED_SEGMENT_BYTES`; on any other error nothing is left.
+    (without conversion) after its last whole `FETCHED_SEGMENT_BYTES`. On any other error nothing is left, but for what
+    an earlier run wrote where this one has not begun to write.
 
-    Raises DiskFullError before the first byte if the output does not fit, which leaves what an earlier run wrote,
-    and when space runs out during the run; OutputError, InvalidInputError for files that cannot be written or read.
+    Raises DiskFullError before the first byte if the output does not fit, and when space runs out during the run;
+    OutputError, InvalidInputError for files that cannot be written or read.
     """
     ops = ops or FileOps()
     sources = {**checkpoint.shards, **(also or {})}

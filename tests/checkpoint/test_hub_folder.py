@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ from moe_surgery.checkpoint.http_source import (
     merged,
 )
 from moe_surgery.checkpoint.local_file import LocalFile
-from moe_surgery.errors import InvalidInputError, OutputError
+from moe_surgery.errors import InvalidInputError, NetworkError, OutputError
 
 from ..support.hub_server import COMMIT, MODEL, TOKEN, Answer, HubServer
 from .hub_files import CONTENT, PART, SHARD, first, folder_of, read
@@ -137,6 +139,41 @@ def test_overlapping_ranges_are_separate_requests(hub: HubServer) -> None:
         source.read_many([(500_000, memoryview(one)), (550_000, memoryview(other))])
     assert one == CONTENT[500_000:600_000]
     assert other == CONTENT[550_000:650_000]
+
+
+def scattered(number: int) -> dict[int, memoryview]:
+    """Buffers of 100 bytes for forty places far apart."""
+    return {100_000 + 70_000 * i + 100 * number: memoryview(bytearray(100)) for i in range(40)}
+
+
+def test_several_reads_of_scattered_ranges_share_threads_that_end(hub: HubServer) -> None:
+    folder = folder_of()
+    reads = [scattered(number) for number in range(6)]
+    with folder.open(SHARD) as source, ThreadPoolExecutor(len(reads)) as pool:
+        for future in [pool.submit(source.read_many, list(wanted.items())) for wanted in reads]:
+            future.result()
+        names = [thread.name for thread in threading.enumerate()]
+        assert 0 < sum(name.startswith("range") for name in names) <= MOST_REQUESTS
+    folder.close()
+    for begin, buffer in (item for wanted in reads for item in wanted.items()):
+        assert buffer == CONTENT[begin : begin + 100]
+    limit = time.monotonic() + 10
+    while any(t.name.startswith("range") for t in threading.enumerate()) and time.monotonic() < limit:
+        time.sleep(0.01)
+    assert not [t.name for t in threading.enumerate() if t.name.startswith("range")]
+
+
+@pytest.mark.parametrize("which", [0, 20, 39])
+def test_an_error_of_one_of_several_ranges_is_that_of_the_read(hub: HubServer, which: int) -> None:
+    wanted = scattered(0)
+    begin = list(wanted)[which]
+    with folder_of().open(SHARD) as source:
+        hub.fault = lambda request: Answer(404) if request.range and request.range[0] == begin else None
+        with pytest.raises(NetworkError, match="HTTP 404"):
+            source.read_many(list(wanted.items()))
+        hub.fault = lambda request: None
+        source.read_many(list(wanted.items()))
+    assert all(buffer == CONTENT[at : at + 100] for at, buffer in wanted.items())
 
 
 def test_a_proxy_or_a_programs_own_client_is_used(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:

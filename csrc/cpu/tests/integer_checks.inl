@@ -92,7 +92,7 @@ void check_integer_products(Checked& check, Shape s, int least, int largest) {
             std::vector<std::uint64_t> bands;
             for (std::ptrdiff_t segment = 0; segment < segments.count; ++segment) {
                 const std::ptrdiff_t first = segments.first(segment) * 2, last = std::min(rows.blocks, segments.first(segment + 1) * 2);
-                std::uint64_t found = 1;
+                std::uint64_t found = 1;  // and what band 0 reports
                 for (int band = 0; band < kBands; ++band) {
                     if (!(found >> band & 1)) continue;
                     std::vector<CodeTile> tiles(2 * kSegmentTiles);

@@ -50,10 +50,11 @@ def run_gguf_program(
     `manifest`: also the file of digests that `verify` reads, beside the first one. `progress` is called with bytes of
     files processed, `on_fetch` with what is left to be fetched over a network, before it is. An interrupted run, and
     one whose source can no longer be reached, leaves its partial folder, and the next one resumes within the file,
-    after the last whole `segment` (bytes); on any other error nothing is left. The first file appears last.
+    after the last whole `segment` (bytes). On any other error nothing is left, but for what an earlier run wrote where
+    this one has not begun to write. The first file appears last.
 
-    Raises DiskFullError before the first byte if the output does not fit, which leaves what an earlier run wrote,
-    and when space runs out during the run; OutputError, InvalidInputError for files that cannot be written or read.
+    Raises DiskFullError before the first byte if the output does not fit, and when space runs out during the run;
+    OutputError, InvalidInputError for files that cannot be written or read.
     """
     ops = ops or FileOps()
     salt = repr([s.stamp for _, s in sorted(model.shards.items())])

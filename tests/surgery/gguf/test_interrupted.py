@@ -257,6 +257,22 @@ def test_an_interrupted_run_resumes_within_the_file(
     assert sorted(os.listdir(tmp_path)) == ["out.gguf"]
 
 
+def test_a_disk_that_is_too_full_does_not_cost_what_is_written(
+    large: Path, expected: bytes, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.gguf"
+    with pytest.raises(KeyboardInterrupt):
+        run(large, out, Counting(9 * CHUNK_BYTES))
+    begun = partial(out) / ".out.gguf.tmp"
+    os.truncate(begun, 9 * CHUNK_BYTES)  # without the space that was reserved for the rest
+    needed = len(expected) - begun.stat().st_blocks * 512
+    for free in (0, needed - 1):
+        with pytest.raises(DiskFullError):
+            run(large, out, SmallDisk(free))
+    assert run(large, out, SmallDisk(needed)).bytes_resumed >= 6 * CHUNK_BYTES
+    assert out.read_bytes() == expected
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut", "journal"])
 def test_a_damaged_beginning_is_written_again(
     large: Path, expected: bytes, tmp_path: Path, damage: str
