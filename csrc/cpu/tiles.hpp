@@ -24,9 +24,9 @@
 
 #include "kernels.hpp"
 
-// Compilers that know the instructions: from GCC 11 and Clang 12 on.
+// Compilers that know the instructions: GCC from 11 on has a header for each part of AMX, Clang one for all that we need.
 #if defined(__x86_64__) && defined(__has_include)
-#if __has_include(<amxbf16intrin.h>) && __has_include(<avx512bf16intrin.h>)
+#if __has_include(<avx512bf16intrin.h>) && (__has_include(<amxbf16intrin.h>) || (defined(__clang__) && __has_include(<amxintrin.h>)))
 #define MOE_SURGERY_TILES 1
 #endif
 #endif
