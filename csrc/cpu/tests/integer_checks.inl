@@ -53,7 +53,7 @@ float integer_product(const PackedRows& rows, std::ptrdiff_t row, const float* x
             for (std::ptrdiff_t c = first; c < last; ++c) {
                 const int below = largest - rows.scale(row, c / kBlock);
                 if (below / 4 != band) continue;
-                const std::int64_t weight = rows.doubled(row, c) << (3 - below % 4), x_at = token.integers[static_cast<std::size_t>(c - first)];
+                const std::int64_t weight = rows.doubled(row, c) * (1 << (3 - below % 4)), x_at = token.integers[static_cast<std::size_t>(c - first)];
                 const std::int64_t least = static_cast<std::int8_t>(x_at & 255);
                 high += weight * ((x_at - least) / 256);
                 low += weight * least;
