@@ -23,30 +23,6 @@ std::vector<Pair> sorted_pairs(const Routing& routing) {
 // Columns of an expert's outputs that are summed as a piece.
 constexpr std::ptrdiff_t kSummedColumns = 512;
 
-// The norm of a row, and its least and largest value.
-double measure_row(const float* row, std::ptrdiff_t columns, float* least, float* largest) {
-    constexpr std::ptrdiff_t kLanes = 8;
-    double squares[kLanes] = {};
-    float low[kLanes], high[kLanes];
-    std::fill_n(low, kLanes, row[0]);
-    std::fill_n(high, kLanes, row[0]);
-    const auto add = [&](std::ptrdiff_t lane, float value) {
-        squares[lane] += static_cast<double>(value) * static_cast<double>(value);
-        low[lane] = value < low[lane] ? value : low[lane];
-        high[lane] = value > high[lane] ? value : high[lane];
-    };
-    std::ptrdiff_t i = 0;
-    for (; i + kLanes <= columns; i += kLanes) {
-        for (std::ptrdiff_t lane = 0; lane < kLanes; ++lane) add(lane, row[i + lane]);
-    }
-    for (; i < columns; ++i) add(0, row[i]);
-    double total = 0.0;
-    for (double square : squares) total += square;
-    *least = *std::min_element(low, low + kLanes);
-    *largest = *std::max_element(high, high + kLanes);
-    return __builtin_sqrt(total);
-}
-
 std::vector<Group> groups_in(const std::vector<Pair>& pairs) {
     std::vector<Group> groups;
     for (std::ptrdiff_t i = 0; i < static_cast<std::ptrdiff_t>(pairs.size()); ++i) {
@@ -68,8 +44,8 @@ Choices choices_of(const Routing& routing, std::ptrdiff_t stored_experts) {
     return {routing, std::move(pairs), std::move(groups)};
 }
 
-SlotOutputs::SlotOutputs(const Choices& choices, std::ptrdiff_t hidden, float* y, const Measures* measures)
-    : choices_(choices), top_k_(choices.routing.top_k), hidden_(hidden), y_(y), measures_(measures), outputs_(y) {
+SlotOutputs::SlotOutputs(const Kernels& kernels, const Choices& choices, std::ptrdiff_t hidden, float* y, const Measures* measures)
+    : kernels_(kernels), choices_(choices), top_k_(choices.routing.top_k), hidden_(hidden), y_(y), measures_(measures), outputs_(y) {
     if (top_k_ == 1 && !measures) return;
     owned_.resize(choices.routing.tokens * top_k_ * hidden);
     outputs_ = owned_.get();
@@ -91,25 +67,14 @@ void SlotOutputs::append_phases(std::vector<Phase>& phases) const {
 
 void SlotOutputs::sum(std::ptrdiff_t token) const {
     const float* output = outputs_ + token * top_k_ * hidden_;
-    float* y = y_ + token * hidden_;
-    std::copy_n(output, hidden_, y);
-    for (std::ptrdiff_t s = 1; s < top_k_; ++s) {
-        output += hidden_;
-        for (std::ptrdiff_t r = 0; r < hidden_; ++r) y[r] += output[r];
-    }
+    for (std::ptrdiff_t s = 0; s < top_k_; ++s) kernels_.add_weighted(output + s * hidden_, hidden_, 1.0f, s == 0, y_ + token * hidden_);
 }
 
 void SlotOutputs::measure(std::ptrdiff_t token) const {
     const float* output = outputs_ + token * top_k_ * hidden_;
-    float* y = y_ + token * hidden_;
     for (std::ptrdiff_t i = token * top_k_; i < (token + 1) * top_k_; ++i, output += hidden_) {
-        measures_->norms[i] = measure_row(output, hidden_, measures_->least + i, measures_->largest + i);
-        const float weight = choices_.routing.weights[i];
-        if (i == token * top_k_) {
-            for (std::ptrdiff_t r = 0; r < hidden_; ++r) y[r] = weight * output[r];
-        } else {
-            for (std::ptrdiff_t r = 0; r < hidden_; ++r) y[r] += weight * output[r];
-        }
+        measures_->norms[i] = kernels_.measure(output, hidden_, measures_->least + i, measures_->largest + i);
+        kernels_.add_weighted(output, hidden_, choices_.routing.weights[i], i == token * top_k_, y_ + token * hidden_);
     }
 }
 
@@ -118,9 +83,7 @@ void SlotOutputs::add_to_sums(const Group& group, std::ptrdiff_t first, std::ptr
     for (std::ptrdiff_t p = group.begin; p < group.end; ++p) {
         const Pair& pair = choices_.pairs[static_cast<std::size_t>(p)];
         const std::ptrdiff_t row = measures_->groups[pair.token] * measures_->experts + group.stored_expert;
-        double* __restrict sums = measures_->sums + row * hidden_;
-        const float* __restrict output = of(pair);
-        for (std::ptrdiff_t r = first; r < last; ++r) sums[r] += static_cast<double>(output[r]);
+        kernels_.add_to_doubles(of(pair) + first, last - first, measures_->sums + row * hidden_ + first);
     }
 }
 

@@ -32,7 +32,7 @@ Choices choices_of(const Routing& routing, std::ptrdiff_t stored_experts);
 // their weighted sum in order of the slots and their measures, if any.
 class SlotOutputs {
   public:
-    SlotOutputs(const Choices& choices, std::ptrdiff_t hidden, float* y, const Measures* measures);
+    SlotOutputs(const Kernels& kernels, const Choices& choices, std::ptrdiff_t hidden, float* y, const Measures* measures);
 
     float* of(const Pair& pair) const { return outputs_ + (pair.token * top_k_ + pair.slot) * hidden_; }
     // The weight, or 1 where outputs are measured before it.
@@ -46,6 +46,7 @@ class SlotOutputs {
     void measure(std::ptrdiff_t token) const;
     void add_to_sums(const Group& group, std::ptrdiff_t first, std::ptrdiff_t last) const;
 
+    const Kernels& kernels_;
     const Choices& choices_;
     const std::ptrdiff_t top_k_, hidden_;
     float* const y_;

@@ -76,7 +76,7 @@ void Engine::experts(const float* x, const Routing& routing, const ExpertLayer& 
     const Choices choices = choices_of(routing, std::min(up.experts, down.experts));
     if (choices.pairs.empty()) return;
     const auto has_tiles = [](const ExpertMatrix& matrix) { return matrix.packed || matrix.dense.dtype == Dtype::bf16; };
-    const SlotOutputs outputs(choices, down.rows, y, measures);
+    const SlotOutputs outputs(kernels_, choices, down.rows, y, measures);
     tiles_ && has_tiles(up) && has_tiles(down) ? tiled_experts(x, choices, layer, outputs)
                                                : row_experts(x, choices, layer, outputs);
 }

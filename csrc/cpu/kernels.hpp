@@ -167,6 +167,13 @@ struct Kernels {
     // y = x / sqrt(mean(x^2) + eps) * weight.
     void (*rms_norm)(const float* x, const Values& weight, std::ptrdiff_t columns, float eps, float* y);
 
+    // The norm of a row, in double precision, and its least and largest value.
+    double (*measure)(const float* row, std::ptrdiff_t columns, float* least, float* largest);
+    // y += weight * row, or = where `first`.
+    void (*add_weighted)(const float* row, std::ptrdiff_t columns, float weight, bool first, float* y);
+    // sums += row.
+    void (*add_to_doubles)(const float* row, std::ptrdiff_t columns, double* sums);
+
     // out[h * head_dim] for `heads` query heads from q + h * q_stride: softmax over the range's keys and the
     // head's sink, times the range's values. `scores` is scratch of attention_scratch(range.count) floats.
     void (*attention)(const float* q, std::ptrdiff_t q_stride, const float* sinks, std::ptrdiff_t heads,

@@ -5,6 +5,7 @@
 #include "dense.inl"
 #include "dense_transposed.inl"
 #include "elementwise.inl"
+#include "measures.inl"
 #include "mxfp4_rows.inl"
 #include "q8_0_rows.inl"
 
@@ -23,6 +24,9 @@ constexpr Kernels kernels_over(const char* name) {
             DenseTransposed<V>::dense_transposed,
             Elementwise<V>::swiglu,
             Elementwise<V>::rms_norm,
+            MeasureKernels::measure,
+            MeasureKernels::add_weighted,
+            MeasureKernels::add_to_doubles,
             AttentionKernel<V>::attention,
             AttentionTile<V>::transpose_keys,
             AttentionTile<V>::attention_tile,

@@ -56,6 +56,10 @@ class HiddenStates:
     def __setitem__(self, where: slice, values: Tensor) -> None:
         self.rows[where] = values.to(self.rows.device)
 
+    def add(self, where: slice, values: Tensor) -> None:
+        """Add `values`, of any float dtype, to rows `where`."""
+        self.rows[where].add_(values.to(self.rows.device).to(self.dtype))
+
     def pieces(self) -> Iterator[slice]:
         """All tokens in runs of at most `CHUNK_TOKENS`."""
         for start in range(0, self.tokens, CHUNK_TOKENS):

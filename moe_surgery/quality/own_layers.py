@@ -109,7 +109,7 @@ class OwnMoeLayer(MoeLayer):
     def finish(self, mixture: Tensor) -> None:
         states = self._states
         for where in states.pieces():
-            states[where] = states[where] + mixture[where].to(states.device).to(states.dtype)
+            states.add(where, mixture[where])
 
     def apply(self) -> Tensor:
         return apply_experts(self._model, self._layer, self._states)[0]

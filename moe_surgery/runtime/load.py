@@ -252,6 +252,8 @@ def _assemble(
         for ref in stored(number):
             shards.release(ref)
 
+    if one_layer:
+        shards.prefetch(stored(0))
     layers: Sequence[Layer] = (
         OneLayer(config.num_hidden_layers, make, read_ahead, release)
         if one_layer

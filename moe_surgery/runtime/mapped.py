@@ -71,12 +71,15 @@ class MappedShards:
             )
         return flat.view(ref.shape)
 
-    def prefetch(self, ref: TensorRef) -> None:
-        """Have the pages of `ref` read in the background."""
-        mapped = self._maps[ref.shard]
-        if mapped is not None and hasattr(mmap, "MADV_WILLNEED"):
-            start = ref.offset - ref.offset % mmap.PAGESIZE
-            mapped.madvise(mmap.MADV_WILLNEED, start, ref.offset + ref.nbytes - start)
+    def prefetch(self, refs: Iterable[TensorRef]) -> None:
+        """Have the system read the pages of `refs` in the background, up to `READ_AHEAD_BYTES`."""
+        left = READ_AHEAD_BYTES
+        for ref in refs:
+            mapped, nbytes = self._maps[ref.shard], min(left, ref.nbytes)
+            left -= nbytes
+            if mapped is not None and nbytes and hasattr(mmap, "MADV_WILLNEED"):
+                start = ref.offset - ref.offset % mmap.PAGESIZE
+                mapped.madvise(mmap.MADV_WILLNEED, start, ref.offset + nbytes - start)
 
     def read_ahead(self, refs: Iterable[TensorRef], after: threading.Thread | None) -> threading.Thread:
         """Bring in the pages of `refs`, once `after` has ended: a thread that waits for the disk instead of their

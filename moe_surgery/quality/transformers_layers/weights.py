@@ -146,7 +146,7 @@ class Weights:
         for name in (name for dense in layer.experts for name in dense.parts.values()):
             tensor, ref = self._stored[name]
             if expert < self._spec.experts:
-                self._shards.prefetch(_of_expert(tensor, ref, expert))
+                self._shards.prefetch([_of_expert(tensor, ref, expert)])
 
     def release(self, layer: LayerWeights) -> None:
         """Let go of the mapped pages of `layer`."""
