@@ -3,17 +3,17 @@ reads and sums must cost.
 
     python -m benchmarks.profile_budget --work FOLDER [--tokens 4096] [--search-tokens 512] [--limit 2147483648]
 
-FOLDER/full is made (13.8 GB) where it is not there, and given a tokenizer. `profile` starts with its files outside the
-page cache. The prompt, of 2048 tokens, is read by a process without a limit, with all weights in memory. `search` and a
-`profile` beside it get fewer tokens. The bound is the larger of two times: all weights but the unembedding read once at
-the rate at which the checkpoint's file is read here, and the products' operations at the rate of a large BF16 matrix
-product of torch here, both measured in this run.
+FOLDER/full is made (13.8 GB) where it is not there, and given a tokenizer. `profile` starts with its files outside
+the page cache. Prompts, of 2048 tokens and of as many as are profiled, are read by a process without a limit, with
+all weights in memory, before `profile` and after it, since the machine's speed changes: shares are of the mean of
+both. `search` and a `profile` beside it get fewer tokens. The bound is the larger of two times: all weights but the
+unembedding read once at the rate at which the checkpoint's file is read here, and the products' operations at the
+rate of a large BF16 matrix product of torch here, both measured in this run.
 """
 
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 import sys
 import sysconfig
@@ -52,16 +52,19 @@ from moe_surgery import load_model
 model = load_model(sys.argv[1])
 ids = torch.randint(0, model.config.vocab_size, (1, int(sys.argv[2])), generator=torch.Generator().manual_seed(0))
 model(ids[:, :256], logits_to_keep=1)
-start = time.perf_counter()
-model(ids, logits_to_keep=1)
-print(ids.shape[1] / (time.perf_counter() - start))
+for tokens in (2048, ids.shape[1]):
+    start = time.perf_counter()
+    model(ids[:, :tokens], logits_to_keep=1)
+    print(tokens / (time.perf_counter() - start))
 """
 
 
-def prefill_rate(full: Path, tokens: int) -> float:
-    """Tokens a second of a prompt, by a process whose weights are in memory."""
+def prefill_rates(full: Path, tokens: int) -> tuple[float, float]:
+    """Tokens a second of a prompt of 2048 and of `tokens` tokens, by a process whose weights are in memory."""
     command = [sys.executable, "-c", PREFILL, str(full), str(tokens)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    short, whole = map(float, printed.split())
+    return short, whole
 
 
 def product_rate(size: int = 2880) -> float:
@@ -93,14 +96,15 @@ def run(
     with memory_cgroup(limit) as group:
         if group is None:
             raise click.ClickException("needs root and a memory cgroup")
-        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
         start = time.perf_counter()
-        subprocess.run(enter_command(group[0], command), check=True)
+        process = subprocess.Popen(enter_command(group[0], command))
+        _, status, used = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - start
-        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        if status:
+            raise click.ClickException(f"{' '.join(command)}: status {status}")
         return {
             "seconds": seconds,
-            "processor_seconds": used.ru_utime - before,
+            "processor_seconds": used.ru_utime,
             "peak_rss_mib": used.ru_maxrss / 1024,
             "charged_peak_mib": int(group[1].read_text()) / (1 << 20),
         }
@@ -123,10 +127,11 @@ def main(work: Path, tokens: int, search_tokens: int, limit: int) -> None:
     read = weights.nbytes - weights.parts["embedding and unembedding"]
     drop_from_cache(full)
     rates = {"read": read_rate(max(full.glob("*.safetensors"))), "products": product_rate()}
+    before = prefill_rates(full, tokens)
     drop_from_cache(full)
     result = run("profile", full, text, tokens, work / "profile.stats", limit)
     rate = tokens / result["seconds"]
-    prefill = prefill_rate(full, 2048)
+    prefill, whole = (sum(rates) / 2 for rates in zip(before, prefill_rates(full, tokens), strict=True))
     beside = run("profile", full, text, search_tokens, work / "profile-less.stats", limit)["seconds"]
     searched = run("search", full, text, search_tokens, work / "search.json", limit)
     bound = max(read / rates["read"], operations(tokens, gpt_oss_20b()) / rates["products"])
@@ -141,6 +146,8 @@ def main(work: Path, tokens: int, search_tokens: int, limit: int) -> None:
             "tokens_per_second": rate,
             "prompt_tokens_per_second": prefill,
             "share_of_the_prompts_rate": rate / prefill,
+            "prompt_of_as_many_tokens_per_second": whole,
+            "share_of_that_prompts_rate": rate / whole,
             "tokens_of_search": search_tokens,
             "search_seconds": searched["seconds"],
             "search_charged_peak_mib": searched["charged_peak_mib"],
