@@ -100,8 +100,9 @@ def run(
         process = subprocess.Popen(enter_command(group[0], command))
         _, status, used = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - start
-        if status:
-            raise click.ClickException(f"{' '.join(command)}: status {status}")
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise click.ClickException(f"{' '.join(command)}: exit {process.returncode}")
         return {
             "seconds": seconds,
             "processor_seconds": used.ru_utime,

@@ -225,7 +225,7 @@ struct AmxIntegers {
 }  // namespace
 
 static const IntegerKernels kAmxIntegers = {IntegerLayout::columns, IntegerLayout::quantize, IntegerLayout::codes,
-                                     AmxIntegers::multiply, IntegerLayout::swiglu};
+                                            AmxIntegers::multiply, IntegerLayout::swiglu};
 const TileKernels kAmxTiles = tile_kernels_over<AmxProducts>(TileAttention<AmxProducts>::key_tiles,
                                                              TileAttention<AmxProducts>::attend, &kAmxIntegers);
 

@@ -67,7 +67,9 @@ void SlotOutputs::append_phases(std::vector<Phase>& phases) const {
 
 void SlotOutputs::sum(std::ptrdiff_t token) const {
     const float* output = outputs_ + token * top_k_ * hidden_;
-    for (std::ptrdiff_t s = 0; s < top_k_; ++s) kernels_.add_weighted(output + s * hidden_, hidden_, 1.0f, s == 0, y_ + token * hidden_);
+    for (std::ptrdiff_t s = 0; s < top_k_; ++s, output += hidden_) {
+        kernels_.add_weighted(output, hidden_, 1.0f, s == 0, y_ + token * hidden_);
+    }
 }
 
 void SlotOutputs::measure(std::ptrdiff_t token) const {

@@ -253,7 +253,7 @@ def _assemble(
             shards.release(ref)
 
     if one_layer:
-        shards.prefetch(stored(0))
+        shards.prefetch(stored(0))  # while the caller gets its texts
     layers: Sequence[Layer] = (
         OneLayer(config.num_hidden_layers, make, read_ahead, release)
         if one_layer

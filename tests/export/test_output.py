@@ -19,7 +19,7 @@ from moe_surgery.errors import DiskFullError, InvalidInputError, MoeSurgeryError
 from moe_surgery.progress import Progress
 from tests.support.checkpoints import Shape, write_checkpoint, write_sparse_checkpoint
 from tests.support.command import ended, run, siblings, start, start_stopped, untouched, wait_for
-from tests.support.faults import FaultyOps, ShortOps, each_failure, open_files
+from tests.support.faults import FaultyOps, ShortOps, SmallDisk, each_failure, open_files
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 KINDS = ("open", "pread_into", "pwrite", "fsync", "fsync_dir", "close", "rename_new")
@@ -184,17 +184,12 @@ def test_output_created_during_the_run_is_not_touched(small: Path, tmp_path: Pat
     assert out.read_text() == "keep me"
 
 
-class Full(FileOps):
-    def free_bytes(self, path: str | os.PathLike[str]) -> int:
-        return 1000
-
-
 def test_space_is_checked_before_the_first_byte(small: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
-    error = attempt(small, out, "mxfp4", Full())
+    error = attempt(small, out, "mxfp4", SmallDisk(1000))
     assert type(error) is DiskFullError
     assert "1,000 free" in str(error)
-    export_gguf(small, out, tokenizer=False, ignore_free_space=True, ops=Full())
+    export_gguf(small, out, tokenizer=False, ignore_free_space=True, ops=SmallDisk(1000))
     assert out.exists()
 
 

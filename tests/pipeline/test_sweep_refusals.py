@@ -21,6 +21,7 @@ from moe_surgery.errors import (
 )
 from tests.support import per_expert
 from tests.support.command import untouched
+from tests.support.faults import SmallDisk
 from tests.support.sweeps import COUNTS, RANKINGS, ranking
 
 
@@ -75,12 +76,8 @@ def test_folders_that_are_in_the_way_are_named_and_stay(source: Path, tmp_path: 
 
 
 def test_a_disk_that_is_too_small_is_known_before_anything_is_written(source: Path, tmp_path: Path) -> None:
-    class Small(FileOps):
-        def free_bytes(self, path: object) -> int:
-            return 100_000
-
     with pytest.raises(DiskFullError, match="needs"):
-        sweep(source, tmp_path / "out", RANKINGS, COUNTS, ops=Small())
+        sweep(source, tmp_path / "out", RANKINGS, COUNTS, ops=SmallDisk(100_000))
     assert not os.listdir(tmp_path / "out")
 
 

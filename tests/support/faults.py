@@ -32,6 +32,16 @@ KINDS = (
 )
 
 
+class SmallDisk(FileOps):
+    """A file system with `free` bytes left."""
+
+    def __init__(self, free: int) -> None:
+        self._free = free
+
+    def free_bytes(self, path: str | os.PathLike[str]) -> int:
+        return self._free
+
+
 class FaultyOps(FileOps):
     """Fails the call number `at` (from 1) of `kind` with `code`; with `forever` all later ones too.
 

@@ -18,7 +18,6 @@ pytest.importorskip("huggingface_hub")
 
 from moe_surgery import export_gguf, inspect, prune
 from moe_surgery.checkpoint.checkpoint import Checkpoint
-from moe_surgery.checkpoint.fileops import FileOps
 from moe_surgery.checkpoint.hub_folder import HubFolder
 from moe_surgery.engine.chunks import CHUNK_BYTES
 from moe_surgery.engine.fetch import Fetch
@@ -28,6 +27,7 @@ from moe_surgery.surgery.verify import verify_checkpoint
 
 from ..support.checkpoints import Shape, write_checkpoint
 from ..support.command import PATIENCE, call, contents, done, ended, refused, run, siblings, start
+from ..support.faults import SmallDisk
 from ..support.hub_server import COMMIT, MODEL, Answer, HubServer, Request, serving
 
 SHAPE = Shape(2, 16, 4, 1024, 768, 8, 2, 32, 256)
@@ -285,14 +285,6 @@ def test_a_killed_run_is_resumed_without_fetching_again(
     assert hub.total <= 1.01 * todo + HEADERS + SHAPE.layers * SHAPE.experts * SHAPE.hidden * 2 + 100_000
     assert contents(out) == contents(tmp_path / "local")
     assert siblings(out) == []
-
-
-class SmallDisk(FileOps):
-    def __init__(self, free: int) -> None:
-        self._free = free
-
-    def free_bytes(self, path: str | os.PathLike[str]) -> int:
-        return self._free
 
 
 def lose_storage(hub: HubServer, after: float, journal_of: Path | None = None) -> None:

@@ -25,7 +25,7 @@ from moe_surgery.surgery.gguf.compiler import compile_gguf_prune
 from moe_surgery.surgery.gguf.run import run_gguf_program
 from moe_surgery.surgery.run import Outcome
 from tests.support.command import PATIENCE, contents, siblings, untouched
-from tests.support.faults import KINDS, ShortOps, each_failure, open_files
+from tests.support.faults import KINDS, ShortOps, SmallDisk, each_failure, open_files
 from tests.support.gguf_slices import assert_pruned
 from tests.support.raw_gguf import TinyMoe
 
@@ -162,14 +162,6 @@ def test_a_source_that_changes_is_refused(tmp_path: Path, how: str) -> None:
     assert type(error) is (OutputError if how == "gone" else InvalidInputError)
     assert str(source) in str(error)
     assert not (tmp_path / "out.gguf").exists()
-
-
-class SmallDisk(FileOps):
-    def __init__(self, free: int) -> None:
-        self._free = free
-
-    def free_bytes(self, path: str | os.PathLike[str]) -> int:
-        return self._free
 
 
 def test_the_space_is_checked_before_the_first_byte(source: Path, tmp_path: Path) -> None:
